@@ -1,0 +1,43 @@
+# make sweep   measure the eight combinations of Table 2 on the built-in model
+# make test    run the whole test suite
+# make lint    ruff and mypy
+# Each makes a virtual environment in .venv on first use, with the versions of requirements.lock.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: sweep test lint lock clean
+
+sweep: .venv/installed
+	$(BIN)/python -m llama_ft.train experiment=table2
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "llama_ft needs Python 3.11 or newer, and $(PYTHON) is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+
+.venv/installed: .venv/bin/python pyproject.toml requirements.lock
+	@echo "Installing into .venv (PyTorch is large; this happens once)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+# Write what a fresh installation of the newest allowed versions holds; torch stays at the version of the lock.
+lock:
+	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev]'
+	.venv-lock/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv outputs

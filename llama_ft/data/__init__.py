@@ -1,0 +1,1 @@
+"""Tokenizer, prompt template and label mask, data sets, collation."""

@@ -1,0 +1,62 @@
+"""Micro-batches: samples side by side, with the positions whose loss counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ft.data.dataset import Sample
+
+PAD_ID = 0  # any piece would do: no real token looks at padding, and padding has no target
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch of B samples of up to S + 1 tokens; its N target tokens stand apart.
+
+    The head and the loss run at the N positions alone, which is exact and leaves out the prompt's half of the logits.
+    """
+
+    tokens: Tensor  # int64 [B, S], padded on the right
+    target_positions: Tensor  # int64 [N], indices into the B * S flattened positions
+    targets: Tensor  # int64 [N], the token that follows each of them
+    n_tokens: int  # real tokens, BOS and EOS included, padding not
+
+    @property
+    def n_targets(self) -> int:
+        """N, known without asking the device."""
+        return len(self.targets)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What the batch keeps in memory."""
+        return self.tokens, self.target_positions, self.targets
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        tokens, positions, targets = (tensor.to(device) for tensor in self.tensors)
+        return Batch(tokens, positions, targets, self.n_tokens)
+
+
+def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
+    """Pad to the batch's own longest sample, rounded up to `pad_multiple`."""
+    longest = max(len(sample) for sample in samples) - 1
+    width = -(-longest // pad_multiple) * pad_multiple
+    tokens = torch.full((len(samples), width), PAD_ID)
+    positions: list[int] = []
+    targets: list[int] = []
+    for row, sample in enumerate(samples):
+        tokens[row, : len(sample) - 1] = torch.tensor(sample.tokens[:-1])
+        # The token at position i predicts token i + 1, so targets begin one position before the answer does.
+        positions += range(row * width + sample.n_prompt - 1, row * width + len(sample) - 1)
+        targets += sample.tokens[sample.n_prompt :]
+    return Batch(tokens, torch.tensor(positions), torch.tensor(targets), sum(len(sample) for sample in samples))
+
+
+def epoch_batches(samples: Sequence[Sample], batch_size: int, epoch: int, seed: int, pad_multiple: int) -> list[Batch]:
+    """All micro-batches of an epoch, in an order that depends on seed and epoch alone; the last may be smaller."""
+    generator = torch.Generator().manual_seed(seed + epoch)
+    order = torch.randperm(len(samples), generator=generator).tolist()
+    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return [collate([samples[index] for index in group], pad_multiple) for group in groups]

@@ -1,0 +1,163 @@
+"""Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from statistics import median_low
+from typing import Any
+
+from llama_ft.config import DataConfig, OnBadRecord, UserError
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+
+SAMPLE_DIR = Path(__file__).parent / "sample"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One instruction with its answer."""
+
+    instruction: str
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A tokenized record: BOS, prompt, answer, EOS. The first `n_prompt` tokens are not trained on."""
+
+    tokens: list[int]
+    n_prompt: int
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_targets(self) -> int:
+        """Number of tokens that are trained on."""
+        return len(self.tokens) - self.n_prompt
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The samples of a run, and what became of the records they come from."""
+
+    samples: list[Sample]
+    n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
+    n_truncated: int  # samples cut to the longest length allowed
+    n_dropped: int  # samples of which the cut left no answer to train on
+
+    def describe(self) -> str:
+        """One line for people."""
+        lengths = [len(sample) for sample in self.samples]
+        trained = sum(sample.n_targets for sample in self.samples)
+        text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median_low(lengths)}, longest {max(lengths)})"
+        text += f", {trained / sum(lengths):.0%} of them trained on"
+        notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
+        return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
+
+
+def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None) -> Dataset:
+    """Read, check and tokenize the records of a run.
+
+    Raises:
+        UserError: if a file or record is bad, or no sample is left.
+    """
+    path = data_file(config)
+    records, n_skipped = read_records(path, config.on_bad_record)
+    encoded = [encode_record(record, tokenizer) for record in records[: config.first][:max_samples]]
+    samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
+    n_truncated = sum(len(sample) > max_length for sample in encoded)
+    kept = [sample for sample in samples if sample.n_targets > 0]
+    if not kept:
+        reason = f"max_length={max_length} leaves no answer to train on" if samples else "there are no records"
+        raise UserError(f"{path}: {reason}")
+    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
+
+
+def data_file(config: DataConfig) -> Path:
+    """The file that `data` names: `data.path` where given, else the built-in one.
+
+    Raises:
+        UserError: if the data set is neither built in nor given by path.
+    """
+    if config.path is not None:
+        return Path(config.path)
+    if config.name == "sample":
+        return SAMPLE_DIR / "train.jsonl"
+    raise UserError(f"data={config.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+
+
+def read_records(path: Path, on_bad_record: OnBadRecord) -> tuple[list[Record], int]:
+    """The records of a JSON array or of a JSONL file, and the number of bad ones that were skipped.
+
+    Raises:
+        UserError: if the file cannot be read, or a record is bad and not to be skipped.
+    """
+    records, n_skipped = [], 0
+    for where, value in _parse(path, on_bad_record):
+        problem = _problem(value)
+        if problem is None:
+            records.append(Record(value["instruction"], value.get("input") or "", value["output"]))
+        elif on_bad_record is OnBadRecord.skip:
+            n_skipped += 1
+        else:
+            hint = "data.on_bad_record=skip leaves such records out"
+            raise UserError(f"{path}, {where}: {problem}. {hint}")
+    return records, n_skipped
+
+
+def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
+    """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
+
+    The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it counts
+    as answer, so that no token of the answer goes untrained.
+    """
+    prompt = prompt_text(record.instruction, record.input)
+    prompt_ids = tokenizer.encode(prompt, bos=True)
+    tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
+    n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, tokens, strict=False)))
+    return Sample(tokens, n_prompt)
+
+
+def _parse(path: Path, on_bad_record: OnBadRecord) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each record; a JSON file is one array, anything else is read as one record a line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"data file {path} cannot be read: {reason}") from error
+    if text.lstrip().startswith("["):
+        try:
+            values = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+        yield from ((f"record {index}", value) for index, value in enumerate(values))
+        return
+    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    for index, (number, line) in enumerate(lines):
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            value = error
+        yield f"record {index} (line {number})", value
+
+
+def _problem(value: Any) -> str | None:
+    """What is wrong with a record; None if nothing is."""
+    if isinstance(value, Exception):
+        return f"not valid JSON: {value}"
+    if not isinstance(value, dict):
+        return f"a record must be an object with instruction, input and output, not {type(value).__name__}"
+    for key in ("instruction", "output"):
+        if key not in value:
+            return f"{key} is missing"
+        if not isinstance(value[key], str):
+            return f"{key} must be a text"
+    if not value["instruction"].strip():
+        return "instruction is empty"
+    if not isinstance(value.get("input") or "", str):
+        return "input must be a text"
+    return None

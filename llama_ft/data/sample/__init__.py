@@ -1,0 +1,1 @@
+"""The built-in instruction data set, and the script that wrote it and tiny's tokenizer."""

@@ -1,0 +1,100 @@
+"""Writes the built-in data set and tiny's tokenizer, always the same ones: `python -m llama_ft.data.sample.make`."""
+
+import argparse
+import io
+import json
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+
+import sentencepiece
+
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.sample import number_tasks, text_tasks, word_tasks
+from llama_ft.data.sample.corpus import sentences
+from llama_ft.data.sample.prose import PARAGRAPHS
+from llama_ft.data.sample.task import Record
+
+SEED = 2023
+VOCAB_SIZE = 2048
+TASKS = [*word_tasks.TASKS, *number_tasks.TASKS, *text_tasks.TASKS]
+# All of printable ASCII, and the few others that English texts use, are pieces; the rest is spelled in bytes.
+_CHARACTERS = string.digits + string.ascii_letters + string.punctuation + "‘’“”–—…°éèñü£€"
+_HERE = Path(__file__).parent
+_TINY = _HERE.parents[1] / "model" / "tiny"
+
+
+def make_records() -> tuple[list[Record], list[Record]]:
+    """All records: (training, held-out), the tasks mixed."""
+    train: list[Record] = []
+    heldout: list[Record] = []
+    for task in TASKS:
+        # A generator per task, so that changing one task leaves the others' records as they are.
+        task_train, task_heldout = task.split(Random(f"{SEED} {task.name}"))
+        train += task_train
+        heldout += task_heldout
+    rng = Random(SEED)
+    rng.shuffle(train)
+    rng.shuffle(heldout)
+    return train, heldout
+
+
+def tokenizer_text(train: list[Record]) -> Iterator[str]:
+    """What the tokenizer is trained on: the training records as the model will see them, and general English."""
+    for record in train:
+        yield prompt_text(record["instruction"], record["input"]) + record["output"]
+    yield from sentences(Random(SEED), 20_000)
+    for _ in range(20):  # so that real prose is a seventh of the text
+        yield from PARAGRAPHS
+
+
+def train_tokenizer(texts: Iterator[str]) -> bytes:
+    """A SentencePiece model with LLaMA-2's settings and a smaller vocabulary."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        # SentencePiece never joins pieces over a tab. A line break becomes one, so that the words behind it count
+        # as they are (no space before them), while the line break itself stays a byte piece, as it is for LLaMA.
+        sentence_iterator=(text.replace("\n", "\t") for text in texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        character_coverage=1.0,
+        required_chars=_CHARACTERS,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,  # more of them may break ties differently
+        max_sentence_length=8192,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def _write_jsonl(file: Path, records: list[Record]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    file.write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def main() -> None:
+    """Write the three files."""
+    parser = argparse.ArgumentParser(description="Write the built-in data set and tiny's tokenizer.")
+    parser.add_argument("--out", type=Path, help="write all three files into this folder, not to their own places")
+    out: Path | None = parser.parse_args().out
+    train, heldout = make_records()
+    for folder in (out or _HERE, out or _TINY):
+        folder.mkdir(parents=True, exist_ok=True)
+    _write_jsonl((out or _HERE) / "train.jsonl", train)
+    _write_jsonl((out or _HERE) / "heldout.jsonl", heldout)
+    ((out or _TINY) / "tokenizer.model").write_bytes(train_tokenizer(tokenizer_text(train)))
+
+
+if __name__ == "__main__":
+    main()

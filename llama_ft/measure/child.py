@@ -1,0 +1,75 @@
+"""`python -m llama_ft.measure.child RUN_DIR COMMAND`: one run in this process, as its folder's config.yaml says.
+
+Started by `llama_ft.measure.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.measure.result import CONFIG_FILE, new_result, write_result
+
+SECONDS_TO_STOP = 10
+
+
+def read_config(run_dir: Path) -> TrainConfig:
+    """The run's resolved config, checked again."""
+    schema = OmegaConf.structured(TrainConfig)
+    return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(run_dir / CONFIG_FILE))))
+
+
+def stop_with_parent() -> None:
+    """Interrupt this run when the parent is gone, whatever killed it: our standard input is a pipe that it holds."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes; nothing is ever written to it
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(SECONDS_TO_STOP)
+        os._exit(130)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def failure(error: BaseException, stage: str) -> dict[str, Any]:
+    """Status and error text for an exception."""
+    from llama_ft.measure.device import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return {"status": "oom", "error": f"out of memory while {stage}: {str(error).strip().splitlines()[0]}"}
+    if isinstance(error, KeyboardInterrupt):
+        return {"status": "interrupted", "error": f"interrupted while {stage}"}
+    if isinstance(error, UserError):
+        return {"status": "error", "error": str(error)}
+    traceback.print_exception(error)  # for train.log: this one is ours to mend
+    return {"status": "error", "error": f"{type(error).__name__} while {stage}: {error}"}
+
+
+def main() -> None:
+    """Run, and leave a result behind."""
+    stop_with_parent()
+    run_dir, command = Path(sys.argv[1]), sys.argv[2]
+    config = read_config(run_dir)
+    result = new_result(config, command)
+    stage = "starting"
+    run = None
+    try:
+        from llama_ft.measure.run import MeasuredRun  # imports torch: seconds in which Ctrl-C may come
+
+        run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True))
+        run.execute()
+        ending: dict[str, Any] = {"status": "ok"}
+    except BaseException as error:
+        ending = failure(error, run.stage if run else stage)
+    write_result(run_dir, result | (run.result if run else {}) | ending)
+
+
+if __name__ == "__main__":
+    main()

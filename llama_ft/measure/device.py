@@ -1,0 +1,103 @@
+"""The device a run uses: choosing it, naming it, its clock, its memory and the limit on it."""
+
+import platform
+import re
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from llama_ft.config import DeviceChoice, UserError
+from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
+
+
+def choose_device(choice: DeviceChoice) -> torch.device:
+    """The device for `gpu.device`.
+
+    Raises:
+        UserError: for `cuda` where PyTorch sees no GPU.
+    """
+    if choice is DeviceChoice.cuda and not torch.cuda.is_available():
+        raise UserError("gpu.device=cuda, but PyTorch sees no GPU here: use gpu=cpu")
+    use_cuda = choice is DeviceChoice.cuda or (choice is DeviceChoice.auto and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself, not by emulation."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def device_name(device: torch.device) -> str:
+    """Name for people: the GPU's, or the processor's with the number of threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    name = match[1] if match else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+class Stopwatch:
+    """Sums the seconds spent in its parts, with the device idle at both ends of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds = 0.0
+
+    @contextmanager
+    def part(self) -> Iterator[None]:
+        """Time what runs inside."""
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.seconds += time.perf_counter() - start
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def memory_in_use_mb(device: torch.device) -> float:
+    """Memory in use now: the allocator's on CUDA, the process's resident set on the CPU. Does not wait."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / MB
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MB
+    except OSError:
+        return peak_rss_mb()
+
+
+def peak_rss_mb() -> float:
+    """The process's largest resident set so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MB if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
+
+
+def limit_memory(device: torch.device, limit_mb: int) -> None:
+    """Make allocations fail beyond a limit: of the allocator on CUDA, of the process's data segment on the CPU.
+
+    Raises:
+        UserError: if the operating system has no such limit.
+    """
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mb * MB / total), device)
+        return
+    torch.ones(256, 256) @ torch.ones(256, 256)  # starts the threads: their failing to start cannot be caught
+    try:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * MB, resource.RLIM_INFINITY))
+    except (ValueError, OSError) as error:
+        raise UserError(f"measure.memory_limit_mb={limit_mb} cannot be set on this system: {error}") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that memory ran out. PyTorch on the CPU raises a plain RuntimeError for it."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and OUT_OF_MEMORY_TEXT.search(str(error)) is not None)

@@ -1,0 +1,160 @@
+"""Which tensors are alive when memory peaks: parameters, gradients, optimizer state, activations.
+
+The tracker watches every operator's outputs and logs when their storages come and go. What a storage is for can show
+later than its birth (a gradient is first the output of a matrix product), so peaks are found afterwards, by replaying
+the log with what each storage turned out to be.
+"""
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
+
+from llama_ft.measure.result import CATEGORIES, MB
+
+
+@dataclass(eq=False)
+class Allocation:
+    """A storage while it lives."""
+
+    nbytes: int
+    dtype: torch.dtype
+    category: str
+    item: str = ""  # what it is, where the category alone does not say
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What a tracked pass showed, in MB of 2**20 bytes."""
+
+    peak_mb: float
+    instant: str  # what ran when memory peaked: forward, backward or optimizer step
+    at_peak_mb: dict[str, float]  # by category; they sum to the peak
+    max_mb: dict[str, float]  # each category's own maximum
+    ledger: list[dict[str, Any]]  # the peak by category and dtype
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Watches the training steps done inside `with MemoryTracker(...):`.
+
+    Categories: `parameter` weights and the 16-bit copies that autocast makes of them; `gradient` what reaches a
+    parameter's gradient; `optimizer_state` what the optimizer allocates while it steps; `activation` every other tensor
+    made in forward and backward, temporaries included; `other` buffers and what the caller names.
+
+    Memory that operators use inside themselves (workspaces) is not seen; on CUDA the allocator's own peak shows it.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model, self._optimizer, self._others = model, optimizer, tuple(others)
+        self._device_type = next(model.parameters()).device.type
+        self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+        self._events: list[tuple[Allocation, int, str]] = []  # allocation, +1 or -1, instant
+        self._instant = "load"
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        for parameter in self._model.parameters():
+            self._see(parameter, "parameter")
+            if parameter.requires_grad:
+                self._handles.append(parameter.register_hook(self._claim_gradient))
+        for buffer in self._model.buffers():
+            self._see(buffer, "other", "buffers")
+        for state in self._optimizer.state.values():
+            for tensor in state.values():
+                self._see(tensor, "optimizer_state")
+        for tensor in self._others:
+            self._see(tensor, "other", "batches")
+        self._handles += [
+            self._model.register_forward_pre_hook(self._at("forward")),
+            self._model.register_forward_hook(self._at("backward")),
+            self._optimizer.register_step_pre_hook(self._at("optimizer step")),
+            self._optimizer.register_step_post_hook(self._at("after the step")),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        super().__exit__(kind, error, tb)  # type: ignore[no-untyped-call]
+        for handle in self._handles:
+            handle.remove()
+        self._live.clear()  # and with it the callbacks: the log ends here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run the operator and note the storages that it made."""
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, self._category(func, args))
+        return out
+
+    def _at(self, instant: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            self._instant = instant
+
+        return hook
+
+    def _category(self, func: Any, args: tuple[Any, ...]) -> str:
+        if self._instant == "optimizer step":
+            return "optimizer_state"
+        if func is torch.ops.aten._to_copy.default:  # autocast's copy of a weight is still a weight
+            source = self._live.get(args[0].untyped_storage()._cdata)
+            if source is not None and source[1].category == "parameter":
+                return "parameter"
+        return "activation"
+
+    def _see(self, tensor: Tensor, category: str, item: str = "") -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._live or tensor.device.type != self._device_type or storage.nbytes() == 0:
+            return
+        allocation = Allocation(storage.nbytes(), tensor.dtype, category, item)
+
+        def freed(_: object) -> None:
+            if self._live.pop(key, None) is not None:
+                self._events.append((allocation, -1, self._instant))
+
+        self._live[key] = (weakref.ref(storage, freed), allocation)
+        self._events.append((allocation, +1, self._instant))
+
+    def _claim_gradient(self, gradient: Tensor) -> None:
+        known = self._live.get(gradient.untyped_storage()._cdata)
+        if known is not None:
+            known[1].category = "gradient"
+
+    def result(self) -> MemoryUse:
+        """Replay the log. Call it after the `with` block."""
+        peak, peak_event, instant, total = 0, 0, "load", 0
+        now: dict[str, int] = defaultdict(int)
+        most: dict[str, int] = defaultdict(int)
+        for number, (allocation, sign, when) in enumerate(self._events):
+            total += sign * allocation.nbytes
+            now[allocation.category] += sign * allocation.nbytes
+            most[allocation.category] = max(most[allocation.category], now[allocation.category])
+            if total > peak:
+                peak, peak_event, instant = total, number, when
+        alive: dict[Allocation, None] = {}
+        for allocation, sign, _ in self._events[: peak_event + 1]:
+            if sign > 0:
+                alive[allocation] = None
+            else:
+                del alive[allocation]
+        ledger: dict[tuple[str, str, str], int] = defaultdict(int)
+        for allocation in alive:
+            ledger[allocation.category, str(allocation.dtype).removeprefix("torch."), allocation.item] += (
+                allocation.nbytes
+            )
+        at_peak = {name: sum(b for (c, _, _), b in ledger.items() if c == name) / MB for name in CATEGORIES}
+        rows = [
+            {"category": category, "dtype": dtype, "mb": nbytes / MB} | ({"item": item} if item else {})
+            for (category, dtype, item), nbytes in sorted(ledger.items())
+        ]
+        return MemoryUse(peak / MB, instant, at_peak, {name: most[name] / MB for name in CATEGORIES}, rows)

@@ -1,0 +1,81 @@
+"""`result.json`: what a run leaves behind, however it ends. Knows nothing of torch, so that any command can read it."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import TrainConfig, UserError
+
+SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "train.log"
+STATUSES = ("ok", "oom", "killed", "interrupted", "error")
+CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
+MB = 2**20
+
+# PyTorch on the CPU says the first two, C++ code that nothing catches the third, CUDA the fourth.
+OUT_OF_MEMORY_TEXT = re.compile(r"can't allocate memory|not enough memory|bad_alloc|CUDA out of memory")
+
+_MEASURED = (
+    "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"
+    " memory_max_mb memory_instant ledger trainable_params total_params trainable_percent loss_first loss_last"
+    " eval_loss_before eval_loss_after versions"
+).split()
+
+
+def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
+    """A result in which everything that is measured is still null."""
+    settings = config.to_dict()
+    known = {
+        "schema_version": SCHEMA_VERSION,
+        "status": "error",
+        "error": None,
+        "config_hash": config.hash(),
+        "combination": config.optim.combination,
+        "model": config.model.name,
+        "data": config.data.name,
+        "gpu": config.gpu.name,
+        "optim": settings["optim"],
+        "techniques": {name: settings[name] for name in settings["optim"]},
+        "batch_size": config.training.batch_size,
+        "memory_limit_mb": config.measure.memory_limit_mb,
+        "command": command,
+    }
+    return known | dict.fromkeys(_MEASURED)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole or not at all: under a temporary name first, then renamed."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """Write `result.json` atomically."""
+    write_text(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+
+
+def read_result(run_dir: Path) -> dict[str, Any] | None:
+    """The folder's result; None if it has none.
+
+    Raises:
+        UserError: if the file is no result of this program.
+    """
+    file = run_dir / RESULT_FILE
+    if not file.is_file():
+        return None
+    try:
+        result = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{file} is not a result that this version writes (schema_version {SCHEMA_VERSION})")
+    return result

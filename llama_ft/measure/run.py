@@ -1,0 +1,187 @@
+"""One run, measured: data, weights, techniques, the tracked warm-up, the timed training, what is left behind."""
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llama_ft import __version__, techniques
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.data.collate import collate, epoch_batches
+from llama_ft.data.dataset import Dataset, load_dataset
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.measure.device import (
+    Stopwatch,
+    choose_device,
+    device_name,
+    has_bf16,
+    limit_memory,
+    memory_in_use_mb,
+    peak_rss_mb,
+)
+from llama_ft.measure.memory import MemoryTracker, MemoryUse
+from llama_ft.measure.result import MB, METRICS_FILE
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import WEIGHTS_FILE, load_model, save_tensors
+from llama_ft.techniques.gradient_accumulation import windows
+from llama_ft.techniques.lora import lora_state_dict
+from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.training.loop import train
+from llama_ft.training.metrics import MetricsFile
+from llama_ft.training.optimizer import make_optimizer, make_schedule
+from llama_ft.training.step import TrainStep, Window, evaluate_loss
+
+ADAPTER_FILE = "adapter.safetensors"
+N_EVAL_SAMPLES = 8  # the fixed set whose loss is compared before and after
+
+
+class MeasuredRun:
+    """A run and what is known of it so far, so that a run that ends early leaves that behind."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> None:
+        self.config, self.run_dir, self.say = config, run_dir, say
+        self.stage = "starting"
+        self.result: dict[str, Any] = {}
+
+    def execute(self) -> None:
+        """Do all of it, noting results in `self.result` and the stage in `self.stage`.
+
+        Raises:
+            UserError: for whatever the user can put right.
+        """
+        config = self.config
+        torch.manual_seed(config.training.seed)
+        device = choose_device(config.gpu.device)
+        self.result |= {"device": device_name(device), "versions": versions()}
+        precision = make_precision(config, device)
+        self.stage = "reading the data"
+        dataset = load_data(config)
+        self.say(f"data: {dataset.describe()}")
+        if config.measure.memory_limit_mb is not None:
+            limit_memory(device, config.measure.memory_limit_mb)
+        self.stage = "loading the weights"
+        dtype = techniques.base_dtype(config, precision)
+        model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed)
+        applied = techniques.apply(model, config, precision)
+        self._count_parameters(model)
+        step = TrainStep(
+            model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm
+        )
+        self._train(step, dataset, applied.accumulation_steps)
+        self.stage = "saving"
+        if config.training.save:
+            self._save(model)
+
+    def _train(self, step: TrainStep, dataset: Dataset, accumulation_steps: int) -> None:
+        config, device, pad = self.config, step.device, step.precision.pad_multiple
+
+        def epoch_windows(epoch: int) -> list[Window]:
+            training = config.training
+            batches = epoch_batches(dataset.samples, training.batch_size, epoch, training.seed, pad)
+            return list(windows(batches, accumulation_steps))
+
+        first_epoch = epoch_windows(0)
+        total_steps = len(first_epoch) * config.training.epochs
+        schedule = make_schedule(step.optimizer, total_steps, config.training.warmup_ratio)
+        self.stage = "the first optimizer step"
+        use = track_memory(step, first_epoch)
+        fixed = [collate([sample], pad) for sample in dataset.samples[:N_EVAL_SAMPLES]]
+        self.result["eval_loss_before"] = evaluate_loss(step, fixed)
+        self.stage = "training"
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        watch = Stopwatch(device)
+        with MetricsFile(self.run_dir / METRICS_FILE, total_steps, lambda: memory_in_use_mb(device)) as metrics:
+            train(step, schedule, epoch_windows, config.training.epochs, metrics, watch.part)
+        self.result |= memory_result(use, device)
+        tokens = sum(len(sample) for sample in dataset.samples) * config.training.epochs
+        self.result |= {
+            "runtime_s": watch.seconds,
+            "samples": len(dataset.samples) * config.training.epochs,
+            "tokens": tokens,
+            "tokens_per_s": tokens / watch.seconds,
+            "loss_first": metrics.losses[0],
+            "loss_last": metrics.losses[-1],
+            "eval_loss_after": evaluate_loss(step, fixed),
+        }
+
+    def _count_parameters(self, model: Transformer) -> None:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        percent = 100 * trainable / total
+        self.result |= {"trainable_params": trainable, "total_params": total, "trainable_percent": percent}
+        self.say(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
+
+    def _save(self, model: Transformer) -> None:
+        if self.config.optim.lora:
+            save_tensors(lora_state_dict(model), self.run_dir / ADAPTER_FILE)
+        else:
+            save_tensors(model.state_dict(), self.run_dir / WEIGHTS_FILE)
+
+
+def make_precision(config: TrainConfig, device: torch.device) -> Precision:
+    """The dtypes of a run: mixed precision's, or fp32 throughout."""
+    if config.optim.mp:
+        return mixed_precision(config.mp, device.type, has_bf16(device))
+    return Precision(device.type)
+
+
+def load_data(config: TrainConfig) -> Dataset:
+    """The run's samples.
+
+    Raises:
+        UserError: also if the tokenizer is not the model's.
+    """
+    tokenizer = Tokenizer(config.tokenizer_file)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        pieces, expected = tokenizer.vocab_size, config.model.vocab_size
+        raise UserError(
+            f"tokenizer={config.tokenizer_file} has {pieces} pieces, but model={config.model.name} has a vocabulary"
+            f" of {expected}: give the tokenizer that belongs to the model"
+        )
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples)
+
+
+def track_memory(step: TrainStep, epoch: list[Window]) -> MemoryUse:
+    """Rehearse the window with the epoch's longest micro-batch, tracked: the first time, then with optimizer state."""
+    longest = max(epoch, key=lambda window: max(batch.tokens.numel() for batch in window))
+    tensors = [tensor for batch in longest for tensor in batch.tensors]
+    with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
+        step.rehearse(longest)
+        step.rehearse(longest)
+    return tracker.result()
+
+
+def memory_result(use: MemoryUse, device: torch.device) -> dict[str, Any]:
+    """The memory part of `result.json`. On CUDA the allocator's peaks of the timed run; on the CPU the tracker's."""
+    peak, reserved = use.peak_mb, None
+    at_peak, ledger = dict(use.at_peak_mb), list(use.ledger)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / MB
+        reserved = torch.cuda.max_memory_reserved(device) / MB
+        unseen = peak - use.peak_mb
+        at_peak["other"] += unseen
+        ledger.append({"category": "other", "dtype": "-", "mb": unseen, "item": "workspaces and rounding"})
+    return {
+        "peak_memory_mb": peak,
+        "peak_memory_reserved_mb": reserved,
+        "peak_rss_mb": peak_rss_mb(),
+        "memory_mb": at_peak,
+        "memory_max_mb": use.max_mb,
+        "memory_instant": use.instant,
+        "ledger": ledger,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """What the numbers depend on."""
+    return {
+        "llama_ft": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "sentencepiece": version("sentencepiece"),
+    }

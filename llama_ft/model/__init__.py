@@ -1,0 +1,1 @@
+"""The LLaMA decoder and its weights."""

@@ -1,0 +1,157 @@
+"""The LLaMA-2 decoder (Touvron et al. 2023, arXiv 2307.09288), with the parameter names of Meta's checkpoints.
+
+Shapes: B batch, S sequence, D model.dim, H n_heads, K n_kv_heads, E head_dim, F ffn_dim, V vocab_size,
+N positions whose logits are asked for.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ft.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32 and returned in x's dtype."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] to [..., D]. Rounds to x's dtype before the gain, as Meta's code and transformers do."""
+        x_fp32 = x.float()
+        normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
+        return normed.type_as(x) * self.weight
+
+
+def rotary_table(context: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
+    """Cosines and sines of the rotary angles (Su et al. 2021, arXiv 2104.09864): fp32, [2, context, head_dim / 2]."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angles = torch.outer(torch.arange(context, dtype=torch.float32, device=device), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotary: Tensor) -> Tensor:
+    """Turn adjacent pairs of features, Meta's layout, by their position's angles.
+
+    x is [B, S, heads, E]; rotary is [2, S, E / 2] or [2, B, S, E / 2]. Computed in fp32, returned in x's dtype.
+    """
+    cos, sin = rotary.unsqueeze(-2)  # one angle for all heads
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); multi-head where K = H."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.grouped = config.n_kv_heads != config.n_heads
+        kv_dim = config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202): w2(silu(w1 x) * w3 x)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.w2 = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.w3 = nn.Linear(config.dim, config.ffn_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+
+
+class TransformerBlock(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        x = x + self.attention(self.attention_norm(x), rotary, mask)
+        return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    """[B, S, D] through the layers, one after the other."""
+    for layer in layers:
+        x = layer(x, rotary, mask)
+    return x
+
+
+class Transformer(nn.Module):
+    """The decoder with its embedding and head.
+
+    `run_layers` is an attribute so that the way the layers run can be replaced without the model knowing why.
+    """
+
+    rotary: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.run_layers = run_layers
+        # Recomputed from the config, never saved: Meta's checkpoints differ in whether they hold it.
+        table = rotary_table(config.context, config.head_dim, config.rope_theta)
+        self.register_buffer("rotary", table, persistent=False)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits of the next token.
+
+        Args:
+            tokens: int64 [B, S].
+            positions: int64 [S] or [B, S], each token's position; None counts from 0.
+            mask: bool, broadcast to [B, H, S, S], True where a query (third axis) may attend to a key; None is causal.
+                Padding on the right needs none, since no real token looks at it.
+            logits_at: int64 [N], indices into the B * S flattened positions; None is all of them.
+
+        Returns:
+            Logits in the compute dtype: [B, S, V], or [N, V] with `logits_at`.
+
+        Raises:
+            ValueError: if S exceeds the model's context and no positions are given.
+        """
+        if positions is None:
+            if tokens.shape[-1] > self.config.context:
+                raise ValueError(f"{tokens.shape[-1]} tokens exceed the model's context of {self.config.context}")
+            rotary = self.rotary[:, : tokens.shape[-1]]
+        else:
+            rotary = self.rotary[:, positions]
+        x = self.run_layers(self.layers, self.tok_embeddings(tokens), rotary, mask)
+        if logits_at is not None:
+            x = x.flatten(0, 1)[logits_at]
+        return self.output(self.norm(x))  # type: ignore[no-any-return]

@@ -1,0 +1,64 @@
+"""The picture of Table 2: memory stacked by category with its limit, runtime beside it."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from llama_ft.measure.result import CATEGORIES
+from llama_ft.reporting.results import Group, label
+from llama_ft.reporting.table2 import MARKS, amount
+
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999"), strict=True))
+RUNTIME_COLOUR = "#555555"
+
+
+def draw_table2(groups: list[Group], file: Path) -> None:
+    """Write one picture with a row of two panels for each group."""
+    heights = [0.42 * len(group.results) + 1.5 for group in groups]
+    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained", dpi=150)
+    axes = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(3, 2), height_ratios=heights)
+    for group, (memory, runtime) in zip(groups, axes, strict=True):
+        _memory_panel(memory, group.results)
+        _runtime_panel(runtime, group.results)
+        memory.set_title(group.title, loc="left", fontsize=10)
+    figure.savefig(file)
+
+
+def _memory_panel(axes: Axes, results: list[dict[str, Any]]) -> None:
+    ends = [0.0] * len(results)
+    for category in CATEGORIES:
+        sizes = [(r["memory_mb"] or {}).get(category, 0.0) if r["status"] == "ok" else 0.0 for r in results]
+        name = category.replace("_", " ")
+        axes.barh(range(len(results)), sizes, left=ends, color=COLOURS[category], label=name, height=0.7)
+        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    limit = results[0]["memory_limit_mb"]
+    if limit is not None:
+        axes.axvline(limit, color="#D55E00", linestyle="--", label=f"limit {limit:,} MB")
+    _finish(axes, results, [r["peak_memory_mb"] for r in results], "peak memory, MB")
+    axes.set_yticks(range(len(results)), [label(r) for r in results])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=6, frameon=False, fontsize=8)
+
+
+def _runtime_panel(axes: Axes, results: list[dict[str, Any]]) -> None:
+    seconds = [r["runtime_s"] if r["status"] == "ok" else 0.0 for r in results]
+    axes.barh(range(len(results)), seconds, color=RUNTIME_COLOUR, height=0.7)
+    _finish(axes, results, seconds, "runtime, s")
+    axes.set_yticks(range(len(results)), [])
+
+
+def _finish(axes: Axes, results: list[dict[str, Any]], values: list[float | None], xlabel: str) -> None:
+    for position, (result, value) in enumerate(zip(results, values, strict=True)):
+        text = amount(value) if result["status"] == "ok" and value is not None else MARKS.get(result["status"], "–")
+        end = value if result["status"] == "ok" and value is not None else 0.0
+        axes.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)

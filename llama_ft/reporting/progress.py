@@ -1,0 +1,67 @@
+"""A run's progress on the terminal: what it says, a bar while it trains, a line when it is over."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from llama_ft.reporting.table2 import amount
+
+PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
+
+
+class RunProgress:
+    """Listens to one run."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._plain = not console.is_terminal
+        self._last_plain = time.monotonic()
+        self._progress = Progress(
+            TextColumn("  {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            transient=True,
+            disable=self._plain,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+        console.print(title, style="bold", highlight=False, markup=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def message(self, line: str) -> None:
+        """Print a line of the run."""
+        self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """Move the bar."""
+        numbers = (
+            f"loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  {metrics['tokens_per_s']:,.0f} tokens/s"
+            f"  {metrics['memory_mb']:,.0f} MB"
+        )
+        step, total = metrics["step"], metrics["total_steps"]
+        if self._task is None:
+            self._task = self._progress.add_task("", total=total, numbers=numbers)
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        if self._plain and time.monotonic() - self._last_plain > PLAIN_SECONDS:
+            self.message(f"{step}/{total}  {numbers}")
+            self._last_plain = time.monotonic()
+
+
+def ending(result: dict[str, Any]) -> str:
+    """One line for a run that is over."""
+    if result["status"] != "ok":
+        return f"{result['status']}: {result['error']}"
+    losses = f"loss {result['eval_loss_before']:.3f} before, {result['eval_loss_after']:.3f} after"
+    memory, seconds = amount(result["peak_memory_mb"]), amount(result["runtime_s"])
+    return f"ok: peak {memory} MB, {seconds} s, {result['tokens_per_s']:,.0f} tokens/s, {losses}"

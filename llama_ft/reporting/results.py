@@ -1,0 +1,62 @@
+"""The results of a sweep's folder, in the order of the course's Table 2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.measure.result import RESULT_FILE, read_result
+
+TECHNIQUES = ("ga", "mp", "lora", "gc")
+LABELS = {"ga": "GA", "mp": "MP", "lora": "LoRA", "gc": "GC"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their techniques alone, and so may share a table."""
+
+    variant: str  # what else the sweep varied, from the folders' names; often empty
+    results: list[dict[str, Any]]
+
+    @property
+    def baseline(self) -> dict[str, Any] | None:
+        """The run with every technique off, if it finished."""
+        return next((r for r in self.results if r["combination"] == "baseline" and r["status"] == "ok"), None)
+
+    @property
+    def title(self) -> str:
+        """What all runs of the group have in common."""
+        first = self.results[0]
+        device = next((r["device"] for r in self.results if r["device"]), None)
+        samples = next((f", {r['samples']} samples" for r in self.results if r["samples"]), "")
+        parts = [first["model"], f"{first['data']}{samples}", device or first["gpu"], self.variant]
+        return " · ".join(part for part in parts if part)
+
+
+def read_groups(folder: Path) -> list[Group]:
+    """The results in a folder and in the folders below it.
+
+    Raises:
+        UserError: if there are none, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for file in sorted(folder.rglob(RESULT_FILE)):
+        result = read_result(file.parent)
+        if result is None:
+            continue
+        _, _, variant = file.parent.relative_to(folder).as_posix().partition(",")
+        groups.setdefault((variant, result["model"], result["data"], result["gpu"]), []).append(result)
+    if not groups:
+        raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
+    return [Group(key[0], sorted(results, key=_course_order)) for key, results in sorted(groups.items())]
+
+
+def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:
+    return tuple(result["optim"][name] for name in ("gc", "ga", "mp", "lora"))
+
+
+def label(result: dict[str, Any]) -> str:
+    """The combination for people: `GA+MP+LoRA`."""
+    return "+".join(LABELS[name] for name in TECHNIQUES if result["optim"][name]) or "baseline"

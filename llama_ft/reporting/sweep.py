@@ -1,0 +1,36 @@
+"""A sweep's report: the table on the terminal, and `table2.md`, `table2.csv`, `table2.png` in its folder."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from llama_ft.config import UserError
+from llama_ft.measure.result import write_text
+from llama_ft.reporting.results import read_groups
+from llama_ft.reporting.table2 import csv_text, markdown, table2, terminal
+
+FILES = ("table2.md", "table2.csv", "table2.png")
+
+
+def report_sweep(folder: Path, console: Console) -> None:
+    """Print and write the report.
+
+    Raises:
+        UserError: if the folder holds no results or cannot be written to.
+    """
+    groups = read_groups(folder)
+    tables = [table2(group) for group in groups]
+    for table in tables:
+        for view in terminal(table):
+            console.print(view)
+        for note in table.notes:
+            console.print(f"  {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
+    from llama_ft.reporting.figure import draw_table2  # matplotlib takes a second to import
+
+    try:
+        write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
+        write_text(folder / "table2.csv", csv_text(groups))
+        draw_table2(groups, folder / "table2.png")
+    except OSError as error:
+        raise UserError(f"the report cannot be written into {folder}: {error.strerror}") from error
+    console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)

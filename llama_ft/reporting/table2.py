@@ -1,0 +1,137 @@
+"""The course's Table 2: a column for each combination; peak memory and runtime, absolute and relative to baseline."""
+
+import csv
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.table import Table as RichTable
+
+from llama_ft.measure.result import CATEGORIES
+from llama_ft.reporting.results import LABELS, TECHNIQUES, Group
+
+MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
+COLUMNS_IN_TERMINAL = 8
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells, ready for any of the renderers below."""
+
+    title: str
+    header: list[str]
+    rows: list[tuple[str, list[str]]]
+    notes: list[str]
+
+
+def table2(group: Group) -> Table:
+    """The measured table of a group."""
+    results = group.results
+    shown = [name for name in TECHNIQUES if name != "gc" or any(r["optim"]["gc"] for r in results)]
+    rows = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in results]) for name in shown[1:]]
+
+    def add(text: str, key: str, form: Callable[[float], str] = amount) -> None:
+        if any(r[key] is not None for r in results) or key in ("peak_memory_mb", "runtime_s"):
+            rows.append((text, [_cell(r, key, form) for r in results]))
+
+    add("Peak memory, MB", "peak_memory_mb")
+    rows.append(("  of baseline", _relative(group, "peak_memory_mb")))
+    add("Peak reserved, MB", "peak_memory_reserved_mb")
+    add("Peak RSS, MB", "peak_rss_mb")
+    add("Runtime, s", "runtime_s")
+    rows.append(("  of baseline", _relative(group, "runtime_s")))
+    add("Tokens/s", "tokens_per_s")
+    add("Loss before", "eval_loss_before", "{:.3f}".format)
+    add("Loss after", "eval_loss_after", "{:.3f}".format)
+    header = ["GA"] + ["ON" if r["optim"]["ga"] else "OFF" for r in results]
+    return Table(group.title, header, rows, _notes(group))
+
+
+def amount(value: float) -> str:
+    """Three figures at least, no more decimals than that needs, thousands marked."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _cell(result: dict[str, Any], key: str, form: Callable[[float], str]) -> str:
+    if result["status"] != "ok":
+        return MARKS[result["status"]]
+    return "–" if result[key] is None else form(result[key])
+
+
+def _relative(group: Group, key: str) -> list[str]:
+    base = group.baseline
+    if base is None:
+        return ["–"] * len(group.results)
+    return [f"{r[key] / base[key]:.0%}" if r["status"] == "ok" else MARKS[r["status"]] for r in group.results]
+
+
+def _notes(group: Group) -> list[str]:
+    results = group.results
+    settings, batch = results[0]["techniques"], results[0]["batch_size"]
+    notes = []
+    if any(r["optim"]["ga"] for r in results):
+        steps = settings["ga"]["steps"]
+        notes.append(f"GA: micro-batches of {batch}, an update every {steps * batch} samples instead of every {batch}.")
+    if any(r["optim"]["mp"] and r["optim"]["lora"] for r in results):
+        if settings["mp"]["frozen_weights"] == "compute":
+            notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
+        else:
+            notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
+    if not any(r["optim"]["gc"] for r in results):
+        notes.append("GC is off.")
+    if any(r["peak_memory_reserved_mb"] for r in results):
+        notes.append("Peak memory: the CUDA allocator's max allocated in the timed run. MB is 2**20 bytes.")
+    else:
+        notes.append(
+            "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
+        )
+    limit = results[0]["memory_limit_mb"]
+    if any(r["status"] == "oom" for r in results):
+        notes.append("×: out of memory" + (f" (limit {limit:,} MB)." if limit else "."))
+    notes.append("Loss: a fixed set of 8 training samples, without dropout.")
+    notes += [f"{r['combination']}: {r['error']}" for r in results if r["status"] in ("killed", "interrupted", "error")]
+    return notes
+
+
+def terminal(table: Table) -> list[RichTable]:
+    """For a terminal; side by side no more columns than fit into 80 characters."""
+    parts = []
+    for start in range(0, len(table.header) - 1, COLUMNS_IN_TERMINAL):
+        columns = slice(start, start + COLUMNS_IN_TERMINAL)
+        view = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        view.add_column(table.header[0], no_wrap=True)
+        for name in table.header[1:][columns]:
+            view.add_column(name, justify="right", no_wrap=True)
+        for text, cells in table.rows:
+            view.add_row(text, *cells[columns], style="bold" if text.startswith(("Peak memory", "Runtime")) else None)
+        parts.append(view)
+    return parts
+
+
+def markdown(table: Table) -> str:
+    """For `table2.md`."""
+    lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
+    lines.append("|---|" + "---:|" * (len(table.header) - 1))
+    lines += ["| " + " | ".join([text.strip(), *cells]) + " |" for text, cells in table.rows]
+    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+
+
+def csv_text(groups: list[Group]) -> str:
+    """For `table2.csv`: a line for each run, numbers unrounded."""
+    plain = (
+        "model data gpu device status error peak_memory_mb peak_memory_reserved_mb peak_rss_mb runtime_s samples tokens"
+        " tokens_per_s trainable_params total_params trainable_percent eval_loss_before eval_loss_after config_hash"
+    ).split()
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    by_category = [f"memory_mb.{c}" for c in CATEGORIES] + [f"memory_max_mb.{c}" for c in CATEGORIES]
+    writer.writerow(["combination", "variant", *TECHNIQUES, *plain, *by_category])
+    for group in groups:
+        for result in group.results:
+            values = [result[part] or {} for part in ("memory_mb", "memory_max_mb")]
+            techniques = [result["optim"][name] for name in TECHNIQUES]
+            row = [result["combination"], group.variant, *techniques, *(result[key] for key in plain)]
+            writer.writerow(row + [value.get(category) for value in values for category in CATEGORIES])
+    return out.getvalue()

@@ -1,0 +1,24 @@
+"""Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): keep a block's input, recompute the rest in backward.
+
+`every=n` keeps the input of every n-th block. A run of n blocks is then recomputed at once, so that the activations of
+n blocks live at a time: n = 1 recomputes least at once, n = sqrt(L) balances inputs kept against blocks recomputed.
+"""
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from llama_ft.model.transformer import Transformer
+
+
+def checkpoint_layers(model: Transformer, every: int) -> None:
+    """Make the model run its layers in checkpointed groups of `every`."""
+    run_group = model.run_layers
+
+    def run_checkpointed(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+        for start in range(0, len(layers), every):
+            # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
+            # gradient, and the reentrant form would then give none to the block's weights either.
+            x = checkpoint(run_group, layers[start : start + every], x, rotary, mask, use_reentrant=False)
+        return x
+
+    model.run_layers = run_checkpointed

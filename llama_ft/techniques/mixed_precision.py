@@ -1,0 +1,61 @@
+"""Mixed precision (Micikevicius et al. 2018, arXiv 1710.03740) through PyTorch's AMP.
+
+It is three choices, each said by itself:
+- compute: matrix products in 16 bit, under autocast;
+- trainable weights: fp32 masters, hence fp32 gradients and optimizer state (`mp.trainable_weights`);
+- frozen weights: 16 bit, since what is never updated needs no master (`mp.frozen_weights`). In fp32 they would cost
+  more than without mixed precision: autocast's 16-bit copies of them live until the backward pass.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from llama_ft.config import DtypeChoice, MixedPrecisionConfig, UserError, WeightStorage
+
+# oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
+CPU_16BIT_PAD_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The dtypes of a run on a device type; fp32 throughout is mixed precision switched off."""
+
+    device_type: str
+    compute: torch.dtype = torch.float32
+    trainable: torch.dtype = torch.float32
+    frozen: torch.dtype = torch.float32
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Context for the forward pass and the loss."""
+        return torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss where fp16 gradients would underflow; bf16 has fp32's range and needs none."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.compute == torch.float16)
+
+    def weight_dtype(self, frozen: bool) -> torch.dtype:
+        """The dtype in which weights are stored."""
+        return self.frozen if frozen else self.trainable
+
+    @property
+    def pad_multiple(self) -> int:
+        """Padding a batch's length to a multiple of this is faster; under a causal mask it changes no result."""
+        return CPU_16BIT_PAD_MULTIPLE if self.device_type == "cpu" and self.compute != torch.float32 else 1
+
+
+def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bool) -> Precision:
+    """Mixed precision, switched on, for a device.
+
+    Raises:
+        UserError: for bf16 on a device without it, or fp16 without fp32 masters.
+    """
+    if config.dtype is DtypeChoice.bf16 and not has_bf16:
+        raise UserError("mp.dtype=bf16 is not supported by this GPU: use mp.dtype=fp16 or auto")
+    bf16 = config.dtype is DtypeChoice.bf16 or (config.dtype is DtypeChoice.auto and has_bf16)
+    if not bf16 and config.trainable_weights is WeightStorage.compute:
+        raise UserError("mp.trainable_weights=compute needs bf16, and this run computes in fp16: use fp32")
+    compute = torch.bfloat16 if bf16 else torch.float16
+    stored = {WeightStorage.fp32: torch.float32, WeightStorage.compute: compute}
+    return Precision(device_type, compute, stored[config.trainable_weights], stored[config.frozen_weights])

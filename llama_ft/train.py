@@ -1,0 +1,111 @@
+"""`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
+
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from llama_ft import cli
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.measure.process import run_in_child
+from llama_ft.measure.result import read_result
+from llama_ft.reporting.progress import RunProgress, ending
+from llama_ft.reporting.sweep import report_sweep
+from llama_ft.tracking import Tracker, start_tracker
+
+FINISHED = ("ok", "oom")  # not to be measured again
+
+
+class Forward:
+    """Passes a run's progress on to the terminal and to the tracker."""
+
+    def __init__(self, display: RunProgress, tracker: Tracker, said: set[str]) -> None:
+        self._display, self._tracker, self._said = display, tracker, said
+
+    def message(self, line: str) -> None:
+        """A line that the run printed; what an earlier run of the sweep said already is not said again."""
+        if line not in self._said:
+            self._said.add(line)
+            self._display.message(line)
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl."""
+        self._display.step(metrics)
+        self._tracker.step(metrics)
+
+
+class TrainCommand:
+    """The command's state over the runs of a sweep."""
+
+    def __init__(self) -> None:
+        self.console = Console()
+        self.sweep_dir: Path | None = None
+        self.results: list[dict[str, Any]] = []
+        self.said: set[str] = set()
+
+    def job(self, config: DictConfig) -> None:
+        """One run. Hydra calls it for each."""
+        settings = HydraConfig.get()
+        run_dir = Path(settings.runtime.output_dir)
+        sweeping = settings.mode == RunMode.MULTIRUN
+        if sweeping:
+            self.sweep_dir = Path(settings.sweep.dir).absolute()
+        try:
+            checked = cli.checked_config(config)
+        except Exception as error:
+            raise cli.Stop(cli.explain(error)) from error
+        self.results.append(self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping))
+
+    def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+        """The result that the folder holds, if the run need not be done again."""
+        try:
+            previous = read_result(run_dir)
+        except UserError as error:
+            raise cli.Stop(str(error)) from error
+        if previous is None:
+            return None
+        if previous["config_hash"] != config.hash():
+            raise cli.Stop(
+                f"{run_dir} holds a run with another configuration (hash {previous['config_hash']}, this one's is"
+                f" {config.hash()}); delete the folder, or name another with hydra.sweep.dir=DIR or hydra.run.dir=DIR"
+            )
+        if previous["status"] not in FINISHED:
+            return None
+        self.console.print(f"{run_dir.name}: done before ({previous['status']}), not run again", highlight=False)
+        return previous
+
+    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool) -> dict[str, Any]:
+        """Run in a process of its own, watched."""
+        group = self.sweep_dir.name if sweeping and self.sweep_dir else None
+        with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
+            tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
+            result = None
+            try:
+                text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+                listener = Forward(display, tracker, self.said)
+                result = run_in_child(config, text, run_dir, cli.command_line(), listener)
+            finally:
+                tracker.finish(result or read_result(run_dir))
+            display.message(ending(result))
+        if not sweeping:
+            self.console.print(f"  results: {run_dir}", highlight=False, markup=False, soft_wrap=True)
+        return result
+
+    def main(self) -> int:
+        """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
+        cli.register()
+        hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
+        if self.sweep_dir is not None:
+            report_sweep(self.sweep_dir, self.console)
+        failed = [result["combination"] for result in self.results if result["status"] not in FINISHED]
+        if failed and self.sweep_dir is not None:
+            self.console.print(f"{len(failed)} of {len(self.results)} runs failed: {', '.join(failed)}", style="red")
+        return cli.FAILED if failed else 0
+
+
+if __name__ == "__main__":
+    cli.run_command(TrainCommand().main)

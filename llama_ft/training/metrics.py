@@ -1,0 +1,84 @@
+"""The run's `metrics.jsonl`: a line per optimizer step, written without making the device wait."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from llama_ft.config import UserError
+
+FLUSH_SECONDS = 0.25
+
+
+class MetricsFile:
+    """Writes a step's line one step late, when the device has long computed its loss."""
+
+    def __init__(self, file: Path, total_steps: int, memory_mb: Callable[[], float]) -> None:
+        """`memory_mb` reads the memory in use now; it must not wait for the device."""
+        self._total_steps = total_steps
+        self._file = file.open("w", encoding="utf-8")
+        self._memory_mb = memory_mb
+        self._pending: tuple[dict[str, Any], Tensor, torch.cuda.Event | None] | None = None
+        self._start = self._last_step = self._last_flush = time.perf_counter()
+        self._tokens = 0
+        self.losses: list[float] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None:
+            self._write_pending()
+        self._file.close()
+
+    def record(self, loss: Tensor, grad_norm: Tensor, lr: float, tokens: int) -> None:
+        """Keep a step's numbers, and write those of the step before.
+
+        Raises:
+            UserError: if the loss of the step before is not finite.
+        """
+        scalars = torch.stack((loss, grad_norm.to(loss.dtype)))
+        arrived = None
+        if scalars.is_cuda:
+            # A copy into pinned memory does not wait; the event tells, a step later, that it has arrived.
+            host = torch.empty(2, pin_memory=True)
+            scalars, arrived = host.copy_(scalars, non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._write_pending()
+        now = time.perf_counter()
+        self._tokens += tokens
+        line = {
+            "step": len(self.losses) + 1,
+            "total_steps": self._total_steps,
+            "lr": lr,
+            "tokens": self._tokens,
+            "tokens_per_s": round(tokens / (now - self._last_step), 1),
+            "memory_mb": round(self._memory_mb(), 1),
+            "time_s": round(now - self._start, 4),
+        }
+        self._pending = (line, scalars, arrived)
+        self._last_step = now
+
+    def _write_pending(self) -> None:
+        if self._pending is None:
+            return
+        line, scalars, arrived = self._pending
+        self._pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        loss, grad_norm = scalars.tolist()
+        self.losses.append(loss)
+        line = {"step": line["step"], "total_steps": line["total_steps"], "loss": loss, "grad_norm": grad_norm} | line
+        self._file.write(json.dumps(line) + "\n")
+        if (now := time.perf_counter()) - self._last_flush > FLUSH_SECONDS:
+            self._file.flush()
+            self._last_flush = now
+        if not math.isfinite(loss):
+            hint = "lower training.lr, or use bf16 instead of fp16"
+            raise UserError(f"the loss of optimizer step {line['step']} is {loss}: training stopped; {hint}")

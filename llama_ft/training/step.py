@@ -1,0 +1,89 @@
+"""One optimizer step: the loss of a window of micro-batches, its gradient, the update."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llama_ft.data.collate import Batch
+from llama_ft.techniques import Techniques
+from llama_ft.techniques.gradient_accumulation import target_tokens
+
+Window = Sequence[Batch]  # the micro-batches of one optimizer step
+
+
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy in fp32, summed over the batch's target tokens. A scalar."""
+    logits = model(batch.tokens, logits_at=batch.target_positions)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+
+
+class TrainStep:
+    """Callable on a window. Nothing in it waits for the device."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, techniques: Techniques, max_grad_norm: float
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.precision = techniques.precision
+        self.scaler = techniques.precision.scaler()
+        self.max_grad_norm = max_grad_norm
+        self.device = next(model.parameters()).device
+
+    def __call__(self, window: Window) -> tuple[Tensor, Tensor]:
+        """Update the weights.
+
+        Returns:
+            The window's mean loss per target token and the norm of its gradient before clipping: fp32 scalars.
+        """
+        n_targets = target_tokens(window)
+        loss = torch.zeros((), device=self.device)
+        for micro_batch in window:
+            with self.precision.autocast():
+                micro_loss = summed_loss(self.model, micro_batch.to(self.device)) / n_targets
+            self.scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        parameters = self.optimizer.param_groups[0]["params"]
+        grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def rehearse(self, window: Window) -> None:
+        """Do all a step does at learning rate 0, then undo its traces.
+
+        Afterwards kernels are chosen and the optimizer's state is allocated, while weights, moments and step counts,
+        scaler and random state are as before the first step. Out of memory shows here, not hours into a run.
+        """
+        rng = torch.get_rng_state()
+        rng_cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        scaler = self.scaler.state_dict()
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self(window)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self.scaler.load_state_dict(scaler)
+        torch.set_rng_state(rng)
+        if rng_cuda is not None:
+            torch.cuda.set_rng_state(rng_cuda, self.device)
+
+
+@torch.no_grad()
+def evaluate_loss(step: TrainStep, batches: Sequence[Batch]) -> float:
+    """Mean loss per target token without dropout, in the precision that the run computes in."""
+    step.model.eval()
+    total = torch.zeros((), device=step.device)
+    for batch in batches:
+        with step.precision.autocast():
+            total += summed_loss(step.model, batch.to(step.device))
+    step.model.train()
+    return total.item() / target_tokens(batches)
