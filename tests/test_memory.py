@@ -1,0 +1,129 @@
+"""The memory tracker against closed forms, on layers whose every byte can be counted by hand."""
+
+import itertools
+
+import pytest
+import torch
+from test_techniques import ragged_samples
+from test_training import COMBINATIONS, make_step, name
+from torch import nn
+
+from llama_ft.data.collate import collate
+from llama_ft.measure.memory import MemoryTracker
+from llama_ft.measure.result import CATEGORIES
+
+KB = 1024 / 2**20  # in MB
+
+
+class TwoLinears(nn.Module):
+    """1024 features twice: 4 MB of fp32 weights each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(1024, 1024, bias=False), nn.Linear(1024, 1024, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+def track(model: nn.Module, steps: int = 2, micro_batches: int = 1, autocast: bool = False):
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    x = torch.ones(256, 1024)
+    with MemoryTracker(model, optimizer, [x]) as tracker:
+        for _ in range(steps):
+            for _ in range(micro_batches):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = model(x).sum()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return tracker.result()
+
+
+def test_each_category_is_what_the_arithmetic_says() -> None:
+    use = track(TwoLinears())
+    assert use.max_mb["parameter"] == 8
+    assert use.max_mb["gradient"] == 8
+    assert use.max_mb["optimizer_state"] == pytest.approx(16, abs=1 * KB)  # two moments, and step counts of 4 bytes
+    assert use.max_mb["other"] == 1  # the batch
+    # Kept by forward: the outputs of first, of relu and of second, each 1 MB; linear and relu add no temporaries.
+    assert use.max_mb["activation"] == pytest.approx(3, abs=4 * KB)
+
+
+def test_the_peak_is_that_of_the_second_step_and_is_named() -> None:
+    model = TwoLinears()
+    first, both = track(model, steps=1), track(TwoLinears(), steps=2)
+    assert first.instant == "optimizer step"
+    assert first.peak_mb == pytest.approx(8 + 8 + 16 + 1, abs=4 * KB)
+    assert both.instant == "backward"  # optimizer state, all gradients, and what backward still holds
+    assert both.peak_mb > first.peak_mb
+
+
+def test_accumulation_keeps_gradients_over_the_micro_batches() -> None:
+    one, two = track(TwoLinears()), track(TwoLinears(), micro_batches=2)
+    assert two.max_mb["gradient"] == pytest.approx(one.max_mb["gradient"] + 4)  # a new one beside the sum
+    assert two.max_mb["activation"] == pytest.approx(one.max_mb["activation"], abs=1 * KB)
+
+
+def test_autocast_copies_of_weights_count_as_parameters() -> None:
+    use = track(TwoLinears(), autocast=True)
+    assert use.max_mb["parameter"] == 8 + 4  # fp32 masters and bf16 copies
+    assert use.max_mb["gradient"] == 8  # fp32
+    assert {row["dtype"] for row in use.ledger if row["category"] == "parameter"} <= {"float32", "bfloat16"}
+
+
+def test_views_and_in_place_operators_allocate_nothing() -> None:
+    model = nn.Linear(8, 8, bias=False)
+    with MemoryTracker(model, torch.optim.SGD(model.parameters(), lr=0.1)) as tracker:
+        x = torch.ones(1024, 256)
+        x.view(256, 1024).add_(1).t().relu_()
+        del x
+        torch.ones(1024, 128)
+    use = tracker.result()
+    assert use.max_mb["activation"] == 1
+    assert use.peak_mb == pytest.approx(1, abs=1 * KB)
+
+
+@pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
+def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
+    step, n = make_step(tiny_config, toggles)
+    window = [collate([sample], step.precision.pad_multiple) for sample in ragged_samples()][:n]
+    with MemoryTracker(step.model, step.optimizer) as tracker:
+        step.rehearse(window)
+        step.rehearse(window)
+    use = tracker.result()
+    assert tuple(use.at_peak_mb) == CATEGORIES
+    assert sum(use.at_peak_mb.values()) == pytest.approx(use.peak_mb)
+    assert sum(row["mb"] for row in use.ledger) == pytest.approx(use.peak_mb)
+    assert use.at_peak_mb["other"] <= 0.05 * use.peak_mb
+    assert all(use.at_peak_mb[c] <= use.max_mb[c] + 1e-9 for c in CATEGORIES)
+    trainable = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    assert use.max_mb["optimizer_state"] == pytest.approx(8 * trainable / 2**20, rel=1e-2)
+    stored = sum(p.numel() * p.element_size() for p in step.model.parameters()) / 2**20
+    assert use.max_mb["parameter"] >= stored
+
+
+def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:
+    uses = {}
+    for toggles in itertools.product([False], [False], [False, True], [False, True]):
+        step, _ = make_step(tiny_config, toggles)
+        with MemoryTracker(step.model, step.optimizer) as tracker:
+            step.rehearse([collate(ragged_samples())])
+        uses[name(toggles)] = tracker.result().max_mb
+    for category in ("gradient", "optimizer_state"):
+        assert uses["lora"][category] < 0.1 * uses["baseline"][category]
+    assert uses["gc"]["activation"] < 0.6 * uses["baseline"]["activation"]
+    assert uses["lora_gc"]["activation"] < 0.6 * uses["lora"]["activation"]
+
+
+def test_tracking_changes_no_result(tiny_config) -> None:
+    losses = []
+    for tracked in (False, True):
+        step, _ = make_step(tiny_config, (True, False, True, True))
+        window = [collate(ragged_samples())]
+        if tracked:
+            with MemoryTracker(step.model, step.optimizer):
+                losses.append([step(window)[0].item() for _ in range(3)])
+        else:
+            losses.append([step(window)[0].item() for _ in range(3)])
+    assert losses[0] == losses[1]

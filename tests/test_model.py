@@ -1,0 +1,166 @@
+"""The decoder against transformers, closed forms and higher precision."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_ft.config import ModelConfig, UserError
+from llama_ft.model.transformer import RMSNorm, Transformer, rotary_table, rotate
+from llama_ft.model.weights import WEIGHTS_FILE, load_model, permute_rotary, save_tensors, to_hf
+
+CPU = torch.device("cpu")
+
+
+def small_config(n_kv_heads: int = 4) -> ModelConfig:
+    return ModelConfig(
+        name="small", dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, ffn_dim=96, vocab_size=101, context=64
+    )
+
+
+def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
+    model = load_model(small_config(n_kv_heads), "random", CPU, torch.float32, seed)
+    with torch.no_grad():
+        for parameter in model.parameters():  # away from 0.02, so that attention and gains are far from uniform
+            parameter.mul_(5.0) if parameter.dim() == 2 else parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
+    return model
+
+
+def reference(model: Transformer) -> LlamaForCausalLM:
+    c = model.config
+    config = LlamaConfig(
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        intermediate_size=c.ffn_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+    )
+    hf = LlamaForCausalLM(config).eval()
+    hf.load_state_dict(to_hf(model.state_dict(), c))
+    return hf
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_logits_equal_transformers(n_kv_heads: int) -> None:
+    model = small_model(n_kv_heads)
+    tokens = torch.randint(0, 101, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert relative(model(tokens), reference(model)(tokens).logits) <= 1e-5
+
+
+def test_gradients_equal_transformers() -> None:
+    model = small_model(2)
+    hf = reference(model)
+    tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(2))
+    model(tokens).logsumexp(-1).sum().backward()
+    hf(tokens).logits.logsumexp(-1).sum().backward()
+    ours = to_hf({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, model.config)
+    for name, parameter in hf.named_parameters():
+        assert relative(ours[name], parameter.grad) <= 1e-4, name
+
+
+def test_left_padding_with_positions_and_mask_changes_nothing() -> None:
+    model = small_model(2)
+    tokens = torch.randint(0, 101, (1, 12), generator=torch.Generator().manual_seed(3))
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), tokens), dim=1)
+    positions = torch.cat((torch.zeros(5, dtype=torch.long), torch.arange(12)))[None]
+    mask = torch.ones(17, 17, dtype=torch.bool).tril()[None, None]
+    mask[..., 5:, :5] = False
+    with torch.no_grad():
+        assert relative(model(padded, positions=positions, mask=mask)[:, 5:], model(tokens)) <= 1e-5
+
+
+def test_a_token_does_not_see_those_after_it() -> None:
+    model = small_model()
+    tokens = torch.randint(0, 101, (1, 16), generator=torch.Generator().manual_seed(4))
+    changed = tokens.clone()
+    changed[0, 10:] += 1
+    with torch.no_grad():
+        before, after = model(tokens % 101), model(changed % 101)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.allclose(before[:, 10:], after[:, 10:])
+
+
+def test_logits_at_are_those_rows_of_all_logits() -> None:
+    model = small_model()
+    tokens = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(5))
+    at = torch.tensor([0, 8, 9, 17])
+    with torch.no_grad():
+        assert relative(model(tokens, logits_at=at), model(tokens).flatten(0, 1)[at]) <= 1e-6
+
+
+def test_rotary_angles_depend_on_the_distance_alone() -> None:
+    generator = torch.Generator().manual_seed(6)
+    q, k = torch.randn(2, 1, 1, 1, 16, generator=generator, dtype=torch.float64)
+    table = rotary_table(64, 16, 10000.0).double()
+    score = [
+        (rotate(q, table[:, i : i + 1]).double() * rotate(k, table[:, j : j + 1]).double()).sum().item()
+        for i, j in ((7, 2), (45, 40))
+    ]
+    assert score[0] == pytest.approx(score[1], rel=1e-5)
+
+
+def test_rotary_is_a_complex_rotation_of_adjacent_pairs() -> None:
+    x = torch.randn(1, 10, 2, 8, generator=torch.Generator().manual_seed(7))
+    angles = torch.outer(torch.arange(10.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
+    assert relative(rotate(x, rotary_table(10, 8, 10000.0)), torch.view_as_real(turned).flatten(-2)) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rmsnorm_computes_in_fp32(dtype: torch.dtype) -> None:
+    norm = RMSNorm(256, 1e-5)
+    x = (100 * torch.randn(4, 256, generator=torch.Generator().manual_seed(8))).to(dtype)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert relative(norm(x).double(), exact) <= torch.finfo(dtype).eps
+
+
+def test_more_tokens_than_the_context_are_refused() -> None:
+    with pytest.raises(ValueError, match="65 tokens exceed the model's context of 64"):
+        small_model()(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_random_weights_depend_on_the_seed_alone() -> None:
+    first, second, other = (load_model(small_config(), "random", CPU, torch.float32, seed) for seed in (1, 1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert not torch.equal(first.output.weight, other.output.weight)
+    assert first.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_permutation_of_rotary_rows_is_undone() -> None:
+    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(9))
+    assert torch.equal(permute_rotary(permute_rotary(weight, 4, to_hf=True), 4, to_hf=False), weight)
+
+
+def test_saved_weights_load_again(tmp_path) -> None:
+    model = small_model()
+    save_tensors(model.state_dict(), tmp_path / WEIGHTS_FILE)
+    again = load_model(model.config, str(tmp_path), CPU, torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS_FILE]
+
+
+def test_weights_of_another_model_are_refused(tmp_path) -> None:
+    save_tensors(small_model(4).state_dict(), tmp_path / WEIGHTS_FILE)
+    with pytest.raises(UserError, match=r"layers\.0\.attention\.wk\.weight is \[64, 64\], should be \[32, 64\]"):
+        load_model(small_config(2), str(tmp_path), CPU, torch.float32)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{", b"not safetensors at all"])
+def test_damaged_weights_are_refused(tmp_path, content: bytes) -> None:
+    (tmp_path / WEIGHTS_FILE).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load_model(small_config(), str(tmp_path), CPU, torch.float32)
+
+
+def test_tiny_fits_8_mb_with_its_tokenizer_in_16_bit(tiny_config) -> None:
+    parameters = sum(p.numel() for p in load_model(tiny_config.model, "builtin", CPU, torch.float32).parameters())
+    assert 2 * parameters + tiny_config.tokenizer_file.stat().st_size <= 8e6

@@ -1,0 +1,306 @@
+"""Each technique against what it claims: equal results where it changes none, dtypes and counts where it does."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from peft import LoraConfig as PeftConfig
+from peft import get_peft_model
+from test_model import reference, relative, small_model
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from llama_ft import cli, techniques
+from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage
+from llama_ft.data.collate import Batch, collate
+from llama_ft.data.dataset import Sample
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import permute_rotary
+from llama_ft.techniques.gradient_accumulation import target_tokens, windows
+from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
+from llama_ft.techniques.lora import LoRALinear, add_lora, lora_state_dict
+from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.training.step import TrainStep, summed_loss
+
+
+def ragged_samples(lengths: tuple[int, ...] = (30, 12, 25, 8, 17, 40, 9, 21)) -> list[Sample]:
+    """Samples whose numbers of target tokens differ by far more than their lengths."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = (5, 2, 23, 3, 10, 4, 7, 19)
+    return [
+        Sample(torch.randint(0, 101, (length,), generator=generator).tolist(), prompt)
+        for length, prompt in zip(lengths, prompts, strict=True)
+    ]
+
+
+class Recorder(torch.optim.SGD):
+    """Keeps the gradients it is handed, and updates nothing."""
+
+    def step(self, closure=None) -> None:
+        self.gradients = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
+def window_gradients(model: Transformer, window: list[Batch]) -> list[Tensor]:
+    recorder = Recorder(model.parameters(), lr=0.0)
+    TrainStep(model, recorder, techniques.Techniques(len(window), Precision("cpu")), float("inf"))(window)
+    return recorder.gradients
+
+
+def mean_of_means_gradients(model: Transformer, window: list[Batch]) -> list[Tensor]:
+    model.zero_grad()
+    for batch in window:
+        (summed_loss(model, batch) / batch.n_targets / len(window)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def worst(a: list[Tensor], b: list[Tensor]) -> float:
+    return max(relative(x, y) for x, y in zip(a, b, strict=True))
+
+
+class TestGradientAccumulation:
+    @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-12)])
+    @pytest.mark.parametrize("micro_batch", [1, 2, 4, 3])
+    def test_equals_one_batch(self, dtype: torch.dtype, tolerance: float, micro_batch: int) -> None:
+        model, samples = small_model().to(dtype), ragged_samples()
+        whole = window_gradients(model, [collate(samples)])
+        parts = [collate(samples[start : start + micro_batch]) for start in range(0, len(samples), micro_batch)]
+        assert worst(window_gradients(model, parts), whole) <= tolerance
+
+    def test_a_mean_of_means_would_fail(self) -> None:
+        model, samples = small_model().to(torch.float64), ragged_samples()
+        whole = window_gradients(model, [collate(samples)])
+        assert worst(mean_of_means_gradients(model, [collate([sample]) for sample in samples]), whole) > 1e-2
+
+    def test_loss_is_the_mean_over_all_target_tokens(self) -> None:
+        model, samples = small_model().to(torch.float64), ragged_samples()
+        window = [collate([sample]) for sample in samples]
+        step = TrainStep(
+            model, Recorder(model.parameters(), lr=0.0), techniques.Techniques(8, Precision("cpu")), float("inf")
+        )
+        loss, _ = step(window)
+        expected = []
+        for sample in samples:
+            logits = reference(small_model())(torch.tensor([sample.tokens])).logits[0].double()
+            expected.append(
+                nn.functional.cross_entropy(
+                    logits[sample.n_prompt - 1 : -1], torch.tensor(sample.tokens[sample.n_prompt :]), reduction="none"
+                )
+            )
+        assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("n", "steps", "sizes"), [(10, 4, [4, 4, 2]), (8, 8, [8]), (3, 8, [3]), (3, 1, [1, 1, 1])]
+    )
+    def test_windows_lose_nothing(self, n: int, steps: int, sizes: list[int]) -> None:
+        cut = list(windows(range(n), steps))
+        assert [len(window) for window in cut] == sizes
+        assert [item for window in cut for item in window] == list(range(n))
+
+    def test_target_tokens_counts_the_whole_window(self) -> None:
+        samples = ragged_samples()
+        assert target_tokens([collate([s]) for s in samples]) == sum(len(s.tokens) - s.n_prompt for s in samples)
+
+
+class TestGradientCheckpointing:
+    @pytest.mark.parametrize("every", [1, 2, 3, 5])
+    @pytest.mark.parametrize("lora", [False, True])
+    def test_loss_and_gradients_are_equal_to_the_bit(self, every: int, lora: bool) -> None:
+        plain = small_model(2)
+        if lora:
+            torch.manual_seed(0)
+            add_lora(plain, 4, 8.0, 0.1, ["wq", "wv"])
+        checkpointed = copy.deepcopy(plain)
+        checkpoint_layers(checkpointed, every)
+        losses = []
+        for model in (plain, checkpointed):
+            torch.manual_seed(1)  # dropout
+            loss = summed_loss(model, collate(ragged_samples()))
+            loss.backward()
+            losses.append(loss)
+        assert torch.equal(*losses)
+        for (name, a), (_, b) in zip(plain.named_parameters(), checkpointed.named_parameters(), strict=True):
+            assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad), name
+
+    @pytest.mark.parametrize("every", [1, 2, 3])
+    def test_backward_computes_the_forward_of_the_layers_again(self, every: int) -> None:
+        batch = collate(ragged_samples())
+        plain, checkpointed = small_model(), small_model()
+        checkpoint_layers(checkpointed, every)
+        layers = flops(lambda: plain(batch.tokens)) - flops(lambda: plain.output(torch.zeros(8, 39, 64)))
+        # Recomputation stops at the last tensor that backward needs, so each group's last w2 is left out.
+        groups, w2 = -(-3 // every), 2 * batch.tokens.numel() * 96 * 64
+        assert total_flops(checkpointed, batch) - total_flops(plain, batch) == layers - groups * w2
+
+    def test_keeps_fewer_bytes_for_backward(self) -> None:
+        batch = collate(ragged_samples())
+        kept = []
+        for every in (None, 1):
+            model = small_model()
+            if every:
+                checkpoint_layers(model, every)
+            saved: dict[int, int] = {}
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
+                or t,
+                lambda t: t,
+            ):
+                summed_loss(model, batch)
+            kept.append(sum(saved.values()))
+        assert kept[1] < 0.5 * kept[0]
+
+    def test_parameter_names_stay(self) -> None:
+        model = small_model()
+        names = list(model.state_dict())
+        checkpoint_layers(model, 2)
+        assert list(model.state_dict()) == names
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def total_flops(model: Transformer, batch: Batch) -> int:
+    return flops(lambda: summed_loss(model, batch).backward())
+
+
+class TestLora:
+    def test_a_new_adapter_changes_no_bit(self) -> None:
+        model, tokens = small_model(2), torch.arange(30)[None]
+        before = model(tokens)
+        add_lora(model, 4, 8.0, 0.0, ["wq", "wv"])
+        assert torch.equal(model(tokens), before)
+
+    def test_logits_and_gradients_equal_peft(self) -> None:
+        model = small_model(2)
+        config = PeftConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+        peft = get_peft_model(reference(model), config)
+        add_lora(model, 4, 8.0, 0.0, ["wq", "wv"])
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for i, layer in enumerate(model.layers):
+                theirs = peft.base_model.model.model.layers[i].self_attn
+                for ours, their, heads in (
+                    (layer.attention.wq, theirs.q_proj, 4),
+                    (layer.attention.wv, theirs.v_proj, None),
+                ):
+                    ours.lora_B.normal_(generator=generator)
+                    their.lora_A["default"].weight.copy_(ours.lora_A)
+                    b = ours.lora_B if heads is None else permute_rotary(ours.lora_B, heads, to_hf=True)
+                    their.lora_B["default"].weight.copy_(b)
+        tokens = torch.randint(0, 101, (2, 20), generator=generator)
+        ours, theirs = model(tokens), peft(tokens).logits
+        assert relative(ours, theirs) <= 1e-5
+        ours.logsumexp(-1).sum().backward()
+        theirs.logsumexp(-1).sum().backward()
+        peft_a = peft.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad
+        assert relative(model.layers[0].attention.wq.lora_A.grad, peft_a) <= 1e-4
+        counted = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(
+            p.numel() for p in model.parameters()
+        )
+        assert counted == peft.get_nb_trainable_parameters()
+
+    def test_base_is_frozen_and_shared_not_copied(self) -> None:
+        model = small_model()
+        weight = model.layers[0].attention.wq.weight
+        add_lora(model, 4, 8.0, 0.0, ["wq"])
+        replaced = model.layers[0].attention.wq
+        assert isinstance(replaced, LoRALinear)
+        assert replaced.weight is weight
+        assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+        assert set(lora_state_dict(model)) == {n for n, p in model.named_parameters() if p.requires_grad}
+
+    def test_merge_and_unmerge(self) -> None:
+        model, tokens = small_model(), torch.arange(30)[None]
+        add_lora(model, 4, 8.0, 0.3, ["wq", "wv", "w2"])
+        layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+        for layer in layers:
+            nn.init.normal_(layer.lora_B)
+        model.eval()
+        weights, unmerged = [layer.weight.clone() for layer in layers], model(tokens)
+        for layer in layers:
+            layer.merge()
+            layer.merge()  # a second time changes nothing
+        assert relative(model(tokens), unmerged) <= 1e-5
+        for layer in layers:
+            layer.unmerge()
+            layer.unmerge()
+        assert worst([layer.weight for layer in layers], weights) <= 1e-6
+
+    def test_a_target_that_matches_nothing_is_an_error(self) -> None:
+        with pytest.raises(UserError, match=r"no linear layer is named q_proj; there are .*'wq'"):
+            add_lora(small_model(), 4, 8.0, 0.0, ["wq", "q_proj"])
+
+    def test_counts_for_7b(self) -> None:
+        config = ModelConfig(**OmegaConf.load(Path(cli.config_dir()) / "model/llama2_7b.yaml"))
+        with torch.device("meta"):
+            model = Transformer(config)
+            add_lora(model, 16, 32.0, 0.05, ["wq", "wv"])
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trainable == 8_388_608
+        assert round(100 * trainable / sum(p.numel() for p in model.parameters()), 3) == 0.124
+
+
+class TestMixedPrecision:
+    @pytest.mark.parametrize("lora", [False, True])
+    @pytest.mark.parametrize("frozen", list(WeightStorage))
+    def test_dtypes_of_weights_gradients_and_moments(self, tiny_config, lora: bool, frozen: WeightStorage) -> None:
+        config = tiny_config
+        config.optim.mp, config.optim.lora, config.mp.frozen_weights = True, lora, frozen
+        precision = mixed_precision(config.mp, "cpu", True)
+        model = small_model().to(techniques.base_dtype(config, precision))
+        applied = techniques.apply(model, config, precision)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+        gradients = []
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradients.append(gradient.dtype))
+        TrainStep(model, optimizer, applied, 1.0)([collate(ragged_samples(), applied.precision.pad_multiple)])
+        trainable = {p.dtype for p in model.parameters() if p.requires_grad}
+        kept = {p.dtype for p in model.parameters() if not p.requires_grad}
+        moments = {t.dtype for state in optimizer.state.values() for t in state.values()}
+        assert trainable == moments == set(gradients) == {torch.float32}
+        stored = torch.bfloat16 if frozen is WeightStorage.compute else torch.float32
+        assert kept == ({stored} if lora else set())
+
+    def test_matrix_products_run_in_16_bit(self) -> None:
+        model, precision = small_model(), mixed_precision(MixedPrecisionConfig(), "cpu", True)
+        with precision.autocast():
+            assert model(torch.arange(5)[None]).dtype == torch.bfloat16
+
+    def test_off_is_no_autocast_no_scaling_no_padding(self) -> None:
+        model, precision = small_model(), Precision("cpu")
+        tokens = torch.arange(5)[None]
+        with precision.autocast():
+            inside = model(tokens)
+        assert torch.equal(inside, model(tokens))
+        assert not precision.scaler().is_enabled()
+        assert precision.pad_multiple == 1
+
+    def test_loss_close_to_fp32(self) -> None:
+        model, precision = small_model(), mixed_precision(MixedPrecisionConfig(), "cpu", True)
+        batch = collate(ragged_samples())
+        with precision.autocast():
+            rough = summed_loss(model, batch)
+        assert rough.item() == pytest.approx(summed_loss(model, batch).item(), rel=2e-2)
+        assert rough.dtype == torch.float32
+
+    def test_padding_to_a_multiple_changes_no_loss(self) -> None:
+        model, samples = small_model(), ragged_samples()
+        with torch.no_grad():
+            losses = [summed_loss(model, collate(samples, multiple)).item() for multiple in (1, 32)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def test_auto_is_bf16_where_the_card_has_it(self) -> None:
+        config = MixedPrecisionConfig()
+        assert mixed_precision(config, "cuda", True).compute == torch.bfloat16
+        assert mixed_precision(config, "cuda", False).compute == torch.float16
+        with pytest.raises(UserError, match="not supported by this GPU"):
+            mixed_precision(MixedPrecisionConfig(dtype=DtypeChoice.bf16), "cuda", False)
+        with pytest.raises(UserError, match="needs bf16"):
+            mixed_precision(MixedPrecisionConfig(trainable_weights=WeightStorage.compute), "cuda", False)
+        assert mixed_precision(config, "cpu", False).scaler().is_enabled()
+

@@ -1,0 +1,188 @@
+"""The step, the schedule and the loop: determinism, no traces of the rehearsal, every combination learns."""
+
+import contextlib
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_model import CPU
+from test_techniques import ragged_samples
+
+from llama_ft import techniques
+from llama_ft.config import TrainConfig, TrainingConfig, UserError
+from llama_ft.data.collate import collate, epoch_batches
+from llama_ft.measure.run import load_data, make_precision
+from llama_ft.model.weights import load_model
+from llama_ft.techniques.gradient_accumulation import windows
+from llama_ft.techniques.lora import LoRALinear
+from llama_ft.training.loop import train
+from llama_ft.training.metrics import MetricsFile
+from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
+from llama_ft.training.step import TrainStep, evaluate_loss
+
+COMBINATIONS = list(itertools.product([False, True], repeat=4))
+
+
+def name(toggles: tuple[bool, ...]) -> str:
+    return "_".join(n for n, on in zip(("ga", "mp", "lora", "gc"), toggles, strict=True) if on) or "baseline"
+
+
+def make_step(config: TrainConfig, toggles: tuple[bool, ...]) -> tuple[TrainStep, int]:
+    """A step on the tiny model, and its micro-batches in a window."""
+    config.optim.ga, config.optim.mp, config.optim.lora, config.optim.gc = toggles
+    torch.manual_seed(config.training.seed)
+    precision = make_precision(config, CPU)
+    model = load_model(config.model, "builtin", CPU, techniques.base_dtype(config, precision))
+    applied = techniques.apply(model, config, precision)
+    step = TrainStep(
+        model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm
+    )
+    return step, applied.accumulation_steps
+
+
+def parameters(step: TrainStep) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in step.model.named_parameters()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
+def test_every_combination_overfits_one_batch(tiny_config, toggles) -> None:
+    lora = toggles[2]
+    tiny_config.training.lr = 1e-2 if lora else 1e-3
+    tiny_config.ga.steps = 2
+    tiny_config.data.first = 2
+    step, n = make_step(tiny_config, toggles)
+    samples = load_data(tiny_config).samples
+    window = [collate(samples[i::n], step.precision.pad_multiple) for i in range(n)]
+    frozen = {n: p.detach().clone() for n, p in step.model.named_parameters() if not p.requires_grad}
+    losses = [step(window)[0].item() for _ in range(25 if lora else 45)]
+    assert all(math.isfinite(loss) for loss in losses)
+    assert losses[-1] <= (0.8 * losses[0] if lora else 0.1)
+    after = dict(step.model.named_parameters())
+    assert all(torch.equal(after[n], p) for n, p in frozen.items())
+    assert all((m.lora_B != 0).any() for m in step.model.modules() if isinstance(m, LoRALinear))
+
+
+def run_steps(config: TrainConfig, toggles: tuple[bool, ...], rehearse: bool) -> tuple[list[float], dict]:
+    step, n = make_step(config, toggles)
+    batches = epoch_batches(load_data(config).samples, 1, 0, 0, step.precision.pad_multiple)
+    epoch = list(windows(batches, n))
+    if rehearse:
+        step.rehearse(epoch[-1])
+        step.rehearse(epoch[-1])
+    return [step(window)[0].item() for window in epoch], parameters(step)
+
+
+@pytest.mark.parametrize("toggles", [(True, False, True, False), (False, True, False, True)], ids=name)
+def test_runs_repeat_to_the_bit_and_a_rehearsal_leaves_no_trace(tiny_config, toggles) -> None:
+    tiny_config.data.first = 12
+    tiny_config.training.weight_decay = 0.1
+    plain, again, rehearsed = (run_steps(tiny_config, toggles, rehearse) for rehearse in (False, False, True))
+    assert plain[0] == again[0] == rehearsed[0]
+    assert equal(plain[1], again[1])
+    assert equal(plain[1], rehearsed[1])
+
+
+def test_a_rehearsal_leaves_no_trace_in_an_fp16_scaler(tiny_config) -> None:
+    from llama_ft.config import DtypeChoice
+
+    tiny_config.mp.dtype = DtypeChoice.fp16
+    step, _ = make_step(tiny_config, (False, True, True, False))
+    before = step.scaler.state_dict()
+    step.rehearse([collate(ragged_samples())])
+    assert step.scaler.state_dict() == before
+    assert step.scaler.is_enabled()
+
+
+def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
+    factors = [lr_factor(step, total_steps=110, warmup_steps=10) for step in range(110)]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert factors[10] == 1.0
+    assert factors[60] == pytest.approx(0.5)  # halfway down
+    assert factors[10:] == sorted(factors[10:], reverse=True)
+    assert 0 < factors[-1] < 1e-3
+
+
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (1, 1.0), (2, 0.03), (7, 1.0), (200, 0.03)])
+def test_schedule_of_any_length_stays_between_0_and_the_peak(total: int, ratio: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = make_schedule(optimizer, total, ratio)
+    rates = []
+    for _ in range(total):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert all(0 < rate <= 2.0 for rate in rates)
+    assert max(rates) == 2.0
+
+
+def test_optimizer_is_fused_adamw_over_the_trainable_parameters() -> None:
+    free, frozen = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = make_optimizer([free, frozen], TrainingConfig(lr=0.5, weight_decay=0.25))
+    group = optimizer.param_groups[0]
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert group["params"] == [free]
+    assert (group["lr"], group["weight_decay"], group["fused"]) == (0.5, 0.25, True)
+
+
+def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(tiny_config) -> None:
+    step, _ = make_step(tiny_config, (False, False, False, False))
+    step.max_grad_norm = 1e-3
+    seen = []
+    step.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: seen.append(
+            torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]).norm().item()
+        )
+    )
+    _, norm = step([collate(ragged_samples())])
+    assert seen == pytest.approx([1e-3], rel=1e-3)
+    assert norm.item() > 0.1
+
+
+def run_loop(tiny_config: TrainConfig, folder: Path, epochs: int = 2) -> list[dict]:
+    tiny_config.data.first = 6
+    step, _ = make_step(tiny_config, (False, False, False, False))
+    samples = load_data(tiny_config).samples
+    schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
+
+    def epoch_windows(epoch: int):
+        return list(windows(epoch_batches(samples, 1, epoch, 0, 1), 2))
+
+    with MetricsFile(folder / "metrics.jsonl", 3 * epochs, lambda: 1.0) as metrics:
+        train(step, schedule, epoch_windows, epochs, metrics, contextlib.nullcontext)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_metrics_have_a_line_for_each_optimizer_step(tiny_config, tmp_path) -> None:
+    lines = run_loop(tiny_config, tmp_path)
+    tokens = sum(len(sample) for sample in load_data(tiny_config).samples)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[2]["tokens"] == tokens
+    assert lines[-1]["tokens"] == 2 * tokens
+    assert lines[0]["loss"] == pytest.approx(math.log(2048), rel=0.02)  # untrained weights know nothing
+    assert lines[0]["lr"] == tiny_config.training.lr
+    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", "grad_norm", "tokens_per_s"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_its_step(tiny_config, tmp_path) -> None:
+    tiny_config.training.lr = 1e30
+    with pytest.raises(UserError, match=r"the loss of optimizer step \d+ is (nan|inf)"):
+        run_loop(tiny_config, tmp_path, epochs=4)
+    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
+    assert not math.isfinite(json.loads(last)["loss"])
+
+
+def test_evaluation_is_the_mean_over_target_tokens_and_changes_nothing(tiny_config) -> None:
+    step, _ = make_step(tiny_config, (False, False, True, False))
+    samples = load_data(tiny_config).samples[:5]
+    before = parameters(step)
+    one_by_one = evaluate_loss(step, [collate([sample]) for sample in samples])
+    assert one_by_one == pytest.approx(evaluate_loss(step, [collate(samples)]), rel=1e-5)
+    assert equal(before, parameters(step))
+    assert step.model.training
