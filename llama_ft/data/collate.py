@@ -34,8 +34,8 @@ class Batch:
         return self.tokens, self.target_positions, self.targets
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        tokens, positions, targets = (tensor.to(device) for tensor in self.tensors)
+        """The same batch on a device, without waiting for what the device is still at."""
+        tokens, positions, targets = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
         return Batch(tokens, positions, targets, self.n_tokens)
 
 

@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from llama_ft.config import ModelConfig
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 where that is what it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm (Zhang and Sennrich 2019, arXiv 1910.07467), computed in fp32 and returned in x's dtype."""
 
@@ -21,7 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]. Rounds to x's dtype before the gain, as Meta's code and transformers do."""
-        x_fp32 = x.float()
+        x_fp32 = at_least_fp32(x)
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
         return normed.type_as(x) * self.weight
 
@@ -39,7 +44,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     x is [B, S, heads, E]; rotary is [2, S, E / 2] or [2, B, S, E / 2]. Computed in fp32, returned in x's dtype.
     """
     cos, sin = rotary.unsqueeze(-2)  # one angle for all heads
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.data.collate import Batch
+from llama_ft.model.transformer import at_least_fp32
 from llama_ft.techniques import Techniques
 from llama_ft.techniques.gradient_accumulation import target_tokens
 
@@ -14,9 +15,9 @@ Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy in fp32, summed over the batch's target tokens. A scalar."""
+    """Cross-entropy, in fp32 at least, summed over the batch's target tokens. A scalar."""
     logits = model(batch.tokens, logits_at=batch.target_positions)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return F.cross_entropy(at_least_fp32(logits), batch.targets, reduction="sum")
 
 
 class TrainStep:

@@ -1,0 +1,70 @@
+"""What only a GPU can show: the same results as on the CPU, the allocator's peaks, caps, no waiting within a step."""
+
+import json
+
+import pytest
+import torch
+from conftest import run
+from test_model import relative, small_model
+from test_techniques import ragged_samples
+
+from llama_ft import techniques
+from llama_ft.config import MixedPrecisionConfig
+from llama_ft.data.collate import collate
+from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.training.step import TrainStep
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
+
+
+def step_on(device: str, precision: Precision) -> TrainStep:
+    model = small_model(2).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    return TrainStep(model, optimizer, techniques.Techniques(1, precision), 1.0)
+
+
+def test_losses_equal_those_on_the_cpu() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    window = [collate(ragged_samples())]
+    losses = []
+    for device in ("cpu", "cuda"):
+        step = step_on(device, Precision(device))
+        losses.append([step(window)[0].item() for _ in range(5)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_logits_equal_those_on_the_cpu() -> None:
+    model, tokens = small_model(2), torch.arange(40)[None]
+    with torch.no_grad():
+        assert relative(small_model(2).cuda()(tokens.cuda()).cpu(), model(tokens)) <= 1e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_never_waits_for_the_device(precision: str) -> None:
+    chosen = Precision("cuda")
+    if precision != "fp32":
+        chosen = mixed_precision(MixedPrecisionConfig(), "cuda", has_bf16=precision == "bf16")
+    step, window = step_on("cuda", chosen), [collate([sample]) for sample in ragged_samples()]
+    step(window)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(window)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("combination", ["baseline", "ga_mp_lora"])
+def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: str) -> None:
+    arguments = [f"optim={combination}", "training.max_samples=16", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    done = run("llama_ft.train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["peak_memory_reserved_mb"] >= result["peak_memory_mb"] > 0
+    assert sum(result["memory_mb"].values()) == pytest.approx(result["peak_memory_mb"])
+
+
+def test_a_limit_makes_a_run_end_out_of_memory(tmp_path) -> None:
+    arguments = ["measure.memory_limit_mb=20", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    done = run("llama_ft.train", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom"
