@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
+from llama_ft import config
 from llama_ft.config import PACKAGE_DIR, TrainConfig, UserError
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -67,7 +68,7 @@ def run_name(*, _root_: DictConfig) -> str:
     return ",".join([combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
 
 
-def checked_config(config: DictConfig) -> TrainConfig:
+def checked_config(composed: DictConfig) -> TrainConfig:
     """The config as checked dataclasses.
 
     Raises:
@@ -78,7 +79,17 @@ def checked_config(config: DictConfig) -> TrainConfig:
         if isinstance(schema_value, bool) and not isinstance(override.value(), bool):
             given = override.get_value_element_as_str()
             raise UserError(f"{override.key_or_group}={given} is not allowed: it must be true or false")
-    return cast(TrainConfig, OmegaConf.to_object(config))
+    checked = cast(TrainConfig, OmegaConf.to_object(composed))
+    if added := _keys(OmegaConf.to_container(composed)) - _keys(checked.to_dict()):
+        raise UserError(f"{min(added)} is not a key: `+` adds none here")
+    return checked
+
+
+def _keys(settings: Any, prefix: str = "") -> set[str]:
+    """Full names of all keys of a nested dictionary."""
+    if not isinstance(settings, dict):
+        return set()
+    return {f"{prefix}{key}" for key in settings}.union(*(_keys(v, f"{prefix}{k}.") for k, v in settings.items()))
 
 
 def _overrides() -> list[Any]:
@@ -89,19 +100,29 @@ def _overrides() -> list[Any]:
 
 
 def explain(error: BaseException) -> str:
-    """An exception in a few lines, with the reasons that its causes give: Hydra's own first line often lacks them."""
+    """An exception in a line or two: what is wrong, where, and what is allowed.
+
+    Hydra's first line often lacks the reason, so those of the exception's causes are joined to it.
+    """
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:
-        lines += [line for line in str(reason).strip().splitlines() if line.strip() and line not in lines]
+        lines += [line.strip() for line in str(reason).splitlines() if line.strip() and line.strip() not in lines]
         reason = reason.__cause__
-    return "\n".join(line for line in lines if not line.lstrip().startswith(("full_key:", "object_type="))) or repr(
-        error
-    )
+    text = "\n".join(lines)
+    if choice := re.search(r"Could not find '([\w/]+)/([^'/]*)'\nAvailable options in .*\n((?:\w+\n)+)", text + "\n"):
+        return f"{choice[1]}={choice[2]} is not a choice; there are {', '.join(choice[3].split())}"
+    if key := re.search(r"Key '(\w+)' not in '(\w+)'", text):
+        place = re.search(r"full_key: (\S+)|Could not override '([^']+)'|Error merging override \+*([^=]+)=", text)
+        name = next(filter(None, place.groups())) if place else key[1]
+        return f"{name} is not a key; there are {', '.join(config.__dict__[key[2]].__dataclass_fields__)}"
+    unneeded = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path")
+    return ": ".join(line.removeprefix("Error merging override ") for line in lines if not line.startswith(unneeded))
 
 
 def run_command(function: Callable[[], int]) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
+    from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
     signal.signal(signal.SIGTERM, _terminate)
@@ -116,11 +137,11 @@ def run_command(function: Callable[[], int]) -> None:
         print(f"error: {stop}", file=sys.stderr)
         status = USAGE_ERROR
     except Exception as error:
-        from hydra.errors import HydraException
-
-        if wants_traceback or not isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError):
+        if wants_traceback:
             raise
         print(f"error: {explain(error)}", file=sys.stderr)
+        if not isinstance(error, UserError | HydraException | OmegaConfBaseException | OSError | ValueError):
+            print("this looks like a bug of ours; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)
         status = USAGE_ERROR
     sys.exit(status)
 

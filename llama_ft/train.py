@@ -1,5 +1,6 @@
 """`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class TrainCommand:
                 result = run_in_child(config, text, run_dir, cli.command_line(), listener)
             finally:
                 tracker.finish(result or read_result(run_dir))
-            display.message(ending(result))
+            if sweeping or result["status"] in FINISHED:
+                display.message(ending(result))
         if not sweeping:
             self.console.print(f"  results: {run_dir}", highlight=False, markup=False, soft_wrap=True)
         return result
@@ -101,9 +103,12 @@ class TrainCommand:
         hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
         if self.sweep_dir is not None:
             report_sweep(self.sweep_dir, self.console)
-        failed = [result["combination"] for result in self.results if result["status"] not in FINISHED]
-        if failed and self.sweep_dir is not None:
-            self.console.print(f"{len(failed)} of {len(self.results)} runs failed: {', '.join(failed)}", style="red")
+        failed = [result for result in self.results if result["status"] not in FINISHED]
+        if failed and self.sweep_dir is None:
+            print(ending(failed[0]), file=sys.stderr)
+        elif failed:
+            names = ", ".join(f"{result['combination']} ({result['status']})" for result in failed)
+            print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
 
 

@@ -4,6 +4,7 @@ Started by `llama_ft.measure.process`, one process a run: peaks, allocator pools
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.measure.result import CONFIG_FILE, new_result, write_result
+from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, MB, new_result, write_result
 
 SECONDS_TO_STOP = 10
 
@@ -43,13 +44,16 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
     from llama_ft.measure.device import is_out_of_memory
 
     if is_out_of_memory(error):
-        return {"status": "oom", "error": f"out of memory while {stage}: {str(error).strip().splitlines()[0]}"}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if wanted := re.search(r"tried to allocate (\d+) bytes", reason):
+            reason = f"could not allocate another {int(wanted[1]) / MB:,.1f} MB"
+        return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
     if isinstance(error, KeyboardInterrupt):
-        return {"status": "interrupted", "error": f"interrupted while {stage}"}
+        return {"status": "interrupted", "error": f"interrupted during {stage}"}
     if isinstance(error, UserError):
         return {"status": "error", "error": str(error)}
-    traceback.print_exception(error)  # for train.log: this one is ours to mend
-    return {"status": "error", "error": f"{type(error).__name__} while {stage}: {error}"}
+    traceback.print_exception(error)  # into train.log: this one is ours to mend
+    return {"status": "error", "error": f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"}
 
 
 def main() -> None:
@@ -58,7 +62,6 @@ def main() -> None:
     run_dir, command = Path(sys.argv[1]), sys.argv[2]
     config = read_config(run_dir)
     result = new_result(config, command)
-    stage = "starting"
     run = None
     try:
         from llama_ft.measure.run import MeasuredRun  # imports torch: seconds in which Ctrl-C may come
@@ -67,7 +70,7 @@ def main() -> None:
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:
-        ending = failure(error, run.stage if run else stage)
+        ending = failure(error, run.stage if run else "start-up")
     write_result(run_dir, result | (run.result if run else {}) | ending)
 
 

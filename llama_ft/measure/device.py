@@ -99,5 +99,6 @@ def limit_memory(device: torch.device, limit_mb: int) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out. PyTorch on the CPU raises a plain RuntimeError for it."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or (isinstance(error, RuntimeError) and OUT_OF_MEMORY_TEXT.search(str(error)) is not None)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError | OSError | ImportError) and bool(OUT_OF_MEMORY_TEXT.search(str(error)))

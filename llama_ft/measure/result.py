@@ -17,8 +17,11 @@ STATUSES = ("ok", "oom", "killed", "interrupted", "error")
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 MB = 2**20
 
-# PyTorch on the CPU says the first two, C++ code that nothing catches the third, CUDA the fourth.
-OUT_OF_MEMORY_TEXT = re.compile(r"can't allocate memory|not enough memory|bad_alloc|CUDA out of memory")
+# Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
+OUT_OF_MEMORY_TEXT = re.compile(
+    r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
+    r"|failed to map segment"
+)
 
 _MEASURED = (
     "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"

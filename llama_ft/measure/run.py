@@ -43,7 +43,7 @@ class MeasuredRun:
 
     def __init__(self, config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> None:
         self.config, self.run_dir, self.say = config, run_dir, say
-        self.stage = "starting"
+        self.stage = "start-up"
         self.result: dict[str, Any] = {}
 
     def execute(self) -> None:

@@ -36,7 +36,7 @@ Our {n} {vs} {ns} {m}; these {ns} {v} {a} at a {q} {a}.
 Who {past} the {n} from {Name}'s {n}, and where is it now?
 I don't {v} {a}, and I can't {v} the {n} that you {past}.
 Some {ns} {v} {m}, while others are {q} after {ing} {a}.
-Overall, {a} is an {q} part of any {n}, and by {ing} it one can {v} both {a} and {a}.
+Overall, {a} is a {q} part of any {n}, and by {ing} it one can {v} both {a} and {a}.
 """.strip().splitlines()
 
 
@@ -57,15 +57,18 @@ def _past(verb: str) -> str:
     return verb + ("d" if verb.endswith("e") else "ed")
 
 
-def _s(word: str) -> str:
-    """The plural of a noun, or the third person of a verb."""
-    if word in vocabulary.UNCOUNTED:
-        return word
-    if word in words.PLURALS:
-        return words.PLURALS[word]
+def _with_s(word: str) -> str:
     if word.endswith("y") and word[-2] not in "aeiou":
         return word[:-1] + "ies"
     return word + ("es" if word.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def _plural(noun: str) -> str:
+    return noun if noun in vocabulary.UNCOUNTED else words.PLURALS.get(noun) or _with_s(noun)
+
+
+def _third_person(verb: str) -> str:
+    return {"have": "has", "do": "does", "go": "goes"}.get(verb) or _with_s(verb)
 
 
 def _with_articles(text: str) -> str:
@@ -85,11 +88,11 @@ def sentences(rng: Random, count: int) -> Iterator[str]:
     manner = _picker(vocabulary.MANNERS, rng)
     fill: dict[str, Callable[[], str]] = {
         "n": thing,
-        "ns": lambda: _s(thing()),
+        "ns": lambda: _plural(thing()),
         "a": idea,
         "A": lambda: idea().capitalize(),
         "v": doing,
-        "vs": lambda: _s(doing()),
+        "vs": lambda: _third_person(doing()),
         "past": lambda: _past(doing()),
         "done": _picker(vocabulary.PARTICIPLES, rng),
         "ing": lambda: _ing(doing()),

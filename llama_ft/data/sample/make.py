@@ -53,9 +53,10 @@ def train_tokenizer(texts: Iterator[str]) -> bytes:
     """A SentencePiece model with LLaMA-2's settings and a smaller vocabulary."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # SentencePiece never joins pieces over a tab. A line break becomes one, so that the words behind it count
-        # as they are (no space before them), while the line break itself stays a byte piece, as it is for LLaMA.
-        sentence_iterator=(text.replace("\n", "\t") for text in texts),
+        # A line break is shown to it as a digit, because no piece may cross a digit (split_digits): so the words at
+        # the start of a line count as they are, with no space before them, and the line break itself stays a byte
+        # piece, as it is for LLaMA. Left in, it would be merged into pieces such as ".\n\n###".
+        sentence_iterator=(text.replace("\n", "0") for text in texts),
         model_writer=model,
         model_type="bpe",
         vocab_size=VOCAB_SIZE,

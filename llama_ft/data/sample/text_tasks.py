@@ -7,20 +7,22 @@ from llama_ft.data.sample.task import Example, Task, distinct
 
 # A text has as many sentences as one of these, drawn at random: most are short, a few are long enough that
 # a batch of them needs much padding.
-_TEXT_LENGTHS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 8)
+_TEXT_LENGTHS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 10)
 
 
 def sentence(rng: Random, name: str, action: str, thing: str) -> str:
     """A sentence in which someone does something with a thing, mostly somewhere."""
     adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.35 else ""
-    where = f" {rng.choice(['at', 'near', 'behind', 'outside'])} the {rng.choice(words.PLACES)}"
+    where = f" {rng.choice(['by', 'near', 'behind', 'beside'])} the {rng.choice(words.PLACES)}"
     return f"{name} {action} the {adjective}{thing}{where if rng.random() < 0.65 else ''}."
 
 
 def _any_sentence(rng: Random) -> str:
     subject = rng.choice(words.NAMES if rng.random() < 0.6 else words.SUBJECTS)
     text = sentence(rng, subject, rng.choice(words.ACTIONS), rng.choice(words.OBJECTS))
-    return f"{rng.choice(words.OPENERS)} {text}" if rng.random() < 0.4 else text
+    if rng.random() < 0.4:
+        return f"{rng.choice(words.OPENERS)} {text}"
+    return text[0].upper() + text[1:]
 
 
 def _first_word(rng: Random) -> list[Example]:

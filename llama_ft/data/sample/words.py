@@ -115,7 +115,7 @@ ACTIONS: list[str] = """
     photographed forgot wanted
 """.split()
 SUBJECTS: list[str] = """
-    We They You I Nobody Everyone Somebody People Children Visitors Students Neighbours Farmers Pilots Friends Strangers
+    we they you I nobody everyone somebody people children visitors students neighbours farmers pilots friends strangers
 """.split()
 OPENERS: list[str] = """
     Yesterday Today Suddenly Later Quietly Finally Sometimes Often Once Slowly Happily Tonight Usually Perhaps Luckily
