@@ -1,17 +1,19 @@
 """What the commands share: composing the config, checking it, errors of a few lines instead of tracebacks."""
 
+import enum
 import os
 import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, cast
+from types import UnionType
+from typing import Any, cast, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
-from llama_ft import config
 from llama_ft.config import PACKAGE_DIR, TrainConfig, UserError
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -75,10 +77,12 @@ def checked_config(composed: DictConfig) -> TrainConfig:
         UserError: naming the key that is wrong.
     """
     for override in _overrides():
-        schema_value = OmegaConf.select(OmegaConf.structured(TrainConfig), override.key_or_group, default=None)
-        if isinstance(schema_value, bool) and not isinstance(override.value(), bool):
-            given = override.get_value_element_as_str()
-            raise UserError(f"{override.key_or_group}={given} is not allowed: it must be true or false")
+        key, given, expected = override.key_or_group, override.value(), _type_of(override.key_or_group)
+        # OmegaConf takes 1 for true, and Hydra takes a list of presets, of which the last would win.
+        if (expected is bool and not isinstance(given, bool)) or (
+            is_dataclass(expected) and not isinstance(given, str)
+        ):
+            raise UserError(_not_allowed(key, override.get_value_element_as_str()))
     checked = cast(TrainConfig, OmegaConf.to_object(composed))
     if added := _keys(OmegaConf.to_container(composed)) - _keys(checked.to_dict()):
         raise UserError(f"{min(added)} is not a key: `+` adds none here")
@@ -99,25 +103,54 @@ def _overrides() -> list[Any]:
     return OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
 
 
-def explain(error: BaseException) -> str:
-    """An exception in a line or two: what is wrong, where, and what is allowed.
+def _type_of(key: str) -> Any:
+    """The schema's type of a dotted key; None if there is no such key."""
+    kind: Any = TrainConfig
+    for part in key.split("."):
+        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
+    return kind
 
-    Hydra's first line often lacks the reason, so those of the exception's causes are joined to it.
-    """
+
+def _allowed(key: str) -> str:
+    """What a key may be, in words, from the choices in conf/ and the types of the schema."""
+    if choices := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
+        return f"one of {', '.join(choices)}"
+    expected = _type_of(key)
+    null = ", or null" if isinstance(expected, UnionType) else ""
+    kind = get_args(expected)[0] if isinstance(expected, UnionType) else expected
+    if is_dataclass(kind):
+        return f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return f"one of {', '.join(choice.name for choice in kind)}{null}"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    return words.get(kind, "a list, such as [a,b]") + null
+
+
+def _not_allowed(key: str, value: str) -> str:
+    return f"{key}={value} is not allowed: it must be {_allowed(key)}"
+
+
+def explain(error: BaseException) -> str:
+    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part."""
+    text = str(error)
+    if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
+        return _not_allowed(match[1], match[2])
+    if match := re.match(r"Could not override '([\w.]+)'", text):
+        section = match[1].rpartition(".")[0]
+        known = _type_of(section) if section else TrainConfig
+        keys = ", ".join(field.name for field in fields(known)) if is_dataclass(known) else "none"
+        return f"{match[1]} is not a key: {section or 'the config'} has {keys}"
+    if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
+        return _not_allowed(match[1], match[2])
+    if match := re.match(r"Ambiguous value for argument '(.*)'", text):
+        return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:
         lines += [line.strip() for line in str(reason).splitlines() if line.strip() and line.strip() not in lines]
         reason = reason.__cause__
-    text = "\n".join(lines)
-    if choice := re.search(r"Could not find '([\w/]+)/([^'/]*)'\nAvailable options in .*\n((?:\w+\n)+)", text + "\n"):
-        return f"{choice[1]}={choice[2]} is not a choice; there are {', '.join(choice[3].split())}"
-    if key := re.search(r"Key '(\w+)' not in '(\w+)'", text):
-        place = re.search(r"full_key: (\S+)|Could not override '([^']+)'|Error merging override \+*([^=]+)=", text)
-        name = next(filter(None, place.groups())) if place else key[1]
-        return f"{name} is not a key; there are {', '.join(config.__dict__[key[2]].__dataclass_fields__)}"
-    unneeded = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Config search path")
-    return ": ".join(line.removeprefix("Error merging override ") for line in lines if not line.startswith(unneeded))
+    unneeded = ("full_key:", "object_type=", "reference_type=")
+    return ": ".join(line for line in lines if not line.startswith(unneeded)) or repr(error)
 
 
 def run_command(function: Callable[[], int]) -> None:
@@ -134,6 +167,8 @@ def run_command(function: Callable[[], int]) -> None:
         print("interrupted", file=sys.stderr)
         status = INTERRUPTED
     except Stop as stop:
+        if wants_traceback:
+            raise
         print(f"error: {stop}", file=sys.stderr)
         status = USAGE_ERROR
     except Exception as error:

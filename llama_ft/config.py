@@ -86,7 +86,7 @@ class ModelConfig:
         _check(self.head_dim % 2 == 0, "model.dim", self.dim, "such that dim / n_heads is even (rotary pairs)")
         _check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
         _check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
-        _check(0 < self.rope_theta < math.inf, "model.rope_theta", self.rope_theta, "positive")
+        _check(0 < self.rope_theta < math.inf, "model.rope_theta", self.rope_theta, "positive and finite")
 
     @property
     def head_dim(self) -> int:
@@ -155,7 +155,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         _check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        _check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "positive")
+        _check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "positive and finite")
         _check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
         _check(len(self.targets) > 0, "lora.targets", self.targets, "one name or more, such as [wq,wv]")
 
@@ -189,11 +189,11 @@ class TrainingConfig:
             _check(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "at least 1")
         if self.max_samples is not None:
             _check(self.max_samples >= 1, "training.max_samples", self.max_samples, "at least 1, or null for all")
-        _check(0 < self.lr < math.inf, "training.lr", self.lr, "positive")
+        _check(0 < self.lr < math.inf, "training.lr", self.lr, "positive and finite")
         _check(0 <= self.warmup_ratio <= 1, "training.warmup_ratio", self.warmup_ratio, "between 0 and 1")
-        _check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more")
-        _check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (.inf never clips)")
-        _check(0 <= self.seed < 2**63, "training.seed", self.seed, "0 or more")
+        _check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more, and finite")
+        _check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (inf never clips)")
+        _check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
 
 
 @dataclass
@@ -211,6 +211,11 @@ class DataConfig:
             _check(self.first >= 1, "data.first", self.first, "at least 1, or null for all")
         if self.max_length is not None:
             _check(self.max_length >= 2, "data.max_length", self.max_length, "at least 2 tokens, or null")
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the records ship with the package."""
+        return self.name == "sample"
 
 
 @dataclass
@@ -262,20 +267,19 @@ class TrainConfig:
         name = self.model.name
         if self.checkpoint is None and self.model.is_builtin:
             self.checkpoint = "builtin"
-        if self.checkpoint is None:
+        if self.checkpoint is None or (self.checkpoint == "builtin" and not self.model.is_builtin):
             raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
-        if self.checkpoint == "builtin" and not self.model.is_builtin:
-            raise UserError(f"checkpoint=builtin is not allowed with model={name}: give a folder, or random")
         if self.tokenizer is None and not self.model.is_builtin:
             raise UserError(f"model={name} has no built-in tokenizer: give tokenizer=FILE (its tokenizer.model)")
-        if self.data.max_length is not None and self.data.max_length > self.model.context:
-            context = f"at most model.context={self.model.context}"
-            _check(False, "data.max_length", self.data.max_length, context)
+        if self.data.path is None and not self.data.is_builtin:
+            raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+        most = self.model.context
+        _check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
 
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
-        return Path(self.tokenizer) if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
+        return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
 
     @property
     def max_length(self) -> int:

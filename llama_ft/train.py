@@ -58,7 +58,11 @@ class TrainCommand:
         try:
             checked = cli.checked_config(config)
         except Exception as error:
-            raise cli.Stop(cli.explain(error)) from error
+            if not self.results:  # nothing is lost yet, and the other runs may well be wrong in the same way
+                raise cli.Stop(cli.explain(error)) from error
+            self.results.append({"combination": run_dir.name, "status": "error", "error": cli.explain(error)})
+            self.console.print(f"{run_dir.name}: {cli.explain(error)}", highlight=False, markup=False)
+            return
         self.results.append(self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping))
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:

@@ -1,9 +1,12 @@
 """What several test files share."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,19 +20,34 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
-    """This process's environment for a command of the checkout's package; a PYTHONPATH in `extra` comes first."""
+    """This process's environment for a command of the checkout; a PYTHONPATH in `extra` comes before the checkout."""
     variables = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS")}
     variables |= extra or {}
     paths = [(extra or {}).get("PYTHONPATH"), str(CHECKOUT)]
     return variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def run(*args: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120) -> subprocess.CompletedProcess:
+def run(
+    *args: str, cwd: Path, env: dict[str, str] | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
     """Run `python -m ARGS` in the folder `cwd` to its end."""
-    command = [sys.executable, "-m", *args]
     return subprocess.run(
-        command, cwd=cwd, env=environment(env), timeout=timeout, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        [sys.executable, "-m", *args],
+        cwd=cwd,
+        env=environment(env),
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
     )
+
+
+def injected(folder: Path, *, into: str, code: str) -> dict[str, str]:
+    """Environment in which each Python process started with `into` among its arguments runs `code` first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    body = "".join(f"    {line}\n" for line in code.splitlines())
+    (folder / "sitecustomize.py").write_text(f"import sys\nif {into!r} in ' '.join(sys.orig_argv):\n{body}")
+    return {"PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +64,32 @@ def tiny_config() -> TrainConfig:
     """The default config: the built-in model and data."""
     model = OmegaConf.load(CHECKOUT / "conf" / "model" / "tiny.yaml")
     return TrainConfig(model=ModelConfig(**model), data=DataConfig(name="sample"))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that has been run."""
+
+    folder: Path
+    arguments: tuple[str, ...]
+    process: subprocess.CompletedProcess[str]
+
+    def results(self) -> dict[str, dict[str, Any]]:
+        """The rows' results by folder name."""
+        return {file.parent.name: json.loads(file.read_text()) for file in self.folder.glob("*/result.json")}
+
+
+def run_sweep(cwd: Path, *args: str, folder: Path, env: dict[str, str] | None = None) -> Sweep:
+    """Run `python -m llama_ft.train ARGS`, a sweep that goes into `folder`."""
+    process = run("llama_ft.train", *args, cwd=cwd, env=env, timeout=300)
+    return Sweep(folder, args, process)
+
+
+@pytest.fixture(scope="session")
+def limited_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """Two rows under a memory limit that only LoRA's keeps, tracked by W&B offline."""
+    cwd = tmp_path_factory.mktemp("limited")
+    # 28 M parameters in fp32: a bare process of about 320 MB, LoRA's within 550, full fine-tuning's beyond 750.
+    size = ("checkpoint=random", "model.ffn_dim=8192", "measure.memory_limit_mb=650", "training.max_samples=4")
+    sweep = ("-m", "optim=baseline,lora", f"hydra.sweep.dir={cwd / 'limited'}", "tracker.mode=offline")
+    return run_sweep(cwd, *sweep, *size, folder=cwd / "limited")

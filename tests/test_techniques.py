@@ -90,9 +90,7 @@ class TestGradientAccumulation:
             )
         assert loss.item() == pytest.approx(torch.cat(expected).mean().item(), rel=1e-5)
 
-    @pytest.mark.parametrize(
-        ("n", "steps", "sizes"), [(10, 4, [4, 4, 2]), (8, 8, [8]), (3, 8, [3]), (3, 1, [1, 1, 1])]
-    )
+    @pytest.mark.parametrize(("n", "steps", "sizes"), [(10, 4, [4, 4, 2]), (8, 8, [8]), (3, 8, [3]), (3, 1, [1, 1, 1])])
     def test_windows_lose_nothing(self, n: int, steps: int, sizes: list[int]) -> None:
         cut = list(windows(range(n), steps))
         assert [len(window) for window in cut] == sizes
@@ -142,8 +140,9 @@ class TestGradientCheckpointing:
                 checkpoint_layers(model, every)
             saved: dict[int, int] = {}
             with torch.autograd.graph.saved_tensors_hooks(
-                lambda t, saved=saved: saved.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())
-                or t,
+                lambda t, saved=saved: (
+                    saved.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t
+                ),
                 lambda t: t,
             ):
                 summed_loss(model, batch)
@@ -198,8 +197,9 @@ class TestLora:
         theirs.logsumexp(-1).sum().backward()
         peft_a = peft.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight.grad
         assert relative(model.layers[0].attention.wq.lora_A.grad, peft_a) <= 1e-4
-        counted = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(
-            p.numel() for p in model.parameters()
+        counted = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+            sum(p.numel() for p in model.parameters()),
         )
         assert counted == peft.get_nb_trainable_parameters()
 
@@ -303,4 +303,3 @@ class TestMixedPrecision:
         with pytest.raises(UserError, match="needs bf16"):
             mixed_precision(MixedPrecisionConfig(trainable_weights=WeightStorage.compute), "cuda", False)
         assert mixed_precision(config, "cpu", False).scaler().is_enabled()
-

@@ -37,9 +37,7 @@ def make_step(config: TrainConfig, toggles: tuple[bool, ...]) -> tuple[TrainStep
     precision = make_precision(config, CPU)
     model = load_model(config.model, "builtin", CPU, techniques.base_dtype(config, precision))
     applied = techniques.apply(model, config, precision)
-    step = TrainStep(
-        model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm
-    )
+    step = TrainStep(model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm)
     return step, applied.accumulation_steps
 
 

@@ -56,7 +56,7 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
 
 def epoch_batches(samples: Sequence[Sample], batch_size: int, epoch: int, seed: int, pad_multiple: int) -> list[Batch]:
     """All micro-batches of an epoch, in an order that depends on seed and epoch alone; the last may be smaller."""
-    generator = torch.Generator().manual_seed(seed + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(samples), generator=generator).tolist()
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return [collate([samples[index] for index in group], pad_multiple) for group in groups]

@@ -1,11 +1,12 @@
 """Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
-from statistics import median_low
+from statistics import median
 from typing import Any
 
 from llama_ft.config import DataConfig, OnBadRecord, UserError
@@ -53,7 +54,7 @@ class Dataset:
         """One line for people."""
         lengths = [len(sample) for sample in self.samples]
         trained = sum(sample.n_targets for sample in self.samples)
-        text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median_low(lengths)}, longest {max(lengths)})"
+        text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
         text += f", {trained / sum(lengths):.0%} of them trained on"
         notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
         return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
@@ -65,9 +66,9 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_length: int, max_
     Raises:
         UserError: if a file or record is bad, or no sample is left.
     """
-    path = data_file(config)
-    records, n_skipped = read_records(path, config.on_bad_record)
-    encoded = [encode_record(record, tokenizer) for record in records[: config.first][:max_samples]]
+    path = Path(config.path).expanduser() if config.path else SAMPLE_DIR / "train.jsonl"
+    records, n_skipped = read_records(path, config.on_bad_record, config.first)
+    encoded = [encode_record(record, tokenizer) for record in records[:max_samples]]
     samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
     n_truncated = sum(len(sample) > max_length for sample in encoded)
     kept = [sample for sample in samples if sample.n_targets > 0]
@@ -77,35 +78,21 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_length: int, max_
     return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
 
 
-def data_file(config: DataConfig) -> Path:
-    """The file that `data` names: `data.path` where given, else the built-in one.
-
-    Raises:
-        UserError: if the data set is neither built in nor given by path.
-    """
-    if config.path is not None:
-        return Path(config.path)
-    if config.name == "sample":
-        return SAMPLE_DIR / "train.jsonl"
-    raise UserError(f"data={config.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
-
-
-def read_records(path: Path, on_bad_record: OnBadRecord) -> tuple[list[Record], int]:
-    """The records of a JSON array or of a JSONL file, and the number of bad ones that were skipped.
+def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
+    """The first records of a JSON array or of a JSONL file, and how many of them were bad and skipped.
 
     Raises:
         UserError: if the file cannot be read, or a record is bad and not to be skipped.
     """
     records, n_skipped = [], 0
-    for where, value in _parse(path, on_bad_record):
+    for where, value in islice(_parse(path), first):
         problem = _problem(value)
         if problem is None:
             records.append(Record(value["instruction"], value.get("input") or "", value["output"]))
         elif on_bad_record is OnBadRecord.skip:
             n_skipped += 1
         else:
-            hint = "data.on_bad_record=skip leaves such records out"
-            raise UserError(f"{path}, {where}: {problem}. {hint}")
+            raise UserError(f"{path}, {where}: {problem}. data.on_bad_record=skip leaves such records out")
     return records, n_skipped
 
 
@@ -122,27 +109,33 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     return Sample(tokens, n_prompt)
 
 
-def _parse(path: Path, on_bad_record: OnBadRecord) -> Iterator[tuple[str, Any]]:
+def _parse(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, value) of each record; a JSON file is one array, anything else is read as one record a line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"data file {path} cannot be read: {reason}") from error
-    if text.lstrip().startswith("["):
-        try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        yield from ((f"record {index}", value) for index, value in enumerate(values))
+    array = text.lstrip().startswith("[")
+    whole = _json(text)
+    if array and isinstance(whole, Exception):
+        raise UserError(f"{path} is not valid JSON: {whole}") from whole
+    if isinstance(whole, dict) and "instruction" not in whole:
+        raise UserError(f"{path} is one JSON object: it must be an array of records, or hold one record a line")
+    if array:
+        yield from ((f"record {index}", value) for index, value in enumerate(whole))
         return
-    lines = [(number, line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    for index, (number, line) in enumerate(lines):
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            value = error
-        yield f"record {index} (line {number})", value
+    # Not splitlines(), which also splits at characters that a JSON string may hold.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    yield from ((f"record {index} (line {number})", _json(line)) for index, (number, line) in enumerate(lines))
+
+
+def _json(text: str) -> Any:
+    """The value, or the exception that says why there is none."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return error
 
 
 def _problem(value: Any) -> str | None:
@@ -151,13 +144,14 @@ def _problem(value: Any) -> str | None:
         return f"not valid JSON: {value}"
     if not isinstance(value, dict):
         return f"a record must be an object with instruction, input and output, not {type(value).__name__}"
-    for key in ("instruction", "output"):
+    for key in ("instruction", "input", "output"):
+        text = value.get(key)
+        if key == "input" and text is None:
+            continue
         if key not in value:
             return f"{key} is missing"
-        if not isinstance(value[key], str):
+        if not isinstance(text, str):
             return f"{key} must be a text"
-    if not value["instruction"].strip():
-        return "instruction is empty"
-    if not isinstance(value.get("input") or "", str):
-        return "input must be a text"
-    return None
+        if re.search("[\ud800-\udfff]", text):
+            return f"{key} holds half of a surrogate pair, which is no character"
+    return None if value["instruction"].strip() else "instruction is empty"

@@ -1,0 +1,581 @@
+"""The configuration: every YAML file, what is refused and how, defaults, hashes and the names of runs."""
+
+import copy
+import enum
+import itertools
+import os
+import re
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from conftest import CHECKOUT, run
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from llama_ft import cli
+from llama_ft import train as train_module
+from llama_ft.config import LoraConfig, ModelConfig, OptimConfig, TrainConfig, TrainingConfig, UserError
+from llama_ft.measure.child import read_config
+from llama_ft.measure.result import CONFIG_FILE
+from llama_ft.model.transformer import Transformer
+
+CONF = CHECKOUT / "conf"
+YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
+PRIMARY = ["train"]  # one config a command; the other files are options of a config group
+OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
+N_YAML_FILES = 24
+# Models and data that are not built in must be told these.
+TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
+PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
+
+
+def composed(*overrides: str, primary: str = "train") -> DictConfig:
+    """What Hydra makes of the command line."""
+    cli.register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.config_dir())):
+        return compose(config_name=primary, overrides=list(overrides))
+
+
+def checked(*overrides: str) -> TrainConfig:
+    """The same as checked dataclasses."""
+    config = OmegaConf.to_object(composed(*overrides))
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def override_of(option: str) -> str:
+    """`model/tiny` as the override `model=tiny`."""
+    return "=".join(option.rsplit("/", 1))
+
+
+# Every file
+
+
+def test_every_yaml_file_is_in_a_known_place():
+    assert len(YAML_FILES) == N_YAML_FILES
+    assert not list(CONF.rglob("*.yml"))
+    groups = {option.rpartition("/")[0] for option in OPTIONS}
+    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "experiment"}
+
+
+@pytest.mark.parametrize("primary", PRIMARY)
+def test_primary_config_composes(primary):
+    config = OmegaConf.to_object(composed(primary=primary))
+    assert (config.model.name, config.optim.combination, config.data.name) == ("tiny", "baseline", "sample")
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes_and_its_values_arrive(option):
+    group, _, name = option.rpartition("/")
+    config = composed(override_of(option), *TOLD)
+    assert isinstance(OmegaConf.to_object(config), TrainConfig)
+    values = OmegaConf.load(CONF / f"{option}.yaml") or {}
+    section = config if group == "experiment" else config[group]
+    for key in set(values) - {"defaults", "hydra"}:
+        assert section[key] == values[key] or getattr(section[key], "name", None) == values[key]
+    if group in ("model", "data", "gpu"):
+        assert section.name == name
+
+
+@pytest.mark.parametrize("option", [name for name in OPTIONS if name.split("/")[0] not in ("model", "optim")])
+def test_no_yaml_file_repeats_a_default(option):
+    group = option.rpartition("/")[0]
+    schema = OmegaConf.structured(TrainConfig)
+    defaults = OmegaConf.to_container(schema if group == "experiment" else schema[group], enum_to_str=True)
+    values = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml")) or {}
+    repeated = [key for key in values if key not in ("defaults", "hydra") and values[key] == defaults[key]]
+    # The course's run stays the course's, whatever the defaults become.
+    assert repeated == ([] if option != "training/course" else ["lr", "epochs", "batch_size"])
+
+
+# The optim presets
+
+
+def test_presets_are_the_eight_combinations():
+    assert len(PRESETS) == 8
+    assert {option.removeprefix("optim/") for option in OPTIONS if option.startswith("optim/")} == PRESETS
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_preset_is_what_its_name_says(preset):
+    optim = checked(f"optim={preset}").optim
+    on = set() if preset == "baseline" else set(preset.split("_"))
+    assert optim == OptimConfig(**{name: name in on for name in ("ga", "mp", "lora", "gc")})
+    assert optim.combination == preset
+
+
+@pytest.mark.parametrize("switches", list(itertools.product((False, True), repeat=4)))
+def test_toggles_and_combination_name(switches):
+    toggles = dict(zip(("ga", "mp", "lora", "gc"), switches, strict=True))
+    optim = checked("optim=ga_mp_lora", *(f"optim.{name}={str(on).lower()}" for name, on in toggles.items())).optim
+    assert optim == OptimConfig(**toggles)
+    assert optim.combination == ("_".join(name for name, on in toggles.items() if on) or "baseline")
+
+
+def test_table2_sweeps_the_eight_presets():
+    sweep = OmegaConf.load(CONF / "experiment" / "table2.yaml").hydra
+    assert sweep.mode == "MULTIRUN"
+    assert sorted(sweep.sweeper.params.optim.split(",")) == sorted(PRESETS)
+
+
+# The models
+
+
+def one_layer_of_7b() -> int:
+    dim, ffn_dim, vocabulary = 4096, 11008, 32000
+    attention, feed_forward, norms = 4 * dim * dim, 3 * dim * ffn_dim, 2 * dim
+    return vocabulary * dim * 2 + attention + feed_forward + norms + dim
+
+
+PUBLISHED_PARAMETERS = {
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "tinyllama_1b": 1_100_048_384,
+    "llama2_7b_1layer": one_layer_of_7b(),
+}
+
+
+def parameter_count(name: str) -> int:
+    with torch.device("meta"):
+        model = Transformer(checked(f"model={name}", *TOLD).model)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_every_model_has_a_published_count():
+    models = {option.removeprefix("model/") for option in OPTIONS if option.startswith("model/")}
+    assert models == PUBLISHED_PARAMETERS.keys() | {"tiny"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+def test_parameter_count_is_the_published_one(name):
+    assert parameter_count(name) == PUBLISHED_PARAMETERS[name]
+
+
+def test_tiny_is_small():
+    count = parameter_count("tiny")
+    tokenizer = checked().tokenizer_file.stat().st_size
+    assert 2.5e6 < count < 3.5e6
+    assert 2 * count + tokenizer < 8e6  # bytes in 16 bit
+
+
+@pytest.mark.parametrize(("name", "context"), [("tiny", 1024), ("llama2_7b", 4096), ("tinyllama_1b", 2048)])
+def test_published_context_and_constants(name, context):
+    model = checked(f"model={name}", *TOLD).model
+    assert (model.context, model.norm_eps, model.rope_theta) == (context, 1e-5, 10000.0)
+
+
+# Checkpoint, tokenizer and lengths
+
+
+def test_tiny_is_built_in():
+    config = checked()
+    assert config.checkpoint == "builtin"
+    assert config.tokenizer_file.is_file()
+    assert config.max_length == config.model.context
+
+
+@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ([], "checkpoint=DIR"),
+        (["tokenizer=t.model"], "checkpoint=random"),
+        (["checkpoint=random"], "tokenizer=FILE"),
+        (["checkpoint=builtin", "tokenizer=t.model"], "folder, or random"),
+    ],
+)
+def test_other_models_must_be_told(name, given, wanted):
+    with pytest.raises(UserError, match=wanted) as error:
+        checked(f"model={name}", *given)
+    assert f"model={name}" in str(error.value)
+
+
+def test_other_models_take_what_they_are_told():
+    config = checked("model=llama2_7b", "checkpoint=weights", "tokenizer=some/tokenizer.model")
+    assert config.checkpoint == "weights"
+    assert config.tokenizer_file == Path("some/tokenizer.model")
+
+
+def test_course_data_and_training():
+    config = checked("data=alpaca_200", "data.path=alpaca_data.json", "training=course")
+    assert (config.data.first, config.training.max_samples, config.training.epochs) == (200, 200, 1)
+    assert (config.training.lr, config.training.batch_size) == (1e-5, 1)
+
+
+# What is refused, through the command itself
+
+
+@dataclass
+class Outcome:
+    """How a command ended, and which runs it would have trained."""
+
+    status: int
+    error: str = ""
+    folders: list[str] = field(default_factory=list)
+    configs: list[TrainConfig] = field(default_factory=list)
+
+    @property
+    def last_line(self) -> str:
+        return self.error.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
+    """The real command in this process and in an empty folder, except that runs are noted instead of trained."""
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    monkeypatch.setattr(train_module, "report_sweep", lambda *_: None)
+
+    def command(*arguments: str) -> Outcome:
+        outcome = Outcome(status=-1)
+
+        def note(_: Any, config: TrainConfig, run_dir: Path, __: bool) -> dict[str, Any]:
+            outcome.folders.append(run_dir.name)
+            outcome.configs.append(config)
+            return {"status": "ok", "combination": config.optim.combination}
+
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command itself sets it
+        monkeypatch.setattr(train_module.TrainCommand, "run", note)
+        monkeypatch.setattr(sys, "argv", ["llama_ft.train", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command(train_module.TrainCommand().main)
+        outcome.status, outcome.error = ended.value.code, capsys.readouterr().err
+        return outcome
+
+    yield command
+    signal.signal(signal.SIGTERM, handler)
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+WHOLE, NUMBER, SWITCH = "int|whole", "float|number", "true & false"
+# (command line, the key, the value, what is allowed: regular expressions joined by " & ")
+WRONG_KEY = [
+    ("training.learning_rate=1", "training.learning_rate", "", r"\blr\b & \bbatch_size\b"),
+    ("optim.GA=true", "optim.GA", "", r"\bga\b & \bmp\b & \blora\b & \bgc\b"),
+    ("promt=x", "promt", "", "model & optim & training & checkpoint"),
+    ("+training.lrr=1", "training.lrr", "", "not a key"),
+    ("+promt=x", "promt", "", "not a key"),
+]
+WRONG_CHOICE = [
+    ("optim=all", "optim", "all", "baseline & ga_mp_lora"),
+    ("model=llama3", "model", "llama3", "llama2_7b & tiny"),
+    ("gpu=a1000", "gpu", "a1000", "auto & cpu"),
+    ("experiment=table9", "experiment", "table9", "table2"),
+    ("mp.dtype=fp32", "mp.dtype", "fp32", "auto & bf16 & fp16"),
+    ("mp.frozen_weights=16", "mp.frozen_weights", "16", "compute & fp32"),
+    ("data.on_bad_record=ignore", "data.on_bad_record", "ignore", "error & skip"),
+    ("gpu.device=tpu", "gpu.device", "tpu", "auto & cpu & cuda"),
+    ("tracker.mode=on", "tracker.mode", "on", "auto & online & offline & disabled"),
+    ("optim=[ga,mp]", "optim", "ga,", "baseline & ga_mp_lora"),
+]
+WRONG_TYPE = [
+    ("training.lr=fast", "training.lr", "fast", NUMBER),
+    ("training.epochs=1.5", "training.epochs", "1.5", WHOLE),
+    ("training.epochs=true", "training.epochs", "true", WHOLE),
+    ("training.batch_size=null", "training.batch_size", "null", WHOLE),
+    ("lora.targets=wq", "lora.targets", "wq", r"list|\[wq"),
+    ("data.path=[a]", "data.path", "a", "str|text|file"),
+    ("ga=4", "ga", "4", r"ga\.steps|steps"),
+    ("optim.ga=1", "optim.ga", "1", SWITCH),
+    ("optim.gc=0", "optim.gc", "0", SWITCH),
+    ("optim.mp=yes", "optim.mp", "yes", SWITCH),
+    ("optim.lora=maybe", "optim.lora", "maybe", SWITCH),
+    ("++optim.ga=1", "optim.ga", "1", SWITCH),
+    ("optim={ga:1}", "optim", "1", r"true|ga_mp_lora|optim\.ga"),
+    ("training.save=1", "training.save", "1", SWITCH),
+]
+TOO_SMALL = [
+    (f"{key}={value}", key, str(value), "at least|positive|0 or more")
+    for keys, value in {
+        "ga.steps gc.every lora.rank training.epochs training.batch_size training.max_samples data.first": 0,
+        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size model.context": 0,
+        "measure.memory_limit_mb": 0,
+        "training.seed training.weight_decay training.lr lora.alpha training.max_grad_norm lora.dropout": -1,
+        "data.max_length": 1,
+    }.items()
+    for key in keys.split()
+]
+OUT_OF_RANGE = [
+    ("training.warmup_ratio=1.5", "training.warmup_ratio", "1.5", "between 0 and 1"),
+    ("training.lr=inf", "training.lr", "inf", "finite|below"),
+    ("lora.dropout=1", "lora.dropout", "1", "below 1"),
+    ("lora.targets=[]", "lora.targets", "[]", "one name or more"),
+    ("data.max_length=1025", "data.max_length", "1025", "at most model.context=1024"),
+    ("model.dim=100", "model.dim", "100", "multiple of model.n_heads=6"),
+    ("model.n_kv_heads=4", "model.n_kv_heads", "4", "divisor of 6"),
+    ("model.n_heads=192", "model.dim", "192", "even"),
+    ("mp.dtype=fp16 mp.trainable_weights=compute", "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16"),
+    ("model=llama2_7b", "model", "llama2_7b", "checkpoint=DIR & checkpoint=random"),
+    ("data=alpaca_200", "data", "alpaca_200", "data.path=FILE"),
+    ("optim.ga=false,true", "optim.ga", "false,true", "-m|multirun"),
+]
+FLOATS = (
+    "lora.alpha lora.dropout training.lr training.warmup_ratio training.weight_decay training.max_grad_norm"
+    " model.norm_eps model.rope_theta"
+).split()
+NAN = [(f"{key}=nan", key, "nan", "positive|between|at least|0 or more") for key in FLOATS]
+
+
+REFUSED = WRONG_KEY + WRONG_CHOICE + WRONG_TYPE + TOO_SMALL + OUT_OF_RANGE + NAN
+
+
+@pytest.mark.parametrize(("arguments", "key", "value", "allowed"), REFUSED, ids=[case[0] for case in REFUSED])
+def test_refused(train, tmp_path, arguments, key, value, allowed):
+    outcome = train(*arguments.split(), "tracker=disabled", "hydra.run.dir=out")
+    assert outcome.status == 2
+    assert not outcome.folders
+    assert "Traceback" not in outcome.error
+    assert key in outcome.last_line
+    assert value.lower() in outcome.last_line.lower()
+    assert all(re.search(part, outcome.last_line, re.IGNORECASE) for part in allowed.split(" & "))
+    assert files_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("argument", "fragments"),
+    [("training.lrr=1", ["training.lrr"]), ("optim.ga=1", ["true or false"]), ("training.lr=nan", ["training.lr=nan"])],
+)
+def test_refused_by_the_command_as_users_start_it(tmp_path, argument, fragments):
+    ended = run("llama_ft.train", argument, "tracker=disabled", "hydra.run.dir=out", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stdout == ""
+    assert "Traceback" not in ended.stderr
+    assert all(fragment in ended.stderr.strip().splitlines()[-1] for fragment in fragments)
+    assert files_in(tmp_path) == []
+
+
+def test_the_traceback_is_there_for_those_who_ask(tmp_path):
+    ended = run("llama_ft.train", "training.lrr=1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    assert ended.returncode != 0
+    assert "Traceback" in ended.stderr
+
+
+def test_floats_listed_are_all_there_are():
+    assert set(FLOATS) == {key for key, hint in leaf_hints(TrainConfig) if hint is float}
+
+
+def test_the_message_about_clipping_gives_a_spelling_that_works(train):
+    refused = train("training.max_grad_norm=0", "tracker=disabled", "hydra.run.dir=out")
+    spelling = re.search(r"\((\S+) never clips\)", refused.last_line)[1]
+    assert train(f"training.max_grad_norm={spelling}", "tracker=disabled", "hydra.run.dir=out").status == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "lora.dropout=0 lora.rank=1 lora.alpha=0.5 lora.targets=[w1,w2,w3]",
+        "training.warmup_ratio=0 training.weight_decay=0 training.max_grad_norm=inf training.max_samples=null",
+        "training.warmup_ratio=1 training.seed=9223372036854775807 training.epochs=1 training.lr=1",
+        "data.max_length=2",
+        "data.max_length=1024",
+        "mp.dtype=bf16 mp.trainable_weights=compute",
+        "mp.dtype=fp16 mp.frozen_weights=fp32",
+        "optim.ga=True optim.gc=FALSE",
+        "measure.memory_limit_mb=1",
+    ],
+)
+def test_the_edges_of_what_is_allowed(train, arguments):
+    outcome = train(*arguments.split(), "tracker=disabled", "hydra.run.dir=out")
+    assert (outcome.status, outcome.error) == (0, "")
+    assert len(outcome.configs) == 1
+
+
+# The hash
+
+
+def leaf_hints(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every value in the schema, however deep."""
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        hint = hints[entry.name]
+        if is_dataclass(hint):
+            yield from leaf_hints(hint, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hint
+
+
+def another(value: Any, hint: Any) -> Any:
+    """A value of the same type that is not the same."""
+    if get_origin(hint) in (types.UnionType, Union):
+        hint = next(kind for kind in get_args(hint) if kind is not types.NoneType)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, enum.Enum):
+        return next(choice for choice in type(value) if choice is not value)
+    if isinstance(value, list):
+        return [*value, "wo"]
+    if hint is str:
+        return f"{value}_other"
+    return {int: 7, float: 0.123}[hint]
+
+
+LEAVES = dict(leaf_hints(TrainConfig))
+
+
+@pytest.fixture(scope="module")
+def default_config() -> TrainConfig:
+    return checked()
+
+
+@pytest.fixture
+def config(default_config) -> TrainConfig:
+    """The default config, to be changed."""
+    return copy.deepcopy(default_config)
+
+
+def changed(config: TrainConfig, leaf: str) -> TrainConfig:
+    *sections, key = leaf.split(".")
+    section: Any = config
+    for name in sections:
+        section = getattr(section, name)
+    before = getattr(section, key)
+    setattr(section, key, another(before, LEAVES[leaf]))
+    assert getattr(section, key) != before
+    return config
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if not leaf.startswith("tracker.")])
+def test_hash_changes_with_every_field(config, leaf):
+    before = config.hash()
+    assert changed(config, leaf).hash() != before
+
+
+@pytest.mark.parametrize("leaf", [leaf for leaf in LEAVES if leaf.startswith("tracker.")])
+def test_hash_knows_nothing_of_the_tracker(config, leaf):
+    before = config.hash()
+    assert changed(config, leaf).hash() == before
+
+
+def test_hashes_of_all_changes_differ(config):
+    hashes = {config.hash()}
+    measured = [leaf for leaf in LEAVES if not leaf.startswith("tracker.")]
+    for leaf in measured:
+        hashes.add(changed(config, leaf).hash())
+    assert len(hashes) == len(measured) + 1
+
+
+def test_hash_is_the_same_for_the_same_run():
+    assert checked().hash() == checked("checkpoint=builtin", "optim.ga=false", "tracker=disabled").hash()
+    assert checked("optim=ga_mp").hash() == checked("optim=mp", "optim.ga=true").hash()
+    assert checked("training.lr=1e-3").hash() == checked("training.lr=0.001").hash()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("optim=ga_mp_lora", "lora.targets=[wq,wk]", "mp.dtype=bf16", "tracker.mode=disabled"),
+        ("training.lr=0.1", "training.max_grad_norm=inf", "training.warmup_ratio=0.3333333333333333"),
+        ("model=llama2_7b", "checkpoint='off: yes'", "tokenizer='{a}, # b'", "data.path='1e-3'"),
+    ],
+)
+def test_the_run_folders_config_is_the_same_run(tmp_path, overrides):
+    config = checked(*overrides)
+    (tmp_path / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(config.to_dict())), encoding="utf-8")
+    read = read_config(tmp_path)
+    assert read == config
+    assert read.hash() == config.hash()
+
+
+# The names of runs
+
+
+def test_sweep_by_glob(train):
+    outcome = train("-m", "optim=glob(*)", "tracker=disabled")
+    assert outcome.status == 0
+    assert set(outcome.folders) == PRESETS
+    assert len(outcome.folders) == 8
+
+
+def test_sweep_by_experiment(train, tmp_path):
+    outcome = train("experiment=table2", "tracker=disabled")
+    assert outcome.status == 0
+    assert set(outcome.folders) == PRESETS
+    assert (tmp_path / "outputs" / "table2").is_dir()
+
+
+def test_sweep_by_toggles(train):
+    arguments = [f"optim.{name}=false,true" for name in ("gc", "lora", "mp", "ga")]
+    outcome = train("-m", *arguments, "tracker=disabled")
+    assert len(outcome.folders) == len(set(outcome.folders)) == 16
+    assert outcome.folders == [config.optim.combination for config in outcome.configs]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ("optim=mp,lora", {"mp", "lora"}),
+        ("optim=mp training.lr=0.1", {"mp"}),
+        (
+            "optim=ga model=tiny,tinyllama_1b checkpoint=random tokenizer=t.model",
+            {"ga,model=tiny", "ga,model=tinyllama_1b"},
+        ),
+        (
+            "optim=mp data=sample,alpaca_200 data.path=a.json",
+            {"mp,data=sample", "mp,data=alpaca_200"},
+        ),
+        ("optim=lora lora.rank=4,8", {"lora,lora.rank=4", "lora,lora.rank=8"}),
+        ("optim=lora lora.rank=choice(4,8)", {"lora,lora.rank=4", "lora,lora.rank=8"}),
+        ("training.seed=range(2)", {"baseline,training.seed=0", "baseline,training.seed=1"}),
+        ("model=glob(tiny)", {"baseline,model=tiny"}),
+        ("experiment=table2 optim=ga lora.rank=4,8", {"ga,lora.rank=4", "ga,lora.rank=8"}),
+    ],
+)
+def test_run_names_tell_what_the_sweep_varies(train, arguments, names):
+    outcome = train("-m", *arguments.split(), "tracker=disabled")
+    assert outcome.status == 0
+    assert set(outcome.folders) == names
+    assert len(outcome.folders) == len(names)
+
+
+@pytest.mark.parametrize(
+    "targets", ["[wq],[wq,wv],[wq,wk,wv,wo]", "[wq,wv],[wv,wq]", "[w1],[w1,w2]"], ids=lambda value: value
+)
+def test_run_names_of_lists_differ_and_are_plain(train, targets):
+    outcome = train("-m", "optim=lora", f"lora.targets={targets}", "tracker=disabled")
+    assert outcome.status == 0
+    assert len(set(outcome.folders)) == len(outcome.folders) == targets.count("[")
+    for folder, config in zip(outcome.folders, outcome.configs, strict=True):
+        assert re.fullmatch(r"[\w.,=+-]+", folder)
+        assert folder.startswith("lora,lora.targets=")
+        assert "_".join(config.lora.targets) in folder
+
+
+def test_run_names_do_not_depend_on_the_order_of_arguments(train):
+    sweeps = ["lora.rank=4,8", "training.seed=1,2"]
+    first = train("-m", "optim=lora", *sweeps, "hydra.sweep.dir=first", "tracker=disabled")
+    second = train("-m", *reversed(sweeps), "optim=lora", "hydra.sweep.dir=second", "tracker=disabled")
+    assert len(set(first.folders)) == 4
+    assert set(first.folders) == set(second.folders)
+
+
+def test_paths_in_run_names_make_no_folders(train, tmp_path):
+    outcome = train("-m", "data.path=a/b.json,c/d.json", "hydra.sweep.dir=out", "tracker=disabled")
+    assert len(set(outcome.folders)) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == set(outcome.folders)
+
+
+def test_checks_run_without_hydra_too():
+    with pytest.raises(UserError, match=r"lora\.rank=0"):
+        LoraConfig(rank=0)
+    with pytest.raises(UserError, match=r"training\.seed"):
+        TrainingConfig(seed=-1)
+    with pytest.raises(UserError, match="n_heads"):
+        ModelConfig(name="odd", dim=100, n_heads=6)
+
+
+def test_the_checkout_is_what_is_tested():
+    assert cli.config_dir() == CONF
+    assert os.path.samefile(Path(cli.__file__).parent, CHECKOUT / "llama_ft")

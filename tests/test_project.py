@@ -1,0 +1,451 @@
+"""The project around the code: dependencies, layering, imports, README, tests and continuous integration."""
+
+import ast
+import functools
+import importlib.metadata
+import itertools
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from conftest import CHECKOUT, run
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from omegaconf import OmegaConf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+from llama_ft import cli
+from llama_ft.config import TrainConfig
+
+PACKAGE = CHECKOUT / "llama_ft"
+MODULE_FILES = sorted(PACKAGE.rglob("*.py"))
+MOST_LINES = 300
+SECONDS_FOR_HELP = 5
+
+
+def read(name: str) -> str:
+    return (CHECKOUT / name).read_text(encoding="utf-8")
+
+
+# Dependencies: pyproject, the lock, environment.yml and the Makefile
+
+
+@functools.cache
+def project() -> dict[str, Any]:
+    return tomllib.loads(read("pyproject.toml"))["project"]
+
+
+def runtime_requirements() -> list[Requirement]:
+    return [Requirement(line) for line in project()["dependencies"]]
+
+
+def direct_requirements() -> list[Requirement]:
+    development = project()["optional-dependencies"]["dev"]
+    return runtime_requirements() + [Requirement(line) for line in development]
+
+
+@functools.cache
+def locked() -> dict[str, Version]:
+    """Name to version; the lock holds nothing but exact versions."""
+    pins = [Requirement(line) for line in read("requirements.lock").splitlines() if line.strip()]
+    assert all(re.fullmatch(r"==[^*,]+", str(pin.specifier)) and not pin.url for pin in pins)
+    assert not [name for name, count in Counter(canonicalize_name(pin.name) for pin in pins).items() if count > 1]
+    return {canonicalize_name(pin.name): Version(str(pin.specifier).removeprefix("==")) for pin in pins}
+
+
+@pytest.mark.parametrize("requirement", direct_requirements(), ids=lambda requirement: requirement.name)
+def test_direct_dependency_is_locked_at_an_allowed_version(requirement):
+    version = locked()[canonicalize_name(requirement.name)]
+    assert requirement.specifier.contains(version, prereleases=True)
+
+
+def test_torch_is_locked():
+    assert locked()["torch"] == Version("2.13.0")
+
+
+def environment() -> dict[str, Any]:
+    loaded = yaml.safe_load(read("environment.yml"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def test_environment_installs_what_make_installs():
+    (pip,) = [entry["pip"] for entry in environment()["dependencies"] if isinstance(entry, dict)]
+    in_environment = shlex.split(" ".join(pip))
+    commands = [shlex.split(line) for line in read("Makefile").splitlines() if " pip install " in line]
+    (in_make,) = [command for command in commands if ".[dev]" in command and "--constraint" in command]
+    options = in_make[in_make.index("install") + 1 :]
+    assert [option for option in options if option not in ("--quiet", "--disable-pip-version-check")] == in_environment
+    assert in_environment == ["--constraint", "requirements.lock", "--editable", ".[dev]"]
+
+
+def test_environments_python_is_allowed():
+    assert environment()["name"] == project()["name"]
+    (python,) = [entry for entry in environment()["dependencies"] if str(entry).startswith("python=")]
+    allowed = SpecifierSet(project()["requires-python"])
+    assert allowed.contains(python.removeprefix("python=").lstrip("="))
+    assert "pip" in environment()["dependencies"]
+    assert allowed.contains(".".join(map(str, sys.version_info[:3])))
+
+
+def test_makefile_checks_the_python_that_pyproject_requires():
+    oldest = project()["requires-python"].removeprefix(">=")
+    assert f"sys.version_info < ({oldest.replace('.', ', ')})" in read("Makefile")
+    assert f"Python {oldest}" in read("README.md")
+
+
+# Imports
+
+
+class Import(NamedTuple):
+    """An import statement in a module of the package."""
+
+    module: str  # who imports
+    target: str  # what, as far as it is a module
+    at_top: bool  # whether importing the one imports the other
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(CHECKOUT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in MODULE_FILES}
+
+
+def targets_of(node: ast.AST) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports within the package are absolute"
+        for alias in node.names:
+            inner = f"{node.module}.{alias.name}"
+            yield inner if inner in MODULES else str(node.module)
+
+
+def imports_of(module: str, file: Path) -> Iterator[Import]:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    inside_functions = {
+        id(inner)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for inner in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        for target in targets_of(node):
+            yield Import(module, target, id(node) not in inside_functions)
+
+
+IMPORTS = [found for module, file in MODULES.items() for found in imports_of(module, file)]
+OWN_IMPORTS = [found for found in IMPORTS if found.target.split(".")[0] == "llama_ft"]
+
+COMMANDS = ("train", "generate", "evaluate", "plan", "report", "convert")
+# From the bottom up. An import points to a lower level, or stays within its part.
+LEVELS = [
+    ("",),  # llama_ft itself: the version
+    ("config",),
+    ("model", "data"),
+    ("techniques",),
+    ("training", "decoding"),
+    ("reporting", "planning", "measure", "tracking"),
+    ("cli",),
+    COMMANDS,
+]
+LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
+# The format of result.json is shared by those who write and those who read it.
+ALLOWED_SIDEWAYS = {("reporting", "llama_ft.measure.result")}
+
+
+def part_of(module: str) -> str:
+    """`model` for `llama_ft.model.weights`; empty for `llama_ft` itself."""
+    return module.removeprefix("llama_ft").lstrip(".").partition(".")[0]
+
+
+def test_every_module_has_a_place_in_the_layering():
+    assert {part_of(module) for module in MODULES} <= LEVEL.keys()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_down(module):
+    wrong = [
+        found.target
+        for found in OWN_IMPORTS
+        if found.module == module
+        and part_of(found.target) != part_of(module)
+        and LEVEL[part_of(found.target)] >= LEVEL[part_of(module)]
+        and (part_of(module), found.target) not in ALLOWED_SIDEWAYS
+    ]
+    assert wrong == []
+
+
+def test_the_layering_test_sees_the_arrows_it_judges():
+    arrows = {(part_of(found.module), part_of(found.target)) for found in OWN_IMPORTS}
+    assert {("train", "cli"), ("train", "reporting"), ("measure", "training"), ("measure", "techniques")} <= arrows
+    assert {("training", "data"), ("techniques", "model"), ("model", "config"), ("data", "config")} <= arrows
+
+
+def test_no_import_cycles():
+    remaining = defaultdict(set)
+    for found in OWN_IMPORTS:
+        if found.target != found.module:
+            remaining[found.module].add(found.target)
+    while leaves := set(MODULES) - remaining.keys():
+        before = len(remaining)
+        for module, targets in list(remaining.items()):
+            targets -= leaves
+            if not targets:
+                del remaining[module]
+        if len(remaining) == before:
+            break
+    assert dict(remaining) == {}
+
+
+def importers(distribution: str) -> set[str]:
+    return {found.module for found in IMPORTS if found.target.split(".")[0] == distribution}
+
+
+def test_model_has_never_heard_of_techniques():
+    assert not [found for found in OWN_IMPORTS if part_of(found.module) == "model" and "techniques" in found.target]
+
+
+def test_hydra_stays_in_the_commands():
+    assert importers("hydra") <= {f"llama_ft.{name}" for name in (*COMMANDS, "cli")}
+    assert "llama_ft.train" in importers("hydra")
+
+
+def test_wandb_stays_in_tracking():
+    assert {part_of(module) for module in importers("wandb")} == {"tracking"}
+
+
+def test_config_is_plain_python():
+    targets = {found.target.split(".")[0] for found in IMPORTS if found.module == "llama_ft.config"}
+    assert targets <= sys.stdlib_module_names
+
+
+def test_dependencies_are_those_that_are_imported():
+    providers = importlib.metadata.packages_distributions()
+    imported = set()
+    for found in IMPORTS:
+        name = found.target.split(".")[0]
+        if name != "llama_ft" and name not in sys.stdlib_module_names:
+            imported |= {canonicalize_name(distribution) for distribution in providers[name]}
+    assert imported == {canonicalize_name(requirement.name) for requirement in runtime_requirements()}
+
+
+def quick_modules() -> list[str]:
+    """What a command imports before it knows what to do."""
+    parts = (*COMMANDS, "cli", "config", "reporting", "tracking")
+    chosen = [module for module in MODULES if part_of(module) in parts]
+    return [*chosen, "llama_ft.measure.process", "llama_ft.measure.result"]
+
+
+@pytest.mark.parametrize("module", quick_modules())
+def test_no_torch_at_the_top(module):
+    at_top = {found.target.split(".")[0] for found in IMPORTS if found.module == module and found.at_top}
+    assert "torch" not in at_top
+
+
+def test_importing_the_commands_is_quick():
+    later = {"llama_ft.tracking.wandb_run", "llama_ft.reporting.figure"}  # imported when they are needed
+    code = "\n".join(f"import {module}" for module in quick_modules() if module not in later)
+    code += "\nimport sys; print(sorted({'torch', 'wandb', 'matplotlib', 'transformers'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if f"llama_ft.{name}" in MODULES])
+def test_help_is_there_and_quick(tmp_path, command):
+    seconds = []
+    while len(seconds) < 3 and min(seconds, default=60) > SECONDS_FOR_HELP:  # again where the machine was busy
+        began = time.perf_counter()
+        done = run(f"llama_ft.{command}", "--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - began)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert min(seconds) <= SECONDS_FOR_HELP
+    assert done.stdout.strip()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+def test_modules_are_short(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+# The README
+
+
+def code_lines(text: str) -> list[str]:
+    """The lines of the fenced code blocks, continued lines joined."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [line.strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.strip()]
+
+
+def documented_commands() -> list[list[str]]:
+    """The words after `python -m`, the module first, for each such line in the README's code."""
+    lines = [line.partition("python -m ")[2] for line in code_lines(read("README.md"))]
+    return [shlex.split(line, comments=True) for line in lines if line]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", read("Makefile"), re.MULTILINE))
+
+
+def test_readme_makes_targets_that_exist():
+    named = {
+        word
+        for line in code_lines(read("README.md"))
+        if line.startswith("make ")
+        for word in shlex.split(line, comments=True)[1:]
+        if "=" not in word
+    }
+    assert {"sweep", "test"} <= named <= make_targets()
+
+
+def test_phony_targets_exist():
+    phony = set(re.findall(r"^\.PHONY: (.*)$", read("Makefile"), re.MULTILINE)[0].split())
+    assert phony <= make_targets()
+    assert {"sweep", "test", "lint"} <= phony
+
+
+def test_readme_names_commands_that_exist():
+    commands = {module for module, *_ in documented_commands()}
+    assert "llama_ft.train" in commands
+    to_come = {f"llama_ft.{name}" for name in COMMANDS}
+    assert {name for name in commands if name.startswith("llama_ft")} <= MODULES.keys() | to_come
+
+
+def swept_values(override: Override) -> list[str]:
+    """What the sweep puts in the override's place, one at a time."""
+    if isinstance(override.value(), Glob):
+        options = sorted(file.stem for file in (cli.config_dir() / override.key_or_group).glob("*.yaml"))
+        return override.value().filter(options)
+    return list(override.sweep_string_iterator())
+
+
+def single_runs(overrides: list[str]) -> Iterator[list[str]]:
+    """The overrides of each run."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in swept_values(override)]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in parsed
+    ]
+    yield from (list(choice) for choice in itertools.product(*choices))
+
+
+TRAIN_COMMANDS = [arguments for module, *arguments in documented_commands() if module == "llama_ft.train"]
+
+
+@pytest.mark.parametrize("arguments", TRAIN_COMMANDS, ids=" ".join)
+def test_readmes_train_commands_compose(arguments):
+    cli.register()
+    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    runs = list(single_runs(overrides))
+    assert runs
+    assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
+    with initialize_config_dir(version_base="1.3", config_dir=str(cli.config_dir())):
+        for single in runs:
+            assert isinstance(OmegaConf.to_object(compose(config_name="train", overrides=single)), TrainConfig)
+
+
+def readme_settings() -> list[tuple[str, str]]:
+    """(key, choices or default) of the rows of the README's table of settings."""
+    rows = [line.split("|")[1:3] for line in read("README.md").splitlines() if re.match(r"\| `\w", line)]
+    return [(key, values.strip()) for keys, values in rows for key in re.findall(r"`([\w.]+)`", keys)]
+
+
+@pytest.mark.parametrize("key", [key for key, _ in readme_settings()])
+def test_readmes_keys_exist(key):
+    schema = OmegaConf.structured(TrainConfig)
+    for part in key.split("."):
+        assert part in schema
+        schema = schema._get_node(part)
+
+
+@pytest.mark.parametrize("group", [folder.name for folder in (CHECKOUT / "conf").iterdir() if folder.is_dir()])
+def test_readme_lists_every_choice_of_a_group(group):
+    options = {file.stem for file in (CHECKOUT / "conf" / group).glob("*.yaml")}
+    listed = {key: values for key, values in readme_settings() if "." not in key}
+    if group in listed:
+        assert set(re.findall(r"`(\w+)`", listed[group])) == options
+    else:
+        assert all(option in read("README.md") for option in options)
+
+
+def test_readmes_pictures_and_links_exist():
+    links = re.findall(r"\]\(([^)#]+)", read("README.md"))
+    missing = [link for link in links if "://" not in link and not (CHECKOUT / link).exists()]
+    assert missing == []
+
+
+# Tests and continuous integration
+
+
+def test_every_file_in_tests_is_collected():
+    files = sorted((CHECKOUT / "tests").rglob("*.py"))
+    helpers = {"conftest.py"}
+    not_collected = [file.name for file in files if file.name not in helpers and not file.name.startswith("test_")]
+    assert not_collected == []
+    assert not [name for name, count in Counter(file.name for file in files).items() if count > 1]
+    for file in files:
+        names = [node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if hasattr(node, "name")]
+        tests = [name for name in names if name.lower().startswith("test")]
+        assert tests or file.name in helpers, f"{file.name} has no test"
+        assert not [name for name, count in Counter(tests).items() if count > 1], f"{file.name}: a name twice"
+
+
+def test_pytest_runs_all_of_them():
+    options = tomllib.loads(read("pyproject.toml"))["tool"]["pytest"]["ini_options"]
+    assert options["testpaths"] == ["tests"]
+    assert not re.search(r"--ignore|--deselect|-k |-m ", options.get("addopts", ""))
+    (command,) = re.findall(r"^test:.*\n\t(.*)$", read("Makefile"), re.MULTILINE)
+    assert command == "$(BIN)/python -m pytest"
+
+
+def test_ci_runs_the_readmes_test_command_and_then_the_linters():
+    script = [line.strip() for line in read(".ci/run").splitlines() if line.strip() and not line.startswith("#")]
+    assert script[:2] == ["set -euo pipefail", 'cd "$(dirname "$0")/.."']
+    assert script[2:] == ["make test", "make lint"]
+    assert any(shlex.split(line, comments=True) == ["make", "test"] for line in code_lines(read("README.md")))
+    assert (CHECKOUT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def tracked_files() -> list[Path]:
+    """The files of the repository: tracked, or about to be."""
+    git = shutil.which("git")
+    if git is None or not (CHECKOUT / ".git").exists():
+        pytest.skip("not a git checkout")
+    command = [git, "-c", f"safe.directory={CHECKOUT}", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout
+    return [CHECKOUT / name for name in listed.split("\0") if name and (CHECKOUT / name).is_file()]
+
+
+def test_no_paths_of_a_machine_in_the_repository():
+    path = re.compile(rb"(?<![\w.~$}/-])/(?:home|root|Users|work|workspace|mnt|tmp|scratch)/[\w.]")
+    found = []
+    for file in tracked_files():
+        content = file.read_bytes()
+        if b"\0" not in content:  # text
+            found += [f"{file.relative_to(CHECKOUT)}: {match.group()!r}" for match in path.finditer(content)]
+    assert found == []
+
+
+def test_nothing_large_or_generated_is_tracked():
+    files = tracked_files()
+    assert not [file for file in files if file.stat().st_size > 2**20]
+    assert not [file for file in files if file.suffix in (".pyc", ".safetensors", ".wandb") or "outputs" in file.parts]
