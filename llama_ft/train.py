@@ -45,7 +45,7 @@ class TrainCommand:
     def __init__(self) -> None:
         self.console = Console()
         self.sweep_dir: Path | None = None
-        self.results: list[dict[str, Any]] = []
+        self.results: dict[str, dict[str, Any]] = {}  # by the name of the run's folder
         self.said: set[str] = set()
 
     def job(self, config: DictConfig) -> None:
@@ -60,10 +60,11 @@ class TrainCommand:
         except Exception as error:
             if not self.results:  # nothing is lost yet, and the other runs may well be wrong in the same way
                 raise cli.Stop(cli.explain(error)) from error
-            self.results.append({"combination": run_dir.name, "status": "error", "error": cli.explain(error)})
+            self.results[run_dir.name] = {"status": "error", "error": cli.explain(error)}
             self.console.print(f"{run_dir.name}: {cli.explain(error)}", highlight=False, markup=False)
             return
-        self.results.append(self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping))
+        result = self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping)
+        self.results[run_dir.name] = result
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
         """The result that the folder holds, if the run need not be done again."""
@@ -80,7 +81,8 @@ class TrainCommand:
             )
         if previous["status"] not in FINISHED:
             return None
-        self.console.print(f"{run_dir.name}: done before ({previous['status']}), not run again", highlight=False)
+        line = f"{run_dir.name}: done before ({previous['status']}){ending(previous).removeprefix(previous['status'])}"
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         return previous
 
     def run(self, config: TrainConfig, run_dir: Path, sweeping: bool) -> dict[str, Any]:
@@ -104,14 +106,20 @@ class TrainCommand:
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
         cli.register()
-        hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
+        except KeyboardInterrupt:
+            if self.results and self.sweep_dir is not None:
+                report_sweep(self.sweep_dir, self.console)
+                print("the same command goes on where this one stopped", file=sys.stderr)
+            raise
         if self.sweep_dir is not None:
             report_sweep(self.sweep_dir, self.console)
-        failed = [result for result in self.results if result["status"] not in FINISHED]
+        failed = {name: result for name, result in self.results.items() if result["status"] not in FINISHED}
         if failed and self.sweep_dir is None:
-            print(ending(failed[0]), file=sys.stderr)
+            print(ending(*failed.values()), file=sys.stderr)
         elif failed:
-            names = ", ".join(f"{result['combination']} ({result['status']})" for result in failed)
+            names = ", ".join(f"{name} ({result['status']})" for name, result in failed.items())
             print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
 

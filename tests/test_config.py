@@ -189,7 +189,7 @@ def test_tiny_is_built_in():
         ([], "checkpoint=DIR"),
         (["tokenizer=t.model"], "checkpoint=random"),
         (["checkpoint=random"], "tokenizer=FILE"),
-        (["checkpoint=builtin", "tokenizer=t.model"], "folder, or random"),
+        (["checkpoint=builtin", "tokenizer=t.model"], "checkpoint=DIR"),
     ],
 )
 def test_other_models_must_be_told(name, given, wanted):

@@ -41,6 +41,8 @@ def stop_with_parent() -> None:
 
 def failure(error: BaseException, stage: str) -> dict[str, Any]:
     """Status and error text for an exception."""
+    if isinstance(error, KeyboardInterrupt):  # first: it may have come while torch was being imported
+        return {"status": "interrupted", "error": f"interrupted during {stage}"}
     from llama_ft.measure.device import is_out_of_memory
 
     if is_out_of_memory(error):
@@ -48,8 +50,6 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
         if wanted := re.search(r"tried to allocate (\d+) bytes", reason):
             reason = f"could not allocate another {int(wanted[1]) / MB:,.1f} MB"
         return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
-    if isinstance(error, KeyboardInterrupt):
-        return {"status": "interrupted", "error": f"interrupted during {stage}"}
     if isinstance(error, UserError):
         return {"status": "error", "error": str(error)}
     traceback.print_exception(error)  # into train.log: this one is ours to mend

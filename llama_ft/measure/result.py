@@ -23,6 +23,10 @@ OUT_OF_MEMORY_TEXT = re.compile(
     r"|failed to map segment"
 )
 
+_KNOWN = (
+    "schema_version status error config_hash combination model data gpu optim techniques batch_size memory_limit_mb"
+    " command"
+).split()
 _MEASURED = (
     "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"
     " memory_max_mb memory_instant ledger trainable_params total_params trainable_percent loss_first loss_last"
@@ -33,7 +37,7 @@ _MEASURED = (
 def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
     """A result in which everything that is measured is still null."""
     settings = config.to_dict()
-    known = {
+    known: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "status": "error",
         "error": None,
@@ -76,9 +80,10 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    if not isinstance(result, dict) or result.get("schema_version") != SCHEMA_VERSION:
+    complete = isinstance(result, dict) and result.keys() >= {*_KNOWN, *_MEASURED}
+    if not complete or result["schema_version"] != SCHEMA_VERSION or result["status"] not in STATUSES:
         raise UserError(f"{file} is not a result that this version writes (schema_version {SCHEMA_VERSION})")
     return result

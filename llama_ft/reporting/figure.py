@@ -15,7 +15,7 @@ from llama_ft.reporting.table2 import MARKS, amount
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999"), strict=True))
-RUNTIME_COLOUR = "#555555"
+RUNTIME_COLOUR, LIMIT_COLOUR = "#555555", "#D55E00"
 
 
 def draw_table2(groups: list[Group], file: Path) -> None:
@@ -27,6 +27,8 @@ def draw_table2(groups: list[Group], file: Path) -> None:
         _memory_panel(memory, group.results)
         _runtime_panel(runtime, group.results)
         memory.set_title(group.title, loc="left", fontsize=10)
+    handles = {text: handle for row in axes for handle, text in zip(*row[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower left", ncols=7, frameon=False, fontsize=8)
     figure.savefig(file)
 
 
@@ -39,10 +41,13 @@ def _memory_panel(axes: Axes, results: list[dict[str, Any]]) -> None:
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
     limit = results[0]["memory_limit_mb"]
     if limit is not None:
-        axes.axvline(limit, color="#D55E00", linestyle="--", label=f"limit {limit:,} MB")
+        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=f"limit {limit:,} MB")
+        on_cpu = [(r["peak_rss_mb"], row) for row, r in enumerate(results) if not r["peak_memory_reserved_mb"]]
+        seen = [(rss, row) for rss, row in on_cpu if rss is not None]
+        if seen:  # there the limit is one on the process, not on its tensors
+            axes.plot(*zip(*seen, strict=True), "k|", markersize=14, label="peak RSS of the process")
     _finish(axes, results, [r["peak_memory_mb"] for r in results], "peak memory, MB")
     axes.set_yticks(range(len(results)), [label(r) for r in results])
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=6, frameon=False, fontsize=8)
 
 
 def _runtime_panel(axes: Axes, results: list[dict[str, Any]]) -> None:

@@ -46,7 +46,9 @@ def read_groups(folder: Path) -> list[Group]:
         result = read_result(file.parent)
         if result is None:
             continue
-        _, _, variant = file.parent.relative_to(folder).as_posix().partition(",")
+        run = file.parent.relative_to(folder)
+        # Runs in folders of their own are sweeps of their own.
+        variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
         groups.setdefault((variant, result["model"], result["data"], result["gpu"]), []).append(result)
     if not groups:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")

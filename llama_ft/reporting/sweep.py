@@ -21,8 +21,10 @@ def report_sweep(folder: Path, console: Console) -> None:
     groups = read_groups(folder)
     tables = [table2(group) for group in groups]
     for table in tables:
+        console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=True)
         for view in terminal(table):
             console.print(view)
+            console.print()
         for note in table.notes:
             console.print(f"  {note}", style="dim", highlight=False, markup=False, soft_wrap=True)
     from llama_ft.reporting.figure import draw_table2  # matplotlib takes a second to import

@@ -21,7 +21,7 @@ class Table:
     """Text cells, ready for any of the renderers below."""
 
     title: str
-    header: list[str]
+    techniques: list[tuple[str, list[str]]]  # the heading: a row for each technique, ON or OFF in each column
     rows: list[tuple[str, list[str]]]
     notes: list[str]
 
@@ -30,7 +30,8 @@ def table2(group: Group) -> Table:
     """The measured table of a group."""
     results = group.results
     shown = [name for name in TECHNIQUES if name != "gc" or any(r["optim"]["gc"] for r in results)]
-    rows = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in results]) for name in shown[1:]]
+    techniques = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in results]) for name in shown]
+    rows: list[tuple[str, list[str]]] = []
 
     def add(text: str, key: str, form: Callable[[float], str] = amount) -> None:
         if any(r[key] is not None for r in results) or key in ("peak_memory_mb", "runtime_s"):
@@ -38,15 +39,14 @@ def table2(group: Group) -> Table:
 
     add("Peak memory, MB", "peak_memory_mb")
     rows.append(("  of baseline", _relative(group, "peak_memory_mb")))
-    add("Peak reserved, MB", "peak_memory_reserved_mb")
+    add("Reserved, MB", "peak_memory_reserved_mb")
     add("Peak RSS, MB", "peak_rss_mb")
     add("Runtime, s", "runtime_s")
     rows.append(("  of baseline", _relative(group, "runtime_s")))
     add("Tokens/s", "tokens_per_s")
     add("Loss before", "eval_loss_before", "{:.3f}".format)
     add("Loss after", "eval_loss_after", "{:.3f}".format)
-    header = ["GA"] + ["ON" if r["optim"]["ga"] else "OFF" for r in results]
-    return Table(group.title, header, rows, _notes(group))
+    return Table(group.title, techniques, rows, _notes(group))
 
 
 def amount(value: float) -> str:
@@ -98,24 +98,26 @@ def _notes(group: Group) -> list[str]:
 def terminal(table: Table) -> list[RichTable]:
     """For a terminal; side by side no more columns than fit into 80 characters."""
     parts = []
-    for start in range(0, len(table.header) - 1, COLUMNS_IN_TERMINAL):
+    for start in range(0, len(table.techniques[0][1]), COLUMNS_IN_TERMINAL):
         columns = slice(start, start + COLUMNS_IN_TERMINAL)
-        view = RichTable(title=table.title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        view.add_column(table.header[0], no_wrap=True)
-        for name in table.header[1:][columns]:
-            view.add_column(name, justify="right", no_wrap=True)
-        for text, cells in table.rows:
-            view.add_row(text, *cells[columns], style="bold" if text.startswith(("Peak memory", "Runtime")) else None)
+        view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=0)
+        view.add_column(no_wrap=True)
+        for _ in table.techniques[0][1][columns]:
+            view.add_column(justify="right", no_wrap=True)
+        for name, cells in table.techniques:
+            view.add_row(name, *cells[columns])
+        view.add_section()
+        for name, cells in table.rows:
+            view.add_row(name, *cells[columns], style="bold" if name.startswith(("Peak memory", "Runtime")) else None)
         parts.append(view)
     return parts
 
 
 def markdown(table: Table) -> str:
     """For `table2.md`."""
-    lines = [f"### {table.title}", "", "| " + " | ".join(table.header) + " |"]
-    lines.append("|---|" + "---:|" * (len(table.header) - 1))
-    lines += ["| " + " | ".join([text.strip(), *cells]) + " |" for text, cells in table.rows]
-    return "\n".join([*lines, "", *(f"- {note}" for note in table.notes), ""])
+    rows = [f"| {name.strip()} | {' | '.join(cells)} |" for name, cells in [*table.techniques, *table.rows]]
+    rule = "|---|" + "---:|" * len(table.techniques[0][1])
+    return "\n".join([f"### {table.title}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""])
 
 
 def csv_text(groups: list[Group]) -> str:

@@ -50,7 +50,7 @@ def start_tracker(
 
     mode = config.mode.name
     if config.mode is TrackerMode.auto:
-        mode = "online" if has_wandb_key() else "offline"
+        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     return WandbRun(config.project, mode, run_dir, settings, group, warn)
 
 

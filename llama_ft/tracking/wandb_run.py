@@ -43,7 +43,9 @@ class WandbRun:
         if self._run is None:
             return
         try:
-            self._run.log({key: value for key, value in metrics.items() if key != "step"}, step=metrics["step"])
+            values = {key: value for key, value in metrics.items() if key != "step"}
+            # Committed at once: a row held back would overwrite the summary with the last step's values.
+            self._run.log(values, step=metrics["step"], commit=True)
         except Exception as error:
             self._failed(error)
 

@@ -1,0 +1,107 @@
+"""The schema of `conf/`: every key, its type, its default and what is allowed.
+
+Plain dataclasses that know nothing of Hydra. `OmegaConf.to_object` runs `__post_init__`, where values are checked;
+each check names the key, the value it got and what is allowed.
+"""
+
+import enum
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, UserError, WeightStorage, check
+from llama_ft.config.groups import (
+    PACKAGE_DIR,
+    DataConfig,
+    GpuConfig,
+    GradientAccumulationConfig,
+    GradientCheckpointingConfig,
+    LoraConfig,
+    MeasureConfig,
+    MixedPrecisionConfig,
+    ModelConfig,
+    OptimConfig,
+    TrackerConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "PACKAGE_DIR",
+    "DataConfig",
+    "DeviceChoice",
+    "DtypeChoice",
+    "GpuConfig",
+    "GradientAccumulationConfig",
+    "GradientCheckpointingConfig",
+    "LoraConfig",
+    "MeasureConfig",
+    "MixedPrecisionConfig",
+    "ModelConfig",
+    "OnBadRecord",
+    "OptimConfig",
+    "TrackerConfig",
+    "TrackerMode",
+    "TrainConfig",
+    "TrainingConfig",
+    "UserError",
+    "WeightStorage",
+]
+
+
+@dataclass
+class TrainConfig:
+    """Everything `python -m llama_ft.train` can be told."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ga: GradientAccumulationConfig = field(default_factory=GradientAccumulationConfig)
+    mp: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gc: GradientCheckpointingConfig = field(default_factory=GradientCheckpointingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    checkpoint: str | None = None  # builtin, random or a folder; null is builtin where the model has one
+    tokenizer: str | None = None  # a SentencePiece tokenizer.model; null is the model's own where it has one
+
+    def __post_init__(self) -> None:
+        name = self.model.name
+        if self.checkpoint is None and self.model.is_builtin:
+            self.checkpoint = "builtin"
+        if self.checkpoint is None or (self.checkpoint == "builtin" and not self.model.is_builtin):
+            raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
+        if self.tokenizer is None and not self.model.is_builtin:
+            raise UserError(f"model={name} has no built-in tokenizer: give tokenizer=FILE (its tokenizer.model)")
+        if self.data.path is None and not self.data.is_builtin:
+            raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+        most = self.model.context
+        check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """The tokenizer to load: the one given, else the model's own."""
+        return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        return self.data.max_length or self.model.context
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, enums by name."""
+
+        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
+
+        return asdict(self, dict_factory=plain)
+
+    def hash(self) -> str:
+        """Identifies what is measured: equal for equal runs on equal files, whatever tracks them. 16 hex digits."""
+        measured = {key: value for key, value in self.to_dict().items() if key != "tracker"}
+        files = [Path(name).expanduser() for name in (self.data.path, self.tokenizer) if name]
+        measured["content"] = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files]
+        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]

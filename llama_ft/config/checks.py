@@ -1,0 +1,53 @@
+"""What the schema's values are checked with, and the choices that some of them have."""
+
+import enum
+
+
+class UserError(Exception):
+    """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
+
+
+class DtypeChoice(enum.Enum):
+    """The 16-bit format of mixed precision; `auto` is bf16 where the device has it, else fp16."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class WeightStorage(enum.Enum):
+    """How weights are stored under mixed precision: in the 16-bit compute dtype, or in fp32."""
+
+    compute = "compute"
+    fp32 = "fp32"
+
+
+class OnBadRecord(enum.Enum):
+    """What a record that cannot be used does: stop the run, or be left out and counted."""
+
+    error = "error"
+    skip = "skip"
+
+
+class DeviceChoice(enum.Enum):
+    """Where to run; `auto` is CUDA where there is a GPU, else the CPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TrackerMode(enum.Enum):
+    """W&B's mode; `auto` is online where an API key is configured, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+def check(holds: bool, key: str, value: object, allowed: str) -> None:
+    """Raise a UserError that names the key, its value and what is allowed, unless the condition holds."""
+    # NaN compares false with everything, so `holds` written as a positive condition refuses it too.
+    if not holds:
+        raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
