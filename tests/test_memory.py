@@ -11,6 +11,7 @@ from torch import nn
 from llama_ft.data.collate import collate
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.measure.result import CATEGORIES
+from llama_ft.measure.run import hardest_window, track_memory
 
 KB = 1024 / 2**20  # in MB
 
@@ -127,3 +128,23 @@ def test_tracking_changes_no_result(tiny_config) -> None:
         else:
             losses.append([step(window)[0].item() for _ in range(3)])
     assert losses[0] == losses[1]
+
+
+def test_the_hardest_window_ends_with_the_longest_sample_and_no_order_needs_more(tiny_config) -> None:
+    samples = ragged_samples()
+    peaks = {}
+    for n in (1, 3):
+        window = hardest_window([collate([sample]) for sample in samples], n)
+        assert len(window) == n
+        assert window[-1].tokens.shape[1] == max(len(sample) for sample in samples) - 1
+        orders = {"hardest": window, "first": window[::-1], "as it comes": [collate([s]) for s in samples[:n]]}
+        for order, batches in orders.items():
+            step, _ = make_step(tiny_config, (True, False, False, False))
+            peaks[order] = track_memory(step, batches).peak_mb
+        assert peaks["hardest"] == max(peaks.values())
+    assert peaks["hardest"] > peaks["first"]
+
+
+def test_the_hardest_window_of_few_samples_is_all_of_them() -> None:
+    batches = [collate([sample]) for sample in ragged_samples()[:2]]
+    assert len(hardest_window(batches, 8)) == 2

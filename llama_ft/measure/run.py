@@ -10,7 +10,7 @@ import torch
 
 from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.data.collate import collate, epoch_batches
+from llama_ft.data.collate import Batch, collate, epoch_batches
 from llama_ft.data.dataset import Dataset, load_dataset
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.device import (
@@ -87,12 +87,10 @@ class MeasuredRun:
         total_steps = len(first_epoch) * config.training.epochs
         schedule = make_schedule(step.optimizer, total_steps, config.training.warmup_ratio)
         self.stage = "the first optimizer step"
-        use = track_memory(step, first_epoch)
+        use = track_memory(step, hardest_window([b for window in first_epoch for b in window], accumulation_steps))
         fixed = [collate([sample], pad) for sample in dataset.samples[:N_EVAL_SAMPLES]]
         self.result["eval_loss_before"] = evaluate_loss(step, fixed)
         self.stage = "training"
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         watch = Stopwatch(device)
         with MetricsFile(self.run_dir / METRICS_FILE, total_steps, lambda: memory_in_use_mb(device)) as metrics:
             train(step, schedule, epoch_windows, config.training.epochs, metrics, watch.part)
@@ -145,18 +143,30 @@ def load_data(config: TrainConfig) -> Dataset:
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples)
 
 
-def track_memory(step: TrainStep, epoch: list[Window]) -> MemoryUse:
-    """Rehearse the window with the epoch's longest micro-batch, tracked: the first time, then with optimizer state."""
-    longest = max(epoch, key=lambda window: max(batch.tokens.numel() for batch in window))
-    tensors = [tensor for batch in longest for tensor in batch.tensors]
-    with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
-        step.rehearse(longest)
-        step.rehearse(longest)
+def hardest_window(micro_batches: list[Batch], accumulation_steps: int) -> Window:
+    """A full window in which the longest micro-batch comes last, when gradients have already been accumulated.
+
+    No window that shuffling may bring needs more memory. What comes before the longest is short, to be quick.
+    """
+    *others, longest = sorted(micro_batches, key=lambda batch: batch.tokens.numel())
+    return [*others[: accumulation_steps - 1], longest]
+
+
+def track_memory(step: TrainStep, window: Window) -> MemoryUse:
+    """Rehearse a window, tracked: the first time, and once more when there is optimizer state."""
+    if step.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(step.device)
+    with MemoryTracker(step.model, step.optimizer, [t for batch in window for t in batch.tensors]) as tracker:
+        step.rehearse(window)
+        step.rehearse(window)
     return tracker.result()
 
 
 def memory_result(use: MemoryUse, device: torch.device) -> dict[str, Any]:
-    """The memory part of `result.json`. On CUDA the allocator's peaks of the timed run; on the CPU the tracker's."""
+    """The memory part of `result.json`.
+
+    The peak is the allocator's over rehearsal and run on CUDA, the tracker's over the rehearsal on the CPU.
+    """
     peak, reserved = use.peak_mb, None
     at_peak, ledger = dict(use.at_peak_mb), list(use.ledger)
     if device.type == "cuda":

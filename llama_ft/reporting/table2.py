@@ -82,7 +82,7 @@ def _notes(group: Group) -> list[str]:
     if not any(r["optim"]["gc"] for r in results):
         notes.append("GC is off.")
     if any(r["peak_memory_reserved_mb"] for r in results):
-        notes.append("Peak memory: the CUDA allocator's max allocated in the timed run. MB is 2**20 bytes.")
+        notes.append("Peak memory: the CUDA allocator's max allocated. MB is 2**20 bytes.")
     else:
         notes.append(
             "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
