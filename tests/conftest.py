@@ -22,7 +22,8 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment for a command of the checkout; a PYTHONPATH in `extra` comes before the checkout."""
     variables = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS")}
-    variables |= extra or {}
+    # The CPU's figures are what these tests know; those of the GPU have a file of their own.
+    variables |= {"CUDA_VISIBLE_DEVICES": ""} | (extra or {})
     paths = [(extra or {}).get("PYTHONPATH"), str(CHECKOUT)]
     return variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 

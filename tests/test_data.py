@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ft.config import PACKAGE_DIR, DataConfig, OnBadRecord, UserError
-from llama_ft.data.collate import PAD_ID, Batch, collate, epoch_batches
+from llama_ft.data.collate import PAD_ID, Batch, Padding, collate, epoch_batches
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, load_dataset, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
@@ -444,7 +444,7 @@ def naive_targets(samples: list[Sample], width: int) -> list[tuple[int, int]]:
 @deterministic
 @given(samples=made_up_samples(), pad_multiple=st.integers(1, 8))
 def test_batch_is_what_naive_padding_and_shifting_give(samples, pad_multiple):
-    batch = collate(samples, pad_multiple)
+    batch = collate(samples, Padding(pad_multiple))
     longest = max(len(sample) for sample in samples) - 1
     rows, width = batch.tokens.shape
     assert rows == len(samples)
@@ -466,7 +466,7 @@ def test_a_sample_alone_is_not_padded(samples):
 
 
 def test_batch_of_ragged_samples_by_hand():
-    batch = collate([Sample([1, 5, 6, 7, 2], 3), Sample([1, 8, 2], 1)], pad_multiple=3)
+    batch = collate([Sample([1, 5, 6, 7, 2], 3), Sample([1, 8, 2], 1)], Padding(3))
     assert batch.tokens.tolist() == [[1, 5, 6, 7, 0, 0], [1, 8, 0, 0, 0, 0]]
     assert batch.target_positions.tolist() == [2, 3, 6, 7]
     assert batch.targets.tolist() == [7, 2, 8, 2]
@@ -504,7 +504,7 @@ def order(batches: list[Batch]) -> list[int]:
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 20, 50])
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_every_sample_once_an_epoch(batch_size, epoch):
-    batches = epoch_batches(numbered_samples(20), batch_size, epoch, seed=3, pad_multiple=1)
+    batches = epoch_batches(numbered_samples(20), batch_size, epoch, seed=3)
     assert sorted(order(batches)) == list(range(20))
     sizes = [len(batch.tokens) for batch in batches]
     assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
@@ -514,27 +514,25 @@ def test_every_sample_once_an_epoch(batch_size, epoch):
 def test_order_depends_on_seed_and_epoch_alone():
     samples = numbered_samples(20)
     before = torch.random.get_rng_state()
-    first = order(epoch_batches(samples, 1, epoch=0, seed=3, pad_multiple=1))
+    first = order(epoch_batches(samples, 1, epoch=0, seed=3))
     torch.manual_seed(99)
-    assert order(epoch_batches(samples, 4, epoch=0, seed=3, pad_multiple=8)) == first
+    assert order(epoch_batches(samples, 4, epoch=0, seed=3, padding=Padding(8))) == first
     torch.random.set_rng_state(before)
     assert first != list(range(20))
-    assert order(epoch_batches(samples, 1, epoch=1, seed=3, pad_multiple=1)) != first
-    assert order(epoch_batches(samples, 1, epoch=0, seed=4, pad_multiple=1)) != first
+    assert order(epoch_batches(samples, 1, epoch=1, seed=3)) != first
+    assert order(epoch_batches(samples, 1, epoch=0, seed=4)) != first
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_one_seeds_later_epochs_are_not_another_seeds_first():
     samples = numbered_samples(20)
-    orders = {
-        tuple(order(epoch_batches(samples, 1, epoch, seed, pad_multiple=1))) for epoch in range(3) for seed in range(3)
-    }
+    orders = {tuple(order(epoch_batches(samples, 1, epoch, seed))) for epoch in range(3) for seed in range(3)}
     assert len(orders) == 9
 
 
 def test_rows_and_their_targets_stay_together():
     samples = numbered_samples(20)
-    batches = epoch_batches(samples, 3, epoch=0, seed=0, pad_multiple=1)
+    batches = epoch_batches(samples, 3, epoch=0, seed=0)
     by_number = [[samples[number] for number in order([batch])] for batch in batches]
     for batch, group in zip(batches, by_number, strict=True):
         expected = collate(group)
@@ -557,3 +555,10 @@ def test_sample_is_the_training_part(tiny):
     built_in = load_dataset(DataConfig("sample"), tiny, 1024, 5)
     by_path = load_dataset(DataConfig("sample", str(SAMPLE_DIR / "train.jsonl")), tiny, 1024, 5)
     assert built_in == by_path
+
+
+def test_padding_to_a_multiple_ends_at_the_context():
+    sample = Sample([1] * 101, 1)
+    assert collate([sample], Padding(32, most=1024)).tokens.shape == (1, 128)
+    assert collate([sample], Padding(32, most=108)).tokens.shape == (1, 108)
+    assert collate([sample], Padding(32, most=100)).tokens.shape == (1, 100)

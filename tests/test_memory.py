@@ -8,10 +8,11 @@ from test_techniques import ragged_samples
 from test_training import COMBINATIONS, make_step, name
 from torch import nn
 
-from llama_ft.data.collate import collate
+from llama_ft.data.collate import NO_PADDING, Padding, collate
+from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.measure.result import CATEGORIES
-from llama_ft.measure.run import hardest_window, track_memory
+from llama_ft.measure.run import hardest_windows, track_memory
 
 KB = 1024 / 2**20  # in MB
 
@@ -88,7 +89,7 @@ def test_views_and_in_place_operators_allocate_nothing() -> None:
 @pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
 def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
     step, n = make_step(tiny_config, toggles)
-    window = [collate([sample], step.precision.pad_multiple) for sample in ragged_samples()][:n]
+    window = [collate([sample], Padding(step.precision.pad_multiple)) for sample in ragged_samples()][:n]
     with MemoryTracker(step.model, step.optimizer) as tracker:
         step.rehearse(window)
         step.rehearse(window)
@@ -130,21 +131,34 @@ def test_tracking_changes_no_result(tiny_config) -> None:
     assert losses[0] == losses[1]
 
 
-def test_the_hardest_window_ends_with_the_longest_sample_and_no_order_needs_more(tiny_config) -> None:
+def hardest(samples: list[Sample], n: int, batch_size: int = 1):
+    return hardest_windows(samples, batch_size, n, NO_PADDING)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n: int) -> None:
     samples = ragged_samples()
-    peaks = {}
-    for n in (1, 3):
-        window = hardest_window([collate([sample]) for sample in samples], n)
-        assert len(window) == n
-        assert window[-1].tokens.shape[1] == max(len(sample) for sample in samples) - 1
-        orders = {"hardest": window, "first": window[::-1], "as it comes": [collate([s]) for s in samples[:n]]}
-        for order, batches in orders.items():
-            step, _ = make_step(tiny_config, (True, False, False, False))
-            peaks[order] = track_memory(step, batches).peak_mb
-        assert peaks["hardest"] == max(peaks.values())
-    assert peaks["hardest"] > peaks["first"]
+    orders = [samples, samples[::-1], sorted(samples, key=len), sorted(samples, key=len, reverse=True)]
+    peaks = []
+    for windows in [hardest(samples, n)] + [[[collate([s]) for s in order[:n]]] for order in orders]:
+        step, _ = make_step(tiny_config, (True, False, False, False))
+        peaks.append(track_memory(step, windows).peak_mb)
+    assert peaks[0] == pytest.approx(max(peaks), abs=1 * KB)  # the batches' own tensors
+    assert peaks[0] > min(peaks)
 
 
-def test_the_hardest_window_of_few_samples_is_all_of_them() -> None:
-    batches = [collate([sample]) for sample in ragged_samples()[:2]]
-    assert len(hardest_window(batches, 8)) == 2
+def test_many_targets_can_be_harder_than_many_tokens(tiny_config) -> None:
+    long, answer, short = Sample([5] * 120, 118), Sample([5] * 110, 2), Sample([5] * 9, 3)
+    tiny_config.optim.lora = True
+    step, _ = make_step(tiny_config, (False, False, True, False))
+    peaks = [track_memory(step, [[collate([sample])]]).peak_mb for sample in (long, answer)]
+    assert peaks[1] > peaks[0]
+    assert track_memory(step, hardest([long, short, answer], 1)).peak_mb >= max(peaks)
+
+
+def test_hardest_windows_are_full_where_there_are_samples_enough() -> None:
+    samples = ragged_samples()
+    assert [len(window) for window in hardest(samples, 4)] in ([4], [4, 4])
+    assert [len(window) for window in hardest(samples[:2], 8)] in ([2], [2, 2])
+    assert [window[-1].tokens.shape[0] for window in hardest(samples, 2, batch_size=3)] in ([3], [3, 3])
+    assert hardest(samples, 4)[0][-1].tokens.shape[1] == max(len(sample) for sample in samples) - 1

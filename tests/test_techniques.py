@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llama_ft import cli, techniques
 from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage
-from llama_ft.data.collate import Batch, collate
+from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import permute_rotary
@@ -258,7 +258,7 @@ class TestMixedPrecision:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradients.append(gradient.dtype))
-        TrainStep(model, optimizer, applied, 1.0)([collate(ragged_samples(), applied.precision.pad_multiple)])
+        TrainStep(model, optimizer, applied, 1.0)([collate(ragged_samples(), Padding(applied.precision.pad_multiple))])
         trainable = {p.dtype for p in model.parameters() if p.requires_grad}
         kept = {p.dtype for p in model.parameters() if not p.requires_grad}
         moments = {t.dtype for state in optimizer.state.values() for t in state.values()}
@@ -291,7 +291,7 @@ class TestMixedPrecision:
     def test_padding_to_a_multiple_changes_no_loss(self) -> None:
         model, samples = small_model(), ragged_samples()
         with torch.no_grad():
-            losses = [summed_loss(model, collate(samples, multiple)).item() for multiple in (1, 32)]
+            losses = [summed_loss(model, collate(samples, Padding(multiple))).item() for multiple in (1, 32)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
     def test_auto_is_bf16_where_the_card_has_it(self) -> None:

@@ -13,7 +13,7 @@ from test_techniques import ragged_samples
 
 from llama_ft import techniques
 from llama_ft.config import TrainConfig, TrainingConfig, UserError
-from llama_ft.data.collate import collate, epoch_batches
+from llama_ft.data.collate import Padding, collate, epoch_batches
 from llama_ft.measure.run import load_data, make_precision
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.gradient_accumulation import windows
@@ -57,7 +57,7 @@ def test_every_combination_overfits_one_batch(tiny_config, toggles) -> None:
     tiny_config.data.first = 2
     step, n = make_step(tiny_config, toggles)
     samples = load_data(tiny_config).samples
-    window = [collate(samples[i::n], step.precision.pad_multiple) for i in range(n)]
+    window = [collate(samples[i::n], Padding(step.precision.pad_multiple)) for i in range(n)]
     frozen = {n: p.detach().clone() for n, p in step.model.named_parameters() if not p.requires_grad}
     losses = [step(window)[0].item() for _ in range(25 if lora else 45)]
     assert all(math.isfinite(loss) for loss in losses)
@@ -69,7 +69,7 @@ def test_every_combination_overfits_one_batch(tiny_config, toggles) -> None:
 
 def run_steps(config: TrainConfig, toggles: tuple[bool, ...], rehearse: bool) -> tuple[list[float], dict]:
     step, n = make_step(config, toggles)
-    batches = epoch_batches(load_data(config).samples, 1, 0, 0, step.precision.pad_multiple)
+    batches = epoch_batches(load_data(config).samples, 1, 0, 0, Padding(step.precision.pad_multiple))
     epoch = list(windows(batches, n))
     if rehearse:
         step.rehearse(epoch[-1])
@@ -150,7 +150,7 @@ def run_loop(tiny_config: TrainConfig, folder: Path, epochs: int = 2) -> list[di
     schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
 
     def epoch_windows(epoch: int):
-        return list(windows(epoch_batches(samples, 1, epoch, 0, 1), 2))
+        return list(windows(epoch_batches(samples, 1, epoch, 0), 2))
 
     with MetricsFile(folder / "metrics.jsonl", 3 * epochs, lambda: 1.0) as metrics:
         train(step, schedule, epoch_windows, epochs, metrics, contextlib.nullcontext)

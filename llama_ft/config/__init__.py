@@ -99,9 +99,12 @@ class TrainConfig:
 
         return asdict(self, dict_factory=plain)
 
-    def hash(self) -> str:
-        """Identifies what is measured: equal for equal runs on equal files, whatever tracks them. 16 hex digits."""
-        measured = {key: value for key, value in self.to_dict().items() if key != "tracker"}
+    def hash(self, without: tuple[str, ...] = ()) -> str:
+        """Identifies what is measured: equal for equal runs on equal files, whatever tracks them. 16 hex digits.
+
+        `without` leaves out sections of the config.
+        """
+        measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", *without)}
         files = [Path(name).expanduser() for name in (self.data.path, self.tokenizer) if name]
         measured["content"] = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files]
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]

@@ -12,6 +12,22 @@ PAD_ID = 0  # any piece would do: no real token looks at padding, and padding ha
 
 
 @dataclass(frozen=True)
+class Padding:
+    """How far a batch is padded beyond its longest sample."""
+
+    multiple: int = 1  # up to a multiple of this
+    most: int | None = None  # but no further than the model's context
+
+    def width(self, longest: int) -> int:
+        """The width of a batch whose longest sample is so many tokens wide."""
+        rounded = -(-longest // self.multiple) * self.multiple
+        return rounded if self.most is None else max(longest, min(rounded, self.most))
+
+
+NO_PADDING = Padding()
+
+
+@dataclass(frozen=True)
 class Batch:
     """A micro-batch of B samples of up to S + 1 tokens; its N target tokens stand apart.
 
@@ -33,16 +49,20 @@ class Batch:
         """What the batch keeps in memory."""
         return self.tokens, self.target_positions, self.targets
 
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to a GPU does not make the host wait."""
+        tokens, positions, targets = (tensor.pin_memory() for tensor in self.tensors)
+        return Batch(tokens, positions, targets, self.n_tokens)
+
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device, without waiting for what the device is still at."""
+        """The same batch on a device, without waiting for the device if it is pinned."""
         tokens, positions, targets = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
         return Batch(tokens, positions, targets, self.n_tokens)
 
 
-def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
-    """Pad to the batch's own longest sample, rounded up to `pad_multiple`."""
-    longest = max(len(sample) for sample in samples) - 1
-    width = -(-longest // pad_multiple) * pad_multiple
+def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
+    """Pad to the batch's own longest sample, and beyond it as `padding` says."""
+    width = padding.width(max(len(sample) for sample in samples) - 1)
     tokens = torch.full((len(samples), width), PAD_ID)
     positions: list[int] = []
     targets: list[int] = []
@@ -54,9 +74,11 @@ def collate(samples: Sequence[Sample], pad_multiple: int = 1) -> Batch:
     return Batch(tokens, torch.tensor(positions), torch.tensor(targets), sum(len(sample) for sample in samples))
 
 
-def epoch_batches(samples: Sequence[Sample], batch_size: int, epoch: int, seed: int, pad_multiple: int) -> list[Batch]:
+def epoch_batches(
+    samples: Sequence[Sample], batch_size: int, epoch: int, seed: int, padding: Padding = NO_PADDING
+) -> list[Batch]:
     """All micro-batches of an epoch, in an order that depends on seed and epoch alone; the last may be smaller."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(samples), generator=generator).tolist()
     groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    return [collate([samples[index] for index in group], pad_multiple) for group in groups]
+    return [collate([samples[index] for index in group], padding) for group in groups]

@@ -32,8 +32,9 @@ def stop_with_parent() -> None:
 
     def wait() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes; nothing is ever written to it
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(SECONDS_TO_STOP)
+        for _ in range(SECONDS_TO_STOP):  # an interrupt that comes within a destructor is lost
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
         os._exit(130)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -41,7 +42,7 @@ def stop_with_parent() -> None:
 
 def failure(error: BaseException, stage: str) -> dict[str, Any]:
     """Status and error text for an exception."""
-    if isinstance(error, KeyboardInterrupt):  # first: it may have come while torch was being imported
+    if isinstance(error, KeyboardInterrupt | BrokenPipeError):  # the latter where our reader, the parent, is gone
         return {"status": "interrupted", "error": f"interrupted during {stage}"}
     from llama_ft.measure.device import is_out_of_memory
 
@@ -58,18 +59,21 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run, and leave a result behind."""
-    stop_with_parent()
     run_dir, command = Path(sys.argv[1]), sys.argv[2]
     config = read_config(run_dir)
     result = new_result(config, command)
     run = None
     try:
-        from llama_ft.measure.run import MeasuredRun  # imports torch: seconds in which Ctrl-C may come
+        stop_with_parent()
+        from llama_ft.measure.run import MeasuredRun
 
+        # Interrupts were held back until here: half an import of torch cannot be recovered from.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True))
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         ending = failure(error, run.stage if run else "start-up")
     write_result(run_dir, result | (run.result if run else {}) | ending)
 

@@ -7,17 +7,20 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.measure.result import (
+    ADAPTER_FILE,
     CONFIG_FILE,
     LOG_FILE,
     METRICS_FILE,
     OUT_OF_MEMORY_TEXT,
     RESULT_FILE,
+    WEIGHTS_FILE,
     new_result,
     read_result,
     write_result,
@@ -75,12 +78,12 @@ def run_in_child(
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for stale in (RESULT_FILE, METRICS_FILE, LOG_FILE):
+    for stale in (RESULT_FILE, METRICS_FILE, LOG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         (run_dir / stale).unlink(missing_ok=True)
     write_text(run_dir / CONFIG_FILE, config_yaml)
     kills_before = oom_kills()
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
-    with (run_dir / LOG_FILE).open("ab") as log:
+    with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         child = subprocess.Popen(
             [sys.executable, "-m", "llama_ft.measure.child", str(run_dir), command],
             stdin=subprocess.PIPE,
@@ -100,6 +103,16 @@ def run_in_child(
     if interrupted:
         raise interrupted
     return result
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """A process started inside begins with interrupts held back, until it lets them through itself."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> int:
@@ -133,12 +146,12 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
     """Make sure that the child has ended: ask it to, then kill it."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
-        try:
-            child.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            child.kill()
+    for _ in range(SECONDS_TO_STOP):
+        if child.poll() is None:
+            child.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+    child.kill()
     child.wait()
     if child.stdin is not None:
         child.stdin.close()
@@ -166,8 +179,8 @@ def ending_of_killed(
         status, error = "oom", "killed by the operating system, which was out of memory"
     elif OUT_OF_MEMORY_TEXT.search(log):
         status, error = "oom", f"out of memory: the process ended {how}"
-    elif child.returncode == -signal.SIGKILL:
-        status, error = "killed", "killed by signal 9; no sign that memory was the reason"
+    elif child.returncode in (-signal.SIGKILL, -signal.SIGTERM):
+        status, error = "killed", f"killed {how}; no sign that memory was the reason"
     else:
         status, error = "error", f"the run's process ended {how}; see {log_file}"
     result = new_result(config, command) | {"status": status, "error": error}

@@ -13,6 +13,8 @@ RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
+ADAPTER_FILE = "adapter.safetensors"
+WEIGHTS_FILE = "model.safetensors"  # as the model's loader expects it
 STATUSES = ("ok", "oom", "killed", "interrupted", "error")
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 MB = 2**20
@@ -20,7 +22,7 @@ MB = 2**20
 # Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
 OUT_OF_MEMORY_TEXT = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
-    r"|failed to map segment"
+    r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
 
 _KNOWN = (
@@ -42,6 +44,7 @@ def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
         "status": "error",
         "error": None,
         "config_hash": config.hash(),
+        "settings_hash": config.hash(without=("optim",)),  # equal for runs that differ in their techniques alone
         "combination": config.optim.combination,
         "model": config.model.name,
         "data": config.data.name,

@@ -10,8 +10,8 @@ import torch
 
 from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.data.collate import Batch, collate, epoch_batches
-from llama_ft.data.dataset import Dataset, load_dataset
+from llama_ft.data.collate import Padding, collate, epoch_batches
+from llama_ft.data.dataset import Dataset, Sample, load_dataset
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.device import (
     Stopwatch,
@@ -23,7 +23,7 @@ from llama_ft.measure.device import (
     peak_rss_mb,
 )
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
-from llama_ft.measure.result import MB, METRICS_FILE
+from llama_ft.measure.result import ADAPTER_FILE, MB, METRICS_FILE
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import WEIGHTS_FILE, load_model, save_tensors
 from llama_ft.techniques.gradient_accumulation import windows
@@ -34,7 +34,6 @@ from llama_ft.training.metrics import MetricsFile
 from llama_ft.training.optimizer import make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep, Window, evaluate_loss
 
-ADAPTER_FILE = "adapter.safetensors"
 N_EVAL_SAMPLES = 8  # the fixed set whose loss is compared before and after
 
 
@@ -76,19 +75,20 @@ class MeasuredRun:
             self._save(model)
 
     def _train(self, step: TrainStep, dataset: Dataset, accumulation_steps: int) -> None:
-        config, device, pad = self.config, step.device, step.precision.pad_multiple
+        config, device = self.config, step.device
+        training, padding = config.training, Padding(step.precision.pad_multiple, config.model.context)
 
         def epoch_windows(epoch: int) -> list[Window]:
-            training = config.training
-            batches = epoch_batches(dataset.samples, training.batch_size, epoch, training.seed, pad)
+            batches = epoch_batches(dataset.samples, training.batch_size, epoch, training.seed, padding)
+            if device.type == "cuda":
+                batches = [batch.pinned() for batch in batches]
             return list(windows(batches, accumulation_steps))
 
-        first_epoch = epoch_windows(0)
-        total_steps = len(first_epoch) * config.training.epochs
-        schedule = make_schedule(step.optimizer, total_steps, config.training.warmup_ratio)
+        total_steps = len(epoch_windows(0)) * training.epochs
+        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
         self.stage = "the first optimizer step"
-        use = track_memory(step, hardest_window([b for window in first_epoch for b in window], accumulation_steps))
-        fixed = [collate([sample], pad) for sample in dataset.samples[:N_EVAL_SAMPLES]]
+        use = track_memory(step, hardest_windows(dataset.samples, training.batch_size, accumulation_steps, padding))
+        fixed = [collate([sample], padding) for sample in dataset.samples[:N_EVAL_SAMPLES]]
         self.result["eval_loss_before"] = evaluate_loss(step, fixed)
         self.stage = "training"
         watch = Stopwatch(device)
@@ -143,22 +143,33 @@ def load_data(config: TrainConfig) -> Dataset:
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples)
 
 
-def hardest_window(micro_batches: list[Batch], accumulation_steps: int) -> Window:
-    """A full window in which the longest micro-batch comes last, when gradients have already been accumulated.
+def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:
+    """Windows that need as much memory as any that shuffling may bring.
 
-    No window that shuffling may bring needs more memory. What comes before the longest is short, to be quick.
+    A micro-batch is hardest for its length, or, since logits are computed for targets alone, for its number of targets:
+    a window for each, unless it is the same one. The hardest comes last, when gradients have already been accumulated;
+    what comes before it is short, to be quick.
     """
-    *others, longest = sorted(micro_batches, key=lambda batch: batch.tokens.numel())
-    return [*others[: accumulation_steps - 1], longest]
+    by_length = sorted(samples, key=len)
+    by_targets = sorted(samples, key=lambda sample: sample.n_targets)
+    n_before = min(accumulation_steps, -(-len(samples) // batch_size)) - 1
+    starts = range(0, n_before * batch_size, batch_size)
+    before = [collate(by_length[start : start + batch_size], padding) for start in starts]
+    hardest = [by_length[-batch_size:], by_targets[-batch_size:]]
+    if {id(sample) for sample in hardest[0]} == {id(sample) for sample in hardest[1]}:
+        hardest.pop()
+    return [[*before, collate(group, padding)] for group in hardest]
 
 
-def track_memory(step: TrainStep, window: Window) -> MemoryUse:
-    """Rehearse a window, tracked: the first time, and once more when there is optimizer state."""
+def track_memory(step: TrainStep, hardest: list[Window]) -> MemoryUse:
+    """Rehearse windows, tracked: the first without optimizer state, then all of them with it."""
     if step.device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
-    with MemoryTracker(step.model, step.optimizer, [t for batch in window for t in batch.tensors]) as tracker:
-        step.rehearse(window)
-        step.rehearse(window)
+    tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
+    with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
+        for window in [hardest[0], *hardest]:
+            step.rehearse(window)
     return tracker.result()
 
 

@@ -58,7 +58,7 @@ def load_model(
     elif checkpoint == "builtin":
         initialize(model, BUILTIN_SEED)
     else:
-        load_weights(model, Path(checkpoint))
+        load_weights(model, Path(checkpoint).expanduser())
     return model
 
 

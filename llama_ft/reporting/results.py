@@ -49,10 +49,18 @@ def read_groups(folder: Path) -> list[Group]:
         run = file.parent.relative_to(folder)
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
-        groups.setdefault((variant, result["model"], result["data"], result["gpu"]), []).append(result)
+        same = (variant, result["model"], result["data"], result["gpu"], result.get("settings_hash"))
+        groups.setdefault(same, []).append(result)
     if not groups:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
-    return [Group(key[0], sorted(results, key=_course_order)) for key, results in sorted(groups.items())]
+    split = [(key[0], part) for key, results in groups.items() for part in _by_device(results)]
+    return [Group(variant, sorted(results, key=_course_order)) for variant, results in split]
+
+
+def _by_device(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
+    devices = list(dict.fromkeys(r["device"] for r in results if r["device"])) or [None]
+    return [[r for r in results if (r["device"] or devices[0]) == device] for device in devices]
 
 
 def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:

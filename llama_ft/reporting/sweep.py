@@ -22,7 +22,7 @@ def report_sweep(folder: Path, console: Console) -> None:
     tables = [table2(group) for group in groups]
     for table in tables:
         console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=True)
-        for view in terminal(table):
+        for view in terminal(table, console.width):
             console.print(view)
             console.print()
         for note in table.notes:

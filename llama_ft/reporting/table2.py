@@ -13,7 +13,6 @@ from llama_ft.measure.result import CATEGORIES
 from llama_ft.reporting.results import LABELS, TECHNIQUES, Group
 
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-COLUMNS_IN_TERMINAL = 8
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,20 @@ def _notes(group: Group) -> list[str]:
     limit = results[0]["memory_limit_mb"]
     if any(r["status"] == "oom" for r in results):
         notes.append("×: out of memory" + (f" (limit {limit:,} MB)." if limit else "."))
-    notes.append("Loss: a fixed set of 8 training samples, without dropout.")
+    notes.append("Loss: of the first 8 training samples, without dropout.")
     notes += [f"{r['combination']}: {r['error']}" for r in results if r["status"] in ("killed", "interrupted", "error")]
     return notes
 
 
-def terminal(table: Table) -> list[RichTable]:
-    """For a terminal; side by side no more columns than fit into 80 characters."""
+def terminal(table: Table, width: int) -> list[RichTable]:
+    """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
+    rows = [*table.techniques, *table.rows]
+    name_width = max(len(name) for name, _ in rows)
+    column_width = 1 + max(len(cell) for _, cells in rows for cell in cells)
+    fitting = max(1, (width - name_width) // column_width)
     parts = []
-    for start in range(0, len(table.techniques[0][1]), COLUMNS_IN_TERMINAL):
-        columns = slice(start, start + COLUMNS_IN_TERMINAL)
+    for start in range(0, len(table.techniques[0][1]), fitting):
+        columns = slice(start, start + fitting)
         view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=0)
         view.add_column(no_wrap=True)
         for _ in table.techniques[0][1][columns]:

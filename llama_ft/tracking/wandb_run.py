@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,9 @@ class WandbRun:
             self._failed(error)
 
     def _failed(self, error: Exception) -> None:
-        self._run = None
+        run, self._run = self._run, None
+        if run is not None:
+            with suppress(Exception):
+                run.finish(exit_code=1)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         self._warn(f"W&B failed and is off for the rest of this run ({reason}). The local files hold everything.")

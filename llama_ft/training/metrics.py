@@ -28,6 +28,8 @@ class MetricsFile:
         self._start = self._last_step = self._last_flush = time.perf_counter()
         self._tokens = 0
         self.losses: list[float] = []
+        # One for the step that is written and one for the step that runs; made here, since making them takes time.
+        self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if torch.cuda.is_available() else []
 
     def __enter__(self) -> Self:
         return self
@@ -47,7 +49,7 @@ class MetricsFile:
         arrived = None
         if scalars.is_cuda:
             # A copy into pinned memory does not wait; the event tells, a step later, that it has arrived.
-            host = torch.empty(2, pin_memory=True)
+            host = self._pinned[len(self.losses) % 2]
             scalars, arrived = host.copy_(scalars, non_blocking=True), torch.cuda.Event()
             arrived.record()
         self._write_pending()
@@ -74,7 +76,8 @@ class MetricsFile:
             arrived.synchronize()
         loss, grad_norm = scalars.tolist()
         self.losses.append(loss)
-        line = {"step": line["step"], "total_steps": line["total_steps"], "loss": loss, "grad_norm": grad_norm} | line
+        finite_norm = grad_norm if math.isfinite(grad_norm) else None  # JSON has no infinity
+        line = {"step": line["step"], "total_steps": line["total_steps"], "loss": loss, "grad_norm": finite_norm} | line
         self._file.write(json.dumps(line) + "\n")
         if (now := time.perf_counter()) - self._last_flush > FLUSH_SECONDS:
             self._file.flush()
