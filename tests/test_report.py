@@ -316,3 +316,23 @@ def test_a_folder_is_asked_for(tmp_path: Path) -> None:
     done = run("llama_ft.report", cwd=tmp_path)
     assert done.returncode == 2
     assert "DIR" in done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("columns", [30, 60, 140])
+def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, columns: int) -> None:
+    for number, name in enumerate(("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")):
+        write(tmp_path, name, peak_memory_mb=103_000.0 + number)
+    done = run("llama_ft.report", str(tmp_path), cwd=tmp_path, env={"COLUMNS": str(columns)})
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    assert all(f"103,00{number}" in done.stdout for number in range(8))
+
+
+def test_runs_with_other_settings_or_on_another_device_have_tables_of_their_own(tmp_path: Path) -> None:
+    for name, values in {"baseline": {}, "mp": {"settings_hash": "b"}, "lora": {"device": "another"}}.items():
+        file = tmp_path / name / "result.json"
+        result = write(tmp_path, name) | {"settings_hash": "a"} | values
+        file.write_text(json.dumps(result))
+    done = run("llama_ft.report", str(tmp_path), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "table2.md").read_text().count("### ") == 3

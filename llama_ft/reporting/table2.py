@@ -99,7 +99,7 @@ def terminal(table: Table, width: int) -> list[RichTable]:
     rows = [*table.techniques, *table.rows]
     name_width = max(len(name) for name, _ in rows)
     column_width = 1 + max(len(cell) for _, cells in rows for cell in cells)
-    fitting = max(1, (width - name_width) // column_width)
+    fitting = max(1, min(8, (width - name_width) // column_width))  # eight: GC off, then GC on
     parts = []
     for start in range(0, len(table.techniques[0][1]), fitting):
         columns = slice(start, start + fitting)
