@@ -67,7 +67,9 @@ def main() -> None:
         stop_with_parent()
         from llama_ft.measure.run import MeasuredRun
 
-        # Interrupts were held back until here: half an import of torch cannot be recovered from.
+        # Interrupts were held back until here: half an import of torch cannot be recovered from. They are the parent's
+        # to send, also where a shell that put it into the background has it ignore Ctrl-C, and us with it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True))
         run.execute()
