@@ -17,7 +17,7 @@ from conftest import Sweep, environment, injected, run
 from safetensors.numpy import load_file
 
 from llama_ft.config import DataConfig, GpuConfig, ModelConfig, TrainConfig
-from llama_ft.measure import process
+from llama_ft.measure import device, process
 from llama_ft.measure.result import write_result
 
 CHILD = "llama_ft.measure.child"
@@ -328,6 +328,19 @@ def test_a_run_ends_with_its_command_however_that_dies(running: Running, moment:
     running.wait_for(lambda: not is_alive(child), seconds=15)
     assert running.result()["status"] == "interrupted"
     assert moment in running.result()["error"]
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_an_unclear_error_is_out_of_memory_only_near_the_limit(monkeypatch: pytest.MonkeyPatch, near: bool) -> None:
+    monkeypatch.setattr(device, "is_near_data_limit", lambda: near)
+    assert device.is_out_of_memory(RuntimeError("could not create a primitive")) == near
+    assert device.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert device.is_out_of_memory(MemoryError())
+    assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
+
+
+def test_without_a_limit_none_is_near() -> None:
+    assert not device.is_near_data_limit()
 
 
 # ------------------------------------------------------------------------- the parent's judgement on a child that died

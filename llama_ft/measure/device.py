@@ -101,4 +101,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception means that memory ran out. PyTorch on the CPU raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError | OSError | ImportError) and bool(OUT_OF_MEMORY_TEXT.search(str(error)))
+    if not isinstance(error, RuntimeError | OSError | ImportError):
+        return False
+    # oneDNN says no more than this, for other reasons too.
+    unclear = "could not create a primitive" in str(error)
+    return bool(OUT_OF_MEMORY_TEXT.search(str(error))) or (unclear and is_near_data_limit())
+
+
+def is_near_data_limit() -> bool:
+    """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        match = re.search(r"^VmData:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return limit != resource.RLIM_INFINITY and match is not None and int(match[1]) * 1024 > 0.9 * limit
