@@ -390,3 +390,12 @@ def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_json(tmp_path / "result.json") == {"status": "ok"}
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
+def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
+    config = TrainConfig(model=ModelConfig(name="tiny"), data=DataConfig(name="sample"))
+    config.measure.memory_limit_mb = 400
+    child = a_child("os.kill(os.getpid(), 11)")
+    data = int(share * 400 * 2**20)
+    assert process.ending_of_killed(config, tmp_path, "command", child, 0, 0, None, data)["status"] == status

@@ -1,5 +1,6 @@
 """The device a run uses: choosing it, naming it, its clock, its memory and the limit on it."""
 
+import os
 import platform
 import re
 import resource
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import DeviceChoice, UserError
+from llama_ft.measure.process import NEAR_LIMIT, data_bytes
 from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
 
 
@@ -111,8 +113,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_near_data_limit() -> bool:
     """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
-    try:
-        match = re.search(r"^VmData:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return limit != resource.RLIM_INFINITY and match is not None and int(match[1]) * 1024 > 0.9 * limit
+    return limit != resource.RLIM_INFINITY and data_bytes(os.getpid()) > NEAR_LIMIT * limit

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llama_ft.measure.result import (
     ADAPTER_FILE,
     CONFIG_FILE,
     LOG_FILE,
+    MB,
     METRICS_FILE,
     OUT_OF_MEMORY_TEXT,
     RESULT_FILE,
@@ -94,12 +96,14 @@ def run_in_child(
         )
     interrupted: KeyboardInterrupt | None = None
     try:
-        rss = watch(child, run_dir, listener)
+        rss, data = watch(child, run_dir, listener)
     except KeyboardInterrupt as error:
-        interrupted, rss = error, 0
+        interrupted, rss, data = error, 0, 0
     finally:
         stop(child)
-    result = read_result(run_dir) or ending_of_killed(config, run_dir, command, child, rss, kills_before, interrupted)
+    result = read_result(run_dir) or ending_of_killed(
+        config, run_dir, command, child, rss, kills_before, interrupted, data
+    )
     if interrupted:
         raise interrupted
     return result
@@ -115,8 +119,8 @@ def interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> int:
-    """Pass on messages and metrics until the child ends; the last resident set seen, in bytes."""
+def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> tuple[int, int]:
+    """Pass on messages and metrics until the child ends; the last resident set and data segment seen, in bytes."""
     lines: list[str] = []
 
     def copy_output() -> None:
@@ -129,19 +133,19 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
     copier = threading.Thread(target=copy_output, daemon=True)
     copier.start()
     metrics = MetricsReader(run_dir / METRICS_FILE)
-    rss, ended = 0, False
+    rss, data, ended = 0, 0, False
     while not ended:
         ended = child.poll() is not None
         if ended:
             copier.join()
         else:
-            rss = resident_bytes(child.pid) or rss
+            rss, data = resident_bytes(child.pid) or rss, data_bytes(child.pid) or data
             time.sleep(POLL_SECONDS)
         while lines:
             listener.message(lines.pop(0))
         for line in metrics.new_lines():
             listener.step(line)
-    return rss
+    return rss, data
 
 
 def stop(child: subprocess.Popen[bytes]) -> None:
@@ -165,6 +169,7 @@ def ending_of_killed(
     rss: int,
     kills_before: int,
     interrupted: KeyboardInterrupt | None,
+    data: int = 0,
 ) -> dict[str, Any]:
     """Write the result of a child that could not: killed, for memory where there is evidence, or crashed."""
     log_file = run_dir / LOG_FILE
@@ -173,11 +178,14 @@ def ending_of_killed(
     killed_for_memory = child.returncode == -signal.SIGKILL and (
         oom_kills() > kills_before or rss > NEAR_LIMIT * memory_there_is()
     )
+    limit = config.measure.memory_limit_mb
+    # Code that does not check its allocations crashes where they fail.
+    crashed_at_limit = child.returncode < 0 and limit is not None and data > NEAR_LIMIT * limit * MB
     if interrupted:
         status, error = "interrupted", "interrupted, and did not stop by itself in time"
     elif killed_for_memory:
         status, error = "oom", "killed by the operating system, which was out of memory"
-    elif OUT_OF_MEMORY_TEXT.search(log):
+    elif crashed_at_limit or OUT_OF_MEMORY_TEXT.search(log):
         status, error = "oom", f"out of memory: the process ended {how}"
     elif child.returncode in (-signal.SIGKILL, -signal.SIGTERM):
         status, error = "killed", f"killed {how}; no sign that memory was the reason"
@@ -194,6 +202,14 @@ def resident_bytes(pid: int) -> int:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def data_bytes(pid: int) -> int:
+    """Data segment of a process, what RLIMIT_DATA limits; 0 where the system does not tell."""
+    with suppress(OSError):
+        if match := re.search(r"^VmData:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return int(match[1]) * 1024
+    return 0
 
 
 def _cgroup_file(name: str) -> Path:
