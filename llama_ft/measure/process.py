@@ -31,7 +31,7 @@ from llama_ft.measure.result import (
 
 POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
-# busy process a small model on two cores takes 15 times longer. Spinning less, it takes 4 times longer.
+# busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
 THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 SECONDS_TO_STOP = 15
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
