@@ -19,6 +19,7 @@ from llama_ft.config.groups import (
     GradientAccumulationConfig,
     GradientCheckpointingConfig,
     LoraConfig,
+    MatrixRates,
     MeasureConfig,
     MixedPrecisionConfig,
     ModelConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "GradientAccumulationConfig",
     "GradientCheckpointingConfig",
     "LoraConfig",
+    "MatrixRates",
     "MeasureConfig",
     "MixedPrecisionConfig",
     "ModelConfig",
@@ -76,7 +78,7 @@ class TrainConfig:
             raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
         if self.tokenizer is None and not self.model.is_builtin:
             raise UserError(f"model={name} has no built-in tokenizer: give tokenizer=FILE (its tokenizer.model)")
-        if self.data.path is None and not self.data.is_builtin:
+        if self.data.path is None and self.data.url is None and not self.data.is_builtin:
             raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
         most = self.model.context
         check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")

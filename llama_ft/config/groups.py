@@ -1,6 +1,7 @@
 """The config groups, one dataclass each, with every key's default and what is allowed."""
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -145,6 +146,9 @@ class DataConfig:
 
     name: str = "???"
     path: str | None = None
+    url: str | None = None  # where the file is downloaded from if data.path names none
+    git_blob_id: str | None = None  # of that file: SHA-1 of "blob SIZE\0" and its content; null accepts any
+    cache_dir: str = "~/.cache/llama_ft"  # where it is kept
     first: int | None = None  # the data set is the first n records of the file
     max_length: int | None = None  # longer samples are truncated; null is the model's context
     on_bad_record: OnBadRecord = OnBadRecord.error
@@ -162,11 +166,53 @@ class DataConfig:
 
 
 @dataclass
+class MatrixRates:
+    """Peak rates of dense matrix products in TFLOP/s, as the maker states them; null where a card lacks the format."""
+
+    fp32: float | None = None
+    tf32: float | None = None
+    fp16: float | None = None  # accumulated in fp32
+    bf16: float | None = None
+
+    def __post_init__(self) -> None:
+        for key, rate in asdict(self).items():
+            check(rate is None or 0 < rate < math.inf, f"gpu.tflops.{key}", rate, "positive and finite, or null")
+
+
+@dataclass
 class GpuConfig:
-    """The card to run on."""
+    """The device to run on. A card's profile also says what the card has; `auto` and `cpu` leave that open."""
 
     name: str = "???"
     device: DeviceChoice = DeviceChoice.auto
+    memory_mb: int | None = None  # what PyTorch reports as the card's total memory
+    context_mb: int = 0  # of it, what the CUDA context and its libraries take before the first tensor
+    compute_capability: str | None = None  # such as 8.0
+    bandwidth_gb_s: float | None = None  # peak memory bandwidth in 10**9 bytes per second
+    tflops: MatrixRates = field(default_factory=MatrixRates)
+
+    def __post_init__(self) -> None:
+        memory, bandwidth = self.memory_mb, self.bandwidth_gb_s
+        check(memory is None or memory >= 1, "gpu.memory_mb", memory, "at least 1, or null")
+        below = math.inf if memory is None else memory
+        check(0 <= self.context_mb < below, "gpu.context_mb", self.context_mb, "at least 0 and below gpu.memory_mb")
+        version = self.compute_capability
+        holds = version is None or re.fullmatch(r"\d+\.\d", version) is not None
+        check(holds, "gpu.compute_capability", version, "two numbers such as '8.0', or null")
+        check(bandwidth is None or 0 < bandwidth < math.inf, "gpu.bandwidth_gb_s", bandwidth, "positive and finite")
+
+    @property
+    def usable_mb(self) -> int | None:
+        """What the allocator can have on this card; None where no profile says so."""
+        return None if self.memory_mb is None else self.memory_mb - self.context_mb
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability as PyTorch gives it, such as (8, 0)."""
+        if self.compute_capability is None:
+            return None
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
 
 
 @dataclass
