@@ -16,8 +16,8 @@ from llama_ft import cli, techniques
 from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import Sample
+from llama_ft.model.formats import permute_rotary
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import permute_rotary
 from llama_ft.techniques.gradient_accumulation import target_tokens, windows
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_state_dict

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
+from llama_ft.files import write_text
 from llama_ft.measure.result import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -26,7 +27,6 @@ from llama_ft.measure.result import (
     new_result,
     read_result,
     write_result,
-    write_text,
 )
 
 POLL_SECONDS = 0.1

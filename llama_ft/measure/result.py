@@ -1,12 +1,12 @@
 """`result.json`: what a run leaves behind, however it ends. Knows nothing of torch, so that any command can read it."""
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.files import write_text
 
 SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
@@ -56,16 +56,6 @@ def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
         "command": command,
     }
     return known | dict.fromkeys(_MEASURED)
-
-
-def write_text(file: Path, text: str) -> None:
-    """Write a file whole or not at all: under a temporary name first, then renamed."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:

@@ -24,8 +24,9 @@ from llama_ft.measure.device import (
 )
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.measure.result import ADAPTER_FILE, MB, METRICS_FILE
+from llama_ft.model.checkpoint import WEIGHTS_FILE
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import WEIGHTS_FILE, load_model, save_tensors
+from llama_ft.model.weights import load_model, save_tensors
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.lora import lora_state_dict
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
@@ -63,7 +64,7 @@ class MeasuredRun:
             limit_memory(device, config.measure.memory_limit_mb)
         self.stage = "loading the weights"
         dtype = techniques.base_dtype(config, precision)
-        model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed)
+        model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed, self.say)
         applied = techniques.apply(model, config, precision)
         self._count_parameters(model)
         step = TrainStep(
@@ -115,9 +116,9 @@ class MeasuredRun:
 
     def _save(self, model: Transformer) -> None:
         if self.config.optim.lora:
-            save_tensors(lora_state_dict(model), self.run_dir / ADAPTER_FILE)
+            save_tensors(lora_state_dict(model), self.run_dir / ADAPTER_FILE, self.config.model)
         else:
-            save_tensors(model.state_dict(), self.run_dir / WEIGHTS_FILE)
+            save_tensors(model.state_dict(), self.run_dir / WEIGHTS_FILE, self.config.model)
 
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:

@@ -1,64 +1,49 @@
-"""Making, naming, saving and loading a model's weights.
+"""Making, loading and saving a model's weights."""
 
-Names and layout are Meta's. The one difference in layout to Hugging Face's is owned here: Meta rotates adjacent pairs
-of a head's features, Hugging Face rotates its two halves, so the rows of wq and wk are permuted between the two.
-"""
-
-import re
+import json
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
+from llama_ft.files import whole_file
+from llama_ft.model.checkpoint import SIZES_KEY, open_checkpoint
 from llama_ft.model.transformer import Transformer, rotary_table
 
 INIT_STD = 0.02  # as transformers' initializer_range
 BUILTIN_SEED = 0
-WEIGHTS_FILE = "model.safetensors"
-
-_HF_NAMES = {
-    "tok_embeddings": "model.embed_tokens",
-    "norm": "model.norm",
-    "output": "lm_head",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
-
-
-def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """A model whose weights are allocated once, on their device and in their dtype, and hold no values yet."""
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    model.to_empty(device=device)
-    model.rotary = rotary_table(config.context, config.head_dim, config.rope_theta, device)
-    return model
 
 
 def load_model(
-    config: ModelConfig, checkpoint: str, device: torch.device, dtype: torch.dtype, seed: int = 0
+    config: ModelConfig,
+    checkpoint: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Transformer:
-    """A model with the weights of `checkpoint`: `random` (seeded), `builtin`, or a folder of safetensors.
+    """A model with the weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
+
+    The weights are allocated once, on their device and in their dtype. `say` hears of a folder's being read.
 
     Raises:
         UserError: if the folder has no weights for this model.
     """
-    model = empty_model(config, device, dtype)
-    if checkpoint == "random":
-        initialize(model, seed)
-    elif checkpoint == "builtin":
-        initialize(model, BUILTIN_SEED)
+    with torch.device("meta"):
+        model = Transformer(config).to(dtype)
+    is_folder = checkpoint not in ("random", "builtin")
+    source = open_checkpoint(Path(checkpoint).expanduser(), model) if is_folder else None
+    model.to_empty(device=device)
+    model.rotary = rotary_table(config.context, config.head_dim, config.rope_theta, device)
+    if source is not None:
+        source.load_into(model, say)
     else:
-        load_weights(model, Path(checkpoint).expanduser())
+        initialize(model, seed if checkpoint == "random" else BUILTIN_SEED)
     return model
 
 
@@ -74,64 +59,21 @@ def initialize(model: nn.Module, seed: int) -> None:
             parameter.normal_(0.0, INIT_STD, generator=generator)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """Write safetensors under a temporary name, then rename: the file is whole or absent."""
-    temporary = file.with_name(file.name + ".tmp")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(file)
+def save_tensors(tensors: dict[str, Tensor], file: Path, config: ModelConfig) -> None:
+    """Write safetensors under a temporary name, then rename: the file is whole or absent.
 
-
-def load_weights(model: Transformer, folder: Path) -> None:
-    """Copy `model.safetensors` of a folder into the model, name by name.
+    Args:
+        config: of the model that the tensors belong to. Its sizes become metadata, to be checked when they are loaded.
 
     Raises:
-        UserError: if the file is missing or damaged, or its names or shapes are not the model's.
+        UserError: if the disk is full or cannot be written to.
     """
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"checkpoint={folder}: there is no {WEIGHTS_FILE} in it")
-    targets = dict(model.named_parameters())
+    sizes = {key: value for key, value in asdict(config).items() if key not in ("name", "context")}
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        with safe_open(file, framework="pt") as source, torch.no_grad():
-            shapes = {name: list(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
-            check_shapes(shapes, model, file)
-            for name in shapes:
-                targets[name].copy_(source.get_tensor(name))
-    except SafetensorError as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-
-
-def check_shapes(shapes: dict[str, list[int]], model: Transformer, file: Path) -> None:
-    """Compare a file's tensors with the model's before any is read.
-
-    Raises:
-        UserError: naming the first tensor that is missing, unknown or of another shape.
-    """
-    expected = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    for name in sorted(expected.keys() | shapes.keys()):
-        if expected.get(name) != shapes.get(name):
-            found, wanted = (str(side.get(name, "absent")) for side in (shapes, expected))
-            raise UserError(f"{file} does not fit model={model.config.name}: {name} is {found}, should be {wanted}")
-
-
-def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
-    """Reorder the rows of wq or wk [heads * E, D] between Meta's adjacent pairs and Hugging Face's halves."""
-    pairs = (-1, 2) if to_hf else (2, -1)
-    heads: Tensor = weight.unflatten(0, (n_heads, -1))
-    permuted: Tensor = heads.unflatten(1, pairs).transpose(1, 2).reshape(weight.shape)
-    return permuted
-
-
-def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same weights under the names and in the rotary layout of transformers' LlamaForCausalLM."""
-    heads = {"attention.wq": config.n_heads, "attention.wk": config.n_kv_heads}
-    converted = {}
-    for name, tensor in state_dict.items():
-        match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
-        if match is None or match[2] not in _HF_NAMES:
-            raise UserError(f"{name} is not a weight of a LLaMA decoder")
-        if match[2] in heads:
-            tensor = permute_rotary(tensor, heads[match[2]], to_hf=True)
-        prefix = f"model.{match[1]}" if match[1] else ""
-        converted[f"{prefix}{_HF_NAMES[match[2]]}.weight"] = tensor
-    return converted
+        with whole_file(file) as temporary:
+            save_file(on_cpu, temporary, metadata={"format": "pt", SIZES_KEY: json.dumps(sizes)})
+    except (OSError, SafetensorError) as error:
+        n_mb = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{file} ({n_mb:,.0f} MB) cannot be written: {reason}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft.config import UserError
-from llama_ft.measure.result import write_text
+from llama_ft.files import write_text
 from llama_ft.reporting.results import read_groups
 from llama_ft.reporting.table2 import csv_text, markdown, table2, terminal
 

@@ -1,0 +1,68 @@
+"""Files that are whole or absent, whatever stops the writing, and folders that one process at a time writes into."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llama_ft.config import UserError
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A temporary name to write under: renamed when the block ends, removed when it fails."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        to_disk(temporary)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def to_disk(path: Path) -> None:
+    """Wait until a file, or the names in a folder, have reached the disk: a rename must not outlive its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path, wait_seconds: float = 0) -> Iterator[int]:
+    """Hold a folder for this process and for whoever inherits the descriptor that is given.
+
+    The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends.
+
+    Raises:
+        UserError: if another process holds it for longer than `wait_seconds`.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        end = time.monotonic() + wait_seconds
+        while not _lock(descriptor):
+            if time.monotonic() >= end:
+                raise UserError(f"another run is writing into {folder}: wait for its end, or name another folder")
+            time.sleep(0.2)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks, such as some network drives: nothing to hold, nothing to wait for
+        return True
+    return True
