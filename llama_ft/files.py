@@ -9,6 +9,9 @@ from pathlib import Path
 
 from llama_ft.config import UserError
 
+WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
+ADAPTER_FILE = "adapter.safetensors"
+
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:

@@ -1,8 +1,9 @@
 """`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,11 +13,13 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.files import locked
 from llama_ft.measure.process import run_in_child
-from llama_ft.measure.result import read_result
+from llama_ft.measure.result import RESULT_FILE, read_result, refused_result, write_result
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import report_sweep
 from llama_ft.tracking import Tracker, start_tracker
+from llama_ft.training.position import checkpoints
 
 FINISHED = ("ok", "oom")  # not to be measured again
 
@@ -47,32 +50,44 @@ class TrainCommand:
         self.sweep_dir: Path | None = None
         self.results: dict[str, dict[str, Any]] = {}  # by the name of the run's folder
         self.said: set[str] = set()
+        self.locks = ExitStack()  # kept until the command ends
 
     def job(self, config: DictConfig) -> None:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
         sweeping = settings.mode == RunMode.MULTIRUN
-        if sweeping:
-            self.sweep_dir = Path(settings.sweep.dir).absolute()
         try:
-            checked = cli.checked_config(config)
+            if sweeping and self.sweep_dir is None:
+                self.sweep_dir = Path(settings.sweep.dir).absolute()
+                self.locks.enter_context(locked(self.sweep_dir))
+            checked = self.checked(config, run_dir)
+            if checked is not None:
+                result = self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping)
+                self.results[run_dir.name] = result
+        except UserError as error:
+            raise cli.Stop(str(error)) from error
+
+    def checked(self, config: DictConfig, run_dir: Path) -> TrainConfig | None:
+        """The run's config; None for a row that cannot be run, in a sweep that has begun."""
+        try:
+            return cli.checked_config(config)
         except Exception as error:
+            reason = cli.explain(error)
+            settings = cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True))
+            result = refused_result(settings, cli.command_line(), reason)
+            if not (run_dir / RESULT_FILE).exists():
+                write_result(run_dir, result)
             if not self.results:  # nothing is lost yet, and the other runs may well be wrong in the same way
-                raise cli.Stop(cli.explain(error)) from error
-            self.results[run_dir.name] = {"status": "error", "error": cli.explain(error)}
-            self.console.print(f"{run_dir.name}: {cli.explain(error)}", highlight=False, markup=False)
-            return
-        result = self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping)
-        self.results[run_dir.name] = result
+                raise cli.Stop(reason) from error
+            self.results[run_dir.name] = result
+            self.console.print(f"{run_dir.name}: {reason}", highlight=False, markup=False)
+            return None
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
         """The result that the folder holds, if the run need not be done again."""
-        try:
-            previous = read_result(run_dir)
-        except UserError as error:
-            raise cli.Stop(str(error)) from error
-        if previous is None:
+        previous = read_result(run_dir)
+        if previous is None or previous["config_hash"] is None:
             return None
         if previous["config_hash"] != config.hash():
             raise cli.Stop(
@@ -87,6 +102,8 @@ class TrainCommand:
 
     def run(self, config: TrainConfig, run_dir: Path, sweeping: bool) -> dict[str, Any]:
         """Run in a process of its own, watched."""
+        if not sweeping:
+            check_resumable(config, run_dir)
         group = self.sweep_dir.name if sweeping and self.sweep_dir else None
         with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
@@ -122,6 +139,22 @@ class TrainCommand:
             names = ", ".join(f"{name} ({result['status']})" for name, result in failed.items())
             print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
+
+
+def check_resumable(config: TrainConfig, run_dir: Path) -> None:
+    """Refuse a single run that would silently lose what an earlier one saved, or that has nothing to resume.
+
+    Raises:
+        UserError: saying what to add.
+    """
+    found = checkpoints(run_dir)
+    if config.training.resume and not any(override.startswith("hydra.run.dir=") for override in sys.argv[1:]):
+        raise UserError("training.resume=true needs the folder of the run to go on with: add hydra.run.dir=DIR")
+    if found and not config.training.resume:
+        raise UserError(
+            f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
+            f" to begin anew delete {found[-1].parent}"
+        )
 
 
 if __name__ == "__main__":

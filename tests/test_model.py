@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, UserError
-from llama_ft.model.checkpoint import WEIGHTS_FILE
+from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model.formats import permute_rotary, to_hf
 from llama_ft.model.transformer import RMSNorm, Transformer, rotary_table, rotate
 from llama_ft.model.weights import load_model, save_tensors

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, UserError, WeightStorage, check
+from llama_ft.config.content import content_hash
 from llama_ft.config.groups import (
     PACKAGE_DIR,
     DataConfig,
@@ -89,6 +90,12 @@ class TrainConfig:
         return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
 
     @property
+    def memory_limit_mb(self) -> int | None:
+        """The limit to run under: the one given or that of the card's profile, whichever is smaller."""
+        limits = [limit for limit in (self.measure.memory_limit_mb, self.gpu.usable_mb) if limit is not None]
+        return min(limits, default=None)
+
+    @property
     def max_length(self) -> int:
         """Longest sample in tokens."""
         return self.data.max_length or self.model.context
@@ -102,11 +109,13 @@ class TrainConfig:
         return asdict(self, dict_factory=plain)
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
-        """Identifies what is measured: equal for equal runs on equal files, whatever tracks them. 16 hex digits.
+        """Identifies what is measured: equal for equal runs on equal files, wherever they lie. 16 hex digits.
 
         `without` leaves out sections of the config.
         """
         measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", *without)}
-        files = [Path(name).expanduser() for name in (self.data.path, self.tokenizer) if name]
-        measured["content"] = [hashlib.sha256(f.read_bytes()).hexdigest() if f.is_file() else None for f in files]
+        for section, key in (("training", "save_every"), ("training", "resume"), ("data", "cache_dir")):
+            del measured[section][key]  # how a run is kept and its data fetched, not what is run
+        for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
+            holder[key] = content_hash(holder[key]) if holder[key] else None
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]

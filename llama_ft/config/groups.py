@@ -127,17 +127,26 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     save: bool = True  # write the adapter, or without LoRA all weights, into the run's folder
+    save_every: int | None = None  # optimizer steps between checkpoints; null saves none but at Ctrl-C
+    resume: bool = False  # go on from the newest checkpoint in the run's folder
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size"):
             check(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "at least 1")
         if self.max_samples is not None:
             check(self.max_samples >= 1, "training.max_samples", self.max_samples, "at least 1, or null for all")
+        if self.save_every is not None:
+            check(self.save_every >= 1, "training.save_every", self.save_every, "at least 1, or null")
         check(0 < self.lr < math.inf, "training.lr", self.lr, "positive and finite")
         check(0 <= self.warmup_ratio <= 1, "training.warmup_ratio", self.warmup_ratio, "between 0 and 1")
         check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more, and finite")
         check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (inf never clips)")
         check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
+
+    @property
+    def saves_when_interrupted(self) -> bool:
+        """Whether Ctrl-C lets the optimizer step end and saves it, instead of stopping at once."""
+        return self.save or self.save_every is not None
 
 
 @dataclass

@@ -16,9 +16,10 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.measure.interrupts import Interrupts
 from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, MB, new_result, write_result
 
-SECONDS_TO_STOP = 10
+SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -27,12 +28,15 @@ def read_config(run_dir: Path) -> TrainConfig:
     return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(run_dir / CONFIG_FILE))))
 
 
-def stop_with_parent() -> None:
-    """Interrupt this run when the parent is gone, whatever killed it: our standard input is a pipe that it holds."""
+def stop_with_parent(patience: int) -> None:
+    """Interrupt this run when the parent is gone, whatever killed it: our standard input is a pipe that it holds.
+
+    After so many seconds of patience the process ends, whatever it does.
+    """
 
     def wait() -> None:
         os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes; nothing is ever written to it
-        for _ in range(SECONDS_TO_STOP):  # an interrupt that comes within a destructor is lost
+        for _ in range(patience):  # an interrupt that comes within a destructor is lost
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
         os._exit(130)
@@ -64,14 +68,12 @@ def main() -> None:
     result = new_result(config, command)
     run = None
     try:
-        stop_with_parent()
+        stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
         from llama_ft.measure.run import MeasuredRun
 
-        # Interrupts were held back until here: half an import of torch cannot be recovered from. They are the parent's
-        # to send, also where a shell that put it into the background has it ignore Ctrl-C, and us with it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True))
+        interrupts = Interrupts()
+        run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True), interrupts)
+        interrupts.install()  # not before: half an import of torch cannot be recovered from
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:

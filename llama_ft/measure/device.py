@@ -11,26 +11,41 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.config import DeviceChoice, UserError
-from llama_ft.measure.process import NEAR_LIMIT, data_bytes
+from llama_ft.config import DeviceChoice, GpuConfig, UserError
 from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
+from llama_ft.measure.system import NEAR_LIMIT, data_bytes
 
 
-def choose_device(choice: DeviceChoice) -> torch.device:
-    """The device for `gpu.device`.
+def choose_device(gpu: GpuConfig) -> torch.device:
+    """The device to run on.
 
     Raises:
-        UserError: for `cuda` where PyTorch sees no GPU.
+        UserError: if a GPU is asked for and PyTorch sees none, or it is smaller than the profile's card.
     """
-    if choice is DeviceChoice.cuda and not torch.cuda.is_available():
-        raise UserError("gpu.device=cuda, but PyTorch sees no GPU here: use gpu=cpu")
-    use_cuda = choice is DeviceChoice.cuda or (choice is DeviceChoice.auto and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    if gpu.device is DeviceChoice.cuda and not torch.cuda.is_available():
+        raise UserError(f"gpu={gpu.name} needs a CUDA GPU, and PyTorch sees none here: use gpu=cpu or gpu=auto")
+    if gpu.device is DeviceChoice.cpu or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    total = torch.cuda.get_device_properties(device).total_memory / MB
+    if gpu.usable_mb is not None and gpu.usable_mb > total:
+        raise UserError(
+            f"gpu={gpu.name} has {gpu.usable_mb:,} MB to use, more than the {total:,.0f} MB of this"
+            f" {device_name(device)}: use gpu=auto"
+        )
+    return device
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device computes in bf16 itself, not by emulation."""
-    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
+    """Whether the card, the profile's or else the real one, computes in bf16 itself, not by emulation."""
+    return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
+
+
+def use_kernels_of(gpu: GpuConfig) -> None:
+    """Leave out the attention kernels that the profile's card lacks: they need less memory than those it has."""
+    if gpu.capability is not None and gpu.capability < (8, 0):
+        torch.backends.cuda.enable_flash_sdp(False)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def device_name(device: torch.device) -> str:

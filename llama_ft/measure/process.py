@@ -1,8 +1,8 @@
 """Running one run in a process of its own, watching it, and writing its result if it could not."""
 
 import json
+import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -14,27 +14,26 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
-from llama_ft.files import write_text
+from llama_ft.files import locked, write_text
+from llama_ft.measure.folder import clear
 from llama_ft.measure.result import (
-    ADAPTER_FILE,
     CONFIG_FILE,
     LOG_FILE,
     MB,
     METRICS_FILE,
     OUT_OF_MEMORY_TEXT,
-    RESULT_FILE,
-    WEIGHTS_FILE,
     new_result,
     read_result,
     write_result,
 )
+from llama_ft.measure.system import NEAR_LIMIT, data_bytes, memory_there_is, oom_kills, resident_bytes
 
 POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
 # busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
 THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 SECONDS_TO_STOP = 15
-NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
 
 class Listener(Protocol):
@@ -77,12 +76,17 @@ def run_in_child(
         command: what the user typed, for the result.
 
     Raises:
+        UserError: if another run writes into the folder, or what it holds cannot be resumed.
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    for stale in (RESULT_FILE, METRICS_FILE, LOG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
-        (run_dir / stale).unlink(missing_ok=True)
-    write_text(run_dir / CONFIG_FILE, config_yaml)
+    with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
+        clear(run_dir, config)
+        write_text(run_dir / CONFIG_FILE, config_yaml)
+        return _run(config, run_dir, command, listener, lock)
+
+
+def _run(config: TrainConfig, run_dir: Path, command: str, listener: Listener, lock: int) -> dict[str, Any]:
     kills_before = oom_kills()
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
@@ -92,6 +96,7 @@ def run_in_child(
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
+            pass_fds=(lock,),  # the folder stays locked until both of us are gone
             env=THREADS_ENVIRONMENT | os.environ | {"PYTHONPATH": path},
         )
     interrupted: KeyboardInterrupt | None = None
@@ -99,8 +104,10 @@ def run_in_child(
         rss, data = watch(child, run_dir, listener)
     except KeyboardInterrupt as error:
         interrupted, rss, data = error, 0, 0
+        if config.training.saves_when_interrupted:
+            listener.message("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
-        stop(child)
+        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
     result = read_result(run_dir) or ending_of_killed(
         config, run_dir, command, child, rss, kills_before, interrupted, data
     )
@@ -148,10 +155,11 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
     return rss, data
 
 
-def stop(child: subprocess.Popen[bytes]) -> None:
-    """Make sure that the child has ended: ask it to, then kill it."""
-    for _ in range(SECONDS_TO_STOP):
-        if child.poll() is None:
+def stop(child: subprocess.Popen[bytes], patience: float) -> None:
+    """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
+    end = time.monotonic() + patience
+    with suppress(KeyboardInterrupt):
+        while child.poll() is None and time.monotonic() < end:
             child.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
@@ -194,46 +202,3 @@ def ending_of_killed(
     result = new_result(config, command) | {"status": status, "error": error}
     write_result(run_dir, result)
     return result
-
-
-def resident_bytes(pid: int) -> int:
-    """Resident set of a process; 0 where the system does not tell."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def data_bytes(pid: int) -> int:
-    """Data segment of a process, what RLIMIT_DATA limits; 0 where the system does not tell."""
-    with suppress(OSError):
-        if match := re.search(r"^VmData:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
-            return int(match[1]) * 1024
-    return 0
-
-
-def _cgroup_file(name: str) -> Path:
-    try:
-        line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return Path("/sys/fs/cgroup") / name
-    return Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/") / name
-
-
-def oom_kills() -> int:
-    """Processes of our control group that were killed for memory so far; 0 where the system does not tell."""
-    try:
-        fields = _cgroup_file("memory.events").read_text().split()
-        return int(fields[fields.index("oom_kill") + 1])
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-def memory_there_is() -> float:
-    """Bytes that this process could have at most: the machine's or the control group's; infinite where unknown."""
-    sizes = [float("inf")]
-    with suppress(OSError, ValueError):
-        sizes.append(float(_cgroup_file("memory.max").read_text()))  # may be the word max
-    with suppress(OSError, ValueError):
-        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return min(sizes)

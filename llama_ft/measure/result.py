@@ -13,8 +13,6 @@ RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
-ADAPTER_FILE = "adapter.safetensors"
-WEIGHTS_FILE = "model.safetensors"  # as the model's loader expects it
 STATUSES = ("ok", "oom", "killed", "interrupted", "error")
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 MB = 2**20
@@ -32,30 +30,38 @@ _KNOWN = (
 _MEASURED = (
     "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"
     " memory_max_mb memory_instant ledger trainable_params total_params trainable_percent loss_first loss_last"
-    " eval_loss_before eval_loss_after versions"
+    " eval_loss_before eval_loss_after compute_dtype skipped_steps resumed_at_step versions"
 ).split()
 
 
 def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
     """A result in which everything that is measured is still null."""
-    settings = config.to_dict()
-    known: dict[str, Any] = {
-        "schema_version": SCHEMA_VERSION,
-        "status": "error",
-        "error": None,
+    return _from_settings(config.to_dict(), command) | {
         "config_hash": config.hash(),
         "settings_hash": config.hash(without=("optim",)),  # equal for runs that differ in their techniques alone
-        "combination": config.optim.combination,
-        "model": config.model.name,
-        "data": config.data.name,
-        "gpu": config.gpu.name,
+        "memory_limit_mb": config.memory_limit_mb,
+    }
+
+
+def refused_result(settings: dict[str, Any], command: str, error: str) -> dict[str, Any]:
+    """The result of a run that never began, since a value in its config is not allowed."""
+    return _from_settings(settings, command) | {"error": error}
+
+
+def _from_settings(settings: dict[str, Any], command: str) -> dict[str, Any]:
+    known = {
+        "schema_version": SCHEMA_VERSION,
+        "status": "error",
+        "combination": "_".join(name for name, on in settings["optim"].items() if on) or "baseline",
+        "model": settings["model"]["name"],
+        "data": settings["data"]["name"],
+        "gpu": settings["gpu"]["name"],
         "optim": settings["optim"],
         "techniques": {name: settings[name] for name in settings["optim"]},
-        "batch_size": config.training.batch_size,
-        "memory_limit_mb": config.measure.memory_limit_mb,
+        "batch_size": settings["training"]["batch_size"],
         "command": command,
     }
-    return known | dict.fromkeys(_MEASURED)
+    return dict.fromkeys((*_KNOWN, *_MEASURED)) | known
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
@@ -76,7 +82,7 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
-    complete = isinstance(result, dict) and result.keys() >= {*_KNOWN, *_MEASURED}
+    complete = isinstance(result, dict) and result.keys() >= set(_KNOWN)
     if not complete or result["schema_version"] != SCHEMA_VERSION or result["status"] not in STATUSES:
         raise UserError(f"{file} is not a result that this version writes (schema_version {SCHEMA_VERSION})")
-    return result
+    return dict.fromkeys(_MEASURED) | result  # earlier versions measured less

@@ -21,18 +21,20 @@ from llama_ft.measure.device import (
     limit_memory,
     memory_in_use_mb,
     peak_rss_mb,
+    use_kernels_of,
 )
+from llama_ft.measure.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
-from llama_ft.measure.result import ADAPTER_FILE, MB, METRICS_FILE
-from llama_ft.model.checkpoint import WEIGHTS_FILE
+from llama_ft.measure.result import MB, METRICS_FILE
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import load_model, save_tensors
+from llama_ft.model.weights import load_model
 from llama_ft.techniques.gradient_accumulation import windows
-from llama_ft.techniques.lora import lora_state_dict
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
 from llama_ft.training.loop import train
 from llama_ft.training.metrics import MetricsFile
 from llama_ft.training.optimizer import make_optimizer, make_schedule
+from llama_ft.training.position import N_KEPT, Position, remove_older
+from llama_ft.training.saver import Saver, save_trained
 from llama_ft.training.step import TrainStep, Window, evaluate_loss
 
 N_EVAL_SAMPLES = 8  # the fixed set whose loss is compared before and after
@@ -41,8 +43,8 @@ N_EVAL_SAMPLES = 8  # the fixed set whose loss is compared before and after
 class MeasuredRun:
     """A run and what is known of it so far, so that a run that ends early leaves that behind."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, say: Callable[[str], None]) -> None:
-        self.config, self.run_dir, self.say = config, run_dir, say
+    def __init__(self, config: TrainConfig, run_dir: Path, say: Callable[[str], None], interrupts: Interrupts) -> None:
+        self.config, self.run_dir, self.say, self.interrupts = config, run_dir, say, interrupts
         self.stage = "start-up"
         self.result: dict[str, Any] = {}
 
@@ -54,14 +56,16 @@ class MeasuredRun:
         """
         config = self.config
         torch.manual_seed(config.training.seed)
-        device = choose_device(config.gpu.device)
+        device = choose_device(config.gpu)
         self.result |= {"device": device_name(device), "versions": versions()}
         precision = make_precision(config, device)
+        self.result["compute_dtype"] = str(precision.compute).removeprefix("torch.")
         self.stage = "reading the data"
         dataset = load_data(config)
         self.say(f"data: {dataset.describe()}")
-        if config.measure.memory_limit_mb is not None:
-            limit_memory(device, config.measure.memory_limit_mb)
+        if config.memory_limit_mb is not None:
+            limit_memory(device, config.memory_limit_mb)
+        use_kernels_of(config.gpu)
         self.stage = "loading the weights"
         dtype = techniques.base_dtype(config, precision)
         model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed, self.say)
@@ -73,7 +77,7 @@ class MeasuredRun:
         self._train(step, dataset, applied.accumulation_steps)
         self.stage = "saving"
         if config.training.save:
-            self._save(model)
+            save_trained(model, self.run_dir)
 
     def _train(self, step: TrainStep, dataset: Dataset, accumulation_steps: int) -> None:
         config, device = self.config, step.device
@@ -90,11 +94,27 @@ class MeasuredRun:
         self.stage = "the first optimizer step"
         use = track_memory(step, hardest_windows(dataset.samples, training.batch_size, accumulation_steps, padding))
         fixed = [collate([sample], padding) for sample in dataset.samples[:N_EVAL_SAMPLES]]
-        self.result["eval_loss_before"] = evaluate_loss(step, fixed)
-        self.stage = "training"
-        watch = Stopwatch(device)
-        with MetricsFile(self.run_dir / METRICS_FILE, total_steps, lambda: memory_in_use_mb(device)) as metrics:
-            train(step, schedule, epoch_windows, config.training.epochs, metrics, watch.part)
+        watch, file, may_skip = Stopwatch(device), self.run_dir / METRICS_FILE, step.scaler.is_enabled()
+        with MetricsFile(file, total_steps, may_skip, lambda: memory_in_use_mb(device)) as metrics:
+
+            def bring_up_to_date(position: Position) -> None:
+                metrics.flush()
+                position.seconds = watch.seconds
+
+            stop = self.interrupts.requested
+            saver = Saver(self.run_dir, config.hash(), step, schedule, training.save_every, stop, bring_up_to_date)
+            position = self._restore(saver) or Position(eval_loss_before=evaluate_loss(step, fixed))
+            self.result["eval_loss_before"], watch.seconds = position.eval_loss_before, position.seconds
+            self.stage = "training"
+            if training.saves_when_interrupted:
+                self.interrupts.hold()
+            try:
+                train(step, schedule, epoch_windows, training.epochs, position, metrics, saver, watch.part)
+            except KeyboardInterrupt:
+                if training.saves_when_interrupted:
+                    saved = f"saved after optimizer step {position.step}"
+                    self.stage += f", {saved}: training.resume=true goes on from there"
+                raise
         self.result |= memory_result(use, device)
         tokens = sum(len(sample) for sample in dataset.samples) * config.training.epochs
         self.result |= {
@@ -104,8 +124,22 @@ class MeasuredRun:
             "tokens_per_s": tokens / watch.seconds,
             "loss_first": metrics.losses[0],
             "loss_last": metrics.losses[-1],
+            "skipped_steps": metrics.skipped_steps,
             "eval_loss_after": evaluate_loss(step, fixed),
         }
+
+    def _restore(self, saver: Saver) -> Position | None:
+        """Go on from a checkpoint, if that is wanted and there is one."""
+        remove_older(self.run_dir, N_KEPT if self.config.training.resume else 0)
+        if not self.config.training.resume:
+            return None
+        position = saver.restore()
+        if position is None:
+            self.say(f"nothing to resume in {self.run_dir}: training begins at the first step")
+        else:
+            self.say(f"resuming after optimizer step {position.step}")
+            self.result["resumed_at_step"] = position.step
+        return position
 
     def _count_parameters(self, model: Transformer) -> None:
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -114,17 +148,11 @@ class MeasuredRun:
         self.result |= {"trainable_params": trainable, "total_params": total, "trainable_percent": percent}
         self.say(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
 
-    def _save(self, model: Transformer) -> None:
-        if self.config.optim.lora:
-            save_tensors(lora_state_dict(model), self.run_dir / ADAPTER_FILE, self.config.model)
-        else:
-            save_tensors(model.state_dict(), self.run_dir / WEIGHTS_FILE, self.config.model)
-
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:
     """The dtypes of a run: mixed precision's, or fp32 throughout."""
     if config.optim.mp:
-        return mixed_precision(config.mp, device.type, has_bf16(device))
+        return mixed_precision(config.mp, device.type, has_bf16(device, config.gpu))
     return Precision(device.type)
 
 

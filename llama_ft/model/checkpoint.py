@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
+from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model.formats import (
     ROTARY_TABLES,
     check_sizes,
@@ -25,7 +26,6 @@ from llama_ft.model.formats import (
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.transformer import Transformer
 
-WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 INDEX_FILE = "model.safetensors.index.json"
 SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
 SECONDS_BETWEEN_LINES = 5

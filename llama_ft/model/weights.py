@@ -1,7 +1,7 @@
 """Making, loading and saving a model's weights."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def initialize(model: nn.Module, seed: int) -> None:
             parameter.normal_(0.0, INIT_STD, generator=generator)
 
 
-def save_tensors(tensors: dict[str, Tensor], file: Path, config: ModelConfig) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:
     """Write safetensors under a temporary name, then rename: the file is whole or absent.
 
     Args:

@@ -76,8 +76,3 @@ def add_lora(
         parent, _, child = name.rpartition(".")
         if child in targets:
             setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout, dtype))
-
-
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter alone: every lora_A and lora_B by name."""
-    return {name: tensor for name, tensor in model.state_dict().items() if "lora_" in name}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.data.collate import Batch
-from llama_ft.model.transformer import at_least_fp32
+from llama_ft.model.transformer import Transformer, at_least_fp32
 from llama_ft.techniques import Techniques
 from llama_ft.techniques.gradient_accumulation import target_tokens
 
@@ -24,7 +24,7 @@ class TrainStep:
     """Callable on a window. Nothing in it waits for the device."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, techniques: Techniques, max_grad_norm: float
+        self, model: Transformer, optimizer: torch.optim.Optimizer, techniques: Techniques, max_grad_norm: float
     ) -> None:
         self.model = model
         self.optimizer = optimizer

@@ -1,0 +1,38 @@
+"""What a run's folder holds before the run begins."""
+
+from pathlib import Path
+
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, write_text
+from llama_ft.measure.result import LOG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.training.position import checkpoints, read_state
+
+
+def clear(run_dir: Path, config: TrainConfig) -> None:
+    """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
+
+    Raises:
+        UserError: if the checkpoint is of another configuration, or the metrics before it are missing.
+    """
+    found = checkpoints(run_dir) if config.training.resume else []
+    if not found:
+        (run_dir / METRICS_FILE).unlink(missing_ok=True)
+        (run_dir / LOG_FILE).unlink(missing_ok=True)
+    else:
+        state = read_state(found[-1])
+        if state.config_hash != config.hash():
+            raise UserError(f"{found[-1]} is of a run with another configuration: delete it, or name another folder")
+        trim(run_dir / METRICS_FILE, state.position.step)
+    for stale in (RESULT_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        (run_dir / stale).unlink(missing_ok=True)
+    for leftover in run_dir.glob(".*.tmp"):
+        leftover.unlink()
+
+
+def trim(metrics_file: Path, n_lines: int) -> None:
+    """Keep the first lines, those of the steps that a checkpoint holds."""
+    text = metrics_file.read_text(encoding="utf-8") if metrics_file.exists() else ""
+    lines = text.splitlines(keepends=True)[:n_lines]
+    if len(lines) < n_lines:
+        raise UserError(f"{metrics_file} has {len(lines)} lines, but the newest checkpoint is of step {n_lines}")
+    write_text(metrics_file, "".join(lines))

@@ -1,0 +1,28 @@
+"""Ctrl-C in a run: at once at first; once there is something to save, at the end of the optimizer step."""
+
+import signal
+
+
+class Interrupts:
+    """What the run's process does at SIGINT."""
+
+    def __init__(self) -> None:
+        self._requested = self._held = False
+
+    def install(self) -> None:
+        """Handle SIGINT from now on, also where a shell that put the run into the background has it ignored."""
+        signal.signal(signal.SIGINT, self._handle)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def hold(self) -> None:
+        """From now on, note an interrupt instead of raising it."""
+        self._held = True
+
+    def requested(self) -> bool:
+        """Whether an interrupt was held."""
+        return self._requested
+
+    def _handle(self, *_: object) -> None:
+        if not self._held:
+            raise KeyboardInterrupt
+        self._requested = True

@@ -1,0 +1,51 @@
+"""What the operating system tells of processes and of memory."""
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident set of a process; 0 where the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def data_bytes(pid: int) -> int:
+    """Data segment of a process, what RLIMIT_DATA limits; 0 where the system does not tell."""
+    with suppress(OSError):
+        if match := re.search(r"^VmData:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
+            return int(match[1]) * 1024
+    return 0
+
+
+def _cgroup_file(name: str) -> Path:
+    try:
+        line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return Path("/sys/fs/cgroup") / name
+    return Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/") / name
+
+
+def oom_kills() -> int:
+    """Processes of our control group that were killed for memory so far; 0 where the system does not tell."""
+    try:
+        fields = _cgroup_file("memory.events").read_text().split()
+        return int(fields[fields.index("oom_kill") + 1])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def memory_there_is() -> float:
+    """Bytes that this process could have at most: the machine's or the control group's; infinite where unknown."""
+    sizes = [float("inf")]
+    with suppress(OSError, ValueError):
+        sizes.append(float(_cgroup_file("memory.max").read_text()))  # may be the word max
+    with suppress(OSError, ValueError):
+        sizes.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min(sizes)

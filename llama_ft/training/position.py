@@ -1,0 +1,82 @@
+"""How far a run has come, and where its checkpoints lie. Knows nothing of torch, so that any process can look."""
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+
+CHECKPOINTS_DIR = "checkpoints"
+STATE_FILE = "state.json"
+N_KEPT = 2
+
+
+@dataclass
+class Position:
+    """What a run has done so far."""
+
+    epoch: int = 0  # epochs finished
+    window: int = 0  # optimizer steps done in the epoch that has begun
+    step: int = 0  # optimizer steps done in all
+    seconds: float = 0.0  # of training
+    eval_loss_before: float | None = None  # measured before the first step
+
+    def next_step(self) -> None:
+        """One more optimizer step is done."""
+        self.window, self.step = self.window + 1, self.step + 1
+
+    def next_epoch(self) -> None:
+        """The epoch is done."""
+        self.epoch, self.window = self.epoch + 1, 0
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What `state.json` of a checkpoint holds: all of the run's state but tensors."""
+
+    config_hash: str
+    position: Position
+    schedule: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    rng: dict[str, str] = field(default_factory=dict)  # states of the random generators by device, in hex
+
+    def write(self, folder: Path) -> None:
+        """Write it into a checkpoint's folder."""
+        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path) -> SavedState:
+    """The state of a checkpoint.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
+    file = folder / STATE_FILE
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return SavedState(**values | {"position": Position(**values["position"])})
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{file} is damaged or missing: delete its folder to use the checkpoint before it") from error
+
+
+def checkpoint_name(step: int) -> str:
+    """Name of the checkpoint's folder after so many optimizer steps."""
+    return f"step_{step:08}"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, the newest last. What an interrupted write left behind is none of them."""
+    return sorted((run_dir / CHECKPOINTS_DIR).glob("step_[0-9]*"))
+
+
+def remove_older(run_dir: Path, n_kept: int = N_KEPT) -> None:
+    """Remove all but the newest checkpoints, and what interrupted writes left behind."""
+    found = checkpoints(run_dir)
+    for folder in found[: max(0, len(found) - n_kept)]:
+        folder.rename(folder.with_name(f".{folder.name}.tmp"))  # at no time is a checkpoint there in part
+    for leftover in (run_dir / CHECKPOINTS_DIR).glob(".*.tmp"):
+        shutil.rmtree(leftover)
+    if not n_kept:
+        shutil.rmtree(run_dir / CHECKPOINTS_DIR, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""Saving a run while it trains, and going on from where it was saved, to the bit.
+
+A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appears whole, by being renamed.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from llama_ft.config import UserError
+from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, to_disk
+from llama_ft.model.mapped import read_safetensors
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import save_tensors
+from llama_ft.training.position import (
+    CHECKPOINTS_DIR,
+    Position,
+    SavedState,
+    checkpoint_name,
+    checkpoints,
+    read_state,
+    remove_older,
+)
+from llama_ft.training.step import TrainStep
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+
+
+def save_trained(model: Transformer, folder: Path) -> None:
+    """Write what was trained: all weights, or where some are frozen the others alone, the adapter.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    save_tensors(trained, folder / trained_file(model), model.config)
+
+
+def trained_file(model: nn.Module) -> str:
+    """Name of the file for what is trained."""
+    return WEIGHTS_FILE if all(parameter.requires_grad for parameter in model.parameters()) else ADAPTER_FILE
+
+
+class Saver:
+    """A run's checkpoints.
+
+    Args of the constructor:
+        every: optimizer steps between checkpoints; None saves only when interrupted.
+        stop_requested: asked after each optimizer step; True ends the run, saved.
+        before_saving: brings files that must not lag behind a checkpoint up to date.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config_hash: str,
+        step: TrainStep,
+        schedule: LRScheduler,
+        every: int | None,
+        stop_requested: Callable[[], bool],
+        before_saving: Callable[[Position], None],
+    ) -> None:
+        self._run_dir, self._config_hash = run_dir, config_hash
+        self._step, self._schedule = step, schedule
+        self._every, self._before_saving = every, before_saving
+        self.stop_requested = stop_requested
+
+    def steps_to_next(self, done: int) -> int:
+        """Optimizer steps from `done` to the next checkpoint."""
+        return self._every - done % self._every if self._every else sys.maxsize
+
+    def save_if_due(self, position: Position) -> None:
+        """Save after a part of the training.
+
+        Raises:
+            KeyboardInterrupt: when a stop was requested, once all is saved.
+            UserError: if the checkpoint cannot be written; those before it stay.
+        """
+        stop = self.stop_requested()
+        if stop or (self._every and position.step % self._every == 0):
+            self._before_saving(position)
+            self._save(position)
+        if stop:
+            raise KeyboardInterrupt
+
+    def _save(self, position: Position) -> None:
+        final = self._run_dir / CHECKPOINTS_DIR / checkpoint_name(position.step)
+        if final.exists():
+            return
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True)
+            save_trained(self._step.model, temporary)
+            save_tensors(self._optimizer_tensors(), temporary / OPTIMIZER_FILE, self._step.model.config)
+            scaler, schedule = self._step.scaler.state_dict(), self._schedule.state_dict()
+            rng = _rng_states(self._step.device)
+            SavedState(self._config_hash, position, schedule, scaler, rng).write(temporary)
+            to_disk(temporary)
+            temporary.rename(final)
+        except OSError as error:
+            raise UserError(f"{final} cannot be written: {error.strerror}") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        remove_older(self._run_dir)
+
+    def restore(self) -> Position | None:
+        """Put the newest checkpoint's state back, after a rehearsal has allocated it; None where there is none.
+
+        Raises:
+            UserError: if the checkpoint is damaged, or that of a run with another configuration.
+        """
+        found = checkpoints(self._run_dir)
+        if not found:
+            return None
+        saved = read_state(found[-1])
+        if saved.config_hash != self._config_hash:
+            raise UserError(f"{found[-1]} is of a run with another configuration: delete it, or name another folder")
+        model = self._step.model
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        _read_into(trained, found[-1] / trained_file(model))
+        _read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
+        self._schedule.load_state_dict(saved.schedule)
+        for group, lr in zip(self._step.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+        self._step.scaler.load_state_dict(saved.scaler)
+        _set_rng_states(saved.rng, self._step.device)
+        return saved.position
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's tensors by parameter and name, such as `norm.weight:exp_avg`; scalars as [1]."""
+        names: dict[Tensor, str] = {parameter: name for name, parameter in self._step.model.named_parameters()}
+        return {
+            f"{names[parameter]}:{key}": tensor.view(1) if tensor.dim() == 0 else tensor
+            for parameter, state in self._step.optimizer.state.items()
+            for key, tensor in state.items()
+        }
+
+
+def _rng_states(device: torch.device) -> dict[str, str]:
+    """The states of the random generators that a run uses, in hex."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: bytes(state.tolist()).hex() for name, state in states.items()}
+
+
+def _set_rng_states(saved: dict[str, str], device: torch.device) -> None:
+    states = {name: torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for name, state in saved.items()}
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+
+
+@torch.no_grad()
+def _read_into(targets: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a file's tensors into tensors of the same names.
+
+    Raises:
+        UserError: unless names and shapes agree.
+    """
+    stored, _ = read_safetensors(file)
+    if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
+        raise UserError(f"{file} does not hold the tensors of this run: delete its folder")
+    for name, part in stored.items():
+        for first, rows in part.pieces():
+            targets[name][first : first + len(rows)].copy_(rows)

@@ -1,0 +1,143 @@
+"""Runs and sweeps that are stopped at any moment and go on: equal to the bit to those that nothing disturbed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import environment, run
+from safetensors.numpy import load_file
+from test_process import is_alive, read_json, read_metrics
+
+# Each test is given this many random moments; more of them make a longer, more thorough test.
+N_KILLS = int(os.environ.get("LLAMA_FT_KILLS", "2"))
+STEPS = ("training.max_samples=26", "training.epochs=2", "ga.steps=4", "tracker=disabled")  # windows of 4 and, last, 2
+N_STEPS = 2 * 7
+
+
+def command(run_dir: Path, *overrides: str) -> list[str]:
+    return ["llama_ft.train", *STEPS, *overrides, f"hydra.run.dir={run_dir}"]
+
+
+def start(cwd: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def children(pid: int) -> list[int]:
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in file.read_text().split()] if file.exists() else []
+
+
+def trained(run_dir: Path) -> dict[str, bytes]:
+    file = next(run_dir / name for name in ("adapter.safetensors", "model.safetensors") if (run_dir / name).exists())
+    return {name: tensor.tobytes() for name, tensor in load_file(file).items()}
+
+
+def losses(run_dir: Path) -> list[tuple[int, float, float | None, float, int]]:
+    keys = ("step", "loss", "grad_norm", "lr", "tokens")
+    return [tuple(line[key] for key in keys) for line in read_metrics(run_dir)]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(folder.name.removeprefix("step_")) for folder in (run_dir / "checkpoints").iterdir())
+
+
+def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
+    assert losses(run_dir) == losses(undisturbed)
+    assert trained(run_dir) == trained(undisturbed)
+    ends = [read_json(folder / "result.json") for folder in (run_dir, undisturbed)]
+    for key in ("status", "loss_first", "loss_last", "eval_loss_before", "eval_loss_after", "samples", "tokens"):
+        assert ends[0][key] == ends[1][key], key
+
+
+@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16"])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[str], float]:
+    """A run that saves nothing on its way, its overrides, and the seconds that it took."""
+    overrides = f"optim={request.param}".split()
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    began = time.monotonic()
+    done = run(*command(cwd / "run", *overrides), cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd / "run", overrides, time.monotonic() - began
+
+
+def test_saving_changes_nothing_and_keeps_the_newest_two(undisturbed: Any, tmp_path: Path) -> None:
+    reference, overrides, _ = undisturbed
+    done = run(*command(tmp_path / "run", *overrides, "training.save_every=4"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_end(tmp_path / "run", reference)
+    assert saved_steps(tmp_path / "run") == [8, 12]
+    files = {file.suffix for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()}
+    assert files == {".safetensors", ".json"}  # nothing that could run code
+
+
+def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) -> None:
+    reference, overrides, seconds = undisturbed
+    moments = random.Random(len(overrides))
+    arguments = command(tmp_path / "run", *overrides, "training.save_every=1", "training.resume=true")
+    for kill in range(N_KILLS):
+        process = start(tmp_path, arguments)
+        end = time.monotonic() + moments.uniform(0.2, 1.0) * seconds
+        while time.monotonic() < end and process.poll() is None:
+            time.sleep(0.01)
+        orphans = children(process.pid)
+        victims = orphans if kill % 2 else [process.pid]  # the run itself, or its command
+        for victim in victims:
+            with suppress(ProcessLookupError):  # it was at its end
+                os.kill(victim, signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+        assert "Traceback" not in output, output
+        deadline = time.monotonic() + 30
+        while any(is_alive(orphan) for orphan in orphans):
+            assert time.monotonic() < deadline, "an orphan lives on"
+            time.sleep(0.05)
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_end(tmp_path / "run", reference)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert len(saved_steps(tmp_path / "run")) <= 2
+
+
+def test_ctrl_c_saves_the_step_and_resuming_goes_on_from_it(undisturbed: Any, tmp_path: Path) -> None:
+    reference, overrides, _ = undisturbed
+    run_dir = tmp_path / "run"
+    process = start(tmp_path, command(run_dir, *overrides))
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    result, (step,) = read_json(run_dir / "result.json"), saved_steps(run_dir)
+    assert result["status"] == "interrupted"
+    assert f"saved after optimizer step {step}" in result["error"]
+    assert len(read_metrics(run_dir)) == step < N_STEPS
+
+    refused = run(*command(run_dir, *overrides), cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "training.resume=true goes on from there" in refused.stderr
+    assert saved_steps(run_dir) == [step]
+
+    done = run(*command(run_dir, *overrides, "training.resume=true"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming after optimizer step {step}" in done.stdout
+    assert read_json(run_dir / "result.json")["resumed_at_step"] == step
+    assert_same_end(run_dir, reference)
