@@ -144,6 +144,13 @@ def explain(error: BaseException) -> str:
         return _not_allowed(match[1], match[2])
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
+    if match := re.match(
+        r"(?:LexerNoViableAltException|token recognition error|mismatched input).*?([\w.]+)=(.*)", text
+    ):
+        return f"{match[1]}={match[2]}: special characters need quotes, such as '{match[1]}=\"{match[2]}\"'"
+    if isinstance(error, OSError) and error.filename:
+        place = "hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR, names another folder for the output"
+        return f"{error.filename}: {error.strerror}; {place}"
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,3 +142,101 @@ def test_ctrl_c_saves_the_step_and_resuming_goes_on_from_it(undisturbed: Any, tm
     assert f"resuming after optimizer step {step}" in done.stdout
     assert read_json(run_dir / "result.json")["resumed_at_step"] == step
     assert_same_end(run_dir, reference)
+
+
+def test_a_sweep_killed_at_random_moments_loses_no_finished_row(tmp_path: Path) -> None:
+    folder, moments, finished = tmp_path / "sweep", random.Random(3), {}
+    arguments = ["llama_ft.train", "-m", "optim=ga,ga_lora,lora", f"hydra.sweep.dir={folder}", *STEPS]
+    for _ in range(N_KILLS):
+        process = start(tmp_path, arguments)
+        time.sleep(moments.uniform(1, 8))
+        for victim in children(process.pid)[: moments.randrange(2)]:  # the command alone, or the run beside it
+            os.kill(victim, signal.SIGKILL)
+        process.kill()
+        output, _ = process.communicate(timeout=60)
+        assert "Traceback" not in output, output
+        for file in folder.glob("*/result.json"):
+            if read_json(file)["status"] == "ok":
+                finished.setdefault(file, file.read_bytes())
+    done = run(*arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(file.read_bytes() == content for file, content in finished.items())
+    results = {file.parent.name: read_json(file) for file in folder.glob("*/result.json")}
+    assert {name: result["status"] for name, result in results.items()} == dict.fromkeys(
+        ("ga", "ga_lora", "lora"), "ok"
+    )
+    assert len((folder / "table2.csv").read_text().splitlines()) == 4
+
+
+def test_a_second_sweep_in_the_same_folder_is_refused_while_the_first_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    arguments = ["llama_ft.train", "-m", "optim=ga,lora", f"hydra.sweep.dir={folder}", *STEPS]
+    first = start(tmp_path, arguments)
+    deadline = time.monotonic() + 60
+    while not (folder / "ga").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = run(*arguments, cwd=tmp_path)
+    assert second.returncode == 2
+    assert second.stderr == f"error: another run is writing into {folder}: wait for its end, or name another folder\n"
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, output
+    assert (folder / "table2.md").exists()
+
+
+def test_a_resume_without_a_folder_says_which_key_is_missing(tmp_path: Path) -> None:
+    done = run("llama_ft.train", "training.resume=true", *STEPS, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "add hydra.run.dir=DIR" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a checkpoint after its only step but one."""
+    cwd = tmp_path_factory.mktemp("saved")
+    overrides = ("training.max_samples=3", "training.save_every=2", "tracker=disabled", f"hydra.run.dir={cwd / 'run'}")
+    done = run("llama_ft.train", *overrides, cwd=cwd)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return cwd / "run"
+
+
+BREAK = {
+    "state cut": lambda folder: (folder / "state.json").write_text('{"config_hash": "'),
+    "state missing": lambda folder: (folder / "state.json").unlink(),
+    "optimizer cut": lambda folder: os.truncate(folder / "optimizer.safetensors", 5000),
+    "optimizer missing": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "weights cut": lambda folder: os.truncate(folder / "model.safetensors", 5000),
+    "weights of another model": lambda folder: shutil.copy(
+        folder / "optimizer.safetensors", folder / "model.safetensors"
+    ),
+    "metrics missing": lambda folder: (folder.parent.parent / "metrics.jsonl").unlink(),
+    "metrics cut": lambda folder: os.truncate(folder.parent.parent / "metrics.jsonl", 300),
+}
+
+
+@pytest.mark.parametrize("how", BREAK)
+def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, tmp_path: Path, how: str) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(saved, run_dir)
+    (run_dir / "result.json").unlink()
+    (folder,) = (run_dir / "checkpoints").iterdir()
+    BREAK[how](folder)
+    overrides = ("training.max_samples=3", "training.resume=true", "tracker=disabled", f"hydra.run.dir={run_dir}")
+    done = run("llama_ft.train", *overrides, cwd=tmp_path)
+    assert done.returncode in (1, 2)
+    last = done.stderr.strip().splitlines()[-1]
+    assert str(run_dir / "metrics.jsonl" if "metrics" in how else folder) in last
+    assert "Traceback" not in done.stderr
+    assert "bug of ours" not in done.stderr
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(saved: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(saved, run_dir)
+    (run_dir / "result.json").unlink()
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    changed = ("training.max_samples=3", "training.lr=0.5", "training.resume=true", f"hydra.run.dir={run_dir}")
+    done = run("llama_ft.train", *changed, "tracker=disabled", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "another configuration" in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before

@@ -1,5 +1,6 @@
 """What a run's folder holds before the run begins."""
 
+import json
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
@@ -30,9 +31,23 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
 
 
 def trim(metrics_file: Path, n_lines: int) -> None:
-    """Keep the first lines, those of the steps that a checkpoint holds."""
+    """Keep the first lines, those of the steps that a checkpoint holds.
+
+    Raises:
+        UserError: if they are not all there.
+    """
     text = metrics_file.read_text(encoding="utf-8") if metrics_file.exists() else ""
     lines = text.splitlines(keepends=True)[:n_lines]
-    if len(lines) < n_lines:
-        raise UserError(f"{metrics_file} has {len(lines)} lines, but the newest checkpoint is of step {n_lines}")
+    if [_step(line) for line in lines] != list(range(1, n_lines + 1)):
+        raise UserError(
+            f"{metrics_file} is damaged: it should have the steps up to {n_lines}, as the newest checkpoint"
+        )
     write_text(metrics_file, "".join(lines))
+
+
+def _step(line: str) -> int | None:
+    try:
+        step: int = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step

@@ -78,6 +78,10 @@ def _notes(group: Group) -> list[str]:
             notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
         else:
             notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
+    if dtypes := sorted({r["compute_dtype"] for r in results if r["optim"]["mp"] and r["compute_dtype"]}):
+        notes.append(f"MP computes in {' and '.join(dtypes)}.")
+    if skipped := [f"{r['combination']} {r['skipped_steps']}" for r in results if r["skipped_steps"]]:
+        notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
     if not any(r["optim"]["gc"] for r in results):
         notes.append("GC is off.")
     if any(r["peak_memory_reserved_mb"] for r in results):
@@ -86,7 +90,11 @@ def _notes(group: Group) -> list[str]:
         notes.append(
             "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
         )
-    limit = results[0]["memory_limit_mb"]
+    limit, gpu = results[0]["memory_limit_mb"], results[0]["gpu"]
+    if gpu not in ("auto", "cpu") and limit is not None:
+        notes.append(
+            f"gpu={gpu}: the allocator has that card's {limit:,} MB; times are those of the device named above."
+        )
     if any(r["status"] == "oom" for r in results):
         notes.append("×: out of memory" + (f" (limit {limit:,} MB)." if limit else "."))
     notes.append("Loss: of the first 8 training samples, without dropout.")
@@ -127,7 +135,8 @@ def csv_text(groups: list[Group]) -> str:
     """For `table2.csv`: a line for each run, numbers unrounded."""
     plain = (
         "model data gpu device status error peak_memory_mb peak_memory_reserved_mb peak_rss_mb runtime_s samples tokens"
-        " tokens_per_s trainable_params total_params trainable_percent eval_loss_before eval_loss_after config_hash"
+        " tokens_per_s trainable_params total_params trainable_percent eval_loss_before eval_loss_after"
+        " compute_dtype skipped_steps config_hash"
     ).split()
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
