@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 from llama_ft.config import DataConfig, OnBadRecord, UserError
+from llama_ft.data.download import fetch
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 
@@ -60,13 +61,26 @@ class Dataset:
         return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
 
 
-def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None) -> Dataset:
-    """Read, check and tokenize the records of a run.
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def load_dataset(
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_samples: int | None,
+    say: Callable[[str], None] = silent,
+) -> Dataset:
+    """Read, check and tokenize the records of a run, downloaded first where that is needed.
+
+    Args:
+        say: called with lines for people about a download.
 
     Raises:
-        UserError: if a file or record is bad, or no sample is left.
+        UserError: if a file or record is bad or cannot be had, or no sample is left.
     """
-    path = Path(config.path).expanduser() if config.path else SAMPLE_DIR / "train.jsonl"
+    path = records_file(config, say)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
     encoded = [encode_record(record, tokenizer) for record in records[:max_samples]]
     samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
@@ -76,6 +90,19 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer, max_length: int, max_
         reason = f"max_length={max_length} leaves no answer to train on" if samples else "there are no records"
         raise UserError(f"{path}: {reason}")
     return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
+
+
+def records_file(config: DataConfig, say: Callable[[str], None] = silent) -> Path:
+    """The file of a data set: the user's own if one is given, else the download if there is a URL, else the built-in.
+
+    Raises:
+        UserError: if it cannot be downloaded.
+    """
+    if config.path:
+        return Path(config.path).expanduser()
+    if config.url:
+        return fetch(config.url, config.git_blob_id, Path(config.cache_dir), say)
+    return SAMPLE_DIR / "train.jsonl"
 
 
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:

@@ -3,6 +3,7 @@
 Started by `llama_ft.measure.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
 """
 
+import errno
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +22,7 @@ from llama_ft.measure.interrupts import Interrupts
 from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, MB, new_result, write_result
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def read_config(run_dir: Path) -> TrainConfig:
@@ -57,7 +60,11 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
         return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
     if isinstance(error, UserError):
         return {"status": "error", "error": str(error)}
-    traceback.print_exception(error)  # into train.log: this one is ours to mend
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        file = error.filename or "a file in the run's folder"
+        return {"status": "error", "error": f"{file} cannot be written during {stage}: {error.strerror}"}
+    with suppress(OSError):  # the disk may be full, and the result still fit
+        traceback.print_exception(error)  # into train.log: this one is ours to mend
     return {"status": "error", "error": f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"}
 
 

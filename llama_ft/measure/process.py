@@ -134,7 +134,8 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
         assert child.stdout is not None
         with (run_dir / LOG_FILE).open("ab", buffering=0) as log:  # beside what the child itself writes to it
             for raw in child.stdout:
-                log.write(raw)
+                with suppress(OSError):  # where the disk is full: the run must not wait for a reader that has failed
+                    log.write(raw)
                 lines.append(raw.decode(errors="replace").rstrip())
 
     copier = threading.Thread(target=copy_output, daemon=True)

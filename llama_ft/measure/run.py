@@ -11,7 +11,7 @@ import torch
 from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.data.collate import Padding, collate, epoch_batches
-from llama_ft.data.dataset import Dataset, Sample, load_dataset
+from llama_ft.data.dataset import Dataset, Sample, load_dataset, silent
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.device import (
     Stopwatch,
@@ -61,7 +61,7 @@ class MeasuredRun:
         precision = make_precision(config, device)
         self.result["compute_dtype"] = str(precision.compute).removeprefix("torch.")
         self.stage = "reading the data"
-        dataset = load_data(config)
+        dataset = load_data(config, self.say)
         self.say(f"data: {dataset.describe()}")
         if config.memory_limit_mb is not None:
             limit_memory(device, config.memory_limit_mb)
@@ -156,7 +156,7 @@ def make_precision(config: TrainConfig, device: torch.device) -> Precision:
     return Precision(device.type)
 
 
-def load_data(config: TrainConfig) -> Dataset:
+def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Dataset:
     """The run's samples.
 
     Raises:
@@ -169,7 +169,7 @@ def load_data(config: TrainConfig) -> Dataset:
             f"tokenizer={config.tokenizer_file} has {pieces} pieces, but model={config.model.name} has a vocabulary"
             f" of {expected}: give the tokenizer that belongs to the model"
         )
-    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples)
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
 
 
 def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:
