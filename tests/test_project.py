@@ -158,6 +158,7 @@ COMMANDS = ("train", "generate", "evaluate", "plan", "report", "convert")
 LEVELS = [
     ("",),  # llama_ft itself: the version
     ("config",),
+    ("files",),
     ("model", "data"),
     ("techniques",),
     ("training", "decoding"),

@@ -12,7 +12,7 @@ from test_model import CPU
 from test_techniques import ragged_samples
 
 from llama_ft import techniques
-from llama_ft.config import TrainConfig, TrainingConfig, UserError
+from llama_ft.config import DtypeChoice, TrainConfig, TrainingConfig, UserError
 from llama_ft.data.collate import Padding, collate, epoch_batches
 from llama_ft.measure.run import load_data, make_precision
 from llama_ft.model.weights import load_model
@@ -21,6 +21,8 @@ from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import train
 from llama_ft.training.metrics import MetricsFile
 from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
+from llama_ft.training.position import Position
+from llama_ft.training.saver import Saver
 from llama_ft.training.step import TrainStep, evaluate_loss
 
 COMBINATIONS = list(itertools.product([False, True], repeat=4))
@@ -88,8 +90,6 @@ def test_runs_repeat_to_the_bit_and_a_rehearsal_leaves_no_trace(tiny_config, tog
 
 
 def test_a_rehearsal_leaves_no_trace_in_an_fp16_scaler(tiny_config) -> None:
-    from llama_ft.config import DtypeChoice
-
     tiny_config.mp.dtype = DtypeChoice.fp16
     step, _ = make_step(tiny_config, (False, True, True, False))
     before = step.scaler.state_dict()
@@ -143,17 +143,20 @@ def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(tiny_config) -> 
     assert norm.item() > 0.1
 
 
-def run_loop(tiny_config: TrainConfig, folder: Path, epochs: int = 2) -> list[dict]:
+def run_loop(tiny_config: TrainConfig, folder: Path, epochs: int = 2, made: TrainStep | None = None) -> list[dict]:
+    """Train on six samples, two in a window: three steps an epoch."""
     tiny_config.data.first = 6
-    step, _ = make_step(tiny_config, (False, False, False, False))
+    step = made or make_step(tiny_config, (False, False, False, False))[0]
     samples = load_data(tiny_config).samples
     schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
 
     def epoch_windows(epoch: int):
         return list(windows(epoch_batches(samples, 1, epoch, 0), 2))
 
-    with MetricsFile(folder / "metrics.jsonl", 3 * epochs, lambda: 1.0) as metrics:
-        train(step, schedule, epoch_windows, epochs, metrics, contextlib.nullcontext)
+    saver = Saver(folder, "hash", step, schedule, None, lambda: False, lambda position: None)
+    may_skip = step.scaler.is_enabled()
+    with MetricsFile(folder / "metrics.jsonl", 3 * epochs, may_skip, lambda: 1.0) as metrics:
+        train(step, schedule, epoch_windows, epochs, Position(), metrics, saver, contextlib.nullcontext)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -174,6 +177,49 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(tiny_config, tmp_pat
         run_loop(tiny_config, tmp_path, epochs=4)
     last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
     assert not math.isfinite(json.loads(last)["loss"])
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_without_loss_scaling(tiny_config, tmp_path) -> None:
+    step, _ = make_step(tiny_config, (False, False, False, False))
+    step.model.output.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(UserError, match=r"the gradient's norm at optimizer step 1 is (nan|inf)"):
+        run_loop(tiny_config, tmp_path, made=step)
+
+
+@pytest.mark.parametrize("toggles", [t for t in COMBINATIONS if t[1]], ids=name)
+def test_fp16_steps_like_fp32_with_fp32_trainable_weights(tiny_config, toggles) -> None:
+    tiny_config.mp.dtype, tiny_config.lora.dropout, tiny_config.ga.steps = DtypeChoice.fp16, 0.0, 2
+    step, n = make_step(tiny_config, toggles)
+    stored = {p.dtype for p in step.model.parameters() if not p.requires_grad}
+    assert stored == ({torch.float16} if toggles[2] else set())
+    assert {p.dtype for p in step.optimizer.param_groups[0]["params"]} == {torch.float32}
+    window = [collate(ragged_samples()[i::n], Padding(32)) for i in range(n)]
+    losses = [step(window)[0].item() for _ in range(4)]
+    exact, _ = make_step(tiny_config, (toggles[0], False, *toggles[2:]))
+    assert losses == pytest.approx([exact(window)[0].item() for _ in range(4)], rel=5e-3)
+    assert losses[-1] < losses[0]
+
+
+def test_fp16_steps_that_overflow_are_skipped_and_counted_until_the_scale_fits(tiny_config, tmp_path) -> None:
+    tiny_config.mp.dtype = DtypeChoice.fp16
+    step, _ = make_step(tiny_config, (False, True, False, False))
+    scale = 2.0**24
+    step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": scale})
+    weights, updates = [parameters(step)], []
+    step.optimizer.register_step_post_hook(lambda *_: weights.append(parameters(step)))
+    lines = run_loop(tiny_config, tmp_path, epochs=5, made=step)
+    for before, after in itertools.pairwise(weights):
+        updates.append(not equal(before, after))
+    skipped = [line["grad_norm"] is None for line in lines]
+    assert skipped[0]
+    assert not skipped[-1]
+    assert updates == [not skip for skip in skipped]
+    assert step.scaler.get_scale() == scale / 2 ** sum(skipped)
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    again = MetricsFile(tmp_path / "metrics.jsonl", 15, True, lambda: 1.0)  # what a resumed run goes on from
+    with again:
+        assert again.skipped_steps == sum(skipped)
+        assert again.losses == [line["loss"] for line in lines]
 
 
 def test_evaluation_is_the_mean_over_target_tokens_and_changes_nothing(tiny_config) -> None:
