@@ -72,3 +72,27 @@ def test_a_limit_makes_a_run_end_out_of_memory(tmp_path) -> None:
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom"
+
+
+def test_a_cards_profile_brings_its_memory_and_its_16_bit_format(tmp_path) -> None:
+    arguments = ["optim=ga_mp_lora", "gpu=t4_16gb", "training.max_samples=16", "tracker=disabled"]
+    done = run("llama_ft.train", *arguments, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["gpu"], result["compute_dtype"]) == ("t4_16gb", "float16")
+    assert result["memory_limit_mb"] == 14773
+
+
+def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path) -> None:
+    losses = {}
+    for name, extra in {"whole": [], "saved": ["training.save_every=3"]}.items():
+        arguments = ["optim=mp_lora", "training.max_samples=8", "tracker=disabled", f"hydra.run.dir={tmp_path}/{name}"]
+        done = run("llama_ft.train", *arguments, *extra, cwd=tmp_path, env=GPU)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if name == "saved":  # as if it had been killed after its sixth step
+            (tmp_path / name / "result.json").unlink()
+            done = run("llama_ft.train", *arguments, "training.resume=true", cwd=tmp_path, env=GPU)
+            assert "resuming after optimizer step 6" in done.stdout
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    assert losses["saved"] == pytest.approx(losses["whole"], rel=1e-3)

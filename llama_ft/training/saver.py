@@ -103,6 +103,8 @@ class Saver:
             SavedState(self._config_hash, position, schedule, scaler, rng).write(temporary)
             to_disk(temporary)
             temporary.rename(final)
+        except UserError as error:
+            raise UserError(str(error).replace(str(temporary), str(final))) from error
         except OSError as error:
             raise UserError(f"{final} cannot be written: {error.strerror}") from error
         finally:
