@@ -9,9 +9,9 @@ N_PIECES, PIECE_BYTES = 64, 2**16  # of larger ones, so much is read at evenly s
 
 def content_hash(name: str) -> str:
     """A hash of a file, or of the names and contents of a folder's files; the name itself where there is neither."""
-    path = Path(name).expanduser()
     digest = hashlib.sha256()
     try:
+        path = Path(name).expanduser()
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():
@@ -20,7 +20,7 @@ def content_hash(name: str) -> str:
                 _add(digest, file)
         else:
             return name
-    except OSError:  # whoever needs the file says so, better than we could here
+    except (OSError, RuntimeError):  # whoever needs the file says so, better than we could here
         return name
     return digest.hexdigest()
 

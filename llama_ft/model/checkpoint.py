@@ -21,7 +21,7 @@ from llama_ft.model.formats import (
     hf_sizes,
     is_rotated,
     meta_sizes,
-    permute_rotary,
+    permuted_view,
 )
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.transformer import Transformer
@@ -60,8 +60,8 @@ class Checkpoint:
             # Norms that every shard repeats have one place.
             for part, place in zip(self.shards[name], _places(target, self.shards[name]), strict=False):
                 for first, rows in part.pieces(head_rows):
-                    ours = permute_rotary(rows, len(rows) // head_rows, to_hf=False) if rotate else rows
-                    place[first : first + len(rows)].copy_(ours)
+                    ours = permuted_view(rows, len(rows) // head_rows, to_hf=False) if rotate else rows
+                    place[first : first + len(rows)].view(ours.shape).copy_(ours)
                     done += rows.nbytes
                     if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                         say(f"weights: {done / total:.0%} read")
@@ -74,57 +74,68 @@ def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
     Raises:
         UserError: if there are none, a file is missing or damaged, or they are those of another model.
     """
+    try:
+        checkpoint = _open(folder, model)
+    except OSError as error:
+        raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
+    _check_tensors(checkpoint, model)
+    return checkpoint
+
+
+def _open(folder: Path, model: Transformer) -> Checkpoint:
     if not folder.is_dir():
         what = "is a file: give the folder that it lies in" if folder.exists() else "there is no such folder"
         raise UserError(f"checkpoint={folder}: {what}")
+    if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
+        return _open_single(folder, model)
     if (folder / INDEX_FILE).is_file():
-        checkpoint = _open_hf(folder, _indexed_files(folder), model)
-    elif (folder / WEIGHTS_FILE).is_file():
-        checkpoint = _open_single(folder, model)
-    elif meta_files := sorted(folder.glob("consolidated.*.pth")):
-        checkpoint = _open_meta(folder, meta_files, model)
-    else:
-        looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
-        hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
-        raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
-    _check_tensors(checkpoint, model)
-    return checkpoint
+        return _open_hf(folder, *_read_index(folder), model)
+    if meta_files := sorted(file for file in folder.glob("consolidated.*.pth") if file.is_file()):
+        return _open_meta(folder, meta_files, model)
+    looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
+    hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
+    raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
 
 
 def _open_single(folder: Path, model: Transformer) -> Checkpoint:
     file = folder / WEIGHTS_FILE
     tensors, metadata = read_safetensors(file)
-    if hf_name("tok_embeddings.weight") in tensors:
-        return _open_hf(folder, [file], model)
+    if SIZES_KEY not in metadata:
+        return _open_hf(folder, {WEIGHTS_FILE: tensors}, dict.fromkeys(tensors, WEIGHTS_FILE), model)
     try:
-        check_sizes(json.loads(metadata.get(SIZES_KEY, "{}")), model.config, file)
-    except (ValueError, AttributeError) as error:
+        check_sizes(json.loads(metadata[SIZES_KEY]), model.config, file)
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
     return Checkpoint(folder, "llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
 
 
-def _open_hf(folder: Path, files: list[Path], model: Transformer) -> Checkpoint:
+def _open_hf(
+    folder: Path, files: dict[str, dict[str, StoredTensor]], weight_map: dict[str, str], model: Transformer
+) -> Checkpoint:
     check_sizes(hf_sizes(folder / "config.json"), model.config, folder / "config.json")
     ours = {hf_name(name): name for name, _ in model.named_parameters()}
     shards: Shards = {}
-    for file in files:
-        for name, stored in read_safetensors(file)[0].items():
-            shards.setdefault(ours.get(name, name), []).append(stored)
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
+        # In Meta's layout under our names it would be taken for Hugging Face's: such names are unknown here.
+        shards[ours.get(name, f"{file}: {name}")] = [files[file][name]]
     return Checkpoint(folder, "Hugging Face", len(files), shards, True)
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    """The files that the index names, all of which must be there."""
+def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
+    """The tensors of the files that the index names, all of which must be there, and its map from tensors to files."""
     index = folder / INDEX_FILE
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{index} cannot be read: it must hold a weight_map from tensors to files") from error
     if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise UserError(f"{index}: weight_map must name files of its own folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
-    return [folder / name for name in names]
+    return {name: read_safetensors(folder / name)[0] for name in names}, weight_map
 
 
 def _open_meta(folder: Path, files: list[Path], model: Transformer) -> Checkpoint:
@@ -160,8 +171,8 @@ def _missing_shards(whole: list[int], parts: list[StoredTensor]) -> str:
     """A hint where the parts would make up the whole if there were more of them."""
     for dim in range(len(whole)):
         part = parts[0].shape
-        if part[:dim] + part[dim + 1 :] == whole[:dim] + whole[dim + 1 :]:
-            number, rest = divmod(whole[dim], part[dim])
+        if len(part) == len(whole) and part[:dim] + part[dim + 1 :] == whole[:dim] + whole[dim + 1 :]:
+            number, rest = divmod(whole[dim], max(1, part[dim]))
             if rest == 0 and number > len(parts):
                 return f"; {len(parts)} of {number} shards are there, the others are missing"
     return ""
@@ -174,7 +185,7 @@ def _places(target: Tensor, parts: list[StoredTensor]) -> list[Tensor]:
     columns, the embeddings by columns (LLaMA 1 and 2) or rows (LLaMA 3), and norms are repeated. The shapes tell which.
     """
     whole = list(target.shape)
-    if all(part.shape == whole for part in parts):
+    if all(part.shape == whole for part in parts) and (len(parts) == 1 or len(whole) == 1):
         return [target]
     for dim in range(len(whole)):
         sizes = [part.shape[dim] if len(part.shape) == len(whole) else -1 for part in parts]

@@ -39,10 +39,14 @@ def is_rotated(name: str) -> bool:
 
 def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
     """Reorder the rows of wq or wk [heads * E, D] between Meta's adjacent pairs and Hugging Face's halves."""
+    return permuted_view(weight, n_heads, to_hf).reshape(weight.shape)
+
+
+def permuted_view(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
+    """The same without a copy: [heads, 2, E / 2, D] in Hugging Face's order, [heads, E / 2, 2, D] in Meta's."""
     pairs = (-1, 2) if to_hf else (2, -1)
-    heads: Tensor = weight.unflatten(0, (n_heads, -1))
-    permuted: Tensor = heads.unflatten(1, pairs).transpose(1, 2).reshape(weight.shape)
-    return permuted
+    heads: Tensor = weight.unflatten(0, (n_heads, *pairs))
+    return heads.transpose(1, 2)
 
 
 def hf_name(name: str) -> str:
@@ -75,7 +79,9 @@ def hf_sizes(file: Path) -> dict[str, Any]:
         UserError: if the file cannot be read, or describes another architecture than LLaMA-2's.
     """
     config = _read_json(file)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, and before
+    rope = _get(config, "rope_parameters", _get(config, "rope_scaling", {}))  # transformers 5, and before
+    if not isinstance(rope, dict):
+        raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     expected |= {"tie_word_embeddings": False}
@@ -89,11 +95,11 @@ def hf_sizes(file: Path) -> dict[str, Any]:
         dim=config.get("hidden_size"),
         n_layers=config.get("num_hidden_layers"),
         n_heads=config.get("num_attention_heads"),
-        n_kv_heads=config.get("num_key_value_heads") or config.get("num_attention_heads"),
+        n_kv_heads=_get(config, "num_key_value_heads", config.get("num_attention_heads")),
         ffn_dim=config.get("intermediate_size"),
         vocab_size=config.get("vocab_size"),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        rope_theta=_get(rope, "rope_theta", _get(config, "rope_theta", 10000.0)),
     )
 
 
@@ -113,17 +119,23 @@ def meta_sizes(file: Path) -> dict[str, Any]:
         dim=params.get("dim"),
         n_layers=params.get("n_layers"),
         n_heads=params.get("n_heads"),
-        n_kv_heads=params.get("n_kv_heads") or params.get("n_heads"),
+        n_kv_heads=_get(params, "n_kv_heads", params.get("n_heads")),
         norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=params.get("rope_theta") or 10000.0,
+        rope_theta=_get(params, "rope_theta", 10000.0),
     )
-    multiplier, multiple = params.get("ffn_dim_multiplier") or 1, params.get("multiple_of", 256)
+    derived = _named(
+        file,
+        ffn_dim_multiplier=_get(params, "ffn_dim_multiplier", 1),
+        multiple_of=params.get("multiple_of", 256),
+        vocab_size=_get(params, "vocab_size", -1),
+    )
     try:
-        sizes["ffn_dim"] = math.ceil(int(multiplier * int(2 * 4 * sizes["dim"] / 3)) / multiple) * multiple
-        if params.get("vocab_size", -1) > 0:  # -1 in Meta's files: the tokenizer's
-            sizes["vocab_size"] = params["vocab_size"]
-    except (TypeError, ZeroDivisionError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+        multiple, width = derived["multiple_of"], int(2 * 4 * sizes["dim"] / 3)
+        sizes["ffn_dim"] = math.ceil(int(derived["ffn_dim_multiplier"] * width) / multiple) * multiple
+    except (ValueError, ArithmeticError) as error:
+        raise UserError(f"{file} is damaged: no ffn_dim follows from its sizes ({error})") from error
+    if derived["vocab_size"] != -1:  # in Meta's files -1: the tokenizer's
+        sizes["vocab_size"] = derived["vocab_size"]
     return sizes
 
 
@@ -139,9 +151,15 @@ def check_sizes(sizes: dict[str, Any], config: ModelConfig, file: Path) -> None:
         raise UserError(f"{file} does not fit model={config.name}: {differences}")
 
 
+def _get(content: dict[str, Any], key: str, default: Any) -> Any:
+    """A value; the default where it is missing or null."""
+    value = content.get(key)
+    return default if value is None else value
+
+
 def _named(file: Path, **sizes: Any) -> dict[str, Any]:
-    if missing := [key for key, value in sizes.items() if not isinstance(value, int | float)]:
-        raise UserError(f"{file} does not say the model's {missing[0]}")
+    if missing := [key for key, value in sizes.items() if type(value) not in (int, float)]:
+        raise UserError(f"{file} does not say the model's {missing[0]} as a number")
     return sizes
 
 
@@ -150,7 +168,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): it says the model's sizes") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object")

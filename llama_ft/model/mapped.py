@@ -5,22 +5,28 @@ safetensors make are private and writable: what was read stays resident beside i
 against a limit on the process's data segment.
 """
 
+import io
 import json
 import math
 import mmap
 import pickle
+import pickletools
+import struct
 import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 4 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its reference implementation
 _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -53,8 +59,7 @@ class MappedFile:
             self.pages.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """Where a tensor lies in a file. Rows are indices into its first dimension."""
 
     file: MappedFile
@@ -92,36 +97,60 @@ class StoredTensor:
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata. Nothing but the header is read.
 
-    The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes.
+    The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
     (https://huggingface.co/docs/safetensors)
 
     Raises:
         UserError: if the file is damaged or cut short, or a tensor is not floating-point.
     """
     file = MappedFile.open(path)
-    size = len(file.pages)
-    begin = 8 + int.from_bytes(file.pages[:8], "little")
+    size, header_bytes = len(file.pages), int.from_bytes(file.pages[:8], "little")
+    begin = 8 + header_bytes
     try:
-        if begin > size:
+        if header_bytes > min(MAX_HEADER_BYTES, size - 8):
             raise ValueError
-        header: dict[str, Any] = json.loads(file.pages[8:begin])
-        metadata: dict[str, str] = header.pop("__metadata__", {})
-        entries = {name: (e["dtype"], [int(n) for n in e["shape"]], *e["data_offsets"]) for name, e in header.items()}
-        end = begin + max((stop for _, _, _, stop in entries.values()), default=0)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        entries, metadata = _parse_header(file.pages[8:begin])
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a safetensors file, or is damaged: its header cannot be read") from error
+    end = begin + max((entry.stop for entry in entries), default=0)
     if end != size:
         raise UserError(f"{path} is {size:,} bytes long, but its header says {end:,}: {_cut_short(size < end)}")
-    tensors = {}
-    for name, (dtype, shape, start, stop) in entries.items():
-        if dtype not in _SAFETENSORS_DTYPES:
-            raise UserError(f"{path}: {name} is stored as {dtype}; only {', '.join(_SAFETENSORS_DTYPES)} can be read")
-        tensors[name] = StoredTensor(file, begin + start, _SAFETENSORS_DTYPES[dtype], shape)
-        if stop - start != tensors[name].n_bytes or start < 0:
-            raise UserError(
-                f"{path} is damaged: {name} should take {tensors[name].n_bytes:,} bytes, not {stop - start:,}"
-            )
+    tensors, last = {}, 0
+    for entry in entries:
+        if entry.dtype not in _SAFETENSORS_DTYPES:
+            allowed = ", ".join(_SAFETENSORS_DTYPES)
+            raise UserError(f"{path}: {entry.name} is stored as {entry.dtype}; only {allowed} can be read")
+        stored = StoredTensor(file, begin + entry.start, _SAFETENSORS_DTYPES[entry.dtype], entry.shape)
+        if (entry.start, entry.stop) != (last, last + stored.n_bytes):
+            place = f"bytes {entry.start:,} to {entry.stop:,}"
+            raise UserError(f"{path} is damaged: {entry.name} cannot be {place}, by its shape and neighbours")
+        tensors[entry.name], last = stored, entry.stop
     return tensors, metadata
+
+
+@dataclass(frozen=True, order=True)
+class _Entry:
+    """A tensor in a safetensors header: its bytes, counted from the header's end."""
+
+    start: int
+    stop: int
+    name: str
+    dtype: str
+    shape: list[int]
+
+
+def _parse_header(header: bytes) -> tuple[list[_Entry], dict[str, str]]:
+    """The tensors in the order of their bytes, and the metadata. Raises the errors of data of another form."""
+    content = json.loads(header)
+    metadata: dict[str, str] = content.pop("__metadata__", None) or {}
+    fields = ((*e["data_offsets"], name, e["dtype"], e["shape"]) for name, e in content.items())
+    entries = [_Entry(start, stop, name, dtype, shape) for start, stop, name, dtype, shape in fields]
+    for entry in entries:
+        if not all(type(n) is int and 0 <= n < 2**63 for n in (entry.start, entry.stop, *entry.shape)):
+            raise ValueError
+    if not all(isinstance(text, str) for text in (*metadata.values(), *(entry.dtype for entry in entries))):
+        raise TypeError
+    return sorted(entries), metadata
 
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
@@ -130,28 +159,82 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: if the file is damaged or cut short, or holds something else than floating-point tensors.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
-
     file = MappedFile.open(path)
     if file.pages[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")
     try:
-        # PyTorch's documented way to the places of tensors in a file ("Serialization semantics").
-        with FakeTensorMode():
-            loaded = torch.load(path, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            loaded = _TensorUnpickler(file, archive).load()
+        tensors: dict[Any, Any] = dict(loaded) if isinstance(loaded, dict) else {None: loaded}
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path} holds more than tensors, and is not loaded: it could run any code") from error
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
-        raise UserError(f"{path} is damaged or cut short: {str(error).splitlines()[0]}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+        raise UserError(f"{path} is not loaded: {error}") from error
+    except Exception as error:  # zipfile and pickle do not bound what damaged data makes them raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UserError(f"{path} is damaged or cut short: {reason}") from error
+    if not all(isinstance(name, str) and isinstance(tensor, StoredTensor) for name, tensor in tensors.items()):
         raise UserError(f"{path} is not a checkpoint: it must hold tensors by name")
-    tensors = {}
-    for name, fake in loaded.items():
-        if not fake.is_floating_point() or fake.dtype not in _SAFETENSORS_DTYPES.values() or not fake.is_contiguous():
-            raise UserError(f"{path}: {name} is {fake.dtype}, or not contiguous; that cannot be read")
-        offset = fake.untyped_storage()._checkpoint_offset + fake.storage_offset() * fake.dtype.itemsize
-        tensors[name] = StoredTensor(file, offset, fake.dtype, list(fake.shape))
     return tensors
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Finds a file's tensors. The format is in PyTorch's documentation, "Serialization semantics".
+
+    torch.load has a mode for this too, on fake tensors, but it takes seconds to start, infers where the data lie
+    instead of looking, and crashes on big-endian files.
+    """
+
+    def __init__(self, file: MappedFile, archive: zipfile.ZipFile) -> None:
+        pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(pickled) != 1:
+            raise ValueError("there is no data.pkl in it")
+        content = archive.read(pickled[0])
+        for opcode, argument, _ in pickletools.genops(content):
+            if opcode.name.endswith("PUT") and (argument or 0) > len(content):
+                raise ValueError("its data.pkl asks for more memory than it can need")
+        super().__init__(io.BytesIO(content))
+        self._file, self._archive = file, archive
+        self._folder = pickled[0].removesuffix("data.pkl")
+        byteorder = self._folder + "byteorder"
+        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+            raise ValueError("its numbers are not little-endian")
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name of code stands for here. None is imported, and an unknown one ends the loading."""
+        known = {
+            "collections.OrderedDict": OrderedDict,
+            "torch._utils._rebuild_tensor_v2": self._tensor,
+            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+            "torch.DoubleStorage": torch.float64,
+            "torch.FloatStorage": torch.float32,
+            "torch.HalfStorage": torch.float16,
+            "torch.BFloat16Storage": torch.bfloat16,
+        }
+        if f"{module}.{name}" not in known:
+            allowed = ", ".join(_SAFETENSORS_DTYPES)
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, and must hold tensors of {allowed} alone")
+        return known[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
+        """The dtype of a tensor's data, and where they begin and end."""
+        _, dtype, key, _, _ = pid
+        info = self._archive.getinfo(f"{self._folder}data/{key}")
+        signature, n_name, n_extra = struct.unpack_from(header := "<4s22xHH", self._file.pages, info.header_offset)
+        if signature != b"PK\3\4" or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is compressed, or is not where it should be")
+        start = info.header_offset + struct.calcsize(header) + n_name + n_extra
+        return dtype, start, min(start + info.file_size, len(self._file.pages))
+
+    def _tensor(self, storage: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
+        dtype, start, stop = storage
+        if not all(type(n) is int and n >= 0 for n in (first, *shape)):
+            raise ValueError(f"there is a tensor of shape {shape}")
+        contiguous = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        if any(n > 1 and here != there for n, here, there in zip(shape, stride, contiguous, strict=True)):
+            raise pickle.UnpicklingError(f"it holds a tensor {list(shape)} that is not contiguous, which is not read")
+        stored = StoredTensor(self._file, start + first * dtype.itemsize, dtype, list(shape))
+        if stored.offset + stored.n_bytes > stop:
+            raise ValueError(f"a tensor {list(shape)} reaches beyond its data")
+        return stored
 
 
 def _cut_short(shorter: bool) -> str:

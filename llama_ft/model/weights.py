@@ -1,6 +1,7 @@
 """Making, loading and saving a model's weights."""
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_model(
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
     is_folder = checkpoint not in ("random", "builtin")
-    source = open_checkpoint(Path(checkpoint).expanduser(), model) if is_folder else None
+    source = open_checkpoint(Path(os.path.expanduser(checkpoint)), model) if is_folder else None
     model.to_empty(device=device)
     model.rotary = rotary_table(config.context, config.head_dim, config.rope_theta, device)
     if source is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
+from llama_ft.files import write_text
 
 CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.json"
@@ -44,7 +45,7 @@ class SavedState:
 
     def write(self, folder: Path) -> None:
         """Write it into a checkpoint's folder."""
-        (folder / STATE_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        write_text(folder / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_state(folder: Path) -> SavedState:
