@@ -1,6 +1,7 @@
 """What the commands share: composing the config, checking it, errors of a few lines instead of tracebacks."""
 
 import enum
+import errno
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from llama_ft.config import PACKAGE_DIR, TrainConfig, UserError
 
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+TEXTS = (str, str | None)  # types of keys
 
 
 class Stop(BaseException):
@@ -78,9 +80,10 @@ def checked_config(composed: DictConfig) -> TrainConfig:
     """
     for override in _overrides():
         key, given, expected = override.key_or_group, override.value(), _type_of(override.key_or_group)
-        # OmegaConf takes 1 for true, and Hydra takes a list of presets, of which the last would win.
-        if (expected is bool and not isinstance(given, bool)) or (
-            is_dataclass(expected) and not isinstance(given, str)
+        if (
+            (expected is bool and not isinstance(given, bool))  # OmegaConf takes 1 for true
+            or (is_dataclass(expected) and not isinstance(given, str))  # of a list of presets the last would win
+            or (expected in TEXTS and given == "")  # $FILE where that is not set; the built-in one would be taken
         ):
             raise UserError(_not_allowed(key, override.get_value_element_as_str()))
     checked = cast(TrainConfig, OmegaConf.to_object(composed))
@@ -130,6 +133,18 @@ def _not_allowed(key: str, value: str) -> str:
     return f"{key}={value} is not allowed: it must be {_allowed(key)}"
 
 
+def _unreadable(override: str) -> str:
+    """What is wrong with an argument that Hydra cannot take apart, and how to write it."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override}: an argument must be KEY=VALUE"
+    if (expected := _type_of(key)) is not None and expected not in TEXTS:
+        return _not_allowed(key, value)
+    text = os.path.expanduser(value).replace('"', r"\"")  # Hydra leaves `~` as it is
+    quoted = shlex.quote(f'{key}="{text}"')
+    return f"{override}: special characters need quotes, such as {quoted}"
+
+
 def explain(error: BaseException) -> str:
     """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part."""
     text = str(error)
@@ -144,13 +159,11 @@ def explain(error: BaseException) -> str:
         return _not_allowed(match[1], match[2])
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
-    if match := re.match(
-        r"(?:LexerNoViableAltException|token recognition error|mismatched input).*?([\w.]+)=(.*)", text
-    ):
-        return f"{match[1]}={match[2]}: special characters need quotes, such as '{match[1]}=\"{match[2]}\"'"
-    if isinstance(error, OSError) and error.filename:
+    if isinstance(override := getattr(error, "override", None), str):
+        return _unreadable(override)
+    if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):  # which names no file
         place = "hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR, names another folder for the output"
-        return f"{error.filename}: {error.strerror}; {place}"
+        return f"{error.filename or 'the folder for the output'}: {error.strerror}; {place}"
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:

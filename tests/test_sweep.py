@@ -272,4 +272,5 @@ def test_a_wrong_value_stops_the_sweep_and_is_named(tmp_path: Path, no_training:
     done = run("llama_ft.train", *sweep, *FAST, cwd=tmp_path, env=no_training)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == "error: lora.rank=0 is not allowed: it must be at least 1"
-    assert not list(tmp_path.glob("sweep/*/result.json"))
+    (result,) = tmp_path.glob("sweep/*/result.json")  # of the row that was refused; the other never began
+    assert json.loads(result.read_text())["error"] == "lora.rank=0 is not allowed: it must be at least 1"

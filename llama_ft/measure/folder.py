@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.measure.result import LOG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, METRICS_FILE, RESULT_FILE
 from llama_ft.training.position import checkpoints, read_state
 
 
@@ -13,8 +13,13 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
     Raises:
-        UserError: if the checkpoint is of another configuration, or the metrics before it are missing.
+        UserError: if the checkpoint is of another configuration, the metrics before it are missing, or weights lie there
+            that are not a run's.
     """
+    if (run_dir / WEIGHTS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
+        raise UserError(
+            f"{run_dir} holds a {WEIGHTS_FILE} that no run wrote: name another folder with hydra.run.dir=DIR"
+        )
     found = checkpoints(run_dir) if config.training.resume else []
     if not found:
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
@@ -26,8 +31,9 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         trim(run_dir / METRICS_FILE, state.position.step)
     for stale in (RESULT_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         (run_dir / stale).unlink(missing_ok=True)
-    for leftover in run_dir.glob(".*.tmp"):
-        leftover.unlink()
+    for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        for leftover in run_dir.glob(f".{written}.*.tmp"):
+            leftover.unlink()
 
 
 def trim(metrics_file: Path, n_lines: int) -> None:

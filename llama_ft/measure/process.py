@@ -104,7 +104,7 @@ def _run(config: TrainConfig, run_dir: Path, command: str, listener: Listener, l
         rss, data = watch(child, run_dir, listener)
     except KeyboardInterrupt as error:
         interrupted, rss, data = error, 0, 0
-        if config.training.saves_when_interrupted:
+        if config.training.saves_when_interrupted and (run_dir / METRICS_FILE).exists():  # else it stops at once
             listener.message("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
@@ -112,6 +112,8 @@ def _run(config: TrainConfig, run_dir: Path, command: str, listener: Listener, l
         config, run_dir, command, child, rss, kills_before, interrupted, data
     )
     if interrupted:
+        if result["error"]:
+            listener.message(f"{run_dir}: {result['error']}")
         raise interrupted
     return result
 

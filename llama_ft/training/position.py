@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def remove_older(run_dir: Path, n_kept: int = N_KEPT) -> None:
     found = checkpoints(run_dir)
     for folder in found[: max(0, len(found) - n_kept)]:
         folder.rename(folder.with_name(f".{folder.name}.tmp"))  # at no time is a checkpoint there in part
-    for leftover in (run_dir / CHECKPOINTS_DIR).glob(".*.tmp"):
+    for leftover in (run_dir / CHECKPOINTS_DIR).glob(".step_*.tmp"):
         shutil.rmtree(leftover)
     if not n_kept:
-        shutil.rmtree(run_dir / CHECKPOINTS_DIR, ignore_errors=True)
+        with suppress(OSError):  # not there, or not empty: what others put there stays
+            (run_dir / CHECKPOINTS_DIR).rmdir()
