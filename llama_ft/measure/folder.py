@@ -13,8 +13,8 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
     Raises:
-        UserError: if the checkpoint is of another configuration, the metrics before it are missing, or weights lie there
-            that are not a run's.
+        UserError: if the checkpoint is of another configuration, the metrics before it are missing, or there are
+            weights that no run wrote.
     """
     if (run_dir / WEIGHTS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
         raise UserError(
