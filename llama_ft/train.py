@@ -14,8 +14,9 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.files import locked
-from llama_ft.measure.process import run_in_child
-from llama_ft.measure.result import RESULT_FILE, read_result, refused_result, write_result
+from llama_ft.measure import process
+from llama_ft.measure.folder import clear
+from llama_ft.measure.result import RESULT_FILE, new_result, read_result, refused_result, write_result
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import report_sweep
 from llama_ft.tracking import Tracker, start_tracker
@@ -61,28 +62,44 @@ class TrainCommand:
             if sweeping and self.sweep_dir is None:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
-            checked = self.checked(config, run_dir)
-            if checked is not None:
-                result = self.finished_before(checked, run_dir) or self.run(checked, run_dir, sweeping)
-                self.results[run_dir.name] = result
+            # Held from before the first look into the folder: a run whose command was killed may still be saving.
+            with locked(run_dir, process.SECONDS_FOR_THE_LAST) as lock:
+                self.results[run_dir.name] = self.run_locked(config, run_dir, sweeping, lock)
         except UserError as error:
             raise cli.Stop(str(error)) from error
 
-    def checked(self, config: DictConfig, run_dir: Path) -> TrainConfig | None:
-        """The run's config; None for a row that cannot be run, in a sweep that has begun."""
+    def run_locked(self, config: DictConfig, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
+        """The run's result, whether it is run, was finished before, or cannot be run."""
+        settings = cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True))
         try:
-            return cli.checked_config(config)
+            checked = cli.checked_config(config)
         except Exception as error:
-            reason = cli.explain(error)
-            settings = cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True))
-            result = refused_result(settings, cli.command_line(), reason)
-            if not (run_dir / RESULT_FILE).exists():
-                write_result(run_dir, result)
-            if not self.results:  # nothing is lost yet, and the other runs may well be wrong in the same way
-                raise cli.Stop(reason) from error
-            self.results[run_dir.name] = result
-            self.console.print(f"{run_dir.name}: {reason}", highlight=False, markup=False)
-            return None
+            # While no row has run nothing is lost, and the others may well be wrong in the same way.
+            return self.refuse(settings, run_dir, cli.explain(error), go_on=bool(self.results))
+        if finished := self.finished_before(checked, run_dir):
+            return finished
+        try:
+            check_resumable(checked, run_dir, sweeping)
+            clear(run_dir, checked)
+        except UserError as error:
+            return self.refuse(settings, run_dir, str(error), go_on=sweeping)
+        try:
+            return self.run(checked, run_dir, sweeping, lock)
+        except KeyboardInterrupt:
+            if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
+                early = {"status": "interrupted", "error": "interrupted before the start"}
+                write_result(run_dir, new_result(checked, cli.command_line()) | early)
+            raise
+
+    def refuse(self, settings: dict[str, Any], run_dir: Path, reason: str, go_on: bool) -> dict[str, Any]:
+        """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
+        result = refused_result(settings, cli.command_line(), reason)
+        if not (run_dir / RESULT_FILE).exists():
+            write_result(run_dir, result)
+        if not go_on:
+            raise cli.Stop(reason)
+        self.console.print(f"{run_dir.name}: {reason}", highlight=False, markup=False)
+        return result
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
         """The result that the folder holds, if the run need not be done again."""
@@ -100,10 +117,8 @@ class TrainCommand:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         return previous
 
-    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool) -> dict[str, Any]:
+    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
         """Run in a process of its own, watched."""
-        if not sweeping:
-            check_resumable(config, run_dir)
         group = self.sweep_dir.name if sweeping and self.sweep_dir else None
         with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
@@ -111,7 +126,7 @@ class TrainCommand:
             try:
                 text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
                 listener = Forward(display, tracker, self.said)
-                result = run_in_child(config, text, run_dir, cli.command_line(), listener)
+                result = process.run_in_child(config, text, run_dir, cli.command_line(), listener, lock)
             finally:
                 tracker.finish(result or read_result(run_dir))
             if sweeping or result["status"] in FINISHED:
@@ -131,7 +146,7 @@ class TrainCommand:
         except KeyboardInterrupt:
             if self.results and self.sweep_dir is not None:
                 report_sweep(self.sweep_dir, self.console)
-                print("the same command goes on where this one stopped", file=sys.stderr)
+                print(f"the same command with hydra.sweep.dir={self.sweep_dir} goes on from here", file=sys.stderr)
             raise
         if self.sweep_dir is not None:
             report_sweep(self.sweep_dir, self.console)
@@ -144,16 +159,20 @@ class TrainCommand:
         return cli.FAILED if failed else 0
 
 
-def check_resumable(config: TrainConfig, run_dir: Path) -> None:
-    """Refuse a single run that would silently lose what an earlier one saved, or that has nothing to resume.
+def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
+    """Refuse what would silently lose what an earlier run saved, or what has nothing to resume.
+
+    Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
 
     Raises:
         UserError: saying what to add.
     """
     found = checkpoints(run_dir)
-    if config.training.resume and not any(override.startswith("hydra.run.dir=") for override in sys.argv[1:]):
-        raise UserError("training.resume=true needs the folder of the run to go on with: add hydra.run.dir=DIR")
-    if found and not config.training.resume:
+    key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
+    is_new = not any(key in override for override in HydraConfig.get().overrides.hydra)
+    if config.training.resume and is_new and not HydraConfig.get().runtime.choices.get("experiment"):
+        raise UserError(f"training.resume=true needs the folder to go on in: add {key}=DIR")
+    if found and not config.training.resume and not sweeping:
         raise UserError(
             f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
             f" to begin anew delete {found[-1].parent}"

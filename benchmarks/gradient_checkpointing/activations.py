@@ -3,7 +3,7 @@
 The real model, techniques, optimizer and step run on PyTorch's fake tensors, which have shapes and no data; the tracker
 that measures real runs counts their bytes. Usage, from the repository's root:
 
-    python benchmarks/gradient_checkpointing/activations.py llama2_7b 32 403 mp_lora 0,1,2,4,6,8,16,32
+    python benchmarks/gradient_checkpointing/activations.py llama2_7b 32 404 mp_lora 0,1,2,4,6,8,16,32
 
 The arguments: model, its number of layers, tokens of the sample, combination, values of gc.every (0 is off).
 """

@@ -1,21 +1,23 @@
 """What identifies the files that a config names: their content, wherever they lie."""
 
 import hashlib
+import re
 from pathlib import Path
 
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
+CHECKPOINT_FILES = re.compile(r".*\.(safetensors|pth)|config\.json|params\.json|model\.safetensors\.index\.json")
 N_PIECES, PIECE_BYTES = 64, 2**16  # of larger ones, so much is read at evenly spaced places, both ends among them
 
 
 def content_hash(name: str) -> str:
-    """A hash of a file, or of the names and contents of a folder's files; the name itself where there is neither."""
+    """A hash of a file, or of the checkpoint in a folder; the name itself where there is neither."""
     digest = hashlib.sha256()
     try:
         path = Path(name).expanduser()
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():
-            for file in sorted(file for file in path.iterdir() if file.is_file()):
+            for file in sorted(file for file in path.iterdir() if CHECKPOINT_FILES.fullmatch(file.name)):
                 digest.update(file.name.encode())
                 _add(digest, file)
         else:

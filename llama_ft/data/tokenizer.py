@@ -17,7 +17,8 @@ class Tokenizer:
             UserError: if it is missing, or no SentencePiece model with BOS and EOS.
         """
         if not file.is_file():
-            raise UserError(f"tokenizer={file}: there is no such file")
+            what = "is a folder: give the tokenizer.model in it" if file.is_dir() else "there is no such file"
+            raise UserError(f"tokenizer={file}: {what}")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:

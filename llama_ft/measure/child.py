@@ -84,7 +84,7 @@ def main() -> None:
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
         ending = failure(error, run.stage if run else "start-up")
     write_result(run_dir, result | (run.result if run else {}) | ending)
 

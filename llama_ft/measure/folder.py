@@ -6,7 +6,7 @@ from pathlib import Path
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, METRICS_FILE, RESULT_FILE
-from llama_ft.training.position import checkpoints, read_state
+from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
 
 
 def clear(run_dir: Path, config: TrainConfig) -> None:
@@ -20,16 +20,12 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         raise UserError(
             f"{run_dir} holds a {WEIGHTS_FILE} that no run wrote: name another folder with hydra.run.dir=DIR"
         )
-    found = checkpoints(run_dir) if config.training.resume else []
-    if not found:
-        (run_dir / METRICS_FILE).unlink(missing_ok=True)
-        (run_dir / LOG_FILE).unlink(missing_ok=True)
+    remove_older(run_dir, N_KEPT if config.training.resume else 0)
+    if found := checkpoints(run_dir):
+        trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
     else:
-        state = read_state(found[-1])
-        if state.config_hash != config.hash():
-            raise UserError(f"{found[-1]} is of a run with another configuration: delete it, or name another folder")
-        trim(run_dir / METRICS_FILE, state.position.step)
-    for stale in (RESULT_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+        (run_dir / METRICS_FILE).unlink(missing_ok=True)
+    for stale in (RESULT_FILE, LOG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         (run_dir / stale).unlink(missing_ok=True)
     for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, ADAPTER_FILE, WEIGHTS_FILE):
         for leftover in run_dir.glob(f".{written}.*.tmp"):

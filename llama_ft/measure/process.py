@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
-from llama_ft.files import locked, write_text
-from llama_ft.measure.folder import clear
+from llama_ft.files import write_text
 from llama_ft.measure.result import (
     CONFIG_FILE,
     LOG_FILE,
@@ -67,26 +66,20 @@ class MetricsReader:
 
 
 def run_in_child(
-    config: TrainConfig, config_yaml: str, run_dir: Path, command: str, listener: Listener
+    config: TrainConfig, config_yaml: str, run_dir: Path, command: str, listener: Listener, lock: int
 ) -> dict[str, Any]:
     """Run to the end, in whichever way it ends, and return its result.
 
     Args:
         config_yaml: the resolved config as YAML, for the run's folder.
+        run_dir: the run's folder, locked and cleared.
         command: what the user typed, for the result.
+        lock: descriptor of the folder's lock; the folder stays locked until both processes are gone.
 
     Raises:
-        UserError: if another run writes into the folder, or what it holds cannot be resumed.
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
-        clear(run_dir, config)
-        write_text(run_dir / CONFIG_FILE, config_yaml)
-        return _run(config, run_dir, command, listener, lock)
-
-
-def _run(config: TrainConfig, run_dir: Path, command: str, listener: Listener, lock: int) -> dict[str, Any]:
+    write_text(run_dir / CONFIG_FILE, config_yaml)
     kills_before = oom_kills()
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
@@ -96,7 +89,7 @@ def _run(config: TrainConfig, run_dir: Path, command: str, listener: Listener, l
             stdout=subprocess.PIPE,
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-            pass_fds=(lock,),  # the folder stays locked until both of us are gone
+            pass_fds=(lock,),
             env=THREADS_ENVIRONMENT | os.environ | {"PYTHONPATH": path},
         )
     interrupted: KeyboardInterrupt | None = None

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.data.collate import Padding, collate, epoch_batches
+from llama_ft.data.collate import Batch, Padding, collate, epoch_batches
 from llama_ft.data.dataset import Dataset, Sample, load_dataset, silent
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.device import (
@@ -30,10 +31,10 @@ from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
-from llama_ft.training.loop import train
+from llama_ft.training.loop import EpochWindows, train
 from llama_ft.training.metrics import MetricsFile
 from llama_ft.training.optimizer import make_optimizer, make_schedule
-from llama_ft.training.position import N_KEPT, Position, remove_older
+from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
 from llama_ft.training.step import TrainStep, Window, evaluate_loss
 
@@ -96,25 +97,7 @@ class MeasuredRun:
         fixed = [collate([sample], padding) for sample in dataset.samples[:N_EVAL_SAMPLES]]
         watch, file, may_skip = Stopwatch(device), self.run_dir / METRICS_FILE, step.scaler.is_enabled()
         with MetricsFile(file, total_steps, may_skip, lambda: memory_in_use_mb(device)) as metrics:
-
-            def bring_up_to_date(position: Position) -> None:
-                metrics.flush()
-                position.seconds = watch.seconds
-
-            stop = self.interrupts.requested
-            saver = Saver(self.run_dir, config.hash(), step, schedule, training.save_every, stop, bring_up_to_date)
-            position = self._restore(saver) or Position(eval_loss_before=evaluate_loss(step, fixed))
-            self.result["eval_loss_before"], watch.seconds = position.eval_loss_before, position.seconds
-            self.stage = "training"
-            if training.saves_when_interrupted:
-                self.interrupts.hold()
-            try:
-                train(step, schedule, epoch_windows, training.epochs, position, metrics, saver, watch.part)
-            except KeyboardInterrupt:
-                if training.saves_when_interrupted:
-                    saved = f"saved after optimizer step {position.step}"
-                    self.stage += f", {saved}: training.resume=true goes on from there"
-                raise
+            self._loop(step, schedule, epoch_windows, metrics, watch, fixed)
         self.result |= memory_result(use, device)
         tokens = sum(len(sample) for sample in dataset.samples) * config.training.epochs
         self.result |= {
@@ -128,9 +111,39 @@ class MeasuredRun:
             "eval_loss_after": evaluate_loss(step, fixed),
         }
 
+    def _loop(
+        self,
+        step: TrainStep,
+        schedule: LRScheduler,
+        epoch_windows: EpochWindows,
+        metrics: MetricsFile,
+        watch: Stopwatch,
+        fixed: list[Batch],
+    ) -> None:
+        """Train, from the start or from a checkpoint, to the end or to an interrupt."""
+        training = self.config.training
+
+        def bring_up_to_date(position: Position) -> None:
+            metrics.flush()
+            position.seconds = watch.seconds
+
+        stop, config_hash = self.interrupts.requested, self.config.hash()
+        saver = Saver(self.run_dir, config_hash, step, schedule, training.save_every, stop, bring_up_to_date)
+        position = self._restore(saver) or Position(eval_loss_before=evaluate_loss(step, fixed))
+        self.result["eval_loss_before"], watch.seconds = position.eval_loss_before, position.seconds
+        self.stage = "training"
+        if training.saves_when_interrupted:
+            self.interrupts.hold()
+        try:
+            train(step, schedule, epoch_windows, training.epochs, position, metrics, saver, watch.part)
+        except KeyboardInterrupt:
+            if training.saves_when_interrupted:
+                saved = f"saved after optimizer step {position.step}"
+                self.stage += f", {saved}: training.resume=true goes on from there"
+            raise
+
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""
-        remove_older(self.run_dir, N_KEPT if self.config.training.resume else 0)
         if not self.config.training.resume:
             return None
         position = saver.restore()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
-from llama_ft.files import WEIGHTS_FILE
+from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
 from llama_ft.model.formats import (
     ROTARY_TABLES,
     check_sizes,
@@ -94,6 +94,8 @@ def _open(folder: Path, model: Transformer) -> Checkpoint:
         return _open_meta(folder, meta_files, model)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
     hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
+    if (folder / ADAPTER_FILE).is_file():
+        hint = f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
 
 

@@ -91,7 +91,7 @@ def _notes(group: Group) -> list[str]:
             "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
         )
     limit, gpu = results[0]["memory_limit_mb"], results[0]["gpu"]
-    if gpu not in ("auto", "cpu") and limit is not None:
+    if gpu not in ("auto", "cpu") and limit is not None and any(r["device"] for r in results):
         notes.append(
             f"gpu={gpu}: the allocator has that card's {limit:,} MB; times are those of the device named above."
         )

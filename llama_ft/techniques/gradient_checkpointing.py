@@ -1,7 +1,7 @@
 """Gradient checkpointing (Chen et al. 2016, arXiv 1604.06174): keep a block's input, recompute the rest in backward.
 
 `every=n` keeps the input of every n-th block. A run of n blocks is then recomputed at once, so that the activations of
-n blocks live at a time: n = 1 recomputes least at once, n = sqrt(L) balances inputs kept against blocks recomputed.
+n blocks live at a time; docs/gradient_checkpointing.md shows why n = 1, not the textbook's sqrt(L), is best for LLaMA.
 """
 
 from torch import Tensor, nn

@@ -1,6 +1,7 @@
 """How far a run has come, and where its checkpoints lie. Knows nothing of torch, so that any process can look."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -49,18 +50,21 @@ class SavedState:
         write_text(folder / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
-def read_state(folder: Path) -> SavedState:
+def read_state(folder: Path, config_hash: str) -> SavedState:
     """The state of a checkpoint.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if the file cannot be read, or is of a run with another config.
     """
     file = folder / STATE_FILE
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        return SavedState(**values | {"position": Position(**values["position"])})
+        state = SavedState(**values | {"position": Position(**values["position"])})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged or missing: delete its folder to use the checkpoint before it") from error
+    if state.config_hash != config_hash:
+        raise UserError(f"{folder} is of a run with other settings: give those again, or name another folder")
+    return state
 
 
 def checkpoint_name(step: int) -> str:
@@ -70,7 +74,8 @@ def checkpoint_name(step: int) -> str:
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The run's checkpoints, the newest last. What an interrupted write left behind is none of them."""
-    return sorted((run_dir / CHECKPOINTS_DIR).glob("step_[0-9]*"))
+    folders = (run_dir / CHECKPOINTS_DIR).glob("step_*")
+    return sorted(folder for folder in folders if re.fullmatch(r"step_\d{8,}", folder.name))
 
 
 def remove_older(run_dir: Path, n_kept: int = N_KEPT) -> None:

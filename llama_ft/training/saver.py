@@ -91,8 +91,6 @@ class Saver:
 
     def _save(self, position: Position) -> None:
         final = self._run_dir / CHECKPOINTS_DIR / checkpoint_name(position.step)
-        if final.exists():
-            return
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
@@ -120,9 +118,7 @@ class Saver:
         found = checkpoints(self._run_dir)
         if not found:
             return None
-        saved = read_state(found[-1])
-        if saved.config_hash != self._config_hash:
-            raise UserError(f"{found[-1]} is of a run with another configuration: delete it, or name another folder")
+        saved = read_state(found[-1], self._config_hash)
         model = self._step.model
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         _read_into(trained, found[-1] / trained_file(model))
@@ -168,7 +164,7 @@ def _read_into(targets: Mapping[str, Tensor], file: Path) -> None:
     """
     stored, _ = read_safetensors(file)
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
-        raise UserError(f"{file} does not hold the tensors of this run: delete its folder")
+        raise UserError(f"{file} does not hold the tensors that this run trains: it is damaged, or another version's")
     for name, part in stored.items():
         for first, rows in part.pieces():
             targets[name][first : first + len(rows)].copy_(rows)
