@@ -5,11 +5,11 @@ import functools
 import importlib.metadata
 import itertools
 import re
+import resource
 import shlex
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -268,13 +268,19 @@ def test_importing_the_commands_is_quick():
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def processor_seconds() -> float:
+    """Time that processes started here took, whatever else the machine did meanwhile."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("command", [name for name in COMMANDS if f"llama_ft.{name}" in MODULES])
 def test_help_is_there_and_quick(tmp_path, command):
     seconds = []
     while len(seconds) < 3 and min(seconds, default=60) > SECONDS_FOR_HELP:  # again where the machine was busy
-        began = time.perf_counter()
+        began = processor_seconds()
         done = run(f"llama_ft.{command}", "--help", cwd=tmp_path)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(processor_seconds() - began)
         assert (done.returncode, done.stderr) == (0, "")
     assert min(seconds) <= SECONDS_FOR_HELP
     assert done.stdout.strip()
