@@ -239,7 +239,7 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     def command(*arguments: str) -> Outcome:
         outcome = Outcome(status=-1)
 
-        def note(_: Any, config: TrainConfig, run_dir: Path, __: bool) -> dict[str, Any]:
+        def note(_: Any, config: TrainConfig, run_dir: Path, *__: Any) -> dict[str, Any]:
             outcome.folders.append(run_dir.name)
             outcome.configs.append(config)
             return {"status": "ok", "combination": config.optim.combination}
