@@ -138,9 +138,8 @@ class TrainCommand:
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
         cli.register()
-        sys.argv[1:] = sorted(
-            sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun")
-        )  # Hydra wants it first
+        # Hydra takes -m in front of the overrides alone.
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
         try:
             hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
         except KeyboardInterrupt:

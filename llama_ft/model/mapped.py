@@ -32,7 +32,7 @@ _SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.
 
 @dataclass(frozen=True)
 class MappedFile:
-    """A file in memory, and the bytes from `start` on."""
+    """A file, mapped read-only."""
 
     path: Path
     pages: mmap.mmap
