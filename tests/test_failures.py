@@ -333,6 +333,10 @@ def the_files_are_still_there(ended: Ended) -> None:
     assert (ended.run_dir / "checkpoints" / "other" / "notes.txt").read_text() == "mine"
 
 
+def the_weights_are_still_there(ended: Ended) -> None:
+    assert set(load_file(ended.run_dir / "model.safetensors")) == set(weights())
+
+
 CASES |= {
     f"data: {name}": Case("data.path=data", ("data", said), files={"data": content})
     for name, (content, said) in RECORDS.items()
@@ -448,7 +452,11 @@ CASES |= {
         "", ("run/result.json is not a result",), 2, None, files={"run/result.json": '{"schema_version": 99}'}
     ),
     "folder: with the weights to start from": Case(
-        "checkpoint=run", ("model.safetensors",), 2, None, make=lambda cwd: write_own(cwd / "run")
+        "checkpoint=run",
+        ("holds a model.safetensors that no run wrote",),
+        exit_status=2,
+        make=lambda cwd: write_own(cwd / "run"),
+        then=the_weights_are_still_there,
     ),
 }
 

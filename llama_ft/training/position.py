@@ -63,7 +63,9 @@ def read_state(folder: Path, config_hash: str) -> SavedState:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged or missing: delete its folder to use the checkpoint before it") from error
     if state.config_hash != config_hash:
-        raise UserError(f"{folder} is of a run with another configuration: give its settings again, or name another folder")
+        raise UserError(
+            f"{folder} is of a run with another configuration: give its settings again, or name another folder"
+        )
     return state
 
 
