@@ -600,6 +600,27 @@ def test_a_second_run_in_the_same_folder_is_refused_and_ctrl_c_stops_the_first_a
     saved_nothing(ended)
 
 
+@pytest.mark.parametrize("where", ["checkpoints", "run/model"])
+def test_what_a_killed_command_was_saving_is_not_lost_to_the_next(tmp_path: Path, where: str) -> None:
+    """The run goes on saving for two seconds without its command; the next one waits for it."""
+    still_slow = "\ndef slow(stop=slow):\n    stop()\n    time.sleep(2)\n"
+    code = SLOW_SAVING.format(when=f"'{where}' in str(file)", how="") + still_slow
+    options = (EVERY_STEP, "training.resume=true")
+    first = start(tmp_path, *options, env=with_code(tmp_path, code))
+    wait_for(tmp_path / "slow", first)
+    first.kill()
+    second = end(start(tmp_path, *options), tmp_path)
+    first.communicate(timeout=60)
+    assert second.returncode == 0, second.stdout + second.stderr
+    if where == "checkpoints":
+        assert "resuming after optimizer step 2" in second.stdout  # the one at whose end the interrupt was seen
+    else:
+        assert "done before (ok)" in second.stdout
+    assert read_json(second.run_dir / "result.json")["status"] == "ok"
+    assert_nothing_left(second)
+    assert_whole(second.run_dir)
+
+
 def test_a_folder_that_must_not_be_written_to(tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
