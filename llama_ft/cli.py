@@ -8,27 +8,25 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from dataclasses import asdict, fields, is_dataclass
 from types import UnionType
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
 
-from llama_ft.config import PACKAGE_DIR, TrainConfig, UserError
+from llama_ft import __version__
+from llama_ft.config import ReportConfig, TrainConfig, UserError, config_dir
+from llama_ft.usage import Usage, print_help
 
+T = TypeVar("T")
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 TEXTS = (str, str | None)  # types of keys
+_schema: type = TrainConfig  # of the command that runs
 
 
 class Stop(BaseException):
     """Ends a whole sweep with a message. Hydra catches what derives from Exception and would go on to the next run."""
-
-
-def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
-    inside = PACKAGE_DIR / "conf"
-    return inside if inside.is_dir() else PACKAGE_DIR.parent / "conf"
 
 
 def command_line() -> str:
@@ -43,6 +41,7 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="report_schema", node=ReportConfig)
     OmegaConf.register_new_resolver("combination", combination, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
@@ -72,13 +71,28 @@ def run_name(*, _root_: DictConfig) -> str:
     return ",".join([combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
 
 
-def checked_config(composed: DictConfig) -> TrainConfig:
+def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
+    """The config of a command that is no Hydra application itself.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        return checked_config(compose(config_name=name, overrides=overrides), overrides, schema)
+
+
+def checked_config(composed: DictConfig, overrides: list[str], schema: type[T]) -> T:
     """The config as checked dataclasses.
 
     Raises:
         UserError: naming the key that is wrong.
     """
-    for override in _overrides():
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(overrides):
         key, given, expected = override.key_or_group, override.value(), _type_of(override.key_or_group)
         if (
             (expected is bool and not isinstance(given, bool))  # OmegaConf takes 1 for true
@@ -86,8 +100,9 @@ def checked_config(composed: DictConfig) -> TrainConfig:
             or (expected in TEXTS and given == "")  # $FILE where that is not set; the built-in one would be taken
         ):
             raise UserError(_not_allowed(key, override.get_value_element_as_str()))
-    checked = cast(TrainConfig, OmegaConf.to_object(composed))
-    if added := _keys(OmegaConf.to_container(composed)) - _keys(checked.to_dict()):
+    checked = OmegaConf.to_object(composed)
+    assert isinstance(checked, schema)
+    if added := _keys(OmegaConf.to_container(composed)) - _keys(asdict(checked)):  # type: ignore[call-overload]
         raise UserError(f"{min(added)} is not a key: `+` adds none here")
     return checked
 
@@ -99,16 +114,9 @@ def _keys(settings: Any, prefix: str = "") -> set[str]:
     return {f"{prefix}{key}" for key in settings}.union(*(_keys(v, f"{prefix}{k}.") for k, v in settings.items()))
 
 
-def _overrides() -> list[Any]:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return OverridesParser.create().parse_overrides(list(HydraConfig.get().overrides.task))
-
-
 def _type_of(key: str) -> Any:
     """The schema's type of a dotted key; None if there is no such key."""
-    kind: Any = TrainConfig
+    kind: Any = _schema
     for part in key.split("."):
         kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
     return kind
@@ -152,7 +160,7 @@ def explain(error: BaseException) -> str:
         return _not_allowed(match[1], match[2])
     if match := re.match(r"Could not override '([\w.]+)'", text):
         section = match[1].rpartition(".")[0]
-        known = _type_of(section) if section else TrainConfig
+        known = _type_of(section) if section else _schema
         keys = ", ".join(field.name for field in fields(known)) if is_dataclass(known) else "none"
         return f"{match[1]} is not a key: {section or 'the config'} has {keys}"
     if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
@@ -173,8 +181,16 @@ def explain(error: BaseException) -> str:
     return ": ".join(line for line in lines if not line.startswith(unneeded)) or repr(error)
 
 
-def run_command(function: Callable[[], int]) -> None:
+def run_command(function: Callable[[], int], usage: Usage) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
+    global _schema
+    _schema = usage.schema
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print_help(usage, Console())
+        sys.exit(0)
+    if "--version" in sys.argv[1:]:
+        print(f"llama_ft {__version__}")
+        sys.exit(0)
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from llama_ft.config import UserError
 
@@ -52,7 +53,7 @@ def locked(folder: Path, wait_seconds: float = 0) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         end = time.monotonic() + wait_seconds
-        while not _lock(descriptor):
+        while not try_lock(descriptor):
             if time.monotonic() >= end:
                 raise UserError(f"another run is writing into {folder}: wait for its end, or name another folder")
             time.sleep(0.2)
@@ -61,9 +62,10 @@ def locked(folder: Path, wait_seconds: float = 0) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def try_lock(file: int | IO[bytes]) -> bool:
+    """Lock an open file or folder, unless another process holds it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks, such as some network drives: nothing to hold, nothing to wait for

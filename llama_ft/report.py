@@ -1,21 +1,63 @@
-"""`python -m llama_ft.report DIR`: the table and the picture of a sweep, finished or not."""
+"""`python -m llama_ft.report DIR [DIR2]`: the tables, pictures and page of a sweep; of two, side by side."""
 
-import argparse
+import os
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.reporting.sweep import report_sweep
+from llama_ft.config import ReportConfig, UserError
+from llama_ft.reporting.comparison import report_comparison
+from llama_ft.reporting.results import Group
+from llama_ft.reporting.sweep import FILES, report_sweep
+from llama_ft.reporting.table2 import records
+from llama_ft.tracking import track_sweep
+from llama_ft.tracking.upload import upload_runs
+from llama_ft.usage import Usage
+
+USAGE = Usage(
+    "report",
+    "The tables, pictures and page of a sweep, finished or not; of two sweeps, side by side.",
+    "DIR [DIR2] [KEY=VALUE ...]",
+    ReportConfig,
+    ("outputs/table2", "outputs/table2 outputs/other", "outputs/table2 tracker.upload=true"),
+    ("--help", "--version"),
+)
 
 
 def main() -> int:
-    """Report on the folder given."""
-    parser = argparse.ArgumentParser(prog="python -m llama_ft.report", description=__doc__)
-    parser.add_argument("folder", metavar="DIR", type=Path, help="folder of a sweep, such as outputs/table2")
-    report_sweep(parser.parse_args().folder, Console())
+    """Report on the folders given."""
+    arguments = sys.argv[1:]
+    folders = [Path(text) for text in arguments if "=" not in text or os.path.exists(text)]
+    overrides = [text for text in arguments if Path(text) not in folders]
+    config = cli.composed_config("report", overrides, ReportConfig)
+    if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
+        raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")
+    console = Console()
+    if len(folders) == 2:
+        if config.tracker.upload:
+            raise UserError("tracker.upload=true sends one sweep: give one folder")
+        report_comparison(folders[0], folders[1], console)
+        return 0
+    groups = report_sweep(folders[0], console)
+    if config.tracker.upload:
+        send(config, folders[0], groups, console)
     return 0
 
 
+def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
+    """Send the runs to W&B, and if the folder is a sweep's the sweep."""
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    run_dirs = [run_dir for group in groups for run_dir in group.folders]
+    is_sweep = run_dirs != [folder]
+    upload_runs(config.tracker, run_dirs, folder.absolute().name if is_sweep else None, say)
+    if is_sweep:
+        track_sweep(config.tracker, folder, *records(groups), FILES, say)
+
+
 if __name__ == "__main__":
-    cli.run_command(main)
+    cli.run_command(main, USAGE)

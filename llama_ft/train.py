@@ -12,15 +12,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.files import locked
 from llama_ft.measure import process
 from llama_ft.measure.folder import clear
 from llama_ft.measure.result import RESULT_FILE, new_result, read_result, refused_result, write_result
 from llama_ft.reporting.progress import RunProgress, ending
-from llama_ft.reporting.sweep import report_sweep
-from llama_ft.tracking import Tracker, start_tracker
+from llama_ft.reporting.sweep import FILES, report_sweep
+from llama_ft.reporting.table2 import records
+from llama_ft.tracking import Tracker, start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
+from llama_ft.usage import Usage
 
 FINISHED = ("ok", "oom")  # not to be measured again
 
@@ -49,6 +51,7 @@ class TrainCommand:
     def __init__(self) -> None:
         self.console = Console()
         self.sweep_dir: Path | None = None
+        self.tracker = TrackerConfig()
         self.results: dict[str, dict[str, Any]] = {}  # by the name of the run's folder
         self.said: set[str] = set()
         self.locks = ExitStack()  # kept until the command ends
@@ -72,10 +75,11 @@ class TrainCommand:
         """The run's result, whether it is run, was finished before, or cannot be run."""
         settings = cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True))
         try:
-            checked = cli.checked_config(config)
+            checked = cli.checked_config(config, list(HydraConfig.get().overrides.task), TrainConfig)
         except Exception as error:
             # While no row has run nothing is lost, and the others may well be wrong in the same way.
             return self.refuse(settings, run_dir, cli.explain(error), go_on=bool(self.results))
+        self.tracker = checked.tracker
         if finished := self.finished_before(checked, run_dir):
             return finished
         try:
@@ -98,7 +102,7 @@ class TrainCommand:
             write_result(run_dir, result)
         if not go_on:
             raise cli.Stop(reason)
-        self.console.print(f"{run_dir.name}: {reason}", highlight=False, markup=False)
+        self.say(f"{run_dir.name}: {reason}")
         return result
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -114,7 +118,7 @@ class TrainCommand:
         if previous["status"] not in FINISHED:
             return None
         line = f"{run_dir.name}: done before ({previous['status']}){ending(previous).removeprefix(previous['status'])}"
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        self.say(line)
         return previous
 
     def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
@@ -132,8 +136,12 @@ class TrainCommand:
             if sweeping or result["status"] in FINISHED:
                 display.message(ending(result))
         if not sweeping:
-            self.console.print(f"  results: {run_dir}", highlight=False, markup=False, soft_wrap=True)
+            self.say(f"  results: {run_dir}")
         return result
+
+    def say(self, line: str) -> None:
+        """Print a line as it is."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
@@ -141,14 +149,15 @@ class TrainCommand:
         # Hydra takes -m in front of the overrides alone.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
         try:
-            hydra.main(version_base="1.3", config_path=str(cli.config_dir()), config_name="train")(self.job)()
+            hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(self.job)()
         except KeyboardInterrupt:
             if self.results and self.sweep_dir is not None:
                 report_sweep(self.sweep_dir, self.console)
                 print(f"the same command with hydra.sweep.dir={self.sweep_dir} goes on from here", file=sys.stderr)
             raise
         if self.sweep_dir is not None:
-            report_sweep(self.sweep_dir, self.console)
+            groups = report_sweep(self.sweep_dir, self.console)
+            track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.say)
         failed = {name: result for name, result in self.results.items() if result["status"] not in FINISHED}
         if failed and self.sweep_dir is None:
             print(ending(*failed.values()), file=sys.stderr)
@@ -178,5 +187,19 @@ def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
         )
 
 
+USAGE = Usage(
+    "train",
+    "Fine-tune LLaMA with one combination of techniques, or with -m with many, each measured in its own process.",
+    "[-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
+    TrainConfig,
+    (
+        "optim=ga_mp_lora",
+        "experiment=table2",
+        "-m 'optim=glob(*)' gpu=a100_40gb",
+        "-m optim.lora=true lora.rank=4,16 hydra.sweep.dir=outputs/rank",
+        "model=llama2_7b checkpoint=DIR tokenizer=FILE data=alpaca_200 training=course optim=mp_lora",
+    ),
+)
+
 if __name__ == "__main__":
-    cli.run_command(TrainCommand().main)
+    cli.run_command(TrainCommand().main, USAGE)

@@ -22,16 +22,26 @@ from omegaconf import DictConfig, OmegaConf
 
 from llama_ft import cli
 from llama_ft import train as train_module
-from llama_ft.config import LoraConfig, ModelConfig, OptimConfig, TrainConfig, TrainingConfig, UserError
+from llama_ft.config import (
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ReportConfig,
+    TrainConfig,
+    TrainingConfig,
+    UserError,
+    config_dir,
+)
 from llama_ft.measure.child import read_config
 from llama_ft.measure.result import CONFIG_FILE
 from llama_ft.model.transformer import Transformer
 
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
-PRIMARY = ["train"]  # one config a command; the other files are options of a config group
+# One config a command; the other files are options of a config group.
+PRIMARY = {"train": TrainConfig, "report": ReportConfig}
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 34
+N_YAML_FILES = 35
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
@@ -40,7 +50,7 @@ PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertool
 def composed(*overrides: str, primary: str = "train") -> DictConfig:
     """What Hydra makes of the command line."""
     cli.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.config_dir())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         return compose(config_name=primary, overrides=list(overrides))
 
 
@@ -68,7 +78,11 @@ def test_every_yaml_file_is_in_a_known_place():
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_primary_config_composes(primary):
-    config = OmegaConf.to_object(composed(primary=primary))
+    assert isinstance(OmegaConf.to_object(composed(primary=primary)), PRIMARY[primary])
+
+
+def test_train_runs_anywhere_by_default():
+    config = checked()
     assert (config.model.name, config.optim.combination, config.data.name) == ("tiny", "baseline", "sample")
 
 
@@ -234,7 +248,8 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr(train_module, "report_sweep", lambda *_: None)
+    monkeypatch.setattr(train_module, "report_sweep", lambda *_: [])
+    monkeypatch.setattr(train_module, "track_sweep", lambda *_: None)
 
     def command(*arguments: str) -> Outcome:
         outcome = Outcome(status=-1)
@@ -248,7 +263,7 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
         monkeypatch.setattr(train_module.TrainCommand, "run", note)
         monkeypatch.setattr(sys, "argv", ["llama_ft.train", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.run_command(train_module.TrainCommand().main)
+            cli.run_command(train_module.TrainCommand().main, train_module.USAGE)
         outcome.status, outcome.error = ended.value.code, capsys.readouterr().err
         return outcome
 
@@ -595,5 +610,5 @@ def test_checks_run_without_hydra_too():
 
 
 def test_the_checkout_is_what_is_tested():
-    assert cli.config_dir() == CONF
+    assert config_dir() == CONF
     assert os.path.samefile(Path(cli.__file__).parent, CHECKOUT / "llama_ft")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from llama_ft import cli
-from llama_ft.config import DataConfig, TrainConfig, UserError
+from llama_ft.config import DataConfig, TrainConfig, UserError, config_dir
 from llama_ft.data import download, http_get
 from llama_ft.data.dataset import SAMPLE_DIR, records_file
 from llama_ft.data.download import blob_id, fetch
@@ -639,7 +639,7 @@ def test_who_waits_takes_over_from_a_process_that_ends(server, cache, end):
 
 def composed(*overrides: str) -> TrainConfig:
     cli.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.config_dir())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         config = OmegaConf.to_object(compose(config_name="train", overrides=list(overrides)))
     assert isinstance(config, TrainConfig)
     return config

@@ -29,12 +29,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from llama_ft import cli
-from llama_ft.config import TrainConfig
+from llama_ft.config import TrainConfig, config_dir
 
 PACKAGE = CHECKOUT / "llama_ft"
 MODULE_FILES = sorted(PACKAGE.rglob("*.py"))
 MOST_LINES = 300
-SECONDS_FOR_HELP = 5
+SECONDS_FOR_HELP = 1.5
 
 
 def read(name: str) -> str:
@@ -163,12 +163,13 @@ LEVELS = [
     ("techniques",),
     ("training", "decoding"),
     ("reporting", "planning", "measure", "tracking"),
+    ("usage",),
     ("cli",),
-    COMMANDS,
+    (*COMMANDS, "__main__"),
 ]
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
 # The format of result.json is shared by those who write and those who read it.
-ALLOWED_SIDEWAYS = {("reporting", "llama_ft.measure.result")}
+ALLOWED_SIDEWAYS = {("reporting", "llama_ft.measure.result"), ("tracking", "llama_ft.measure.result")}
 
 
 def part_of(module: str) -> str:
@@ -249,7 +250,7 @@ def test_dependencies_are_those_that_are_imported():
 
 def quick_modules() -> list[str]:
     """What a command imports before it knows what to do."""
-    parts = (*COMMANDS, "cli", "config", "reporting", "tracking")
+    parts = (*COMMANDS, "__main__", "cli", "usage", "config", "reporting", "tracking")
     chosen = [module for module in MODULES if part_of(module) in parts]
     return [*chosen, "llama_ft.measure.process", "llama_ft.measure.result"]
 
@@ -261,7 +262,9 @@ def test_no_torch_at_the_top(module):
 
 
 def test_importing_the_commands_is_quick():
-    later = {"llama_ft.tracking.wandb_run", "llama_ft.reporting.figure"}  # imported when they are needed
+    # Imported when they are needed.
+    later = {f"llama_ft.{name}" for name in ("tracking.wandb_run", "tracking.wandb_sweep", "reporting.figure")}
+    later |= {f"llama_ft.reporting.{name}" for name in ("curves", "page")}
     code = "\n".join(f"import {module}" for module in quick_modules() if module not in later)
     code += "\nimport sys; print(sorted({'torch', 'wandb', 'matplotlib', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
@@ -338,7 +341,7 @@ def test_readme_names_commands_that_exist():
 def swept_values(override: Override) -> list[str]:
     """What the sweep puts in the override's place, one at a time."""
     if isinstance(override.value(), Glob):
-        options = sorted(file.stem for file in (cli.config_dir() / override.key_or_group).glob("*.yaml"))
+        options = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
         return override.value().filter(options)
     return list(override.sweep_string_iterator())
 
@@ -365,7 +368,7 @@ def test_readmes_train_commands_compose(arguments):
     runs = list(single_runs(overrides))
     assert runs
     assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
-    with initialize_config_dir(version_base="1.3", config_dir=str(cli.config_dir())):
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         for single in runs:
             assert isinstance(OmegaConf.to_object(compose(config_name="train", overrides=single)), TrainConfig)
 

@@ -12,6 +12,8 @@ import pytest
 from conftest import run
 from PIL import Image
 
+from llama_ft.reporting.sweep import FILES
+
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 TECHNIQUES = {"ga": {"steps": 8}, "mp": {"frozen_weights": "compute"}, "lora": {"rank": 16}, "gc": {"every": 1}}
 MEASURED = (
@@ -178,7 +180,7 @@ def test_a_report_changes_nothing_but_its_own_files(reported: Any) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*.json*")}
     assert report(folder).returncode == 0
     assert {file: file.read_bytes() for file in folder.rglob("*.json*")} == before
-    assert {file.name for file in folder.iterdir() if file.is_file()} == {"table2.md", "table2.csv", "table2.png"}
+    assert {file.name for file in folder.iterdir() if file.is_file()} == set(FILES)
 
 
 # --------------------------------------------------------------------------------------------------- other sweeps

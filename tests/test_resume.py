@@ -18,7 +18,9 @@ from test_process import is_alive, read_json, read_metrics
 
 # Each test is given this many random moments; more of them make a longer, more thorough test.
 N_KILLS = int(os.environ.get("LLAMA_FT_KILLS", "2"))
-STEPS = ("training.max_samples=26", "training.epochs=2", "ga.steps=4", "tracker=disabled")  # windows of 4 and, last, 2
+SIZES = tuple(f"model.{size}" for size in ("dim=64", "ffn_dim=96", "n_layers=2", "n_heads=4", "n_kv_heads=4"))
+# Windows of 4 and, last, 2.
+STEPS = ("training.max_samples=26", "training.epochs=2", "ga.steps=4", "tracker=disabled", *SIZES)
 N_STEPS = 2 * 7
 
 

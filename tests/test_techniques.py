@@ -12,8 +12,8 @@ from test_model import reference, relative, small_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from llama_ft import cli, techniques
-from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage
+from llama_ft import techniques
+from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage, config_dir
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.model.formats import permute_rotary
@@ -234,7 +234,7 @@ class TestLora:
             add_lora(small_model(), 4, 8.0, 0.0, ["wq", "q_proj"])
 
     def test_counts_for_7b(self) -> None:
-        config = ModelConfig(**OmegaConf.load(Path(cli.config_dir()) / "model/llama2_7b.yaml"))
+        config = ModelConfig(**OmegaConf.load(Path(config_dir()) / "model/llama2_7b.yaml"))
         with torch.device("meta"):
             model = Transformer(config)
             add_lora(model, 16, 32.0, 0.05, ["wq", "wv"])

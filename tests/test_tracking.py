@@ -13,7 +13,8 @@ from conftest import Sweep, injected, run
 from wandb.proto import wandb_internal_pb2
 
 from llama_ft.config import TrackerConfig, TrackerMode
-from llama_ft.tracking import has_wandb_key, start_tracker
+from llama_ft.tracking import start_tracker
+from llama_ft.tracking.wandb_run import has_key
 
 BLOCK, HEADER = 32 * 1024, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
@@ -36,6 +37,7 @@ def raw_records(data: bytes) -> Iterator[bytes]:
         position += HEADER + size
 
 
+SETTINGS = {"optim": {"ga": True, "lora": True}, "model": {"name": "tiny"}, "gpu": {"name": "auto"}}
 CHUNK_FIELDS = ((0, 4), (4, 6), (6, 7))
 
 
@@ -102,7 +104,7 @@ def test_config_is_the_resolved_config(limited_sweep: Sweep, tracked: dict[str, 
     for name, run_file in tracked.items():
         resolved = yaml.safe_load((limited_sweep.folder / name / "config.yaml").read_text())
         logged = {key: value for key, value in run_file.config.items() if not key.startswith("_")}
-        assert logged == resolved
+        assert logged == resolved | {"combination": name}
         assert logged["optim"]["lora"] == (name == "lora")
 
 
@@ -166,8 +168,8 @@ def test_a_tracker_that_cannot_start_is_said_in_a_sentence_and_training_goes_on(
 class Broken:
     """Stands for a W&B run; the method named `breaks` fails."""
 
-    def __init__(self, breaks: str) -> None:
-        self.breaks = breaks
+    def __init__(self, breaks: str, folder: Path | None = None) -> None:
+        self.breaks, self.dir = breaks, str(folder)
         self.summary: dict[str, Any] = {}
 
     def log(self, *_: Any, **__: Any) -> None:
@@ -183,9 +185,9 @@ class Broken:
 
 @pytest.mark.parametrize("breaks", ["log", "finish"])
 def test_a_tracker_that_breaks_later_says_so_once(breaks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("wandb.init", lambda **_: Broken(breaks))
+    monkeypatch.setattr("wandb.init", lambda **_: Broken(breaks, tmp_path / "wandb" / "run" / "files"))
     said: list[str] = []
-    tracker = start_tracker(TrackerConfig(mode=TrackerMode.offline), tmp_path, {}, None, said.append)
+    tracker = start_tracker(TrackerConfig(mode=TrackerMode.offline), tmp_path, SETTINGS, None, said.append)
     for step in (1, 2):
         tracker.step({"step": step, "loss": 1.0})
     tracker.finish({"status": "ok"})
@@ -199,7 +201,7 @@ def test_a_tracker_that_breaks_later_says_so_once(breaks: str, tmp_path: Path, m
 def chosen_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     chosen: dict[str, Any] = {}
     monkeypatch.setattr("wandb.init", lambda **settings: chosen.update(settings) or Broken(""))
-    start_tracker(TrackerConfig(), tmp_path, {}, "a sweep", [].append)
+    start_tracker(TrackerConfig(), tmp_path, SETTINGS, "a sweep", [].append)
     return chosen.get("mode")
 
 
@@ -213,7 +215,7 @@ def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_key_the_default_is_offline(no_key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not has_wandb_key()
+    assert not has_key()
     assert chosen_mode(monkeypatch, no_key) == "offline"
 
 

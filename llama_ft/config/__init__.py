@@ -11,7 +11,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, UserError, WeightStorage, check
+from llama_ft.config.checks import (
+    DeviceChoice,
+    DtypeChoice,
+    OnBadRecord,
+    TrackerMode,
+    UserError,
+    WeightStorage,
+    check,
+    setting,
+)
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import (
     PACKAGE_DIR,
@@ -28,6 +37,7 @@ from llama_ft.config.groups import (
     TrackerConfig,
     TrainingConfig,
 )
+from llama_ft.config.report import ReportConfig, UploadConfig
 
 __all__ = [
     "PACKAGE_DIR",
@@ -44,13 +54,22 @@ __all__ = [
     "ModelConfig",
     "OnBadRecord",
     "OptimConfig",
+    "ReportConfig",
     "TrackerConfig",
     "TrackerMode",
     "TrainConfig",
     "TrainingConfig",
+    "UploadConfig",
     "UserError",
     "WeightStorage",
+    "config_dir",
 ]
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
+    inside = PACKAGE_DIR / "conf"
+    return inside if inside.is_dir() else PACKAGE_DIR.parent / "conf"
 
 
 @dataclass
@@ -68,8 +87,8 @@ class TrainConfig:
     gpu: GpuConfig = field(default_factory=GpuConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    checkpoint: str | None = None  # builtin, random or a folder; null is builtin where the model has one
-    tokenizer: str | None = None  # a SentencePiece tokenizer.model; null is the model's own where it has one
+    checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
+    tokenizer: str | None = setting(None, "a SentencePiece tokenizer.model; null is the model's own where it has one")
 
     def __post_init__(self) -> None:
         name = self.model.name

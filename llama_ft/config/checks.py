@@ -1,6 +1,8 @@
-"""What the schema's values are checked with, and the choices that some of them have."""
+"""What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
 
 import enum
+from dataclasses import field
+from typing import Any
 
 
 class UserError(Exception):
@@ -44,6 +46,14 @@ class TrackerMode(enum.Enum):
     online = "online"
     offline = "offline"
     disabled = "disabled"
+
+
+def setting(default: Any, meaning: str) -> Any:
+    """A field of the schema: its default, and in a few words what it is, for `--help`."""
+    metadata = {"meaning": meaning}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check(holds: bool, key: str, value: object, allowed: str) -> None:

@@ -5,7 +5,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, WeightStorage, check
+from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, WeightStorage, check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
@@ -14,16 +14,16 @@ PACKAGE_DIR = Path(__file__).resolve().parent.parent
 class ModelConfig:
     """Sizes of a LLaMA decoder, in the terms of Meta's `params.json`."""
 
-    name: str = "???"
-    dim: int = 4096
-    n_layers: int = 32
-    n_heads: int = 32
-    n_kv_heads: int = 32
-    ffn_dim: int = 11008
-    vocab_size: int = 32000
-    context: int = 4096  # longest sequence in tokens
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
+    name: str = setting("???", "which model this is")
+    dim: int = setting(4096, "width of the residual stream")
+    n_layers: int = setting(32, "decoder blocks")
+    n_heads: int = setting(32, "attention heads")
+    n_kv_heads: int = setting(32, "key and value heads; fewer than n_heads is grouped-query attention")
+    ffn_dim: int = setting(11008, "width of the feed-forward layer")
+    vocab_size: int = setting(32000, "pieces of the tokenizer")
+    context: int = setting(4096, "longest sequence in tokens")
+    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
@@ -54,10 +54,10 @@ class ModelConfig:
 class OptimConfig:
     """Which of the four techniques are on."""
 
-    ga: bool = False
-    mp: bool = False
-    lora: bool = False
-    gc: bool = False
+    ga: bool = setting(False, "gradient accumulation")
+    mp: bool = setting(False, "mixed precision")
+    lora: bool = setting(False, "LoRA")
+    gc: bool = setting(False, "gradient checkpointing")
 
     @property
     def combination(self) -> str:
@@ -69,7 +69,7 @@ class OptimConfig:
 class GradientAccumulationConfig:
     """Gradient accumulation, where `optim.ga` is on."""
 
-    steps: int = 8  # micro-batches in an optimizer step
+    steps: int = setting(8, "micro-batches in an optimizer step")
 
     def __post_init__(self) -> None:
         check(self.steps >= 1, "ga.steps", self.steps, "at least 1")
@@ -79,9 +79,13 @@ class GradientAccumulationConfig:
 class MixedPrecisionConfig:
     """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
 
-    dtype: DtypeChoice = DtypeChoice.auto
-    frozen_weights: WeightStorage = WeightStorage.compute
-    trainable_weights: WeightStorage = WeightStorage.fp32
+    dtype: DtypeChoice = setting(DtypeChoice.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16")
+    frozen_weights: WeightStorage = setting(
+        WeightStorage.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)"
+    )
+    trainable_weights: WeightStorage = setting(
+        WeightStorage.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype"
+    )
 
     def __post_init__(self) -> None:
         fp16_masters = self.dtype is not DtypeChoice.fp16 or self.trainable_weights is WeightStorage.fp32
@@ -92,10 +96,10 @@ class MixedPrecisionConfig:
 class LoraConfig:
     """Low-rank adaptation, where `optim.lora` is on."""
 
-    rank: int = 16
-    alpha: float = 32.0  # the update is scaled by alpha / rank
-    dropout: float = 0.05
-    targets: list[str] = field(default_factory=lambda: ["wq", "wv"])
+    rank: int = setting(16, "r, the inner size of the two factors")
+    alpha: float = setting(32.0, "the update is scaled by alpha / rank")
+    dropout: float = setting(0.05, "share of the adapter's inputs that is dropped in training")
+    targets: list[str] = setting(["wq", "wv"], "the linear layers that get an adapter: wq wk wv wo w1 w2 w3 output")
 
     def __post_init__(self) -> None:
         check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
@@ -108,7 +112,7 @@ class LoraConfig:
 class GradientCheckpointingConfig:
     """Gradient checkpointing, where `optim.gc` is on."""
 
-    every: int = 1  # keep the input of every n-th block
+    every: int = setting(1, "keep the input of every n-th block")
 
     def __post_init__(self) -> None:
         check(self.every >= 1, "gc.every", self.every, "at least 1")
@@ -118,17 +122,17 @@ class GradientCheckpointingConfig:
 class TrainingConfig:
     """The loop and its optimizer."""
 
-    lr: float = 1e-5
-    epochs: int = 1
-    batch_size: int = 1  # samples in a micro-batch
-    max_samples: int | None = None  # train on the first n samples only
-    warmup_ratio: float = 0.03  # share of the optimizer steps in which the learning rate rises
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    save: bool = True  # write the adapter, or without LoRA all weights, into the run's folder
-    save_every: int | None = None  # optimizer steps between checkpoints; null saves none but at Ctrl-C
-    resume: bool = False  # go on from the newest checkpoint in the run's folder
+    lr: float = setting(1e-5, "highest learning rate; it rises, then falls along a cosine")
+    epochs: int = setting(1, "passes over the data")
+    batch_size: int = setting(1, "samples in a micro-batch")
+    max_samples: int | None = setting(None, "train on the first n samples only; null is all")
+    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate rises")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
+    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; inf never")
+    seed: int = setting(0, "of the order of the data, of dropout and of random weights")
+    save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null saves none but at Ctrl-C")
+    resume: bool = setting(False, "go on from the newest checkpoint in the run's folder")
 
     def __post_init__(self) -> None:
         for key in ("epochs", "batch_size"):
@@ -153,14 +157,16 @@ class TrainingConfig:
 class DataConfig:
     """Instruction records: the built-in set, or a JSON or JSONL file of {instruction, input, output}."""
 
-    name: str = "???"
-    path: str | None = None
-    url: str | None = None  # where the file is downloaded from if data.path names none
-    git_blob_id: str | None = None  # of that file: SHA-1 of "blob SIZE\0" and its content; null accepts any
-    cache_dir: str = "~/.cache/llama_ft"  # where it is kept
-    first: int | None = None  # the data set is the first n records of the file
-    max_length: int | None = None  # longer samples are truncated; null is the model's context
-    on_bad_record: OnBadRecord = OnBadRecord.error
+    name: str = setting("???", "which data this is")
+    path: str | None = setting(None, "a JSON or JSONL file of {instruction, input, output}")
+    url: str | None = setting(None, "where the file is downloaded from if data.path names none")
+    git_blob_id: str | None = setting(None, "of that file, as git hash-object prints it; null accepts any")
+    cache_dir: str = setting("~/.cache/llama_ft", "where it is kept")
+    first: int | None = setting(None, "the data set is the first n records of the file; null is all")
+    max_length: int | None = setting(None, "longer samples are truncated; null is the model's context")
+    on_bad_record: OnBadRecord = setting(
+        OnBadRecord.error, "what a record that cannot be used does: stop the run, or be left out and counted"
+    )
 
     def __post_init__(self) -> None:
         if self.first is not None:
@@ -178,10 +184,10 @@ class DataConfig:
 class MatrixRates:
     """Peak rates of dense matrix products in TFLOP/s, as the maker states them; null where a card lacks the format."""
 
-    fp32: float | None = None
-    tf32: float | None = None
-    fp16: float | None = None  # accumulated in fp32
-    bf16: float | None = None
+    fp32: float | None = setting(None, "peak rate of dense matrix products in fp32, TFLOP/s")
+    tf32: float | None = setting(None, "the same in TF32")
+    fp16: float | None = setting(None, "the same in fp16, accumulated in fp32")
+    bf16: float | None = setting(None, "the same in bf16")
 
     def __post_init__(self) -> None:
         for key, rate in asdict(self).items():
@@ -192,12 +198,12 @@ class MatrixRates:
 class GpuConfig:
     """The device to run on. A card's profile also says what the card has; `auto` and `cpu` leave that open."""
 
-    name: str = "???"
-    device: DeviceChoice = DeviceChoice.auto
-    memory_mb: int | None = None  # what PyTorch reports as the card's total memory
-    context_mb: int = 0  # of it, what the CUDA context and its libraries take before the first tensor
-    compute_capability: str | None = None  # such as 8.0
-    bandwidth_gb_s: float | None = None  # peak memory bandwidth in 10**9 bytes per second
+    name: str = setting("???", "which card this is")
+    device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
+    memory_mb: int | None = setting(None, "what PyTorch reports as the card's total memory")
+    context_mb: int = setting(0, "of it, what the CUDA context and its libraries take before the first tensor")
+    compute_capability: str | None = setting(None, "such as 8.0")
+    bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
 
     def __post_init__(self) -> None:
@@ -228,15 +234,15 @@ class GpuConfig:
 class TrackerConfig:
     """Weights & Biases. Local files are written in any case."""
 
-    mode: TrackerMode = TrackerMode.auto
-    project: str = "llama_ft"
+    mode: TrackerMode = setting(TrackerMode.auto, "auto is online where an API key is configured, else offline")
+    project: str = setting("llama_ft", "the W&B project")
 
 
 @dataclass
 class MeasureConfig:
     """What is measured, and under which limit."""
 
-    memory_limit_mb: int | None = None  # CPU: the process's data segment; CUDA: the allocator
+    memory_limit_mb: int | None = setting(None, "CPU: the process's data segment; CUDA: the allocator")
 
     def __post_init__(self) -> None:
         if self.memory_limit_mb is not None:

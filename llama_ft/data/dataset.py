@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from llama_ft.config import DataConfig, OnBadRecord, UserError
+from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
@@ -63,6 +63,22 @@ class Dataset:
 
 def silent(line: str) -> None:
     """Say nothing."""
+
+
+def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Dataset:
+    """The run's samples.
+
+    Raises:
+        UserError: also if the tokenizer is not the model's.
+    """
+    tokenizer = Tokenizer(config.tokenizer_file)
+    if tokenizer.vocab_size != config.model.vocab_size:
+        pieces, expected = tokenizer.vocab_size, config.model.vocab_size
+        raise UserError(
+            f"tokenizer={config.tokenizer_file} has {pieces} pieces, but model={config.model.name} has a vocabulary"
+            f" of {expected}: give the tokenizer that belongs to the model"
+        )
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
 
 
 def load_dataset(

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from llama_ft.config import UserError
 from llama_ft.data.http_get import CHUNK_BYTES, NetworkError, chunks, get, in_a_line
+from llama_ft.files import try_lock
 
 TRIES = 5  # connections for one download
 PAUSE_SECONDS = 2.0  # before the second of them, and so much longer before each one after
@@ -157,7 +158,9 @@ def _partial_file(file: Path, say: Callable[[str], None]) -> Iterator[BinaryIO]:
 
     while True:
         with path.open("a+b") as part:
-            _lock(part, lambda: say(f"another process is downloading {file}: waiting for it"))
+            if not try_lock(part):
+                say(f"another process is downloading {file}: waiting for it")
+                fcntl.flock(part, fcntl.LOCK_EX)
             if not is_at_path(part):  # finished or removed by the process that was waited for
                 continue
             try:
@@ -166,16 +169,6 @@ def _partial_file(file: Path, say: Callable[[str], None]) -> Iterator[BinaryIO]:
                 if part.seek(0, os.SEEK_END) == 0 and is_at_path(part):
                     path.unlink()
             return
-
-
-def _lock(stream: BinaryIO, before_waiting: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        before_waiting()
-        fcntl.flock(stream, fcntl.LOCK_EX)
-    except OSError:  # a file system without locks: what two processes then mix up fails to verify
-        return
 
 
 def _is_whole(file: Path, git_blob_id: str | None) -> bool:

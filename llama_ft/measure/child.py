@@ -18,7 +18,8 @@ from typing import Any, cast
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.measure.interrupts import Interrupts
+from llama_ft.data.dataset import load_data
+from llama_ft.measure.interrupts import Interrupts, interrupts_held_back
 from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, MB, new_result, write_result
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
@@ -51,6 +52,8 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
     """Status and error text for an exception."""
     if isinstance(error, KeyboardInterrupt | BrokenPipeError):  # the latter where our reader, the parent, is gone
         return {"status": "interrupted", "error": f"interrupted during {stage}"}
+    if isinstance(error, UserError):
+        return {"status": "error", "error": str(error)}
     from llama_ft.measure.device import is_out_of_memory
 
     if is_out_of_memory(error):
@@ -58,8 +61,6 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
         if wanted := re.search(r"tried to allocate (\d+) bytes", reason):
             reason = f"could not allocate another {int(wanted[1]) / MB:,.1f} MB"
         return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
-    if isinstance(error, UserError):
-        return {"status": "error", "error": str(error)}
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         file = error.filename or "a file in the run's folder"
         return {"status": "error", "error": f"{file} cannot be written during {stage}: {error.strerror}"}
@@ -73,19 +74,26 @@ def main() -> None:
     run_dir, command = Path(sys.argv[1]), sys.argv[2]
     config = read_config(run_dir)
     result = new_result(config, command)
-    run = None
+    run, stage = None, "start-up"
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
     try:
         stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
-        from llama_ft.measure.run import MeasuredRun
-
         interrupts = Interrupts()
-        run = MeasuredRun(config, run_dir, lambda line: print(line, flush=True), interrupts)
-        interrupts.install()  # not before: half an import of torch cannot be recovered from
+        interrupts.install()
+        stage = "reading the data"
+        dataset = load_data(config, say)  # first, since it needs no torch: what is wrong with it is said at once
+        say(f"data: {dataset.describe()}")
+        with interrupts_held_back():  # half an import of torch cannot be recovered from
+            from llama_ft.measure.run import MeasuredRun
+        run = MeasuredRun(config, dataset, run_dir, say, interrupts)
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
-        ending = failure(error, run.stage if run else "start-up")
+        ending = failure(error, run.stage if run else stage)
     write_result(run_dir, result | (run.result if run else {}) | ending)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from llama_ft.config import DeviceChoice, GpuConfig, UserError
 from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
-from llama_ft.measure.system import NEAR_LIMIT, data_bytes
+from llama_ft.measure.system import NEAR_LIMIT, data_bytes, resident_bytes
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
@@ -85,10 +85,7 @@ def memory_in_use_mb(device: torch.device) -> float:
     """Memory in use now: the allocator's on CUDA, the process's resident set on the CPU. Does not wait."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MB
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MB
-    except OSError:
-        return peak_rss_mb()
+    return resident_bytes(os.getpid()) / MB or peak_rss_mb()
 
 
 def peak_rss_mb() -> float:

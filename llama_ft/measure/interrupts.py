@@ -1,6 +1,8 @@
 """Ctrl-C in a run: at once at first; once there is something to save, at the end of the optimizer step."""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class Interrupts:
@@ -26,3 +28,13 @@ class Interrupts:
         if not self._held:
             raise KeyboardInterrupt
         self._requested = True
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """No interrupt inside; one that comes meanwhile comes at the end. A process started inside begins so too."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.files import write_text
+from llama_ft.measure.interrupts import interrupts_held_back
 from llama_ft.measure.result import (
     CONFIG_FILE,
     LOG_FILE,
@@ -109,16 +109,6 @@ def run_in_child(
             listener.message(f"{run_dir}: {result['error']}")
         raise interrupted
     return result
-
-
-@contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """A process started inside begins with interrupts held back, until it lets them through itself."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""One run, measured: data, weights, techniques, the tracked warm-up, the timed training, what is left behind."""
+"""One run, measured: weights, techniques, the tracked warm-up, the timed training, what is left behind."""
 
 import platform
 from collections.abc import Callable
@@ -10,10 +10,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft import __version__, techniques
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding, collate, epoch_batches
-from llama_ft.data.dataset import Dataset, Sample, load_dataset, silent
-from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.dataset import Dataset, Sample
 from llama_ft.measure.device import (
     Stopwatch,
     choose_device,
@@ -44,8 +43,10 @@ N_EVAL_SAMPLES = 8  # the fixed set whose loss is compared before and after
 class MeasuredRun:
     """A run and what is known of it so far, so that a run that ends early leaves that behind."""
 
-    def __init__(self, config: TrainConfig, run_dir: Path, say: Callable[[str], None], interrupts: Interrupts) -> None:
-        self.config, self.run_dir, self.say, self.interrupts = config, run_dir, say, interrupts
+    def __init__(
+        self, config: TrainConfig, dataset: Dataset, run_dir: Path, say: Callable[[str], None], interrupts: Interrupts
+    ) -> None:
+        self.config, self.dataset, self.run_dir, self.say, self.interrupts = config, dataset, run_dir, say, interrupts
         self.stage = "start-up"
         self.result: dict[str, Any] = {}
 
@@ -61,9 +62,6 @@ class MeasuredRun:
         self.result |= {"device": device_name(device), "versions": versions()}
         precision = make_precision(config, device)
         self.result["compute_dtype"] = str(precision.compute).removeprefix("torch.")
-        self.stage = "reading the data"
-        dataset = load_data(config, self.say)
-        self.say(f"data: {dataset.describe()}")
         if config.memory_limit_mb is not None:
             limit_memory(device, config.memory_limit_mb)
         use_kernels_of(config.gpu)
@@ -75,13 +73,13 @@ class MeasuredRun:
         step = TrainStep(
             model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm
         )
-        self._train(step, dataset, applied.accumulation_steps)
+        self._train(step, applied.accumulation_steps)
         self.stage = "saving"
         if config.training.save:
             save_trained(model, self.run_dir)
 
-    def _train(self, step: TrainStep, dataset: Dataset, accumulation_steps: int) -> None:
-        config, device = self.config, step.device
+    def _train(self, step: TrainStep, accumulation_steps: int) -> None:
+        config, dataset, device = self.config, self.dataset, step.device
         training, padding = config.training, Padding(step.precision.pad_multiple, config.model.context)
 
         def epoch_windows(epoch: int) -> list[Window]:
@@ -167,22 +165,6 @@ def make_precision(config: TrainConfig, device: torch.device) -> Precision:
     if config.optim.mp:
         return mixed_precision(config.mp, device.type, has_bf16(device, config.gpu))
     return Precision(device.type)
-
-
-def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Dataset:
-    """The run's samples.
-
-    Raises:
-        UserError: also if the tokenizer is not the model's.
-    """
-    tokenizer = Tokenizer(config.tokenizer_file)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        pieces, expected = tokenizer.vocab_size, config.model.vocab_size
-        raise UserError(
-            f"tokenizer={config.tokenizer_file} has {pieces} pieces, but model={config.model.name} has a vocabulary"
-            f" of {expected}: give the tokenizer that belongs to the model"
-        )
-    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
 
 
 def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:

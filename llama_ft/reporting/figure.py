@@ -59,11 +59,48 @@ def _runtime_panel(axes: Axes, results: list[dict[str, Any]]) -> None:
 
 def _finish(axes: Axes, results: list[dict[str, Any]], values: list[float | None], xlabel: str) -> None:
     for position, (result, value) in enumerate(zip(results, values, strict=True)):
-        text = amount(value) if result["status"] == "ok" and value is not None else MARKS.get(result["status"], "–")
-        end = value if result["status"] == "ok" and value is not None else 0.0
-        axes.annotate(text, (end, position), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+        _annotate(axes, position, result, value)
+    _tidy(axes, xlabel)
+
+
+def _annotate(axes: Axes, position: float, result: dict[str, Any], value: float | None) -> None:
+    """A bar's value at its end; the mark of a run that failed where its bar would begin."""
+    measured = value if result["status"] == "ok" else None
+    text = MARKS.get(result["status"], "–") if measured is None else amount(measured)
+    end = (measured or 0.0, position)
+    axes.annotate(text, end, xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _tidy(axes: Axes, xlabel: str) -> None:
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.set_xlim(left=0)
     axes.set_xlabel(xlabel, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_comparison(pairs: list[tuple[Group, Group]], file: Path) -> None:
+    """Write one picture with a row of two panels for each pair: A's and B's bars below each other."""
+    heights = [0.62 * len(a.results) + 1.2 for a, _ in pairs]
+    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained", dpi=150)
+    axes = figure.subplots(len(pairs), 2, squeeze=False, height_ratios=heights)
+    panels = (("peak_memory_mb", "peak memory, MB"), ("runtime_s", "runtime, s"))
+    for pair, row in zip(pairs, axes, strict=True):
+        for panel, (key, xlabel) in zip(row, panels, strict=True):
+            _pair_panel(panel, pair, key, xlabel)
+        row[0].set_yticks(range(len(pair[0].results)), [label(r) for r in pair[0].results])
+        row[0].set_title(pair[0].title, loc="left", fontsize=10)
+    handles, names = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(file)
+
+
+def _pair_panel(axes: Axes, pair: tuple[Group, Group], key: str, xlabel: str) -> None:
+    for offset, name, colour, group in zip((-0.2, 0.2), "AB", ("#999999", "#0072B2"), pair, strict=True):
+        positions = [position + offset for position in range(len(group.results))]
+        values = [r[key] if r["status"] == "ok" else 0.0 for r in group.results]
+        axes.barh(positions, values, color=colour, height=0.38, label=name)
+        for position, value, result in zip(positions, values, group.results, strict=True):
+            _annotate(axes, position, result, value)
+    _tidy(axes, xlabel)
+    axes.set_yticks(range(len(pair[0].results)), [])

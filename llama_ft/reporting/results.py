@@ -17,6 +17,7 @@ class Group:
 
     variant: str  # what else the sweep varied, from the folders' names; often empty
     results: list[dict[str, Any]]
+    folders: list[Path]  # of the runs, in the order of their results
 
     @property
     def baseline(self) -> dict[str, Any] | None:
@@ -41,26 +42,31 @@ def read_groups(folder: Path) -> list[Group]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Path]]] = {}
     for file in sorted(folder.rglob(RESULT_FILE)):
-        result = read_result(file.parent)
+        run = file.parent.relative_to(folder)
+        # W&B keeps a copy with its own files.
+        result = None if "wandb" in run.parts else read_result(file.parent)
         if result is None:
             continue
-        run = file.parent.relative_to(folder)
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
         same = (variant, result["model"], result["data"], result["gpu"], result.get("settings_hash"))
-        groups.setdefault(same, []).append(result)
+        groups.setdefault(same, []).append((result, file.parent))
     if not groups:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
-    split = [(key[0], part) for key, results in groups.items() for part in _by_device(results)]
-    return [Group(variant, sorted(results, key=_course_order)) for variant, results in split]
+    return [_group(key[0], part) for key, runs in groups.items() for part in _by_device(runs)]
 
 
-def _by_device(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def _group(variant: str, runs: list[tuple[dict[str, Any], Path]]) -> Group:
+    runs = sorted(runs, key=lambda run: _course_order(run[0]))
+    return Group(variant, [result for result, _ in runs], [folder for _, folder in runs])
+
+
+def _by_device(runs: list[tuple[dict[str, Any], Path]]) -> list[list[tuple[dict[str, Any], Path]]]:
     """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
-    devices = list(dict.fromkeys(r["device"] for r in results if r["device"])) or [None]
-    return [[r for r in results if (r["device"] or devices[0]) == device] for device in devices]
+    devices = list(dict.fromkeys(result["device"] for result, _ in runs if result["device"])) or [None]
+    return [[run for run in runs if (run[0]["device"] or devices[0]) == device] for device in devices]
 
 
 def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:

@@ -131,21 +131,29 @@ def markdown(table: Table) -> str:
     return "\n".join([f"### {table.title}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""])
 
 
-def csv_text(groups: list[Group]) -> str:
-    """For `table2.csv`: a line for each run, numbers unrounded."""
+def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
+    """Columns, and a row for each run, numbers unrounded."""
     plain = (
         "model data gpu device status error peak_memory_mb peak_memory_reserved_mb peak_rss_mb runtime_s samples tokens"
         " tokens_per_s trainable_params total_params trainable_percent eval_loss_before eval_loss_after"
         " compute_dtype skipped_steps config_hash"
     ).split()
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     by_category = [f"memory_mb.{c}" for c in CATEGORIES] + [f"memory_max_mb.{c}" for c in CATEGORIES]
-    writer.writerow(["combination", "variant", *TECHNIQUES, *plain, *by_category])
+    rows = []
     for group in groups:
         for result in group.results:
             values = [result[part] or {} for part in ("memory_mb", "memory_max_mb")]
             techniques = [result["optim"][name] for name in TECHNIQUES]
             row = [result["combination"], group.variant, *techniques, *(result[key] for key in plain)]
-            writer.writerow(row + [value.get(category) for value in values for category in CATEGORIES])
+            rows.append(row + [value.get(category) for value in values for category in CATEGORIES])
+    return ["combination", "variant", *TECHNIQUES, *plain, *by_category], rows
+
+
+def csv_text(groups: list[Group]) -> str:
+    """For `table2.csv`."""
+    columns, rows = records(groups)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
     return out.getvalue()

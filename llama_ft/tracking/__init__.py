@@ -1,11 +1,10 @@
 """Where a run's progress is reported to, behind one small interface: a run's steps, then its result.
 
 The local files (`metrics.jsonl`, `result.json`) are the truth and are written by the run itself; what is here sends
-them on. A tracker that fails says so once and lets the run go on.
+them on, and can send them again later. Tracking that fails says so in a sentence and lets the run go on.
 """
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,20 +45,26 @@ def start_tracker(
     """
     if config.mode is TrackerMode.disabled:
         return NoTracker()
-    from llama_ft.tracking.wandb_run import WandbRun  # wandb takes a second to import
+    from llama_ft.tracking.wandb_run import start_run  # wandb takes a second to import
 
-    mode = config.mode.name
-    if config.mode is TrackerMode.auto:
-        mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
-    return WandbRun(config.project, mode, run_dir, settings, group, warn)
+    return start_run(config, run_dir, settings, group, warn)
 
 
-def has_wandb_key() -> bool:
-    """Whether W&B would find an API key, in the environment or where `wandb login` puts it, without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    netrc = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
-    try:
-        return "api.wandb.ai" in netrc.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return False
+def track_sweep(
+    config: TrackerConfig,
+    sweep_dir: Path,
+    columns: list[str],
+    rows: list[list[Any]],
+    files: Sequence[str],
+    warn: Callable[[str], None],
+) -> None:
+    """Report a sweep as a whole, beside its runs.
+
+    Args:
+        rows: one for each run, a value for each column; the first two name the run.
+        files: of the report, in the sweep's folder.
+    """
+    if config.mode is not TrackerMode.disabled:
+        from llama_ft.tracking.wandb_sweep import send_sweep
+
+        send_sweep(config, sweep_dir, columns, rows, [sweep_dir / name for name in files], warn)
