@@ -1,0 +1,190 @@
+"""README and docs: every command in them composes, every message they quote is said, every link leads somewhere."""
+
+import ast
+import functools
+import itertools
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import MISSING
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from omegaconf import OmegaConf
+
+from llama_ft import cli
+from llama_ft.config import ReportConfig, TrainConfig, config_dir
+
+PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
+SCHEMAS = {"llama_ft.train": TrainConfig, "llama_ft.report": ReportConfig}
+# Lines of other tools.
+OTHER_LINES = (
+    r"python3 -m venv \.venv",
+    r"\.venv/bin/python -m pip install (--constraint requirements\.lock --editable \.|torch==\S+ --index-url \S+)",
+    r'eval "\$\(python -m llama_ft\.train -sc install=bash\)"',  # tests/test_install.py
+    r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
+)
+
+
+def text(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code_lines(page: Path) -> list[str]:
+    """The lines of the shell's code blocks, continued lines joined, comments cut off."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text(page), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [line.partition("   #")[0].strip() for line in lines if line.strip()]
+
+
+LINES = [(page.name, line) for page in PAGES for line in code_lines(page)]
+
+
+def commands(module: str) -> list[tuple[str, ...]]:
+    """The arguments of each `python -m MODULE` in the docs, and in the docs' inline code."""
+    inline = [code for page in PAGES for code in re.findall(r"`(python -m [^`\n]+)`", text(page))]
+    words = [shlex.split(line) for line in [*(line for _, line in LINES), *inline]]
+    found = [tuple(line[3:]) for line in words if line[:3] == ["python", "-m", module]]
+    return list(dict.fromkeys(found))
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z][\w-]*):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize(("page", "line"), LINES)
+def test_every_line_is_of_a_tool_that_is_tested(page: str, line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert {word for word in words[1:] if "=" not in word} <= make_targets()
+    elif words[:2] == ["python", "-m"]:
+        assert words[2] in SCHEMAS or words[2].startswith("benchmarks.")
+    elif words[0].endswith("python") and words[1] == "-c":
+        ast.parse(words[2])
+    elif words[0] == "python":
+        assert (CHECKOUT / words[1]).is_file(), line
+    else:
+        assert any(re.fullmatch(pattern, line) for pattern in OTHER_LINES), line
+
+
+def test_readme_makes_and_trains() -> None:
+    lines = {line for page, line in LINES if page == "README.md"}
+    assert {"make sweep", "make test", "python -m llama_ft.train optim=ga_mp_lora"} <= lines
+
+
+def swept_values(override: Override) -> list[str]:
+    """What the sweep puts in the override's place, one at a time."""
+    if isinstance(override.value(), Glob):
+        options = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
+        return override.value().filter(options)
+    return list(override.sweep_string_iterator())
+
+
+def single_runs(overrides: list[str]) -> Iterator[list[str]]:
+    """The overrides of each run."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = [
+        [f"{override.get_key_element()}={value}" for value in swept_values(override)]
+        if override.is_sweep_override()
+        else [override.input_line]
+        for override in parsed
+    ]
+    yield from (list(choice) for choice in itertools.product(*choices))
+
+
+@pytest.mark.parametrize("arguments", commands("llama_ft.train"), ids=" ".join)
+def test_train_commands_compose(arguments: tuple[str, ...]) -> None:
+    if {"--help", "-sc", "--config-dir"} & set(arguments):
+        return  # tests/test_usage.py, tests/test_install.py; the folder is the reader's
+    cli.register()
+    overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+    runs = list(single_runs(overrides))
+    assert runs
+    assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        for single in runs:
+            assert isinstance(OmegaConf.to_object(compose(config_name="train", overrides=single)), TrainConfig)
+
+
+@pytest.mark.parametrize("arguments", commands("llama_ft.report"), ids=" ".join)
+def test_report_commands_compose(arguments: tuple[str, ...]) -> None:
+    folders = [argument for argument in arguments if "=" not in argument]
+    assert 1 <= len(folders) <= 2
+    cli.composed_config("report", [argument for argument in arguments if "=" in argument], ReportConfig)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_links_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#]+)", text(page))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_keys_in_the_text_exist(page: Path) -> None:
+    """Every `section.key` that is written as code, with or without a value."""
+    sections = TrainConfig.__dataclass_fields__
+    no_keys = {"model.safetensors", "tracker.upload", "optim.neft"}  # a file, report's, CONTRIBUTING's example
+    for section, key in re.findall(r"`(\w+)\.(\w+)\b", text(page)):
+        factory = sections[section].default_factory if section in sections else MISSING
+        if factory is not MISSING and f"{section}.{key}" not in no_keys:
+            assert hasattr(factory(), key), f"{section}.{key}"
+
+
+# Settings
+
+
+def readme_settings() -> list[tuple[str, str]]:
+    """(key, choices or default) of the rows of the README's table of settings."""
+    section = text(CHECKOUT / "README.md").partition("## What can be set")[2]
+    rows = [line.split("|")[1:3] for line in section.splitlines() if re.match(r"\| `\w", line)]
+    return [(key, values.strip()) for keys, values in rows for key in re.findall(r"`([\w.]+)`", keys)]
+
+
+@pytest.mark.parametrize("key", [key for key, _ in readme_settings()])
+def test_readmes_settings_exist(key: str) -> None:
+    schema = OmegaConf.structured(TrainConfig)
+    for part in key.split("."):
+        assert part in schema
+        schema = schema._get_node(part)
+
+
+@pytest.mark.parametrize("group", [folder.name for folder in (CHECKOUT / "conf").iterdir() if folder.is_dir()])
+def test_readme_lists_every_choice_of_a_group(group: str) -> None:
+    options = {file.stem for file in (CHECKOUT / "conf" / group).glob("*.yaml")}
+    listed = {key: values for key, values in readme_settings() if "." not in key}
+    if group in listed:
+        assert set(re.findall(r"`(\w+)`", listed[group])) == options
+    else:
+        assert all(option in text(CHECKOUT / "README.md") for option in options)
+
+
+# Messages
+
+
+@functools.cache
+def constants() -> str:
+    """All text in the code, what is filled in cut out."""
+    files = (CHECKOUT / "llama_ft").rglob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+    return "\0".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def quoted() -> list[str]:
+    headings = re.findall(r"^\*\*(.*)\*\*$", text(CHECKOUT / "docs" / "troubleshooting.md"), re.MULTILINE)
+    return [message for heading in headings for message in re.findall(r"`([^`]+)`", heading)]
+
+
+def test_troubleshooting_has_ten_errors() -> None:
+    assert len(re.findall(r"^\*\*`", text(CHECKOUT / "docs" / "troubleshooting.md"), re.MULTILINE)) >= 10
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_a_quoted_message_is_one_that_is_said(message: str) -> None:
+    """Its longest part without a name or number stands in the code."""
+    parts = [part.strip() for part in re.split(r"\.\.\.|\S*[\d=/]\S*|records\.jsonl", message)]
+    assert max(parts, key=len) in constants()
+    assert len(max(parts, key=len).split()) >= 3
