@@ -1,14 +1,15 @@
 """Runs that are over, sent to W&B from their local files: tracked offline, cut off from the network, or not at all."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrackerConfig, TrackerMode, UserError
 from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, read_result
-from llama_ft.tracking import start_tracker
 
 
 def upload_runs(config: TrackerConfig, run_dirs: list[Path], sweep: str | None, say: Callable[[str], None]) -> None:
@@ -18,29 +19,62 @@ def upload_runs(config: TrackerConfig, run_dirs: list[Path], sweep: str | None, 
         sweep: the name to group the runs by; None for a run by itself.
 
     Raises:
-        UserError: if there is no key to send them with, or tracking fails.
+        UserError: if there is no key to send them with, a file is damaged, or tracking fails.
     """
     if config.mode is TrackerMode.disabled:
         raise UserError("tracker.upload=true with tracker.mode=disabled sends nothing: leave one of them out")
-    from llama_ft.tracking.wandb_run import mode_of
+    from llama_ft.tracking.wandb_run import mode_of, start_run
 
     if config.mode is TrackerMode.auto and mode_of(config) != "online":
-        raise UserError(
-            "W&B has no API key here: run `wandb login`, or give tracker.mode=offline to rebuild the runs"
-            " for `wandb sync`"
-        )
+        asked = os.environ.get("WANDB_MODE")
+        why = f"WANDB_MODE={asked} keeps it" if asked else "without an API key, which `wandb login` keeps, it is"
+        raise UserError(f"W&B gets nothing, {why} offline; tracker.mode=offline rebuilds the runs for `wandb sync`")
     for run_dir in run_dirs:
         if not (run_dir / CONFIG_FILE).exists():  # it was refused before it began
             say(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
             continue
         problems: list[str] = []
-        settings = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG_FILE))
-        assert isinstance(settings, dict)
-        tracker = start_tracker(config, run_dir, {str(k): v for k, v in settings.items()}, sweep, problems.append)
-        metrics = run_dir / METRICS_FILE
-        for line in metrics.read_text(encoding="utf-8").split("\n")[:-1] if metrics.exists() else []:
-            tracker.step(json.loads(line))
-        tracker.finish(read_result(run_dir))
+        settings, group = read_settings(run_dir / CONFIG_FILE), sweep or sweep_of(run_dir)
+        run = start_run(config, run_dir, settings, group, problems.append, may_go_offline=False)
+        for metrics in read_metrics(run_dir / METRICS_FILE):
+            run.step(metrics)
+        place = run.place
+        run.finish(read_result(run_dir))
         if problems:
-            raise UserError(f"{run_dir}: {problems[0]}")
-        say(f"{run_dir.name}: sent")
+            raise UserError(problems[0])
+        say(f"{run_dir.name}: {place}")
+
+
+def sweep_of(run_dir: Path) -> str | None:
+    """The name of the sweep that a run is a row of, if its report lies beside it."""
+    parent = run_dir.absolute().parent
+    return parent.name if (parent / "table2.csv").exists() else None
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A run's resolved config.
+
+    Raises:
+        UserError: naming the file, if it is not one.
+    """
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(file))
+    except Exception as error:  # of the disk, of the encoding, or of the YAML parser's many
+        raise UserError(f"{file} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or not {"optim", "model", "gpu"} <= settings.keys():
+        raise UserError(f"{file} is not the config of a run")
+    return {str(key): value for key, value in settings.items()}
+
+
+def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
+    """The steps of a run, without a last line that was cut off.
+
+    Raises:
+        UserError: naming the file and the line, if one is damaged.
+    """
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{file}, line {number}: {error}") from error

@@ -7,7 +7,7 @@ from typing import Any
 import wandb
 
 from llama_ft.config import TrackerConfig
-from llama_ft.tracking.wandb_run import WandbRun, mode_of
+from llama_ft.tracking.wandb_run import WandbRun
 
 CHARTS = {"peak_memory_mb": "Peak memory, MB", "runtime_s": "Runtime, s", "tokens_per_s": "Tokens/s"}
 
@@ -29,9 +29,9 @@ def send_sweep(
         "name": f"{name}: table",
         "tags": ["sweep"],
     }
-    run = WandbRun(mode_of(config), sweep_dir, about, warn)
+    run = WandbRun(config, sweep_dir, about, warn)
     run.do(lambda run: run.log(media(columns, rows, files)))
-    run.keep(files)
+    run.keep({file.name: file for file in files})
     run.close(ok=True)
 
 
