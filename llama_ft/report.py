@@ -14,9 +14,8 @@ from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import track_sweep
 from llama_ft.tracking.upload import upload_runs
-from llama_ft.usage import Usage
 
-USAGE = Usage(
+USAGE = cli.Usage(
     "report",
     "The tables, pictures and page of a sweep, finished or not; of two sweeps, side by side.",
     "DIR [DIR2] [KEY=VALUE ...]",

@@ -22,7 +22,6 @@ from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import Tracker, start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
-from llama_ft.usage import Usage
 
 FINISHED = ("ok", "oom")  # not to be measured again
 
@@ -187,7 +186,7 @@ def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
         )
 
 
-USAGE = Usage(
+USAGE = cli.Usage(
     "train",
     "Fine-tune LLaMA with one combination of techniques, or with -m with many, each measured in its own process.",
     "[-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",

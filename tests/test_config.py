@@ -41,7 +41,7 @@ YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file i
 # One config a command; the other files are options of a config group.
 PRIMARY = {"train": TrainConfig, "report": ReportConfig}
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 35
+N_YAML_FILES = 36
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}

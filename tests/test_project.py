@@ -3,6 +3,7 @@
 import ast
 import functools
 import importlib.metadata
+import os
 import re
 import resource
 import shlex
@@ -46,8 +47,8 @@ def runtime_requirements() -> list[Requirement]:
 
 
 def direct_requirements() -> list[Requirement]:
-    development = project()["optional-dependencies"]["dev"]
-    return runtime_requirements() + [Requirement(line) for line in development]
+    extras = project()["optional-dependencies"].values()
+    return runtime_requirements() + [Requirement(line) for extra in extras for line in extra]
 
 
 @functools.cache
@@ -69,6 +70,42 @@ def test_torch_is_locked():
     assert locked()["torch"] == Version("2.13.0")
 
 
+# Of PyTorch for CUDA: parts that it requires at exact versions itself.
+CUDA_PACKAGES = ("cuda-", "nvidia-", "triton")
+
+
+def needed_by(requirement: Requirement) -> Iterator[str]:
+    """The packages that a package brings along, as those that are installed say."""
+    environments = [{"extra": extra} for extra in ("", *requirement.extras)]
+    for line in importlib.metadata.requires(requirement.name) or []:
+        needed = Requirement(line)
+        marker = needed.marker
+        if not needed.name.startswith(CUDA_PACKAGES) and (marker is None or any(map(marker.evaluate, environments))):
+            yield str(needed).partition(";")[0]
+
+
+def test_lock_is_complete_and_has_nothing_else():
+    """What `pip install .[dev,llama3]` brings along is all pinned: no machine and no day gives another set."""
+    missing = [requirement.name for requirement in direct_requirements() if not is_installed(requirement.name)]
+    assert missing == [], "make test installs them"
+    found: dict[str, set[str]] = {}  # the extras that were followed, by package
+    following = direct_requirements()
+    while following:
+        requirement = following.pop()
+        name = canonicalize_name(requirement.name)
+        if name not in found or requirement.extras - found[name]:
+            found[name] = found.get(name, set()) | requirement.extras
+            following += map(Requirement, needed_by(requirement))
+    assert found.keys() == locked().keys()
+
+
+def is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
 def environment() -> dict[str, Any]:
     loaded = yaml.safe_load(read("environment.yml"))
     assert isinstance(loaded, dict)
@@ -79,18 +116,19 @@ def test_environment_installs_what_make_installs():
     (pip,) = [entry["pip"] for entry in environment()["dependencies"] if isinstance(entry, dict)]
     in_environment = shlex.split(" ".join(pip))
     commands = [shlex.split(line) for line in read("Makefile").splitlines() if " pip install " in line]
-    (in_make,) = [command for command in commands if ".[dev]" in command and "--constraint" in command]
+    (in_make,) = [command for command in commands if ".[dev,llama3]" in command and "--constraint" in command]
     options = in_make[in_make.index("install") + 1 :]
     assert [option for option in options if option not in ("--quiet", "--disable-pip-version-check")] == in_environment
-    assert in_environment == ["--constraint", "requirements.lock", "--editable", ".[dev]"]
+    assert in_environment == ["--constraint", "requirements.lock", "--editable", ".[dev,llama3]"]
 
 
 def test_environments_python_is_allowed():
     assert environment()["name"] == project()["name"]
-    (python,) = [entry for entry in environment()["dependencies"] if str(entry).startswith("python=")]
+    python, *others = environment()["dependencies"]
+    assert re.fullmatch(r"python=+[\d.]+", python)
+    assert others == ["pip", {"pip": others[1]["pip"]}]  # every other package comes by pip, from the lock
     allowed = SpecifierSet(project()["requires-python"])
     assert allowed.contains(python.removeprefix("python=").lstrip("="))
-    assert "pip" in environment()["dependencies"]
     assert allowed.contains(".".join(map(str, sys.version_info[:3])))
 
 
@@ -155,7 +193,6 @@ LEVELS = [
     ("techniques",),
     ("training", "decoding"),
     ("reporting", "planning", "measure", "tracking"),
-    ("usage",),
     ("cli",),
     (*COMMANDS, "__main__"),
 ]
@@ -217,7 +254,7 @@ def test_model_has_never_heard_of_techniques():
 
 
 def test_hydra_stays_in_the_commands():
-    assert importers("hydra") <= {f"llama_ft.{name}" for name in (*COMMANDS, "cli")}
+    assert {part_of(module) for module in importers("hydra")} <= {*COMMANDS, "cli"}
     assert "llama_ft.train" in importers("hydra")
 
 
@@ -237,12 +274,13 @@ def test_dependencies_are_those_that_are_imported():
         name = found.target.split(".")[0]
         if name != "llama_ft" and name not in sys.stdlib_module_names:
             imported |= {canonicalize_name(distribution) for distribution in providers[name]}
-    assert imported == {canonicalize_name(requirement.name) for requirement in runtime_requirements()}
+    declared = [*runtime_requirements(), *map(Requirement, project()["optional-dependencies"]["llama3"])]
+    assert imported == {canonicalize_name(requirement.name) for requirement in declared}
 
 
 def quick_modules() -> list[str]:
     """What a command imports before it knows what to do."""
-    parts = (*COMMANDS, "__main__", "cli", "usage", "config", "reporting", "tracking")
+    parts = (*COMMANDS, "__main__", "cli", "config", "reporting", "tracking")
     chosen = [module for module in MODULES if part_of(module) in parts]
     return [*chosen, "llama_ft.measure.process", "llama_ft.measure.result"]
 
@@ -317,6 +355,30 @@ def test_ci_runs_the_readmes_test_command_and_then_the_linters():
     assert script[2:] == ["make test", "make lint"]
     assert re.search(r"^make test\b", read("README.md"), re.MULTILINE)
     assert (CHECKOUT / ".ci" / "run").stat().st_mode & 0o111
+
+
+def test_before_a_commit_the_linters_run(tmp_path):
+    """pre-commit itself, with no network, on the real configuration; what `make lint` runs is the Makefile's matter."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    recipe = re.findall(r"^lint:.*\n((?:\t.*\n)+)", read("Makefile"), re.MULTILINE)[0].split("\n\t")
+    assert [line.strip() for line in recipe] == ["$(BIN)/ruff check .", "$(BIN)/ruff format --check .", "$(BIN)/mypy"]
+    for name in (".pre-commit-config.yaml", "pyproject.toml"):
+        shutil.copy(CHECKOUT / name, tmp_path)
+    (tmp_path / "Makefile").write_text("lint:\n\ttouch was_run\n\ttest ! -e wrong.py\n")
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    variables |= {"PRE_COMMIT_HOME": str(tmp_path / ".git" / "pre-commit"), "https_proxy": "http://127.0.0.1:9"}
+
+    def check() -> int:
+        run_there = functools.partial(subprocess.run, cwd=tmp_path, env=variables, capture_output=True, timeout=60)
+        run_there(["git", "add", "--all", "."], check=True)
+        return run_there([sys.executable, "-m", "pre_commit", "run"]).returncode
+
+    subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, env=variables, check=True)
+    assert check() == 0
+    assert (tmp_path / "was_run").exists()
+    (tmp_path / "wrong.py").touch()
+    assert check() == 1
 
 
 def tracked_files() -> list[Path]:

@@ -88,7 +88,7 @@ class TrainConfig:
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
-    tokenizer: str | None = setting(None, "a SentencePiece tokenizer.model; null is the model's own where it has one")
+    tokenizer: str | None = setting(None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own")
 
     def __post_init__(self) -> None:
         name = self.model.name

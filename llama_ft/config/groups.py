@@ -129,7 +129,7 @@ class TrainingConfig:
     warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; inf never")
-    seed: int = setting(0, "of the order of the data, of dropout and of random weights")
+    seed: int = setting(0, "seeds the order of the data, dropout and random weights")
     save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
     save_every: int | None = setting(None, "optimizer steps between checkpoints; null saves none but at Ctrl-C")
     resume: bool = setting(False, "go on from the newest checkpoint in the run's folder")
@@ -160,8 +160,8 @@ class DataConfig:
     name: str = setting("???", "which data this is")
     path: str | None = setting(None, "a JSON or JSONL file of {instruction, input, output}")
     url: str | None = setting(None, "where the file is downloaded from if data.path names none")
-    git_blob_id: str | None = setting(None, "of that file, as git hash-object prints it; null accepts any")
-    cache_dir: str = setting("~/.cache/llama_ft", "where it is kept")
+    git_blob_id: str | None = setting(None, "git blob id of the downloaded file, as git hash-object prints it; null accepts any")
+    cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
     first: int | None = setting(None, "the data set is the first n records of the file; null is all")
     max_length: int | None = setting(None, "longer samples are truncated; null is the model's context")
     on_bad_record: OnBadRecord = setting(
@@ -184,10 +184,10 @@ class DataConfig:
 class MatrixRates:
     """Peak rates of dense matrix products in TFLOP/s, as the maker states them; null where a card lacks the format."""
 
-    fp32: float | None = setting(None, "peak rate of dense matrix products in fp32, TFLOP/s")
-    tf32: float | None = setting(None, "the same in TF32")
-    fp16: float | None = setting(None, "the same in fp16, accumulated in fp32")
-    bf16: float | None = setting(None, "the same in bf16")
+    fp32: float | None = setting(None, "peak rate in fp32, TFLOP/s")
+    tf32: float | None = setting(None, "peak rate in TF32, TFLOP/s")
+    fp16: float | None = setting(None, "peak rate in fp16 accumulated in fp32, TFLOP/s")
+    bf16: float | None = setting(None, "peak rate in bf16, TFLOP/s")
 
     def __post_init__(self) -> None:
         for key, rate in asdict(self).items():
@@ -200,9 +200,9 @@ class GpuConfig:
 
     name: str = setting("???", "which card this is")
     device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
-    memory_mb: int | None = setting(None, "what PyTorch reports as the card's total memory")
-    context_mb: int = setting(0, "of it, what the CUDA context and its libraries take before the first tensor")
-    compute_capability: str | None = setting(None, "such as 8.0")
+    memory_mb: int | None = setting(None, "MB (2**20 bytes) that PyTorch reports as the card's total memory")
+    context_mb: int = setting(0, "MB of that memory that the CUDA context and its libraries take before the first tensor")
+    compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
 
@@ -242,7 +242,7 @@ class TrackerConfig:
 class MeasureConfig:
     """What is measured, and under which limit."""
 
-    memory_limit_mb: int | None = setting(None, "CPU: the process's data segment; CUDA: the allocator")
+    memory_limit_mb: int | None = setting(None, "MB (2**20 bytes) that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit")
 
     def __post_init__(self) -> None:
         if self.memory_limit_mb is not None:

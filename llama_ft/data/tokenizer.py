@@ -1,6 +1,14 @@
-"""LLaMA's tokenizer: byte-pair encoding through SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226)."""
+"""LLaMA's tokenizers, all of them byte-pair encodings.
 
+LLaMA-2's is a SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), `tokenizer.model`. Llama 3's is a list
+of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face.
+"""
+
+import base64
+import binascii
+import re
 from pathlib import Path
+from typing import Protocol
 
 import sentencepiece
 
@@ -8,17 +16,61 @@ from llama_ft.config import UserError
 
 
 class Tokenizer:
-    """A SentencePiece `tokenizer.model`."""
+    """Text to token ids and back, whatever the format of the file."""
 
     def __init__(self, file: Path) -> None:
-        """Load the file.
+        """Load the file; its content says which format it has.
 
         Raises:
-            UserError: if it is missing, or no SentencePiece model with BOS and EOS.
+            UserError: if it is missing, damaged or without BOS and EOS, or the package that reads it is missing.
         """
         if not file.is_file():
             what = "is a folder: give the tokenizer.model in it" if file.is_dir() else "there is no such file"
             raise UserError(f"tokenizer={file}: {what}")
+        self._format = _format(file)
+        self.vocab_size: int = self._format.vocab_size
+        self.bos_id: int = self._format.bos_id
+        self.eos_id: int = self._format.eos_id
+        if self.bos_id < 0 or self.eos_id < 0:
+            raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
+
+    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
+        """Token ids of the text, with BOS before and EOS after it where asked for. Text never spells such a token."""
+        return [self.bos_id] * bos + self._format.encode(text) + [self.eos_id] * eos
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
+        return self._format.decode(ids)
+
+
+class _Format(Protocol):
+    """A loaded file. `bos_id` and `eos_id` are -1 where it has none."""
+
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+def _format(file: Path) -> _Format:
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(1024)
+    except OSError as error:
+        raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+    if re.match(rb'\s*\{\s*"', start):
+        return _HuggingFace(file)
+    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
+        return _Tiktoken(file)
+    return _SentencePiece(file)
+
+
+class _SentencePiece:
+    """LLaMA-2's, and the built-in one."""
+
+    def __init__(self, file: Path) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
@@ -26,14 +78,94 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        if self.bos_id < 0 or self.eos_id < 0:
-            raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
 
-    def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Token ids of the text, with BOS before and EOS after it where asked for."""
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The text of the ids. SentencePiece drops the space it put before a first word."""
         return str(self._processor.decode(ids))
+
+
+class _HuggingFace:
+    """Llama 3's `tokenizer.json`. LLaMA-2's splits spaces otherwise than the SentencePiece model, so it is refused."""
+
+    BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError as error:
+            raise _missing("tokenizers", file) from error
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises nothing narrower
+            raise UserError(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: {error}") from error
+        # What a file says of the batches of its maker is not ours.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # where text spells them, as text
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: number for number, token in added.items() if token.special}
+        if not {self.BOS, self.EOS} <= special.keys():
+            missing = f"it has no {self.BOS} or no {self.EOS}"
+            raise UserError(f"tokenizer={file} is not Llama 3's: {missing}; of LLaMA-2 give tokenizer.model")
+        self.bos_id, self.eos_id = special[self.BOS], special[self.EOS]
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+
+
+class _Tiktoken:
+    """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
+
+    # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
+    # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second.
+    PATTERN = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    N_SPECIAL = 256
+
+    def __init__(self, file: Path) -> None:
+        try:
+            import tiktoken
+        except ImportError as error:
+            raise _missing("tiktoken", file) from error
+        ranks = self._ranks(file)
+        self._encoding = tiktoken.Encoding(
+            file.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
+        )
+        self._n_base = len(ranks)
+        self.vocab_size = self._n_base + self.N_SPECIAL
+        self.bos_id, self.eos_id = self._n_base, self._n_base + 1
+
+    @staticmethod
+    def _ranks(file: Path) -> dict[bytes, int]:
+        """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
+        ranks: dict[bytes, int] = {}
+        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise UserError(f"tokenizer={file} is damaged: line {number} is no token with its rank") from error
+        every_byte = {bytes([value]) for value in range(256)}
+        if sorted(ranks.values()) != list(range(len(ranks))) or not every_byte <= ranks.keys():
+            raise UserError(f"tokenizer={file} is damaged: its ranks are not 0, 1, 2 … or lack a byte")
+        return ranks
+
+    def encode(self, text: str) -> list[int]:
+        return self._encoding.encode_ordinary(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._encoding.decode([token for token in ids if token < self._n_base])
+
+
+def _missing(package: str, file: Path) -> UserError:
+    return UserError(f"tokenizer={file} needs the package {package}: pip install 'llama_ft[llama3]'")

@@ -1,0 +1,91 @@
+"""Composing the config with Hydra, and checking it."""
+
+import re
+import sys
+from dataclasses import asdict, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from llama_ft.cli.explain import TEXTS, not_allowed, type_of
+from llama_ft.config import ReportConfig, TrainConfig, UserError, config_dir
+
+T = TypeVar("T")
+
+
+def register() -> None:
+    """Tell Hydra the schema, and OmegaConf how runs are named."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    ConfigStore.instance().store(name="report_schema", node=ReportConfig)
+    OmegaConf.register_new_resolver("combination", combination, replace=True)
+    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+
+
+def combination(optim: DictConfig) -> str:
+    """`${combination:${optim}}`: the names of the techniques that are on."""
+    return "_".join(str(name) for name, on in optim.items() if on) or "baseline"
+
+
+def run_name(*, _root_: DictConfig) -> str:
+    """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parser = OverridesParser.create()
+    swept = {
+        override.key_or_group
+        for override in parser.parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
+        if override.is_sweep_override()
+    }
+    swept |= set(OmegaConf.select(_root_, "hydra.sweeper.params") or {})
+    varied = [
+        override
+        for override in parser.parse_overrides(list(_root_.hydra.overrides.task))
+        if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
+    ]
+    parts = sorted(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in varied)
+    return ",".join([combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
+
+
+def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
+    """The config of a command that is no Hydra application itself.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    from hydra import compose, initialize_config_dir
+
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        return checked_config(compose(config_name=name, overrides=overrides), overrides, schema)
+
+
+def checked_config(composed: DictConfig, overrides: list[str], schema: type[T]) -> T:
+    """The config as checked dataclasses.
+
+    Raises:
+        UserError: naming the key that is wrong.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, given, expected = override.key_or_group, override.value(), type_of(override.key_or_group)
+        if (
+            (expected is bool and not isinstance(given, bool))  # OmegaConf takes 1 for true
+            or (is_dataclass(expected) and not isinstance(given, str))  # of a list of presets the last would win
+            or (expected in TEXTS and given == "")  # $FILE where that is not set; the built-in one would be taken
+        ):
+            raise UserError(not_allowed(key, override.get_value_element_as_str()))
+    checked = OmegaConf.to_object(composed)
+    assert isinstance(checked, schema)
+    if added := _keys(OmegaConf.to_container(composed)) - _keys(asdict(checked)):  # type: ignore[call-overload]
+        raise UserError(f"{min(added)} is not a key: `+` adds none here")
+    return checked
+
+
+def _keys(settings: Any, prefix: str = "") -> set[str]:
+    """Full names of all keys of a nested dictionary."""
+    if not isinstance(settings, dict):
+        return set()
+    return {f"{prefix}{key}" for key in settings}.union(*(_keys(v, f"{prefix}{k}.") for k, v in settings.items()))

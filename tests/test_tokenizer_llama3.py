@@ -1,0 +1,211 @@
+"""Llama 3's tokenizers, `tokenizer.json` and Meta's `tokenizer.model`, against what their packages say by themselves.
+
+One small vocabulary is trained and written in both formats.
+"""
+
+import base64
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken.load
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from llama_ft.config import DataConfig, ModelConfig, TrainConfig, UserError
+from llama_ft.data.dataset import Record, encode_record, load_data
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+# As Meta publishes it, in parts.
+SPLIT = "|".join(
+    (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+CORPUS = ["The cat sat on the mat, and they'll say it's 12345 times better.\n\n### Response:\n- one\n"] * 20
+TEXTS = [
+    "",
+    "The cat sat.",
+    " the  mat \n\n\n",
+    "they'LL it's 1234567",
+    "### Response:\n- one",
+    "日本 é 🙂\x00\t",
+    f"{BOS}text{EOS}<|reserved_special_token_0|></s>",
+]
+
+
+@dataclass(frozen=True)
+class Files:
+    """The same vocabulary in both formats."""
+
+    json: Path
+    model: Path
+
+    def tokenizer(self, name: str) -> Tokenizer:
+        return Tokenizer(self.file(name))
+
+    def file(self, name: str) -> Path:
+        return self.json if name == "json" else self.model
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    folder = tmp_path_factory.mktemp("llama3")
+    trained = tokenizers.Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated")
+    trained.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    base = sorted(trained.get_vocab(), key=trained.get_vocab().__getitem__)
+    # Tokens' bytes, from how a byte-level decoder reads each of them.
+    byte_of = {trained.token_to_id(letter): value for letter, value in zip(*letters_of_bytes(), strict=True)}
+    letters = {base[number]: bytes([value]) for number, value in byte_of.items()}
+    lines = [base64.b64encode(b"".join(letters[letter] for letter in token)) for token in base]
+    (folder / "tokenizer.model").write_bytes(b"".join(b"%s %d\n" % (line, rank) for rank, line in enumerate(lines)))
+    trained.add_special_tokens([BOS, EOS, *(f"<|reserved_special_token_{number}|>" for number in range(254))])
+    trained.post_processor = processors.TemplateProcessing(
+        f"{BOS} $A", special_tokens=[(BOS, trained.token_to_id(BOS))]
+    )
+    trained.enable_truncation(8)
+    trained.enable_padding(length=16)
+    trained.save(str(folder / "tokenizer.json"))
+    return Files(folder / "tokenizer.json", folder / "tokenizer.model")
+
+
+def letters_of_bytes() -> tuple[list[str], list[int]]:
+    """The letters that stand for bytes in byte-level vocabularies (GPT-2's table), and the bytes."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [value for value in range(256) if value not in visible]
+    return [*map(chr, visible), *(chr(256 + number) for number in range(len(others)))], [*visible, *others]
+
+
+@pytest.fixture(scope="module", params=["json", "model"])
+def tokenizer(request: pytest.FixtureRequest, files: Files) -> Tokenizer:
+    return files.tokenizer(request.param)
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if BOS not in text])
+def test_ids_are_those_of_the_packages(files, text, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
+    reference = tokenizers.Tokenizer.from_file(str(files.json))
+    reference.no_truncation()
+    reference.no_padding()
+    expected = reference.encode(text, add_special_tokens=False).ids
+    assert files.tokenizer("json").encode(text) == expected
+    assert files.tokenizer("json").encode(text, bos=True) == reference.encode(text).ids  # its template adds BOS
+    ranks = tiktoken.load.load_tiktoken_bpe(str(files.model))
+    encoding = tiktoken.Encoding("reference", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens={})
+    assert files.tokenizer("model").encode(text) == encoding.encode(text) == expected
+
+
+def test_special_tokens(tokenizer):
+    """The base vocabulary, then BOS, EOS and 254 others: Llama 3 has 128,000 + 256 so."""
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (556, 300, 301)
+    ids = tokenizer.encode("The cat", bos=True, eos=True)
+    assert ids == [300, *tokenizer.encode("The cat"), 301]
+    assert len(ids) < len("The cat")
+    assert tokenizer.decode([*ids, 302, 555]) == "The cat"
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_cannot_spell_special_tokens(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert all(token < 300 for token in ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_both_formats_say_the_same(files):
+    first, second = files.tokenizer("json"), files.tokenizer("model")
+
+    @settings(derandomize=True, deadline=None)
+    @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+    def check(text: str) -> None:
+        ids = first.encode(text)
+        assert second.encode(text) == ids
+        assert first.decode(ids) == second.decode(ids) == text
+
+    check()
+
+
+@pytest.mark.parametrize("output", ["one", "\n- one", " one", "", "日本"])
+def test_prompt_and_answer_share_out_the_tokens(tokenizer, output):
+    sample = encode_record(Record("Say it.", "", output), tokenizer)
+    prompt, answer = sample.tokens[: sample.n_prompt], sample.tokens[sample.n_prompt :]
+    assert (prompt[0], answer[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert tokenizer.decode(prompt) + tokenizer.decode(answer) == prompt_text("Say it.") + output
+    assert tokenizer.decode(answer).removeprefix(":") == output  # the colon, where one token holds both
+
+
+@pytest.mark.parametrize("name", ["json", "model"])
+def test_data_is_read_with_it_where_it_is_the_models(files, name):
+    def config(vocab_size: int) -> TrainConfig:
+        model = ModelConfig(name="mine", vocab_size=vocab_size, context=1024)
+        return TrainConfig(
+            model=model, data=DataConfig(name="sample"), checkpoint="random", tokenizer=str(files.file(name))
+        )
+
+    dataset = load_data(config(556))
+    assert max(token for sample in dataset.samples for token in sample.tokens) == 301
+    with pytest.raises(UserError, match="has 556 pieces, but model=mine has a vocabulary of 557"):
+        load_data(config(557))
+
+
+@pytest.mark.parametrize(("name", "package"), [("json", "tokenizers"), ("model", "tiktoken")])
+def test_a_missing_package_is_named(files, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(
+        UserError, match=rf"^tokenizer=.* needs the package {package}: pip install 'llama_ft\[llama3\]'$"
+    ):
+        files.tokenizer(name)
+
+
+def test_json_of_another_model(files, tmp_path):
+    content = json.loads(files.json.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != EOS]
+    content["post_processor"] = None
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"tokenizer=.* is not Llama 3's: it has no .*; of LLaMA-2 give tokenizer\.model"
+    ):
+        Tokenizer(file)
+
+
+@pytest.mark.parametrize("content", ['{"version": "1.0"}', '{"version": ', ' {"a": 1}'])
+def test_json_of_something_else(tmp_path, content):
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"tokenizer=.* is not a SentencePiece model, nor a tokenizer\.json: "):
+        Tokenizer(file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda lines: lines[1:], "its ranks are not"),
+        (lambda lines: [*lines, b"AAAA 7"], "its ranks are not"),
+        (lambda lines: [b"AAAA 0", *lines[1:]], "lack a byte"),
+        (lambda lines: [*lines[:-1], b"AAAA"], "line 300 is no token with its rank"),
+        (lambda lines: [*lines[:-1], b"A?AA 299"], "line 300 is no token with its rank"),
+        (lambda lines: [*lines[:-1], lines[-1] + b"x"], "line 300 is no token with its rank"),
+    ],
+)
+def test_damaged_ranks(files, tmp_path, damage, reason):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(b"\n".join(damage(files.model.read_bytes().splitlines())) + b"\n")
+    with pytest.raises(UserError, match=f"tokenizer=.* is damaged: .*{reason}"):
+        Tokenizer(file)
