@@ -1,18 +1,28 @@
-"""`python -m llama_ft.report DIR` on results made by hand, so that every number of the report is known beforehand."""
+"""`python -m llama_ft.report DIR` on results made by hand, so that every number of the report is known beforehand.
+
+The page is looked at in test_page.py.
+"""
 
 import csv
+import io
 import itertools
 import json
-import subprocess
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from conftest import run
 from PIL import Image
+from rich.console import Console
 
-from llama_ft.reporting.sweep import FILES
+from llama_ft.config import UserError
+from llama_ft.reporting import figure, page
+from llama_ft.reporting.comparison import report_comparison
+from llama_ft.reporting.sweep import FILES, report_sweep
 
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 TECHNIQUES = {"ga": {"steps": 8}, "mp": {"frozen_weights": "compute"}, "lora": {"rank": 16}, "gc": {"every": 1}}
@@ -71,8 +81,26 @@ def write(folder: Path, name: str, status: str = "ok", **values: Any) -> dict[st
     return result
 
 
-def report(folder: Path) -> subprocess.CompletedProcess[str]:
-    return run("llama_ft.report", str(folder), cwd=folder.parent)
+@contextmanager
+def undrawn() -> Iterator[None]:
+    """Pictures are left out: drawing takes most of a report's time."""
+    nothing = {"draw_table2": None, "draw_comparison": None, "table2_panels": [b""] * 2, "comparison_panels": [b""] * 2}
+    with ExitStack() as stack:
+        for name, value in nothing.items():
+            module = page if name == "table2_panels" else figure
+            stack.enter_context(patch.object(module, name, lambda *_, value=value: value))
+        yield
+
+
+def report(*folders: Path, columns: int = 80, terminal: bool = False) -> CompletedProcess[str]:
+    """As the command would end, without starting it: a process for each test would take seconds."""
+    out = io.StringIO()
+    console = Console(file=out, width=columns, force_terminal=terminal, no_color=True)
+    try:
+        (report_sweep if len(folders) == 1 else report_comparison)(*folders, console)
+    except UserError as error:
+        return CompletedProcess([], 2, out.getvalue(), f"error: {error}\n")
+    return CompletedProcess([], 0, out.getvalue(), "")
 
 
 def tables(text: str) -> list[dict[str, list[str]]]:
@@ -112,8 +140,8 @@ def half_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reported(half_finished: Path) -> tuple[subprocess.CompletedProcess[str], Path]:
-    return report(half_finished), half_finished
+def reported(half_finished: Path) -> tuple[CompletedProcess[str], Path]:
+    return run("llama_ft.report", str(half_finished), cwd=half_finished.parent), half_finished
 
 
 def test_a_half_finished_sweep_has_a_report(reported: Any) -> None:
@@ -223,7 +251,8 @@ def test_sixteen_combinations_become_two_tables_side_by_side_no_wider_than_80_co
     folder = tmp_path / "sweep"
     for name in combinations():
         write(folder, name)
-    done = report(folder)
+    with undrawn():
+        done = report(folder)
     (table,) = tables((folder / "table2.md").read_text())
     assert table["GC"] == ["OFF"] * 8 + ["ON"] * 8
     assert table["GA"] == (["OFF"] * 4 + ["ON"] * 4) * 2
@@ -244,7 +273,8 @@ def test_the_table_of_a_real_sweep_fits_into_80_columns_whole(tmp_path: Path) ->
         write(folder, name, model="llama2_7b", **size)
     write(folder, names[6], "killed", model="llama2_7b")
     write(folder, names[7], "interrupted", model="llama2_7b")
-    lines = report(folder).stdout.splitlines()
+    with undrawn():
+        lines = report(folder).stdout.splitlines()
     rows = [line.split()[-8:] for line in lines]
     assert [f"{103_457 + n:,}" for n in range(6)] + ["killed", "stopped"] in rows
     assert ["113,457"] * 6 + ["killed", "stopped"] in rows
@@ -320,11 +350,21 @@ def test_a_folder_is_asked_for(tmp_path: Path) -> None:
     assert "DIR" in done.stderr.strip().splitlines()[-1]
 
 
+def test_a_file_that_cannot_be_written_is_said_in_a_line_and_none_is_left_half(tmp_path: Path) -> None:
+    write(tmp_path, "baseline")
+    (tmp_path / "report.html").mkdir()
+    done = report(tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: the report cannot be written into {tmp_path}: Is a directory\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["baseline", *FILES])  # nothing temporary
+
+
 @pytest.mark.parametrize("columns", [30, 60, 140])
 def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, columns: int) -> None:
     for number, name in enumerate(("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")):
         write(tmp_path, name, peak_memory_mb=103_000.0 + number)
-    done = run("llama_ft.report", str(tmp_path), cwd=tmp_path, env={"COLUMNS": str(columns)})
+    with undrawn():
+        done = report(tmp_path, columns=columns)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
     assert all(f"103,00{number}" in done.stdout for number in range(8))
@@ -335,6 +375,57 @@ def test_runs_with_other_settings_or_on_another_device_have_tables_of_their_own(
         file = tmp_path / name / "result.json"
         result = write(tmp_path, name) | {"settings_hash": "a"} | values
         file.write_text(json.dumps(result))
-    done = run("llama_ft.report", str(tmp_path), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    assert report(tmp_path).returncode == 0
     assert (tmp_path / "table2.md").read_text().count("### ") == 3
+
+
+def test_a_run_that_was_refused_stands_in_its_sweeps_table(tmp_path: Path) -> None:
+    """It has no hashes, and its values, such as the batch, may be any."""
+    write(tmp_path, "ga", settings_hash="a")
+    refused = {"config_hash": None, "settings_hash": None, "batch_size": -1, "gpu": "auto"}
+    write(tmp_path, "baseline", "error", error="training.batch_size=-1 is not allowed", **refused)
+    assert report(tmp_path).returncode == 0
+    text = (tmp_path / "table2.md").read_text()
+    (table,) = tables(text)
+    assert table["Peak memory, MB"] == ["error", "100"]
+    assert "every 8 samples instead of every 1." in text
+
+
+def test_the_result_of_an_earlier_version_has_a_report(tmp_path: Path) -> None:
+    """It holds the keys of schema 1 that are always there, and what was measured then."""
+    result = write(tmp_path, "baseline")
+    later = (
+        "eval_loss_before",
+        "eval_loss_after",
+        "peak_memory_reserved_mb",
+        "memory_instant",
+        "tokens_per_s",
+        "ledger",
+    )
+    old = {key: value for key, value in result.items() if key not in later}
+    (tmp_path / "baseline" / "result.json").write_text(json.dumps(old))
+    assert report(tmp_path).returncode == 0
+    (table,) = tables((tmp_path / "table2.md").read_text())
+    assert table["Peak memory, MB"] == ["100"]
+    assert "Loss after" not in table
+
+
+def test_notes_are_broken_at_the_width_of_a_terminal_and_whole_in_a_file(tmp_path: Path) -> None:
+    write(tmp_path, "baseline")
+    write(tmp_path, "lora", "error", error="one two three " * 20)
+    shown = report(tmp_path, terminal=True).stdout
+    assert max(len(line.rstrip()) for line in shown.splitlines() if str(tmp_path) not in line) <= 80 + len(
+        "\x1b[2m\x1b[0m"
+    )
+    assert f"lora: {('one two three ' * 20).strip()}" in report(tmp_path).stdout
+
+
+def test_the_limit_is_in_the_picture_where_it_is_one_on_the_allocator() -> None:
+    def result(reserved: float | None, limit: int | None) -> dict[str, Any]:
+        key = {"peak_memory_mb": 30_000.0, "peak_memory_reserved_mb": reserved, "memory_limit_mb": limit}
+        return {"status": "ok", **key}
+
+    assert figure.limit_in_picture([result(33_000.0, 40_000)]) == 40_000
+    assert figure.limit_in_picture([result(33_000.0, None)]) is None
+    assert figure.limit_in_picture([result(33_000.0, 500_000)]) is None  # the bars would be slivers
+    assert figure.limit_in_picture([result(None, 40_000)]) is None  # on the CPU it is one on the process

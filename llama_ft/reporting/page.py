@@ -1,132 +1,135 @@
 """A sweep's report as one HTML page that needs nothing but itself."""
 
-import base64
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from llama_ft.measure.result import CATEGORIES, CONFIG_FILE
-from llama_ft.reporting.curves import curves_svg, read_metrics
+from llama_ft.reporting.curves import MOST_POINTS, run_charts
+from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, limit_in_picture, table2_panels
+from llama_ft.reporting.markup import document, facts, head_row, legend, notes, pictures, row, table, text
 from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, label
-from llama_ft.reporting.table2 import MARKS, Table, amount
+from llama_ft.reporting.table2 import MAIN, MARKS, Table, amount
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; margin: 0 auto; max-width: 72rem;
-  padding: 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; margin: 1rem 0; }
-th, td { padding: .25rem .75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
-th:first-child { text-align: left; position: sticky; left: 0; background: #fff; font-weight: 500; }
-tr.heading th, tr.heading td { font-weight: 600; } tr.rule > * { border-bottom: 2px solid #888; }
-tr.main > * { font-weight: 600; } td.bad, .bad { color: #b3261e; } td.changed { background: #fff3d6; }
-img { max-width: 100%; height: auto; } .curves svg { width: 100%; min-width: 56rem; height: auto; }
-details { border: 1px solid #e3e3e3; border-radius: .4rem; margin: .5rem 0; padding: .4rem .8rem; }
-summary { cursor: pointer; } summary small { color: #555; margin-left: .75rem; }
-pre { background: #f6f6f6; padding: .75rem; overflow-x: auto; font-size: .8rem; }
-ul.notes { color: #555; font-size: .9rem; }
-"""
+ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
+CURVES_NOTE = (
+    f"Over the optimizer steps; of more than {MOST_POINTS}, the mean of each stretch, shaded from its least to its"
+    " greatest. Memory in use: on CUDA what the allocator has given, on the CPU the whole process."
+)
+
+Metrics = dict[Path, list[dict[str, Any]]]
 
 
-def document(title: str, body: list[str]) -> str:
-    """A whole page."""
-    return "\n".join(
-        [
-            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n<h1>{escape(title)}</h1>",
-            *body,
-            "</body></html>\n",
-        ]
-    )
+def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: Metrics) -> str:
+    """For each group its table and picture, memory by category, and each run with all that is known of it.
+
+    Args:
+        folder: of the sweep.
+        tables: of the groups, in their order.
+        metrics: the steps of each run, by its folder.
+    """
+    name = folder.resolve().name
+    body = [f'<h1>{text(name)}</h1>\n<p class="soft">Report of llama_ft · {text(_endings(groups))}</p>']
+    for group, numbers in zip(groups, tables, strict=True):
+        body += [f"<h2>{text(group.title)}</h2>", table2_of(numbers), pictures_of(group), notes(numbers.notes)]
+        body += ["<h3>Memory at the peak, MB</h3>", memory_table(group), "<h3>Runs</h3>"]
+        runs = zip(group.results, group.folders, strict=True)
+        body += [run_section(result, run_dir, folder, metrics[run_dir]) for result, run_dir in runs]
+    return document(f"{name} · llama_ft", body)
 
 
-def sweep_page(name: str, groups: list[Group], tables: list[Table], picture: Path) -> str:
-    """Tables, picture, and for each run its curves, environment, command and config."""
+def _endings(groups: list[Group]) -> str:
+    statuses = [result["status"] for group in groups for result in group.results]
+    counts = [f"{statuses.count(status)} {words}" for status, words in ENDINGS.items() if status in statuses]
+    return f"{len(statuses)} {'run' if len(statuses) == 1 else 'runs'}: {', '.join(counts)}"
+
+
+def table2_of(numbers: Table) -> str:
+    """Table 2: a column for each combination."""
+    head = [head_row(name, cells) for name, cells in numbers.techniques]
     body = []
-    for table in tables:
-        rows = [table_row(cells, text, "heading") for text, cells in table.techniques]
-        rows += [table_row(cells, text, _kind(text)) for text, cells in table.rows]
-        body += [f"<h2>{escape(table.title)}</h2>", table_of(rows), notes(table.notes)]
-    body += [f'<p><img alt="Peak memory by category, and runtime" src="{data_url(picture)}"></p>']
-    for group in groups:
-        body += [f"<h2>Memory at the peak, MB · {escape(group.title)}</h2>", memory_table(group)]
-    for group in groups:
-        body += [f"<h2>Runs · {escape(group.title)}</h2>"]
-        body += [run_section(result, folder) for result, folder in zip(group.results, group.folders, strict=True)]
-    return document(name, body)
+    for name, cells in numbers.rows:
+        kind = "main" if name.startswith(MAIN) else "sub" if name.startswith(" ") else ""
+        body.append(row(name.strip(), cells, kind))
+    return table(numbers.title, head, body, "many" if len(numbers.techniques[0][1]) > 8 else "")
 
 
-def comparison_page(title: str, tables: list[Table], picture: Path) -> str:
-    """Two sweeps side by side, differences marked."""
-    body = []
-    for table in tables:
-        rows = [table_row(cells, text, "heading") for text, cells in table.techniques]
-        for text, cells in table.rows:
-            changed = ["changed" if text.strip() == "difference" and cell != "=" else "" for cell in cells]
-            rows.append(table_row(cells, text, "rule" if text.strip() == "difference" else "", changed))
-        body += [f"<h2>{escape(table.title)}</h2>", table_of(rows), notes(table.notes)]
-    body.append(f'<p><img alt="Peak memory and runtime, A beside B" src="{data_url(picture)}"></p>')
-    return document(title, body)
-
-
-def _kind(text: str) -> str:
-    return "main" if text.startswith(("Peak memory", "Runtime")) else ""
-
-
-def table_of(rows: list[str]) -> str:
-    """Rows as a table that scrolls sideways where it is too wide."""
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
-
-
-def table_row(cells: list[str], name: str, kind: str = "", classes: list[str] | None = None) -> str:
-    """A row, with a class for each cell where one is given; marks of failed runs have theirs."""
-    marks = classes or ["bad" if cell in MARKS.values() else "" for cell in cells]
-    inner = "".join(
-        f'<td class="{mark}">{escape(cell)}</td>' if mark else f"<td>{escape(cell)}</td>"
-        for cell, mark in zip(cells, marks, strict=True)
-    )
-    return f'<tr class="{kind}"><th>{escape(name.strip())}</th>{inner}</tr>\n'
-
-
-def notes(lines: list[str]) -> str:
-    """The notes under a table."""
-    return f'<ul class="notes">{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul>'
-
-
-def data_url(picture: Path) -> str:
-    """A picture's content, to stand in the page."""
-    return f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+def pictures_of(group: Group) -> str:
+    """Memory and runtime as bars, and what the colours are."""
+    colours = [(category.replace("_", " "), colour, False) for category, colour in COLOURS.items()]
+    limit = limit_in_picture(group.results)
+    limits = [(f"limit {limit:,} MB", LIMIT_COLOUR, True)] if limit is not None else []
+    return legend(colours + limits) + pictures(table2_panels(group), ["peak memory by category", "runtime"])
 
 
 def memory_table(group: Group) -> str:
     """Each run's memory by category at the instant of its peak, and the instant."""
     names = [category.replace("_", " ") for category in CATEGORIES]
-    rows = [table_row([*names, "sum", "instant"], "", "heading rule")]
+    rows = []
     for result in group.results:
         if result["status"] == "ok" and result["memory_mb"]:
             memory = [amount(result["memory_mb"][category]) for category in CATEGORIES]
             cells = [*memory, amount(sum(result["memory_mb"].values())), result["memory_instant"] or "–"]
         else:
-            cells = [MARKS.get(result["status"], "–"), *["–"] * (len(names) + 1)]
-        rows.append(table_row(cells, label(result)))
-    return table_of(rows)
+            cells = [*["–"] * len(names), MARKS.get(result["status"], "–"), "–"]
+        rows.append(row(label(result), cells))
+    return table("Memory at the peak", [head_row("", [*names, "sum", "during"])], rows)
 
 
-def run_section(result: dict[str, Any], folder: Path) -> str:
-    """A run, folded: what it ended with, its curves, and what is needed to repeat it."""
-    failed = result["status"] != "ok"
-    title = f"<b>{escape(label(result))}</b><small{' class=bad' if failed else ''}>{escape(ending(result))}</small>"
-    metrics = read_metrics(folder)
-    parts = [f'<div class="wide curves">{curves_svg(metrics)}</div>' if metrics else "<p>No steps were trained.</p>"]
-    versions = {key: value for key, value in (result["versions"] or {}).items() if value}
-    environment = [f"device: {result['device']}"] if result["device"] else []
-    environment += [f"{key} {value}" for key, value in versions.items()]
-    parts.append(f"<p>{escape(' · '.join(environment))}</p><pre>{escape(result['command'])}</pre>")
-    config = folder / CONFIG_FILE
-    if config.exists():
-        text = escape(config.read_text(encoding="utf-8"))
-        parts.append(f"<details><summary>config.yaml</summary><pre>{text}</pre></details>")
-    return f"<details><summary>{title}</summary>{''.join(parts)}</details>\n"
+def run_section(result: dict[str, Any], run_dir: Path, folder: Path, metrics: list[dict[str, Any]]) -> str:
+    """A run, folded: how it ended, its curves, and what is needed to repeat it."""
+    kind = ' class="bad"' if result["status"] != "ok" else ""
+    parts = [f"<summary><b>{text(label(result))}</b><span{kind}>{text(ending(result))}</span></summary>"]
+    if metrics:
+        parts.append(f'<div class="charts">{run_charts(metrics)}</div><p class="notes">{CURVES_NOTE}</p>')
+    else:
+        parts.append('<p class="soft">No optimizer step was finished.</p>')
+    place = Path(folder.resolve().name) / run_dir.relative_to(
+        folder
+    )  # however the folder was named on the command line
+    parts.append(facts(_facts(result, place.as_posix())))
+    if result["ledger"]:
+        parts.append(f"<details><summary>Tensors at the peak</summary>{ledger_table(result['ledger'])}</details>")
+    config = run_dir / CONFIG_FILE
+    if config.is_file():
+        content = text(config.read_text(encoding="utf-8", errors="replace"))
+        parts.append(f"<details><summary>{CONFIG_FILE}</summary><pre>{content}</pre></details>")
+    return f"<details>{''.join(parts)}</details>\n"
+
+
+def _facts(result: dict[str, Any], place: str) -> list[tuple[str, str]]:
+    """What the table does not hold: environment, command, and what was trained on what."""
+    versions = ", ".join(f"{key} {value}" for key, value in (result["versions"] or {}).items() if value)
+    given = [("Command", f"<code>{text(result['command'])}</code>"), ("Folder", f"<code>{text(place)}</code>")]
+    if result["device"]:
+        given.append(("Device", text(result["device"])))
+    if versions:
+        given.append(("Versions", text(versions)))
+    if result["total_params"]:
+        counts = f"{result['trainable_params']:,} of {result['total_params']:,} ({result['trainable_percent']:.3g} %)"
+        given.append(("Trainable parameters", counts))
+    if result["samples"]:
+        given.append(("Trained on", f"{result['samples']:,} samples, {result['tokens'] or 0:,} tokens"))
+    for name, key in (("Compute dtype", "compute_dtype"), ("Skipped steps", "skipped_steps")):
+        if result[key]:
+            given.append((name, text(result[key])))
+    if result["resumed_at_step"]:
+        given.append(("Resumed", f"at optimizer step {text(result['resumed_at_step'])}"))
+    if result["config_hash"]:
+        given.append(("Config hash", f"<code>{text(result['config_hash'])}</code>"))
+    return given
+
+
+def ledger_table(ledger: list[dict[str, Any]]) -> str:
+    """What the memory at the peak consists of, by category and dtype."""
+    lines = sorted(ledger, key=lambda line: (CATEGORIES.index(line["category"]), line["dtype"]))
+    rows = []
+    for line in lines:
+        item = f" ({line['item']})" if line.get("item") else ""
+        rows.append(
+            row(
+                line["category"].replace("_", " ") + item,
+                [line["dtype"], "<0.01" if 0 < line["mb"] < 0.005 else amount(line["mb"])],
+            )
+        )
+    return table("Tensors at the peak", [head_row("", ["dtype", "MB"])], rows)

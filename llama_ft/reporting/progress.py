@@ -62,6 +62,9 @@ def ending(result: dict[str, Any]) -> str:
     """One line for a run that is over."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['error']}"
-    losses = f"loss {result['eval_loss_before']:.3f} before, {result['eval_loss_after']:.3f} after"
-    memory, seconds = amount(result["peak_memory_mb"]), amount(result["runtime_s"])
-    return f"ok: peak {memory} MB, {seconds} s, {result['tokens_per_s']:,.0f} tokens/s, {losses}"
+    parts = [f"peak {amount(result['peak_memory_mb'])} MB", f"{amount(result['runtime_s'])} s"]
+    if result["tokens_per_s"] is not None:
+        parts.append(f"{result['tokens_per_s']:,.0f} tokens/s")
+    if None not in (result["eval_loss_before"], result["eval_loss_after"]):  # earlier versions measured neither
+        parts.append(f"loss {result['eval_loss_before']:.3f} before, {result['eval_loss_after']:.3f} after")
+    return f"ok: {', '.join(parts)}"

@@ -42,7 +42,7 @@ def read_groups(folder: Path) -> list[Group]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Path]]] = {}
+    found: list[tuple[tuple[str, ...], dict[str, Any], Path]] = []
     for file in sorted(folder.rglob(RESULT_FILE)):
         run = file.parent.relative_to(folder)
         # W&B keeps a copy with its own files.
@@ -51,10 +51,15 @@ def read_groups(folder: Path) -> list[Group]:
             continue
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
-        same = (variant, result["model"], result["data"], result["gpu"], result.get("settings_hash"))
-        groups.setdefault(same, []).append((result, file.parent))
-    if not groups:
+        found.append(((variant, result["model"], result["data"], result["gpu"]), result, file.parent))
+    if not found:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
+    # A run that was refused before it began has no hash: it stays with the others of its sweep.
+    began = {subject: result.get("settings_hash") for subject, result, _ in reversed(found) if result["config_hash"]}
+    groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Path]]] = {}
+    for subject, result, run_dir in found:
+        settings = result.get("settings_hash") if result["config_hash"] else began.get(subject)
+        groups.setdefault((*subject, settings), []).append((result, run_dir))
     return [_group(key[0], part) for key, runs in groups.items() for part in _by_device(runs)]
 
 
@@ -76,3 +81,8 @@ def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:
 def label(result: dict[str, Any]) -> str:
     """The combination for people: `GA+MP+LoRA`."""
     return "+".join(LABELS[name] for name in TECHNIQUES if result["optim"][name]) or "baseline"
+
+
+def limit_of(results: list[dict[str, Any]]) -> int | None:
+    """The memory limit in MB that the runs of a group had."""
+    return next((r["memory_limit_mb"] for r in results if r["memory_limit_mb"] is not None), None)

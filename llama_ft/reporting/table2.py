@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from llama_ft.measure.result import CATEGORIES
-from llama_ft.reporting.results import LABELS, TECHNIQUES, Group
+from llama_ft.reporting.results import LABELS, TECHNIQUES, Group, limit_of
 
+MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
+CHANGED = "changed"  # for the difference between a number and a mark
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
+COLOURS = dict.fromkeys(MARKS.values(), "red") | {CHANGED: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -61,14 +67,15 @@ def _cell(result: dict[str, Any], key: str, form: Callable[[float], str]) -> str
 
 def _relative(group: Group, key: str) -> list[str]:
     base = group.baseline
-    if base is None:
+    if base is None or not base[key]:
         return ["–"] * len(group.results)
-    return [f"{r[key] / base[key]:.0%}" if r["status"] == "ok" else MARKS[r["status"]] for r in group.results]
+    return [_cell(r, key, lambda value: f"{value / base[key]:.0%}") for r in group.results]
 
 
 def _notes(group: Group) -> list[str]:
     results = group.results
-    settings, batch = results[0]["techniques"], results[0]["batch_size"]
+    began = next((r for r in results if r["config_hash"]), results[0])  # a refused run's values may be any
+    settings, batch = began["techniques"], began["batch_size"]
     notes = []
     if any(r["optim"]["ga"] for r in results):
         steps = settings["ga"]["steps"]
@@ -90,15 +97,18 @@ def _notes(group: Group) -> list[str]:
         notes.append(
             "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
         )
-    limit, gpu = results[0]["memory_limit_mb"], results[0]["gpu"]
+    limit, gpu = limit_of(results), results[0]["gpu"]
     if gpu not in ("auto", "cpu") and limit is not None and any(r["device"] for r in results):
         notes.append(
             f"gpu={gpu}: the allocator has that card's {limit:,} MB; times are those of the device named above."
         )
     if any(r["status"] == "oom" for r in results):
-        notes.append("×: out of memory" + (f" (limit {limit:,} MB)." if limit else "."))
+        on_cpu = any(r["status"] == "ok" and not r["peak_memory_reserved_mb"] for r in results)
+        holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
+        notes.append("×: out of memory" + (f" (limit {limit:,} MB{holder})." if limit else "."))
     notes.append("Loss: of the first 8 training samples, without dropout.")
-    notes += [f"{r['combination']}: {r['error']}" for r in results if r["status"] in ("killed", "interrupted", "error")]
+    failed = [r for r in results if r["status"] in ("killed", "interrupted", "error")]
+    notes += [f"{r['combination']}: {' '.join(str(r['error']).split())}" for r in failed]
     return notes
 
 
@@ -119,16 +129,37 @@ def terminal(table: Table, width: int) -> list[RichTable]:
             view.add_row(name, *cells[columns])
         view.add_section()
         for name, cells in table.rows:
-            view.add_row(name, *cells[columns], style="bold" if name.startswith(("Peak memory", "Runtime")) else None)
+            style = "bold" if name.startswith(MAIN) or not any(cells) else None
+            view.add_row(name, *(Text(cell, COLOURS.get(cell, "")) for cell in cells[columns]), style=style)
         parts.append(view)
     return parts
+
+
+def print_table(table: Table, console: Console) -> None:
+    """The table with its title and notes. Lines are broken at a terminal's width; in a file each stays whole."""
+    console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    for view in terminal(table, console.width):
+        console.print(view)
+        console.print()
+    print_notes(table.notes, console)
+
+
+def print_notes(lines: list[str], console: Console) -> None:
+    """Notes, each on a line of its own."""
+    for line in lines:
+        if console.is_terminal:
+            console.print(Padding(Text(line, "dim"), (0, 0, 0, 2), expand=False))
+        else:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def markdown(table: Table) -> str:
     """For `table2.md`."""
     rows = [f"| {name.strip()} | {' | '.join(cells)} |" for name, cells in [*table.techniques, *table.rows]]
     rule = "|---|" + "---:|" * len(table.techniques[0][1])
-    return "\n".join([f"### {table.title}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""])
+    return "\n".join(
+        [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]
+    )
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
