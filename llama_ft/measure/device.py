@@ -118,7 +118,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if not isinstance(error, RuntimeError | OSError | ImportError):
         return False
     # oneDNN says no more than this, for other reasons too.
-    unclear = "could not create a primitive" in str(error)
+    unclear = re.search("could not (create|execute) a primitive", str(error)) is not None
     return bool(OUT_OF_MEMORY_TEXT.search(str(error))) or (unclear and is_near_data_limit())
 
 

@@ -15,7 +15,8 @@ h1 { font-size: 1.6rem; margin: .5rem 0; } h2 { font-size: 1.25rem; margin: 2.5r
 h3 { font-size: 1.05rem; margin: 2rem 0 0; } p { margin: .5rem 0; } .soft, .notes { color: var(--soft); }
 .notes { font-size: .9rem; } ul.notes { padding-left: 1.2rem; } .bad { color: #b3261e; }
 .wide { overflow-x: auto; margin: 1rem 0; background: linear-gradient(to left, #fff 40%, #fff0) right top / 3rem 200%
-  no-repeat local, linear-gradient(to left, #0003, #0000) right / .7rem 100% no-repeat scroll; }
+  no-repeat local, linear-gradient(to left, #0003, #0000) right top / .7rem calc(100% - 2px)
+  no-repeat scroll; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 400; } tr > th:first-child { text-align: left; position: sticky; left: 0; background: #fff;
@@ -25,7 +26,7 @@ thead th { font-weight: 600; border: 0; padding-block: .1rem; } thead tr:last-ch
   padding-inline: .3rem; } table:not(.texts) :is(th, td) { min-width: 2.2rem; }
 .main > * { font-weight: 600; } .section > * { font-weight: 600; border-bottom: 0; padding-top: .7rem; }
 tr.sub > th:first-child { padding-left: 1rem; color: var(--soft); } .texts :is(th, td) {
-  text-align: left; } .texts td { white-space: normal; overflow-wrap: anywhere; min-width: 3.8rem; }
+  text-align: left; } .texts td { white-space: normal; overflow-wrap: break-word; }
 td.better { background: #d6e9f8; } td.worse { background: #fde3c8; }
 td.changed { background: #ffef9e; font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .5rem 1.5rem;
