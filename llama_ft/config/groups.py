@@ -160,7 +160,9 @@ class DataConfig:
     name: str = setting("???", "which data this is")
     path: str | None = setting(None, "a JSON or JSONL file of {instruction, input, output}")
     url: str | None = setting(None, "where the file is downloaded from if data.path names none")
-    git_blob_id: str | None = setting(None, "git blob id of the downloaded file, as git hash-object prints it; null accepts any")
+    git_blob_id: str | None = setting(
+        None, "git blob id of the downloaded file, as git hash-object prints it; null accepts any"
+    )
     cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
     first: int | None = setting(None, "the data set is the first n records of the file; null is all")
     max_length: int | None = setting(None, "longer samples are truncated; null is the model's context")
@@ -201,7 +203,9 @@ class GpuConfig:
     name: str = setting("???", "which card this is")
     device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
     memory_mb: int | None = setting(None, "MB (2**20 bytes) that PyTorch reports as the card's total memory")
-    context_mb: int = setting(0, "MB of that memory that the CUDA context and its libraries take before the first tensor")
+    context_mb: int = setting(
+        0, "MB of that memory that the CUDA context and its libraries take before the first tensor"
+    )
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
@@ -242,7 +246,9 @@ class TrackerConfig:
 class MeasureConfig:
     """What is measured, and under which limit."""
 
-    memory_limit_mb: int | None = setting(None, "MB (2**20 bytes) that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit")
+    memory_limit_mb: int | None = setting(
+        None, "MB (2**20 bytes) that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit"
+    )
 
     def __post_init__(self) -> None:
         if self.memory_limit_mb is not None:

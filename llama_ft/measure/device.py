@@ -57,7 +57,8 @@ def device_name(device: torch.device) -> str:
     except OSError:
         match = None
     name = match[1] if match else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 class Stopwatch:
