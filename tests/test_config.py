@@ -153,6 +153,7 @@ PUBLISHED_PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,
+    "llama3_8b": 8_030_261_248,
     "tinyllama_1b": 1_100_048_384,
     "llama2_7b_1layer": one_layer_of_7b(),
 }
@@ -611,4 +612,4 @@ def test_checks_run_without_hydra_too():
 
 def test_the_checkout_is_what_is_tested():
     assert config_dir() == CONF
-    assert os.path.samefile(Path(cli.__file__).parent, CHECKOUT / "llama_ft")
+    assert os.path.samefile(Path(cli.__file__).parent, CHECKOUT / "llama_ft" / "cli")
