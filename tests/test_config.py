@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from llama_ft import cli
 from llama_ft import train as train_module
 from llama_ft.config import (
+    GenerateConfig,
     LoraConfig,
     ModelConfig,
     OptimConfig,
@@ -39,9 +40,9 @@ from llama_ft.model.transformer import Transformer
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
 # One config a command; the other files are options of a config group.
-PRIMARY = {"train": TrainConfig, "report": ReportConfig}
+PRIMARY = {"train": TrainConfig, "report": ReportConfig, "generate": GenerateConfig}
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 36
+N_YAML_FILES = 42
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
@@ -73,12 +74,13 @@ def test_every_yaml_file_is_in_a_known_place():
     assert len(YAML_FILES) == N_YAML_FILES
     assert not list(CONF.rglob("*.yml"))
     groups = {option.rpartition("/")[0] for option in OPTIONS}
-    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "experiment"}
+    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "experiment", "decoding"}
 
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_primary_config_composes(primary):
-    assert isinstance(OmegaConf.to_object(composed(primary=primary)), PRIMARY[primary])
+    needed = ["prompt=Hello"] if primary == "generate" else []
+    assert isinstance(OmegaConf.to_object(composed(*needed, primary=primary)), PRIMARY[primary])
 
 
 def test_train_runs_anywhere_by_default():
@@ -89,8 +91,12 @@ def test_train_runs_anywhere_by_default():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes_and_its_values_arrive(option):
     group, _, name = option.rpartition("/")
-    config = composed(override_of(option), *TOLD)
-    assert isinstance(OmegaConf.to_object(config), TrainConfig)
+    if group == "decoding":
+        config = composed(override_of(option), "prompt=Hello", primary="generate")
+        assert isinstance(OmegaConf.to_object(config), GenerateConfig)
+    else:
+        config = composed(override_of(option), *TOLD)
+        assert isinstance(OmegaConf.to_object(config), TrainConfig)
     values = OmegaConf.load(CONF / f"{option}.yaml") or {}
     section = config if group == "experiment" else config[group]
     for key in set(values) - {"defaults", "hydra"}:
@@ -102,7 +108,7 @@ def test_option_composes_and_its_values_arrive(option):
 @pytest.mark.parametrize("option", [name for name in OPTIONS if name.split("/")[0] not in ("model", "optim")])
 def test_no_yaml_file_repeats_a_default(option):
     group = option.rpartition("/")[0]
-    schema = OmegaConf.structured(TrainConfig)
+    schema = OmegaConf.structured(GenerateConfig if group == "decoding" else TrainConfig)
     defaults = OmegaConf.to_container(schema if group == "experiment" else schema[group], enum_to_str=True)
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml")) or {}
     repeated = [key for key in values if key not in ("defaults", "hydra") and values[key] == defaults[key]]

@@ -17,10 +17,10 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, TrainConfig, config_dir
+from llama_ft.config import GenerateConfig, ReportConfig, TrainConfig, config_dir
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
-SCHEMAS = {"llama_ft.train": TrainConfig, "llama_ft.report": ReportConfig}
+SCHEMAS = {"llama_ft.train": TrainConfig, "llama_ft.report": ReportConfig, "llama_ft.generate": GenerateConfig}
 # Lines of other tools.
 OTHER_LINES = (
     r"python3 -m venv \.venv",
@@ -117,6 +117,11 @@ def test_report_commands_compose(arguments: tuple[str, ...]) -> None:
     cli.composed_config("report", [argument for argument in arguments if "=" in argument], ReportConfig)
 
 
+@pytest.mark.parametrize("arguments", commands("llama_ft.generate"), ids=" ".join)
+def test_generate_commands_compose(arguments: tuple[str, ...]) -> None:
+    cli.composed_config("generate", list(arguments), GenerateConfig)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pictures_and_links_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", text(page))
@@ -146,7 +151,7 @@ def readme_settings() -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize("key", [key for key, _ in readme_settings()])
 def test_readmes_settings_exist(key: str) -> None:
-    schema = OmegaConf.structured(TrainConfig)
+    schema = OmegaConf.structured(GenerateConfig if key == "decoding" else TrainConfig)
     for part in key.split("."):
         assert part in schema
         schema = schema._get_node(part)

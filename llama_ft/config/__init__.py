@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config.checks import (
+    ComputeDtype,
     DeviceChoice,
     DtypeChoice,
     OnBadRecord,
@@ -19,9 +20,9 @@ from llama_ft.config.checks import (
     UserError,
     WeightStorage,
     check,
-    setting,
 )
 from llama_ft.config.content import content_hash
+from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
     PACKAGE_DIR,
     DataConfig,
@@ -38,12 +39,16 @@ from llama_ft.config.groups import (
     TrainingConfig,
 )
 from llama_ft.config.report import ReportConfig, UploadConfig
+from llama_ft.config.source import ModelSource
 
 __all__ = [
     "PACKAGE_DIR",
+    "ComputeDtype",
     "DataConfig",
+    "DecodingConfig",
     "DeviceChoice",
     "DtypeChoice",
+    "GenerateConfig",
     "GpuConfig",
     "GradientAccumulationConfig",
     "GradientCheckpointingConfig",
@@ -52,6 +57,7 @@ __all__ = [
     "MeasureConfig",
     "MixedPrecisionConfig",
     "ModelConfig",
+    "ModelSource",
     "OnBadRecord",
     "OptimConfig",
     "ReportConfig",
@@ -73,10 +79,9 @@ def config_dir() -> Path:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(ModelSource):
     """Everything `python -m llama_ft.train` can be told."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ga: GradientAccumulationConfig = field(default_factory=GradientAccumulationConfig)
     mp: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
@@ -87,26 +92,13 @@ class TrainConfig:
     gpu: GpuConfig = field(default_factory=GpuConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
-    tokenizer: str | None = setting(None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own")
 
     def __post_init__(self) -> None:
-        name = self.model.name
-        if self.checkpoint is None and self.model.is_builtin:
-            self.checkpoint = "builtin"
-        if self.checkpoint is None or (self.checkpoint == "builtin" and not self.model.is_builtin):
-            raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
-        if self.tokenizer is None and not self.model.is_builtin:
-            raise UserError(f"model={name} has no built-in tokenizer: give tokenizer=FILE (its tokenizer.model)")
+        super().__post_init__()
         if self.data.path is None and self.data.url is None and not self.data.is_builtin:
             raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
         most = self.model.context
         check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
-
-    @property
-    def tokenizer_file(self) -> Path:
-        """The tokenizer to load: the one given, else the model's own."""
-        return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
 
     @property
     def memory_limit_mb(self) -> int | None:

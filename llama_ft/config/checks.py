@@ -17,6 +17,15 @@ class DtypeChoice(enum.Enum):
     fp16 = "fp16"
 
 
+class ComputeDtype(enum.Enum):
+    """The dtype of weights and arithmetic where nothing is trained; `auto` is 16 bit on CUDA and fp32 on the CPU."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class WeightStorage(enum.Enum):
     """How weights are stored under mixed precision: in the 16-bit compute dtype, or in fp32."""
 

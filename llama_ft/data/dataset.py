@@ -12,7 +12,7 @@ from typing import Any
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
@@ -72,12 +72,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Datas
         UserError: also if the tokenizer is not the model's.
     """
     tokenizer = Tokenizer(config.tokenizer_file)
-    if tokenizer.vocab_size != config.model.vocab_size:
-        pieces, expected = tokenizer.vocab_size, config.model.vocab_size
-        raise UserError(
-            f"tokenizer={config.tokenizer_file} has {pieces} pieces, but model={config.model.name} has a vocabulary"
-            f" of {expected}: give the tokenizer that belongs to the model"
-        )
+    check_vocabulary(tokenizer, config.tokenizer_file, config.model)
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
 
 

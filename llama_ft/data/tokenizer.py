@@ -12,7 +12,7 @@ from typing import Protocol
 
 import sentencepiece
 
-from llama_ft.config import UserError
+from llama_ft.config import ModelConfig, UserError
 
 
 class Tokenizer:
@@ -41,6 +41,19 @@ class Tokenizer:
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
         return self._format.decode(ids)
+
+
+def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig) -> None:
+    """Make sure that a tokenizer is the model's.
+
+    Raises:
+        UserError: if it is not.
+    """
+    if tokenizer.vocab_size != model.vocab_size:
+        raise UserError(
+            f"tokenizer={file} has {tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary"
+            f" of {model.vocab_size}: give the tokenizer that belongs to the model"
+        )
 
 
 class _Format(Protocol):

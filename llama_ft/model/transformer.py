@@ -4,11 +4,14 @@ Shapes: B batch, S sequence, D model.dim, H n_heads, K n_kv_heads, E head_dim, F
 N positions whose logits are asked for.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig
+from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -61,12 +64,14 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=self.grouped)
+        k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
+        causal = mask is None and q.shape[2] > 1  # a single query is the last one, and may attend to all keys
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
         return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 
@@ -94,16 +99,19 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask)
+        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+Caches = Sequence[LayerCache | NoCache]  # one for each layer
+
+
+def run_layers(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
     """[B, S, D] through the layers, one after the other."""
-    for layer in layers:
-        x = layer(x, rotary, mask)
+    for layer, cache in zip(layers, caches, strict=True):
+        x = layer(x, rotary, mask, cache)
     return x
 
 
@@ -133,30 +141,37 @@ class Transformer(nn.Module):
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
+        kv_cache: KVCache | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token.
 
         Args:
-            tokens: int64 [B, S].
-            positions: int64 [S] or [B, S], each token's position; None counts from 0.
-            mask: bool, broadcast to [B, H, S, S], True where a query (third axis) may attend to a key; None is causal.
-                Padding on the right needs none, since no real token looks at it.
+            tokens: int64 [B, S]; with a cache, those that it does not hold yet.
+            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0.
+            mask: bool, broadcast to [B, H, S, T], True where a query (third axis) may attend to a key, of which there
+                are T: those in the cache and the S new ones; None is causal. Padding on the right needs none, since
+                no real token looks at it.
+            kv_cache: keys and values of the tokens before these; the new ones are added to it.
             logits_at: int64 [N], indices into the B * S flattened positions; None is all of them.
 
         Returns:
             Logits in the compute dtype: [B, S, V], or [N, V] with `logits_at`.
 
         Raises:
-            ValueError: if S exceeds the model's context and no positions are given.
+            ValueError: if the tokens exceed the model's context and no positions are given, or the cache's room.
         """
+        start, length = kv_cache.length if kv_cache else 0, tokens.shape[-1]
         if positions is None:
-            if tokens.shape[-1] > self.config.context:
-                raise ValueError(f"{tokens.shape[-1]} tokens exceed the model's context of {self.config.context}")
-            rotary = self.rotary[:, : tokens.shape[-1]]
+            if start + length > self.config.context:
+                raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.context}")
+            rotary = self.rotary[:, start : start + length]
         else:
             rotary = self.rotary[:, positions]
-        x = self.run_layers(self.layers, self.tok_embeddings(tokens), rotary, mask)
+        if mask is None and start and length > 1:  # causal, seen from the middle
+            mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
+        caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)
+        x = self.run_layers(self.layers, self.tok_embeddings(tokens), rotary, mask, caches)
         if logits_at is not None:
             x = x.flatten(0, 1)[logits_at]
         return self.output(self.norm(x))  # type: ignore[no-any-return]

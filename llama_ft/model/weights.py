@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
 from llama_ft.model.checkpoint import SIZES_KEY, open_checkpoint
+from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.transformer import Transformer, rotary_table
 
 INIT_STD = 0.02  # as transformers' initializer_range
@@ -78,3 +79,18 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
         n_mb = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{file} ({n_mb:,.0f} MB) cannot be written: {reason}") from error
+
+
+@torch.no_grad()
+def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
+    """Copy a file's tensors into tensors of the same names.
+
+    Raises:
+        UserError: unless names and shapes agree.
+    """
+    stored, _ = read_safetensors(file)
+    if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
+        raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")
+    for name, part in stored.items():
+        for first, rows in part.pieces():
+            targets[name][first : first + len(rows)].copy_(rows)

@@ -7,18 +7,21 @@ n blocks live at a time; docs/gradient_checkpointing.md shows why n = 1, not the
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llama_ft.model.transformer import Transformer
+from llama_ft.model.transformer import Caches, Transformer
 
 
 def checkpoint_layers(model: Transformer, every: int) -> None:
     """Make the model run its layers in checkpointed groups of `every`."""
     run_group = model.run_layers
 
-    def run_checkpointed(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None) -> Tensor:
+    def run_checkpointed(
+        layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches
+    ) -> Tensor:
         for start in range(0, len(layers), every):
+            group = slice(start, start + every)
             # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
             # gradient, and the reentrant form would then give none to the block's weights either.
-            x = checkpoint(run_group, layers[start : start + every], x, rotary, mask, use_reentrant=False)
+            x = checkpoint(run_group, layers[group], x, rotary, mask, caches[group], use_reentrant=False)
         return x
 
     model.run_layers = run_checkpointed

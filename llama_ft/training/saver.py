@@ -6,7 +6,7 @@ A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appe
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +15,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, to_disk
-from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import save_tensors
+from llama_ft.model.weights import read_into, save_tensors
 from llama_ft.training.position import (
     CHECKPOINTS_DIR,
     Position,
@@ -121,8 +120,8 @@ class Saver:
         saved = read_state(found[-1], self._config_hash)
         model = self._step.model
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        _read_into(trained, found[-1] / trained_file(model))
-        _read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
+        read_into(trained, found[-1] / trained_file(model))
+        read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
         self._schedule.load_state_dict(saved.schedule)
         for group, lr in zip(self._step.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = lr
@@ -153,18 +152,3 @@ def _set_rng_states(saved: dict[str, str], device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-@torch.no_grad()
-def _read_into(targets: Mapping[str, Tensor], file: Path) -> None:
-    """Copy a file's tensors into tensors of the same names.
-
-    Raises:
-        UserError: unless names and shapes agree.
-    """
-    stored, _ = read_safetensors(file)
-    if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
-        raise UserError(f"{file} does not hold the tensors that this run trains: it is damaged, or another version's")
-    for name, part in stored.items():
-        for first, rows in part.pieces():
-            targets[name][first : first + len(rows)].copy_(rows)

@@ -1,0 +1,64 @@
+"""What `python -m llama_ft.generate` can be told."""
+
+import math
+from dataclasses import dataclass, field
+
+from llama_ft.config.checks import ComputeDtype, UserError, check, setting
+from llama_ft.config.groups import GpuConfig
+from llama_ft.config.source import ModelSource
+
+
+@dataclass
+class DecodingConfig:
+    """How the next token is chosen, and when a text ends."""
+
+    sample: bool = setting(False, "draw the next token at random; false takes the most probable one")
+    temperature: float = setting(1.0, "sampling: below 1 sharpens the distribution, above 1 flattens it")
+    top_k: int = setting(0, "sampling: only the k most probable tokens; 0 is all")
+    top_p: float = setting(1.0, "sampling: only the smallest set of tokens that reaches this probability; 1 is all")
+    repetition_penalty: float = setting(1.0, "above 1 makes tokens that have occurred less probable")
+    n_beams: int = setting(1, "beams of a beam search; 1 is none")
+    length_penalty: float = setting(1.0, "beam search: exponent of the length that a score is divided by")
+    early_stopping: bool = setting(False, "beam search: end as soon as n_beams texts are finished")
+    max_new_tokens: int = setting(128, "a text ends after so many tokens")
+    num_return_sequences: int = setting(1, "answers to a prompt")
+    stop: list[str] = setting([], "strings that end a text, beside EOS")
+    seed: int = setting(0, "of the random numbers")
+
+    def __post_init__(self) -> None:
+        check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, "positive and finite")
+        check(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
+        check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1")
+        penalty = self.repetition_penalty
+        check(0 < penalty < math.inf, "decoding.repetition_penalty", penalty, "positive and finite")
+        for key in ("n_beams", "max_new_tokens", "num_return_sequences"):
+            check(getattr(self, key) >= 1, f"decoding.{key}", getattr(self, key), "at least 1")
+        check(0 <= self.seed < 2**63, "decoding.seed", self.seed, "at least 0 and below 2**63")
+        check(all(self.stop), "decoding.stop", self.stop, "strings that are not empty")
+        if self.n_beams > 1 and (self.sample or penalty != 1):
+            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
+        most = self.n_beams if not self.sample else math.inf
+        answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
+        check(answers <= most, "decoding.num_return_sequences", answers, allowed)
+
+
+@dataclass
+class GenerateConfig(ModelSource):
+    """Everything `python -m llama_ft.generate` can be told."""
+
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    prompt: str | None = setting(None, "a text to go on with")
+    instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
+    input: str | None = setting(None, "what the instruction is about, where it needs that")
+    adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
+    merge: bool = setting(True, "add the adapter to the weights; false keeps it beside them")
+    kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false computes them anew each time")
+    dtype: ComputeDtype = setting(ComputeDtype.auto, "of the arithmetic; auto is 16 bit on CUDA and fp32 on the CPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.prompt is None) == (self.instruction is None):
+            raise UserError('give either prompt="…" or instruction="…"; --help says more')
+        if self.input and self.instruction is None:
+            raise UserError("input belongs to an instruction, and there is none")

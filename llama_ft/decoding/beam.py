@@ -1,0 +1,111 @@
+"""Beam search: the most probable continuations that a search of limited width finds.
+
+What counts as finished, how scores are normalised and when the search ends are as in `generate` of transformers 5, so
+that both find the same continuations.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ft.config.checks import check
+from llama_ft.decoding.context import Context
+from llama_ft.decoding.sampling import require_distribution
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """A continuation of the prompt that the search has finished."""
+
+    tokens: list[int]
+    """What follows the prompt. The last is EOS, unless `max_new_tokens` ended it."""
+    score: float
+    """The sum of the tokens' log-probabilities (natural), over (how many tokens, EOS counted) ** length_penalty."""
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """A continuation in the search."""
+
+    row: int  # of the context, whose tokens are these without the last
+    tokens: list[int]
+    total: float  # sum of their log-probabilities
+
+
+def beam_search(
+    context: Context,
+    n_beams: int,
+    max_new_tokens: int,
+    eos_id: int,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
+    n_return: int = 1,
+) -> list[Hypothesis]:
+    """Continue one prompt along its `n_beams` best beams, and return the best hypotheses, best first.
+
+    Each step looks at the 2 * n_beams best candidates. Those of the first n_beams that end in EOS become hypotheses, of
+    which the best n_beams are kept; the best n_beams candidates that do not end run on.
+
+    Args:
+        context: the prompt in n_beams equal rows, with room for max_new_tokens. It is left somewhere in the search.
+        n_beams: running beams, and hypotheses that are kept; 1 is greedy decoding.
+        max_new_tokens: where beams that have not met EOS end.
+        eos_id: the token that ends a hypothesis.
+        length_penalty: exponent of the length that totals are divided by; above 0 favours longer continuations.
+        early_stopping: end as soon as n_beams hypotheses are finished. Otherwise the search ends when the best running
+            beam, divided by its present length's penalty, does not beat the worst of them; with a length penalty above
+            0 it might later have done so.
+        n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.
+
+    Raises:
+        UserError: if a number is out of range, or the logits are no distribution (NaN, infinite).
+    """
+    _check(n_beams, max_new_tokens, length_penalty, n_return)
+    # The rows are equal, so the first alone begins.
+    running = [_Beam(row, [], -math.inf if row else 0.0) for row in range(n_beams)]
+    finished: list[Hypothesis] = []
+    for length in range(1, max_new_tokens + 1):
+        is_last, divisor = length == max_new_tokens, length**length_penalty
+        candidates = _best_candidates(context.next_logits(), running)
+        ended = [beam for beam in candidates[:n_beams] if is_last or beam.tokens[-1] == eos_id]
+        # -inf is a continuation that cannot be, or a copy of the row that began.
+        finished += [Hypothesis(beam.tokens, beam.total / divisor) for beam in ended if beam.total > -math.inf]
+        finished = sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)[:n_beams]
+        # EOS follows each beam at most once, so that n_beams of twice as many candidates run on.
+        running = [beam for beam in candidates if beam.tokens[-1] != eos_id][:n_beams]
+        is_full = len(finished) == n_beams
+        if is_last or (is_full and (early_stopping or running[0].total / divisor <= finished[-1].score)):
+            break
+        _advance(context, running)
+    return finished[:n_return]
+
+
+def _best_candidates(logits: Tensor, running: list[_Beam]) -> list[_Beam]:
+    """The 2 * B best ways to go on, best first, by the logits of the B running beams, fp32 [B, V]."""
+    require_distribution(logits)
+    n_beams, vocab_size = logits.shape
+    totals = torch.tensor([beam.total for beam in running], dtype=torch.float32, device=logits.device)
+    best = (logits.log_softmax(-1) + totals[:, None]).flatten().topk(2 * n_beams)
+    candidates = []
+    for total, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+        row, token = divmod(index, vocab_size)
+        candidates.append(_Beam(row, [*running[row].tokens, token], total))
+    return candidates
+
+
+def _advance(context: Context, running: list[_Beam]) -> None:
+    """Let the rows of the context be those of the running beams, with their new tokens."""
+    device = context.tokens.device
+    context.reorder(torch.tensor([beam.row for beam in running], device=device))
+    context.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))
+
+
+def _check(n_beams: int, max_new_tokens: int, length_penalty: float, n_return: int) -> None:
+    check(n_beams >= 1, "decoding.n_beams", n_beams, "at least 1")
+    check(max_new_tokens >= 1, "decoding.max_new_tokens", max_new_tokens, "at least 1")
+    allowed = f"between 1 and decoding.n_beams={n_beams}"
+    check(1 <= n_return <= n_beams, "decoding.num_return_sequences", n_return, allowed)
+    # Beyond them length ** length_penalty may leave the range of a float.
+    check(-10 <= length_penalty <= 10, "decoding.length_penalty", length_penalty, "between -10 and 10")

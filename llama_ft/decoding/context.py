@@ -1,0 +1,85 @@
+"""Sequences that grow by a token at a time: prefill and step, with a KV cache or without."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llama_ft.model.kv_cache import KVCache
+from llama_ft.model.transformer import Transformer
+
+PADDING = 0  # any id will do: no real token attends to it
+
+
+class Context:
+    """A batch of sequences and the model's logits of what comes next.
+
+    Prompts of different lengths are padded on the left, so that all of them end, and grow, at the same place. With a
+    cache the first call computes the prompts (prefill) and each later one a single token (a step); without one every
+    call computes all positions again.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        kv_cache: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        """Take in the prompts; nothing is computed yet.
+
+        Args:
+            prompts: token ids, none of them empty.
+            max_new_tokens: how many will be appended at most; the cache has room for no more.
+            dtype: what attention computes in, and so what the cache holds.
+        """
+        self._model = model
+        device = model.output.weight.device
+        lengths = [len(prompt) for prompt in prompts]
+        self.prompt_length = max(lengths)
+        padded = [[PADDING] * (self.prompt_length - len(prompt)) + prompt for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=device)  # int64 [B, T]
+        self.n_prompt = torch.tensor(lengths, device=device)  # int64 [B]
+        self._n_padding = self.prompt_length - self.n_prompt
+        self._is_padded = min(lengths) < self.prompt_length
+        room = self.prompt_length + max_new_tokens
+        self.cache = KVCache(model.config, len(prompts), room, dtype, device) if kv_cache else None
+
+    def next_logits(self) -> Tensor:
+        """fp32 [B, V]: the logits of what follows each sequence."""
+        start = self.cache.length if self.cache is not None else 0
+        new = self.tokens[:, start:]
+        batch, n_new = new.shape
+        last = torch.arange(1, batch + 1, device=new.device) * n_new - 1
+        positions, mask = self._places(start) if self._is_padded else (None, None)
+        logits = self._model(new, positions=positions, mask=mask, kv_cache=self.cache, logits_at=last)
+        return logits.float()  # type: ignore[no-any-return]
+
+    def _places(self, start: int) -> tuple[Tensor, Tensor]:
+        """Positions [B, S] of the tokens from `start` on, padding not counted, and what they may attend to."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        queries, padding = places[start:], self._n_padding[:, None]
+        positions = (queries - padding).clamp(min=0)
+        is_real = (places >= padding)[:, None, None, :]  # [B, 1, 1, T]
+        # Padding attends to itself alone: attention to nothing is not a number, and would reach the real tokens.
+        itself = queries[:, None] == places
+        return positions, (is_real & (places <= queries[:, None])) | itself
+
+    def append(self, tokens: Tensor) -> None:
+        """Let each sequence grow by a token, int64 [B]."""
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let sequence rows[i], int64 [B], take the place of sequence i."""
+        self.tokens, self.n_prompt = self.tokens[rows], self.n_prompt[rows]
+        self._n_padding = self._n_padding[rows]
+        if self.cache is not None:
+            self.cache.reorder(rows)
+
+    def seen(self) -> Tensor:
+        """bool [B, V]: which ids a sequence has, padding not counted."""
+        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_real = places >= self._n_padding[:, None]
+        found = torch.zeros(len(self.tokens), self._model.config.vocab_size, device=self.tokens.device)
+        return found.scatter_add_(1, self.tokens, is_real.float()) > 0

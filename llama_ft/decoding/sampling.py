@@ -1,0 +1,144 @@
+"""Choosing the next token by its logits, fp32 [B, V]: the most probable one, or one drawn at random.
+
+The functions change the distribution and are pure; -inf is a probability of 0. Each has a value that changes nothing.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ft.config import UserError
+from llama_ft.config.checks import check
+
+
+def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make tokens that have occurred less probable: positive logits divided by the penalty, negative multiplied.
+
+    That of CTRL (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 repetition is encouraged.
+
+    Args:
+        logits: fp32 [B, V].
+        seen: bool [B, V], which tokens have occurred, those of the prompt included.
+        penalty: positive.
+    """
+    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+
+
+def temperature(logits: Tensor, value: float) -> Tensor:
+    """Divide the logits, fp32 [B, V], by a positive number: below 1 sharpens the distribution, above 1 flattens it."""
+    return logits / value
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """The k largest logits of each row of fp32 [B, V], -inf elsewhere; 0, V and more keep all.
+
+    All that equal the k-th are kept, so that ties are not broken by the order of the vocabulary.
+    """
+    if not 0 < k < logits.shape[-1]:
+        return logits
+    smallest = logits.topk(k).values[:, -1:]
+    return logits.masked_fill(logits < smallest, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """The nucleus of each row of fp32 [B, V], -inf elsewhere; 1 keeps all.
+
+    It is the smallest set of tokens whose probability reaches p, and never empty (Holtzman et al. 2019, arXiv
+    1904.09751). Of equal tokens at its edge those with the lowest ids belong to it.
+    """
+    if p >= 1:
+        return logits
+    ordered, ids = logits.sort(descending=True, stable=True)
+    # A token is outside where those before it reach p: where it and those after it have 1 - p at most. Summed from
+    # the small end, which loses less to rounding.
+    tail = ordered.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    is_outside = tail <= 1 - p
+    is_outside[:, 0] = False
+    return logits.masked_fill(torch.zeros_like(is_outside).scatter(1, ids, is_outside), -math.inf)
+
+
+def require_distribution(logits: Tensor) -> None:
+    """Make sure that each row of fp32 [B, V] is a distribution: it has finite values, and besides them only -inf.
+
+    Raises:
+        UserError: if a row has NaN or +inf, or nothing but -inf.
+    """
+    if not logits.logsumexp(-1).isfinite().all():
+        raise UserError(
+            "the model's logits are not finite, so no token can be chosen: its weights are damaged, or 16 bit overflow "
+            "(bf16 and fp32 have more range than fp16)"
+        )
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Always the most probable token; of several the one with the lowest id."""
+
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_penalty(self.repetition_penalty)
+
+    def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The next token of each row, int64 [B]. Nothing is random, so the generator is left alone.
+
+        Raises:
+            UserError: if the logits are no distribution (NaN, infinite).
+        """
+        logits = repetition_penalty(logits, seen, self.repetition_penalty)
+        require_distribution(logits)
+        return logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A token at random, by its probability after penalty, temperature, top-k and top-p, in that order."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        # The bounds keep logits / temperature and the penalised logits finite in fp32.
+        allowed = "at least 1e-6 and finite (decoding=greedy takes the most probable token)"
+        check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, allowed)
+        check(self.top_k >= 0, "decoding.top_k", self.top_k, "at least 1, or 0 for all tokens")
+        check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1, which is all tokens")
+        _check_penalty(self.repetition_penalty)
+
+    def process(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """The logits, fp32 [B, V], of the distribution that is drawn from; `seen` is bool [B, V]."""
+        logits = repetition_penalty(logits, seen, self.repetition_penalty)
+        logits = temperature(logits, self.temperature)
+        return keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
+
+    def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """The next token of each row, int64 [B].
+
+        The same generator state, shape and logits give the same tokens on the same kind of device and version of
+        PyTorch. Each call draws B * V random numbers, whatever the logits, so a row's token depends on its own logits,
+        its place and the shape, and not on what the other rows hold. It does depend on how many rows there are: the
+        same prompt alone and in a batch gets other random numbers. On CUDA, sums of many numbers may round differently
+        from run to run, which can move a token across the edge of top-p.
+
+        Args:
+            logits: fp32 [B, V].
+            seen: bool [B, V], which tokens have occurred.
+            generator: on the device of the logits; None is PyTorch's global one.
+
+        Raises:
+            UserError: if the logits are no distribution (NaN, infinite).
+        """
+        logits = self.process(logits, seen)
+        require_distribution(logits)
+        # A race of exponential clocks: the first to ring is i with probability p[i]. What torch.multinomial does for
+        # one sample, without its checks.
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def _check_penalty(penalty: float) -> None:
+    check(0.01 <= penalty <= 100, "decoding.repetition_penalty", penalty, "between 0.01 and 100; 1 is none")

@@ -1,0 +1,72 @@
+"""Keys and values of the tokens seen so far, so that the next token need not compute them again.
+
+A cache is an argument of the model's forward. It is preallocated for the tokens of one generation, in the dtype that
+attention computes in: 2 * layers * batch * kv_heads * tokens * head_dim elements.
+"""
+
+import torch
+from torch import Tensor
+
+from llama_ft.config import ModelConfig
+
+
+class NoCache:
+    """Of a layer that computes every position: what is new is all there is."""
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The same keys and values."""
+        return keys, values
+
+
+class LayerCache:
+    """One layer's keys and values, [B, K, T, E] each, filled from the left."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values, [B, K, S, E] each, and return all so far, [B, K, length, E].
+
+        Raises:
+            ValueError: if there is no room for them.
+        """
+        start, end = self.length, self.length + keys.shape[2]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the KV cache has room for {self.keys.shape[2]} tokens, not for {end}")
+        self.keys[:, :, start:end] = keys
+        self.values[:, :, start:end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """The cache of every layer, for `batch` sequences of `tokens` tokens, prompts included."""
+
+    def __init__(
+        self, config: ModelConfig, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (batch, config.n_kv_heads, tokens, config.head_dim)
+        self.layers = [LayerCache(shape, dtype, device) for _ in range(config.n_layers)]
+
+    @property
+    def length(self) -> int:
+        """Tokens stored so far."""
+        return self.layers[0].length
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, filled or not."""
+        return sum(buffer.nbytes for layer in self.layers for buffer in (layer.keys, layer.values))
+
+    def reset(self) -> None:
+        """Forget all tokens, for the next prompt."""
+        for layer in self.layers:
+            layer.length = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Put row rows[i], int64 [B], in the place of row i: a beam search goes on from other hypotheses."""
+        for layer in self.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer[:, :, : layer.length] = buffer[rows, :, : layer.length]
