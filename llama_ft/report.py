@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, UserError
+from llama_ft.config import ReportConfig, TrackerConfig, UserError
 from llama_ft.reporting.comparison import report_comparison
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.sweep import FILES, report_sweep
@@ -28,8 +28,8 @@ USAGE = cli.Usage(
 def main() -> int:
     """Report on the folders given."""
     arguments = sys.argv[1:]
-    folders = [Path(text) for text in arguments if "=" not in text or os.path.exists(text)]
-    overrides = [text for text in arguments if Path(text) not in folders]
+    named = [text for text in arguments if "=" not in text or os.path.exists(text)]
+    overrides, folders = [text for text in arguments if text not in named], [Path(text) for text in named]
     config = cli.composed_config("report", overrides, ReportConfig)
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")
@@ -51,11 +51,15 @@ def send(config: ReportConfig, folder: Path, groups: list[Group], console: Conso
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    run_dirs = [run_dir for group in groups for run_dir in group.folders]
+    folder = folder.resolve()  # also where it was given as . or ..
+    run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
-    upload_runs(config.tracker, run_dirs, folder.absolute().name if is_sweep else None, say)
+    project = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, say)
     if is_sweep:
-        track_sweep(config.tracker, folder, *records(groups), FILES, say)
+        problems: list[str] = []
+        track_sweep(TrackerConfig(config.tracker.mode, project), folder, *records(groups), FILES, problems.append)
+        if problems:
+            raise UserError(problems[0])
 
 
 if __name__ == "__main__":

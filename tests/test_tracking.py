@@ -20,10 +20,12 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Sweep, environment, injected
+from wandb.errors import CommError
 from wandb.proto import wandb_internal_pb2
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.measure.result import STATUSES
+from llama_ft.measure.system import children
 from llama_ft.tracking import start_tracker, wandb_run
 from llama_ft.tracking.wandb_run import WandbRun, has_key
 
@@ -574,3 +576,46 @@ def test_wandb_mode_of_the_environment_is_respected(no_key: Path, monkeypatch: p
     for mode, expected in (("offline", "offline"), ("disabled", None)):
         monkeypatch.setenv("WANDB_MODE", mode)
         assert chosen_mode(monkeypatch, no_key) == expected
+
+
+# ------------------------------------------------------------------------------------------------- a service that hangs
+
+
+def test_a_frozen_service_is_killed_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SECONDS_TO_STOP", "SECONDS_TO_FINISH"):
+        monkeypatch.setattr(wandb_run, name, 1)
+    said: list[str] = []
+    tracker = start_tracker(TrackerConfig(mode=TrackerMode.offline), tmp_path, SETTINGS, None, said.append)
+    tracker.step({"step": 1, "loss": 1.0})
+    (service,) = children("wandb-core")
+    os.kill(service, signal.SIGSTOP)
+    began = time.monotonic()
+    tracker.finish({"status": "ok"})
+    assert time.monotonic() - began < 30
+    (sentence,) = said
+    assert "its service did not answer" in sentence
+    assert "tracker.upload=true sends it" in sentence
+    assert children("wandb-core") == []
+    again = start_tracker(TrackerConfig(mode=TrackerMode.offline), tmp_path / "next", SETTINGS, None, said.append)
+    again.finish({"status": "ok"})
+    assert len(said) == 1
+
+
+def test_a_run_that_was_deleted_from_wandb_is_sent_as_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "wandb" / "run-20260101_000000-abc123").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-20260101_000000-abc123" / "run-abc123.wandb").touch()
+    ids: list[str | None] = []
+
+    def init(**settings: Any) -> Broken:
+        ids.append(settings["id"])
+        if settings["id"]:
+            raise CommError("run abc123 was previously created and deleted; try a new run name")
+        return Broken("", tmp_path / "wandb" / "run" / "files")
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    said: list[str] = []
+    start_tracker(TrackerConfig(mode=TrackerMode.online), tmp_path, SETTINGS, None, said.append).finish(None)
+    assert (ids, said) == (["abc123", None], [])

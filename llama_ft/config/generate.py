@@ -30,7 +30,9 @@ class DecodingConfig:
         check(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
         check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1")
         penalty = self.repetition_penalty
-        check(0 < penalty < math.inf, "decoding.repetition_penalty", penalty, "positive and finite")
+        check(0.01 <= penalty <= 100, "decoding.repetition_penalty", penalty, "between 0.01 and 100")
+        length = self.length_penalty
+        check(-10 <= length <= 10, "decoding.length_penalty", length, "between -10 and 10")
         for key in ("n_beams", "max_new_tokens", "num_return_sequences"):
             check(getattr(self, key) >= 1, f"decoding.{key}", getattr(self, key), "at least 1")
         check(0 <= self.seed < 2**63, "decoding.seed", self.seed, "at least 0 and below 2**63")

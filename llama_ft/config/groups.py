@@ -5,7 +5,16 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import DeviceChoice, DtypeChoice, OnBadRecord, TrackerMode, WeightStorage, check, setting
+from llama_ft.config.checks import (
+    DeviceChoice,
+    DtypeChoice,
+    OnBadRecord,
+    TrackerMode,
+    WeightStorage,
+    check,
+    check_project,
+    setting,
+)
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 
@@ -240,6 +249,9 @@ class TrackerConfig:
 
     mode: TrackerMode = setting(TrackerMode.auto, "auto is online where an API key is configured, else offline")
     project: str = setting("llama_ft", "the W&B project")
+
+    def __post_init__(self) -> None:
+        check_project(self.project)
 
 
 @dataclass

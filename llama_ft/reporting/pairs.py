@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llama_ft.reporting.results import LABELS, TECHNIQUES, Group
+from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, Group
 from llama_ft.reporting.settings import SAME_SETTINGS, Difference, differing_settings
 from llama_ft.reporting.table2 import CHANGED, MARKS, Table, amount
 
@@ -91,7 +91,7 @@ def _common(group: Group, other: Group) -> Group:
 
 def compared(a: Group, b: Group) -> Comparison:
     """Each measure in A, in B, and the difference, for every combination."""
-    shown = [name for name in TECHNIQUES if name != "gc" or any(r["optim"]["gc"] for r in a.results)]
+    shown = [name for name in TECHNIQUES if name in COURSE or any(r["optim"][name] for r in a.results)]
     techniques = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in a.results]) for name in shown]
     rows: list[tuple[str, list[str]]] = []
     for key, title in MEASURES.items():

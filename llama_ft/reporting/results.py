@@ -7,7 +7,8 @@ from typing import Any
 from llama_ft.config import UserError
 from llama_ft.measure.result import RESULT_FILE, read_result
 
-TECHNIQUES = ("ga", "mp", "lora", "gc")
+COURSE = ("ga", "mp", "lora")  # of the course's table; the others have a row where a run has them on
+TECHNIQUES = (*COURSE, "gc")
 LABELS = {"ga": "GA", "mp": "MP", "lora": "LoRA", "gc": "GC"}
 
 
@@ -49,6 +50,7 @@ def read_groups(folder: Path) -> list[Group]:
         result = None if "wandb" in run.parts else read_result(file.parent)
         if result is None:
             continue
+        result["optim"] = dict.fromkeys(TECHNIQUES, False) | result["optim"]  # an earlier version may have had fewer
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
         found.append(((variant, result["model"], result["data"], result["gpu"]), result, file.parent))
@@ -75,7 +77,7 @@ def _by_device(runs: list[tuple[dict[str, Any], Path]]) -> list[list[tuple[dict[
 
 
 def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:
-    return tuple(result["optim"][name] for name in ("gc", "ga", "mp", "lora"))
+    return tuple(result["optim"][name] for name in (*TECHNIQUES[len(COURSE) :], *COURSE))
 
 
 def label(result: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from llama_ft.measure.result import CATEGORIES
-from llama_ft.reporting.results import LABELS, TECHNIQUES, Group, limit_of
+from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, Group, limit_of
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
 CHANGED = "changed"  # for the difference between a number and a mark
@@ -34,7 +34,7 @@ class Table:
 def table2(group: Group) -> Table:
     """The measured table of a group."""
     results = group.results
-    shown = [name for name in TECHNIQUES if name != "gc" or any(r["optim"]["gc"] for r in results)]
+    shown = [name for name in TECHNIQUES if name in COURSE or any(r["optim"][name] for r in results)]
     techniques = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in results]) for name in shown]
     rows: list[tuple[str, list[str]]] = []
 

@@ -5,6 +5,8 @@ import logging
 import os
 import shlex
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,12 +19,13 @@ import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.measure.system import children
 
 # By their names in W&B, which keeps a config.yaml of its own.
 FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
 # Of the result: what the config says already, and what is for machines.
 NOT_IN_SUMMARY = ("schema_version", "optim", "techniques", "model", "data", "gpu", "batch_size", "ledger", "command")
-SECONDS_TO_START, SECONDS_TO_FINISH = 30, 120
+SECONDS_TO_START, SECONDS_TO_FINISH, SECONDS_TO_STOP = 30, 120, 15
 
 
 def session() -> wandb.Settings:
@@ -42,7 +45,36 @@ def session() -> wandb.Settings:
 def end_session() -> None:
     """Stop W&B's service. One that has crashed would fail again at our exit, and for the next run."""
     with suppress(Exception, SystemExit):
-        wandb.teardown()
+        within(SECONDS_TO_STOP, wandb.teardown)
+    with suppress(Exception, SystemExit):
+        wandb.teardown()  # of a service that was killed: forgets it
+
+
+def within(seconds: float, action: Callable[[], object]) -> None:
+    """Do something that waits for W&B's service; kill a service that does not answer in time.
+
+    Raises:
+        TimeoutError: if it had to be killed; else whatever the action raises.
+    """
+    errors: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            action()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        for service in children("wandb-core"):
+            with suppress(ProcessLookupError):
+                os.kill(service, signal.SIGKILL)
+        thread.join(SECONDS_TO_STOP)
+        raise TimeoutError(f"its service did not answer for {seconds:g} s")
+    if errors:
+        raise errors[0]
 
 
 def mode_of(config: TrackerConfig) -> str:
@@ -120,7 +152,7 @@ class WandbRun:
             return init(mode, self._folder, about)
         try:
             if WandbRun.reachable:
-                return init(mode, self._folder, about)
+                return self._start_online(about)
         except Exception as error:
             if not may_go_offline or getattr(error, "filename", None):  # of a file it is not the network's fault
                 raise
@@ -128,6 +160,15 @@ class WandbRun:
             end_session()  # which would keep the id from being used again
             self._warn(f"W&B cannot be used online ({reason(error)}): offline from here on. {self._again()}")
         return init("offline", self._folder, about)
+
+    def _start_online(self, about: dict[str, Any]) -> Any:
+        try:
+            return init("online", self._folder, about)
+        except Exception as error:
+            if "deleted" not in str(error):
+                raise
+            end_session()
+            return init("online", self._folder, about | {"id": None})  # a deleted run's id is never taken again
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Log a step's numbers."""
@@ -163,7 +204,7 @@ class WandbRun:
     def close(self, ok: bool) -> None:
         """Close the run, and say so if not all of it has been kept."""
         log = Path(self._run.dir).parent / "logs" / "debug-internal.log" if self._run is not None else None
-        self.do(lambda run: run.finish(exit_code=0 if ok else 1))
+        self.do(lambda run: within(SECONDS_TO_FINISH + SECONDS_TO_STOP, lambda: run.finish(exit_code=0 if ok else 1)))
         end_session()
         if self._run is not None and log is not None and (lost := first_error(log)):
             self._lost(lost, "only part of it")
@@ -173,7 +214,7 @@ class WandbRun:
         run, self._run = self._run, None
         if run is not None:
             with suppress(Exception):
-                run.finish(exit_code=1)
+                within(SECONDS_TO_STOP, lambda: run.finish(exit_code=1))
         end_session()
         self._lost(reason(error), "nothing of it" if run is None else "only part of it")
 
@@ -202,7 +243,8 @@ def init(mode: str, folder: Path, about: dict[str, Any]) -> Any:
     if mode == "online" and not has_key():
         raise wandb.errors.UsageError("there is no API key: `wandb login` keeps one")
     # A sweep is several runs in one process.
-    return wandb.init(mode=mode, dir=folder, id=earlier_id(folder), reinit="finish_previous", **about)  # type: ignore[arg-type]
+    about = {"id": earlier_id(folder), "reinit": "finish_previous"} | about
+    return wandb.init(mode=mode, dir=folder, **about)  # type: ignore[arg-type]
 
 
 def earlier_id(folder: Path) -> str | None:

@@ -28,6 +28,7 @@ def send_sweep(
         "job_type": "sweep",
         "name": f"{name}: table",
         "tags": ["sweep"],
+        "config": {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")},
     }
     run = WandbRun(config, sweep_dir, about, warn)
     run.do(lambda run: run.log(media(columns, rows, files)))
