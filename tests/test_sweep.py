@@ -32,7 +32,8 @@ def again(sweep: Sweep, *args: str) -> Any:
 
 def contents(folder: Path) -> dict[Path, bytes]:
     """The files of the runs; not W&B's of the sweep, which is sent anew."""
-    return {file: file.read_bytes() for file in sorted(folder.glob("[!w]*/*")) if file.is_file()}
+    files = (file for file in sorted(folder.glob("*/*")) if file.is_file() and file.parent.name != "wandb")
+    return {file: file.read_bytes() for file in files}
 
 
 # --------------------------------------------------------------------------------------------------------- eight rows

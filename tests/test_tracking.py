@@ -25,9 +25,8 @@ from wandb.proto import wandb_internal_pb2
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.measure.result import STATUSES
-from llama_ft.measure.system import children
 from llama_ft.tracking import start_tracker, wandb_run
-from llama_ft.tracking.wandb_run import WandbRun, has_key
+from llama_ft.tracking.wandb_run import WandbRun, children, has_key
 
 BLOCK, HEADER = 32 * 1024, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4

@@ -24,18 +24,6 @@ def data_bytes(pid: int) -> int:
     return 0
 
 
-def children(name: str) -> list[int]:
-    """Living processes that this one has started, by the name of their program; none where the system does not tell."""
-    found = []
-    for file in Path("/proc/self/task").glob("*/children"):
-        with suppress(OSError):
-            for pid in file.read_text().split():
-                _, program, rest = re.split(r"\((.*)\)", Path(f"/proc/{pid}/stat").read_text(), maxsplit=1)
-                if program == name and not rest.startswith(" Z"):
-                    found.append(int(pid))
-    return found
-
-
 def _cgroup_file(name: str) -> Path:
     try:
         line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,7 +20,6 @@ import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE
-from llama_ft.measure.system import children
 
 # By their names in W&B, which keeps a config.yaml of its own.
 FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
@@ -75,6 +75,18 @@ def within(seconds: float, action: Callable[[], object]) -> None:
         raise TimeoutError(f"its service did not answer for {seconds:g} s")
     if errors:
         raise errors[0]
+
+
+def children(name: str) -> list[int]:
+    """Living processes that this one has started, by the name of their program; none where the system does not tell."""
+    found = []
+    for file in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            for pid in file.read_text().split():
+                _, program, rest = re.split(r"\((.*)\)", Path(f"/proc/{pid}/stat").read_text(), maxsplit=1)
+                if program == name and not rest.startswith(" Z"):
+                    found.append(int(pid))
+    return found
 
 
 def mode_of(config: TrackerConfig) -> str:
