@@ -13,8 +13,9 @@ from conftest import run
 from PIL import Image
 from test_report import CATEGORIES, TECHNIQUES, combinations, report, tables, undrawn, write
 
+from llama_ft.measure.result import read_metrics
 from llama_ft.reporting import comparison, settings
-from llama_ft.reporting.curves import MOST_POINTS, read_metrics, ticks
+from llama_ft.reporting.curves import MOST_POINTS, ticks
 
 EVIL = "<script>alert('&\"')</script>"
 COMMAND = "python -m llama_ft.train experiment=table2 training.lr=1e-4"

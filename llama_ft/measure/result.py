@@ -86,3 +86,26 @@ def read_result(run_dir: Path) -> dict[str, Any] | None:
     if not complete or result["schema_version"] != SCHEMA_VERSION or result["status"] not in STATUSES:
         raise UserError(f"{file} is not a result that this version writes (schema_version {SCHEMA_VERSION})")
     return dict.fromkeys(_MEASURED) | result  # earlier versions measured less
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last one that was cut short is left out.
+
+    Raises:
+        UserError: naming the first other line that is damaged.
+    """
+    file = run_dir / METRICS_FILE
+    if not file.is_file():
+        return []
+    metrics = []
+    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise UserError(
+                f"{file}, line {number}: this is not a step that `train` writes; delete the line, or the file"
+            )
+        metrics.append(line)
+    return metrics

@@ -1,16 +1,11 @@
-"""A run's steps from its `metrics.jsonl`, and curves over them as small SVG pictures."""
+"""Curves over a run's optimizer steps, as small SVG pictures."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-from llama_ft.config import UserError
-from llama_ft.measure.result import METRICS_FILE
 
 CURVES = {
     "loss": "loss",
@@ -35,29 +30,6 @@ class Line:
 
     name: str  # its class in the page's style: `a`, `b`, or empty
     points: Points  # (optimizer step, value)
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last one that was cut short is left out.
-
-    Raises:
-        UserError: naming the first other line that is damaged.
-    """
-    file = run_dir / METRICS_FILE
-    if not file.is_file():
-        return []
-    metrics = []
-    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise UserError(
-                f"{file}, line {number}: this is not a step that `train` writes; delete the line, or the file"
-            )
-        metrics.append(line)
-    return metrics
 
 
 def points_of(metrics: list[dict[str, Any]], key: str) -> Points:

@@ -1,15 +1,14 @@
 """Runs that are over, sent to W&B from their local files: tracked offline, cut off from the network, or not at all."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrackerConfig, TrackerMode, UploadConfig, UserError
-from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, read_result
+from llama_ft.measure.result import CONFIG_FILE, read_metrics, read_result
 
 
 def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, say: Callable[[str], None]) -> str:
@@ -50,7 +49,7 @@ def _send(config: TrackerConfig, run_dir: Path, settings: dict[str, Any], sweep:
 
     problems: list[str] = []
     run = start_run(config, run_dir, settings, sweep or sweep_of(run_dir), problems.append, may_go_offline=False)
-    for metrics in read_metrics(run_dir / METRICS_FILE):
+    for metrics in read_metrics(run_dir):
         run.step(metrics)
     place = run.place
     run.finish(read_result(run_dir))
@@ -79,17 +78,3 @@ def read_settings(file: Path) -> dict[str, Any]:
     if not isinstance(settings, dict) or not all(isinstance(settings.get(section), dict) for section in sections):
         raise UserError(f"{file} is not the config of a run")
     return {str(key): value for key, value in settings.items()}
-
-
-def read_metrics(file: Path) -> Iterator[dict[str, Any]]:
-    """The steps of a run, without a last line that was cut off.
-
-    Raises:
-        UserError: naming the file and the line, if one is damaged.
-    """
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    for number, line in enumerate(lines, start=1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file}, line {number}: {error}") from error
