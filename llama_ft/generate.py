@@ -2,17 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ComputeDtype, GenerateConfig
-
-if TYPE_CHECKING:
-    from llama_ft.model.transformer import Transformer
+from llama_ft.config import GenerateConfig
 
 USAGE = cli.Usage(
     "generate",
@@ -42,8 +36,11 @@ def main() -> int:
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model)
     from llama_ft.decoding.generate import generate
+    from llama_ft.decoding.load import load_trained
+    from llama_ft.measure.device import choose_device, compute_dtype
 
-    model = load(config, say)
+    device = choose_device(config.gpu)
+    model = load_trained(config, device, compute_dtype(config.dtype, device, config.gpu), say)
     prompt = config.prompt if config.prompt is not None else prompt_text(str(config.instruction), config.input or "")
     began = time.monotonic()
     one = config.decoding.num_return_sequences == 1
@@ -51,7 +48,7 @@ def main() -> int:
     def on_text(text: str) -> None:
         print(text, end="", flush=True)
 
-    answers = generate(model, tokenizer, prompt, config.decoding, config.kv_cache, *([on_text] if one else []))
+    (answers,) = generate(model, tokenizer, [prompt], config.decoding, config.kv_cache, *([on_text] if one else []))
     if one:
         print()
     for number, answer in enumerate(answers if not one else [], start=1):
@@ -61,25 +58,6 @@ def main() -> int:
     cached = "with" if config.kv_cache else "without"
     say(f"{n_tokens} tokens in {seconds:.2f} s, {cached} a KV cache; ended by {answers[0].finish}")
     return 0
-
-
-def load(config: GenerateConfig, say: Callable[[str], None]) -> "Transformer":
-    """The model that the config names, ready to generate."""
-    import torch
-
-    from llama_ft.measure.device import choose_device, has_bf16
-    from llama_ft.model.weights import load_model
-    from llama_ft.techniques.adapter import load_adapter
-
-    device = choose_device(config.gpu)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    short = "bf16" if has_bf16(device, config.gpu) else "fp16"
-    auto = "fp32" if device.type == "cpu" else short
-    dtype = dtypes[auto if config.dtype is ComputeDtype.auto else config.dtype.name]
-    model = load_model(config.model, str(config.checkpoint), device, dtype, say=say).eval()
-    if config.adapter is not None:
-        load_adapter(model, Path(config.adapter).expanduser(), config.merge)
-    return model
 
 
 if __name__ == "__main__":

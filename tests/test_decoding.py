@@ -150,7 +150,7 @@ def test_off_is_a_value():
 def test_frequencies_are_the_probabilities(sampling, expected):
     n = 40_000
     logits = logits_of([0.5, 0.3, 0.15, 0.05, 0.0]).expand(n, -1)
-    chosen = sampling.choose(logits, unseen(logits), torch.Generator().manual_seed(1))
+    chosen = sampling.choose(logits, unseen(logits), [torch.Generator().manual_seed(1)])
     counts = chosen.bincount(minlength=5).tolist()
     for count, probability in zip(counts, expected, strict=True):
         # Five standard deviations of a binomial count: a right sampler is outside once in a million seeds.
@@ -160,7 +160,7 @@ def test_frequencies_are_the_probabilities(sampling, expected):
 def test_draws_of_a_row_are_independent_from_step_to_step():
     n, generator = 20_000, torch.Generator().manual_seed(2)
     logits = logits_of([0.25, 0.75]).expand(n, -1)
-    first, second = (Sampling().choose(logits, unseen(logits), generator) for _ in range(2))
+    first, second = (Sampling().choose(logits, unseen(logits), [generator]) for _ in range(2))
     for a, b in itertools.product((0, 1), repeat=2):
         probability = (0.25, 0.75)[a] * (0.25, 0.75)[b]
         count = int(((first == a) & (second == b)).sum())
@@ -173,7 +173,7 @@ def test_seed_reproduces_and_other_rows_do_not_matter():
 
     def draws(logits: Tensor, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        return [sampling.choose(logits, unseen(logits), generator).tolist() for _ in range(20)]
+        return [sampling.choose(logits, unseen(logits), [generator]).tolist() for _ in range(20)]
 
     assert draws(logits, 5) == draws(logits, 5) != draws(logits, 6)
     assert [row[0] for row in draws(logits, 5)] == [row[0] for row in draws(others, 5)]
@@ -184,9 +184,9 @@ def test_greedy_takes_the_most_probable_after_the_penalty():
     seen = torch.tensor([[False, True, False], [False, False, False]])
     assert Greedy().choose(logits, seen).tolist() == [1, 0]
     assert Greedy(repetition_penalty=1.3).choose(logits, seen).tolist() == [2, 0]
-    assert Sampling(top_k=1).choose(logits[:1], seen[:1]).tolist() == [1]
-    assert Sampling(top_p=1e-6).choose(logits[:1], seen[:1]).tolist() == [1]
-    assert Sampling(temperature=1e-6).choose(1e4 * logits[:1], seen[:1]).tolist() == [1]
+    assert Sampling(top_k=1).choose(logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
+    assert Sampling(top_p=1e-6).choose(logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
+    assert Sampling(temperature=1e-6).choose(1e4 * logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
 
 
 @pytest.mark.parametrize("row", [[0.0, math.nan], [0.0, INF], [-INF, -INF]])
@@ -194,7 +194,7 @@ def test_greedy_takes_the_most_probable_after_the_penalty():
 def test_logits_that_are_no_distribution_are_refused(strategy, row):
     logits = torch.tensor([[0.0, 1.0], row])
     with pytest.raises(UserError, match="logits are not finite"):
-        strategy.choose(logits, unseen(logits), torch.Generator())
+        strategy.choose(logits, unseen(logits), [torch.Generator()])
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_answers_are_those_of_transformers(
     model: Transformer, tokenizer: Tokenizer, prompt: str, n_beams: int, kv_cache: bool
 ) -> None:
     config = DecodingConfig(max_new_tokens=20, n_beams=n_beams)
-    (answer,) = generate(model, tokenizer, prompt, config, kv_cache)
+    ((answer,),) = generate(model, tokenizer, [prompt], config, kv_cache)
     tokens = torch.tensor([tokenizer.encode(prompt, bos=True)])
     hf = reference(model)
     theirs = hf.generate(
@@ -59,30 +59,30 @@ def test_answers_are_those_of_transformers(
 
 def test_samples_repeat_with_their_seed_and_differ_without(model: Transformer, tokenizer: Tokenizer) -> None:
     config = DecodingConfig(sample=True, top_p=0.9, max_new_tokens=12, num_return_sequences=3)
-    first, again = (generate(model, tokenizer, "Hello", config, kv_cache) for kv_cache in (True, False))
+    (first,), (again,) = (generate(model, tokenizer, ["Hello"], config, kv_cache) for kv_cache in (True, False))
     assert first == again
     assert len({answer.text for answer in first}) == 3
-    assert generate(model, tokenizer, "Hello", replace(config, seed=1)) != first
+    assert generate(model, tokenizer, ["Hello"], replace(config, seed=1)) != [first]
 
 
 def test_text_comes_piece_by_piece_and_ends_before_a_stop_string(model: Transformer, tokenizer: Tokenizer) -> None:
     pieces: list[str] = []
-    (whole,) = generate(model, tokenizer, "Hello", DecodingConfig(max_new_tokens=30), on_text=pieces.append)
+    ((whole,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=30), on_text=pieces.append)
     assert "".join(pieces) == whole.text
     assert len(pieces) > 5
     assert (whole.n_tokens, whole.finish) == (30, "length")
     stop = whole.text[10:14]
-    (stopped,) = generate(model, tokenizer, "Hello", DecodingConfig(max_new_tokens=30, stop=[stop]))
+    ((stopped,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=30, stop=[stop]))
     assert stopped.text == whole.text[: whole.text.index(stop)]
     assert stopped.finish == "stop"
 
 
 def test_an_answer_ends_where_the_context_does(model: Transformer, tokenizer: Tokenizer) -> None:
     n_prompt = len(tokenizer.encode("Hello", bos=True))
-    (answer,) = generate(model, tokenizer, "Hello", DecodingConfig(max_new_tokens=1000))
+    ((answer,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=1000))
     assert answer.n_tokens == SMALL.context - n_prompt or answer.finish == "eos"
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and the model's context is 128"):
-        generate(model, tokenizer, "Hello " * 200, DecodingConfig())
+        generate(model, tokenizer, ["Hello " * 200], DecodingConfig())
 
 
 # Adapters

@@ -39,7 +39,7 @@ from llama_ft.config.groups import (
     TrainingConfig,
 )
 from llama_ft.config.report import ReportConfig, UploadConfig
-from llama_ft.config.source import ModelSource
+from llama_ft.config.source import ModelSource, TrainedSource
 
 __all__ = [
     "PACKAGE_DIR",
@@ -64,6 +64,7 @@ __all__ = [
     "TrackerConfig",
     "TrackerMode",
     "TrainConfig",
+    "TrainedSource",
     "TrainingConfig",
     "UploadConfig",
     "UserError",

@@ -3,9 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
-from llama_ft.config.checks import ComputeDtype, UserError, check, setting
-from llama_ft.config.groups import GpuConfig
-from llama_ft.config.source import ModelSource
+from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.source import TrainedSource
 
 
 @dataclass
@@ -45,18 +44,13 @@ class DecodingConfig:
 
 
 @dataclass
-class GenerateConfig(ModelSource):
+class GenerateConfig(TrainedSource):
     """Everything `python -m llama_ft.generate` can be told."""
 
-    gpu: GpuConfig = field(default_factory=GpuConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     prompt: str | None = setting(None, "a text to go on with")
     instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
-    adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
-    merge: bool = setting(True, "add the adapter to the weights; false keeps it beside them")
-    kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false computes them anew each time")
-    dtype: ComputeDtype = setting(ComputeDtype.auto, "of the arithmetic; auto is 16 bit on CUDA and fp32 on the CPU")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,10 +1,10 @@
-"""Where a model comes from: the same keys for every command that loads one."""
+"""Where a model comes from, and what it runs on: the same keys for every command that loads one."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import UserError, setting
-from llama_ft.config.groups import ModelConfig
+from llama_ft.config.checks import ComputeDtype, UserError, setting
+from llama_ft.config.groups import GpuConfig, ModelConfig
 
 
 @dataclass
@@ -28,3 +28,22 @@ class ModelSource:
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
         return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
+
+
+@dataclass
+class TrainedSource(ModelSource):
+    """A model to be used, not trained: with an adapter or without, and what to compare it with."""
+
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
+    merge: bool = setting(True, "add the adapter to the weights; false keeps it beside them")
+    base: str | None = setting(
+        None, "weights to compare with: builtin, random or a folder; null is the checkpoint without its adapter"
+    )
+    kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false computes them anew each time")
+    dtype: ComputeDtype = setting(ComputeDtype.auto, "of the arithmetic; auto is 16 bit on CUDA and fp32 on the CPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.base == "builtin" and not self.model.is_builtin:
+            raise UserError(f"base=builtin: model={self.model.name} has no built-in weights")

@@ -60,7 +60,8 @@ class Context:
         """Positions [B, S] of the tokens from `start` on, padding not counted, and what they may attend to."""
         places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         queries, padding = places[start:], self._n_padding[:, None]
-        positions = (queries - padding).clamp(min=0)
+        # A sequence that has ended may be led on, past the context, for as long as the others last.
+        positions = (queries - padding).clamp(0, self._model.config.context - 1)
         is_real = (places >= padding)[:, None, None, :]  # [B, 1, 1, T]
         # Padding attends to itself alone: attention to nothing is not a number, and would reach the real tokens.
         itself = queries[:, None] == places

@@ -1,6 +1,6 @@
 """From a prompt to answers: the loop around choosing the next token, and what ends it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,53 +32,75 @@ def ignore(text: str) -> None:
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     config: DecodingConfig,
     kv_cache: bool = True,
     on_text: Callable[[str], None] = ignore,
-) -> list[Answer]:
-    """Answers to a prompt, `config.num_return_sequences` of them.
+) -> list[list[Answer]]:
+    """Answers to a batch of prompts, `config.num_return_sequences` to each, the same as to each prompt by itself.
 
     Args:
         on_text: given the first answer's text, piece by piece, as soon as it is certain; a beam search has none before
             its end.
 
     Raises:
-        UserError: if the prompt leaves no room in the model's context, or the logits are not finite.
+        UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
     """
+    batch, n_answers = [_encode(tokenizer, prompt, model) for prompt in prompts], config.num_return_sequences
+    writers = [
+        _Writer(tokenizer, config.stop, min(config.max_new_tokens, model.config.context - len(tokens)))
+        for tokens in batch
+        for _ in range(n_answers)
+    ]
+    writers[0].on_text = on_text
+    if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
+        for place, tokens in enumerate(batch):
+            _search(model, tokenizer, tokens, writers[place * n_answers :][:n_answers], config, kv_cache)
+    else:
+        _continue(model, batch, writers, config, kv_cache)
+    answers = [writer.end() for writer in writers]
+    return [answers[start : start + n_answers] for start in range(0, len(answers), n_answers)]
+
+
+def _encode(tokenizer: Tokenizer, prompt: str, model: Transformer) -> list[int]:
     tokens, context_length = tokenizer.encode(prompt, bos=True), model.config.context
     if len(tokens) >= context_length:
         raise UserError(f"the prompt has {len(tokens):,} tokens, and the model's context is {context_length:,}")
-    n_new = min(config.max_new_tokens, context_length - len(tokens))
-    n_rows = config.n_beams if config.n_beams > 1 else config.num_return_sequences
-    context = Context(model, [tokens] * n_rows, n_new, kv_cache, model.output.weight.dtype)
-    writers = [_Writer(tokenizer, config.stop, on_text if row == 0 else ignore) for row in range(n_rows)]
-    if config.n_beams > 1:
-        found = beam_search(
-            context,
-            config.n_beams,
-            n_new,
-            tokenizer.eos_id,
-            config.length_penalty,
-            config.early_stopping,
-            config.num_return_sequences,
-        )
-        for writer, hypothesis in zip(writers, found, strict=False):
-            for token in hypothesis.tokens:
-                writer.push(token)
-        return [writer.end() for writer in writers[: len(found)]]
-    _continue(context, writers, config, n_new)
-    return [writer.end() for writer in writers]
+    return tokens
 
 
-def _continue(context: Context, writers: list["_Writer"], config: DecodingConfig, n_new: int) -> None:
-    """Choose a token for each row, until all have ended."""
+def _search(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    tokens: list[int],
+    writers: list["_Writer"],
+    config: DecodingConfig,
+    kv_cache: bool,
+) -> None:
+    """Let the writers have the best hypotheses of a beam search."""
+    n_new = writers[0].room
+    context = Context(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
+    penalty, n_answers = config.length_penalty, config.num_return_sequences
+    found = beam_search(context, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
+    for writer, hypothesis in zip(writers, found, strict=True):
+        for token in hypothesis.tokens:
+            writer.push(token)
+
+
+def _continue(
+    model: Transformer, batch: list[list[int]], writers: list["_Writer"], config: DecodingConfig, kv_cache: bool
+) -> None:
+    """Choose a token for each row, until all writers have ended."""
+    rows = [tokens for tokens in batch for _ in range(config.num_return_sequences)]
+    n_new = max(writer.room for writer in writers)
+    context = Context(model, rows, n_new, kv_cache, model.output.weight.dtype)
     choice: Greedy | Sampling = Greedy(config.repetition_penalty)
     if config.sample:
         choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
-    generator = torch.Generator(context.tokens.device).manual_seed(config.seed)
+    # One for each prompt, so that its answers do not depend on the prompts beside it.
+    generators = [torch.Generator(context.tokens.device).manual_seed(config.seed) for _ in batch]
     for _ in range(n_new):
-        chosen = choice.choose(context.next_logits(), context.seen(), generator)
+        chosen = choice.choose(context.next_logits(), context.seen(), generators)
         context.append(chosen)
         for writer, token in zip(writers, chosen.tolist(), strict=True):
             writer.push(token)
@@ -87,11 +109,12 @@ def _continue(context: Context, writers: list["_Writer"], config: DecodingConfig
 
 
 class _Writer:
-    """One answer while it grows; what comes after its end is dropped."""
+    """One answer while it grows, for `room` tokens at most; what comes after its end is dropped."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: list[str], on_text: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: list[str], room: int) -> None:
         self._eos_id, self._stream, self._stop = tokenizer.eos_id, TextStream(tokenizer), StopAt(stop)
-        self._on_text, self._text, self._n_tokens = on_text, "", 0
+        self.on_text: Callable[[str], None] = ignore
+        self.room, self._text, self._n_tokens = room, "", 0
         self.finish = ""
 
     def push(self, token: int) -> None:
@@ -104,6 +127,8 @@ class _Writer:
         self._add(self._stop.push(self._stream.push(token)))
         if self._stop.found is not None:
             self.finish = "stop"
+        elif self._n_tokens == self.room:
+            self.finish = "length"
 
     def end(self) -> Answer:
         if self.finish != "stop":
@@ -113,4 +138,4 @@ class _Writer:
 
     def _add(self, text: str) -> None:
         self._text += text
-        self._on_text(text)
+        self.on_text(text)

@@ -4,6 +4,7 @@ The functions change the distribution and are pure; -inf is a probability of 0. 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,8 @@ class Greedy:
     def __post_init__(self) -> None:
         _check_penalty(self.repetition_penalty)
 
-    def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The next token of each row, int64 [B]. Nothing is random, so the generator is left alone.
+    def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+        """The next token of each row, int64 [B]. Nothing is random, so the generators are left alone.
 
         Raises:
             UserError: if the logits are no distribution (NaN, infinite).
@@ -115,19 +116,19 @@ class Sampling:
         logits = temperature(logits, self.temperature)
         return keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
 
-    def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, int64 [B].
 
-        The same generator state, shape and logits give the same tokens on the same kind of device and version of
-        PyTorch. Each call draws B * V random numbers, whatever the logits, so a row's token depends on its own logits,
-        its place and the shape, and not on what the other rows hold. It does depend on how many rows there are: the
-        same prompt alone and in a batch gets other random numbers. On CUDA, sums of many numbers may round differently
-        from run to run, which can move a token across the edge of top-p.
+        The same generator states, shape and logits give the same tokens on the same kind of device and version of
+        PyTorch. Each generator draws V random numbers for each of its rows, whatever the logits, so a row's token
+        depends on its own logits and its place among its generator's rows alone: a prompt with a generator of its own
+        is answered in a batch as it is by itself. On CUDA, sums of many numbers may round differently from run to run,
+        which can move a token across the edge of top-p.
 
         Args:
             logits: fp32 [B, V].
             seen: bool [B, V], which tokens have occurred.
-            generator: on the device of the logits; None is PyTorch's global one.
+            generators: on the device of the logits; the rows are divided evenly among them, in order.
 
         Raises:
             UserError: if the logits are no distribution (NaN, infinite).
@@ -136,7 +137,9 @@ class Sampling:
         require_distribution(logits)
         # A race of exponential clocks: the first to ring is i with probability p[i]. What torch.multinomial does for
         # one sample, without its checks.
-        noise = torch.empty_like(logits).exponential_(generator=generator)
+        noise = torch.empty_like(logits)
+        for rows, generator in zip(noise.chunk(len(generators)), generators, strict=True):
+            rows.exponential_(generator=generator)
         return (logits.softmax(-1) / noise).argmax(-1)
 
 

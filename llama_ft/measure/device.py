@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.config import DeviceChoice, GpuConfig, UserError
+from llama_ft.config import ComputeDtype, DeviceChoice, GpuConfig, UserError
 from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
 from llama_ft.measure.system import NEAR_LIMIT, data_bytes, resident_bytes
 
@@ -39,6 +39,14 @@ def choose_device(gpu: GpuConfig) -> torch.device:
 def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
     """Whether the card, the profile's or else the real one, computes in bf16 itself, not by emulation."""
     return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
+
+
+def compute_dtype(choice: ComputeDtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
+    """The dtype of a model that is not trained: the one chosen; `auto` is fp32 on the CPU, else the card's 16 bit."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    short = "bf16" if has_bf16(device, gpu) else "fp16"
+    auto = "fp32" if device.type == "cpu" else short
+    return dtypes[auto if choice is ComputeDtype.auto else choice.name]
 
 
 def use_kernels_of(gpu: GpuConfig) -> None:
