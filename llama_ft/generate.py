@@ -1,21 +1,35 @@
-"""`python -m llama_ft.generate`: text from a model, with or without a KV cache, with or without an adapter."""
+"""`python -m llama_ft.generate`: text from a model, to one prompt, to a file of them, or line by line in a dialogue."""
 
+import gc
 import sys
-import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import GenerateConfig
+from llama_ft.config import GenerateConfig, UserError
+from llama_ft.reporting.progress import progress_bar
+
+if TYPE_CHECKING:
+    from llama_ft.data.tokenizer import Tokenizer
+    from llama_ft.decoding.generate import Answer, Answerer
+    from llama_ft.decoding.prompts import Prompt
 
 USAGE = cli.Usage(
     "generate",
-    "Text from a model: to go on from a prompt, or to answer an instruction. Standard output has the text alone.",
-    "prompt=TEXT | instruction=TEXT [input=TEXT] [GROUP=CHOICE ...] [KEY=VALUE ...]",
+    "Text from a model: to go on from a prompt, or to answer an instruction; many of them from a file, or one after the"
+    " other in a dialogue. Standard output has the text alone.",
+    "prompt=TEXT | instruction=TEXT [input=TEXT] | prompts=FILE [output=FILE] | interactive=true"
+    " [GROUP=CHOICE ...] [KEY=VALUE ...]",
     GenerateConfig,
     (
         """'prompt="Once upon a time"' decoding=top_p""",
-        """'instruction="Name the capital of France."' adapter=outputs/mine""",
+        """'instruction="Name the capital of France."' adapter=outputs/mine compare=true""",
+        "prompts=questions.jsonl output=answers.jsonl adapter=outputs/mine",
+        "interactive=true adapter=outputs/mine",
         "prompt=Hello kv_cache=false decoding=beam",
     ),
     ("--help", "--version", "-sc install=bash"),
@@ -30,34 +44,121 @@ def main() -> int:
     def say(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
-    from llama_ft.data.prompt import prompt_text
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model)
-    from llama_ft.decoding.generate import generate
-    from llama_ft.decoding.load import load_trained
-    from llama_ft.measure.device import choose_device, compute_dtype
+    prompts = read_asked(config, tokenizer)
+    models = Models(config, tokenizer, say)
+    if config.prompts is not None:
+        answer_file(config, prompts, models, errors, say)
+    elif config.interactive:
+        converse(config, models, say)
+    else:
+        from llama_ft.decoding.show import show_answers
 
-    device = choose_device(config.gpu)
-    model = load_trained(config, device, compute_dtype(config.dtype, device, config.gpu), say)
-    prompt = config.prompt if config.prompt is not None else prompt_text(str(config.instruction), config.input or "")
-    began = time.monotonic()
-    one = config.decoding.num_return_sequences == 1
-
-    def on_text(text: str) -> None:
-        print(text, end="", flush=True)
-
-    (answers,) = generate(model, tokenizer, [prompt], config.decoding, config.kv_cache, *([on_text] if one else []))
-    if one:
-        print()
-    for number, answer in enumerate(answers if not one else [], start=1):
-        say(f"answer {number}, ended by {answer.finish}:")
-        print(answer.text, flush=True)
-    n_tokens, seconds = sum(answer.n_tokens for answer in answers), time.monotonic() - began
-    cached = "with" if config.kv_cache else "without"
-    say(f"{n_tokens} tokens in {seconds:.2f} s, {cached} a KV cache; ended by {answers[0].finish}")
+        show_answers(prompts[0].text, models.load, config, say)
     return 0
+
+
+def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]":
+    """The prompts, as far as they are known at the start, checked before a model is loaded, which may take long.
+
+    Raises:
+        UserError: if one is bad, or leaves no room for an answer.
+    """
+    from llama_ft.decoding.prompts import Prompt, encode_prompt, prompt_of, read_prompts
+
+    if config.prompts is not None:
+        from llama_ft.decoding.prompt_file import result_keys
+
+        file = Path(config.prompts).expanduser()
+        return read_prompts(file, result_keys(config), tokenizer, config.model.context)
+    if config.interactive:
+        return []
+    record = {"prompt": config.prompt, "instruction": config.instruction, "input": config.input}
+    prompt = Prompt(prompt_of(record), record)
+    encode_prompt(tokenizer, prompt.text, config.model.context)
+    return [prompt]
+
+
+def answer_file(
+    config: GenerateConfig, prompts: "list[Prompt]", models: "Models", errors: Console, say: Callable[[str], None]
+) -> None:
+    """Answer a file of prompts, with a bar where the results go into a file; printed, they themselves are progress."""
+    from llama_ft.decoding.generate import ignore
+    from llama_ft.decoding.prompt_file import PromptFile
+
+    def progress(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return nullcontext(ignore) if config.output is None else progress_bar(errors, title, total)
+
+    PromptFile(config, prompts, models.dtype_name, models.load, progress, say).answer()
+
+
+def converse(config: GenerateConfig, models: "Models", say: Callable[[str], None]) -> None:
+    """Answer line after line, with the models kept."""
+    from llama_ft.decoding.chat import chat, line_reader
+    from llama_ft.decoding.show import show_answers
+
+    loaded = {is_base: models.load(is_base) for is_base in ((True, False) if config.compare else (False,))}
+    chat(lambda prompt: show_answers(prompt, loaded.__getitem__, config, say), line_reader(), say)
+
+
+class Models:
+    """The model that is asked, and the base that it is compared with, loaded when they are needed."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> None:
+        """Look at what is to be loaded.
+
+        Raises:
+            UserError: if there is no such device, or weights or adapter are not this model's.
+        """
+        from llama_ft.decoding.load import check_sources
+        from llama_ft.measure.device import choose_device, compute_dtype
+
+        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._device = choose_device(config.gpu)
+        self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
+        check_sources(config)
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of the arithmetic."""
+        return str(self._dtype).removeprefix("torch.")
+
+    def load(self, is_base: bool) -> "Answerer":
+        """The base, or the model that is asked.
+
+        Raises:
+            UserError: if it cannot be loaded; when it is asked, if it cannot answer. Also if memory runs out.
+        """
+        from llama_ft.decoding.generate import generate
+        from llama_ft.decoding.load import load_base, load_trained
+
+        gc.collect()  # of a model before it, what is held in cycles
+        load = load_base if is_base else load_trained
+        with memory_explained():
+            model = load(self._config, self._device, self._dtype, self._say)
+
+        def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
+            with memory_explained():
+                return generate(model, self._tokenizer, prompts, self._config.decoding, self._config.kv_cache, on_text)
+
+        return answer
+
+
+@contextmanager
+def memory_explained() -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    from llama_ft.measure.device import is_out_of_memory
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        needs = "a smaller batch_size or decoding.max_new_tokens, fewer answers or beams, and dtype=bf16 need less"
+        raise UserError(f"out of memory: {needs}") from error
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from llama_ft import cli
 from llama_ft import train as train_module
 from llama_ft.config import (
+    EvaluateConfig,
     GenerateConfig,
     LoraConfig,
     ModelConfig,
@@ -40,9 +41,14 @@ from llama_ft.model.transformer import Transformer
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
 # One config a command; the other files are options of a config group.
-PRIMARY = {"train": TrainConfig, "report": ReportConfig, "generate": GenerateConfig}
+PRIMARY = {
+    "train": TrainConfig,
+    "report": ReportConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+}
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 42
+N_YAML_FILES = 43
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}

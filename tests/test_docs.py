@@ -17,10 +17,15 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
 from llama_ft import cli
-from llama_ft.config import GenerateConfig, ReportConfig, TrainConfig, config_dir
+from llama_ft.config import EvaluateConfig, GenerateConfig, ReportConfig, TrainConfig, config_dir
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
-SCHEMAS = {"llama_ft.train": TrainConfig, "llama_ft.report": ReportConfig, "llama_ft.generate": GenerateConfig}
+SCHEMAS = {
+    "llama_ft.train": TrainConfig,
+    "llama_ft.report": ReportConfig,
+    "llama_ft.generate": GenerateConfig,
+    "llama_ft.evaluate": EvaluateConfig,
+}
 # Lines of other tools.
 OTHER_LINES = (
     r"python3 -m venv \.venv",
@@ -62,7 +67,7 @@ def test_every_line_is_of_a_tool_that_is_tested(page: str, line: str) -> None:
     if words[0] == "make":
         assert {word for word in words[1:] if "=" not in word} <= make_targets()
     elif words[:2] == ["python", "-m"]:
-        assert words[2] in SCHEMAS or words[2].startswith("benchmarks.")
+        assert words[2] in SCHEMAS or words[2].startswith(("benchmarks.", "experiments"))
     elif words[0].endswith("python") and words[1] == "-c":
         ast.parse(words[2])
     elif words[0] == "python":
@@ -131,6 +136,11 @@ def test_report_commands_compose(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("arguments", commands("llama_ft.generate"), ids=" ".join)
 def test_generate_commands_compose(arguments: tuple[str, ...]) -> None:
     cli.composed_config("generate", list(arguments), GenerateConfig)
+
+
+@pytest.mark.parametrize("arguments", commands("llama_ft.evaluate"), ids=" ".join)
+def test_evaluate_commands_compose(arguments: tuple[str, ...]) -> None:
+    cli.composed_config("evaluate", list(arguments), EvaluateConfig)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,7 +1,14 @@
 """`python -m llama_ft.generate`: the answers of transformers' generate, adapters, and what is refused."""
 
-import subprocess
-from dataclasses import replace
+import io
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +17,14 @@ from conftest import run
 from test_kv_cache import make_model
 from test_model import reference
 
-from llama_ft.config import DecodingConfig, ModelConfig, ModelSource, UserError
+from llama_ft import cli
+from llama_ft import generate as generate_command
+from llama_ft.config import DecodingConfig, GenerateConfig, ModelConfig, ModelSource, TrainConfig, UserError
+from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import generate
+from llama_ft.decoding.chat import chat, line_reader
+from llama_ft.decoding.generate import Answer, Answerer, generate
+from llama_ft.decoding.show import show_answers
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.adapter import load_adapter
 from llama_ft.techniques.lora import add_lora
@@ -133,43 +145,307 @@ def test_what_is_no_adapter_of_this_model_is_refused(tmp_path: Path) -> None:
         load_adapter(make_model(SMALL), folder, True)
 
 
+def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
+    save_trained(make_model(SMALL), tmp_path)
+    with pytest.raises(UserError, match=rf"is a whole model: give checkpoint={tmp_path} and no adapter"):
+        load_adapter(make_model(SMALL), tmp_path, True)
+
+
+# The dialogue
+
+
+def dialogue(answer: Callable[[str], None], *lines: str | type[BaseException]) -> list[str]:
+    """What is said in it, without the greeting."""
+    said: list[str] = []
+    left = iter(lines)
+
+    def read_line() -> str:
+        line = next(left, EOFError)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    chat(answer, read_line, said.append)
+    assert next(left, None) is None
+    return said[1:]
+
+
+def test_each_line_of_a_dialogue_is_an_instruction_by_itself() -> None:
+    prompts: list[str] = []
+    lines = [
+        "Name a colour.",
+        "",
+        "  ",
+        "/input One and one.",
+        " Sum up. ",
+        "Again.",
+        "/raw  Once ",
+        "Is /etc/x a path?",
+    ]
+    assert dialogue(prompts.append, *lines) == []
+    expected = [prompt_text("Name a colour."), prompt_text("Sum up.", "One and one."), prompt_text("Again.")]
+    assert prompts == [*expected, " Once ", prompt_text("Is /etc/x a path?")]
+
+
+def test_errors_in_a_dialogue_are_a_line_and_it_goes_on() -> None:
+    prompts: list[str] = []
+
+    def answer(prompt: str) -> None:
+        if "long" in prompt:
+            raise UserError("the prompt is too long")
+        prompts.append(prompt)
+
+    said = dialogue(answer, "/raw long", "/raw", "/rew x", "\udcff", "/raw short")
+    assert [line.count("\n") for line in said] == [0] * 4
+    for line, part in zip(said, ("too long", "prompt is empty", "/rew is no command", "not UTF-8"), strict=True):
+        assert line.startswith("error: ")
+        assert part in line
+    assert prompts == ["short"]
+
+
+def test_help_names_every_command() -> None:
+    (said,) = dialogue(pytest.fail, "/help")
+    assert {f"/{name}" for name in ("input", "raw", "help", "quit")} == set(re.findall(r"^/\w+", said, re.MULTILINE))
+
+
+@pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
+def test_a_dialogue_ends(end: str | type[BaseException]) -> None:
+    assert dialogue(pytest.fail, end) == []
+
+
+def test_ctrl_c_stops_an_answer_and_no_more() -> None:
+    before, prompts = signal.getsignal(signal.SIGINT), []
+
+    def answer(prompt: str) -> None:
+        if prompt == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+        prompts.append(prompt)
+
+    assert dialogue(answer, "/raw stop", "/raw go on") == ["stopped"]
+    assert prompts == ["go on"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+    def terminated(prompt: str) -> None:
+        raise KeyboardInterrupt  # what the command makes of SIGTERM
+
+    with pytest.raises(KeyboardInterrupt):
+        dialogue(terminated, "/raw a")
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", [io.TextIOWrapper, Terminal])
+def test_lines_are_read_from_pipes_and_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[io.TextIOWrapper]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", kind(io.BytesIO("one ü\n\xff\n\ntwo".encode("latin-1")), encoding="utf-8"))
+    read_line = line_reader()
+    assert [read_line() for _ in range(4)] == ["one \udcfc", "\udcff", "", "two"]
+    with pytest.raises(EOFError):
+        read_line()
+    # Standard output has the answers alone.
+    assert capsys.readouterr() == ("", "> > > > > \n" if kind is Terminal else "")
+
+
+# What is printed
+
+
+def asked(*answers: Answer) -> Callable[[bool], Answerer]:
+    """Loads models that give these answers: the base with its name before them."""
+
+    def load(is_base: bool) -> Answerer:
+        def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> list[list[Answer]]:
+            found = [replace(each, text=f"base {each.text}") if is_base else each for each in answers]
+            for word in found[0].text.split(" "):
+                on_text(f"{word} ")
+            if found[0].finish == "error":
+                raise UserError("broken off")
+            return [found]
+
+        return answer
+
+    return load
+
+
+def config_of(n_answers: int = 1, compare: bool = False) -> GenerateConfig:
+    decoding = DecodingConfig(sample=True, num_return_sequences=n_answers)
+    base = "random" if compare else None
+    return GenerateConfig(model=SMALL, checkpoint="random", prompt="a", decoding=decoding, base=base, compare=compare)
+
+
+def test_a_single_answer_is_streamed_and_its_line_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    show_answers("a", asked(Answer("one two", 2, "eos")), config_of(), said.append)
+    assert capsys.readouterr().out == "one two \n"
+    assert said == [f"2 tokens in {said[0].split()[3]} s, with a KV cache; ended by eos"]
+    with pytest.raises(UserError):
+        show_answers("a", asked(Answer("one two", 2, "error")), config_of(), said.append)
+    assert capsys.readouterr().out == "one two \n"
+
+
+def test_several_answers_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    answers = Answer("one", 1, "eos"), Answer("two", 3, "length")
+    show_answers("a", asked(*answers), config_of(n_answers=2), said.append)
+    assert capsys.readouterr().out == "one\ntwo\n"
+    assert said[:2] == ["answer 1, ended by eos:", "answer 2, ended by length:"]
+    assert said[2].startswith("4 tokens in")
+
+
+def test_compared_answers_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    answers = Answer("one [b]", 1, "eos"), Answer("two", 3, "length")
+    show_answers("a", asked(*answers), config_of(n_answers=2, compare=True), said.append)
+    assert (
+        capsys.readouterr().out
+        == "base:\nbase one [b]\n\nfine-tuned:\none [b]\n\nbase:\nbase two\n\nfine-tuned:\ntwo\n"
+    )
+    assert [line.partition(" tokens")[0] for line in said] == ["base: 4", "fine-tuned: 4"]
+    for name, value in {"TTY_COMPATIBLE": "1", "COLUMNS": "100", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+    show_answers("a", asked(*answers), config_of(n_answers=2, compare=True), said.append)
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.findall(r"[│┃] (.*?) *[│┃] (.*?) *[│┃]", line) for line in lines if "two" in line] == [
+        [("base two", "two")]
+    ]
+    assert any("base one [b]" in line for line in lines)
+
+
 # The command
 
 
-def command(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return run("llama_ft.generate", *arguments, cwd=cwd)
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    status: int
+    out: str
+    err: str
 
 
-def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(tmp_path: Path) -> None:
-    outputs = []
-    for kv_cache in ("true", "false"):
-        done = command(tmp_path, "prompt=Hello", "decoding.max_new_tokens=8", f"kv_cache={kv_cache}")
-        assert done.returncode == 0, done.stderr
-        assert "8 tokens in" in done.stderr
-        outputs.append(done.stdout)
-    assert outputs[0] == outputs[1] != ""
+@pytest.fixture
+def command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Done]]:
+    """Runs the command in this process, in an empty folder."""
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored at the end, as are the other things that a command changes
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+        monkeypatch.setattr(sys, "argv", ["generate", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.run_command(generate_command.main, generate_command.USAGE)
+        printed = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Done(ended.value.code, printed.out, printed.err)
+
+    yield call
+    signal.signal(signal.SIGTERM, handler)
+    cli.use_schema(TrainConfig)
+
+
+TINY = ("checkpoint=random", "model.n_layers=1", "gpu=cpu")
+
+
+def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(
+    tmp_path: Path, command: Callable[..., Done]
+) -> None:
+    arguments = ("prompt=Hello", "decoding.max_new_tokens=8", *TINY)
+    done = run("llama_ft.generate", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    uncached = command(*arguments, "kv_cache=false")
+    assert done.stdout == uncached.out != ""
+    for said, cached in ((done.stderr, "with"), (uncached.err, "without")):
+        assert re.fullmatch(rf"8 tokens in [\d.]+ s, {cached} a KV cache; ended by length\n", said)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_of_prompts_is_answered_as_each_by_itself(tmp_path: Path, command: Callable[..., Done]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n{"instruction": "Two and two", "input": "are"}\n')
+    wanted = ("decoding=top_p", "decoding.max_new_tokens=6", *TINY)
+    done = command("prompts=p.jsonl", "output=a.jsonl", *wanted)
+    assert (done.status, done.out) == (0, ""), done.err
+    assert "2 of 2 prompts are answered in a.jsonl" in done.err
+    content = (tmp_path / "a.jsonl").read_text()
+    alone = [
+        command(*arguments, *wanted).out for arguments in (["prompt=Hello"], ["instruction=Two and two", "input=are"])
+    ]
+    assert [f"{json.loads(line)['answer']}\n" for line in content.splitlines()] == alone
+    assert command("prompts=p.jsonl", *wanted).out == content
+    refused = command("prompts=p.jsonl", "output=a.jsonl", *wanted, "decoding.seed=1")
+    assert refused.status == 2
+    assert "output=a.jsonl was made with other decoding.seed" in refused.err
+    assert (tmp_path / "a.jsonl").read_text() == content
+
+
+def test_a_dialogue_by_a_pipe(
+    tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
+) -> None:
+    adapted = make_model(replace(tiny_config.model, n_layers=1))
+    add_lora(adapted, 4, 8.0, 0.0, ["wq"])
+    (tmp_path / "run").mkdir()
+    save_trained(adapted, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").write_text("lora: {rank: 4, alpha: 8.0, dropout: 0.0, targets: [wq]}\n")
+    lines = f"Two and two\n/raw {'x ' * 2000}\n/raw Hello\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    arguments = ("adapter=run", "compare=true", "decoding.max_new_tokens=5", *TINY)
+    done = command("interactive=true", *arguments)
+    assert done.status == 0, done.err
+    singles = [command(asked, *arguments).out for asked in ("instruction=Two and two", "prompt=Hello")]
+    assert done.out == "".join(singles)
+    assert done.out.count("base:\n") == done.out.count("fine-tuned:\n") == 2
+    assert len(re.findall(r"^error: the prompt has .* tokens, and the model's context is", done.err, re.MULTILINE)) == 1
+
+
+TELL_ONE = 'give one of prompt="…", instruction="…", prompts=FILE and interactive=true'
 WRONG = {
-    (): 'give either prompt="…" or instruction="…"',
-    ("prompt=a", "instruction=b"): 'give either prompt="…" or instruction="…"',
+    (): TELL_ONE,
+    ("prompt=a", "instruction=b"): TELL_ONE,
+    ("prompts=a", "interactive=true"): TELL_ONE,
     ('prompt=""',): "is not allowed: it must be a text",
+    ('instruction=" "',): "instruction is empty",
     ("prompt=a", "input=b"): "input belongs to an instruction",
+    ("interactive=true", "input=b"): "input belongs to an instruction",
+    ("prompt=a", "output=b"): "output is for the answers to prompts=FILE",
+    ("prompts=p", "batch_size=0"): "batch_size=0",
+    ("prompts=nowhere.jsonl",): "data file nowhere.jsonl cannot be read: No such file",
+    ("prompt=a", "compare=true"): "compare=true needs two models: give adapter=DIR, or base=DIR",
+    ("prompt=a", "base=random"): "base is what compare=true compares with",
+    ("prompt=a", "base=nowhere", "compare=true"): "base=nowhere: there is no such folder",
+    ("prompt=a", "checkpoint=nowhere"): "checkpoint=nowhere: there is no such folder",
     ("prompt=a", "decoding=best"): "one of beam, greedy, temperature, top_k, top_p",
     ("prompt=a", "decoding.top_p=0"): "decoding.top_p=0",
     ("prompt=a", "decoding.num_return_sequences=2"): "at most decoding.n_beams unless decoding.sample=true",
     ("prompt=a", "decoding=beam", "decoding.sample=true"): "decoding.n_beams above 1",
-    ("prompt=a", "model=llama2_7b"): "has no built-in weights",
-    ("prompt=a", "adapter=nowhere"): "there is no adapter.safetensors in it",
+    ("prompt=a", "checkpoint=null", "model=llama2_7b"): "has no built-in weights",
+    ("prompt=a", "adapter=nowhere"): "adapter=nowhere: there is no such folder",
     ("prompt=a", "decoding.beams=2"): "decoding.beams is not a key: decoding has sample",
+    ("prompt=a", "prompt_file=b"): "prompt_file is not a key: the config has model",
+    (f"prompt='{'a ' * 2000}'",): "tokens, and the model's context is",
+    (f"instruction='{'a ' * 2000}'", "checkpoint=nowhere"): "tokens, and the model's context is",
 }
 
 
-@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
-def test_what_is_wrong_is_said_in_a_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    done = command(tmp_path, *arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
+@pytest.mark.parametrize("arguments", WRONG, ids=lambda arguments: " ".join(arguments)[:60])
+def test_what_is_wrong_is_said_in_a_line(
+    tmp_path: Path, command: Callable[..., Done], arguments: tuple[str, ...]
+) -> None:
+    done = command(*TINY, *arguments)
+    assert (done.status, done.out) == (2, "")
+    (line,) = done.err.splitlines()
     assert line.startswith("error: ")
     assert WRONG[arguments] in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transformer, "forward", lambda *_, **__: torch.empty(2**60))
+    done = command("prompt=a", *TINY)
+    assert (done.status, done.out) == (2, "")
+    assert re.fullmatch("error: out of memory: a smaller .*\n", done.err)

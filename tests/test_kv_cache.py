@@ -1,21 +1,37 @@
 """Cached and uncached generation: the same logits at every position, the same text, the bytes that the formula says."""
 
+import ast
+import functools
+import json
+import os
+import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import CHECKOUT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_ft.config import ModelConfig
+from experiments.kv_cache_texts import with_texts
+from llama_ft import cli
+from llama_ft.config import GenerateConfig, ModelConfig
+from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.context import Context
-from llama_ft.model.kv_cache import KVCache
+from llama_ft.decoding.generate import generate
+from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import initialize
+from llama_ft.model.weights import initialize, load_model
 
 SMALL = ModelConfig("small", dim=64, n_layers=3, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=300, context=256)
+# New tokens of each of the 20 texts on LLaMA-2-7B's shapes: 128 is the full test, which takes two minutes of a core.
+N_PARITY = int(os.environ.get("LLAMA_FT_PARITY_TOKENS", "3"))
 SIZES = {"MHA": SMALL, "GQA": replace(SMALL, n_kv_heads=2), "MQA": replace(SMALL, n_kv_heads=1)}
 
 
@@ -137,7 +153,174 @@ def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config) -> No
     assert len({tuple(answer) for answer in answers}) > 10
 
 
+# One layer of LLaMA-2-7B, real tokens
+
+
+@pytest.fixture(scope="module")
+def one_layer() -> Transformer:
+    """Full-size embeddings, layer and head with random weights: 1.9 GB."""
+    sizes = {}
+    for name in ("llama2_7b", "llama2_7b_1layer"):
+        sizes |= yaml.safe_load((CHECKOUT / "conf" / "model" / f"{name}.yaml").read_text())
+    del sizes["defaults"]
+    return load_model(ModelConfig(**sizes), "random", torch.device("cpu"), torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def questions(test_data: Path) -> list[list[int]]:
+    """The first 20 instructions of Alpaca in LLaMA-2's tokens, 7 to 25 each."""
+    tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")
+    records = json.loads((test_data / "alpaca_data_200.json").read_text())[:20]
+    return [tokenizer.encode(record["instruction"], bos=True) for record in records]
+
+
+@torch.inference_mode()
+def generated(
+    model: Transformer, prompts: list[list[int]], n_new: int, kv_cache: bool
+) -> tuple[list[list[int]], Tensor]:
+    """Greedy answers, and the logits that they were taken from, [n_new, B, V]."""
+    context, found = Context(model, prompts, n_new, kv_cache, torch.float32), []
+    for _ in range(n_new):
+        found.append(context.next_logits())
+        context.append(found[-1].argmax(-1))
+    return context.tokens[:, context.prompt_length :].tolist(), torch.stack(found)
+
+
+@torch.inference_mode()
+def test_one_layer_of_7b_says_the_same_without_a_cache(one_layer: Transformer, questions: list[list[int]]) -> None:
+    """A batch of 20, padded on the left, with the cache, against each text by itself without one.
+
+    Uncached decoding takes, after each prefix, what one forward over the whole says at that prefix's last position.
+    """
+    answers, cached = generated(one_layer, questions, N_PARITY, True)
+    assert len({len(question) for question in questions}) > 5
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        places = torch.arange(len(question) - 1, len(question) - 1 + N_PARITY)
+        logits = one_layer(torch.tensor([question + answer]), logits_at=places)
+        assert logits.argmax(-1).tolist() == answer
+        assert difference(cached[:, row], logits) <= 1e-5
+    assert len({tuple(answer) for answer in answers}) == 20
+
+
+def test_one_layer_of_7b_step_by_step(one_layer: Transformer, questions: list[list[int]]) -> None:
+    n_new = min(N_PARITY, 16)
+    for question in questions[:2]:
+        answer, cached = generated(one_layer, [question], n_new, True)
+        step_by_step, uncached = generated(one_layer, [question], n_new, False)
+        assert step_by_step == answer
+        assert difference(cached, uncached) <= 1e-5
+
+
 def test_training_never_makes_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVCache, "__init__", lambda *_: pytest.fail("a cache was made"))
     model = make_model(SMALL)
     model(random_tokens(2, 9)).sum().backward()
+
+
+def test_without_a_cache_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generation is whole without the code of the cache: it is not only unused."""
+    monkeypatch.setattr(KVCache, "__init__", lambda *_: pytest.fail("a cache was made"))
+    monkeypatch.setattr(LayerCache, "__init__", lambda *_: pytest.fail("a cache was made"))
+    answers, _ = generated(make_model(SMALL), [[5, 6, 7], [9]], 8, False)
+    assert [len(answer) for answer in answers] == [8, 8]
+
+
+# docs/kv_cache.md
+
+PAGE = (CHECKOUT / "docs" / "kv_cache.md").read_text(encoding="utf-8")
+CACHE_NAMES = {"KVCache", "LayerCache", "NoCache", "Caches"}
+
+
+def rows(heading: str) -> list[list[str]]:
+    """The cells of the table under a heading of the page, without its title row."""
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def listed_places() -> set[tuple[str, str]]:
+    """(file, name) of the page's table; a cell without a file has that of the row above."""
+    places, file = set(), ""
+    for cells in rows("Where it is"):
+        file = cells[0].strip("`") or file
+        places.add((file, cells[1].strip("`")))
+    return places
+
+
+def definitions(tree: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Classes and functions with their full names, the outer ones first."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            yield prefix + node.name, node
+            yield from definitions(node, f"{prefix}{node.name}.")
+
+
+def uses_the_cache(node: ast.AST) -> bool:
+    """Whether it names a class of the cache, or the cache that a context holds."""
+    return any(
+        (isinstance(inner, ast.Name) and inner.id in CACHE_NAMES)
+        or (isinstance(inner, ast.Attribute) and ast.unparse(inner) == "self.cache")
+        for inner in ast.walk(node)
+    )
+
+
+def test_the_page_lists_every_place_of_the_cache_and_no_other() -> None:
+    own = "llama_ft/model/kv_cache.py"
+    found = set()
+    for file in sorted((CHECKOUT / "llama_ft").rglob("*.py")):
+        name = file.relative_to(CHECKOUT).as_posix()
+        for place, node in definitions(ast.parse(file.read_text(encoding="utf-8"))):
+            is_use = isinstance(node, ast.FunctionDef) and uses_the_cache(node)
+            if not place.endswith("__init__") if name == own else is_use:
+                found.add((name, place))
+    assert ("llama_ft/decoding/context.py", "Context.next_logits") in found
+    assert found == listed_places()
+
+
+def sizes_of(name: str) -> ModelConfig:
+    return ModelConfig(**yaml.safe_load((CHECKOUT / "conf" / "model" / f"{name}.yaml").read_text()))
+
+
+def test_the_pages_memory_is_that_of_the_real_class() -> None:
+    table = rows("What it costs")
+    assert len(table) == 5
+    for name, *cells in table:
+        for (batch, tokens), cell in zip(((1, 1), (1, 1024), (1, 4096), (8, 4096)), cells, strict=True):
+            cache = KVCache(sizes_of(name.strip("`")), batch, tokens, torch.float16, "meta")
+            assert float(cell.replace(",", "")) == pytest.approx(cache.nbytes / 2**20, abs=5e-5), name
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in Transformer(sizes_of("llama2_7b")).parameters())
+    assert f"7B's weights are {2 * weights / 2**20:,.0f} MB in 16 bit" in PAGE
+
+
+def test_the_pages_line_of_code_prints_what_its_table_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = re.findall(r"^python -c .*$", PAGE, re.MULTILINE)
+    exec(shlex.split(line)[2], {})
+    assert f"{float(capsys.readouterr().out):,.0f}" == rows("What it costs")[1][3] == "2,048"
+
+
+@functools.cache
+def builtin_model() -> Transformer:
+    return load_model(sizes_of("tiny"), "builtin", torch.device("cpu"), torch.float32).eval()
+
+
+def answered(command: str) -> str:
+    """What a command of the page prints, without starting it."""
+    config = cli.composed_config("generate", shlex.split(command)[3:], GenerateConfig)
+    prompt = config.prompt if config.prompt is not None else prompt_text(str(config.instruction), config.input or "")
+    ((answer,),) = generate(
+        builtin_model(), Tokenizer(config.tokenizer_file), [prompt], config.decoding, config.kv_cache
+    )
+    return f"{answer.text}\n"
+
+
+def test_the_pages_texts_are_the_built_in_models() -> None:
+    """After a change of the model: python -m experiments.kv_cache_texts."""
+    assert with_texts(PAGE, answered) == PAGE
+    blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 5
+    for block in blocks:
+        parts = re.findall(r"^\$ ([^\n]*)\n(.*?)(?=^\$ |\Z)", block, re.MULTILINE | re.DOTALL)
+        (with_cache, text), (without, same) = parts
+        assert with_cache.replace("kv_cache=true", "kv_cache=false") == without != with_cache
+        assert text == same != ""

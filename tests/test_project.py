@@ -26,6 +26,7 @@ from packaging.version import Version
 
 PACKAGE = CHECKOUT / "llama_ft"
 MODULE_FILES = sorted(PACKAGE.rglob("*.py"))
+STUDY_FILES = sorted((CHECKOUT / "experiments").rglob("*.py"))
 MOST_LINES = 300
 SECONDS_FOR_HELP = 1.5
 
@@ -192,7 +193,7 @@ LEVELS = [
     ("model", "data"),
     ("techniques",),
     ("training", "decoding"),
-    ("reporting", "planning", "measure", "tracking"),
+    ("reporting", "planning", "measure", "tracking", "evaluation"),
     ("cli",),
     (*COMMANDS, "__main__"),
 ]
@@ -263,6 +264,10 @@ def test_wandb_stays_in_tracking():
     assert {part_of(module) for module in importers("wandb")} == {"tracking"}
 
 
+def test_the_package_knows_no_study():
+    assert importers("experiments") == set()
+
+
 def test_config_is_plain_python():
     targets = {found.target.split(".")[0] for found in IMPORTS if found.module.startswith("llama_ft.config")}
     assert targets - {"llama_ft"} <= sys.stdlib_module_names  # that it imports itself alone, the layers' test sees
@@ -321,7 +326,7 @@ def test_help_is_there_and_quick(tmp_path, command):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("file", MODULE_FILES, ids=lambda file: file.relative_to(PACKAGE).as_posix())
+@pytest.mark.parametrize("file", MODULE_FILES + STUDY_FILES, ids=lambda file: file.relative_to(CHECKOUT).as_posix())
 def test_modules_are_short(file):
     assert len(file.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 

@@ -33,7 +33,8 @@ def step_memory(model_name: str, n_layers: int, n_tokens: int, combination: str,
     """What the tracker sees in two optimizer steps on one sample, of whose tokens half are trained on."""
     sizes = yaml.safe_load((CONF / "model" / f"{model_name}.yaml").read_text()) | {"n_layers": n_layers}
     optim = OptimConfig(**{name: name in combination.split("_") for name in ("ga", "mp", "lora")}, gc=every > 0)
-    config = TrainConfig(ModelConfig(**sizes), optim, data=DataConfig("sample"), checkpoint="random", tokenizer="none")
+    model, data = ModelConfig(**sizes), DataConfig("sample")
+    config = TrainConfig(model=model, optim=optim, data=data, checkpoint="random", tokenizer="none")
     config.gc.every, config.mp.dtype = max(1, every), DtypeChoice.bf16
     precision = make_precision(config, torch.device("cpu"))
     with FakeTensorMode():

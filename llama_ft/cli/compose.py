@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from llama_ft.cli.explain import TEXTS, not_allowed, type_of
-from llama_ft.config import GenerateConfig, ReportConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import EvaluateConfig, GenerateConfig, ReportConfig, TrainConfig, UserError, config_dir
 
 T = TypeVar("T")
 
@@ -20,6 +20,7 @@ def register() -> None:
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     ConfigStore.instance().store(name="report_schema", node=ReportConfig)
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
+    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
     OmegaConf.register_new_resolver("combination", combination, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 

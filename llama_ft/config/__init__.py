@@ -22,6 +22,7 @@ from llama_ft.config.checks import (
     check,
 )
 from llama_ft.config.content import content_hash
+from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
     PACKAGE_DIR,
@@ -48,6 +49,7 @@ __all__ = [
     "DecodingConfig",
     "DeviceChoice",
     "DtypeChoice",
+    "EvaluateConfig",
     "GenerateConfig",
     "GpuConfig",
     "GradientAccumulationConfig",

@@ -51,10 +51,28 @@ class GenerateConfig(TrainedSource):
     prompt: str | None = setting(None, "a text to go on with")
     instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
+    prompts: str | None = setting(None, "many: a JSON or JSONL file of records with prompt, or instruction and input")
+    output: str | None = setting(
+        None, "of prompts: the JSONL file for their answers, which goes on where it stops; null is standard output"
+    )
+    batch_size: int = setting(8, "prompts of a file that are answered side by side")
+    interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")
+    compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.prompt is None) == (self.instruction is None):
-            raise UserError('give either prompt="…" or instruction="…"; --help says more')
+        asked = (self.prompt, self.instruction, self.prompts, self.interactive or None)
+        if sum(each is not None for each in asked) != 1:
+            one_of = 'prompt="…", instruction="…", prompts=FILE and interactive=true'
+            raise UserError(f"give one of {one_of}; --help says more")
+        if self.instruction is not None and not self.instruction.strip():
+            raise UserError("instruction is empty: say what is to be done, or give a prompt")
         if self.input and self.instruction is None:
             raise UserError("input belongs to an instruction, and there is none")
+        if self.output is not None and self.prompts is None:
+            raise UserError("output is for the answers to prompts=FILE; a single answer goes to standard output")
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        if self.compare and self.adapter is None and self.base is None:
+            raise UserError("compare=true needs two models: give adapter=DIR, or base=DIR beside the checkpoint")
+        if self.base is not None and not self.compare:
+            raise UserError("base is what compare=true compares with, and compare is false")

@@ -1,8 +1,7 @@
 """Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
 
-import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
+from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
@@ -123,7 +123,7 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
         UserError: if the file cannot be read, or a record is bad and not to be skipped.
     """
     records, n_skipped = [], 0
-    for where, value in islice(_parse(path), first):
+    for where, value in islice(json_records(path, ("instruction",)), first):
         problem = _problem(value)
         if problem is None:
             records.append(Record(value["instruction"], value.get("input") or "", value["output"]))
@@ -145,35 +145,6 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
     n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, tokens, strict=False)))
     return Sample(tokens, n_prompt)
-
-
-def _parse(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each record; a JSON file is one array, anything else is read as one record a line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"data file {path} cannot be read: {reason}") from error
-    array = text.lstrip().startswith("[")
-    whole = _json(text)
-    if array and isinstance(whole, Exception):
-        raise UserError(f"{path} is not valid JSON: {whole}") from whole
-    if isinstance(whole, dict) and "instruction" not in whole:
-        raise UserError(f"{path} is one JSON object: it must be an array of records, or hold one record a line")
-    if array:
-        yield from ((f"record {index}", value) for index, value in enumerate(whole))
-        return
-    # Not splitlines(), which also splits at characters that a JSON string may hold.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    yield from ((f"record {index} (line {number})", _json(line)) for index, (number, line) in enumerate(lines))
-
-
-def _json(text: str) -> Any:
-    """The value, or the exception that says why there is none."""
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return error
 
 
 def _problem(value: Any) -> str | None:

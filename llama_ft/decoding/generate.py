@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ft.config import DecodingConfig, UserError
+from llama_ft.config import DecodingConfig
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import beam_search
 from llama_ft.decoding.context import Context
+from llama_ft.decoding.prompts import encode_prompt
 from llama_ft.decoding.sampling import Greedy, Sampling
 from llama_ft.decoding.text import StopAt, TextStream
 from llama_ft.model.transformer import Transformer
@@ -24,7 +25,11 @@ class Answer:
     """What ended it: `eos`, `stop` (one of decoding.stop), or `length`."""
 
 
-def ignore(text: str) -> None:
+Answerer = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
+"""A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
+
+
+def ignore(_: object) -> None:
     """Do nothing."""
 
 
@@ -46,7 +51,8 @@ def generate(
     Raises:
         UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
     """
-    batch, n_answers = [_encode(tokenizer, prompt, model) for prompt in prompts], config.num_return_sequences
+    batch = [encode_prompt(tokenizer, prompt, model.config.context) for prompt in prompts]
+    n_answers = config.num_return_sequences
     writers = [
         _Writer(tokenizer, config.stop, min(config.max_new_tokens, model.config.context - len(tokens)))
         for tokens in batch
@@ -60,13 +66,6 @@ def generate(
         _continue(model, batch, writers, config, kv_cache)
     answers = [writer.end() for writer in writers]
     return [answers[start : start + n_answers] for start in range(0, len(answers), n_answers)]
-
-
-def _encode(tokenizer: Tokenizer, prompt: str, model: Transformer) -> list[int]:
-    tokens, context_length = tokenizer.encode(prompt, bos=True), model.config.context
-    if len(tokens) >= context_length:
-        raise UserError(f"the prompt has {len(tokens):,} tokens, and the model's context is {context_length:,}")
-    return tokens
 
 
 def _search(

@@ -5,10 +5,29 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.config import TrainedSource
+from llama_ft.config import TrainedSource, UserError
+from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
-from llama_ft.techniques.adapter import load_adapter
+from llama_ft.techniques.adapter import load_adapter, read_adapter
+
+
+def check_sources(source: TrainedSource) -> None:
+    """Look into the folders of weights and adapter before anything long begins.
+
+    Raises:
+        UserError: if what is in them is not this model's.
+    """
+    with torch.device("meta"):
+        model = Transformer(source.model)
+    for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
+        if weights not in (None, "builtin", "random"):
+            try:
+                open_checkpoint(Path(str(weights)).expanduser(), model)
+            except UserError as error:
+                raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
+    if source.adapter is not None:
+        read_adapter(Path(source.adapter).expanduser(), source.model)
 
 
 def load_trained(

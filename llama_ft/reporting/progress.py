@@ -1,11 +1,13 @@
-"""A run's progress on the terminal: what it says, a bar while it trains, a line when it is over."""
+"""Progress on the terminal: of a run, and of anything else that is long."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from llama_ft.reporting.table2 import amount
 
@@ -68,3 +70,22 @@ def ending(result: dict[str, Any]) -> str:
     if None not in (result["eval_loss_before"], result["eval_loss_after"]):  # earlier versions measured neither
         parts.append(f"loss {result['eval_loss_before']:.3f} before, {result['eval_loss_after']:.3f} after")
     return f"ok: {', '.join(parts)}"
+
+
+@contextmanager
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar while the block runs; what is given is to be called with how many more of `total` are done."""
+    done, last_line = 0, time.monotonic()
+    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        task = bars.add_task(title, total=total)
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bars.advance(task, count)
+            if not console.is_terminal and time.monotonic() - last_line > PLAIN_SECONDS:
+                console.print(f"  {title}: {done}/{total}", highlight=False, markup=False, soft_wrap=True)
+                last_line = time.monotonic()
+
+        yield advance

@@ -6,9 +6,10 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
-from llama_ft.config import LoraConfig, UserError
-from llama_ft.files import ADAPTER_FILE
+from llama_ft.config import LoraConfig, ModelConfig, UserError
+from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
 from llama_ft.model.checkpoint import SIZES_KEY
 from llama_ft.model.formats import check_sizes
 from llama_ft.model.mapped import read_safetensors
@@ -17,6 +18,30 @@ from llama_ft.model.weights import read_into
 from llama_ft.techniques.lora import LoRALinear, add_lora
 
 CONFIG_FILE = "config.yaml"  # of the run that trained it
+
+
+def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
+    """How the adapter in a run's folder was made, once it is clear that it is one of this model.
+
+    Raises:
+        UserError: if there is no adapter, it is damaged, or of another model.
+    """
+    file = folder / ADAPTER_FILE
+    if not folder.is_dir():
+        raise UserError(f"adapter={folder}: {'it is a file' if folder.exists() else 'there is no such folder'}")
+    if not file.is_file():
+        hint = "give the folder of a run with LoRA"
+        if (folder / WEIGHTS_FILE).is_file():
+            hint = f"its {WEIGHTS_FILE} is a whole model: give checkpoint={folder} and no adapter"
+        raise UserError(f"adapter={folder}: there is no {ADAPTER_FILE} in it; {hint}")
+    _, metadata = read_safetensors(file)
+    try:
+        sizes = json.loads(metadata[SIZES_KEY])
+        lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
+        check_sizes(sizes, model, file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+        raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
+    return lora
 
 
 def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
@@ -28,19 +53,10 @@ def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
     Raises:
         UserError: if there is no adapter, it is damaged, or of another model.
     """
-    file = folder / ADAPTER_FILE
-    if not file.is_file():
-        raise UserError(f"adapter={folder}: there is no {ADAPTER_FILE} in it; give the folder of a run with LoRA")
-    _, metadata = read_safetensors(file)
-    try:
-        sizes = json.loads(metadata[SIZES_KEY])
-        lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
-    check_sizes(sizes, model.config, file)
+    lora = read_adapter(folder, model.config)
     add_lora(model, lora.rank, lora.alpha, 0.0, lora.targets, model.output.weight.dtype)
     adapted = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    read_into(adapted, file)
+    read_into(adapted, folder / ADAPTER_FILE)
     model.eval()
     if merge:
         with torch.no_grad():

@@ -1,5 +1,7 @@
 """Tasks about sentences and short texts."""
 
+from collections.abc import Callable
+from functools import partial
 from random import Random
 
 from llama_ft.data.sample import words
@@ -7,7 +9,7 @@ from llama_ft.data.sample.task import Example, Task, distinct
 
 # A text has as many sentences as one of these, drawn at random: most are short, a few are long enough that
 # a batch of them needs much padding.
-_TEXT_LENGTHS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 10)
+TEXT_LENGTHS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 10)
 
 
 def sentence(rng: Random, name: str, action: str, thing: str) -> str:
@@ -17,7 +19,8 @@ def sentence(rng: Random, name: str, action: str, thing: str) -> str:
     return f"{name} {action} the {adjective}{thing}{where if rng.random() < 0.65 else ''}."
 
 
-def _any_sentence(rng: Random) -> str:
+def any_sentence(rng: Random) -> str:
+    """A sentence of any kind."""
     subject = rng.choice(words.NAMES if rng.random() < 0.6 else words.SUBJECTS)
     text = sentence(rng, subject, rng.choice(words.ACTIONS), rng.choice(words.OBJECTS))
     if rng.random() < 0.4:
@@ -25,60 +28,51 @@ def _any_sentence(rng: Random) -> str:
     return text[0].upper() + text[1:]
 
 
-def _first_word(rng: Random) -> list[Example]:
-    def draw(_: int) -> Example:
-        text = _any_sentence(rng)
-        return Example(text, {"sentence": text}, text.split()[0])
-
-    return distinct(draw)
+def first_word(rng: Random, _: int) -> Example:
+    """A sentence and its first word."""
+    text = any_sentence(rng)
+    return Example(text, {"sentence": text}, text.split()[0])
 
 
-def _last_word(rng: Random) -> list[Example]:
-    def draw(_: int) -> Example:
-        text = _any_sentence(rng)
-        return Example(text, {"sentence": text}, text.rstrip(".").split()[-1])
-
-    return distinct(draw)
+def last_word(rng: Random, _: int) -> Example:
+    """A sentence and its last word."""
+    text = any_sentence(rng)
+    return Example(text, {"sentence": text}, text.rstrip(".").split()[-1])
 
 
-def _count_words(rng: Random) -> list[Example]:
-    def draw(count: int) -> Example:
-        wanted = 4 + count % 6
-        while len((text := _any_sentence(rng)).split()) != wanted:
-            pass
-        return Example(text, {"sentence": text}, str(wanted))
-
-    return distinct(draw)
+def count_words(rng: Random, turn: int) -> Example:
+    """A sentence and its number of words, which takes turns between 4 and 9."""
+    wanted = 4 + turn % 6
+    while len((text := any_sentence(rng)).split()) != wanted:
+        pass
+    return Example(text, {"sentence": text}, str(wanted))
 
 
-def _scene(rng: Random, count: int) -> list[tuple[str, str, str]]:
+def scene(rng: Random, count: int) -> list[tuple[str, str, str]]:
     """`count` times (name, action, thing), no name and no thing twice."""
     names, things = rng.sample(words.NAMES, count), rng.sample(words.OBJECTS, count)
     return [(name, rng.choice(words.ACTIONS), thing) for name, thing in zip(names, things, strict=True)]
 
 
-def _find_colour(rng: Random) -> list[Example]:
-    def draw(count: int) -> Example:
-        colour = words.COLOURS[count % len(words.COLOURS)]
-        scene = _scene(rng, rng.choice(_TEXT_LENGTHS))
-        coloured = rng.randrange(len(scene))
-        text = " ".join(
-            sentence(rng, name, action, f"{colour} {thing}" if i == coloured else thing)
-            for i, (name, action, thing) in enumerate(scene)
-        )
-        return Example(text, {"text": text}, colour)
-
-    return distinct(draw)
+def find_colour(rng: Random, turn: int) -> Example:
+    """A text and the one colour in it; the colours take turns."""
+    colour = words.COLOURS[turn % len(words.COLOURS)]
+    happenings = scene(rng, rng.choice(TEXT_LENGTHS))
+    coloured = rng.randrange(len(happenings))
+    text = " ".join(
+        sentence(rng, name, action, f"{colour} {thing}" if i == coloured else thing)
+        for i, (name, action, thing) in enumerate(happenings)
+    )
+    return Example(text, {"text": text}, colour)
 
 
-def _who(rng: Random) -> list[Example]:
-    def draw(_: int) -> Example:
-        scene = _scene(rng, 1 + rng.choice(_TEXT_LENGTHS))
-        text = " ".join(sentence(rng, *happening) for happening in scene)
-        name, action, thing = rng.choice(scene)
-        return Example(text, {"text": text, "question": f"Who {action} the {thing}?"}, name)
-
-    return distinct(draw)
+def who(rng: Random, _: int) -> Example:
+    """A text, and who did one of the things in it."""
+    happenings = scene(rng, 1 + rng.choice(TEXT_LENGTHS))
+    text = " ".join(sentence(rng, *happening) for happening in happenings)
+    name, action, thing = rng.choice(happenings)
+    values = {"text": text, "question": f"Who {action} the {thing}?", "action": action, "thing": thing}
+    return Example(text, values, name)
 
 
 _REVIEWED = (
@@ -112,17 +106,19 @@ _OPINIONS = {
 }
 
 
-def _sentiment(rng: Random) -> list[Example]:
-    def draw(count: int) -> Example:
-        mood = ("positive", "negative")[count % 2]
-        adjectives, remarks = _OPINIONS[mood]
-        first, second = rng.sample(adjectives, 2)
-        opinion = rng.choice([first, f"really {first}", f"{first} and {second}", f"simply {first}"])
-        opening = f"{rng.choice(['The', 'Our', 'My', 'This'])} {rng.choice(_REVIEWED)} was {opinion}."
-        text = " ".join([opening, *rng.sample(remarks, rng.choice([0, 0, 1, 1, 2, 4]))])
-        return Example(text, {"text": text}, mood)
+def sentiment(rng: Random, turn: int) -> Example:
+    """A review, positive and negative in turn."""
+    mood = ("positive", "negative")[turn % 2]
+    adjectives, remarks = _OPINIONS[mood]
+    first, second = rng.sample(adjectives, 2)
+    opinion = rng.choice([first, f"really {first}", f"{first} and {second}", f"simply {first}"])
+    opening = f"{rng.choice(['The', 'Our', 'My', 'This'])} {rng.choice(_REVIEWED)} was {opinion}."
+    text = " ".join([opening, *rng.sample(remarks, rng.choice([0, 0, 1, 1, 2, 4]))])
+    return Example(text, {"text": text}, mood)
 
-    return distinct(draw)
+
+def _all(draw: Callable[[Random, int], Example]) -> Callable[[Random], list[Example]]:
+    return lambda rng: distinct(partial(draw, rng))
 
 
 _READ = "Read the text below with care. Then answer the question about it with one word and nothing else."
@@ -134,7 +130,7 @@ TASKS = [
             ("With which word does this sentence begin?", "{sentence}"),
             ('What is the first word of this sentence: "{sentence}"', ""),
         ),
-        _first_word,
+        _all(first_word),
     ),
     Task(
         "last_word",
@@ -143,7 +139,7 @@ TASKS = [
             ("With which word does this sentence end?", "{sentence}"),
             ('What is the last word of this sentence: "{sentence}"', ""),
         ),
-        _last_word,
+        _all(last_word),
     ),
     Task(
         "count_words",
@@ -152,7 +148,7 @@ TASKS = [
             ("How many words does this sentence have?", "{sentence}"),
             ('How many words are there in this sentence: "{sentence}"', ""),
         ),
-        _count_words,
+        _all(count_words),
     ),
     Task(
         "find_colour",
@@ -161,7 +157,7 @@ TASKS = [
             ("Find the colour.", "{text}"),
             (_READ, "{text}\nWhich colour is named?"),
         ),
-        _find_colour,
+        _all(find_colour),
     ),
     Task(
         "who",
@@ -170,7 +166,7 @@ TASKS = [
             ("Answer the question with one name.", "{text}\n\n{question}"),
             (_READ, "Text: {text}\nQuestion: {question}"),
         ),
-        _who,
+        _all(who),
     ),
     Task(
         "sentiment",
@@ -180,6 +176,6 @@ TASKS = [
             ("Classify the sentiment of the text as positive or negative.", "{text}"),
             ('A customer wrote: "{text}" Is that positive or negative?', ""),
         ),
-        _sentiment,
+        _all(sentiment),
     ),
 ]

@@ -1,0 +1,89 @@
+"""`python -m experiments.kv_cache`: what the KV cache saves and costs when the tiny model generates text.
+
+Cells are batch x prompt length x output length, each with the cache and without it. The weights are random, since
+neither time nor memory depends on them, and fp32 on every device, so that both ways agree in all but the last bits.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from experiments.kv_cache_report import Line, claims_of, table_of
+from experiments.study import Findings, Options, Study, main
+from llama_ft.config import DeviceChoice
+from llama_ft.config.checks import setting
+
+
+@dataclass(frozen=True)
+class KVCacheOptions(Options):
+    """What this study can be told."""
+
+    complete: bool = setting(False, "every cell: a quarter of an hour for each of the repeats")
+    repeats: int = setting(1, "times that everything is timed; the median counts")
+    gpu: DeviceChoice = setting(DeviceChoice.cpu, "where to run: cpu, cuda or auto")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    lines: list[Line]
+    outputs: tuple[int, ...]  # new tokens of the cells; of a line, those up to its own
+    speed: Line  # shows how much faster the cache is
+    growth: Line  # shows how time grows with the output
+
+
+def plan_of(options: KVCacheOptions) -> Plan:
+    """Without the cache a long line takes long, so that a minute has room for one of them."""
+    if options.quick:
+        speed, growth = Line(1, 768, 16), Line(4, 8, 48)
+        return Plan([speed, growth], (8, 16, 48), speed, growth)
+    longest = Line(1, 96, 512)
+    lines = [longest, Line(1, 32, 32), Line(1, 448, 32), Line(4, 96, 32)]
+    if options.complete:
+        lines = [Line(batch, prompt, 512) for batch in (1, 4) for prompt in (32, 96, 448)]
+    return Plan(lines, (32, 128, 512), longest, longest)
+
+
+def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
+    """Measure what the plan asks for.
+
+    Raises:
+        UserError: if the device is not there.
+    """
+    import torch
+
+    from experiments.kv_cache_figure import draw
+    from experiments.kv_cache_lines import SEED, load_tiny, measure_line, prompt_source
+    from llama_ft.config import GpuConfig
+    from llama_ft.measure.device import choose_device, device_name
+
+    plan, n_threads = plan_of(options), torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors of this size gain little from more, and lose much where a neighbour has the core
+    try:
+        device = choose_device(GpuConfig(options.gpu.name, device=options.gpu))
+        model, text, measured = load_tiny(device), prompt_source(), []
+        for line in plan.lines:
+            say(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
+            measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
+        name = device_name(device)
+    finally:
+        torch.set_num_threads(n_threads)
+    numbers = {
+        "repeats": options.repeats,
+        "model": {"name": model.config.name, "checkpoint": "random", "seed": SEED},
+        "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "texts_compared": sum(one["texts_compared"] for one in measured),
+        "texts_different": sum(one["texts_different"] for one in measured),
+        "speed": vars(plan.speed),
+        "growth": vars(plan.growth),
+        "cells": [cell for one in measured for cell in one["cells"]],
+        "curves": [curve for one in measured for curve in one["curves"]],
+    }
+    return Findings(name, claims_of(numbers), numbers, table_of(numbers["cells"]), lambda file: draw(numbers, file))
+
+
+STUDY = Study("kv_cache", KVCacheOptions, conduct)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

@@ -1,0 +1,66 @@
+"""The measurements of `experiments.kv_cache`, on the tiny model with real text as prompts."""
+
+import json
+from itertools import accumulate
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.generation import Prompts, cache_bytes, generate_side_by_side, medians, peak_memory
+from experiments.kv_cache_report import Line, closed_form
+from llama_ft.config import PACKAGE_DIR, ModelConfig, config_dir
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import load_model
+
+SEED = 0
+APART = 500  # tokens of the text between the beginnings of two prompts
+STRIDE = 8  # new tokens between two points of a curve
+
+
+def load_tiny(device: torch.device) -> Transformer:
+    """The tiny model with random weights, fp32."""
+    config = ModelConfig(**OmegaConf.load(config_dir() / "model" / "tiny.yaml"))  # type: ignore[arg-type]
+    return load_model(config, "random", device, torch.float32, SEED).eval()
+
+
+def prompt_source() -> list[int]:
+    """Token ids of a long text: the built-in held-out records as prompts, one after the other."""
+    lines = (PACKAGE_DIR / "data" / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines[:100]]
+    text = "\n".join(prompt_text(record["instruction"], record["input"]) for record in records)
+    return Tokenizer(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model").encode(text, bos=True)
+
+
+def measure_line(
+    model: Transformer, text: list[int], line: Line, outputs: tuple[int, ...], repeats: int
+) -> dict[str, Any]:
+    """Generate `repeats` times: the cells and curves of the line, and how many of its texts differ."""
+    prompts = [text[row * APART : row * APART + line.prompt] for row in range(line.batch)]
+    assert all(len(prompt) == line.prompt for prompt in prompts), "the text is too short for these prompts"
+    rounds = [generate_side_by_side(model, prompts, line.new) for _ in range(repeats)]
+    pairs = [pair for both in rounds for pair in zip(both[True].tokens(), both[False].tokens(), strict=True)]
+    cells, curves, marks = [], [], range(STRIDE, line.new + 1, STRIDE)
+    for kv_cache in (True, False):
+        totals = list(accumulate(medians([both[kv_cache].seconds for both in rounds])))
+        own = {"batch": line.batch, "prompt": line.prompt, "kv_cache": kv_cache}
+        cells += [own | _cell(model, prompts, new, kv_cache, totals) for new in outputs if new <= line.new]
+        curves.append(own | {"new": list(marks), "total_s": [totals[new - 1] for new in marks]})
+    different = sum(with_cache != without for with_cache, without in pairs)
+    return {"cells": cells, "curves": curves, "texts_compared": len(pairs), "texts_different": different}
+
+
+def _cell(model: Transformer, prompts: Prompts, new: int, kv_cache: bool, totals: list[float]) -> dict[str, Any]:
+    """The first `new` tokens of a generation whose seconds up to each token are `totals`."""
+    batch, tokens, bytes_each = len(prompts), len(prompts[0]) + new, model.output.weight.element_size()
+    return {
+        "new": new,
+        "first_token_s": totals[0],
+        "decode_tokens_per_s": batch * (new - 1) / (totals[new - 1] - totals[0]),
+        "total_s": totals[new - 1],
+        "peak_memory_bytes": peak_memory(model, prompts, new, kv_cache),
+        "cache_bytes": cache_bytes(model, prompts, new) if kv_cache else 0,
+        "closed_form_bytes": closed_form(model.config, batch, tokens, bytes_each) if kv_cache else 0,
+    }

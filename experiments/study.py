@@ -1,0 +1,184 @@
+"""The frame of a study: what it can be told, what it claims, what it leaves, its exit status."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from datetime import date
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from experiments import STUDIES
+from llama_ft.cli import FAILED, INTERRUPTED, USAGE_ERROR, command_line
+from llama_ft.config import UserError
+from llama_ft.config.checks import setting
+from llama_ft.files import whole_file, write_text
+
+OUTPUT = Path("outputs") / "experiments"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every study can be told."""
+
+    quick: bool = setting(False, "sizes that take seconds: they show that the study works, and are not to be quoted")
+    output: Path | None = setting(None, f"folder of figure, table and numbers; null is {OUTPUT}/NAME")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence that numbers bear out, or not."""
+
+    text: str
+    """What is claimed, its threshold included."""
+    holds: bool
+    numbers: dict[str, float]
+    """What was measured, by name."""
+
+    def line(self) -> str:
+        """For people: HOLDS or FAILS, the claim, the numbers."""
+        found = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in self.numbers.items())
+        return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({found})"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a study found."""
+
+    device: str
+    claims: list[Claim]
+    numbers: dict[str, Any]
+    """Everything measured, in JSON's types."""
+    table: str
+    """The numbers for people, in Markdown."""
+    draw: Callable[[Path], None]
+    """Draws the figure into a PNG file."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment that can be run."""
+
+    name: str
+    options: type[Options]
+    conduct: Callable[[Any, Callable[[str], None]], Findings]
+    """Given the options, and a function that tells the user how far it is."""
+
+
+Chosen = TypeVar("Chosen", bound=Options)
+
+
+def parse_options(arguments: list[str], schema: type[Chosen]) -> Chosen:
+    """The options, from KEY=VALUE arguments.
+
+    Raises:
+        UserError: naming the argument that is wrong, and what is allowed.
+    """
+    kinds, given = get_type_hints(schema), {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise UserError(f"{argument}: an argument must be KEY=VALUE")
+        if key not in kinds:
+            raise UserError(f"{key} is not a key: the options are {', '.join(kinds)}")
+        given[key] = _converted(key, value, kinds[key])
+    return schema(**given)
+
+
+def _converted(key: str, value: str, kind: Any) -> Any:
+    """The value as the type that the key has."""
+    if kind is bool or (isinstance(kind, type) and issubclass(kind, Enum)):
+        choices: dict[str, Any] = {"true": True, "false": False} if kind is bool else dict(kind.__members__)
+        if value not in choices:
+            raise UserError(f"{key}={value} is not allowed: it must be one of {', '.join(choices)}")
+        return choices[value]
+    if kind is int:
+        if not value.isdecimal() or int(value) < 1:
+            raise UserError(f"{key}={value} is not allowed: it must be a whole number, at least 1")
+        return int(value)
+    if not value:
+        raise UserError(f"{key}= is not allowed: it must be a folder")
+    return Path(value).expanduser()
+
+
+def help_text(module: str, purpose: str, schema: type[Options]) -> str:
+    """What `--help` prints."""
+    rows = []
+    for entry in fields(schema):
+        default = entry.default.name if isinstance(entry.default, Enum) else json.dumps(entry.default)
+        rows.append(f"  {entry.name:<8}  {default:<5}  {entry.metadata['meaning']}\n")
+    exits = "Exit status: 0 if every claim holds, 1 if one fails, 2 if nothing could be measured."
+    return f"{purpose}\n\n  python -m {module} [KEY=VALUE ...]\n\nKEY: default, meaning\n{''.join(rows)}\n{exits}"
+
+
+def run_as_command(function: Callable[[list[str]], int], module: str, purpose: str, schema: type[Options]) -> int:
+    """Run a command to its exit status: what the user can put right becomes a line on standard error."""
+    arguments = sys.argv[1:]
+    try:
+        if {"--help", "-h"} & set(arguments):
+            print(help_text(module, purpose, schema))
+            return 0
+        return function(arguments)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def main(study: Study) -> int:
+    """Be `python -m experiments.NAME`."""
+    module, purpose = f"experiments.{study.name}", STUDIES[study.name]
+    return run_as_command(lambda arguments: run(study, arguments), module, purpose, study.options)
+
+
+def run(study: Study, arguments: list[str]) -> int:
+    """Conduct the study, print what it claims, and leave NAME.json, NAME.md and NAME.png.
+
+    Returns:
+        0 if every claim holds, else 1.
+
+    Raises:
+        UserError: if an argument is wrong.
+        OSError: if the folder cannot be written to.
+    """
+    options = parse_options(arguments, study.options)
+    folder = options.output or OUTPUT / study.name
+    folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
+    findings = study.conduct(options, lambda line: print(line, file=sys.stderr, flush=True))
+    file = folder / f"{study.name}.json"
+    write_text(file, json.dumps(_record(study, options, findings), indent=1) + "\n")
+    write_text(file.with_suffix(".md"), findings.table)
+    with whole_file(file.with_suffix(".png")) as temporary:
+        findings.draw(temporary)
+    print(findings.table)
+    for claim in findings.claims:
+        print(claim.line())
+    print(file.with_suffix(".png"))
+    return 0 if all(claim.holds for claim in findings.claims) else FAILED
+
+
+def _record(study: Study, options: Options, findings: Findings) -> dict[str, Any]:
+    """What the JSON file holds: the numbers, and what they depend on."""
+    from llama_ft.measure.run import versions
+    from llama_ft.measure.system import memory_there_is
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "study": study.name,
+        "quick": options.quick,
+        "command": command_line(),
+        "date": date.today().isoformat(),
+        "hardware": {"device": findings.device, "cores": os.cpu_count(), "memory_mb": round(memory_there_is() / 2**20)},
+        "versions": versions(),
+        "claims": [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in findings.claims],
+    } | findings.numbers

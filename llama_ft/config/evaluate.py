@@ -1,0 +1,58 @@
+"""What `python -m llama_ft.evaluate` can be told."""
+
+from dataclasses import dataclass, field
+
+from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.groups import DataConfig
+from llama_ft.config.source import TrainedSource
+
+
+@dataclass
+class EvaluateConfig(TrainedSource):
+    """Everything `python -m llama_ft.evaluate` can be told."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    max_samples: int | None = setting(None, "evaluate on the first n records only; null is all")
+    batch_size: int = setting(16, "records computed at once")
+    exact_match: bool = setting(True, "let the model answer each record, and compare; false measures perplexity alone")
+    max_new_tokens: int = setting(64, "an answer ends after so many tokens")
+    text: str | None = setting(None, "a UTF-8 text file whose perplexity is measured beside that of the responses")
+    window: int | None = setting(None, "tokens of the text that the model sees at once; null is its context")
+    stride: int | None = setting(None, "tokens from the start of one window to the next; null is half a window")
+    output: str | None = setting(None, "folder of the results; null is a new one in outputs/evaluations")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data.path is None and self.data.url is None and not self.data.is_builtin:
+            raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+        most = self.model.context
+        check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
+        for key in ("batch_size", "max_new_tokens"):
+            check(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        if self.max_samples is not None:
+            check(self.max_samples >= 1, "max_samples", self.max_samples, "at least 1, or null for all")
+        if self.window is not None:
+            check(2 <= self.window <= most, "window", self.window, f"between 2 and model.context={most}, or null")
+        if self.stride is not None:
+            widest = self.window_tokens
+            check(1 <= self.stride <= widest, "stride", self.stride, f"between 1 and the window of {widest}, or null")
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        return self.data.max_length or self.model.context
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens in a window."""
+        return self.window or self.model.context
+
+    @property
+    def stride_tokens(self) -> int:
+        """Tokens from the start of one window to the next."""
+        return self.stride or max(1, self.window_tokens // 2)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether there is something to compare with."""
+        return self.adapter is not None or self.base is not None

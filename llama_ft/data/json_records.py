@@ -1,0 +1,48 @@
+"""Records from a JSON or JSONL file, each with its place in it."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+
+
+def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each record; a JSON file is one array, anything else is read as one record a line.
+
+    The value is as it stands there, whatever it is; where it is no JSON, it is the exception that says why.
+
+    Args:
+        keys: a JSON object that has one of them is a record by itself.
+
+    Raises:
+        UserError: if the file cannot be read, or is neither.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"data file {file} cannot be read: {reason}") from error
+    whole = parse_json(text)
+    if text.lstrip().startswith("["):
+        if isinstance(whole, Exception):
+            raise UserError(f"{file} is not valid JSON: {whole}") from whole
+        yield from ((f"record {index}", value) for index, value in enumerate(whole))
+    elif isinstance(whole, dict) and whole.keys().isdisjoint(keys):
+        raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record a line")
+    elif isinstance(whole, dict):
+        n_before = len(text) - len(text.lstrip())
+        yield f"record 0 (line {text.count(chr(10), 0, n_before) + 1})", whole
+    else:
+        # Not splitlines(), which also splits at characters that a JSON string may hold.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        yield from ((f"record {index} (line {number})", parse_json(line)) for index, (number, line) in enumerate(lines))
+
+
+def parse_json(text: str) -> Any:
+    """The value, or the exception that says why there is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error

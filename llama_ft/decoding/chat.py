@@ -1,0 +1,120 @@
+"""A dialogue a line at a time: each line is an instruction by itself, or a command."""
+
+import io
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from llama_ft.config import UserError
+from llama_ft.decoding.prompts import prompt_of
+
+ASK = "> "
+HELP = """\
+TEXT         an instruction, put into Alpaca's template; earlier ones are not remembered
+/input TEXT  what the next instruction is about
+/raw TEXT    a prompt as it is, without the template
+/help        this text
+/quit        the end, as Ctrl-D; Ctrl-C stops an answer"""
+
+
+class _Stopped(KeyboardInterrupt):
+    """Ctrl-C while an answer is given."""
+
+
+def chat(answer: Callable[[str], None], read_line: Callable[[], str], say: Callable[[str], None]) -> None:
+    """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
+
+    Args:
+        answer: generates and shows what follows a prompt. A UserError of it is said, and the dialogue goes on.
+        read_line: the next line without its line break; raises EOFError after the last.
+        say: for what is no answer.
+    """
+    say("an instruction a line; /help says more, /quit ends")
+    about = ""
+    while (line := _next(read_line)) is not None:
+        command, text = _parts(line)
+        if command == "quit":
+            break
+        if command == "help":
+            say(HELP)
+        elif command == "input":
+            about = text.strip()
+        elif command == "raw":
+            _try_to_answer({"prompt": text}, answer, say)
+        elif command:
+            say(f"error: /{command} is no command; /help lists them")
+        elif text:
+            _try_to_answer({"instruction": text, "input": about}, answer, say)
+            about = ""
+
+
+def _next(read_line: Callable[[], str]) -> str | None:
+    """The next line; None at the end."""
+    try:
+        return read_line()
+    except (EOFError, KeyboardInterrupt):
+        return None
+
+
+def _parts(line: str) -> tuple[str, str]:
+    """The command, empty where none is named, and its text as it stands after one space; else the line's text."""
+    match = re.fullmatch(r"\s*/(\w+)(?:\s(.*))?", line, re.DOTALL)
+    return (match[1], match[2] or "") if match else ("", line.strip())
+
+
+def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], say: Callable[[str], None]) -> None:
+    try:
+        prompt = prompt_of(record)
+        with _stoppable():
+            answer(prompt)
+    except _Stopped:
+        say("stopped")
+    except UserError as error:
+        say(f"error: {error}")
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let Ctrl-C, and nothing else that ends a process, raise _Stopped inside."""
+
+    def stop(*_: object) -> None:
+        raise _Stopped
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def line_reader() -> Callable[[], str]:
+    """What reads lines from standard input: on a terminal after a prompt, and edited with readline where it is there.
+
+    Bytes that are not UTF-8 come as surrogates, to be refused with the line that has them.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    is_terminal = sys.stdin.isatty()
+    # readline draws on standard output, so that must be the terminal too.
+    is_edited = is_terminal and sys.stdout.isatty()
+    if is_edited:
+        with suppress(ImportError):
+            import readline  # noqa: F401  # input() uses it once it is imported
+
+    def read_line() -> str:
+        try:
+            if is_edited:
+                return input(ASK)
+            if is_terminal:
+                print(ASK, end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                raise EOFError
+            return line.removesuffix("\n")
+        except (EOFError, KeyboardInterrupt):
+            if is_terminal:
+                print(file=sys.stderr)  # ends the line of the prompt
+            raise
+
+    return read_line

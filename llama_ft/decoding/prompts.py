@@ -1,0 +1,100 @@
+"""What a model is asked: from records to prompts, checked before anything is generated."""
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.data.json_records import json_records
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+
+KEYS = ("prompt", "instruction", "input")
+MOST_NAMED = 10  # bad records in a message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the record that it was made of."""
+
+    text: str
+    record: dict[str, Any]
+
+
+def prompt_of(record: dict[str, Any]) -> str:
+    """The text that the model goes on with: `prompt` as it is, or `instruction` and `input` in Alpaca's template.
+
+    Raises:
+        UserError: if the record has neither or both, or they are empty or no text.
+    """
+    given = {key: record[key] for key in KEYS if record.get(key) is not None}
+    for key, text in given.items():
+        if not isinstance(text, str):
+            raise UserError(f"{key} must be a text")
+        if re.search("[\ud800-\udfff]", text):
+            raise UserError(f"{key} is not text: it holds half of a surrogate pair, or bytes that are not UTF-8")
+    if ("prompt" in given) == ("instruction" in given):
+        raise UserError("either prompt or instruction must be there, and not both")
+    if given.get("prompt") == "" or not given.get("instruction", "-").strip():
+        raise UserError(f"{'prompt' if 'prompt' in given else 'instruction'} is empty")
+    if "prompt" in given and given.get("input"):
+        raise UserError("input belongs to an instruction, and there is a prompt")
+    return str(given["prompt"]) if "prompt" in given else prompt_text(given["instruction"], given.get("input", ""))
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
+    """The prompt's token ids, BOS first.
+
+    Raises:
+        UserError: if they leave no room for an answer in the model's context of so many tokens.
+    """
+    tokens = tokenizer.encode(text, bos=True)
+    if len(tokens) >= context:
+        raise UserError(f"the prompt has {len(tokens):,} tokens, and the model's context is {context:,}")
+    return tokens
+
+
+def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """The prompts of a JSON array or of a JSONL file, in its order.
+
+    Args:
+        reserved: keys that a record may not have, since its answer will.
+        context: tokens that prompt and answer have room in.
+
+    Raises:
+        UserError: if the file cannot be read or has no record, or naming the records that are bad.
+    """
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    for where, value in json_records(file, KEYS):
+        try:
+            prompt = _checked(value, reserved)
+            encode_prompt(tokenizer, prompt.text, context)
+            prompts.append(prompt)
+        except UserError as error:
+            problems.append(f"{where}: {error}")
+    if problems:
+        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
+        raise UserError(f"prompts={file}: {'; '.join(problems[:MOST_NAMED])}{more}")
+    if not prompts:
+        raise UserError(f"prompts={file}: there are no records")
+    return prompts
+
+
+def _checked(value: Any, reserved: Collection[str]) -> Prompt:
+    """The prompt of a value, which can be written again as it is."""
+    if isinstance(value, Exception):
+        raise UserError(f"not valid JSON: {value}")
+    if not isinstance(value, dict):
+        raise UserError(f"a record must be an object with prompt or instruction, not {type(value).__name__}")
+    if taken := sorted(value.keys() & set(reserved)):
+        raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
+    text = prompt_of(value)
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise UserError("it holds what is no JSON: NaN, an infinity or half of a surrogate pair") from error
+    return Prompt(text, value)

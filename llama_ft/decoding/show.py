@@ -1,0 +1,89 @@
+"""Answers to a prompt on standard output: the text alone, or those of two models beside each other."""
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llama_ft.config import GenerateConfig
+from llama_ft.decoding.generate import Answer, Answerer, ignore
+
+BASE, FINE_TUNED = "base", "fine-tuned"
+NARROWEST_TABLE = 100  # characters; on narrower terminals the answers stand below each other
+
+Load = Callable[[bool], Answerer]  # the base if it is given True, else the model that is asked
+
+
+def show_answers(prompt: str, load: Load, config: GenerateConfig, say: Callable[[str], None]) -> None:
+    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
+
+    Args:
+        say: for what is no answer.
+    """
+    if config.compare:
+        compared = []
+        for name in (BASE, FINE_TUNED):
+            answers, summary = _ask(load(name == BASE), prompt, ignore, config)
+            say(f"{name}: {summary}")
+            compared.append(answers)
+        print_comparison(*compared)
+    elif config.decoding.num_return_sequences == 1:
+        with StreamedLine() as line:
+            _, summary = _ask(load(False), prompt, line.write, config)
+        say(summary)
+    else:
+        answers, summary = _ask(load(False), prompt, ignore, config)
+        for number, answer in enumerate(answers, start=1):
+            say(f"answer {number}, ended by {answer.finish}:")
+            print(answer.text, flush=True)
+        say(summary)
+
+
+def _ask(
+    answer: Answerer, prompt: str, on_text: Callable[[str], None], config: GenerateConfig
+) -> tuple[list[Answer], str]:
+    """The answers, and how they came about."""
+    began = time.monotonic()
+    (answers,) = answer([prompt], on_text)
+    n_tokens, seconds = sum(answer.n_tokens for answer in answers), time.monotonic() - began
+    cached = "with" if config.kv_cache else "without"
+    return answers, f"{n_tokens} tokens in {seconds:.2f} s, {cached} a KV cache; ended by {answers[0].finish}"
+
+
+class StreamedLine:
+    """A text on standard output that comes piece by piece, and whose line is ended also where it breaks off."""
+
+    def __init__(self) -> None:
+        self._is_begun = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is None or self._is_begun:
+            print(flush=True)
+
+    def write(self, text: str) -> None:
+        """Print a piece."""
+        self._is_begun = True
+        print(text, end="", flush=True)
+
+
+def print_comparison(base: Sequence[Answer], fine_tuned: Sequence[Answer]) -> None:
+    """Print both models' answers: beside each other on a wide terminal, else one below the other, with their names."""
+    pairs = [(first.text, second.text) for first, second in zip(base, fine_tuned, strict=True)]
+    console = Console()
+    if console.is_terminal and console.width >= NARROWEST_TABLE:
+        table = Table(expand=True, show_lines=True)
+        for name in (BASE, FINE_TUNED):
+            table.add_column(name, ratio=1, overflow="fold")
+        for pair in pairs:
+            table.add_row(*map(Text, pair))
+        console.print(table)
+    else:
+        parts = [f"{name}:\n{text}\n" for pair in pairs for name, text in zip((BASE, FINE_TUNED), pair, strict=True)]
+        print("\n".join(parts), end="", flush=True)

@@ -1,0 +1,141 @@
+"""`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from llama_ft import cli
+from llama_ft.config import EvaluateConfig, UserError
+from llama_ft.files import locked, write_text
+from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
+from llama_ft.reporting.progress import progress_bar
+from llama_ft.reporting.table2 import print_table
+
+if TYPE_CHECKING:
+    from llama_ft.evaluation.measures import Material, Measured
+
+USAGE = cli.Usage(
+    "evaluate",
+    "Perplexity of responses, and of a text, and exact match of answers, by task; with an adapter, or with base weights"
+    " given, two models in one table. data=sample is evaluated on the records that training never sees.",
+    "[GROUP=CHOICE ...] [KEY=VALUE ...]",
+    EvaluateConfig,
+    (
+        "adapter=outputs/mine",
+        "checkpoint=outputs/full base=builtin data.path=records.jsonl",
+        "text=book.txt window=512 stride=256 exact_match=false",
+    ),
+    ("--help", "--version", "-sc install=bash"),
+)
+JSON_FILE, TABLE_FILE, ANSWERS_FILE = "evaluate.json", "evaluate.md", "answers.jsonl"
+
+Say = Callable[[str], None]
+
+
+def main() -> int:
+    """Evaluate what is asked for."""
+    config = cli.composed_config("evaluate", sys.argv[1:], EvaluateConfig)
+    console, errors = Console(), Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
+
+    material = load_material(config, say)
+    from llama_ft.evaluation.models import measure_models
+    from llama_ft.measure.device import choose_device, compute_dtype, device_name, is_out_of_memory
+    from llama_ft.measure.run import versions
+
+    device = choose_device(config.gpu)
+    dtype = compute_dtype(config.dtype, device, config.gpu)
+    with output_folder(config) as folder:
+        try:
+            measured = measure_models(config, material, device, dtype, partial(progress_bar, errors), say)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise UserError("out of memory: lower batch_size, data.max_length, or of text=FILE window") from error
+            raise
+        about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
+        report(config, material, measured, about, folder, console)
+    return 0
+
+
+def load_material(config: EvaluateConfig, say: Say) -> "Material":
+    """What the models are measured on.
+
+    Raises:
+        UserError: if the tokenizer, the records or the text cannot be had, or the tokenizer is not the model's.
+    """
+    from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+    from llama_ft.evaluation.measures import Material
+    from llama_ft.evaluation.perplexity import read_text
+    from llama_ft.evaluation.records import load_questions
+
+    tokenizer = Tokenizer(config.tokenizer_file)
+    check_vocabulary(tokenizer, config.tokenizer_file, config.model)
+    text = read_text(Path(config.text).expanduser(), tokenizer) if config.text is not None else None
+    return Material(tokenizer, load_questions(config, tokenizer, say), text)
+
+
+@contextmanager
+def output_folder(config: EvaluateConfig) -> Iterator[Path]:
+    """The folder of the results, held by this process; folders made for it go again if nothing is put into them.
+
+    Raises:
+        UserError: if it cannot be made, or another process writes into it.
+    """
+    new = f"outputs/evaluations/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model.name}"
+    folder = Path(config.output or new).expanduser()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
+    try:
+        with locked(folder):
+            yield folder
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()  # fails where something is in it
+
+
+def report(
+    config: EvaluateConfig,
+    material: "Material",
+    measured: "dict[str, Measured]",
+    about: dict[str, Any],
+    folder: Path,
+    console: Console,
+) -> None:
+    """Print the table, and write it, the numbers and the answers.
+
+    Raises:
+        UserError: if the folder cannot be written to.
+    """
+    from llama_ft.evaluation.results import answer_lines, evaluation_result
+
+    result = evaluation_result(config, material, measured, about | {"command": cli.command_line()})
+    table = evaluation_table(result)
+    print_table(table, console)
+    files = {TABLE_FILE: evaluation_markdown(table), JSON_FILE: json.dumps(result, indent=2, ensure_ascii=False) + "\n"}
+    try:
+        if config.exact_match:
+            files = {ANSWERS_FILE: "".join(answer_lines(material, measured))} | files
+        else:
+            (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
+        for name, text in files.items():  # the numbers last: where they are, all is
+            write_text(folder / name, text)
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
+    console.print(f"\nWritten: {', '.join(files)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run_command(main, USAGE)

@@ -1,0 +1,45 @@
+"""The models of an evaluation, one after the other."""
+
+import gc
+from collections.abc import Callable
+
+import torch
+
+from llama_ft.config import EvaluateConfig
+from llama_ft.decoding.load import check_sources, load_base, load_trained
+from llama_ft.evaluation.measures import Material, Measured, Progress, measure
+from llama_ft.model.transformer import Transformer
+
+
+def measure_models(
+    config: EvaluateConfig,
+    material: Material,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress,
+    say: Callable[[str], None],
+) -> dict[str, Measured]:
+    """By role the model, or base and fine-tuned, in this order; one of them is in memory at a time.
+
+    Args:
+        progress: shows a title and how much of a total is done.
+        say: called with lines for people about what is loaded.
+
+    Raises:
+        UserError: if weights or adapter are not this model's, or give no finite numbers.
+    """
+
+    def measured(name: str, load: Callable[..., Transformer]) -> Measured:
+        model = load(config, device, dtype, say)
+        found = measure(model, material, config, lambda title, total: progress(f"{name}, {title}", total))
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return found
+
+    if not config.has_base:
+        return {"model": measured("model", load_trained)}
+    check_sources(config)
+    fine_tuned = measured("fine-tuned", load_trained)  # first, since most can be wrong with it
+    return {"base": measured("base", load_base), "fine_tuned": fine_tuned}

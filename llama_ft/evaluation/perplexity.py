@@ -1,0 +1,119 @@
+"""Perplexity: of a text by sliding windows, and of the responses of instruction records."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llama_ft.config import UserError
+from llama_ft.data.collate import NO_PADDING, Padding, collate
+from llama_ft.data.dataset import Sample
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.model.transformer import Transformer
+from llama_ft.training.step import summed_loss
+
+MOST_NATS = 700.0  # beyond, exp leaves the range of a float
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text file as tokens."""
+
+    file: Path
+    tokens: list[int]  # BOS first
+    n_bytes: int  # of the text in UTF-8
+
+
+def read_text(file: Path, tokenizer: Tokenizer) -> Text:
+    """Read a UTF-8 file and tokenize it as one text, line ends as they are, with BOS before it and no EOS.
+
+    Raises:
+        UserError: if it cannot be read, is not UTF-8 or is empty.
+    """
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"text={file} cannot be read: {reason}") from error
+    tokens = tokenizer.encode(text, bos=True)
+    if len(tokens) < 2:
+        raise UserError(f"text={file} is empty")
+    return Text(file, tokens, len(text.encode()))
+
+
+def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample]:
+    """Cut a text into windows in which the tokens that count are those that no earlier window has held.
+
+    This is Hugging Face's way to measure models of a fixed context
+    (https://huggingface.co/docs/transformers/perplexity): each token counts once, and beyond the first window it has at
+    least window - stride tokens before it. The first token of a window has none, and so cannot count: in the first
+    window that is BOS, and with stride = window the first token of every window.
+
+    Args:
+        tokens: the text, BOS first; at least two.
+        window: most tokens in a window, at least 2.
+        stride: tokens from the start of one window to that of the next, between 1 and the window.
+    """
+    samples: list[Sample] = []
+    for start in range(0, len(tokens), stride):
+        n_seen = max(1, window - stride) if start else 1
+        sample = Sample(list(tokens[start : start + window]), n_seen)
+        if sample.n_targets > 0:
+            samples.append(sample)
+        if start + window >= len(tokens):
+            break
+    return samples
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The mean negative log-likelihood of tokens, in nats, and what follows from it."""
+
+    nll: float
+    n_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean."""
+        return math.exp(self.nll)
+
+    def bits_per_byte(self, text: Text) -> float:
+        """What the text would cost, for comparisons of models with different tokenizers.
+
+        The few tokens that did not count (see `text_windows`) cost as much as the others.
+        """
+        return self.nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Transformer,
+    samples: Sequence[Sample],
+    batch_size: int,
+    padding: Padding = NO_PADDING,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Perplexity:
+    """Perplexity of all target tokens of the samples together; the head and the loss run at those alone.
+
+    Args:
+        samples: with a target or more each. They are computed in the order of their lengths, which spares padding.
+        advance: told how many samples have been computed since it was told last.
+
+    Raises:
+        UserError: if the loss is not finite.
+    """
+    device = model.output.weight.device
+    ordered = sorted(samples, key=len, reverse=True)  # so that out of memory shows at once
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, len(ordered), batch_size):
+        group = ordered[start : start + batch_size]
+        total += summed_loss(model, collate(group, padding).to(device))
+        advance(len(group))
+    n_tokens = sum(sample.n_targets for sample in samples)
+    nll = total.item() / n_tokens
+    if not nll < MOST_NATS:
+        dtype = str(model.output.weight.dtype).removeprefix("torch.")
+        raise UserError(f"the loss is {nll:g} in {dtype}: the weights are damaged, or need dtype=fp32")
+    return Perplexity(nll, n_tokens)

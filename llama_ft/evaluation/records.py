@@ -1,0 +1,99 @@
+"""The records that a model is evaluated on, with their tasks, and the majority baseline."""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import DataConfig, EvaluateConfig, UserError
+from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, read_records, records_file
+from llama_ft.data.json_records import json_records
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+
+HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
+NO_TASK = "no task"  # of records that name none
+
+
+@dataclass(frozen=True)
+class Question:
+    """A record to be answered."""
+
+    record: Record
+    task: str
+    sample: Sample  # cut to the longest length allowed
+
+    @property
+    def prompt(self) -> str:
+        """What the model is given."""
+        return prompt_text(self.record.instruction, self.record.input)
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """What a model is asked, and what one would answer that knew only the task."""
+
+    file: Path
+    questions: list[Question]
+    n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
+    n_truncated: int  # whose answer was cut at the longest length allowed
+    n_dropped: int  # whose prompt left no room for an answer
+    majority: dict[str, str]  # by task, the most frequent answer
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether the records are the built-in ones that training never sees; the majority is then training's."""
+        return self.file == HELD_OUT
+
+
+def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> EvaluationSet:
+    """Read the records that `data` names; of the built-in set those that are held out from training.
+
+    Args:
+        say: called with lines for people about a download.
+
+    Raises:
+        UserError: if a file or record is bad or cannot be had, or none is left.
+    """
+    builtin = config.data.path is None and config.data.url is None
+    file = HELD_OUT if builtin else records_file(config.data, say)
+    pairs, n_skipped = _read(file, config.data)
+    pairs = pairs[: config.max_samples]
+    questions, n_truncated = [], 0
+    for record, task in pairs:
+        whole = encode_record(record, tokenizer)
+        sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
+        question = Question(record, task, sample)
+        if sample.n_targets > 0 and len(tokenizer.encode(question.prompt, bos=True)) < config.model.context:
+            questions.append(question)
+            n_truncated += len(sample) < len(whole)
+    if not questions:
+        reason = "no prompt leaves room for an answer" if pairs else "there are no records"
+        raise UserError(f"{file}: {reason}")
+    known = [(question.record, question.task) for question in questions]
+    if builtin:
+        known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
+    majority = majority_answers((task, record.output) for record, task in known)
+    return EvaluationSet(file, questions, n_skipped, n_truncated, len(pairs) - len(questions), majority)
+
+
+def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """From (task, answer) the most frequent answer of each task; of equally frequent ones the first."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for task, answer in answers:
+        counts[task][answer.strip()] += 1
+    return {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
+
+
+def _read(file: Path, config: DataConfig) -> tuple[list[tuple[Record, str]], int]:
+    """The records with their tasks, and how many bad ones were skipped."""
+    records, n_skipped = read_records(file, config.on_bad_record, config.first)
+    values = [value for _, value in json_records(file, ("instruction",)) if isinstance(value, dict)]
+    tasks = {_identity(value): str(value.get("task") or NO_TASK) for value in values}
+    return [(record, tasks[_identity(vars(record))]) for record in records], n_skipped
+
+
+def _identity(value: dict[str, Any]) -> str:
+    return json.dumps([value.get("instruction"), value.get("input") or "", value.get("output")])
