@@ -1,12 +1,14 @@
 """`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -79,7 +81,7 @@ def load_material(config: EvaluateConfig, say: Say) -> "Material":
 
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model)
-    text = read_text(Path(config.text).expanduser(), tokenizer) if config.text is not None else None
+    text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
     return Material(tokenizer, load_questions(config, tokenizer, say), text)
 
 
@@ -91,7 +93,7 @@ def output_folder(config: EvaluateConfig) -> Iterator[Path]:
         UserError: if it cannot be made, or another process writes into it.
     """
     new = f"outputs/evaluations/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model.name}"
-    folder = Path(config.output or new).expanduser()
+    folder = Path(os.path.expanduser(config.output or new))
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -99,11 +101,25 @@ def output_folder(config: EvaluateConfig) -> Iterator[Path]:
         raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
     try:
         with locked(folder):
+            check_writable(folder)
             yield folder
     finally:
         with suppress(OSError):
             for each in made:
                 each.rmdir()  # fails where something is in it
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before anything long begins.
+
+    Raises:
+        UserError: if no file can be written into the folder.
+    """
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
 
 
 def report(
@@ -123,7 +139,6 @@ def report(
 
     result = evaluation_result(config, material, measured, about | {"command": cli.command_line()})
     table = evaluation_table(result)
-    print_table(table, console)
     files = {TABLE_FILE: evaluation_markdown(table), JSON_FILE: json.dumps(result, indent=2, ensure_ascii=False) + "\n"}
     try:
         if config.exact_match:
@@ -134,6 +149,7 @@ def report(
             write_text(folder / name, text)
     except OSError as error:
         raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
+    print_table(table, console)
     console.print(f"\nWritten: {', '.join(files)} in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """`python -m llama_ft.generate`: text from a model, to one prompt, to a file of them, or line by line in a dialogue."""
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -72,7 +73,7 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]"
     if config.prompts is not None:
         from llama_ft.decoding.prompt_file import result_keys
 
-        file = Path(config.prompts).expanduser()
+        file = Path(os.path.expanduser(config.prompts))
         return read_prompts(file, result_keys(config), tokenizer, config.model.context)
     if config.interactive:
         return []

@@ -214,3 +214,37 @@ def test_a_quoted_message_is_one_that_is_said(message: str) -> None:
     parts = [part.strip() for part in re.split(r"\.\.\.|\S*[\d=/]\S*|records\.jsonl", message)]
     assert max(parts, key=len) in constants()
     assert len(max(parts, key=len).split()) >= 3
+
+
+BUILTIN = CHECKOUT / "benchmarks" / "builtin-cpu"
+
+
+@pytest.mark.parametrize("page", ["README.md", "llama_ft/model/tiny/README.md"])
+def test_what_the_builtin_model_can_be_taught_is_what_was_measured(page: str) -> None:
+    found = {
+        name: json.loads((BUILTIN / name / "evaluate.json").read_text(encoding="utf-8")) for name in ("lora", "full")
+    }
+    text = (CHECKOUT / page).read_text(encoding="utf-8")
+    base, lora = (f"{100 * model['exact_match']['accuracy']:.1f}" for model in found["lora"]["models"])
+    full = f"{100 * found['full']['models'][1]['exact_match']['accuracy']:.1f}"
+    majority = f"{100 * found['lora']['majority']['accuracy']:.1f}"
+    rows = {"base": base, "LoRA": lora, "full fine-tuning": full, "the commonest answer of each task": majority}
+    for name, share in rows.items():
+        assert re.search(rf"^\| {name}[^|]*\| {share} ?%", text, re.MULTILINE), name
+    # What the issue of a base in the box asks of it.
+    assert (float(base) < 10, float(lora) >= 70, float(full) >= 80) == (True, True, True)
+
+
+def test_the_five_prompts_of_the_readme_have_the_answers_that_were_given() -> None:
+    answers = [
+        json.loads(line) for line in (BUILTIN / "lora" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| (.+?)(?: \*(.+?)\*)? \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("*input* | base")[2], re.MULTILINE
+    )
+    shown = [row for row in rows if any(answer["instruction"] == row[0] for answer in answers)]
+    assert len(shown) == 5
+    for instruction, given, _, lora, _ in shown:
+        (answer,) = [a for a in answers if (a["instruction"], a["input"]) == (instruction, given)]
+        assert answer["fine_tuned_answer"].strip() == lora

@@ -25,7 +25,8 @@ CHILD = "llama_ft.measure.child"
 DIM, FFN, VOCABULARY = 64, 96, 2048
 SMALL = (
     *(f"model.{size}" for size in (f"dim={DIM}", f"ffn_dim={FFN}", "n_layers=2", "n_heads=4", "n_kv_heads=4")),
-    *("tracker=disabled", "training.max_samples=3"),
+    "checkpoint=random",
+    *("tracker=disabled", "training.batch_size=1", "training.max_samples=3"),
 )
 
 # ------------------------------------------------------------------------------------------------ checkpoints to damage
@@ -435,7 +436,7 @@ CASES |= {
         then=saved_twice_and_goes_on,
     ),
     f"{FULL}: in training": Case(
-        "training.max_samples=120 training.save=false",
+        "training.batch_size=1 training.max_samples=120 training.save=false",
         ("cannot be written during training: File too large",),
         inject="fill_disk(10_000)",
     ),

@@ -21,7 +21,7 @@ from llama_ft.measure import device, process
 from llama_ft.measure.result import write_result
 
 CHILD = "llama_ft.measure.child"
-SMALL = ("training.max_samples=8", "tracker=disabled")
+SMALL = ("training.batch_size=1", "training.max_samples=8", "tracker=disabled")
 TINY_PARAMETERS = 2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192) + 192
 LORA_PARAMETERS = 6 * 2 * (16 * 192 + 192 * 16)  # A and B of rank 16 on wq and wv in six layers
 
@@ -106,7 +106,7 @@ def test_result_has_every_key_of_the_contract_in_its_type(ok_run: Any) -> None:
     assert result["error"] is None
     assert result["combination"] == "ga_lora"
     assert result["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
-    assert result["command"].startswith("python -m llama_ft.train training.max_samples=8 ")
+    assert result["command"].startswith("python -m llama_ft.train training.batch_size=1 training.max_samples=8 ")
 
 
 def test_result_counts_what_was_trained(ok_run: Any) -> None:
@@ -149,7 +149,7 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
     assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
     assert config["ga"]["steps"] == 3
-    assert config["training"] | {"lr": 1e-3, "epochs": 2, "max_samples": 8, "batch_size": 1} == config["training"]
+    assert config["training"] | {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "batch_size": 1} == config["training"]
     assert config["model"]["name"] == "tiny"
 
 
@@ -232,7 +232,13 @@ class Running:
     """A command that trains until something stops it."""
 
     def __init__(self, run_dir: Path) -> None:
-        overrides = ("training.max_samples=2", "training.epochs=100000", "tracker=disabled", f"hydra.run.dir={run_dir}")
+        overrides = (
+            "training.batch_size=1",
+            "training.max_samples=2",
+            "training.epochs=100000",
+            "tracker=disabled",
+            f"hydra.run.dir={run_dir}",
+        )
         self.run_dir = run_dir
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llama_ft.train", *overrides],

@@ -18,9 +18,19 @@ from test_process import is_alive, read_json, read_metrics
 
 # Each test is given this many random moments; more of them make a longer, more thorough test.
 N_KILLS = int(os.environ.get("LLAMA_FT_KILLS", "2"))
-SIZES = tuple(f"model.{size}" for size in ("dim=64", "ffn_dim=96", "n_layers=2", "n_heads=4", "n_kv_heads=4"))
+SIZES = (
+    "checkpoint=random",
+    *(f"model.{size}" for size in ("dim=64", "ffn_dim=96", "n_layers=2", "n_heads=4", "n_kv_heads=4")),
+)
 # Windows of 4 and, last, 2.
-STEPS = ("training.max_samples=26", "training.epochs=2", "ga.steps=4", "tracker=disabled", *SIZES)
+STEPS = (
+    "training.batch_size=1",
+    "training.max_samples=26",
+    "training.epochs=2",
+    "ga.steps=4",
+    "tracker=disabled",
+    *SIZES,
+)
 N_STEPS = 2 * 7
 
 
@@ -196,7 +206,13 @@ def test_a_resume_without_a_folder_says_which_key_is_missing(tmp_path: Path) -> 
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint after its only step but one."""
     cwd = tmp_path_factory.mktemp("saved")
-    overrides = ("training.max_samples=3", "training.save_every=2", "tracker=disabled", f"hydra.run.dir={cwd / 'run'}")
+    overrides = (
+        "training.batch_size=1",
+        "training.max_samples=3",
+        "training.save_every=2",
+        "tracker=disabled",
+        f"hydra.run.dir={cwd / 'run'}",
+    )
     done = run("llama_ft.train", *overrides, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "run"
@@ -223,7 +239,13 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, tmp_path: Path, ho
     (run_dir / "result.json").unlink()
     (folder,) = (run_dir / "checkpoints").iterdir()
     BREAK[how](folder)
-    overrides = ("training.max_samples=3", "training.resume=true", "tracker=disabled", f"hydra.run.dir={run_dir}")
+    overrides = (
+        "training.batch_size=1",
+        "training.max_samples=3",
+        "training.resume=true",
+        "tracker=disabled",
+        f"hydra.run.dir={run_dir}",
+    )
     done = run("llama_ft.train", *overrides, cwd=tmp_path)
     assert done.returncode in (1, 2)
     last = done.stderr.strip().splitlines()[-1]
@@ -237,7 +259,13 @@ def test_a_checkpoint_of_another_configuration_is_refused(saved: Path, tmp_path:
     shutil.copytree(saved, run_dir)
     (run_dir / "result.json").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()
-    changed = ("training.max_samples=3", "training.lr=0.5", "training.resume=true", f"hydra.run.dir={run_dir}")
+    changed = (
+        "training.batch_size=1",
+        "training.max_samples=3",
+        "training.lr=0.5",
+        "training.resume=true",
+        f"hydra.run.dir={run_dir}",
+    )
     done = run("llama_ft.train", *changed, "tracker=disabled", cwd=tmp_path)
     assert done.returncode == 2
     assert "another configuration" in done.stderr

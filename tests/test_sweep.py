@@ -12,8 +12,12 @@ from safetensors.numpy import load_file
 
 COURSE_ORDER = ["baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora"]
 CHILD = "llama_ft.measure.child"
-SMALL = ("training.max_samples=9", "tracker=disabled")  # with GA two optimizer steps, the second of one sample
-FAST = ("training.max_samples=4", "tracker=disabled")
+SMALL = (
+    "training.batch_size=1",
+    "training.max_samples=9",
+    "tracker=disabled",
+)  # with GA two optimizer steps, the second of one sample
+FAST = ("training.batch_size=1", "training.max_samples=4", "tracker=disabled")
 PARAMETERS = 3_443_136
 LORA_PARAMETERS = 73_728
 MB = 2**20

@@ -457,7 +457,13 @@ def failing_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
         (folder / name).mkdir(parents=True)
     (folder / BLOCKED / "wandb").write_text("in the way")
     (folder / CRAMPED / "wandb").mkdir()
-    options = ("optim=lora", "training.seed=1,2,3", "training.max_samples=3", f"hydra.sweep.dir={folder}")
+    options = (
+        "optim=lora",
+        "training.seed=1,2,3",
+        "training.batch_size=1",
+        "training.max_samples=3",
+        f"hydra.sweep.dir={folder}",
+    )
     with ExitStack() as stack:
         try:
             stack.enter_context(mounted(folder / CRAMPED / "wandb", "size=16k"))

@@ -46,7 +46,7 @@ def make_step(config: TrainConfig, toggles: tuple[bool, ...]) -> tuple[TrainStep
     config.optim.ga, config.optim.mp, config.optim.lora, config.optim.gc = toggles
     torch.manual_seed(config.training.seed)
     precision = make_precision(config, CPU)
-    model = load_model(config.model, "builtin", CPU, techniques.base_dtype(config, precision))
+    model = load_model(config.model, "random", CPU, techniques.base_dtype(config, precision))
     applied = techniques.apply(model, config, precision)
     step = TrainStep(model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm)
     return step, applied.accumulation_steps

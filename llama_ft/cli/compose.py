@@ -1,14 +1,18 @@
 """Composing the config with Hydra, and checking it."""
 
 import re
+import shlex
 import sys
 from dataclasses import asdict, is_dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from llama_ft.cli.explain import TEXTS, not_allowed, type_of
 from llama_ft.config import EvaluateConfig, GenerateConfig, ReportConfig, TrainConfig, UserError, config_dir
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 T = TypeVar("T")
 
@@ -79,11 +83,21 @@ def checked_config(composed: DictConfig, overrides: list[str], schema: type[T]) 
             or (expected in TEXTS and given == "")  # $FILE where that is not set; the built-in one would be taken
         ):
             raise UserError(not_allowed(key, override.get_value_element_as_str()))
+        if expected in TEXTS and isinstance(given, bool | int | float) and str(given) != (typed := _typed(override)):
+            quoted = shlex.quote(f'{key}="{typed}"')
+            raise UserError(
+                f"{key}={typed} would be read as {given}: a text that looks like a number needs quotes, {quoted}"
+            )
     checked = OmegaConf.to_object(composed)
     assert isinstance(checked, schema)
     if added := _keys(OmegaConf.to_container(composed)) - _keys(asdict(checked)):  # type: ignore[call-overload]
         raise UserError(f"{min(added)} is not a key: `+` adds none here")
     return checked
+
+
+def _typed(override: "Override") -> str:
+    """The value as it stands on the command line."""
+    return str(override.input_line).partition("=")[2]
 
 
 def _keys(settings: Any, prefix: str = "") -> set[str]:

@@ -1,6 +1,7 @@
 """What identifies the files that a config names: their content, wherever they lie."""
 
 import hashlib
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def content_hash(name: str) -> str:
     """A hash of a file, or of the checkpoint in a folder; the name itself where there is neither."""
     digest = hashlib.sha256()
     try:
-        path = Path(name).expanduser()
+        path = Path(os.path.expanduser(name))
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():

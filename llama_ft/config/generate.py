@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from llama_ft.config.checks import UserError, check, setting
 from llama_ft.config.source import TrainedSource
 
+MOST_ROWS = 1024  # beams of a search, answers to a prompt
+
 
 @dataclass
 class DecodingConfig:
@@ -32,15 +34,31 @@ class DecodingConfig:
         check(0.01 <= penalty <= 100, "decoding.repetition_penalty", penalty, "between 0.01 and 100")
         length = self.length_penalty
         check(-10 <= length <= 10, "decoding.length_penalty", length, "between -10 and 10")
-        for key in ("n_beams", "max_new_tokens", "num_return_sequences"):
-            check(getattr(self, key) >= 1, f"decoding.{key}", getattr(self, key), "at least 1")
+        check(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "at least 1")
+        for key in ("n_beams", "num_return_sequences"):
+            number = getattr(self, key)
+            check(1 <= number <= MOST_ROWS, f"decoding.{key}", number, f"between 1 and {MOST_ROWS}")
         check(0 <= self.seed < 2**63, "decoding.seed", self.seed, "at least 0 and below 2**63")
         check(all(self.stop), "decoding.stop", self.stop, "strings that are not empty")
+        for text in self.stop:  # Hydra leaves a backslash and an n as they are
+            if "\\n" in text or "\\t" in text:
+                typed = "$'decoding.stop=[\"\\n\"]'"
+                raise UserError(f"decoding.stop has a backslash; for a line break type, in bash, {typed}")
+        self._check_unused()
         if self.n_beams > 1 and (self.sample or penalty != 1):
             raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
         most = self.n_beams if not self.sample else math.inf
         answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
         check(answers <= most, "decoding.num_return_sequences", answers, allowed)
+
+    def _check_unused(self) -> None:
+        """Refuse what would change nothing."""
+        for key, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
+            if not self.sample and getattr(self, key) != default:
+                raise UserError(f"decoding.{key} is for sampling: give decoding=top_p, or decoding.sample=true too")
+        for key, default in (("length_penalty", 1.0), ("early_stopping", False)):
+            if self.n_beams == 1 and getattr(self, key) != default:
+                raise UserError(f"decoding.{key} is for a beam search: give decoding=beam, or decoding.n_beams too")
 
 
 @dataclass

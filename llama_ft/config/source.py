@@ -1,5 +1,6 @@
 """Where a model comes from, and what it runs on: the same keys for every command that loads one."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,9 @@ class ModelSource:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
-        return Path(self.tokenizer).expanduser() if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
+        return (
+            Path(os.path.expanduser(self.tokenizer)) if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
+        )
 
 
 @dataclass

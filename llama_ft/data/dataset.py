@@ -1,5 +1,6 @@
 """Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +111,7 @@ def records_file(config: DataConfig, say: Callable[[str], None] = silent) -> Pat
         UserError: if it cannot be downloaded.
     """
     if config.path:
-        return Path(config.path).expanduser()
+        return Path(os.path.expanduser(config.path))
     if config.url:
         return fetch(config.url, config.git_blob_id, Path(config.cache_dir), say)
     return SAMPLE_DIR / "train.jsonl"

@@ -94,6 +94,8 @@ def line_reader() -> Callable[[], str]:
 
     Bytes that are not UTF-8 come as surrogates, to be refused with the line that has them.
     """
+    if sys.stdin is None:  # closed before the start
+        raise UserError("interactive=true reads standard input, which is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty()

@@ -1,5 +1,6 @@
 """A model to generate with or to evaluate: its weights, and the adapter trained on them."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +24,11 @@ def check_sources(source: TrainedSource) -> None:
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
-                open_checkpoint(Path(str(weights)).expanduser(), model)
+                open_checkpoint(Path(os.path.expanduser(str(weights))), model)
             except UserError as error:
                 raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
     if source.adapter is not None:
-        read_adapter(Path(source.adapter).expanduser(), source.model)
+        read_adapter(Path(os.path.expanduser(source.adapter)), source.model)
 
 
 def load_trained(
@@ -40,7 +41,7 @@ def load_trained(
     """
     model = load_model(source.model, str(source.checkpoint), device, dtype, say=say).eval()
     if source.adapter is not None:
-        load_adapter(model, Path(source.adapter).expanduser(), source.merge)
+        load_adapter(model, Path(os.path.expanduser(source.adapter)), source.merge)
     return model
 
 

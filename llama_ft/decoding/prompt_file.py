@@ -1,5 +1,6 @@
 """Answering a file of prompts: by one model, or by two to be compared, one of which is in memory at a time."""
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class PromptFile:
         """Where results with these keys go; those with a suffix are not for the user."""
         if self.config.output is None:
             return Printed(is_shown=not suffix)
-        file = Path(self.config.output + suffix).expanduser()
+        file = Path(os.path.expanduser(self.config.output + suffix))
         return ResultsFile(file, settings_of(self.config, self.dtype, self.prompts), self.prompts, keys)
 
     def _fill(self, results: Results, prompts: Sequence[Prompt], is_base: bool) -> None:

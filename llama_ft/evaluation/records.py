@@ -41,11 +41,7 @@ class EvaluationSet:
     n_truncated: int  # whose answer was cut at the longest length allowed
     n_dropped: int  # whose prompt left no room for an answer
     majority: dict[str, str]  # by task, the most frequent answer
-
-    @property
-    def is_held_out(self) -> bool:
-        """Whether the records are the built-in ones that training never sees; the majority is then training's."""
-        return self.file == HELD_OUT
+    is_held_out: bool  # whether they are the built-in ones that training never sees; the majority is then training's
 
 
 def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> EvaluationSet:
@@ -76,7 +72,7 @@ def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, say: Callable[[
     if builtin:
         known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
     majority = majority_answers((task, record.output) for record, task in known)
-    return EvaluationSet(file, questions, n_skipped, n_truncated, len(pairs) - len(questions), majority)
+    return EvaluationSet(file, questions, n_skipped, n_truncated, len(pairs) - len(questions), majority, builtin)
 
 
 def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:

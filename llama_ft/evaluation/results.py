@@ -25,7 +25,7 @@ def evaluation_result(
     records, text = material.records, material.text
     data = {
         "name": records.file.name if config.data.path else config.data.name,
-        "file": str(records.file),
+        "file": records.file.name if records.is_held_out else str(records.file),  # the package's place says nothing
         "is_held_out": records.is_held_out,
         "records": len(records.questions),
         "skipped": records.n_skipped,

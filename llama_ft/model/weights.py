@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
-from llama_ft.model.checkpoint import SIZES_KEY, open_checkpoint
+from llama_ft.model.checkpoint import SIZES_KEY, Checkpoint, open_checkpoint
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.transformer import Transformer, rotary_table
 
 INIT_STD = 0.02  # as transformers' initializer_range
-BUILTIN_SEED = 0
 
 
 def load_model(
@@ -38,15 +37,26 @@ def load_model(
     """
     with torch.device("meta"):
         model = Transformer(config).to(dtype)
-    is_folder = checkpoint not in ("random", "builtin")
-    source = open_checkpoint(Path(os.path.expanduser(checkpoint)), model) if is_folder else None
+    source = _open(checkpoint, model)
     model.to_empty(device=device)
     model.rotary = rotary_table(config.context, config.head_dim, config.rope_theta, device)
     if source is not None:
-        source.load_into(model, say)
+        source.load_into(model, say if checkpoint != "builtin" else lambda line: None)
     else:
-        initialize(model, seed if checkpoint == "random" else BUILTIN_SEED)
+        initialize(model, seed)
     return model
+
+
+def _open(checkpoint: str, model: Transformer) -> Checkpoint | None:
+    """The checkpoint's folder, opened; None for random weights."""
+    if checkpoint == "random":
+        return None
+    if checkpoint != "builtin":
+        return open_checkpoint(Path(os.path.expanduser(checkpoint)), model)
+    try:
+        return open_checkpoint(model.config.builtin_dir, model)
+    except UserError as error:
+        raise UserError(f"{error}; a model of your own sizes begins with checkpoint=random") from error
 
 
 @torch.no_grad()

@@ -126,11 +126,11 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         for _ in table.techniques[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
         for name, cells in table.techniques:
-            view.add_row(name, *cells[columns])
+            view.add_row(*map(Text, (name, *cells[columns])))  # Text: what is in brackets is no markup
         view.add_section()
         for name, cells in table.rows:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
-            view.add_row(name, *(Text(cell, COLOURS.get(cell, "")) for cell in cells[columns]), style=style)
+            view.add_row(Text(name), *(Text(cell, COLOURS.get(cell, "")) for cell in cells[columns]), style=style)
         parts.append(view)
     return parts
 

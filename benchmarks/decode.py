@@ -1,0 +1,154 @@
+"""Decoding speed with random weights: ours with the KV cache and without, and transformers' generate, taking turns.
+
+    python -m benchmarks.decode llama2_7b 128 128 --dtype bf16 --output benchmarks/decode-h200
+    python -m benchmarks.decode llama2_7b_1layer 64 32 --rounds 3
+
+The arguments: model, tokens of the prompt, new tokens. Time does not depend on what the weights are; both models have
+the same, so the texts are compared too. transformers' generate has its cache on, and its own loop.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from omegaconf import OmegaConf
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llama_ft.config import ModelConfig, config_dir
+from llama_ft.decoding.context import Context
+from llama_ft.measure.device import device_name
+from llama_ft.model.formats import to_hf
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import load_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def reference(model: Transformer) -> LlamaForCausalLM:
+    """transformers' model with the same weights: shared, but for queries and keys, whose rotary layout differs."""
+    c = model.config
+    config = LlamaConfig(
+        hidden_size=c.dim,
+        num_hidden_layers=c.n_layers,
+        num_attention_heads=c.n_heads,
+        num_key_value_heads=c.n_kv_heads,
+        intermediate_size=c.ffn_dim,
+        vocab_size=c.vocab_size,
+        max_position_embeddings=c.context,
+        rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta,
+    )
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(config)
+    theirs.load_state_dict(to_hf(model.state_dict(), c), assign=True)
+    device = model.output.weight.device
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its table is no weight
+    return theirs.eval()
+
+
+@torch.inference_mode()
+def ours(model: Transformer, prompt: list[int], n_new: int, kv_cache: bool) -> Tensor:
+    """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
+    context = Context(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
+    for _ in range(n_new):
+        context.append(context.next_logits().argmax(-1))
+    return context.tokens[:, len(prompt) :]
+
+
+@torch.inference_mode()
+def transformers_generate(model: LlamaForCausalLM, prompt: list[int], n_new: int) -> Tensor:
+    """The same by transformers' generate."""
+    tokens = torch.tensor([prompt], device=model.device)
+    settings: dict[str, Any] = {"min_new_tokens": n_new, "max_new_tokens": n_new, "do_sample": False}
+    found = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, eos_token_id=None, **settings
+    )
+    return found[:, len(prompt) :]  # type: ignore[no-any-return]
+
+
+def seconds(act: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """How long it takes, and what comes of it, read by the host."""
+    began = time.perf_counter()
+    found = act().cpu()
+    return time.perf_counter() - began, found
+
+
+def measure(config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
+    """Seconds, tokens per second and peak memory of the three, and whether their texts agree."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(config, "random", device, dtype).eval()
+    theirs = reference(model)
+    prompt = torch.randint(3, config.vocab_size, (n_prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    acts: dict[str, Callable[[], Tensor]] = {
+        "cached": lambda: ours(model, prompt, n_new, True),
+        "uncached": lambda: ours(model, prompt, n_new, False),
+        "transformers": lambda: transformers_generate(theirs, prompt, n_new),
+    }
+    ours(model, prompt, 2, True), ours(model, prompt, 2, False), transformers_generate(theirs, prompt, 2)  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in acts}
+    texts, peaks = {}, {}
+    for number in range(rounds):
+        for name in sorted(acts, reverse=number % 2 == 1):  # neither always comes first
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            taken, texts[name] = seconds(acts[name])
+            times[name].append(taken)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
+            print(f"round {number + 1}, {name}: {taken:.2f} s, {n_new / taken:.1f} tokens/s", flush=True)
+    return {
+        "device": device_name(device),
+        "seconds": times,
+        "tokens_per_s": {name: n_new / median(taken) for name, taken in times.items()},
+        "peak_memory_mb": peaks or None,  # beside both models' weights
+        "same_tokens_as_transformers": {
+            name: int((texts[name] == texts["transformers"]).sum()) for name in ("cached", "uncached")
+        },
+    }
+
+
+def main() -> None:
+    """Measure, print and write `decode.json`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = sorted(file.stem for file in (config_dir() / "model").glob("*.yaml"))
+    parser.add_argument("model", choices=models)
+    parser.add_argument("prompt_tokens", type=int)
+    parser.add_argument("new_tokens", type=int)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="folder to write decode.json into")
+    arguments = parser.parse_args()
+    sizes: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{arguments.model}.yaml"))
+    config = ModelConfig(**sizes)
+    n_prompt, n_new = arguments.prompt_tokens, arguments.new_tokens
+    if n_prompt < 1 or n_new < 1 or arguments.rounds < 1 or n_prompt + n_new > config.context:
+        parser.error(f"prompt and new tokens must be at least 1, and together at most {config.context}; rounds too")
+    result = measure(config, n_prompt, n_new, DTYPES[arguments.dtype], arguments.rounds)
+    about = {
+        "date": date.today().isoformat(),
+        "command": f"python -m benchmarks.decode {' '.join(sys.argv[1:])}",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+    text = json.dumps(about | vars(arguments) | result, indent=2, default=str) + "\n"
+    print(text, end="")
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "decode.json").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
