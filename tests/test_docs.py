@@ -3,6 +3,7 @@
 import ast
 import functools
 import itertools
+import json
 import re
 import shlex
 from collections.abc import Iterator

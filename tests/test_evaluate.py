@@ -49,6 +49,7 @@ from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_questions, 
 from llama_ft.files import locked
 from llama_ft.model.transformer import Transformer
 from llama_ft.reporting import progress
+from llama_ft.reporting.table2 import Table, print_table
 from llama_ft.training.saver import save_trained
 
 SIZES = [f"model.{key}={getattr(SMALL, key)}" for key in "dim n_layers n_heads n_kv_heads ffn_dim context".split()]
@@ -522,3 +523,10 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert result["versions"]["torch"] == torch.__version__
     assert [found["checkpoint"] for found in result["models"]] == ["random"]
     assert "Majority: the most frequent answer of each task in the training split." in done.stdout
+
+
+def test_what_is_in_brackets_or_between_colons_is_shown_as_it_is() -> None:
+    table = Table("title", [("", ["run[v2]"])], [("math [easy]", ["1"]), (":smile: [/b]", ["2"])], [])
+    written = io.StringIO()
+    print_table(table, Console(file=written, width=80))
+    assert all(text in written.getvalue() for text in ("run[v2]", "math [easy]", ":smile: [/b]"))

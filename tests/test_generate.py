@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from test_model import reference
 
 from llama_ft import cli
 from llama_ft import generate as generate_command
+from llama_ft.cli import use_schema
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelConfig, ModelSource, TrainConfig, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
@@ -26,7 +28,7 @@ from llama_ft.decoding.chat import chat, line_reader
 from llama_ft.decoding.generate import Answer, Answerer, generate
 from llama_ft.decoding.show import show_answers
 from llama_ft.model.transformer import Transformer
-from llama_ft.techniques.adapter import load_adapter
+from llama_ft.techniques.adapter import check_base_of, load_adapter
 from llama_ft.techniques.lora import add_lora
 from llama_ft.training.saver import save_trained
 
@@ -449,3 +451,47 @@ def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch:
     done = command("prompt=a", *TINY)
     assert (done.status, done.out) == (2, "")
     assert re.fullmatch("error: out of memory: a smaller .*\n", done.err)
+
+
+def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
+    folder = trained_adapter(tmp_path / "run")
+    file = folder / "config.yaml"
+    config = file.read_text()
+    for trained_on, given in (("random", "builtin"), ("builtin", "weights"), ("weights", "random")):
+        file.write_text(f"{config}checkpoint: {trained_on}\n")
+        with pytest.raises(
+            UserError, match=rf"trained on checkpoint={trained_on}, and this is checkpoint={given}: give"
+        ):
+            check_base_of(folder, given)
+    for trained_on, given in (("random", "random"), ("old/place", "new/place")):
+        file.write_text(f"{config}checkpoint: {trained_on}\n")
+        check_base_of(folder, given)
+    file.write_text(config)  # of an earlier version, which did not say
+    check_base_of(folder, "builtin")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": 5.0}, "decoding.temperature is for sampling"),
+        ({"top_k": 3}, "decoding.top_k is for sampling"),
+        ({"top_p": 0.5}, "decoding.top_p is for sampling"),
+        ({"length_penalty": 2.0}, "decoding.length_penalty is for a beam search"),
+        ({"early_stopping": True, "sample": True}, "decoding.early_stopping is for a beam search"),
+        ({"stop": [r"\n"]}, "for a line break type"),
+        ({"n_beams": 10**9}, "decoding.n_beams=1000000000 is not allowed: it must be between 1 and 1024"),
+        ({"sample": True, "num_return_sequences": 10**9}, "it must be between 1 and 1024"),
+    ],
+)
+def test_options_that_would_do_nothing_or_too_much_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=re.escape(words)):
+        DecodingConfig(**settings)
+
+
+@pytest.mark.parametrize(("typed", "read"), [("1e3", "1000.0"), ("true", "True"), ("3.10", "3.1"), ("1_000", "1000")])
+def test_a_text_that_would_be_read_as_a_number_is_refused(typed: str, read: str) -> None:
+    use_schema(GenerateConfig)
+    with pytest.raises(UserError, match=f"prompt={re.escape(typed)} would be read as {re.escape(read)}"):
+        cli.composed_config("generate", [f"prompt={typed}"], GenerateConfig)
+    assert cli.composed_config("generate", [f'prompt="{typed}"'], GenerateConfig).prompt == typed
+    assert cli.composed_config("generate", ["prompt=42"], GenerateConfig).prompt == "42"

@@ -10,7 +10,7 @@ from llama_ft.config import TrainedSource, UserError
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
-from llama_ft.techniques.adapter import load_adapter, read_adapter
+from llama_ft.techniques.adapter import check_base_of, load_adapter, read_adapter
 
 
 def check_sources(source: TrainedSource) -> None:
@@ -28,7 +28,9 @@ def check_sources(source: TrainedSource) -> None:
             except UserError as error:
                 raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
     if source.adapter is not None:
-        read_adapter(Path(os.path.expanduser(source.adapter)), source.model)
+        folder = Path(os.path.expanduser(source.adapter))
+        read_adapter(folder, source.model)
+        check_base_of(folder, str(source.checkpoint))
 
 
 def load_trained(

@@ -38,8 +38,8 @@ def measure_models(
             torch.cuda.empty_cache()
         return found
 
+    check_sources(config)
     if not config.has_base:
         return {"model": measured("model", load_trained)}
-    check_sources(config)
     fine_tuned = measured("fine-tuned", load_trained)  # first, since most can be wrong with it
     return {"base": measured("base", load_base), "fine_tuned": fine_tuned}

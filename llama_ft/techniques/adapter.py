@@ -44,6 +44,27 @@ def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
     return lora
 
 
+def check_base_of(folder: Path, checkpoint: str) -> None:
+    """Compare the weights that an adapter was trained on with those that it is to be used with.
+
+    Folders may have been moved and are not compared by name; what is built in, or random, is not a folder.
+
+    Raises:
+        UserError: if they are surely others.
+    """
+    try:
+        trained_on = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))).get(
+            "checkpoint"
+        )
+    except (OSError, ValueError, AttributeError, YAMLError):
+        return  # read_adapter says what is wrong with it
+    if trained_on not in (None, checkpoint) and {trained_on, checkpoint} & {"builtin", "random"}:
+        raise UserError(
+            f"adapter={folder} was trained on checkpoint={trained_on}, and this is checkpoint={checkpoint}:"
+            f" give checkpoint={trained_on}"
+        )
+
+
 def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
     """Give a model the adapter in a run's folder.
 
