@@ -381,7 +381,7 @@ WRONG = {  # what is typed: what is said, and whether the run's folder is known 
     "data.path=": ("data.path= is not allowed", "a text", True),  # "data.path=$FILE" where FILE is not set
     "data.path=~/x.json": (QUOTES, f"""'data.path="{Path.home()}/x.json"'""", False),
     "checkpoint=runs/lora,lora.rank=4": (QUOTES, """'checkpoint="runs/lora,lora.rank=4"'""", False),
-    "model=llama2_7b": ("model=llama2_7b has no built-in weights", "checkpoint=DIR", True),
+    "model=llama2_7b": ("model=llama2_7b has no built-in tokenizer", "tokenizer=FILE", True),
     "model=llama2_7b checkpoint=random": ("model=llama2_7b has no built-in tokenizer", "tokenizer=FILE", True),
 }
 

@@ -295,7 +295,10 @@ def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "decoding": ({"decoding": DecodingConfig(temperature=0.5, seed=2)}, "decoding.temperature, decoding.seed"),
+    "decoding": (
+        {"decoding": DecodingConfig(repetition_penalty=1.5, seed=2)},
+        "decoding.repetition_penalty, decoding.seed",
+    ),
     "model": ({"model": replace(SMALL, n_layers=3)}, "model.n_layers"),
     "compare": ({"compare": True, "base": "random"}, "base, compare"),
 }

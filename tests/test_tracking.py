@@ -383,7 +383,8 @@ def test_a_network_that_is_gone_is_waited_for_once_and_said_once(no_key: Path, m
 # ---------------------------------------------------------------------- failing under the real command: no network, and
 
 KEY = "5ec2e75ec2e75ec2e75ec2e75ec2e75ec2e7abcd"
-SMALL = [f"model.{size}" for size in ("dim=64", "ffn_dim=96", "n_layers=2", "n_heads=4", "n_kv_heads=4")]
+SIZES = ("dim=64", "ffn_dim=96", "n_layers=2", "n_heads=4", "n_kv_heads=4")
+SMALL = ["checkpoint=random", *(f"model.{size}" for size in SIZES)]
 KILLED, BLOCKED, CRAMPED = (f"lora,training.seed={seed}" for seed in (1, 2, 3))
 # The command's process, then the runs' processes: the first waits within its training until W&B's service is gone.
 INJECTED = """

@@ -6,7 +6,6 @@ from typing import Any, cast
 
 import torch
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from llama_ft.config import LoraConfig, ModelConfig, UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
@@ -39,7 +38,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
         sizes = json.loads(metadata[SIZES_KEY])
         lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
         check_sizes(sizes, model, file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, YAMLError) as error:
+    except Exception as error:  # YAML's own errors, and whatever else a damaged file leads to
         raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
     return lora
 
@@ -56,7 +55,7 @@ def check_base_of(folder: Path, checkpoint: str) -> None:
         trained_on = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))).get(
             "checkpoint"
         )
-    except (OSError, ValueError, AttributeError, YAMLError):
+    except Exception:
         return  # read_adapter says what is wrong with it
     if trained_on not in (None, checkpoint) and {trained_on, checkpoint} & {"builtin", "random"}:
         raise UserError(
