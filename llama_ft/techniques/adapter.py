@@ -38,6 +38,8 @@ def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
         sizes = json.loads(metadata[SIZES_KEY])
         lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
         check_sizes(sizes, model, file)
+    except UserError:
+        raise
     except Exception as error:  # YAML's own errors, and whatever else a damaged file leads to
         raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
     return lora
