@@ -3,19 +3,16 @@
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import EvaluateConfig, UserError
-from llama_ft.files import locked, write_text
+from llama_ft.files import output_folder, write_text
 from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table2 import print_table
@@ -51,12 +48,12 @@ def main() -> int:
 
     material = load_material(config, say)
     from llama_ft.evaluation.models import measure_models
-    from llama_ft.measure.device import choose_device, compute_dtype, device_name, is_out_of_memory
+    from llama_ft.measure.device import compute_dtype, device_name, device_of_profile, is_out_of_memory
     from llama_ft.measure.run import versions
 
-    device = choose_device(config.gpu)
+    device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
-    with output_folder(config) as folder:
+    with output_folder(config.output, "evaluations", config.model.name) as folder:
         try:
             measured = measure_models(config, material, device, dtype, partial(progress_bar, errors), say)
         except Exception as error:
@@ -83,43 +80,6 @@ def load_material(config: EvaluateConfig, say: Say) -> "Material":
     check_vocabulary(tokenizer, config.tokenizer_file, config.model)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
     return Material(tokenizer, load_questions(config, tokenizer, say), text)
-
-
-@contextmanager
-def output_folder(config: EvaluateConfig) -> Iterator[Path]:
-    """The folder of the results, held by this process; folders made for it go again if nothing is put into them.
-
-    Raises:
-        UserError: if it cannot be made, or another process writes into it.
-    """
-    new = f"outputs/evaluations/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{config.model.name}"
-    folder = Path(os.path.expanduser(config.output or new))
-    made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
-    try:
-        with locked(folder):
-            check_writable(folder)
-            yield folder
-    finally:
-        with suppress(OSError):
-            for each in made:
-                each.rmdir()  # fails where something is in it
-
-
-def check_writable(folder: Path) -> None:
-    """Find out before anything long begins.
-
-    Raises:
-        UserError: if no file can be written into the folder.
-    """
-    try:
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
 
 
 def report(

@@ -4,8 +4,9 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO
 
 from llama_ft.config import UserError
@@ -71,3 +72,38 @@ def try_lock(file: int | IO[bytes]) -> bool:
     except OSError:  # a file system without locks, such as some network drives: nothing to hold, nothing to wait for
         return True
     return True
+
+
+@contextmanager
+def output_folder(output: str | None, kind: str, name: str) -> Iterator[Path]:
+    """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
+
+    Args:
+        output: as the user named it; None is a new one, `outputs/KIND/TIME_NAME`.
+
+    Raises:
+        UserError: if it cannot be made or written into, or another process writes into it.
+    """
+    folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
+    made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
+    try:
+        with locked(folder):
+            _check_writable(folder)
+            yield folder
+    finally:
+        with suppress(OSError):
+            for each in made:
+                each.rmdir()  # fails where something is in it
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before anything long begins."""
+    try:
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error

@@ -115,10 +115,10 @@ class Models:
             UserError: if there is no such device, or weights or adapter are not this model's.
         """
         from llama_ft.decoding.load import check_sources
-        from llama_ft.measure.device import choose_device, compute_dtype
+        from llama_ft.measure.device import compute_dtype, device_of_profile
 
         self._config, self._tokenizer, self._say = config, tokenizer, say
-        self._device = choose_device(config.gpu)
+        self._device = device_of_profile(config.gpu)
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
         check_sources(config)
 

@@ -26,10 +26,11 @@ import torch
 from conftest import CHECKOUT, environment
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_model import CPU, reference, relative, small_config
+from test_model import CPU, relative, small_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from benchmarks.decode import reference
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model import mapped

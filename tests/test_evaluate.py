@@ -22,8 +22,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from test_generate import SMALL, trained_adapter
 from test_kv_cache import make_model
-from test_model import reference
 
+from benchmarks.decode import reference
 from llama_ft import evaluate
 from llama_ft.cli import use_schema
 from llama_ft.config import (
@@ -451,6 +451,8 @@ WRONG = {
     "text=latin1.txt": r"text=latin1\.txt cannot be read: it is not UTF-8",
     'text=""': "text=.* is not allowed: it must be a text",
     "window=64 stride=65": "stride=65 is not allowed: it must be between 1 and the window of 64",
+    "window=64": "window and stride are for text=FILE, and there is none",
+    "merge=false": "merge=false keeps an adapter beside the weights, and there is none",
     "exact_match=1": "exact_match=1 is not allowed: it must be true or false",
     "data.path=empty.txt": r"empty\.txt: there are no records",
     "data.path=missing.json": r"data file missing\.json cannot be read",

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import run
 from test_kv_cache import make_model
-from test_model import reference
 
+from benchmarks.decode import reference
 from llama_ft import cli
 from llama_ft import generate as generate_command
 from llama_ft.cli import use_schema

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.decode import reference
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model.formats import permute_rotary, to_hf
@@ -26,24 +26,6 @@ def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
         for parameter in model.parameters():  # away from 0.02, so that attention and gains are far from uniform
             parameter.mul_(5.0) if parameter.dim() == 2 else parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
     return model
-
-
-def reference(model: Transformer) -> LlamaForCausalLM:
-    c = model.config
-    config = LlamaConfig(
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        intermediate_size=c.ffn_dim,
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-    )
-    hf = LlamaForCausalLM(config).eval()
-    hf.load_state_dict(to_hf(model.state_dict(), c))
-    return hf
 
 
 def relative(a: Tensor, b: Tensor) -> float:

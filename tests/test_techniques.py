@@ -8,10 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
-from test_model import reference, relative, small_model
+from test_model import relative, small_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.decode import reference
 from llama_ft import techniques
 from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage, config_dir
 from llama_ft.data.collate import Batch, Padding, collate

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 
 from llama_ft.cli.explain import TEXTS, not_allowed, type_of
-from llama_ft.config import EvaluateConfig, GenerateConfig, ReportConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    ReportConfig,
+    TrainConfig,
+    UserError,
+    config_dir,
+)
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -25,6 +33,7 @@ def register() -> None:
     ConfigStore.instance().store(name="report_schema", node=ReportConfig)
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
+    ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
     OmegaConf.register_new_resolver("combination", combination, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 

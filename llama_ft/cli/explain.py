@@ -78,6 +78,8 @@ def explain(error: BaseException) -> str:
     if isinstance(override := getattr(error, "override", None), str):
         return _unreadable(override)
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):  # which names no file
+        if not issubclass(_schema, TrainConfig):
+            return f"{error.filename or 'the output'}: {error.strerror}"
         place = "hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR, names another folder for the output"
         return f"{error.filename or 'the folder for the output'}: {error.strerror}; {place}"
     lines: list[str] = []

@@ -23,10 +23,8 @@ class EvaluateConfig(TrainedSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.data.path is None and self.data.url is None and not self.data.is_builtin:
-            raise UserError(f"data={self.data.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+        self.data.check_for(self.model)
         most = self.model.context
-        check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
         for key in ("batch_size", "max_new_tokens"):
             check(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         if self.max_samples is not None:
@@ -36,6 +34,8 @@ class EvaluateConfig(TrainedSource):
         if self.stride is not None:
             widest = self.window_tokens
             check(1 <= self.stride <= widest, "stride", self.stride, f"between 1 and the window of {widest}, or null")
+        if self.text is None and (self.window is not None or self.stride is not None):
+            raise UserError("window and stride are for text=FILE, and there is none")
 
     @property
     def max_length(self) -> int:

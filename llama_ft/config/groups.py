@@ -10,6 +10,7 @@ from llama_ft.config.checks import (
     DtypeChoice,
     OnBadRecord,
     TrackerMode,
+    UserError,
     WeightStorage,
     check,
     check_project,
@@ -189,6 +190,13 @@ class DataConfig:
     def is_builtin(self) -> bool:
         """Whether the records ship with the package."""
         return self.name == "sample"
+
+    def check_for(self, model: ModelConfig) -> None:
+        """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
+        if self.path is None and self.url is None and not self.is_builtin:
+            raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+        most, length = model.context, self.max_length or model.context
+        check(length <= most, "data.max_length", length, f"at most model.context={most}")
 
 
 @dataclass

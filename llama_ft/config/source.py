@@ -48,5 +48,7 @@ class TrainedSource(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.merge and self.adapter is None:
+            raise UserError("merge=false keeps an adapter beside the weights, and there is none: give adapter=DIR")
         if self.base == "builtin" and not self.model.is_builtin:
             raise UserError(f"base=builtin: model={self.model.name} has no built-in weights")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ft.config import DecodingConfig
+from llama_ft.config import DecodingConfig, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import beam_search
 from llama_ft.decoding.context import Context
@@ -81,6 +81,9 @@ def _search(
     context = Context(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
     found = beam_search(context, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
+    if len(found) < n_answers:  # more beams than there are texts of so few tokens
+        texts = f"{len(found)} different texts of {n_new} token{'s' * (n_new > 1)}"
+        raise UserError(f"decoding.num_return_sequences={n_answers} is too many: there are only {texts}")
     for writer, hypothesis in zip(writers, found, strict=True):
         for token in hypothesis.tokens:
             writer.push(token)

@@ -136,7 +136,7 @@ class ResultsFile:
             raise self._refused(f"exists, and {self._settings_file.name}, which tells what it is, does not")
         expected = json.loads(json.dumps(self._settings))
         if others := [key for key in {**expected, **found} if found.get(key) != expected.get(key)]:
-            raise self._refused(f"was made with other {', '.join(others)} ({self._settings_file.name} has them)")
+            raise self._refused(f"was made with other {', '.join(others)} ({self._settings_file.name} says with which)")
 
     def _checked(self, number: int, line: bytes) -> Record:
         """A complete line, which must be the result of the prompt at its place."""

@@ -56,6 +56,19 @@ def use_kernels_of(gpu: GpuConfig) -> None:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def device_of_profile(gpu: GpuConfig) -> torch.device:
+    """The device to run on, with the profile's memory and kernels: on a bigger card it behaves as the profile's.
+
+    Raises:
+        UserError: as `choose_device` does.
+    """
+    device = choose_device(gpu)
+    if gpu.usable_mb is not None:
+        limit_memory(device, gpu.usable_mb)
+    use_kernels_of(gpu)
+    return device
+
+
 def device_name(device: torch.device) -> str:
     """Name for people: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":

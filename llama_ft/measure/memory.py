@@ -31,6 +31,9 @@ class Allocation:
     item: str = ""  # what it is, where the category alone does not say
 
 
+Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, and the instant
+
+
 @dataclass(frozen=True)
 class MemoryUse:
     """What a tracked pass showed, in MB of 2**20 bytes."""
@@ -52,12 +55,15 @@ class MemoryTracker(TorchDispatchMode):
     Memory that operators use inside themselves (workspaces) is not seen; on CUDA the allocator's own peak shows it.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = (), round_to: int = 1
+    ) -> None:
+        """Watch a model, its optimizer and the tensors of batches; sizes are rounded up to multiples of `round_to`."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._model, self._optimizer, self._others = model, optimizer, tuple(others)
+        self._model, self._optimizer, self._others, self._round_to = model, optimizer, tuple(others), round_to
         self._device_type = next(model.parameters()).device.type
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
-        self._events: list[tuple[Allocation, int, str]] = []  # allocation, +1 or -1, instant
+        self.events: list[Event] = []
         self._instant = "load"
         self._handles: list[RemovableHandle] = []
 
@@ -91,6 +97,8 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and note the storages that it made."""
         out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
+            return out
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor, self._category(func, args))
@@ -114,35 +122,42 @@ class MemoryTracker(TorchDispatchMode):
     def _see(self, tensor: Tensor, category: str, item: str = "") -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live or tensor.device.type != self._device_type or storage.nbytes() == 0:
+        if key in self._live or (size := storage.nbytes()) == 0:
             return
-        allocation = Allocation(storage.nbytes(), tensor.dtype, category, item)
+        if self._device_type != "cpu" and tensor.device.type != self._device_type:
+            return
+        allocation = Allocation(-(-size // self._round_to) * self._round_to, tensor.dtype, category, item)
 
         def freed(_: object) -> None:
             if self._live.pop(key, None) is not None:
-                self._events.append((allocation, -1, self._instant))
+                self.events.append((allocation, -1, self._instant))
 
         self._live[key] = (weakref.ref(storage, freed), allocation)
-        self._events.append((allocation, +1, self._instant))
+        self.events.append((allocation, +1, self._instant))
 
     def _claim_gradient(self, gradient: Tensor) -> None:
         known = self._live.get(gradient.untyped_storage()._cdata)
         if known is not None:
             known[1].category = "gradient"
 
+    def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Count these as gradients; those that a backward pass makes are found without being told."""
+        for gradient in gradients:
+            self._claim_gradient(gradient)
+
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""
         peak, peak_event, instant, total = 0, 0, "load", 0
         now: dict[str, int] = defaultdict(int)
         most: dict[str, int] = defaultdict(int)
-        for number, (allocation, sign, when) in enumerate(self._events):
+        for number, (allocation, sign, when) in enumerate(self.events):
             total += sign * allocation.nbytes
             now[allocation.category] += sign * allocation.nbytes
             most[allocation.category] = max(most[allocation.category], now[allocation.category])
             if total > peak:
                 peak, peak_event, instant = total, number, when
         alive: dict[Allocation, None] = {}
-        for allocation, sign, _ in self._events[: peak_event + 1]:
+        for allocation, sign, _ in self.events[: peak_event + 1]:
             if sign > 0:
                 alive[allocation] = None
             else:

@@ -63,7 +63,7 @@ def _title(result: dict[str, Any]) -> str:
 
 def _notes(result: dict[str, Any]) -> list[str]:
     data, text, models = result["data"], result["text"], result["models"]
-    notes = [_what(model) for model in models]
+    notes = [*(_what(model) for model in models), f"Computed in {result['dtype']} on {result['device']}."]
     counts = ("skipped", "bad"), ("dropped", "without room for an answer"), ("truncated", "with an answer cut short")
     notes += [f"Records of {data['file']} {meaning}: {data[key]}." for key, meaning in counts if data[key]]
     n_tokens = models[0]["responses"]["tokens"]

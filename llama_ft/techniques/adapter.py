@@ -38,8 +38,9 @@ def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
         sizes = json.loads(metadata[SIZES_KEY])
         lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
         check_sizes(sizes, model, file)
-    except UserError:
-        raise
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if str(folder) in text else f"adapter={folder}, {CONFIG_FILE}: {text}") from error
     except Exception as error:  # YAML's own errors, and whatever else a damaged file leads to
         raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
     return lora

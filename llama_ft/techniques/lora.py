@@ -40,15 +40,19 @@ class LoRALinear(nn.Linear):
     def merge(self) -> None:
         """Add the update to the weight, so that the forward pass costs no more than the base's."""
         if not self.merged:
-            self.weight += (self.lora_B @ self.lora_A * self.scale).type_as(self.weight)
+            self.weight += self._update()
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the update out of the weight again; exact up to rounding."""
         if self.merged:
-            self.weight -= (self.lora_B @ self.lora_A * self.scale).type_as(self.weight)
+            self.weight -= self._update()
             self.merged = False
+
+    def _update(self) -> Tensor:
+        """What the factors add to the weight, in its dtype; the product in fp32, so that it is rounded once."""
+        return (self.lora_B.float() @ self.lora_A.float() * self.scale).type_as(self.weight)
 
 
 def add_lora(

@@ -1,0 +1,61 @@
+"""What `python -m llama_ft.plan` can be told."""
+
+import enum
+from dataclasses import dataclass
+
+from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.train import TrainConfig
+
+STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
+
+
+class Combinations(enum.Enum):
+    """Which combinations are planned."""
+
+    eight = "eight"
+    sixteen = "sixteen"
+    one = "one"
+
+
+class Goal(enum.Enum):
+    """What advice is asked for."""
+
+    fit = "fit"
+    cheapest_gpu = "cheapest_gpu"
+
+
+@dataclass
+class PlanConfig(TrainConfig):
+    """Everything `python -m llama_ft.plan` can be told: what `train` can, so that its arguments fit here too."""
+
+    combinations: Combinations = setting(
+        Combinations.eight, "the eight of GA, MP and LoRA; sixteen with GC too (gc=both says the same); one is optim's"
+    )
+    goal: Goal | None = setting(
+        None, "advice too: what is fastest and fits, or the smallest card on which something fits"
+    )
+    calibrate: str | None = setting(None, "folder of measured runs on this device, from which its speed is learned")
+    output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
+
+    def __post_init__(self) -> None:
+        most = self.model.context
+        if self.checkpoint is None:
+            self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
+        if self.tokenizer is None and not self.model.is_builtin:
+            check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
+        else:
+            self.data.check_for(self.model)
+        if self.goal is not None and self.combinations is Combinations.one:
+            raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the lengths of the data's samples can be known; else `max_length` stands in for them."""
+        return self.tokenizer is not None or self.model.is_builtin
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        if self.data.max_length is None and not self.has_lengths:
+            return min(STAND_IN_LENGTH, self.model.context)
+        return super().max_length

@@ -1,0 +1,74 @@
+"""What `python -m llama_ft.train` can be told."""
+
+import enum
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from llama_ft.config.content import content_hash
+from llama_ft.config.groups import (
+    DataConfig,
+    GpuConfig,
+    GradientAccumulationConfig,
+    GradientCheckpointingConfig,
+    LoraConfig,
+    MeasureConfig,
+    MixedPrecisionConfig,
+    OptimConfig,
+    TrackerConfig,
+    TrainingConfig,
+)
+from llama_ft.config.source import ModelSource
+
+
+@dataclass
+class TrainConfig(ModelSource):
+    """Everything `python -m llama_ft.train` can be told."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ga: GradientAccumulationConfig = field(default_factory=GradientAccumulationConfig)
+    mp: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gc: GradientCheckpointingConfig = field(default_factory=GradientCheckpointingConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data.check_for(self.model)
+
+    @property
+    def memory_limit_mb(self) -> int | None:
+        """The limit to run under: the one given or that of the card's profile, whichever is smaller."""
+        limits = [limit for limit in (self.measure.memory_limit_mb, self.gpu.usable_mb) if limit is not None]
+        return min(limits, default=None)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        return self.data.max_length or self.model.context
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, enums by name."""
+
+        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
+
+        return asdict(self, dict_factory=plain)
+
+    def hash(self, without: tuple[str, ...] = ()) -> str:
+        """Identifies what is measured: equal for equal runs on equal files, wherever they lie. 16 hex digits.
+
+        `without` leaves out sections of the config.
+        """
+        measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", *without)}
+        for section, key in (("training", "save_every"), ("training", "resume"), ("data", "cache_dir")):
+            del measured[section][key]  # how a run is kept and its data fetched, not what is run
+        files = {"builtin": str(self.model.builtin_dir)}
+        for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
+            holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
+        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]

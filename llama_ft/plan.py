@@ -1,0 +1,86 @@
+"""`python -m llama_ft.plan`: what each combination of techniques would need and take on a card, without the card."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from llama_ft import cli
+from llama_ft.config import DeviceChoice, GpuConfig, PlanConfig, config_dir
+from llama_ft.files import output_folder
+from llama_ft.reporting.plan import FILES, print_plan, write_plan
+from llama_ft.reporting.progress import progress_bar
+
+USAGE = cli.Usage(
+    "plan",
+    "What each combination of techniques would need on a card, whether it fits, and how long it would take at best, by"
+    " running the real training step on tensors without data: no GPU, no weights.",
+    "[GROUP=CHOICE ...] [KEY=VALUE ...]",
+    PlanConfig,
+    (
+        "model=llama2_7b gpu=a100_40gb data=alpaca_200",
+        "model=llama2_7b gpu=all data.max_length=1024",
+        "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit",
+        "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
+    ),
+    ("--help", "--version", "-sc install=bash"),
+)
+
+
+def overrides(arguments: list[str]) -> list[str]:
+    """What Hydra is told: `gc=both` is short for all sixteen, and a technique that is named leaves one combination."""
+    told = ["combinations=sixteen" if argument == "gc=both" else argument for argument in arguments]
+    if any(argument.startswith(("optim=", "optim.")) for argument in told):
+        told.append("combinations=one")
+    return told
+
+
+def main() -> int:
+    """Plan what is asked for."""
+    config = cli.composed_config("plan", overrides(sys.argv[1:]), PlanConfig)
+    console, errors = Console(), Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
+
+    gpus = planned_gpus(config.gpu)
+    from llama_ft.planning.lengths import data_lengths
+
+    lengths = data_lengths(config, say)
+    say(f"data: {lengths.about}")
+    with output_folder(config.output, "plans", config.model.name) as folder:
+        from llama_ft.planning.plan import make_plan
+
+        plan = make_plan(config, gpus, lengths, partial(progress_bar, errors), cli.command_line())
+        write_plan(plan, folder)
+    print_plan(plan, console)
+    console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
+    """The profiles to plan for: all cards', or the one; `auto` is the GPU that is here, else the CPU."""
+    if gpu.name == "all":
+        return [profile for profile in map(read_profile, profile_files()) if profile.device is DeviceChoice.cuda]
+    if gpu.device is DeviceChoice.auto:
+        from llama_ft.planning.card import profile_here
+
+        return [profile_here(gpu)]
+    return [gpu]
+
+
+def profile_files() -> list[Path]:
+    """The files of all profiles, smallest card first."""
+    return sorted((config_dir() / "gpu").glob("*.yaml"), key=lambda file: read_profile(file).memory_mb or 0)
+
+
+def read_profile(file: Path) -> GpuConfig:
+    """A profile from its file."""
+    return cast(GpuConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GpuConfig), OmegaConf.load(file))))
+
+
+if __name__ == "__main__":
+    cli.run_command(main, USAGE)

@@ -1,0 +1,109 @@
+"""How much memory PyTorch's CUDA allocator reserves for a sequence of allocations.
+
+It asks the driver for whole pages and keeps them, so it reserves more than is allocated at any time. This is its
+behaviour with expandable segments (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA), after
+c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from one pool with pages of
+2 MiB, above it from another with pages of 20 MiB; each pool is one range of addresses that grows at its end; a request
+takes the smallest free block that is large enough, the lowest of several, and leaves the rest of it free; neighbouring
+free blocks become one.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+from llama_ft.measure.memory import Event
+
+ROUNDING = 512
+SMALL_SIZE = 2**20  # the largest request of the small pool
+SMALL_PAGE, LARGE_PAGE = 2 * 2**20, 20 * 2**20
+
+
+def rounded(n_bytes: int) -> int:
+    """What the allocator counts for a request of so many bytes."""
+    return -(-n_bytes // ROUNDING) * ROUNDING
+
+
+class Pool:
+    """A range of addresses, mapped in pages from 0 up to `reserved`."""
+
+    def __init__(self, page: int) -> None:
+        self.page, self.reserved = page, 0
+        self._free: list[tuple[int, int]] = []  # (size, start), sorted
+        self._starts: dict[int, int] = {}  # of free blocks, start to size
+        self._ends: dict[int, int] = {}  # of free blocks, end to start
+
+    def allocate(self, size: int) -> int:
+        """The start of a block of so many bytes, taken from the free ones or from new pages."""
+        place = bisect_left(self._free, (size, -1))
+        if place == len(self._free):
+            self._grow(size)
+            place = bisect_left(self._free, (size, -1))
+        found, start = self._free[place]
+        self._remove(start, found)
+        if found > size:
+            self._add(start + size, found - size)
+        return start
+
+    def release(self, start: int, size: int) -> None:
+        """Give a block back; it joins its free neighbours."""
+        if (before := self._ends.get(start)) is not None:
+            length = self._starts[before]
+            self._remove(before, length)
+            start, size = before, size + length
+        if (length_after := self._starts.get(start + size)) is not None:
+            self._remove(start + size, length_after)
+            size += length_after
+        self._add(start, size)
+
+    def _grow(self, size: int) -> None:
+        """Map pages at the end, as many as a request needs beside what is free there."""
+        tail = self._ends.get(self.reserved)
+        missing = size - (self.reserved - tail if tail is not None else 0)
+        new = -(-missing // self.page) * self.page
+        start, self.reserved = self.reserved, self.reserved + new
+        self.release(start, new)
+
+    def _add(self, start: int, size: int) -> None:
+        insort(self._free, (size, start))
+        self._starts[start], self._ends[start + size] = size, start
+
+    def _remove(self, start: int, size: int) -> None:
+        del self._free[bisect_left(self._free, (size, start))]
+        del self._starts[start], self._ends[start + size]
+
+
+class Allocator:
+    """Both pools. What it has reserved only grows, as the real one's does until memory runs out."""
+
+    def __init__(self) -> None:
+        self._small, self._large = Pool(SMALL_PAGE), Pool(LARGE_PAGE)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of all pages."""
+        return self._small.reserved + self._large.reserved
+
+    def allocate(self, n_bytes: int) -> tuple[Pool, int, int]:
+        """A block for a request: its pool, start and size."""
+        size = rounded(n_bytes)
+        pool = self._small if size <= SMALL_SIZE else self._large
+        return pool, pool.allocate(size), size
+
+    def release(self, block: tuple[Pool, int, int]) -> None:
+        """Give a block back."""
+        pool, start, size = block
+        pool.release(start, size)
+
+
+def reserved_bytes(events: Sequence[Event], workspace: int = 0) -> int:
+    """What the allocator has reserved at the end of a log of storages, workspaces of cuBLAS taken first."""
+    allocator = Allocator()
+    if workspace:
+        allocator.allocate(workspace)
+    blocks: dict[int, tuple[Pool, int, int]] = {}
+    for storage, sign, _ in events:
+        if sign > 0:
+            blocks[id(storage)] = allocator.allocate(storage.nbytes)
+        else:
+            allocator.release(blocks.pop(id(storage)))
+    return allocator.reserved

@@ -1,0 +1,78 @@
+"""What of a card decides how much memory a run takes there, beside the card's own memory."""
+
+from dataclasses import dataclass, replace
+
+from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, TrainConfig
+from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+
+CUDA_ROUNDING = 512  # bytes: each block of the allocator is a multiple of it (kMinBlockSize, CUDACachingAllocator.h)
+# cuBLAS's own memory, from PyTorch's allocator, once for each thread that multiplies: the forward pass's and the
+# backward pass's (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; pytorch/pytorch#89027).
+WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES, N_WORKSPACES = 4096 * 2 * 1024 + 16 * 8 * 1024, 32 * 2**20, 2
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Cards with equal traits run a combination in the same way."""
+
+    on_cuda: bool
+    has_bf16: bool  # computes in bf16 itself
+    has_flash: bool  # has FlashAttention for its 16-bit format
+
+    @property
+    def rounding(self) -> int:
+        """Bytes whose multiples a storage takes."""
+        return CUDA_ROUNDING if self.on_cuda else 1
+
+    def precision(self, config: TrainConfig) -> Precision:
+        """The dtypes of a run there.
+
+        Raises:
+            UserError: if the card has not the 16-bit format that is asked for.
+        """
+        device_type = "cuda" if self.on_cuda else "cpu"
+        return mixed_precision(config.mp, device_type, self.has_bf16) if config.optim.mp else Precision(device_type)
+
+    def materialises_attention(self, model: ModelConfig, is_16bit: bool) -> bool:
+        """Whether attention there keeps its S x S matrices: no kernel that spares them takes these inputs.
+
+        FlashAttention takes 16 bit alone, from compute capability 8.0 on; the memory-efficient kernel takes all
+        formats, but no grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        """
+        grouped = model.n_kv_heads != model.n_heads
+        return self.on_cuda and grouped and not (self.has_flash and is_16bit)
+
+
+def traits_of(gpu: GpuConfig) -> Traits:
+    """The traits of a profile's card; of the CPU where it is no card's."""
+    if gpu.device is not DeviceChoice.cuda:
+        return Traits(on_cuda=False, has_bf16=True, has_flash=True)
+    newer = (gpu.capability or (8, 0)) >= (8, 0)
+    return Traits(on_cuda=True, has_bf16=newer, has_flash=newer)
+
+
+def that_matter(traits: Traits, config: TrainConfig) -> Traits:
+    """The traits without those that this combination and model do not feel, so that equal runs are run once."""
+    if config.optim.mp or config.model.n_kv_heads != config.model.n_heads:
+        return traits
+    return replace(traits, has_bf16=True, has_flash=True)
+
+
+def workspace_bytes(gpu: GpuConfig) -> int:
+    """What cuBLAS takes from the allocator on the card."""
+    if gpu.device is not DeviceChoice.cuda:
+        return 0
+    is_hopper = gpu.capability is not None and gpu.capability[0] == 9
+    return N_WORKSPACES * (HOPPER_WORKSPACE_BYTES if is_hopper else WORKSPACE_BYTES)
+
+
+def profile_here(gpu: GpuConfig) -> GpuConfig:
+    """What is known of the GPU that is here, without its context or rates; of the CPU where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return replace(gpu, name="cpu", device=DeviceChoice.cpu)
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    capability = f"{properties.major}.{properties.minor}"
+    memory = properties.total_memory // 2**20
+    return replace(gpu, name=properties.name, device=DeviceChoice.cuda, memory_mb=memory, compute_capability=capability)

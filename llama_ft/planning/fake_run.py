@@ -1,0 +1,128 @@
+"""A run's hardest optimizer steps on fake tensors, which have shapes and dtypes and no data.
+
+The real model, techniques, optimizer and step run; nothing is computed. The tensors are fake *CPU* tensors under CPU
+autocast; what depends on the device (the 16-bit format, padding, the kernels of attention and dropout, rounding,
+workspaces) is the planned card's.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from llama_ft import techniques
+from llama_ft.config import TrainConfig
+from llama_ft.data.collate import Batch, Padding, collate
+from llama_ft.data.dataset import Sample
+from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
+from llama_ft.measure.run import hardest_windows
+from llama_ft.model.transformer import Transformer
+from llama_ft.planning.card import Traits
+from llama_ft.training.optimizer import make_optimizer
+from llama_ft.training.step import TrainStep
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """What a tracked fake run showed."""
+
+    use: MemoryUse
+    events: list[Event]
+    last_step: int  # index of the first event of the last optimizer step
+    trainable_params: int
+    total_params: int
+
+
+@contextmanager
+def fake_step(config: TrainConfig, traits: Traits) -> Iterator[tuple[TrainStep, Padding]]:
+    """The real training step of a run, over fake tensors; to be called inside the block.
+
+    Raises:
+        UserError: if a LoRA target matches nothing, or the card has not the 16-bit format asked for.
+    """
+    precision = traits.precision(config)
+    on_cpu = replace(precision, device_type="cpu")
+    is_16bit = precision.compute != torch.float32
+    kernel = sdpa_kernel(SDPBackend.MATH) if traits.materialises_attention(config.model, is_16bit) else nullcontext()
+    with FakeTensorMode(), kernel:
+        torch.set_default_dtype(techniques.base_dtype(config, on_cpu))  # fake weights cannot be converted in place
+        try:
+            model = Transformer(config.model)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        applied = techniques.apply(model, config, on_cpu)
+        if traits.on_cuda:
+            use_fused_dropout(model)
+        optimizer = make_optimizer(model.parameters(), config.training)
+        model.train()
+        padding = Padding(precision.pad_multiple, config.model.context)
+        yield TrainStep(model, optimizer, applied, config.training.max_grad_norm), padding
+
+
+def use_fused_dropout(model: nn.Module) -> None:
+    """Keep a mask of one byte a value, as the kernel on CUDA does; on the CPU the mask has the values' dtype."""
+
+    def fused(p: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.native_dropout(x, p, True)[0]
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.forward = fused(module.p)  # type: ignore[method-assign, assignment]
+
+
+def give_gradients(step: TrainStep) -> list[Tensor]:
+    """Let every trainable parameter have a gradient, as after the backward pass of any micro-batch."""
+    parameters = step.optimizer.param_groups[0]["params"]
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    return [parameter.grad for parameter in parameters]
+
+
+def update(step: TrainStep) -> None:
+    """What a step does after its last backward pass, with the gradients that are there."""
+    step.scaler.scale(torch.zeros(()))  # makes what the scaler keeps
+    step([])
+
+
+def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> FakeRun:
+    """What is alive when, in the rehearsal that a run of this config begins with.
+
+    Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
+    The optimizer's state is made by a step without a micro-batch.
+
+    Args:
+        samples: only their lengths and numbers of targets matter.
+
+    Raises:
+        UserError: as `fake_step` does.
+    """
+    accumulation = config.ga.steps if config.optim.ga else 1
+    with fake_step(config, traits) as (step, padding):
+        windows = hardest_windows(list(samples), config.training.batch_size, accumulation, padding)
+        tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]
+        with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker:
+            tracker.claim_gradients(give_gradients(step))
+            step.optimizer.step()
+            step.optimizer.zero_grad(set_to_none=True)
+            for window in reversed(windows):  # the longest last: it is the step to look at
+                last_step = len(tracker.events)
+                if len(window) > 1:
+                    tracker.claim_gradients(give_gradients(step))
+                step(window[-1:])
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in step.model.parameters()]
+    return FakeRun(
+        tracker.result(),
+        tracker.events,
+        last_step,
+        sum(count for count, trainable in counts if trainable),
+        sum(count for count, _ in counts),
+    )
+
+
+def micro_batch(n_tokens: int, n_targets: int, batch_size: int, padding: Padding) -> Batch:
+    """A micro-batch of equal samples that are `n_tokens` long, of which the last `n_targets` are trained on."""
+    return collate([Sample([0] * n_tokens, n_tokens - n_targets)] * batch_size, padding)

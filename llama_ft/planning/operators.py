@@ -1,0 +1,121 @@
+"""What operators compute and move: FLOPs by dtype, and bytes, from the shapes of fake tensors.
+
+FLOPs are those of matrix products and attention, as `torch.utils.flop_counter` counts them: 2 a multiply-add. Bytes are
+those of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+aten = torch.ops.aten
+# (matrix dtype or empty, FLOPs, bytes): how often. Equal operators are one entry.
+Operators = Counter[tuple[str, float, float]]
+EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
+GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+
+
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+
+
+# Whose kernel computes the masked half too, or not, is the kernel's own affair: PyTorch's count is of the whole square.
+ATTENTION: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that run inside `with OperatorCounter() as counter:`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: Operators = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run the operator and count it."""
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.prim.device.default or func.is_view:
+            return out
+        packet = func._overloadpacket
+        if packet not in EMPTY:
+            self._count(packet, args, kwargs or {}, out)
+        return out
+
+    def _count(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        formula = ATTENTION.get(packet)
+        if formula is not None:
+            flops = float(formula(*args, **kwargs))
+        elif packet in flop_registry:
+            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+        else:
+            flops = 0.0
+        outputs = list(_tensors(out))
+        inputs = [] if packet in GATHERING else list(_tensors((args, kwargs)))
+        if not flops and not _writes(packet) and any(_same_storage(o, i) for o in outputs for i in inputs):
+            return  # a view by another name, such as _unsafe_view
+        moved = sum({id(t): t.numel() * t.element_size() for t in inputs}.values())
+        moved += sum(t.numel() * t.element_size() for t in outputs)
+        if packet in GATHERING:
+            moved *= 2
+        dtype = str(outputs[0].dtype).removeprefix("torch.") if flops and outputs else ""
+        self.operators[dtype, flops, float(moved)] += 1
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def _writes(packet: Any) -> bool:
+    return str(packet).endswith("_")
+
+
+def times(operators: Operators, factor: float) -> Operators:
+    """The same operators, so many times as often; a fraction where it is an average."""
+    scaled: Operators = Counter()
+    for key, count in operators.items():
+        scaled[key] = count * factor  # type: ignore[assignment]
+    return scaled
+
+
+def total(parts: Iterable[Operators]) -> Operators:
+    """All operators of all parts. Negative counts, of a difference, stay."""
+    summed: Operators = Counter()
+    for part in parts:
+        for key, count in part.items():
+            summed[key] += count
+    return summed
+
+
+def less(operators: Operators, others: Operators) -> Operators:
+    """What is left without the others; what they have more of has a negative count."""
+    return total([operators, times(others, -1)])
+
+
+def flops_of(operators: Operators) -> dict[str, float]:
+    """FLOPs by dtype."""
+    flops: dict[str, float] = {}
+    for (dtype, each, _), count in operators.items():
+        if each:
+            flops[dtype] = flops.get(dtype, 0.0) + each * count
+    return flops
+
+
+def bytes_of(operators: Operators) -> float:
+    """Bytes moved."""
+    return sum(each * count for (_, _, each), count in operators.items())

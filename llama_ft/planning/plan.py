@@ -1,0 +1,63 @@
+"""A plan: rows for combinations and cards, and what they are rows of, as `plan.json` has it."""
+
+import enum
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+from llama_ft.config import Combinations, GpuConfig, OptimConfig, PlanConfig
+from llama_ft.measure.run import versions
+from llama_ft.planning.lengths import DataLengths
+from llama_ft.planning.predict import combinations, predict
+
+SCHEMA_VERSION = 1
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def make_plan(
+    config: PlanConfig, gpus: list[GpuConfig], lengths: DataLengths, progress: Progress, command: str
+) -> dict[str, Any]:
+    """The content of `plan.json`, in plain JSON types.
+
+    Args:
+        progress: shows a title and how much of a total is done.
+        command: what the user typed.
+
+    Raises:
+        UserError: if what is asked for can run nowhere.
+    """
+    optims = planned_combinations(config)
+    with progress("plan", len(optims)) as advance:
+        rows = predict(config, optims, gpus, lengths.pairs, advance)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "versions": versions(),
+        "model": config.model.name,
+        "data": {
+            "name": config.data.name,
+            "about": lengths.about,
+            "is_stand_in": lengths.is_stand_in,
+            "samples": len(lengths.pairs),
+            "longest": lengths.longest,
+            "tokens": sum(length for length, _ in lengths.pairs),
+        },
+        "techniques": {name: _plain(asdict(getattr(config, name))) for name in ("ga", "mp", "lora", "gc")},
+        "training": _plain(asdict(config.training)),
+        "gpus": [_plain(asdict(gpu)) for gpu in gpus],
+        "rows": rows,
+    }
+
+
+def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
+    """The combinations that are asked for."""
+    if config.combinations is Combinations.one:
+        return [config.optim]
+    return combinations(with_gc=config.combinations is Combinations.sixteen)
+
+
+def _plain(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    return values.name if isinstance(values, enum.Enum) else values

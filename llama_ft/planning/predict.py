@@ -1,0 +1,217 @@
+"""Combinations of techniques on cards: what each would need, and how long it would take at best."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from multiprocessing import get_context
+from typing import Any
+
+from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.data.dataset import Sample
+from llama_ft.measure.memory import MemoryUse
+from llama_ft.measure.result import MB
+from llama_ft.planning.allocator import reserved_bytes
+from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
+from llama_ft.planning.fake_run import FakeRun, fake_run
+from llama_ft.planning.roofline import Bound, bound
+from llama_ft.planning.run_costs import RunCosts, run_costs
+from llama_ft.planning.timeline import Point, timeline
+
+MOST_PROCESSES = 8
+Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a combination needs, whatever the card's sizes."""
+
+    use: MemoryUse
+    reserved_mb: dict[int, float]  # by bytes of workspaces
+    timeline: list[Point]  # of the last optimizer step
+    costs: RunCosts | None  # None where no time is asked for
+    trainable_params: int
+    total_params: int
+
+
+def rehearse(
+    configs: Sequence[TrainConfig], lengths: Lengths, traits: Traits, workspaces: Sequence[int], with_costs: bool = True
+) -> list[Rehearsed]:
+    """Run combinations on fake tensors, which differ in gradient accumulation alone.
+
+    Args:
+        workspaces: bytes of cuBLAS workspaces, for each of which reserved memory is found.
+
+    Raises:
+        UserError: if the combinations cannot run on such a card.
+    """
+    samples = blank_samples(lengths)
+    costs = run_costs(configs, samples, traits) if with_costs else [None] * len(configs)
+    return [
+        _rehearsed(fake_run(config, samples, traits), cost, workspaces, traits)
+        for config, cost in zip(configs, costs, strict=True)
+    ]
+
+
+def _rehearsed(run: FakeRun, costs: RunCosts | None, workspaces: Sequence[int], traits: Traits) -> Rehearsed:
+    reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MB for size in workspaces}
+    points = timeline(run.events, run.last_step)
+    return Rehearsed(run.use, reserved, points, costs, run.trainable_params, run.total_params)
+
+
+def blank_samples(lengths: Lengths) -> list[Sample]:
+    """Samples of these lengths, of any tokens."""
+    return [Sample([0] * n_tokens, n_prompt) for n_tokens, n_prompt in lengths]
+
+
+def combinations(with_gc: bool) -> list[OptimConfig]:
+    """The course's eight, in its table's order; with gradient checkpointing too, sixteen."""
+    gcs = (False, True) if with_gc else (False,)
+    return [OptimConfig(ga, mp, lora, gc) for gc, ga, mp, lora in product(gcs, *[(False, True)] * 3)]
+
+
+def predict(
+    config: TrainConfig,
+    optims: Sequence[OptimConfig],
+    gpus: Sequence[GpuConfig],
+    lengths: Lengths,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[dict[str, Any]]:
+    """A row for each combination on each card, in this order: cards, then combinations.
+
+    Args:
+        config: all but technique and card; `lengths` are its data's.
+        advance: told how many combinations have been run since it was told last.
+
+    Raises:
+        UserError: if a combination can run nowhere, as with a LoRA target that there is not.
+    """
+    configs = [replace(config, optim=optim) for optim in optims]
+    sizes = sorted({workspace_bytes(gpu) for gpu in gpus})
+    alike: dict[tuple[bool, bool, bool, Traits], dict[str, TrainConfig]] = {}
+    for gpu, each in product(gpus, configs):
+        alike.setdefault(_key(each, gpu), {})[each.optim.combination] = each
+    found: dict[tuple[Any, str], Rehearsed | UserError] = {}
+    with processes(len(alike)) as run:
+        jobs = {key: (list(group.values()), lengths, key[-1], sizes) for key, group in alike.items()}
+        for key, outcome in run(rehearse, jobs):
+            names = list(alike[key])
+            outcomes = [outcome] * len(names) if isinstance(outcome, UserError) else outcome
+            found |= {(key, name): each for name, each in zip(names, outcomes, strict=True)}
+            advance(len(names))
+    return [row(each, gpu, found[_key(each, gpu), each.optim.combination]) for gpu in gpus for each in configs]
+
+
+def _key(config: TrainConfig, gpu: GpuConfig) -> tuple[bool, bool, bool, Traits]:
+    """Equal for runs that share fake steps."""
+    optim = config.optim
+    return optim.mp, optim.lora, optim.gc, that_matter(traits_of(gpu), config)
+
+
+Runner = Callable[[Callable[..., Any], dict[Any, tuple[Any, ...]]], Iterator[tuple[Any, Any]]]
+
+
+@contextmanager
+def processes(n_jobs: int) -> Iterator[Runner]:
+    """Something that runs jobs side by side, one to a core, and gives each one's outcome, or its UserError."""
+    n_processes = min(n_jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_PROCESSES)
+    if n_processes < 2:
+        yield _one_after_the_other
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["llama_ft.planning.worker"])
+    with ProcessPoolExecutor(n_processes, context, _begin) as pool:
+
+        def side_by_side(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
+            futures = {pool.submit(_outcome, function, arguments): key for key, arguments in jobs.items()}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        try:
+            yield side_by_side
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _one_after_the_other(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
+    for key, arguments in jobs.items():
+        yield key, _outcome(function, arguments)
+
+
+def _begin() -> None:
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then ends us
+    torch.set_num_threads(1)
+
+
+def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    try:
+        return function(*arguments)
+    except UserError as error:
+        return error
+
+
+def row(config: TrainConfig, gpu: GpuConfig, found: Rehearsed | UserError) -> dict[str, Any]:
+    """A row of `plan.json`."""
+    known: dict[str, Any] = {"optim": asdict(config.optim), "combination": config.optim.combination, "gpu": gpu.name}
+    if isinstance(found, UserError):
+        return dict.fromkeys(KEYS) | known | {"error": str(found)}
+    workspace = workspace_bytes(gpu)
+    reserved = found.reserved_mb[workspace] if workspace else None
+    peak = found.use.peak_mb + workspace / MB
+    required = None if reserved is None else reserved + gpu.context_mb
+    memory, most = dict(found.use.at_peak_mb), dict(found.use.max_mb)
+    memory["other"] += workspace / MB
+    most["other"] += workspace / MB
+    item = {"category": "other", "dtype": "-", "mb": workspace / MB, "item": "cuBLAS workspaces"}
+    fits = None if required is None or gpu.memory_mb is None else required <= gpu.memory_mb
+    return (
+        dict.fromkeys(KEYS)
+        | known
+        | {
+            "peak_memory_mb": peak,
+            "instant": found.use.instant,
+            "memory_mb": memory,
+            "memory_max_mb": most,
+            "ledger": [*found.use.ledger, *([item] if workspace else [])],
+            "reserved_mb": reserved,
+            "context_mb": gpu.context_mb,
+            "required_mb": required,
+            "memory_there_is_mb": gpu.memory_mb,
+            "fits": fits,
+            "margin_mb": None if fits is None else gpu.memory_mb - required,  # type: ignore[operator]
+            "trainable_params": found.trainable_params,
+            "total_params": found.total_params,
+            "timeline": [
+                {"event": point.event, "instant": point.instant, "memory_mb": point.memory_mb}
+                for point in found.timeline
+            ],
+            **(_times(bound(found.costs, gpu)) if found.costs else {}),
+        }
+    )
+
+
+def _times(found: Bound) -> dict[str, Any]:
+    return {
+        "steps": found.steps,
+        "samples": found.samples,
+        "tokens": found.tokens,
+        "flops": found.flops,
+        "bytes_moved": found.bytes_moved,
+        "runtime_s": found.seconds,
+        "tokens_per_s": found.tokens / found.seconds if found.seconds else None,
+        "binds": found.binds,
+        "bound_s": found.by_resource,
+    }
+
+
+KEYS = (
+    "optim combination gpu error peak_memory_mb instant memory_mb memory_max_mb ledger reserved_mb context_mb"
+    " required_mb memory_there_is_mb fits margin_mb trainable_params total_params steps samples tokens flops"
+    " bytes_moved runtime_s tokens_per_s binds bound_s timeline"
+).split()

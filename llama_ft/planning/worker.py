@@ -1,0 +1,8 @@
+"""Imported once, in the process that the planning processes are forked from, so that each of them starts at once."""
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llama_ft.planning import fake_run, run_costs
+
+FakeTensorMode()  # imports, when first made, what takes longer than all of torch
+__all__ = ["fake_run", "run_costs"]
