@@ -46,7 +46,14 @@ def make_plan(
         "techniques": {name: _plain(asdict(getattr(config, name))) for name in ("ga", "mp", "lora", "gc")},
         "training": _plain(asdict(config.training)),
         "gpus": [_plain(asdict(gpu)) for gpu in gpus],
+        # What runtime_s is: a bound at the profile's rates, or calibrated by runs.
+        "time": {
+            "kind": "bound",
+            "about": "at best: each operator at the full rate of the card's matrix units or memory",
+        },
         "rows": rows,
+        "table1": None,
+        "advice": None,
     }
 
 

@@ -188,7 +188,11 @@ def row(config: TrainConfig, gpu: GpuConfig, found: Rehearsed | UserError) -> di
             "trainable_params": found.trainable_params,
             "total_params": found.total_params,
             "timeline": [
-                {"event": point.event, "instant": point.instant, "memory_mb": point.memory_mb}
+                {
+                    "event": point.event,
+                    "instant": point.instant,
+                    "memory_mb": point.memory_mb | {"other": point.memory_mb["other"] + workspace / MB},
+                }
                 for point in found.timeline
             ],
             **(_times(bound(found.costs, gpu)) if found.costs else {}),
