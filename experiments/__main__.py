@@ -8,39 +8,41 @@ from pathlib import Path
 
 from experiments import STUDIES
 from experiments.study import OUTPUT, Options, parse_options, run_as_command
-from llama_ft.cli import FAILED
+from llama_ft.cli import FAILED, USAGE_ERROR
 
 
 def run_all(arguments: list[str]) -> int:
     """Run every study, and print a line for each.
 
     Returns:
-        0 if every claim of every study holds, else 1.
+        0 if every claim of every study holds, 1 if one fails, 2 if a study could not be finished.
 
     Raises:
         UserError: if an argument is wrong.
     """
     options = parse_options(arguments, Options)
-    lines, all_hold = [], True
+    lines, worst = [], 0
     for name in STUDIES:
         folder = (options.output or OUTPUT) / name
         file = folder / f"{name}.json"
-        file.unlink(missing_ok=True)  # an earlier run's
+        earlier = file.stat().st_mtime_ns if file.is_file() else None
         print(f"{name}: {STUDIES[name]}", flush=True)
         quick = "true" if options.quick else "false"
         began = time.monotonic()
         command = [sys.executable, "-m", f"experiments.{name}", f"quick={quick}", f"output={folder}"]
         status = subprocess.run(command, check=False).returncode
-        all_hold &= status == 0
-        lines.append(f"{name}: {outcome(status, file)}, {time.monotonic() - began:.0f} s")
+        is_new = file.is_file() and file.stat().st_mtime_ns != earlier
+        finished = status in (0, FAILED) and is_new
+        worst = max(worst, status if finished else USAGE_ERROR)
+        lines.append(f"{name}: {outcome(status, file if is_new else None)}, {time.monotonic() - began:.0f} s")
         print(flush=True)
     print("\n".join(lines))
-    return 0 if all_hold else FAILED
+    return worst
 
 
-def outcome(status: int, file: Path) -> str:
-    """How a study ended, by its exit status and the numbers it left."""
-    if status not in (0, FAILED) or not file.is_file():
+def outcome(status: int, file: Path | None) -> str:
+    """How a study ended, by its exit status and the file of numbers that it left, if any."""
+    if status not in (0, FAILED) or file is None:
         return f"not finished (exit status {status})"
     claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
     return f"{sum(claim['holds'] for claim in claims)} of {len(claims)} claims hold"

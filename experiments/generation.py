@@ -46,16 +46,19 @@ def make_context(model: Transformer, prompts: Prompts, n_new: int, kv_cache: boo
 
 
 @torch.inference_mode()
-def generate_side_by_side(model: Transformer, prompts: Prompts, n_new: int) -> dict[bool, Generation]:
+def generate_side_by_side(
+    model: Transformer, prompts: Prompts, n_new: int, cache_first: bool = True
+) -> dict[bool, Generation]:
     """Generate n_new tokens with the cache (True) and without it (False).
 
-    The two take turns, a few tokens each, so that whatever else the machine does disturbs both alike.
+    The two take turns, a few tokens each, so that whatever else the machine does disturbs both alike. Whose turn is
+    the first, and with it the first token's, the caller chooses.
     """
     both = {}
     for kv_cache in (True, False):
         Generation(make_context(model, prompts, 2, kv_cache)).advance(2)  # what is slow only once: libraries start
         both[kv_cache] = Generation(make_context(model, prompts, n_new, kv_cache))
-    turns = list(both.values())
+    turns = [both[cache_first], both[not cache_first]]
     for start in range(0, n_new, CHUNK):
         for generation in turns:
             generation.advance(min(CHUNK, n_new - start))

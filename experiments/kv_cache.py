@@ -1,16 +1,16 @@
 """`python -m experiments.kv_cache`: what the KV cache saves and costs when the tiny model generates text.
 
-Cells are batch x prompt length x output length, each with the cache and without it. The weights are random, since
-neither time nor memory depends on them, and fp32 on every device, so that both ways agree in all but the last bits.
+Cells are batch x prompt length x output length, each with the cache and without it. The weights are fp32 on every
+device, so that both ways agree in all but the last bits.
 """
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from experiments.kv_cache_report import Line, claims_of, table_of
+from experiments.kv_cache_report import LEAST_EXPONENT_GAP, Line, claims_of, table_of
 from experiments.study import Findings, Options, Study, main
-from llama_ft.config import DeviceChoice
+from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.checks import setting
 
 
@@ -22,6 +22,10 @@ class KVCacheOptions(Options):
     repeats: int = setting(1, "times that everything is timed; the median counts")
     gpu: DeviceChoice = setting(DeviceChoice.cpu, "where to run: cpu, cuda or auto")
 
+    def __post_init__(self) -> None:
+        if self.quick and self.complete:
+            raise UserError("quick=true and complete=true are two sizes: give one of them")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -31,13 +35,14 @@ class Plan:
     outputs: tuple[int, ...]  # new tokens of the cells; of a line, those up to its own
     speed: Line  # shows how much faster the cache is
     growth: Line  # shows how time grows with the output
+    exponent_gap: float = LEAST_EXPONENT_GAP  # that it must show
 
 
 def plan_of(options: KVCacheOptions) -> Plan:
     """Without the cache a long line takes long, so that a minute has room for one of them."""
     if options.quick:
         speed, growth = Line(1, 768, 16), Line(4, 8, 48)
-        return Plan([speed, growth], (8, 16, 48), speed, growth)
+        return Plan([speed, growth], (8, 16, 48), speed, growth, exponent_gap=0.1)
     longest = Line(1, 96, 512)
     lines = [longest, Line(1, 32, 32), Line(1, 448, 32), Line(4, 96, 32)]
     if options.complete:
@@ -54,7 +59,7 @@ def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
     import torch
 
     from experiments.kv_cache_figure import draw
-    from experiments.kv_cache_lines import SEED, load_tiny, measure_line, prompt_source
+    from experiments.kv_cache_lines import CHECKPOINT, load_tiny, measure_line, prompt_source
     from llama_ft.config import GpuConfig
     from llama_ft.measure.device import choose_device, device_name
 
@@ -71,12 +76,14 @@ def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
         torch.set_num_threads(n_threads)
     numbers = {
         "repeats": options.repeats,
-        "model": {"name": model.config.name, "checkpoint": "random", "seed": SEED},
+        "model": {"name": model.config.name, "checkpoint": CHECKPOINT},
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
         "texts_compared": sum(one["texts_compared"] for one in measured),
         "texts_different": sum(one["texts_different"] for one in measured),
+        "fewest_kinds_of_tokens": min(one["fewest_kinds_of_tokens"] for one in measured),
         "speed": vars(plan.speed),
         "growth": vars(plan.growth),
+        "exponent_gap": plan.exponent_gap,
         "cells": [cell for one in measured for cell in one["cells"]],
         "curves": [curve for one in measured for curve in one["curves"]],
     }

@@ -15,15 +15,15 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 
-SEED = 0
+CHECKPOINT = "builtin"
 APART = 500  # tokens of the text between the beginnings of two prompts
 STRIDE = 8  # new tokens between two points of a curve
 
 
 def load_tiny(device: torch.device) -> Transformer:
-    """The tiny model with random weights, fp32."""
+    """The tiny model as it ships, fp32: random weights would soon repeat one token, and their texts prove little."""
     config = ModelConfig(**OmegaConf.load(config_dir() / "model" / "tiny.yaml"))  # type: ignore[arg-type]
-    return load_model(config, "random", device, torch.float32, SEED).eval()
+    return load_model(config, CHECKPOINT, device, torch.float32).eval()
 
 
 def prompt_source() -> list[int]:
@@ -40,7 +40,7 @@ def measure_line(
     """Generate `repeats` times: the cells and curves of the line, and how many of its texts differ."""
     prompts = [text[row * APART : row * APART + line.prompt] for row in range(line.batch)]
     assert all(len(prompt) == line.prompt for prompt in prompts), "the text is too short for these prompts"
-    rounds = [generate_side_by_side(model, prompts, line.new) for _ in range(repeats)]
+    rounds = [generate_side_by_side(model, prompts, line.new, round_ % 2 == 0) for round_ in range(repeats)]
     pairs = [pair for both in rounds for pair in zip(both[True].tokens(), both[False].tokens(), strict=True)]
     cells, curves, marks = [], [], range(STRIDE, line.new + 1, STRIDE)
     for kv_cache in (True, False):
@@ -49,7 +49,14 @@ def measure_line(
         cells += [own | _cell(model, prompts, new, kv_cache, totals) for new in outputs if new <= line.new]
         curves.append(own | {"new": list(marks), "total_s": [totals[new - 1] for new in marks]})
     different = sum(with_cache != without for with_cache, without in pairs)
-    return {"cells": cells, "curves": curves, "texts_compared": len(pairs), "texts_different": different}
+    kinds = min(len(set(with_cache)) for with_cache, _ in pairs)
+    return {
+        "cells": cells,
+        "curves": curves,
+        "texts_compared": len(pairs),
+        "texts_different": different,
+        "fewest_kinds_of_tokens": kinds,
+    }
 
 
 def _cell(model: Transformer, prompts: Prompts, new: int, kv_cache: bool, totals: list[float]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from experiments import STUDIES
 from llama_ft.cli import FAILED, INTERRUPTED, USAGE_ERROR, command_line
 from llama_ft.config import UserError
 from llama_ft.config.checks import setting
-from llama_ft.files import whole_file, write_text
+from llama_ft.files import output_folder, whole_file, write_text
 
 OUTPUT = Path("outputs") / "experiments"
 SCHEMA_VERSION = 1
@@ -101,7 +101,7 @@ def _converted(key: str, value: str, kind: Any) -> Any:
         return int(value)
     if not value:
         raise UserError(f"{key}= is not allowed: it must be a folder")
-    return Path(value).expanduser()
+    return Path(os.path.expanduser(value))
 
 
 def help_text(module: str, purpose: str, schema: type[Options]) -> str:
@@ -152,14 +152,13 @@ def run(study: Study, arguments: list[str]) -> int:
         OSError: if the folder cannot be written to.
     """
     options = parse_options(arguments, study.options)
-    folder = options.output or OUTPUT / study.name
-    folder.mkdir(parents=True, exist_ok=True)  # before the work, not after it
-    findings = study.conduct(options, lambda line: print(line, file=sys.stderr, flush=True))
-    file = folder / f"{study.name}.json"
-    write_text(file, json.dumps(_record(study, options, findings), indent=1) + "\n")
-    write_text(file.with_suffix(".md"), findings.table)
-    with whole_file(file.with_suffix(".png")) as temporary:
-        findings.draw(temporary)
+    with output_folder(str(options.output or OUTPUT / study.name), "experiments", study.name) as folder:
+        findings = study.conduct(options, lambda line: print(line, file=sys.stderr, flush=True))
+        file = folder / f"{study.name}.json"
+        write_text(file, json.dumps(_record(study, options, findings), indent=1) + "\n")
+        write_text(file.with_suffix(".md"), findings.table)
+        with whole_file(file.with_suffix(".png")) as temporary:
+            findings.draw(temporary)
     print(findings.table)
     for claim in findings.claims:
         print(claim.line())

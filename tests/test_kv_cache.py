@@ -136,10 +136,11 @@ def test_tokens_beyond_the_context_are_refused_with_a_cache_too() -> None:
         model(random_tokens(1, 1), kv_cache=cache)
 
 
+@pytest.mark.parametrize("n_kv_heads", [6, 2])
 @torch.no_grad()
-def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config) -> None:
+def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config, n_kv_heads: int) -> None:
     """Uncached greedy decoding takes, after each prefix, what one forward over the whole says at its last position."""
-    model = make_model(tiny_config.model)
+    model = make_model(replace(tiny_config.model, n_kv_heads=n_kv_heads))
     tokenizer = Tokenizer(tiny_config.tokenizer_file)
     words = "Tell me why the sea is blue and what the old king said to his young friends in the garden".split()
     prompts = [tokenizer.encode(" ".join(words[: n + 1]), bos=True) for n in range(20)]
@@ -286,7 +287,10 @@ def test_the_pages_memory_is_that_of_the_real_class() -> None:
     assert len(table) == 5
     for name, *cells in table:
         for (batch, tokens), cell in zip(((1, 1), (1, 1024), (1, 4096), (8, 4096)), cells, strict=True):
-            cache = KVCache(sizes_of(name.strip("`")), batch, tokens, torch.float16, "meta")
+            if cell == "–":
+                assert tokens > sizes_of(name.split("`")[1]).context
+                continue
+            cache = KVCache(sizes_of(name.split("`")[1]), batch, tokens, torch.float16, "meta")
             assert float(cell.replace(",", "")) == pytest.approx(cache.nbytes / 2**20, abs=5e-5), name
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Transformer(sizes_of("llama2_7b")).parameters())

@@ -29,10 +29,10 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from llama_ft.config import PACKAGE_DIR, ModelConfig, config_dir
+from llama_ft.config import PACKAGE_DIR, ModelConfig, UserError, config_dir
 from llama_ft.data.sample.textbook import CLOSE, OPEN, lessons, pages
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.files import WEIGHTS_FILE, write_text
+from llama_ft.files import WEIGHTS_FILE, output_folder, write_text
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import save_tensors
 
@@ -166,20 +166,31 @@ def keep_freed_memory() -> None:
 def main() -> None:
     """Pretrain and write the files."""
     parser = argparse.ArgumentParser(description="Pretrain the built-in model on text of our own.")
-    parser.add_argument("--out", type=Path, default=TINY, help="folder to write model.safetensors and SHA256SUMS into")
+    parser.add_argument("--out", help="folder of model.safetensors and SHA256SUMS; else tiny's own, which ships")
     parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of some 2,000 tokens")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.threads < 1:
         parser.error("--steps and --threads must be at least 1")
-    torch.set_num_threads(arguments.threads)
+    if arguments.steps != STEPS and arguments.out is None:
+        parser.error("--steps is for a trial, which must not replace the weights that ship: give --out too")
+    try:
+        with output_folder(arguments.out or str(TINY), "pretraining", TINY.name) as out:
+            pretrain_into(out, arguments.steps, arguments.threads)
+    except UserError as error:
+        parser.error(str(error).replace("output=", "--out ", 1))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted\n")
+
+
+def pretrain_into(out: Path, steps: int, threads: int) -> None:
+    """Pretrain, and write the files into a folder."""
+    torch.set_num_threads(threads)
     keep_freed_memory()
-    out: Path = arguments.out
-    out.mkdir(parents=True, exist_ok=True)
     sizes = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / "tiny.yaml"))
     config = ModelConfig(**cast(dict[str, Any], sizes))
     tokenizer, model = Tokenizer(TINY / "tokenizer.model"), Transformer(config)
-    pretrain(model, tokenizer, arguments.steps, Console())
+    pretrain(model, tokenizer, steps, Console())
     # 16 bit halves the file; loaded, the weights are fp32 again. Embedding and head part here.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     save_tensors({name: model.get_parameter(name).half() for name in names}, out / WEIGHTS_FILE, config)

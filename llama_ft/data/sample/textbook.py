@@ -2,7 +2,8 @@
 
 Facts and skills in plain sentences ("The plural of fox is foxes.") and in exercises with their solutions, in wordings
 and layouts (`textbook.yaml`) that are not those of the sample tasks. Tables of facts, such as plurals and sums, are
-there as a whole, as they are in any large text. Texts, reviews and numbers that a held-out question is about never are.
+there as a whole, as they are in any large text. No exercise is about a text, a review or numbers, as they stand there,
+that a held-out question is about; parts of them occur in longer ones.
 """
 
 import json

@@ -1,0 +1,318 @@
+"""The planner's core: fake runs against real ones, operators against closed forms, the allocator against cases by hand.
+
+`test_plan_command.py` has the command.
+"""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_memory import KB
+from test_techniques import ragged_samples
+from test_training import COMBINATIONS, make_step, name, small_config  # noqa: F401 (a fixture)
+
+from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, TrainConfig, UserError, WeightStorage
+from llama_ft.data.collate import Padding, collate
+from llama_ft.data.dataset import Sample
+from llama_ft.measure.memory import MemoryUse
+from llama_ft.measure.result import MB
+from llama_ft.measure.run import hardest_windows, track_memory
+from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded
+from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
+from llama_ft.planning.fake_run import fake_run, fake_step, give_gradients, update
+from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
+from llama_ft.planning.predict import predict
+from llama_ft.planning.roofline import by_resource
+from llama_ft.planning.run_costs import nodes, run_costs, weights
+
+ON_CPU = Traits(on_cuda=False, has_bf16=True, has_flash=True)
+ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)
+
+
+def with_optim(config: TrainConfig, toggles: tuple[bool, ...]) -> TrainConfig:
+    ga, mp, lora, gc = toggles
+    return replace(config, optim=replace(config.optim, ga=ga, mp=mp, lora=lora, gc=gc))
+
+
+def measured(config: TrainConfig, samples: list[Sample], toggles: tuple[bool, ...]) -> MemoryUse:
+    """The memory of the real rehearsal, which `train` reports."""
+    step, accumulation = make_step(config, toggles)
+    padding = Padding(step.precision.pad_multiple, config.model.context)
+    return track_memory(step, hardest_windows(samples, config.training.batch_size, accumulation, padding))
+
+
+# Memory: the fake run against the real one
+
+
+@pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
+def test_a_fake_run_needs_what_the_real_one_needs(small_config: TrainConfig, toggles: tuple[bool, ...]) -> None:  # noqa: F811
+    small_config.ga.steps = 3
+    samples = ragged_samples()
+    real = measured(small_config, samples, toggles)
+    fake = fake_run(with_optim(small_config, toggles), samples, ON_CPU).use
+    assert fake == real
+
+
+def test_two_micro_batches_need_what_eight_need(small_config: TrainConfig) -> None:  # noqa: F811
+    toggles, samples = (True, False, False, False), [Sample([1] * 33, 5)] * 16
+    peaks = {}
+    for n_micro_batches in (2, 8):
+        small_config.ga.steps = n_micro_batches
+        real = measured(small_config, samples, toggles)
+        assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == real
+        peaks[n_micro_batches] = real.peak_mb - real.at_peak_mb["other"]  # the batches' own tensors
+    assert peaks[2] == peaks[8]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_micro_batches_of_several_samples(small_config: TrainConfig, batch_size: int) -> None:  # noqa: F811
+    small_config.training.batch_size = batch_size
+    samples = ragged_samples()
+    toggles = (False, False, True, False)
+    assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == measured(small_config, samples, toggles)
+
+
+def test_grouped_queries(small_config: TrainConfig) -> None:  # noqa: F811
+    small_config.model = replace(small_config.model, n_kv_heads=2)
+    toggles = (False, False, False, False)
+    samples = ragged_samples()
+    assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == measured(small_config, samples, toggles)
+
+
+def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:  # noqa: F811
+    small_config.mp.dtype = DtypeChoice.fp16
+    toggles = (False, True, False, False)
+    samples = ragged_samples()
+    real, fake = measured(small_config, samples, toggles), fake_run(with_optim(small_config, toggles), samples, ON_CPU)
+    assert fake.use.peak_mb == pytest.approx(real.peak_mb, abs=1 * KB)  # the scaler's scalars
+
+
+# What a card changes
+
+
+def test_on_a_card_each_storage_is_rounded_up(small_config: TrainConfig) -> None:  # noqa: F811
+    on_cpu, on_card = (fake_run(small_config, ragged_samples(), traits) for traits in (ON_CPU, ON_CUDA))
+    n_parameters = sum(1 for _ in make_step(small_config, (False,) * 4)[0].model.parameters())
+    more = (on_card.use.max_mb["parameter"] - on_cpu.use.max_mb["parameter"]) * MB
+    assert 0 < more < n_parameters * ROUNDING
+    assert all(storage.nbytes % ROUNDING == 0 for storage, _, _ in on_card.events)
+
+
+def test_dropout_on_a_card_keeps_a_byte_a_value(small_config: TrainConfig) -> None:  # noqa: F811
+    config = with_optim(small_config, (False, False, True, False))
+    samples = [Sample([1] * 33, 5)]
+    kept = 2 * config.model.n_layers * 32 * config.model.dim  # of wq and wv: 32 positions
+    masks = {}
+    for traits in (ON_CPU, ON_CUDA):
+        run = fake_run(config, samples, traits)
+        made = [storage for storage, sign, _ in run.events[run.last_step :] if sign > 0]
+        masks[traits] = sum(storage.nbytes for storage in made if storage.dtype == torch.bool)
+    assert masks == {ON_CPU: 0, ON_CUDA: kept}
+
+
+def test_attention_without_a_sparing_kernel_keeps_its_matrices(small_config: TrainConfig) -> None:  # noqa: F811
+    grouped = replace(small_config, model=replace(small_config.model, n_kv_heads=1))
+    samples = [Sample([1] * 65, 5)]
+    spared, kept = fake_run(small_config, samples, ON_CUDA).use, fake_run(grouped, samples, ON_CUDA).use
+    matrices = grouped.model.n_layers * grouped.model.n_heads * 64 * 64 * 4 / MB  # softmax, fp32, S = 64
+    assert kept.max_mb["activation"] - spared.max_mb["activation"] > 0.9 * matrices
+    assert not ON_CUDA.materialises_attention(grouped.model, is_16bit=True)
+    older = Traits(on_cuda=True, has_bf16=False, has_flash=False)
+    assert older.materialises_attention(grouped.model, is_16bit=True)
+    assert not older.materialises_attention(small_config.model, is_16bit=True)
+
+
+def card(capability: str, **more: object) -> GpuConfig:
+    return GpuConfig(name="card", device=DeviceChoice.cuda, memory_mb=1000, compute_capability=capability, **more)  # type: ignore[arg-type]
+
+
+def test_what_a_profile_says_of_its_card() -> None:
+    assert traits_of(card("7.5")) == Traits(on_cuda=True, has_bf16=False, has_flash=False)
+    assert traits_of(card("8.6")) == ON_CUDA
+    assert traits_of(GpuConfig(name="cpu", device=DeviceChoice.cpu)) == ON_CPU
+    assert workspace_bytes(card("8.0")) == 2 * 8_519_680
+    assert workspace_bytes(card("9.0")) == 2 * 32 * MB
+    assert workspace_bytes(GpuConfig(name="cpu", device=DeviceChoice.cpu)) == 0
+
+
+def test_cards_that_an_fp32_run_cannot_tell_apart_share_it(tiny_config: TrainConfig) -> None:
+    older = traits_of(card("7.5"))
+    assert that_matter(older, tiny_config) == ON_CUDA
+    assert that_matter(older, with_optim(tiny_config, (False, True, False, False))) == older
+
+
+def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainConfig) -> None:  # noqa: F811
+    small_config.mp.dtype = DtypeChoice.bf16
+    optims = [with_optim(small_config, toggles).optim for toggles in ((False,) * 4, (False, True, False, False))]
+    fp32, bf16 = predict(small_config, optims, [card("7.5")], [(20, 5)])
+    assert "bf16 is not supported" in bf16["error"]
+    assert bf16["peak_memory_mb"] is bf16["fits"] is None
+    assert fp32["error"] is None
+    assert fp32["fits"]
+
+
+def test_a_row_adds_the_cards_own_terms(small_config: TrainConfig) -> None:  # noqa: F811
+    small, hopper = card("8.0", context_mb=100), replace(card("9.0"), name="hopper")
+    row, other = predict(small_config, [small_config.optim], [small, hopper], [(20, 5)])
+    assert sum(row["memory_mb"].values()) == pytest.approx(row["peak_memory_mb"])
+    assert sum(item["mb"] for item in row["ledger"]) == pytest.approx(row["peak_memory_mb"])
+    assert row["required_mb"] == row["reserved_mb"] + 100
+    assert row["margin_mb"] == 1000 - row["required_mb"]
+    assert other["peak_memory_mb"] - row["peak_memory_mb"] == pytest.approx(64 - 16.25)
+    assert row["reserved_mb"] >= row["peak_memory_mb"]
+    exact = replace(small, memory_mb=int(row["required_mb"]))  # reserved memory is in whole pages
+    assert [r["fits"] for r in predict(small_config, [small_config.optim], [exact], [(20, 5)])] == [True]
+    less = replace(exact, memory_mb=int(row["required_mb"]) - 1)
+    assert [r["fits"] for r in predict(small_config, [small_config.optim], [less], [(20, 5)])] == [False]
+
+
+# Operators
+
+
+def test_flops_of_a_step_are_those_of_its_matrix_products(small_config: TrainConfig) -> None:  # noqa: F811
+    """Forward 2 FLOPs a weight and token, backward twice that, but none for the input of the first products."""
+    model, n_tokens, n_targets = small_config.model, 32, 7
+    (costs,) = run_costs([small_config], [Sample([1] * (n_tokens + 1), n_tokens + 1 - n_targets)], ON_CUDA)
+    per_layer = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim
+    weights_ = 6 * (per_layer * model.n_layers * n_tokens + model.dim * model.vocab_size * n_targets)
+    scores = 2 * n_tokens**2 * model.dim  # one product of S x S scores, all heads; 2 in forward and 5 in backward
+    assert flops_of(costs.operators) == {"float32": pytest.approx(weights_ + 7 * scores * model.n_layers)}
+
+
+@pytest.mark.parametrize("toggles", [(True, False, False, False), (False, True, True, True)], ids=name)
+def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
+    small_config: TrainConfig,  # noqa: F811
+    toggles: tuple[bool, ...],
+) -> None:
+    config = with_optim(replace(small_config, model=replace(small_config.model, n_layers=5)), toggles)
+    config.ga.steps = 2
+    samples = [Sample([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
+    found = run_costs([config], samples, ON_CUDA)[0]
+    with fake_step(config, ON_CUDA) as (step, padding):
+        window = [collate([sample], padding) for sample in samples[: 2 if config.optim.ga else 1]]
+        step(window)
+        counter = OperatorCounter()
+        with counter:
+            step(window)
+    n_steps = 3 if config.optim.ga else 6
+    assert found.steps == n_steps
+    for dtype, flops in flops_of(counter.operators).items():
+        assert flops_of(found.operators)[dtype] == pytest.approx(flops * n_steps)
+    assert bytes_of(found.operators) == pytest.approx(bytes_of(counter.operators) * n_steps, rel=1e-3)
+
+
+def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one(small_config: TrainConfig) -> None:  # noqa: F811
+    samples = ragged_samples()
+    found = run_costs([small_config], samples, ON_CUDA)[0]
+    flops = moved = 0.0
+    with fake_step(small_config, ON_CUDA) as (step, _):
+        step([collate(samples[:1])])  # makes the optimizer's state
+        for sample in samples:
+            counter = OperatorCounter()
+            with counter:
+                step([collate([sample])])
+            flops += flops_of(counter.operators)["float32"]
+            moved += bytes_of(counter.operators)
+    assert flops_of(found.operators)["float32"] == pytest.approx(flops, rel=0.02)  # attention's part is quadratic
+    assert bytes_of(found.operators) == pytest.approx(moved, rel=0.02)
+
+
+def test_bytes_of_an_update_are_those_of_adamw(small_config: TrainConfig) -> None:  # noqa: F811
+    """Fused AdamW reads weight, gradient and two moments and writes all but the gradient: 7 x 4 bytes a weight.
+
+    Clipping reads each gradient once for its norm, and reads and writes it once to scale it. The counter has each
+    tensor once as input and once as output.
+    """
+    with fake_step(small_config, ON_CUDA) as (step, _):
+        n_weights = sum(p.numel() for p in step.model.parameters())
+        give_gradients(step)
+        update(step)
+        give_gradients(step)
+        counter = OperatorCounter()
+        with counter:
+            update(step)
+    assert 4 * 7 * n_weights <= bytes_of(counter.operators) <= 4 * 12.5 * n_weights
+
+
+def test_nodes_are_values_and_weights_sum_to_their_number() -> None:
+    values = [3, 9, 9, 4, 30, 12]
+    at = nodes(values)
+    assert at == [3, 9, 30]
+    found = weights(values, at)
+    assert sum(found) == pytest.approx(len(values))
+    assert sum(w * x for w, x in zip(found, at, strict=True)) == pytest.approx(sum(values))  # exact for what is linear
+    assert weights([5, 5], nodes([5, 5])) == [2]
+
+
+def test_the_bound_takes_the_slower_resource_of_each_operator() -> None:
+    gpu = card("8.0", bandwidth_gb_s=100.0, tflops=MatrixRates(fp32=1.0, bf16=2.0))
+    operators = {("float32", 2e12, 1e9): 3, ("bfloat16", 2e9, 1e9): 1, ("", 0.0, 5e10): 2}
+    spent = by_resource(operators, gpu)  # type: ignore[arg-type]
+    assert spent == {"memory": pytest.approx(0.01 + 1.0), "fp32": pytest.approx(6.0)}
+    assert by_resource(operators, card("8.0")) is None  # type: ignore[arg-type]
+    without = card("8.0", bandwidth_gb_s=100.0, tflops=MatrixRates(fp32=1.0))
+    assert by_resource(operators, without) is None  # type: ignore[arg-type]
+
+
+# The allocator
+
+
+def test_the_allocator_takes_whole_pages_and_reuses_what_is_free() -> None:
+    allocator = Allocator()
+    first = allocator.allocate(1)
+    assert allocator.reserved == SMALL_PAGE
+    big = allocator.allocate(3 * 2**20)
+    assert allocator.reserved == SMALL_PAGE + LARGE_PAGE
+    allocator.allocate(17 * 2**20)  # the rest of the page
+    assert allocator.reserved == SMALL_PAGE + LARGE_PAGE
+    allocator.release(big)
+    allocator.allocate(2 * 2**20)  # into the hole
+    assert allocator.reserved == SMALL_PAGE + LARGE_PAGE
+    allocator.allocate(2 * 2**20)  # 1 MiB of the hole is left: another page
+    assert allocator.reserved == SMALL_PAGE + 2 * LARGE_PAGE
+    allocator.release(first)
+    assert allocator.reserved == SMALL_PAGE + 2 * LARGE_PAGE  # nothing is given back
+
+
+def test_expandable_segments_grow_by_what_is_missing() -> None:
+    allocator = Allocator()
+    held = allocator.allocate(15 * 2**20)
+    allocator.allocate(25 * 2**20)  # 5 MiB are free at the end: one page is enough
+    assert allocator.reserved == 2 * LARGE_PAGE
+    allocator.release(held)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 50 * 2**20)), max_size=60))
+def test_blocks_never_overlap_and_reserved_covers_them(requests: list[tuple[bool, int]]) -> None:
+    allocator = Allocator()
+    live: list[tuple[object, int, int]] = []
+    for release, size in requests:
+        if release and live:
+            allocator.release(live.pop(size % len(live)))  # type: ignore[arg-type]
+        else:
+            live.append(allocator.allocate(size))
+            assert live[-1][2] == rounded(size) >= size
+    for (pool, start, size), (other, begin, length) in itertools.combinations(live, 2):
+        assert pool is not other or start + size <= begin or begin + length <= start
+    assert allocator.reserved >= sum(size for _, _, size in live)
+    assert allocator.reserved % SMALL_PAGE == 0
+
+
+def test_a_lora_target_that_there_is_not_is_refused(small_config: TrainConfig) -> None:  # noqa: F811
+    small_config.lora.targets = ["wx"]
+    with pytest.raises(UserError, match=r"lora\.targets: no linear layer is named wx"):
+        fake_run(with_optim(small_config, (False, False, True, False)), ragged_samples(), ON_CPU)
+
+
+def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig) -> None:  # noqa: F811
+    samples = ragged_samples()
+    for toggles, key, value in (
+        ((False, True, True, False), "frozen_weights", WeightStorage.fp32),
+        ((False, True, False, False), "trainable_weights", WeightStorage.compute),
+    ):
+        config = replace(small_config, mp=replace(small_config.mp, **{key: value}))
+        assert fake_run(with_optim(config, toggles), samples, ON_CPU).use == measured(config, samples, toggles)
