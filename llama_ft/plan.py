@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import DeviceChoice, GpuConfig, PlanConfig, config_dir
+from llama_ft.config import DeviceChoice, Goal, GpuConfig, PlanConfig, config_dir
 from llama_ft.files import output_folder
 from llama_ft.reporting.plan import FILES, print_plan, write_plan
 from llama_ft.reporting.progress import progress_bar
@@ -46,7 +46,7 @@ def main() -> int:
     def say(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
-    gpus = planned_gpus(config.gpu)
+    gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
     from llama_ft.planning.lengths import data_lengths
 
     lengths = data_lengths(config, say)
@@ -54,7 +54,7 @@ def main() -> int:
     with output_folder(config.output, "plans", config.model.name) as folder:
         from llama_ft.planning.plan import make_plan
 
-        plan = make_plan(config, gpus, lengths, partial(progress_bar, errors), cli.command_line())
+        plan = make_plan(config, gpus, lengths, partial(progress_bar, errors), cli.command_line(), known_gpus())
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -64,12 +64,17 @@ def main() -> int:
 def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
     """The profiles to plan for: all cards', or the one; `auto` is the GPU that is here, else the CPU."""
     if gpu.name == "all":
-        return [profile for profile in map(read_profile, profile_files()) if profile.device is DeviceChoice.cuda]
+        return known_gpus()
     if gpu.device is DeviceChoice.auto:
         from llama_ft.planning.card import profile_here
 
         return [profile_here(gpu)]
     return [gpu]
+
+
+def known_gpus() -> list[GpuConfig]:
+    """The profiles of all cards, smallest first."""
+    return [profile for profile in map(read_profile, profile_files()) if profile.device is DeviceChoice.cuda]
 
 
 def profile_files() -> list[Path]:

@@ -1,4 +1,4 @@
-"""`python -m llama_ft.report DIR [DIR2]`: the tables, pictures and page of a sweep; of two, side by side."""
+"""`python -m llama_ft.report DIR [DIR2]`: the tables, pictures and page of a sweep or a plan; of two, side by side."""
 
 import os
 import sys
@@ -9,6 +9,9 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import ReportConfig, TrackerConfig, UserError
 from llama_ft.reporting.comparison import report_comparison
+from llama_ft.reporting.plan import report_plan
+from llama_ft.reporting.plan_check import report_check
+from llama_ft.reporting.plan_file import is_plan
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
@@ -17,10 +20,16 @@ from llama_ft.tracking.upload import upload_runs
 
 USAGE = cli.Usage(
     "report",
-    "The tables, pictures and page of a sweep, finished or not; of two sweeps, side by side.",
+    "The tables, pictures and page of a sweep, finished or not, or of a plan; of two sweeps, or a sweep and a plan,"
+    " side by side.",
     "DIR [DIR2] [KEY=VALUE ...]",
     ReportConfig,
-    ("outputs/table2", "outputs/table2 outputs/other", "outputs/table2 tracker.upload=true"),
+    (
+        "outputs/table2",
+        "outputs/table2 outputs/other",
+        "outputs/table2 outputs/plan",
+        "outputs/table2 tracker.upload=true",
+    ),
     ("--help", "--version"),
 )
 
@@ -34,15 +43,30 @@ def main() -> int:
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")
     console = Console()
+    plans = [folder for folder in folders if is_plan(folder)]
+    if config.tracker.upload and (len(folders) == 2 or plans):
+        raise UserError("tracker.upload=true sends one sweep: give its folder alone")
     if len(folders) == 2:
-        if config.tracker.upload:
-            raise UserError("tracker.upload=true sends one sweep: give one folder")
-        report_comparison(folders[0], folders[1], console)
+        report_two(folders, plans, console)
+        return 0
+    if plans:
+        report_plan(folders[0], console)
         return 0
     groups = report_sweep(folders[0], console)
     if config.tracker.upload:
         send(config, folders[0], groups, console)
     return 0
+
+
+def report_two(folders: list[Path], plans: list[Path], console: Console) -> None:
+    """Two sweeps, or a sweep and a plan in either order."""
+    if len(plans) == 2:
+        raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
+    if plans:
+        (sweep,) = [folder for folder in folders if folder not in plans]
+        report_check(sweep, plans[0], console)
+    else:
+        report_comparison(folders[0], folders[1], console)
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:

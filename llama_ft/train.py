@@ -17,6 +17,7 @@ from llama_ft.files import locked
 from llama_ft.measure import process
 from llama_ft.measure.folder import clear
 from llama_ft.measure.result import RESULT_FILE, new_result, read_result, refused_result, write_result
+from llama_ft.planning.check import would_not_fit
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
@@ -86,8 +87,12 @@ class TrainCommand:
             clear(run_dir, checked)
         except UserError as error:
             return self.refuse(settings, run_dir, str(error), go_on=sweeping)
+        text = OmegaConf.to_yaml(OmegaConf.create(checked.to_dict()))
         try:
-            return self.run(checked, run_dir, sweeping, lock)
+            # Of a sweep, a row that runs out of memory is a result too.
+            if not sweeping and (reason := would_not_fit(checked, text, run_dir, self.say)):
+                return self.refuse(settings, run_dir, reason, go_on=False)
+            return self.run(checked, text, run_dir, sweeping, lock)
         except KeyboardInterrupt:
             if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
                 early = {"status": "interrupted", "error": "interrupted before the start"}
@@ -120,16 +125,15 @@ class TrainCommand:
         self.say(line)
         return previous
 
-    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
+    def run(self, config: TrainConfig, config_yaml: str, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
         """Run in a process of its own, watched."""
         group = self.sweep_dir.name if sweeping and self.sweep_dir else None
         with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
             result = None
             try:
-                text = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
                 listener = Forward(display, tracker, self.said)
-                result = process.run_in_child(config, text, run_dir, cli.command_line(), listener, lock)
+                result = process.run_in_child(config, config_yaml, run_dir, cli.command_line(), listener, lock)
             finally:
                 tracker.finish(result or read_result(run_dir))
             if sweeping or result["status"] in FINISHED:

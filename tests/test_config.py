@@ -28,6 +28,7 @@ from llama_ft.config import (
     LoraConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     ReportConfig,
     TrainConfig,
     TrainingConfig,
@@ -46,9 +47,10 @@ PRIMARY = {
     "report": ReportConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "plan": PlanConfig,
 }
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 43
+N_YAML_FILES = 45
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
@@ -100,6 +102,9 @@ def test_option_composes_and_its_values_arrive(option):
     if group == "decoding":
         config = composed(override_of(option), "prompt=Hello", primary="generate")
         assert isinstance(OmegaConf.to_object(config), GenerateConfig)
+    elif option == "gpu/all":
+        config = composed(override_of(option), primary="plan")
+        assert isinstance(OmegaConf.to_object(config), PlanConfig)
     else:
         config = composed(override_of(option), *TOLD)
         assert isinstance(OmegaConf.to_object(config), TrainConfig)
@@ -266,11 +271,12 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     monkeypatch.setattr(train_module, "report_sweep", lambda *_: [])
     monkeypatch.setattr(train_module, "track_sweep", lambda *_: None)
+    monkeypatch.setattr(train_module, "would_not_fit", lambda *_: None)
 
     def command(*arguments: str) -> Outcome:
         outcome = Outcome(status=-1)
 
-        def note(_: Any, config: TrainConfig, run_dir: Path, *__: Any) -> dict[str, Any]:
+        def note(_: Any, config: TrainConfig, __: str, run_dir: Path, *___: Any) -> dict[str, Any]:
             outcome.folders.append(run_dir.name)
             outcome.configs.append(config)
             return {"status": "ok", "combination": config.optim.combination}
@@ -488,7 +494,7 @@ def changed(config: TrainConfig, leaf: str) -> TrainConfig:
 
 
 # How a run is followed, kept and its data fetched changes nothing in what is measured.
-NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith("tracker.")} | {
+NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan."))} | {
     "training.save_every",
     "training.resume",
     "data.cache_dir",

@@ -17,8 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
-from llama_ft import cli
-from llama_ft.config import EvaluateConfig, GenerateConfig, ReportConfig, TrainConfig, config_dir
+from llama_ft import cli, plan
+from llama_ft.config import EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig, TrainConfig, config_dir
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
 SCHEMAS = {
@@ -26,6 +26,7 @@ SCHEMAS = {
     "llama_ft.report": ReportConfig,
     "llama_ft.generate": GenerateConfig,
     "llama_ft.evaluate": EvaluateConfig,
+    "llama_ft.plan": PlanConfig,
 }
 # Lines of other tools.
 OTHER_LINES = (
@@ -144,6 +145,11 @@ def test_evaluate_commands_compose(arguments: tuple[str, ...]) -> None:
     cli.composed_config("evaluate", list(arguments), EvaluateConfig)
 
 
+@pytest.mark.parametrize("arguments", commands("llama_ft.plan"), ids=" ".join)
+def test_arguments_of_plan_are_accepted(arguments: tuple[str, ...]) -> None:
+    cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pictures_and_links_exist(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)", text(page))
@@ -155,6 +161,7 @@ def test_keys_in_the_text_exist(page: Path) -> None:
     """Every `section.key` that is written as code, with or without a value."""
     sections = TrainConfig.__dataclass_fields__
     no_keys = {"model.safetensors", "tracker.upload", "optim.neft"}  # a file, report's, CONTRIBUTING's example
+    no_keys |= {f"plan.{ending}" for ending in ("json", "md", "csv", "png", "html")}
     for section, key in re.findall(r"`(\w+)\.(\w+)\b", text(page)):
         factory = sections[section].default_factory if section in sections else MISSING
         if factory is not MISSING and f"{section}.{key}" not in no_keys:

@@ -67,8 +67,22 @@ def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: s
     assert sum(result["memory_mb"].values()) == pytest.approx(result["peak_memory_mb"])
 
 
+@pytest.mark.parametrize("combination", ["baseline", "mp", "ga_mp_lora"])
+def test_a_plan_says_what_the_allocator_will_say(tmp_path, combination: str) -> None:
+    """On a model whose tensors are far larger than what kernels allocate for themselves."""
+    told = [f"optim={combination}", "model.dim=768", "model.ffn_dim=2048", "checkpoint=random", "data.first=16"]
+    done = run("llama_ft.train", *told, "tracker=disabled", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    done = run("llama_ft.plan", *told, f"output={tmp_path}/plan", cwd=tmp_path, env=GPU)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["rows"]
+    assert row["peak_memory_mb"] == pytest.approx(result["peak_memory_mb"], rel=0.05)
+    assert row["reserved_mb"] == pytest.approx(result["peak_memory_reserved_mb"], rel=0.1)
+
+
 def test_a_limit_makes_a_run_end_out_of_memory(tmp_path) -> None:
-    arguments = ["measure.memory_limit_mb=20", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    arguments = ["measure.memory_limit_mb=20", "plan.enforce=false", "tracker=disabled"]
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom"

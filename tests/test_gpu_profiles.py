@@ -50,7 +50,7 @@ def number(cell: str) -> float | None:
 
 
 def test_these_are_all_the_profiles():
-    assert sorted(file.stem for file in FOLDER.glob("*.yaml")) == sorted([*CARDS, "auto", "cpu"])
+    assert sorted(file.stem for file in FOLDER.glob("*.yaml")) == sorted([*CARDS, "all", "auto", "cpu"])
     assert sorted(manual()) == CARDS
 
 

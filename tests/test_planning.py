@@ -27,6 +27,7 @@ from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
 from llama_ft.planning.predict import predict
 from llama_ft.planning.roofline import by_resource
 from llama_ft.planning.run_costs import nodes, run_costs, weights
+from llama_ft.planning.timeline import timeline
 
 ON_CPU = Traits(on_cuda=False, has_bf16=True, has_flash=True)
 ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)
@@ -249,7 +250,7 @@ def test_nodes_are_values_and_weights_sum_to_their_number() -> None:
 
 def test_the_bound_takes_the_slower_resource_of_each_operator() -> None:
     gpu = card("8.0", bandwidth_gb_s=100.0, tflops=MatrixRates(fp32=1.0, bf16=2.0))
-    operators = {("float32", 2e12, 1e9): 3, ("bfloat16", 2e9, 1e9): 1, ("", 0.0, 5e10): 2}
+    operators = {("float32", 2e12, 1e9, 0.0): 3, ("bfloat16", 2e9, 1e9, 0.0): 1, ("", 0.0, 5e10, 0.0): 2}
     spent = by_resource(operators, gpu)  # type: ignore[arg-type]
     assert spent == {"memory": pytest.approx(0.01 + 1.0), "fp32": pytest.approx(6.0)}
     assert by_resource(operators, card("8.0")) is None  # type: ignore[arg-type]
@@ -316,3 +317,19 @@ def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig
     ):
         config = replace(small_config, mp=replace(small_config.mp, **{key: value}))
         assert fake_run(with_optim(config, toggles), samples, ON_CPU).use == measured(config, samples, toggles)
+
+
+@pytest.mark.parametrize("toggles", [(False, False, False, False), (True, True, True, True)], ids=name)
+def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(
+    small_config: TrainConfig,  # noqa: F811
+    toggles: tuple[bool, ...],
+) -> None:
+    small_config.ga.steps = 2
+    run = fake_run(with_optim(small_config, toggles), [Sample([1] * 33, 5)] * 4, ON_CPU)
+    points = timeline(run.events, run.last_step)
+    totals = [sum(point.memory_mb.values()) for point in points]
+    assert max(totals) == pytest.approx(run.use.peak_mb)
+    assert list(dict.fromkeys(point.instant for point in points)) == ["forward", "backward", "optimizer step"]
+    last = points[-1].memory_mb
+    assert last["gradient"] == pytest.approx(last["optimizer_state"] / 2, abs=1e-2)  # fp32, and two moments
+    assert (points[0].memory_mb["gradient"] > 0) == toggles[0]  # accumulated before

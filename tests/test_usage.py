@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import Glob
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from llama_ft import cli
+from llama_ft import cli, plan
 from llama_ft.cli.usage import Usage, chosen, keys, presets, print_commands, print_help, table
 from llama_ft.config import config_dir
 
@@ -155,6 +155,7 @@ def test_examples_can_be_copied(command):
             assert f"  python -m llama_ft.{command} {example}" in lines
     for example in usage_of(command).examples:
         overrides = [argument for argument in shlex.split(example) if "=" in argument]
+        overrides = plan.overrides(overrides) if command == "plan" else overrides
         composed(command, *map(one_of, overrides))
 
 

@@ -29,6 +29,7 @@ from llama_ft.config.groups import (
     MixedPrecisionConfig,
     ModelConfig,
     OptimConfig,
+    PlanCheckConfig,
     TrackerConfig,
     TrainingConfig,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "ModelSource",
     "OnBadRecord",
     "OptimConfig",
+    "PlanCheckConfig",
     "PlanConfig",
     "ReportConfig",
     "TrackerConfig",

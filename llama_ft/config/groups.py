@@ -237,6 +237,10 @@ class GpuConfig:
         check(holds, "gpu.compute_capability", version, "two numbers such as '8.0', or null")
         check(bandwidth is None or 0 < bandwidth < math.inf, "gpu.bandwidth_gb_s", bandwidth, "positive and finite")
 
+    def check_is_one(self) -> None:
+        """Raise a UserError for `all`, which only a plan can be made for."""
+        check(self.name != "all", "gpu", self.name, "one card, auto or cpu: all is for plan")
+
     @property
     def usable_mb(self) -> int | None:
         """What the allocator can have on this card; None where no profile says so."""
@@ -260,6 +264,15 @@ class TrackerConfig:
 
     def __post_init__(self) -> None:
         check_project(self.project)
+
+
+@dataclass
+class PlanCheckConfig:
+    """What `train` does with the plan of its run, which it makes first where there is a GPU."""
+
+    enforce: bool = setting(
+        True, "a run that would not fit on the GPU is not started; in a sweep it is measured all the same"
+    )
 
 
 @dataclass

@@ -38,6 +38,8 @@ class PlanConfig(TrainConfig):
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
 
     def __post_init__(self) -> None:
+        if not self.plan.enforce:
+            raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
         most = self.model.context
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read

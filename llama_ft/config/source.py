@@ -48,6 +48,7 @@ class TrainedSource(ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.gpu.check_is_one()
         if not self.merge and self.adapter is None:
             raise UserError("merge=false keeps an adapter beside the weights, and there is none: give adapter=DIR")
         if self.base == "builtin" and not self.model.is_builtin:

@@ -16,6 +16,7 @@ from llama_ft.config.groups import (
     MeasureConfig,
     MixedPrecisionConfig,
     OptimConfig,
+    PlanCheckConfig,
     TrackerConfig,
     TrainingConfig,
 )
@@ -36,9 +37,11 @@ class TrainConfig(ModelSource):
     gpu: GpuConfig = field(default_factory=GpuConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
+    plan: PlanCheckConfig = field(default_factory=PlanCheckConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.gpu.check_is_one()
         self.data.check_for(self.model)
 
     @property
@@ -65,7 +68,7 @@ class TrainConfig(ModelSource):
 
         `without` leaves out sections of the config.
         """
-        measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", *without)}
+        measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", *without)}
         for section, key in (("training", "save_every"), ("training", "resume"), ("data", "cache_dir")):
             del measured[section][key]  # how a run is kept and its data fetched, not what is run
         files = {"builtin": str(self.model.builtin_dir)}

@@ -31,6 +31,10 @@ POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
 # busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
 THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+# The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
+# into: it reserves less, and what the planner's model of it says (`planning/allocator.py`).
+ALLOCATOR_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first is the newer name
 SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
@@ -81,7 +85,6 @@ def run_in_child(
     """
     write_text(run_dir / CONFIG_FILE, config_yaml)
     kills_before = oom_kills()
-    path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         child = subprocess.Popen(
             [sys.executable, "-m", "llama_ft.measure.child", str(run_dir), command],
@@ -90,7 +93,7 @@ def run_in_child(
             stderr=log,
             start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
             pass_fds=(lock,),
-            env=THREADS_ENVIRONMENT | os.environ | {"PYTHONPATH": path},
+            env=child_environment(),
         )
     interrupted: KeyboardInterrupt | None = None
     try:
@@ -109,6 +112,13 @@ def run_in_child(
             listener.message(f"{run_dir}: {result['error']}")
         raise interrupted
     return result
+
+
+def child_environment() -> dict[str, str]:
+    """Our environment with what a run needs in it; what the user has set stays."""
+    path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
+    allocator = {} if any(name in os.environ for name in ALLOCATOR_VARIABLES) else ALLOCATOR_ENVIRONMENT
+    return THREADS_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> tuple[int, int]:

@@ -5,7 +5,15 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+# Drivers' files: NVIDIA's, NVIDIA's in WSL, AMD's.
+GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+def may_have_gpu() -> bool:
+    """Whether a GPU may be here, found out without PyTorch, which takes seconds to say so; if not, there is none."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(os.path.exists(file) for file in GPU_FILES)
 
 
 def resident_bytes(pid: int) -> int:

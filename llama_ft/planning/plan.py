@@ -1,35 +1,56 @@
 """A plan: rows for combinations and cards, and what they are rows of, as `plan.json` has it."""
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llama_ft.config import Combinations, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.measure.run import versions
+from llama_ft.planning.advice import Adviser
+from llama_ft.planning.calibration_runs import calibrate
 from llama_ft.planning.lengths import DataLengths
 from llama_ft.planning.predict import combinations, predict
+from llama_ft.planning.table1 import table1
 
 SCHEMA_VERSION = 1
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 def make_plan(
-    config: PlanConfig, gpus: list[GpuConfig], lengths: DataLengths, progress: Progress, command: str
+    config: PlanConfig,
+    gpus: list[GpuConfig],
+    lengths: DataLengths,
+    progress: Progress,
+    command: str,
+    profiles: Sequence[GpuConfig] = (),
 ) -> dict[str, Any]:
     """The content of `plan.json`, in plain JSON types.
 
     Args:
         progress: shows a title and how much of a total is done.
         command: what the user typed.
+        profiles: all cards that are known, for advice.
 
     Raises:
         UserError: if what is asked for can run nowhere.
     """
     optims = planned_combinations(config)
-    with progress("plan", len(optims)) as advance:
-        rows = predict(config, optims, gpus, lengths.pairs, advance)
+    compared_for_advice = optims if config.goal is None else combinations(with_gc=True)
+    with progress("plan", len(compared_for_advice)) as advance:
+        all_rows = predict(config, compared_for_advice, gpus, lengths.pairs, advance)
+    rows = [row for row in all_rows if OptimConfig(**row["optim"]) in optims]
+    time = {"kind": "bound", "about": "at best: each operator at the full rate of the card's matrix units or memory"}
+    if config.calibrate is not None:
+        time = calibrate(rows, gpus, Path(config.calibrate))
+    compared = None
+    if config.combinations is not Combinations.one:
+        first = [row for row in rows if row["gpu"] == gpus[0].name]
+        compared = table1(config, gpus[0], lengths.pairs, first, partial(progress, "table 1"))
+    adviser = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
@@ -47,13 +68,10 @@ def make_plan(
         "training": _plain(asdict(config.training)),
         "gpus": [_plain(asdict(gpu)) for gpu in gpus],
         # What runtime_s is: a bound at the profile's rates, or calibrated by runs.
-        "time": {
-            "kind": "bound",
-            "about": "at best: each operator at the full rate of the card's matrix units or memory",
-        },
+        "time": time,
         "rows": rows,
-        "table1": None,
-        "advice": None,
+        "table1": compared,
+        "advice": adviser.advise() if config.goal else None,
     }
 
 

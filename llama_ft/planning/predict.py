@@ -101,7 +101,10 @@ def predict(
             outcomes = [outcome] * len(names) if isinstance(outcome, UserError) else outcome
             found |= {(key, name): each for name, each in zip(names, outcomes, strict=True)}
             advance(len(names))
-    return [row(each, gpu, found[_key(each, gpu), each.optim.combination]) for gpu in gpus for each in configs]
+    rows = [row(each, gpu, found[_key(each, gpu), each.optim.combination]) for gpu in gpus for each in configs]
+    for other in rows[len(configs) :]:
+        other["timeline"] = []  # the first card's are drawn
+    return rows
 
 
 def _key(config: TrainConfig, gpu: GpuConfig) -> tuple[bool, bool, bool, Traits]:
@@ -187,17 +190,20 @@ def row(config: TrainConfig, gpu: GpuConfig, found: Rehearsed | UserError) -> di
             "margin_mb": None if fits is None else gpu.memory_mb - required,  # type: ignore[operator]
             "trainable_params": found.trainable_params,
             "total_params": found.total_params,
-            "timeline": [
-                {
-                    "event": point.event,
-                    "instant": point.instant,
-                    "memory_mb": point.memory_mb | {"other": point.memory_mb["other"] + workspace / MB},
-                }
-                for point in found.timeline
-            ],
+            "timeline": _points(found.timeline, workspace),
             **(_times(bound(found.costs, gpu)) if found.costs else {}),
         }
     )
+
+
+def _points(points: list[Point], workspace: int) -> list[dict[str, Any]]:
+    """A timeline, in tenths of a MB: it is there to be drawn."""
+    drawn = []
+    for point in points:
+        memory = point.memory_mb | {"other": point.memory_mb["other"] + workspace / MB}
+        rounded = {name: round(mb, 1) for name, mb in memory.items()}
+        drawn.append({"event": point.event, "instant": point.instant, "memory_mb": rounded})
+    return drawn
 
 
 def _times(found: Bound) -> dict[str, Any]:
@@ -207,6 +213,8 @@ def _times(found: Bound) -> dict[str, Any]:
         "tokens": found.tokens,
         "flops": found.flops,
         "bytes_moved": found.bytes_moved,
+        "mapped_bytes": found.mapped_bytes,
+        "operators": found.n_operators,
         "runtime_s": found.seconds,
         "tokens_per_s": found.tokens / found.seconds if found.seconds else None,
         "binds": found.binds,
@@ -217,5 +225,5 @@ def _times(found: Bound) -> dict[str, Any]:
 KEYS = (
     "optim combination gpu error peak_memory_mb instant memory_mb memory_max_mb ledger reserved_mb context_mb"
     " required_mb memory_there_is_mb fits margin_mb trainable_params total_params steps samples tokens flops"
-    " bytes_moved runtime_s tokens_per_s binds bound_s timeline"
+    " bytes_moved mapped_bytes operators runtime_s tokens_per_s binds bound_s timeline"
 ).split()

@@ -7,7 +7,7 @@ so it is shown as a bound; what share of it a card reaches is learned from runs 
 from dataclasses import dataclass
 
 from llama_ft.config import GpuConfig
-from llama_ft.planning.operators import Operators, bytes_of, flops_of
+from llama_ft.planning.operators import Operators, bytes_of, flops_of, mapped_bytes_of
 from llama_ft.planning.run_costs import RunCosts
 
 TERA, GIGA = 1e12, 1e9
@@ -23,6 +23,8 @@ class Bound:
     tokens: int
     flops: dict[str, float]  # by dtype
     bytes_moved: float
+    mapped_bytes: float  # of them, those written to new large blocks
+    n_operators: float
     seconds: float | None  # None where the profile has no rates
     by_resource: dict[str, float] | None  # seconds that each resource binds; they sum to `seconds`
     binds: str | None  # the resource that binds longest
@@ -37,6 +39,8 @@ def bound(costs: RunCosts, gpu: GpuConfig) -> Bound:
         costs.tokens,
         flops_of(costs.operators),
         bytes_of(costs.operators),
+        mapped_bytes_of(costs.operators),
+        sum(costs.operators.values()),
         sum(spent.values()) if spent else None,
         spent,
         max(spent, key=spent.__getitem__) if spent else None,
@@ -48,7 +52,7 @@ def by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] | None
     if gpu.bandwidth_gb_s is None:
         return None
     spent: dict[str, float] = {"memory": 0.0}
-    for (dtype, flops, moved), count in operators.items():
+    for (dtype, flops, moved, _), count in operators.items():
         name, seconds = "memory", moved / (gpu.bandwidth_gb_s * GIGA)
         if flops:
             unit = RATES[dtype]

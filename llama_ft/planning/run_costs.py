@@ -9,12 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import NO_PADDING, Padding, epoch_batches
 from llama_ft.data.dataset import Sample
 from llama_ft.planning.card import Traits
 from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, update
 from llama_ft.planning.operators import OperatorCounter, Operators, less, times, total
+from llama_ft.techniques.gradient_accumulation import windows
 
 N_NODES = 3  # widths, and numbers of targets, at which steps are run
 
@@ -63,6 +67,32 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
         n_steps = -(-len(found.widths) // accumulation) * epochs
         costs.append(RunCosts(times(epoch, epochs), n_steps, len(samples) * epochs, tokens * epochs))
     return costs
+
+
+def step_costs(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> tuple[list[Operators], Tensor]:
+    """What each optimizer step of a run is made of: parts, and how often each step has each of them.
+
+    Returns:
+        The parts' operators, and float64 [steps, parts].
+
+    Raises:
+        UserError: as `fake_step` does.
+    """
+    padding = Padding(traits.precision(config).pad_multiple, config.model.context)
+    accumulation = config.ga.steps if config.optim.ga else 1
+    found, n_layers = shapes(config, samples, padding), config.model.n_layers
+    per_layer = [step_operators(config, n, found, traits, accumulation > 1) for n in _depths(config)]
+    at_depth = [1.0] if len(per_layer) == 1 else [2.0 - n_layers, n_layers - 1.0]
+    of_targets = dict(zip(per_layer[0].targets, per_layer[0].by_targets, strict=True))
+    parts = [part for step in per_layer for part in (*step.by_width, step.accumulated, step.update)]
+    rows = []
+    for epoch in range(config.training.epochs):
+        batches = epoch_batches(samples, config.training.batch_size, epoch, config.training.seed, padding)
+        for window in windows(batches, accumulation):
+            widths, n_targets = [b.tokens.shape[1] for b in window], [b.n_targets for b in window]
+            micro = [*weights(widths, per_layer[0].widths), len(window) - 1.0, 1.0]
+            rows.append([n * each for n in at_depth for each in micro] + weights(n_targets, sorted(of_targets)))
+    return parts + [of_targets[n] for n in sorted(of_targets)], torch.tensor(rows, dtype=torch.float64)
 
 
 def _depths(config: TrainConfig) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llama_ft.measure.memory import Event
 from llama_ft.measure.result import CATEGORIES, MB
 
-MOST_POINTS = 240
+MOST_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,30 @@ class Point:
 
 
 def timeline(events: Sequence[Event], start: int) -> list[Point]:
-    """The events from the index `start` on; of each few that follow each other the one with the most memory."""
+    """The step whose events begin at the index `start`; of each few that follow each other the one with most memory.
+
+    Fused AdamW allocates nothing in a step whose state is there: its point is what is alive when it runs.
+    """
     now: dict[str, int] = defaultdict(int)
-    for allocation, sign, _ in events[:start]:
-        now[allocation.category] += sign * allocation.nbytes
-    step = [event for event in events[start:] if event[2] != "after the step"]
-    width = max(1, -(-len(step) // MOST_POINTS))
+
+    def apply(event: Event) -> None:
+        now[event[0].category] += event[1] * event[0].nbytes
+
+    def point(number: int, instant: str) -> Point:
+        return Point(number, instant, {name: now[name] / MB for name in CATEGORIES})
+
+    begin = next(number for number in range(start, len(events)) if events[number][2] == "forward")
+    end = next((n for n in range(begin, len(events)) if events[n][2] == "after the step"), len(events))
+    for event in events[:begin]:  # accumulated gradients included
+        apply(event)
+    width = max(1, -(-(end - begin) // MOST_POINTS))
     points: list[Point] = []
-    most, total = -1, sum(now.values())
-    for number, (allocation, sign, instant) in enumerate(step):
-        now[allocation.category] += sign * allocation.nbytes
-        total += sign * allocation.nbytes
-        if number % width == 0 or points[-1].instant != instant:
-            points.append(Point(number, instant, {}))
-            most = -1
-        if total > most:
-            most = total
-            points[-1] = Point(number, instant, {name: now[name] / MB for name in CATEGORIES})
-    return points
+    most = 0
+    for number, event in enumerate(events[begin:end]):
+        apply(event)
+        if number % width == 0 or points[-1].instant != event[2]:
+            points.append(point(number, event[2]))
+            most = sum(now.values())
+        elif (total := sum(now.values())) > most:
+            most, points[-1] = total, point(number, event[2])
+    return [*points, point(end - begin, "optimizer step")]

@@ -34,7 +34,7 @@ Results = list[dict[str, Any]]
 
 
 @contextmanager
-def _drawing() -> Iterator[None]:
+def drawing() -> Iterator[None]:
     """Texts as they are given: no formulas in them, and no warning of a letter that the font lacks."""
     with (
         matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "llama_ft"}),
@@ -46,7 +46,7 @@ def _drawing() -> Iterator[None]:
 
 def draw_table2(groups: list[Group], file: Path) -> None:
     """Write one picture with a row of two panels for each group."""
-    with _drawing():
+    with drawing():
         rows = [len(group.results) + MARGIN for group in groups]
         figure = Figure(figsize=(10, 0.42 * sum(rows) + 0.8 * len(rows) + 0.4), layout="constrained", dpi=150)
         axes = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(3, 2), height_ratios=rows)
@@ -57,12 +57,12 @@ def draw_table2(groups: list[Group], file: Path) -> None:
             memory.set_title(textwrap.fill(group.title, 100), loc="left", fontsize=10)
         names = {text: key for row in axes for key, text in zip(*row[0].get_legend_handles_labels(), strict=True)}
         figure.legend(names.values(), names.keys(), loc="outside lower left", ncols=6, frameon=False, columnspacing=1.2)
-        _save_png(figure, file)
+        save_png(figure, file)
 
 
 def draw_comparison(pairs: list[tuple[Group, Group]], titles: list[str], names: tuple[str, str], file: Path) -> None:
     """Write one picture with a row of two panels for each pair of groups; `names` are those of A and B."""
-    with _drawing():
+    with drawing():
         rows = [len(a.results) + MARGIN for a, _ in pairs]
         figure = Figure(figsize=(10, 0.56 * sum(rows) + 0.8 * len(rows) + 0.6), layout="constrained", dpi=150)
         axes = figure.subplots(len(pairs), 2, squeeze=False, height_ratios=rows)
@@ -74,19 +74,19 @@ def draw_comparison(pairs: list[tuple[Group, Group]], titles: list[str], names: 
         handles, letters = axes[0][0].get_legend_handles_labels()
         texts = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
         figure.legend(handles, texts, loc="outside lower left", frameon=False)
-        _save_png(figure, file)
+        save_png(figure, file)
 
 
 def table2_panels(group: Group) -> list[bytes]:
     """Memory and runtime of a group, each as an SVG picture."""
     height = 0.31 * len(group.results) + 0.7
-    return [_panel(height, draw, group.results) for draw in (_memory_panel, _runtime_panel)]
+    return [svg_panel(height, draw, group.results) for draw in (_memory_panel, _runtime_panel)]
 
 
 def comparison_panels(pair: tuple[Group, Group]) -> list[bytes]:
     """Memory and runtime of two groups of the same combinations, each as an SVG picture."""
     height = 0.46 * len(pair[0].results) + 0.7
-    return [_panel(height, _pair_panel, pair, key, xlabel) for key, xlabel in PAIR_PANELS]
+    return [svg_panel(height, _pair_panel, pair, key, xlabel) for key, xlabel in PAIR_PANELS]
 
 
 def limit_in_picture(results: Results) -> int | None:
@@ -101,27 +101,35 @@ def limit_in_picture(results: Results) -> int | None:
     return limit if limit is not None and on_cuda and limit <= FAR_LIMIT * largest else None
 
 
-def _panel(height: float, draw: Callable[..., None], *arguments: Any) -> bytes:
-    with _drawing():
-        figure = Figure(figsize=(5.2, height), layout="constrained")
+def svg_panel(height: float, draw: Callable[..., None], *arguments: Any, width: float = 5.2) -> bytes:
+    """What `draw` draws into axes of so many inches, as an SVG picture."""
+    with drawing():
+        figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure.subplots(), *arguments)
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return out.getvalue()
 
 
-def _save_png(figure: Figure, file: Path) -> None:
+def save_png(figure: Figure, file: Path) -> None:
+    """Write a picture whole or not at all."""
     with whole_file(file) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _memory_panel(axes: Axes, results: Results) -> None:
-    ends = [0.0] * len(results)
+def stack_bars(axes: Axes, memories: list[dict[str, float]]) -> list[float]:
+    """A bar for each, stacked by category; where they end."""
+    ends = [0.0] * len(memories)
     for category in CATEGORIES:
-        sizes = [(r["memory_mb"] or {}).get(category, 0.0) if r["status"] == "ok" else 0.0 for r in results]
+        sizes = [memory.get(category, 0.0) for memory in memories]
         name = category.replace("_", " ")
-        axes.barh(range(len(results)), sizes, left=ends, color=COLOURS[category], label=name, height=0.7)
+        axes.barh(range(len(memories)), sizes, left=ends, color=COLOURS[category], label=name, height=0.7)
         ends = [end + size for end, size in zip(ends, sizes, strict=True)]
+    return ends
+
+
+def _memory_panel(axes: Axes, results: Results) -> None:
+    stack_bars(axes, [r["memory_mb"] or {} if r["status"] == "ok" else {} for r in results])
     limit = limit_in_picture(results)
     if limit is not None:
         axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=f"limit {limit:,} MB")
@@ -156,9 +164,14 @@ def _annotate(axes: Axes, position: float, result: dict[str, Any], value: float 
     """A bar's value at its end; the mark of a run that failed where its bar would begin."""
     failed = result["status"] != "ok"
     text = MARKS.get(result["status"], "–") if failed or value is None else amount(value)
+    annotate(axes, 0.0 if failed or value is None else value, position, text, failed)
+
+
+def annotate(axes: Axes, end: float, position: float, text: str, failed: bool = False) -> None:
+    """A text behind the end of a bar."""
     axes.annotate(
         text,
-        (0.0 if failed or value is None else value, position),
+        (end, position),
         xytext=(4, 0),
         textcoords="offset points",
         va="center_baseline",
@@ -169,10 +182,15 @@ def _annotate(axes: Axes, position: float, result: dict[str, Any], value: float 
 
 
 def _finish(axes: Axes, results: Results, xlabel: str) -> None:
-    axes.set_yticks(range(len(results)), [label(r) for r in results])
-    axes.set_ylim(len(results) - 0.5 + MARGIN / 2, -0.5 - MARGIN / 2)
+    finish(axes, [label(r) for r in results], xlabel, any(r["status"] == "ok" for r in results))
+
+
+def finish(axes: Axes, labels: list[str], xlabel: str, has_bars: bool) -> None:
+    """What all panels of bars have in common."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5 + MARGIN / 2, -0.5 - MARGIN / 2)
     axes.margins(x=0.15)
-    if any(r["status"] == "ok" for r in results):
+    if has_bars:
         axes.set_xlim(left=0)
     else:
         axes.set_xlim(0, 1)

@@ -4,7 +4,7 @@ import base64
 import re
 from html import escape
 
-from llama_ft.reporting.table2 import MARKS
+from llama_ft.reporting.table2 import is_failure
 
 STYLE = """
 :root { color-scheme: light; --line: #dcdcdc; --soft: #595959; }
@@ -25,12 +25,14 @@ thead th { font-weight: 600; border: 0; padding-block: .1rem; } thead tr:last-ch
   } thead .off { font-weight: 400; color: #767676; } .many :is(th, td) {
   padding-inline: .3rem; } table:not(.texts) :is(th, td) { min-width: 2.2rem; }
 .main > * { font-weight: 600; } .section > * { font-weight: 600; border-bottom: 0; padding-top: .7rem; }
+.named tbody th { white-space: normal; min-width: 11rem; max-width: 20rem; }
 tr.sub > th:first-child { padding-left: 1rem; color: var(--soft); } .texts :is(th, td) {
   text-align: left; } .texts td { white-space: normal; overflow-wrap: break-word; }
 td.better { background: #d6e9f8; } td.worse { background: #fde3c8; }
 td.changed { background: #ffef9e; font-weight: 600; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); gap: .5rem 1.5rem;
   max-width: 76rem; } .pictures img { width: 100%; max-width: 42rem; height: auto; }
+.pictures.whole img { max-width: 60rem; }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1.2rem; font-size: .9rem; margin: 1rem 0 .25rem; padding: 0;
   list-style: none; } .legend i { display: inline-block; width: 1.1rem; height: .7rem; margin-right: .4rem; }
 .legend i.line { height: 0; border-top: 2px dashed; vertical-align: middle; }
@@ -77,7 +79,7 @@ def table(name: str, head: list[str], body: list[str], kind: str = "") -> str:
 
     Args:
         name: for who cannot see it.
-        kind: `many` for more columns than eight, `texts` for cells that hold texts.
+        kind: `many` for more columns than eight, `texts` for cells that hold texts, `named` for rows with long names.
     """
     return (
         f'<div class="wide" role="region" aria-label="{text(name)}" tabindex="0"><table{_class(kind)}>\n'
@@ -93,7 +95,7 @@ def head_row(name: str, cells: list[str]) -> str:
 
 def row(name: str, cells: list[str], kind: str = "", kinds: list[str] | None = None) -> str:
     """A row, with a class, and one for each cell; those of marks of failed runs are known."""
-    kinds = kinds or ["bad" if cell in MARKS.values() else "" for cell in cells]
+    kinds = kinds or ["bad" if is_failure(cell) else "" for cell in cells]
     inner = "".join(f"<td{_class(of)}>{text(cell)}</td>" for cell, of in zip(cells, kinds, strict=True))
     return f'<tr{_class(kind)}><th scope="row">{text(name)}</th>{inner}</tr>\n'
 
@@ -118,13 +120,13 @@ def legend(entries: list[tuple[str, str, bool]]) -> str:
     return f'<ul class="legend">{"".join(keys)}</ul>'
 
 
-def pictures(panels: list[bytes], names: list[str]) -> str:
-    """SVG pictures in the page itself, beside each other where there is room."""
+def pictures(panels: list[bytes], names: list[str], kind: str = "") -> str:
+    """SVG pictures in the page itself, beside each other where there is room; `whole` is one as wide as the page."""
     images = [
         f'<img alt="{text(name)}" src="data:image/svg+xml;base64,{base64.b64encode(panel).decode()}">'
         for name, panel in zip(names, panels, strict=True)
     ]
-    return f'<div class="pictures">{"".join(images)}</div>\n'
+    return f'<div class="{f"pictures {kind}".strip()}">{"".join(images)}</div>\n'
 
 
 def facts(pairs: list[tuple[str, str]]) -> str:

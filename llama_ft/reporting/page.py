@@ -32,7 +32,7 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: 
     body = [f'<h1>{text(name)}</h1>\n<p class="soft">Report of llama_ft · {text(_endings(groups))}</p>']
     for group, numbers in zip(groups, tables, strict=True):
         body += [f"<h2>{text(group.title)}</h2>", table2_of(numbers), pictures_of(group), notes(numbers.notes)]
-        body += ["<h3>Memory at the peak, MB</h3>", memory_table(group), "<h3>Runs</h3>"]
+        body += ["<h3>Memory at the peak, MB</h3>", memory_table(group.results), "<h3>Runs</h3>"]
         runs = zip(group.results, group.folders, strict=True)
         body += [run_section(result, run_dir, folder, metrics[run_dir]) for result, run_dir in runs]
     return document(f"{name} · llama_ft", body)
@@ -51,22 +51,27 @@ def table2_of(numbers: Table) -> str:
     for name, cells in numbers.rows:
         kind = "main" if name.startswith(MAIN) else "sub" if name.startswith(" ") else ""
         body.append(row(name.strip(), cells, kind))
-    return table(numbers.title, head, body, "many" if len(numbers.techniques[0][1]) > 8 else "")
+    kind = "many" if len(numbers.techniques[0][1]) > 8 else "named" if numbers.longest_name else ""
+    return table(numbers.title, head, body, kind)
 
 
 def pictures_of(group: Group) -> str:
     """Memory and runtime as bars, and what the colours are."""
-    colours = [(category.replace("_", " "), colour, False) for category, colour in COLOURS.items()]
     limit = limit_in_picture(group.results)
     limits = [(f"limit {limit:,} MB", LIMIT_COLOUR, True)] if limit is not None else []
-    return legend(colours + limits) + pictures(table2_panels(group), ["peak memory by category", "runtime"])
+    return legend(category_colours() + limits) + pictures(table2_panels(group), ["peak memory by category", "runtime"])
 
 
-def memory_table(group: Group) -> str:
+def category_colours() -> list[tuple[str, str, bool]]:
+    """The legend's entries for categories of memory."""
+    return [(category.replace("_", " "), colour, False) for category, colour in COLOURS.items()]
+
+
+def memory_table(results: list[dict[str, Any]]) -> str:
     """Each run's memory by category at the instant of its peak, and the instant."""
     names = [category.replace("_", " ") for category in CATEGORIES]
     rows = []
-    for result in group.results:
+    for result in results:
         if result["status"] == "ok" and result["memory_mb"]:
             memory = [amount(result["memory_mb"][category]) for category in CATEGORIES]
             cells = [*memory, amount(sum(result["memory_mb"].values())), result["memory_instant"] or "–"]

@@ -1,5 +1,6 @@
 """The course's Table 2: a column for each combination; peak memory and runtime, absolute and relative to baseline."""
 
+import codecs
 import csv
 import io
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, Group, limit_
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
 CHANGED = "changed"  # for the difference between a number and a mark
+# For terminals whose encoding lacks them.
+SUBSTITUTES = {"×": "x", "–": "-", "·": "-", "→": ">", "↑": "^", "↓": "v"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-COLOURS = dict.fromkeys(MARKS.values(), "red") | {CHANGED: "yellow"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,14 @@ class Table:
     techniques: list[tuple[str, list[str]]]  # the heading: a row for each technique, ON or OFF in each column
     rows: list[tuple[str, list[str]]]
     notes: list[str]
+    most_columns: int = 8  # beside each other on a terminal: GC off, then GC on
+    gap: int = 1  # between columns on a terminal
+    longest_name: int | None = None  # of a row, in characters, beyond which a terminal breaks it
+
+
+def is_failure(cell: str) -> bool:
+    """Whether a cell says that a run fails, with or without a number before the mark."""
+    return cell in MARKS.values() or cell.endswith(f" {MARKS['oom']}")
 
 
 def table2(group: Group) -> Table:
@@ -72,19 +82,29 @@ def _relative(group: Group, key: str) -> list[str]:
     return [_cell(r, key, lambda value: f"{value / base[key]:.0%}") for r in group.results]
 
 
-def _notes(group: Group) -> list[str]:
-    results = group.results
-    began = next((r for r in results if r["config_hash"]), results[0])  # a refused run's values may be any
-    settings, batch = began["techniques"], began["batch_size"]
+def technique_notes(optims: list[dict[str, bool]], settings: dict[str, Any], batch: int) -> list[str]:
+    """What the techniques do in a table's columns.
+
+    Args:
+        settings: of the techniques, by technique.
+        batch: samples of a micro-batch.
+    """
     notes = []
-    if any(r["optim"]["ga"] for r in results):
+    if any(optim["ga"] for optim in optims):
         steps = settings["ga"]["steps"]
         notes.append(f"GA: micro-batches of {batch}, an update every {steps * batch} samples instead of every {batch}.")
-    if any(r["optim"]["mp"] and r["optim"]["lora"] for r in results):
+    if any(optim["mp"] and optim["lora"] for optim in optims):
         if settings["mp"]["frozen_weights"] == "compute":
             notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
         else:
             notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
+    return notes
+
+
+def _notes(group: Group) -> list[str]:
+    results = group.results
+    began = next((r for r in results if r["config_hash"]), results[0])  # a refused run's values may be any
+    notes = technique_notes([r["optim"] for r in results], began["techniques"], began["batch_size"])
     if dtypes := sorted({r["compute_dtype"] for r in results if r["optim"]["mp"] and r["compute_dtype"]}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r['combination']} {r['skipped_steps']}" for r in results if r["skipped_steps"]]:
@@ -116,13 +136,22 @@ def terminal(table: Table, width: int) -> list[RichTable]:
     """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
     rows = [*table.techniques, *table.rows]
     name_width = max(len(name) for name, _ in rows)
-    column_width = 1 + max(len(cell) for _, cells in rows for cell in cells)
-    fitting = max(1, min(8, (width - name_width) // column_width))  # eight: GC off, then GC on
+    breaks_names = table.longest_name is not None and name_width > table.longest_name
+    if breaks_names:
+        name_width = table.longest_name or 0
+    column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
+    fitting = max(1, min(table.most_columns, (width - name_width) // column_width))
     parts = []
     for start in range(0, len(table.techniques[0][1]), fitting):
         columns = slice(start, start + fitting)
-        view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=0)
-        view.add_column(no_wrap=True)
+        view = RichTable(
+            box=box.SIMPLE, show_header=False, show_edge=False, padding=(0, 0, 0, table.gap - 1), pad_edge=False
+        )
+        view.add_column(
+            no_wrap=not breaks_names,
+            overflow="fold" if breaks_names else "ellipsis",
+            width=name_width if breaks_names else None,
+        )
         for _ in table.techniques[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
         for name, cells in table.techniques:
@@ -130,18 +159,37 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         view.add_section()
         for name, cells in table.rows:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
-            view.add_row(Text(name), *(Text(cell, COLOURS.get(cell, "")) for cell in cells[columns]), style=style)
+            view.add_row(Text(name), *(Text(cell, _colour(cell)) for cell in cells[columns]), style=style)
         parts.append(view)
     return parts
 
 
+def _colour(cell: str) -> str:
+    return "red" if is_failure(cell) else "yellow" if cell == CHANGED else ""
+
+
 def print_table(table: Table, console: Console) -> None:
     """The table with its title and notes. Lines are broken at a terminal's width; in a file each stays whole."""
+    make_encodable(console)
     console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=not console.is_terminal)
     for view in terminal(table, console.width):
         console.print(view)
         console.print()
     print_notes(table.notes, console)
+
+
+def make_encodable(console: Console) -> None:
+    """Let a console put plain letters in place of those that its encoding lacks."""
+    reconfigure = getattr(console.file, "reconfigure", None)
+    if reconfigure is not None and not console.encoding.lower().startswith("utf"):
+        codecs.register_error("llama_ft.substitute", _substitute)
+        reconfigure(errors="llama_ft.substitute")
+
+
+def _substitute(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(SUBSTITUTES.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 def print_notes(lines: list[str], console: Console) -> None:

@@ -1,0 +1,219 @@
+"""Table 1: what each technique does to each kind of memory and to the computation, by fake runs with and without it.
+
+Memory is that of the plan's own rows, and of further fake runs where the plan has none. Computation is that of samples
+of equal length, so that a technique is not credited with, or charged for, the padding of uneven ones.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.data.collate import Padding
+from llama_ft.planning.card import Traits, traits_of
+from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.operators import bytes_of, flops_of
+from llama_ft.planning.predict import Lengths, blank_samples, processes
+from llama_ft.planning.roofline import GIGA, RATES, TERA
+from llama_ft.planning.run_costs import run_costs
+
+MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
+SAME = 0.01  # share of the value before, up to which a change is none
+Memory = dict[str, float]  # MB of 2**20 bytes by category: each one's own maximum
+Key = tuple[str, int, str]
+Start = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+NAMES = {"ga": "GA", "gc": "GC", "mp": "MP", "lora": "LoRA"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A technique, as it is chosen, and the runs without it and with it."""
+
+    technique: str
+    choice: str
+    without: TrainConfig
+    using: TrainConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run needs and computes."""
+
+    memory: Memory
+    flops: dict[str, float]  # by dtype, of the samples of equal length
+    bytes_moved: float
+    steps: int  # optimizer steps for them
+
+
+def table1(
+    config: TrainConfig, gpu: GpuConfig, lengths: Lengths, rows: Sequence[dict[str, Any]], start: Start
+) -> dict[str, Any]:
+    """The table for a card, in plain JSON types.
+
+    Args:
+        config: all but techniques and card; `lengths` are its data's.
+        rows: of `plan.json`, for this card and config: their memory is not found again.
+        start: told how many runs there are, gives what is told how many more are done.
+
+    Returns:
+        `baseline` in words; `rows`, in each `technique`, `name`, `choice` and `cells`: for each category of memory and
+        for `computation` the `arrow`, the numbers `before` and `after` in `unit`, and a `note`; `notes`. A row that
+        the card cannot run, such as bf16 on one without it, is a note.
+    """
+    compared, equal = comparisons(config), equal_lengths(config, lengths)
+    cases = _cases(config, gpu, lengths, compared, rows, start)
+    table_rows, failures = [], []
+    for each in compared:
+        known = {"technique": each.technique, "name": NAMES[each.technique], "choice": each.choice}
+        before, after = cases[_key(each.without)], cases[_key(each.using)]
+        if isinstance(before, UserError) or isinstance(after, UserError):
+            failures.append(f"{known['name']}, {each.choice}: {before if isinstance(before, UserError) else after}")
+        else:
+            table_rows.append(known | {"cells": cells(before, after)})
+    notes = [*_notes(config, traits_of(gpu), equal), *failures]
+    return {"baseline": _baseline(config, gpu, equal), "rows": table_rows, "notes": notes}
+
+
+def _cases(
+    config: TrainConfig,
+    gpu: GpuConfig,
+    lengths: Lengths,
+    compared: Sequence[Comparison],
+    rows: Sequence[dict[str, Any]],
+    start: Start,
+) -> dict[Key, Case | UserError]:
+    """What the compared runs need and compute."""
+    equal, known = equal_lengths(config, lengths), {}
+    if len(lengths) >= config.training.batch_size:  # else the plan's micro-batches are smaller than the table's
+        known = {_key(replace(config, optim=OptimConfig(**row["optim"]))): row["memory_max_mb"] for row in rows}
+    samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
+    runs = {_key(run): run for each in compared for run in (each.without, each.using)}
+    jobs = {key: (run, samples, equal, traits_of(gpu), known.get(key)) for key, run in runs.items()}
+    longest_first = dict(sorted(jobs.items(), key=lambda job: known.get(job[0]) is not None))
+    cases: dict[Key, Case | UserError] = {}
+    with start(len(jobs)) as advance, processes(len(jobs)) as side_by_side:
+        for key, case in side_by_side(find_case, longest_first):
+            cases[key] = case
+            advance(1)
+    return cases
+
+
+def comparisons(config: TrainConfig) -> list[Comparison]:
+    """The rows, those of a technique below each other where its effect depends on a choice."""
+    size, steps = config.training.batch_size, config.ga.steps
+
+    def run(micro_batch: int = size, frozen: WeightStorage = config.mp.frozen_weights, **on: bool) -> TrainConfig:
+        training, mp = replace(config.training, batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
+        return replace(config, optim=OptimConfig(**on), training=training, mp=mp)
+
+    held = f"effective batch of {steps * size} held: {steps} micro-batches of {size} instead of 1 of {steps * size}"
+    longer = (
+        f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
+    )
+    kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
+    masters = config.mp.trainable_weights is WeightStorage.fp32
+    adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
+    return [
+        Comparison("ga", held, run(steps * size), run(ga=True)),
+        Comparison("ga", longer, run(), run(ga=True)),
+        Comparison("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
+        Comparison("mp", f"full fine-tuning, {'fp32 masters' if masters else '16-bit weights'}", run(), run(mp=True)),
+        *(
+            Comparison("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
+            for frozen, text in (
+                (WeightStorage.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
+                (WeightStorage.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
+            )
+        ),
+        Comparison("lora", adapters, run(), run(lora=True)),
+    ]
+
+
+def _key(config: TrainConfig) -> Key:
+    """Equal for equal runs, among those of one table."""
+    optim = config.optim
+    frozen = config.mp.frozen_weights.name if optim.mp and optim.lora else ""
+    return optim.combination, config.training.batch_size, frozen
+
+
+def equal_lengths(config: TrainConfig, lengths: Lengths) -> Lengths:
+    """The samples whose computation is compared: an effective batch of them, as long as the data's longest sample."""
+    longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
+    return [longest] * (config.ga.steps * config.training.batch_size)
+
+
+def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: Memory | None) -> Case:
+    """A run's memory, unless it is known, at its data's hardest micro-batches, and the computation of equal samples.
+
+    Raises:
+        UserError: as `fake_step` does.
+    """
+    once = replace(config, training=replace(config.training, epochs=1))
+    costs = run_costs([once], blank_samples(equal), traits)[0]
+    found = memory or fake_run(config, blank_samples(lengths), traits).use.max_mb
+    return Case(found, flops_of(costs.operators), bytes_of(costs.operators), costs.steps)
+
+
+def cells(before: Case, after: Case) -> dict[str, dict[str, Any]]:
+    """A row's cells."""
+    found = {name: _cell(before.memory[name], after.memory[name], "MB", "") for name in MEMORY}
+    was, is_now = (sum(case.flops.values()) / TERA for case in (before, after))
+    return found | {"computation": _cell(was, is_now, "TFLOP", _computation_note(before, after))}
+
+
+def _cell(before: float, after: float, unit: str, note: str) -> dict[str, Any]:
+    return {"arrow": arrow(before, after), "before": before, "after": after, "unit": unit, "note": note}
+
+
+def arrow(before: float, after: float) -> str:
+    """Up, down, or a dash where the change is at most `SAME`."""
+    if abs(after - before) <= SAME * abs(before):
+        return "–"
+    return "↑" if after > before else "↓"
+
+
+def _computation_note(before: Case, after: Case) -> str:
+    """What FLOPs alone do not tell."""
+    pairs = [
+        ("matrix products in", _formats(before), _formats(after)),
+        ("optimizer steps", before.steps, after.steps),
+        ("GB moved", f"{before.bytes_moved / GIGA:,.1f}", f"{after.bytes_moved / GIGA:,.1f}"),
+    ]
+    return "; ".join(f"{name} {a} → {b}" for name, a, b in pairs if a != b)
+
+
+def _formats(case: Case) -> str:
+    return " and ".join(sorted(RATES[dtype] for dtype in case.flops))
+
+
+def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:
+    size = config.training.batch_size
+    tokens, prompt = equal[0]
+    return (
+        f"{config.model.name} on {gpu.name}, all techniques off: full fine-tuning in fp32, micro-batches of {size}, an"
+        " update after each; a row that starts from something else says so. Memory: each category's own maximum, at"
+        f" the hardest micro-batches of the data (longest sample: {tokens} tokens). Computation: FLOPs of"
+        f" {len(equal)} samples of {tokens} tokens, of which {tokens - prompt} are trained on."
+    )
+
+
+def _notes(config: TrainConfig, traits: Traits, equal: Lengths) -> list[str]:
+    notes = [
+        f"– is a change of at most {SAME:.0%}.",
+        "The categories' maxima need not fall on the same instant, so they do not sum to the peak.",
+        "FLOPs are those of matrix products and attention, 2 a multiply-add. The optimizer's update has none, but moves"
+        " bytes, which GA spares where it makes updates rarer.",
+        "GA: while gradients accumulate, a micro-batch's gradient of one weight at a time lies beside them.",
+        "MP: parameters include the 16-bit copies that autocast makes of fp32 weights and keeps until backward. Its"
+        " matrix products run at the rate of the 16-bit format.",
+        "GC: FLOPs include what is computed again in backward.",
+    ]
+    width = equal[0][0] - 1
+    try:
+        multiple = traits.precision(replace(config, optim=OptimConfig(mp=True))).pad_multiple
+    except UserError:
+        return notes
+    if (padded := Padding(multiple, config.model.context).width(width)) != width:
+        notes.append(f"MP on the CPU pads {width} positions to {padded}, which adds to activations and FLOPs.")
+    return notes

@@ -1,0 +1,114 @@
+"""`python -m llama_ft.plan` as a user meets it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run
+
+from llama_ft import cli, plan
+from llama_ft.cli import use_schema
+from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
+from llama_ft.planning.lengths import data_lengths
+
+
+def planned(*arguments: str) -> PlanConfig:
+    return cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+
+
+def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> None:
+    done = run("llama_ft.plan", "output=here", "data.first=20", cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = read(tmp_path / "here")
+    assert [row["combination"] for row in found["rows"]] == [
+        *("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")
+    ]
+    assert not found["data"]["is_stand_in"]
+    assert found["data"]["samples"] == 20
+    written = re.search(r"^Written: (.*) in here$", done.stdout, re.MULTILINE)
+    assert written
+    assert set(written[1].split(", ")) == {path.name for path in (tmp_path / "here").iterdir()}
+
+
+def test_a_model_of_full_size_on_every_card(tmp_path: Path) -> None:
+    """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
+    arguments = ("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "output=7b")
+    done = run("llama_ft.plan", *arguments, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {row["gpu"]: row for row in read(tmp_path / "7b")["rows"]}
+    assert len(rows) == 9
+    assert {row["trainable_params"] for row in rows.values()} == {8_388_608}
+    assert {row["total_params"] for row in rows.values()} == {6_746_804_224}
+    weights = 2 * 6_738_415_616 / 2**20  # 16 bit, without the adapter
+    for row in rows.values():
+        assert weights < row["peak_memory_mb"] < 1.25 * weights
+        assert row["fits"] == (row["required_mb"] <= row["memory_there_is_mb"])
+    assert not rows["t4_16gb"]["fits"]
+    assert rows["a100_40gb"]["fits"]
+    assert rows["t4_16gb"]["ledger"] != rows["a100_40gb"]["ledger"]  # fp16 against bf16
+
+
+def test_techniques_that_are_named_leave_one_combination() -> None:
+    assert planned().combinations is Combinations.eight
+    assert planned("gc=both").combinations is Combinations.sixteen
+    assert planned("optim=mp_lora").combinations is Combinations.one
+    assert planned("optim.gc=true").combinations is Combinations.one
+
+
+def test_without_a_tokenizer_the_longest_length_stands_in() -> None:
+    config = planned("model=llama2_7b", "data=alpaca_200")
+    found = data_lengths(config, print)
+    assert found.is_stand_in
+    assert set(found.pairs) == {(512, 1)}
+    assert len(found.pairs) == 200
+    assert "tokenizer=FILE" in found.about
+    assert data_lengths(planned("model=llama2_7b", "data.max_length=64", "training.max_samples=3"), print).pairs == [
+        *[(64, 1)] * 3
+    ]
+
+
+def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None:
+    files = [f"tokenizer={test_data}/llama2_tokenizer.model", f"data.path={test_data}/alpaca_data_200.json"]
+    found = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)
+    assert (len(found.pairs), found.longest, sum(length for length, _ in found.pairs)) == (200, 405, 24_200)
+    assert not found.is_stand_in
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    {
+        ("gc=maybe",): r"gc=maybe is not allowed",
+        ("gpu=rtx5090",): r"gpu=rtx5090 is not allowed: it must be one of a100_40gb",
+        ("goal=fastest",): r"goal=fastest is not allowed: it must be one of fit, cheapest_gpu, or null",
+        ("data.max_length=5000", "model=llama2_7b"): r"data\.max_length=5000 is not allowed: .* at most model\.context",
+        ("optim=lora", "goal=fit"): r"goal compares combinations",
+        ("data.path=missing.json",): r"missing\.json cannot be read",
+        ("combinations=nine",): r"combinations=nine is not allowed: it must be one of eight, sixteen, one",
+    }.items(),
+)
+def test_what_is_wrong_is_said(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    use_schema(PlanConfig)
+
+    def lengths() -> None:
+        try:
+            data_lengths(planned(*arguments), print)
+        except Exception as error:
+            raise UserError(cli.explain(error)) from error
+
+    with pytest.raises(UserError, match=words):
+        lengths()
+
+
+@pytest.mark.parametrize(
+    ("command", "schema"), {"train": TrainConfig, "generate": GenerateConfig, "evaluate": EvaluateConfig}.items()
+)
+def test_all_cards_are_for_plan_alone(command: str, schema: type) -> None:
+    told = ["gpu=all", "prompt=a"] if command == "generate" else ["gpu=all"]
+    with pytest.raises(Exception, match="gpu=all is not allowed: it must be one card, auto or cpu: all is for plan"):
+        cli.composed_config(command, told, schema)
