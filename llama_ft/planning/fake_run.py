@@ -22,6 +22,7 @@ from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
 from llama_ft.measure.run import hardest_windows
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.card import Traits
+from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep
 
@@ -48,7 +49,7 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[tuple[TrainStep, 
     on_cpu = replace(precision, device_type="cpu")
     is_16bit = precision.compute != torch.float32
     kernel = sdpa_kernel(SDPBackend.MATH) if traits.materialises_attention(config.model, is_16bit) else nullcontext()
-    with FakeTensorMode(), kernel:
+    with FakeTensorMode() as fake, ShapeCache(fake), kernel:
         torch.set_default_dtype(techniques.base_dtype(config, on_cpu))  # fake weights cannot be converted in place
         try:
             model = Transformer(config.model)

@@ -1,0 +1,85 @@
+"""Fake tensors at twice the speed: what an operator makes of shapes that it has met is remembered.
+
+`FakeTensorMode` has such a cache too, but spends most of its time on keys that hold for symbolic shapes, sparse and
+quantized tensors and much else. A training step has dense tensors of fixed shapes, and some hundred different operators
+thousands of times.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._mode_utils import no_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+Key = tuple[Any, ...]
+# For each output: the place of an input that it is, or shares its storage with, or None; then shape, stride, dtype and
+# offset, or None where it is the input itself.
+Recipe = list[tuple[int | None, tuple[Any, ...] | None]]
+
+
+class ShapeCache(TorchDispatchMode):
+    """To be entered within a `FakeTensorMode`, which is asked whenever something is new."""
+
+    def __init__(self, fake: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fake = fake
+        self._recipes: dict[Key, tuple[Any, Recipe] | None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """What FakeTensorMode would make."""
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        inputs: list[Tensor] = []
+        key = (func, _key(args, inputs), _key(tuple((kwargs or {}).items()), inputs))
+        try:
+            found = self._recipes.get(key, ())
+        except TypeError:  # something that has no hash
+            return func(*args, **(kwargs or {}))
+        if not found:
+            out = func(*args, **(kwargs or {}))
+            if found == ():
+                self._recipes[key] = _recipe(out, inputs)
+            return out
+        kind, recipe = found
+        with no_dispatch():
+            made = [self._make(inputs, place, sizes) for place, sizes in recipe]
+        return made[0] if kind is Tensor else kind(made)
+
+    def _make(self, inputs: Sequence[Tensor], place: int | None, sizes: tuple[Any, ...] | None) -> Tensor:
+        if sizes is None:
+            return inputs[place or 0]
+        shape, stride, dtype, offset = sizes
+        if place is None:
+            plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+        else:
+            plain = torch.empty(0, dtype=dtype, device="meta")
+            plain.set_(inputs[place].untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
+        return FakeTensor(self._fake, plain, torch.device("cpu"))
+
+
+def _key(value: Any, inputs: list[Tensor]) -> Any:
+    """What of an argument decides the outputs' shapes; tensors are noted in the order in which they are met."""
+    if isinstance(value, Tensor):
+        inputs.append(value)
+        return tuple(value.shape), value.stride(), value.dtype, value.storage_offset()
+    if isinstance(value, list | tuple):
+        return tuple([_key(each, inputs) for each in value])
+    return type(value), value  # True is not 1 here
+
+
+def _recipe(out: Any, inputs: Sequence[Tensor]) -> tuple[Any, Recipe] | None:
+    """How to make such outputs again; None if they are not plain tensors on the CPU."""
+    kind = type(out) if isinstance(out, list | tuple) else Tensor
+    outputs = list(out) if isinstance(out, list | tuple) else [out]
+    if not outputs or not all(isinstance(each, FakeTensor) and each.fake_device.type == "cpu" for each in outputs):
+        return None
+    recipe: Recipe = []
+    storages = {tensor.untyped_storage()._cdata: place for place, tensor in reversed(list(enumerate(inputs)))}
+    for each in outputs:
+        same = next((place for place, tensor in enumerate(inputs) if tensor is each), None)
+        sizes = tuple(each.shape), each.stride(), each.dtype, each.storage_offset()
+        recipe.append((same, None) if same is not None else (storages.get(each.untyped_storage()._cdata), sizes))
+    return kind, recipe
