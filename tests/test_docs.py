@@ -1,6 +1,7 @@
 """README and docs: every command in them composes, every message they quote is said, every link leads somewhere."""
 
 import ast
+import csv
 import functools
 import itertools
 import json
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
 from llama_ft.config import EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig, TrainConfig, config_dir
+from llama_ft.reporting.table2 import amount
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
 SCHEMAS = {
@@ -256,3 +258,15 @@ def test_the_five_prompts_of_the_readme_have_the_answers_that_were_given() -> No
     for instruction, given, _, lora, _ in shown:
         (answer,) = [a for a in answers if (a["instruction"], a["input"]) == (instruction, given)]
         assert answer["fine_tuned_answer"].strip() == lora
+
+
+def test_the_readmes_plan_is_the_one_in_benchmarks() -> None:
+    folder = CHECKOUT / "benchmarks" / "plan-llama2_7b"
+    with (folder / "plan.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))[:8]
+    block = text(CHECKOUT / "README.md").partition("## Will it fit?")[2].split("```")[3].splitlines()
+    printed = {line[:16].strip(): line[16:].split() for line in block}
+    for title, key in (("Peak memory, MB", "peak_memory_mb"), ("Needed, MB", "required_mb")):
+        assert printed[title] == [f"{float(row[key]):,.0f}" for row in rows]
+    assert printed["Fits"] == ["yes" if row["fits"] == "True" else "×" for row in rows]
+    assert printed["Runtime, at best"] == [amount(float(row["runtime_s"])) for row in rows]

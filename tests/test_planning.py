@@ -22,7 +22,7 @@ from llama_ft.measure.result import MB
 from llama_ft.measure.run import hardest_windows, track_memory
 from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded
 from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
-from llama_ft.planning.fake_run import fake_run, fake_step, give_gradients, update
+from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update
 from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
 from llama_ft.planning.predict import predict
 from llama_ft.planning.roofline import by_resource
@@ -192,8 +192,9 @@ def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
     config.ga.steps = 2
     samples = [Sample([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
     found = run_costs([config], samples, ON_CUDA)[0]
-    with fake_step(config, ON_CUDA) as (step, padding):
-        window = [collate([sample], padding) for sample in samples[: 2 if config.optim.ga else 1]]
+    real = [collate([sample], padding_of(config, ON_CUDA)) for sample in samples[: 2 if config.optim.ga else 1]]
+    with fake_step(config, ON_CUDA) as step:
+        window = [as_fake(batch) for batch in real]
         step(window)
         counter = OperatorCounter()
         with counter:
@@ -208,13 +209,14 @@ def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
 def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one(small_config: TrainConfig) -> None:  # noqa: F811
     samples = ragged_samples()
     found = run_costs([small_config], samples, ON_CUDA)[0]
+    batches = [collate([sample]) for sample in samples]
     flops = moved = 0.0
-    with fake_step(small_config, ON_CUDA) as (step, _):
-        step([collate(samples[:1])])  # makes the optimizer's state
-        for sample in samples:
+    with fake_step(small_config, ON_CUDA) as step:
+        step([as_fake(batches[0])])  # makes the optimizer's state
+        for batch in batches:
             counter = OperatorCounter()
             with counter:
-                step([collate([sample])])
+                step([as_fake(batch)])
             flops += flops_of(counter.operators)["float32"]
             moved += bytes_of(counter.operators)
     assert flops_of(found.operators)["float32"] == pytest.approx(flops, rel=0.02)  # attention's part is quadratic
@@ -227,7 +229,7 @@ def test_bytes_of_an_update_are_those_of_adamw(small_config: TrainConfig) -> Non
     Clipping reads each gradient once for its norm, and reads and writes it once to scale it. The counter has each
     tensor once as input and once as output.
     """
-    with fake_step(small_config, ON_CUDA) as (step, _):
+    with fake_step(small_config, ON_CUDA) as step:
         n_weights = sum(p.numel() for p in step.model.parameters())
         give_gradients(step)
         update(step)

@@ -123,7 +123,7 @@ def objection(
     from llama_ft.planning.advice import typed
     from llama_ft.planning.allocator import reserved_bytes
     from llama_ft.planning.fake_run import fake_run
-    from llama_ft.planning.predict import blank_samples, processes
+    from llama_ft.planning.predict import blank_samples
     from llama_ft.planning.search import try_run
 
     run = fake_run(config, blank_samples(lengths), traits)
@@ -132,11 +132,12 @@ def objection(
     if missing <= 0:
         return None
     others = alternatives(config.optim, run.use.at_peak_mb["activation"] > missing)
-    jobs = {other.combination: (replace(config, optim=other), lengths, traits, workspace) for other in others}
-    with processes(len(jobs)) as side_by_side:
-        for name, outcome in side_by_side(try_run, jobs):
-            if not isinstance(outcome, UserError):
-                needs[name] = outcome.reserved_mb + capacity.context_mb
+    for other in others:  # one after the other, since the first mostly does, and processes take seconds to start
+        with suppress(UserError):
+            found = try_run(replace(config, optim=other), lengths, traits, workspace)
+            needs[other.combination] = found.reserved_mb + capacity.context_mb
+            if needs[other.combination] <= capacity.mb:
+                break
     tried = [(typed(other), needs[other.combination]) for other in others if other.combination in needs]
     return _message(config, needs[config.optim.combination], capacity, tried)
 

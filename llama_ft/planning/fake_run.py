@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from llama_ft import techniques
 from llama_ft.config import TrainConfig
-from llama_ft.data.collate import Batch, Padding, collate
+from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
 from llama_ft.measure.run import hardest_windows
@@ -39,7 +39,7 @@ class FakeRun:
 
 
 @contextmanager
-def fake_step(config: TrainConfig, traits: Traits) -> Iterator[tuple[TrainStep, Padding]]:
+def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     """The real training step of a run, over fake tensors; to be called inside the block.
 
     Raises:
@@ -60,8 +60,12 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[tuple[TrainStep, 
             use_fused_dropout(model)
         optimizer = make_optimizer(model.parameters(), config.training)
         model.train()
-        padding = Padding(precision.pad_multiple, config.model.context)
-        yield TrainStep(model, optimizer, applied, config.training.max_grad_norm), padding
+        yield TrainStep(model, optimizer, applied, config.training.max_grad_norm)
+
+
+def padding_of(config: TrainConfig, traits: Traits) -> Padding:
+    """How far a run there pads its micro-batches."""
+    return Padding(traits.precision(config).pad_multiple, config.model.context)
 
 
 def use_fused_dropout(model: nn.Module) -> None:
@@ -102,8 +106,10 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
         UserError: as `fake_step` does.
     """
     accumulation = config.ga.steps if config.optim.ga else 1
-    with fake_step(config, traits) as (step, padding):
-        windows = hardest_windows(list(samples), config.training.batch_size, accumulation, padding)
+    padding = padding_of(config, traits)
+    hardest = hardest_windows(list(samples), config.training.batch_size, accumulation, padding)
+    with fake_step(config, traits) as step:
+        windows = [[as_fake(batch) for batch in window] for window in hardest]
         tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker:
             tracker.claim_gradients(give_gradients(step))
@@ -124,6 +130,13 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     )
 
 
-def micro_batch(n_tokens: int, n_targets: int, batch_size: int, padding: Padding) -> Batch:
-    """A micro-batch of equal samples that are `n_tokens` long, of which the last `n_targets` are trained on."""
-    return collate([Sample([0] * n_tokens, n_tokens - n_targets)] * batch_size, padding)
+def micro_batch(width: int, n_targets: int, batch_size: int) -> Batch:
+    """A fake micro-batch of `batch_size` rows of `width` tokens, with so many targets in each."""
+    tokens, n = torch.empty(batch_size, width, dtype=torch.int64), batch_size * n_targets
+    return Batch(tokens, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), batch_size * width)
+
+
+def as_fake(batch: Batch) -> Batch:
+    """A fake micro-batch of the same shapes."""
+    tokens, positions, targets = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in batch.tensors)
+    return Batch(tokens, positions, targets, batch.n_tokens)

@@ -45,12 +45,13 @@ def make_plan(
     rows = [row for row in all_rows if OptimConfig(**row["optim"]) in optims]
     time = {"kind": "bound", "about": "at best: each operator at the full rate of the card's matrix units or memory"}
     if config.calibrate is not None:
-        time = calibrate(rows, gpus, Path(config.calibrate))
+        time = calibrate(all_rows, gpus, Path(config.calibrate))
     compared = None
     if config.combinations is not Combinations.one:
         first = [row for row in rows if row["gpu"] == gpus[0].name]
         compared = table1(config, gpus[0], lengths.pairs, first, partial(progress, "table 1"))
-    adviser = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress)
+    note = "at best" if time["kind"] == "bound" else ""
+    adviser = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress, note)
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,

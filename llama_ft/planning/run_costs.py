@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import TrainConfig
-from llama_ft.data.collate import NO_PADDING, Padding, epoch_batches
+from llama_ft.data.collate import Padding, epoch_batches
 from llama_ft.data.dataset import Sample
 from llama_ft.planning.card import Traits
-from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, update
+from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, padding_of, update
 from llama_ft.planning.operators import OperatorCounter, Operators, less, times, total
 from llama_ft.techniques.gradient_accumulation import windows
 
@@ -55,7 +55,7 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
         UserError: as `fake_step` does.
     """
     config = configs[0]
-    padding = Padding(traits.precision(config).pad_multiple, config.model.context)
+    padding = padding_of(config, traits)
     found = shapes(config, samples, padding)
     accumulations = [each.ga.steps if each.optim.ga else 1 for each in configs]
     per_layer = [step_operators(config, n, found, traits, max(accumulations) > 1) for n in _depths(config)]
@@ -78,7 +78,7 @@ def step_costs(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -
     Raises:
         UserError: as `fake_step` does.
     """
-    padding = Padding(traits.precision(config).pad_multiple, config.model.context)
+    padding = padding_of(config, traits)
     accumulation = config.ga.steps if config.optim.ga else 1
     found, n_layers = shapes(config, samples, padding), config.model.n_layers
     per_layer = [step_operators(config, n, found, traits, accumulation > 1) for n in _depths(config)]
@@ -126,10 +126,10 @@ def step_operators(
     size = config.training.batch_size
     widths, targets = nodes(found.widths), nodes(found.targets) if n_layers == 1 else []
     config = replace(config, model=replace(config.model, n_layers=n_layers))
-    with fake_step(config, traits) as (step, _):
+    with fake_step(config, traits) as step:
 
         def count(width: int, n_targets: int = 1, n_micro_batches: int = 1) -> Operators:
-            batch = micro_batch(width + 1, n_targets, size, NO_PADDING)
+            batch = micro_batch(width, n_targets, size)
             return _counted(lambda: step([batch] * n_micro_batches))
 
         give_gradients(step)

@@ -56,7 +56,7 @@ class ShapeCache(TorchDispatchMode):
             plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         else:
             plain = torch.empty(0, dtype=dtype, device="meta")
-            plain.set_(inputs[place].untyped_storage(), offset, shape, stride)  # type: ignore[call-overload]
+            plain.set_(inputs[place].untyped_storage(), offset, shape, stride)
         return FakeTensor(self._fake, plain, torch.device("cpu"))
 
 
