@@ -4,6 +4,9 @@
 """
 
 import itertools
+import multiprocessing
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -24,7 +27,7 @@ from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Alloca
 from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
 from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update
 from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
-from llama_ft.planning.predict import predict
+from llama_ft.planning.predict import predict, processes
 from llama_ft.planning.roofline import by_resource
 from llama_ft.planning.run_costs import nodes, run_costs, weights
 from llama_ft.planning.timeline import timeline
@@ -335,3 +338,19 @@ def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(
     last = points[-1].memory_mb
     assert last["gradient"] == pytest.approx(last["optimizer_state"] / 2, abs=1e-2)  # fp32, and two moments
     assert (points[0].memory_mb["gradient"] > 0) == toggles[0]  # accumulated before
+
+
+def test_an_interrupt_does_not_wait_for_what_runs() -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    earlier = signal.signal(signal.SIGALRM, interrupt)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), processes(2) as run:
+            signal.setitimer(signal.ITIMER_REAL, 3)
+            list(run(time.sleep, {place: (120,) for place in range(2)}))
+    finally:
+        signal.signal(signal.SIGALRM, earlier)
+    assert time.monotonic() - began < 60
+    assert multiprocessing.active_children() == []

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError
@@ -125,17 +125,21 @@ def processes(n_jobs: int) -> Iterator[Runner]:
         return
     context = get_context("forkserver")
     context.set_forkserver_preload(["llama_ft.planning.worker"])
-    with ProcessPoolExecutor(n_processes, context, _begin) as pool:
+    pool = ProcessPoolExecutor(n_processes, context, _begin)
 
-        def side_by_side(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
-            futures = {pool.submit(_outcome, function, arguments): key for key, arguments in jobs.items()}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+    def side_by_side(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
+        futures = {pool.submit(_outcome, function, arguments): key for key, arguments in jobs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
-        try:
-            yield side_by_side
-        finally:
-            pool.shutdown(cancel_futures=True)
+    try:
+        yield side_by_side
+    except BaseException:
+        for process in active_children():  # nobody waits for what they would find
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _one_after_the_other(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
