@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import DeviceChoice, Goal, GpuConfig, PlanConfig, config_dir
+from llama_ft.config import DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
 from llama_ft.files import output_folder
 from llama_ft.reporting.plan import FILES, print_plan, write_plan
 from llama_ft.reporting.progress import progress_bar
@@ -32,8 +32,11 @@ USAGE = cli.Usage(
 
 def overrides(arguments: list[str]) -> list[str]:
     """What Hydra is told: `gc=both` is short for all sixteen, and a technique that is named leaves one combination."""
+    names_optim = any(argument.startswith(("optim=", "optim.")) for argument in arguments)
+    if names_optim and "gc=both" in arguments:
+        raise UserError("gc=both plans sixteen combinations, and optim names one: leave one of them out")
     told = ["combinations=sixteen" if argument == "gc=both" else argument for argument in arguments]
-    if any(argument.startswith(("optim=", "optim.")) for argument in told):
+    if names_optim:
         told.append("combinations=one")
     return told
 

@@ -344,12 +344,16 @@ def test_an_interrupt_does_not_wait_for_what_runs() -> None:
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def wait_for_both() -> None:
+        with processes(2) as run:
+            signal.setitimer(signal.ITIMER_REAL, 3)
+            list(run(time.sleep, dict.fromkeys(range(2), (120,))))
+
     earlier = signal.signal(signal.SIGALRM, interrupt)
     began = time.monotonic()
     try:
-        with pytest.raises(KeyboardInterrupt), processes(2) as run:
-            signal.setitimer(signal.ITIMER_REAL, 3)
-            list(run(time.sleep, {place: (120,) for place in range(2)}))
+        with pytest.raises(KeyboardInterrupt):
+            wait_for_both()
     finally:
         signal.signal(signal.SIGALRM, earlier)
     assert time.monotonic() - began < 60

@@ -4,6 +4,7 @@ import enum
 from dataclasses import dataclass
 
 from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.groups import GpuConfig
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
@@ -40,6 +41,7 @@ class PlanConfig(TrainConfig):
     def __post_init__(self) -> None:
         if not self.plan.enforce:
             raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
+        self._check_unused()
         most = self.model.context
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
@@ -49,6 +51,17 @@ class PlanConfig(TrainConfig):
             self.data.check_for(self.model)
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
+
+    def _check_unused(self) -> None:
+        """Refuse what would change nothing."""
+        if self.measure.memory_limit_mb is not None:
+            raise UserError(
+                "measure.memory_limit_mb is for train: a plan's limit is its card's; gpu.memory_mb=N is another"
+            )
+        if self.gpu.name == "all" and self.gpu != GpuConfig(name="all"):
+            raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
+        if self.goal is Goal.cheapest_gpu and self.gpu.name not in ("auto", "all"):
+            raise UserError(f"goal=cheapest_gpu looks at all cards, and gpu={self.gpu.name} names one: leave one out")
 
     @property
     def has_lengths(self) -> bool:

@@ -42,6 +42,6 @@ def data_lengths(config: PlanConfig, say: Callable[[str], None]) -> DataLengths:
     length = config.max_length
     about = (
         f"no tokenizer is given: {n_samples:,} samples of {length} tokens stand in for {config.data.name}"
-        " (tokenizer=FILE takes the real lengths; data.max_length=N another one)"
+        " (tokenizer=FILE takes the real lengths; data.max_length=N another one, and makes train cut longer samples)"
     )
     return DataLengths([(length, 1)] * n_samples, True, about)  # all but BOS are trained on: the most that can be
