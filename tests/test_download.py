@@ -588,9 +588,10 @@ def test_a_listener_that_is_gone_is_no_fault_of_the_folder(server, cache):
 # Several processes at once
 
 FETCH = """
-import sys
+import signal, sys
 from pathlib import Path
 from llama_ft.data.download import fetch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may have been told to ignore it
 print(fetch(sys.argv[1], sys.argv[2], Path(sys.argv[3]), lambda line: print(line, flush=True)))
 """
 

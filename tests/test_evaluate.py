@@ -501,9 +501,9 @@ def test_numbers_out_of_range_are_refused(settings: dict[str, Any], allowed: str
 
 
 def test_windows_and_strides_that_are_allowed() -> None:
-    found = [(config.window_tokens, config.stride_tokens) for config in (config_of(), config_of(window=2))]
+    found = [(config.window_tokens, config.stride_tokens) for config in (config_of(), config_of(window=2, text="t"))]
     assert found == [(128, 64), (2, 1)]
-    assert config_of(window=128, stride=128).stride_tokens == 128
+    assert config_of(window=128, stride=128, text="t").stride_tokens == 128
     with pytest.raises(UserError, match=r"data=mine needs data\.path=FILE"):
         EvaluateConfig(model=SMALL, data=DataConfig("mine"))
 

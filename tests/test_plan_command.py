@@ -38,7 +38,7 @@ def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> Non
 
 def test_a_model_of_full_size_on_every_card(tmp_path: Path) -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
-    arguments = ("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "output=7b")
+    arguments = ("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course", "output=7b")
     done = run("llama_ft.plan", *arguments, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = {row["gpu"]: row for row in read(tmp_path / "7b")["rows"]}
