@@ -7,9 +7,11 @@ each check names the key, the value it got and what is allowed.
 from pathlib import Path
 
 from llama_ft.config.checks import (
+    Combinations,
     ComputeDtype,
     DeviceChoice,
     DtypeChoice,
+    Goal,
     OnBadRecord,
     TrackerMode,
     UserError,
@@ -33,7 +35,7 @@ from llama_ft.config.groups import (
     TrackerConfig,
     TrainingConfig,
 )
-from llama_ft.config.plan import Combinations, Goal, PlanConfig
+from llama_ft.config.plan import PlanConfig
 from llama_ft.config.report import ReportConfig, UploadConfig
 from llama_ft.config.source import ModelSource, TrainedSource
 from llama_ft.config.train import TrainConfig

@@ -58,6 +58,21 @@ class TrackerMode(enum.Enum):
     disabled = "disabled"
 
 
+class Combinations(enum.Enum):
+    """Which combinations are planned."""
+
+    eight = "eight"
+    sixteen = "sixteen"
+    one = "one"
+
+
+class Goal(enum.Enum):
+    """What advice is asked for."""
+
+    fit = "fit"
+    cheapest_gpu = "cheapest_gpu"
+
+
 def setting(default: Any, meaning: str) -> Any:
     """A field of the schema: its default, and in a few words what it is, for `--help`."""
     metadata = {"meaning": meaning}

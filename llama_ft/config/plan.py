@@ -1,28 +1,12 @@
 """What `python -m llama_ft.plan` can be told."""
 
-import enum
 from dataclasses import dataclass
 
-from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.checks import Combinations, Goal, UserError, check, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
-
-
-class Combinations(enum.Enum):
-    """Which combinations are planned."""
-
-    eight = "eight"
-    sixteen = "sixteen"
-    one = "one"
-
-
-class Goal(enum.Enum):
-    """What advice is asked for."""
-
-    fit = "fit"
-    cheapest_gpu = "cheapest_gpu"
 
 
 @dataclass
