@@ -32,7 +32,8 @@ def card(name: str, memory_mb: int | None, **others: Any) -> GpuConfig:
 
 def config_for(goal: Goal = Goal.fit, optim: OptimConfig | None = None) -> PlanConfig:
     data = DataConfig("sample")
-    return PlanConfig(MODEL, "random", None, optim or OptimConfig(), data=data, gpu=card("a", 1000), goal=goal)
+    gpu = card("a", 1000) if goal is Goal.fit else GpuConfig("all")
+    return PlanConfig(MODEL, "random", None, optim or OptimConfig(), data=data, gpu=gpu, goal=goal)
 
 
 def one_by_one(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
@@ -188,7 +189,7 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 def advise(gpus: list[GpuConfig], rows: list[dict[str, Any]], goal: Goal = Goal.fit, **others: Any) -> dict[str, Any]:
     config = others.pop("config", config_for(goal))
     profiles = others.pop("profiles", gpus)
-    return Adviser(replace(config, goal=goal), rows, gpus, profiles, LENGTHS, no_progress, **others).advise()
+    return Adviser(config, rows, gpus, profiles, LENGTHS, no_progress, **others).advise()
 
 
 def test_fastest_that_fits_is_named_with_its_limits(needs):

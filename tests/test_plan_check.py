@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from conftest import run
-from test_advice import LENGTHS, card, config_for, one_by_one
+from test_advice import LENGTHS, MODEL, card, config_for, one_by_one
 
 import llama_ft.train as train_module
 from llama_ft import cli
-from llama_ft.config import DeviceChoice, GpuConfig, OptimConfig, TrainConfig
+from llama_ft.config import DataConfig, DeviceChoice, GpuConfig, MeasureConfig, OptimConfig, TrainConfig
 from llama_ft.measure import process, system
 from llama_ft.measure.result import CONFIG_FILE
 from llama_ft.planning import check, predict
@@ -92,14 +92,16 @@ def test_alternatives_are_two_at_most_smallest_change_first(on, activations_suff
 
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit():
-    profiled = config_for()
-    free = replace(profiled, gpu=replace(CARD, memory_mb=None, context_mb=0))
-    limited = replace(profiled, measure=replace(profiled.measure, memory_limit_mb=500))
-    assert capacity_of(profiled, 99.0, "H200") == Capacity(1000, 10, "a has 1,000")
-    assert capacity_of(free, 1234.5, "H200") == Capacity(1234.5, 0, "this H200 has 1,234 free")
-    assert capacity_of(limited, 99.0, "H200") == Capacity(500, 0, "measure.memory_limit_mb allows 500")
-    loose = replace(profiled, measure=replace(profiled.measure, memory_limit_mb=995))  # 990 are left by the context
-    assert capacity_of(loose, 99.0, "H200").usable_mb == 990
+    def found(gpu: GpuConfig, free_mb: float, limit_mb: int | None = None) -> Capacity:
+        config = TrainConfig(MODEL, "random", data=DataConfig("sample"), gpu=gpu)
+        return capacity_of(replace(config, measure=MeasureConfig(memory_limit_mb=limit_mb)), free_mb, "H200")
+
+    real = replace(CARD, memory_mb=None, context_mb=0)
+    assert found(CARD, 5000) == Capacity(1000, 10, "a has 1,000")
+    assert found(real, 1234.5) == Capacity(1234.5, 0, "this H200 has 1,234 free")
+    assert found(CARD, 5000, 500) == Capacity(500, 0, "measure.memory_limit_mb allows 500")
+    assert found(CARD, 5000, 995).usable_mb == 990  # the context leaves no more
+    assert found(CARD, 300) == Capacity(300, 0, "this H200 has 300 free")  # a shared card, smaller than the profile
 
 
 # The process

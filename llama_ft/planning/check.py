@@ -93,7 +93,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def capacity_of(config: TrainConfig, free_mb: float, device: str) -> Capacity:
-    """What a run may use: its profile's card, else what is free on the real one; less if a limit says so.
+    """What a run may use: what is free on the real card; less if its profile's card or a limit says so.
 
     Args:
         free_mb: MB free on the real card, when the context is there.
@@ -101,7 +101,7 @@ def capacity_of(config: TrainConfig, free_mb: float, device: str) -> Capacity:
     """
     gpu, limit = config.gpu, config.measure.memory_limit_mb
     found = Capacity(free_mb, 0, f"this {device} has {free_mb:,.0f} free")
-    if gpu.memory_mb is not None:
+    if gpu.memory_mb is not None and gpu.memory_mb - gpu.context_mb <= free_mb:
         found = Capacity(gpu.memory_mb, gpu.context_mb, f"{gpu.name} has {gpu.memory_mb:,}")
     if limit is not None and limit < found.usable_mb:
         return Capacity(limit, 0, f"measure.memory_limit_mb allows {limit:,}")
