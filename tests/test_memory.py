@@ -1,18 +1,22 @@
 """The memory tracker against closed forms, on layers whose every byte can be counted by hand."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_techniques import ragged_samples
 from test_training import COMBINATIONS, make_step, name
 from torch import nn
 
 from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
+from llama_ft.measure.hardest import hardest_groups, hardest_windows
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.measure.result import CATEGORIES
-from llama_ft.measure.run import hardest_windows, track_memory
+from llama_ft.measure.run import track_memory
 
 KB = 1024 / 2**20  # in MB
 
@@ -147,18 +151,40 @@ def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n
     assert peaks[0] > min(peaks)
 
 
-def test_many_targets_can_be_harder_than_many_tokens(tiny_config) -> None:
-    long, answer, short = Sample([5] * 120, 118), Sample([5] * 110, 2), Sample([5] * 9, 3)
+def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
+    samples = [Sample([5] * length, length - n) for length, n in [(120, 4), (9, 5), (112, 70), (90, 75)]]
     tiny_config.optim.lora = True
-    step, _ = make_step(tiny_config, (False, False, True, False))
-    peaks = [track_memory(step, [[collate([sample])]]).peak_mb for sample in (long, answer)]
-    assert peaks[1] > peaks[0]
-    assert track_memory(step, hardest([long, short, answer], 1)).peak_mb >= max(peaks)
+    peaks = []
+    for sample in samples:
+        step, _ = make_step(tiny_config, (False, False, True, False))
+        peaks.append(track_memory(step, [[collate([sample])]]).peak_mb)
+    assert peaks[2] == max(peaks) > max(peaks[0], peaks[3])
+    assert track_memory(step, hardest(samples, 1)).peak_mb >= max(peaks)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=9),
+    st.integers(1, 4),
+    st.sampled_from([1, 8]),
+    st.tuples(*[st.integers(0, 50)] * 3),
+)
+def test_hardest_micro_batches_are_hard_by_any_convex_measure(lengths, batch_size, multiple, factors):
+    samples = [Sample([5] * (n_prompt + n), n_prompt) for n_prompt, n in lengths]
+
+    def hardness(group: Sequence[Sample]) -> int:
+        batch = collate(group, Padding(multiple))
+        width = batch.tokens.shape[1]
+        return factors[0] * width + factors[1] * batch.n_targets + factors[2] * width**2
+
+    found = hardest_groups(sorted(samples, key=len), batch_size, Padding(multiple))
+    size = min(batch_size, len(samples))
+    assert all(len({id(sample) for sample in group}) == size for group in found)
+    assert max(map(hardness, found)) == max(hardness(group) for group in itertools.combinations(samples, size))
 
 
 def test_hardest_windows_are_full_where_there_are_samples_enough() -> None:
     samples = ragged_samples()
-    assert [len(window) for window in hardest(samples, 4)] in ([4], [4, 4])
-    assert [len(window) for window in hardest(samples[:2], 8)] in ([2], [2, 2])
-    assert [window[-1].tokens.shape[0] for window in hardest(samples, 2, batch_size=3)] in ([3], [3, 3])
+    assert {len(window) for window in hardest(samples, 4)} == {4}
+    assert {len(window) for window in hardest(samples[:2], 8)} == {2}
+    assert {window[-1].tokens.shape[0] for window in hardest(samples, 2, batch_size=3)} == {3}
     assert hardest(samples, 4)[0][-1].tokens.shape[1] == max(len(sample) for sample in samples) - 1

@@ -93,7 +93,7 @@ def test_alternatives_are_two_at_most_smallest_change_first(on, activations_suff
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit():
     def found(gpu: GpuConfig, free_mb: float, limit_mb: int | None = None) -> Capacity:
-        config = TrainConfig(MODEL, "random", data=DataConfig("sample"), gpu=gpu)
+        config = TrainConfig(MODEL, "random", "t.model", data=DataConfig("sample"), gpu=gpu)
         return capacity_of(replace(config, measure=MeasureConfig(memory_limit_mb=limit_mb)), free_mb, "H200")
 
     real = replace(CARD, memory_mb=None, context_mb=0)

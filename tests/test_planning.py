@@ -20,9 +20,10 @@ from test_training import COMBINATIONS, make_step, name, small_config  # noqa: F
 from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, TrainConfig, UserError, WeightStorage
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
+from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.result import MB
-from llama_ft.measure.run import hardest_windows, track_memory
+from llama_ft.measure.run import track_memory
 from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded
 from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
 from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding, collate, epoch_batches
-from llama_ft.data.dataset import Dataset, Sample
+from llama_ft.data.dataset import Dataset
 from llama_ft.measure.device import (
     Stopwatch,
     choose_device,
@@ -23,6 +23,7 @@ from llama_ft.measure.device import (
     peak_rss_mb,
     use_kernels_of,
 )
+from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.measure.result import MB, METRICS_FILE
@@ -165,24 +166,6 @@ def make_precision(config: TrainConfig, device: torch.device) -> Precision:
     if config.optim.mp:
         return mixed_precision(config.mp, device.type, has_bf16(device, config.gpu))
     return Precision(device.type)
-
-
-def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:
-    """Windows that need as much memory as any that shuffling may bring.
-
-    A micro-batch is hardest for its length, or, since logits are computed for targets alone, for its number of targets:
-    a window for each, unless it is the same one. The hardest comes last, when gradients have already been accumulated;
-    what comes before it is short, to be quick.
-    """
-    by_length = sorted(samples, key=len)
-    by_targets = sorted(samples, key=lambda sample: sample.n_targets)
-    n_before = min(accumulation_steps, -(-len(samples) // batch_size)) - 1
-    starts = range(0, n_before * batch_size, batch_size)
-    before = [collate(by_length[start : start + batch_size], padding) for start in starts]
-    hardest = [by_length[-batch_size:], by_targets[-batch_size:]]
-    if {id(sample) for sample in hardest[0]} == {id(sample) for sample in hardest[1]}:
-        hardest.pop()
-    return [[*before, collate(group, padding)] for group in hardest]
 
 
 def track_memory(step: TrainStep, hardest: list[Window]) -> MemoryUse:

@@ -18,8 +18,8 @@ from llama_ft import techniques
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
+from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
-from llama_ft.measure.run import hardest_windows
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.card import Traits
 from llama_ft.planning.shape_cache import ShapeCache

@@ -1,0 +1,66 @@
+"""The micro-batches of a run that need the most memory, whatever order its samples come in."""
+
+from heapq import heappush, heappushpop, nlargest
+
+from llama_ft.data.collate import Padding, collate
+from llama_ft.data.dataset import Sample
+from llama_ft.training.step import Window
+
+
+def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:
+    """Windows one of which needs as much memory as any that shuffling may bring, the widest first.
+
+    The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
+    quick.
+    """
+    by_length = sorted(samples, key=len)
+    n_before = min(accumulation_steps, -(-len(samples) // batch_size)) - 1
+    starts = range(0, n_before * batch_size, batch_size)
+    before = [collate(by_length[start : start + batch_size], padding) for start in starts]
+    return [[*before, collate(group, padding)] for group in hardest_groups(by_length, batch_size, padding)]
+
+
+def hardest_groups(by_length: list[Sample], batch_size: int, padding: Padding) -> list[list[Sample]]:
+    """Micro-batches one of which needs as much memory as any other, the widest first.
+
+    A micro-batch is as large as its padded width and, since logits are computed for targets alone, its number of
+    targets make it. At each instant of a step memory is a convex function of the two, at least to a rounding: linear,
+    but quadratic in the width where attention's whole square is kept. So what is alive at once is most at a corner of
+    the convex hull of all pairs that can occur, and no other micro-batch has to be tried.
+
+    Args:
+        by_length: all samples, shortest first.
+    """
+    size = min(batch_size, len(by_length))
+    best: dict[int, tuple[int, int]] = {}  # by width: most targets, and which sample is then the longest one
+    others: list[int] = []  # a heap: the most targets that size - 1 of the samples so far have
+    for place, sample in enumerate(by_length):
+        if place >= size - 1:
+            width = padding.width(len(sample) - 1)
+            best[width] = max(best.get(width, (0, 0)), (sample.n_targets + sum(others), place))
+        if len(others) < size - 1:
+            heappush(others, sample.n_targets)
+        elif others:
+            heappushpop(others, sample.n_targets)
+    corners = hull([(width, n_targets) for width, (n_targets, _) in best.items()])
+    places = [best[width][1] for width, _ in corners]
+    return [
+        [by_length[place], *nlargest(size - 1, by_length[:place], key=lambda each: each.n_targets)] for place in places
+    ]
+
+
+def hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The upper right corners of the points' convex hull, from the right (Andrew's monotone chain, 1979)."""
+    corners: list[tuple[int, int]] = []
+    for x, y in sorted(points, reverse=True):
+        if corners and y <= corners[-1][1]:
+            continue  # another point has as much of both
+        while len(corners) > 1 and not _is_corner(corners[-2], corners[-1], (x, y)):
+            corners.pop()
+        corners.append((x, y))
+    return corners
+
+
+def _is_corner(right: tuple[int, int], point: tuple[int, int], left: tuple[int, int]) -> bool:
+    """Whether a point lies beyond the line between two others."""
+    return (point[0] - right[0]) * (left[1] - right[1]) > (point[1] - right[1]) * (left[0] - right[0])
