@@ -143,8 +143,8 @@ def test_accumulation_as_in_table_2_makes_updates_rarer(table: Table) -> None:
 
 
 def attention_flops(products: int) -> float:
-    """Of so many products of a whole S x S square of scores with all heads' features, in all layers."""
-    return 2.0 * products * WIDTH**2 * MODEL.dim * MODEL.n_layers
+    """Of so many products of S (S + 1) / 2 causal scores with all heads' features, in all layers."""
+    return products * WIDTH * (WIDTH + 1) * MODEL.dim * MODEL.n_layers
 
 
 def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table) -> None:

@@ -4,8 +4,8 @@ It asks the driver for whole pages and keeps them, so it reserves more than is a
 behaviour with expandable segments (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA), after
 c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from one pool with pages of
 2 MiB, above it from another with pages of 20 MiB; each pool is one range of addresses that grows at its end; a request
-takes the smallest free block that is large enough, the lowest of several, and leaves the rest of it free; neighbouring
-free blocks become one.
+takes the smallest free block that is large enough, the lowest of several, and leaves the rest of it free; the block at
+the end, which can grow, is taken last, whatever its size; neighbouring free blocks become one.
 """
 
 from bisect import bisect_left, insort
@@ -38,6 +38,8 @@ class Pool:
         if place == len(self._free):
             self._grow(size)
             place = bisect_left(self._free, (size, -1))
+        if sum(self._free[place]) == self.reserved and place + 1 < len(self._free):
+            place += 1  # at the end of what is mapped, it counts as large as it could become
         found, start = self._free[place]
         self._remove(start, found)
         if found > size:

@@ -5,12 +5,12 @@ autocast; what depends on the device (the 16-bit format, padding, the kernels of
 workspaces) is the planned card's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -19,9 +19,10 @@ from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.hardest import hardest_windows
-from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
+from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.card import Traits
+from llama_ft.planning.cuda_kernels import FlashAttentionMemory, use_fused_dropout
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep
@@ -68,17 +69,6 @@ def padding_of(config: TrainConfig, traits: Traits) -> Padding:
     return Padding(traits.precision(config).pad_multiple, config.model.context)
 
 
-def use_fused_dropout(model: nn.Module) -> None:
-    """Keep a mask of one byte a value, as the kernel on CUDA does; on the CPU the mask has the values' dtype."""
-
-    def fused(p: float) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.native_dropout(x, p, True)[0]
-
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            module.forward = fused(module.p)  # type: ignore[method-assign, assignment]
-
-
 def give_gradients(step: TrainStep) -> list[Tensor]:
     """Let every trainable parameter have a gradient, as after the backward pass of any micro-batch."""
     parameters = step.optimizer.param_groups[0]["params"]
@@ -97,7 +87,7 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     """What is alive when, in the rehearsal that a run of this config begins with.
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
-    The optimizer's state is made by a step without a micro-batch.
+    The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
 
     Args:
         samples: only their lengths and numbers of targets matter.
@@ -111,23 +101,48 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     with fake_step(config, traits) as step:
         windows = [[as_fake(batch) for batch in window] for window in hardest]
         tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]
-        with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker:
+        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_flash and config.optim.mp else nullcontext()
+        with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
+            first_step = len(tracker.events)
             tracker.claim_gradients(give_gradients(step))
             step.optimizer.step()
             step.optimizer.zero_grad(set_to_none=True)
+            second_step = len(tracker.events)
             for window in reversed(windows):  # the longest last: it is the step to look at
                 last_step = len(tracker.events)
                 if len(window) > 1:
                     tracker.claim_gradients(give_gradients(step))
                 step(window[-1:])
+        events = with_state_made_last(tracker.events, first_step, second_step, last_step)
         counts = [(parameter.numel(), parameter.requires_grad) for parameter in step.model.parameters()]
     return FakeRun(
         tracker.result(),
-        tracker.events,
-        last_step,
+        events,
+        len(events) - len(tracker.events) + last_step,
         sum(count for count, trainable in counts if trainable),
         sum(count for count, _ in counts),
     )
+
+
+def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:
+    """The events of a real run, whose first step makes the optimizer's state after its backward pass.
+
+    That step is taken to be like the last one.
+
+    Args:
+        first, second, last: index of the first event of a step without a micro-batch, that made the state; of the step
+            after it; of the last one.
+    """
+    copies: dict[int, Allocation] = {}
+    step: list[Event] = []
+    for allocation, sign, instant in events[last:]:
+        if sign > 0:
+            copies[id(allocation)] = replace(allocation)
+        if (copy := copies.get(id(allocation))) is not None:
+            step.append((copy, sign, instant))
+    state = [event for event in events[first:second] if event[0].category != "gradient"]
+    update = 1 + max(place for place, (_, _, instant) in enumerate(step) if instant == "backward")
+    return [*events[:first], *step[:update], *state, *step[update:], *events[second:]]
 
 
 def micro_batch(width: int, n_targets: int, batch_size: int) -> Batch:

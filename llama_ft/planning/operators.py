@@ -1,7 +1,8 @@
 """What operators compute and move: FLOPs by dtype, and bytes, from the shapes of fake tensors.
 
-FLOPs are those of matrix products and attention, as `torch.utils.flop_counter` counts them: 2 a multiply-add. Bytes are
-those of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before.
+FLOPs are those of matrix products and attention, as `torch.utils.flop_counter` counts them: 2 a multiply-add; but of
+causal attention's square of scores only half and the diagonal, where the kernel passes over the rest. Bytes are those
+of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before.
 """
 
 from collections import Counter
@@ -25,16 +26,23 @@ EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.n
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
 
 
-def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
+def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **__: Any) -> float:
+    return sdpa_flop_count(q.shape, k.shape, v.shape) * _computed(q, k, is_causal)
 
 
-def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
+def _attention_backward(
+    grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, dropout_p: float, is_causal: bool, **__: Any
+) -> float:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape) * _computed(q, k, is_causal)
 
 
-# Whose kernel computes the masked half too, or not, is the kernel's own affair: PyTorch's count is of the whole square.
-ATTENTION: dict[Any, Callable[..., int]] = {
+def _computed(q: Any, k: Any, is_causal: bool) -> float:
+    """The share of the square of scores that is on or below the diagonal: what lies above it no kernel has to find."""
+    n_q, n_k = q.shape[-2], k.shape[-2]
+    return (n_q + 1) / (2 * n_k) if is_causal else 1.0
+
+
+ATTENTION: dict[Any, Callable[..., float]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -54,10 +62,11 @@ class OperatorCounter(TorchDispatchMode):
             return out
         packet = func._overloadpacket
         if packet not in EMPTY:
-            self._count(packet, args, kwargs or {}, out)
+            self._count(func, args, kwargs or {}, out)
         return out
 
-    def _count(self, packet: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
+        packet = func._overloadpacket
         formula = ATTENTION.get(packet)
         if formula is not None:
             flops = float(formula(*args, **kwargs))
@@ -65,7 +74,7 @@ class OperatorCounter(TorchDispatchMode):
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
         else:
             flops = 0.0
-        outputs = list(_tensors(out))
+        outputs = list(_tensors(out)) or list(_tensors(_written(func, args)))
         inputs = [] if packet in GATHERING else list(_tensors((args, kwargs)))
         if not flops and not _writes(packet) and any(_same_storage(o, i) for o in outputs for i in inputs):
             return  # a view by another name, such as _unsafe_view
@@ -82,6 +91,15 @@ class OperatorCounter(TorchDispatchMode):
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+
+
+def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The arguments that an operator which returns nothing writes to.
+
+    AdamW's gradients are marked so too, as it can unscale them; our step does that before.
+    """
+    written = zip(func._schema.arguments, args, strict=False)
+    return [value for each, value in written if each.alias_info and each.alias_info.is_write and each.name != "grads"]
 
 
 def _n_bytes(tensor: Tensor) -> int:

@@ -1,0 +1,49 @@
+"""What kernels on CUDA keep or take that those of fake CPU tensors do not."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+ROW_BLOCK, HEAD_BLOCK = 128, 32  # to whose multiples FlashAttention rounds lengths and head sizes
+
+
+def use_fused_dropout(model: nn.Module) -> None:
+    """Keep a mask of one byte a value, as the kernel on CUDA does; on the CPU the mask has the values' dtype."""
+
+    def fused(p: float) -> Callable[[Tensor], Tensor]:
+        return lambda x: torch.native_dropout(x, p, True)[0]
+
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            module.forward = fused(module.p)  # type: ignore[method-assign, assignment]
+
+
+class FlashAttentionMemory(TorchDispatchMode):
+    """What FlashAttention's backward pass takes while it runs, to be entered after the tracker that is to see it.
+
+    After mha_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of the queries' gradients
+    and of each row, and the gradients of grouped keys and values once for each query head.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run the operator, and hold that memory until it has returned."""
+        taken = _taken(*args[1:3]) if func is FLASH_BACKWARD else []
+        out = func(*args, **(kwargs or {}))
+        del taken
+        return out
+
+
+def _taken(q: Tensor, k: Tensor) -> list[Tensor]:
+    """Tensors of that size. Queries are [B, heads, S, head_dim], keys [B, kv heads, S, head_dim]."""
+    n_rows, heads, length, size = q.shape
+    length, size = _rounded(length, ROW_BLOCK), _rounded(size, HEAD_BLOCK if size <= 128 else 2 * HEAD_BLOCK)
+    sums = [torch.empty(n_rows, heads, length), torch.empty(n_rows, heads, length, size)]
+    return sums if k.shape[1] == heads else [*sums, torch.empty_like(q), torch.empty_like(q)]
+
+
+def _rounded(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
