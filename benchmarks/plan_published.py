@@ -1,26 +1,34 @@
-"""What others measured or computed for LLaMA-2, beside what the planner says: `python -m benchmarks.plan_published`.
+"""What others measured or computed for LLaMA-2 beside what the planner says: `python -m benchmarks.plan_published DIR`.
 
-The measured runs are LitGPT's, on an A100 of 40 GB (torch 2.1, October 2023; tutorials/resource-tables.md and
+Measured: LitGPT's runs on an A100 of 40 GB (torch 2.1, October 2023; tutorials/resource-tables.md and
 tutorials/finetune_lora.md of github.com/Lightning-AI/litgpt): LoRA of rank 8 on queries and values, no gradient
-checkpointing, Alpaca, whose longest sample has 1,304 tokens there. LitGPT prints what is reserved, in GB of 10**9
-bytes. The computed figures are bytes of tensors in full-depth LLaMA-2-7B, found by an independent implementation
-over transformers' model, at 405 tokens of which 337 are trained on (the longest of Alpaca's first 200).
+checkpointing, Alpaca, whose longest sample has 1,304 tokens there. It prints what is reserved, in GB of 10**9 bytes.
+
+Computed: bytes of the tensors of all of LLaMA-2-7B, by another implementation on fake tensors, over transformers'
+model, for a sample of 405 tokens of which 337 are trained on: the longest of Alpaca's first 200.
 """
 
-import argparse
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llama_ft import cli
 from llama_ft.config import PlanConfig
 from llama_ft.files import write_text
+from llama_ft.measure.result import MB
 from llama_ft.plan import overrides
-from llama_ft.planning.predict import Lengths, predict
+from llama_ft.planning.allocator import reserved_bytes
+from llama_ft.planning.card import traits_of, workspace_bytes
+from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.predict import blank_samples
 
-LITGPT = "training=course data.max_length=1304 optim=lora lora.rank=8"
-BF16_TRUE = f"{LITGPT} optim=mp_lora mp.trainable_weights=compute"
-LONGEST = (405, 68)
+COMMON = "gpu=a100_40gb training=course"
+PURE_BF16 = "optim=mp_lora mp.trainable_weights=compute lora.rank=8 data.max_length=1304"
+MIXED = "optim=mp_lora mp.frozen_weights=fp32 lora.rank=8 data.max_length=1304"
+GB = 1e9
+OTHER_LENGTHS = (405, 68)  # tokens, and those of the prompt
 
 
 @dataclass(frozen=True)
@@ -28,16 +36,91 @@ class Published:
     """A run of somebody else."""
 
     name: str
-    arguments: str  # of `plan`
-    reserved_gb: float | None  # None where it went out of memory
+    arguments: str  # of `plan`, beside COMMON
+    gb: float | None  # what it reserved; None where it went out of memory
 
 
-PUBLISHED = [
-    Published("7B, bf16-mixed, 1", f"model=llama2_7b {LITGPT} optim=mp_lora mp.frozen_weights=fp32", None),
-    Published("7B, bf16-true, 1", f"model=llama2_7b {BF16_TRUE}", 21.30),
-    Published("7B, bf16-true, 2", f"model=llama2_7b {BF16_TRUE} training.batch_size=2", 29.07),
-    Published("7B, bf16-true, 4", f"model=llama2_7b {BF16_TRUE} training.batch_size=4", None),
-    Published("13B, bf16-true, 1", f"model=llama2_13b {BF16_TRUE}", 38.12),
-    Published("13B, bf16-true, 2", f"model=llama2_13b {BF16_TRUE} training.batch_size=2", None),
-    Published("13B, bf16-true, 4", f"model=llama2_13b {BF16_TRUE} training.batch_size=4", None),
+@dataclass(frozen=True)
+class Computed:
+    """Memory that somebody else computed."""
+
+    arguments: str
+    gib: float  # of tensors, at the peak
+    digits: int  # after the point
+    tolerance: float
+
+
+LITGPT = [
+    Published("7B, bf16-mixed, micro-batch 1", f"model=llama2_7b {MIXED}", None),
+    Published("7B, bf16-true, micro-batch 1", f"model=llama2_7b {PURE_BF16}", 21.30),
+    Published("7B, bf16-true, micro-batch 2", f"model=llama2_7b {PURE_BF16} training.batch_size=2", 29.07),
+    Published("7B, bf16-true, micro-batch 4", f"model=llama2_7b {PURE_BF16} training.batch_size=4", None),
+    Published("13B, bf16-true, micro-batch 1", f"model=llama2_13b {PURE_BF16}", 38.12),
+    Published("13B, bf16-true, micro-batch 2", f"model=llama2_13b {PURE_BF16} training.batch_size=2", None),
+    Published("13B, bf16-true, micro-batch 4", f"model=llama2_13b {PURE_BF16} training.batch_size=4", None),
 ]
+OTHERS = [
+    Computed("optim=baseline", 100.4, 1, 0.03),
+    Computed("optim=ga", 105, 0, 0.03),
+    Computed("optim=ga_mp", 116, 0, 0.03),
+    Computed("optim=lora", 29, 0, 0.03),
+    Computed("optim=mp_lora mp.frozen_weights=fp32", 39.8, 1, 0.03),
+    Computed("optim=mp_lora", 14.8, 1, 0.10),
+    Computed("optim=mp_lora optim.gc=true", 12.9, 1, 0.10),
+]
+
+
+def planned(arguments: str, lengths: tuple[int, int]) -> dict[str, Any]:
+    """What the planner finds for samples of one length."""
+    config = cli.composed_config("plan", overrides(f"{COMMON} {arguments}".split()), PlanConfig)
+    run = fake_run(config, blank_samples([lengths] * 8), traits_of(config.gpu))
+    reserved = reserved_bytes(run.events, workspace_bytes(config.gpu))
+    fits = reserved / MB <= config.gpu.usable_mb
+    return {"peak_mb": run.use.peak_mb, "reserved_mb": reserved / MB, "fits": fits, "memory_mb": run.use.at_peak_mb}
+
+
+def litgpt(run: Published) -> dict[str, Any]:
+    """A run of LitGPT's, measured and planned; of its samples all but BOS are trained on, the most that can be."""
+    found = planned(run.arguments, (1304, 1))
+    gb = found["reserved_mb"] * MB / GB
+    error = None if run.gb is None else gb / run.gb - 1
+    return {"name": run.name, "plan": run.arguments, "measured_gb": run.gb, "planned_gb": gb, "error": error} | found
+
+
+def other(run: Computed) -> dict[str, Any]:
+    """A row that another implementation computed, and ours."""
+    found = planned(f"model=llama2_7b {run.arguments}", OTHER_LENGTHS)
+    gib = found["peak_mb"] / 1024
+    return {"plan": run.arguments, "theirs_gib": run.gib, "ours_gib": gib, "difference": gib / run.gib - 1} | found
+
+
+def tables(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
+    """Both as Markdown."""
+    lines = [
+        "| LitGPT on an A100 of 40 GB | reserved, GB | planned, GB | error | fits, planned |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for each in runs:
+        gb = "out of memory" if each["measured_gb"] is None else f"{each['measured_gb']:.2f}"
+        error = "" if each["error"] is None else f"{each['error']:+.1%}"
+        lines.append(
+            f"| {each['name']} | {gb} | {each['planned_gb']:.2f} | {error} | {'yes' if each['fits'] else '×'} |"
+        )
+    lines += ["", "| LLaMA-2-7B, 405 tokens | theirs, GiB | ours, GiB | difference |", "|---|---:|---:|---:|"]
+    for computed, each in zip(OTHERS, others, strict=True):
+        theirs, ours = (f"{each[key]:.{computed.digits}f}" for key in ("theirs_gib", "ours_gib"))
+        lines.append(f"| {each['plan']} | {theirs} | {ours} | {each['difference']:+.1%} |")
+    return "\n".join([*lines, ""])
+
+
+def main() -> None:
+    """Write and print the tables."""
+    folder = Path(sys.argv[1])
+    runs, others = [litgpt(run) for run in LITGPT], [other(run) for run in OTHERS]
+    write_text(folder / "published.json", json.dumps({"litgpt": runs, "others": others}, indent=1) + "\n")
+    write_text(folder / "published.md", tables(runs, others))
+    print(tables(runs, others))
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read
 from llama_ft.planning import calibration_runs
 from llama_ft.planning.predict import combinations, predict
 
-LEARNED_FROM = ("baseline", "mp_lora")
+LEARNED_FROM = ("baseline", "mp")
 LENGTHS_FILE = "lengths.json"
 
 
@@ -45,7 +45,7 @@ def compare(folder: Path) -> tuple[list[tuple[str, float, float | None]], str]:
     with tempfile.TemporaryDirectory() as two, kept:
         for name in LEARNED_FROM:
             shutil.copytree(folder / name, Path(two) / name)
-        about = calibration_runs.calibrate(rows, [cpu], Path(two))["about"]
+        about = calibration_runs.calibrate(rows, calibration_runs.learn_from(Path(two), [cpu]))["about"]
     seconds = {}
     for row in rows:
         result = read_result(folder / row["combination"])

@@ -453,7 +453,9 @@ def test_runtimes_of_another_device_or_other_data_have_no_error(tmp_path: Path) 
     assert {line["runtime_s.error_percent"] for line in lines} == {""}
     assert lines[0]["peak_memory_mb.error_percent"] != ""
     (folder / "plan.json").write_text(text.replace('"tokens": 14000', '"tokens": 14001'))
-    assert "other numbers of tokens" in checked(sweep, folder)[0]
+    shown, lines = checked(sweep, folder)
+    assert "Not the same data: 70.0 tokens a sample in the sweep" in shown
+    assert {line["peak_memory_mb.error_percent"] for line in lines} == {""}
 
 
 def test_runs_that_were_told_otherwise_are_left_out(tmp_path: Path) -> None:

@@ -31,6 +31,9 @@ POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
 # busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
 THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+# glibc gives a block of 32 MiB or more back to the system when it is freed, so that gradients as large as LLaMA's are
+# written to new pages in each step. As huge pages (Linux, glibc 2.35 and later) these cost a quarter of the time.
+PAGES_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
 # into: it reserves less, and what the planner's model of it says (`planning/allocator.py`).
 ALLOCATOR_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -118,7 +121,7 @@ def child_environment() -> dict[str, str]:
     """Our environment with what a run needs in it; what the user has set stays."""
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     allocator = {} if any(name in os.environ for name in ALLOCATOR_VARIABLES) else ALLOCATOR_ENVIRONMENT
-    return THREADS_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
+    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> tuple[int, int]:

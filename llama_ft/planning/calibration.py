@@ -7,12 +7,14 @@ operator costs something by itself too. Each optimizer step of each run is an eq
 steps differ in their lengths, so two runs hold more than two of them. What is solved is least squares of relative
 errors without negative costs; each run counts the same.
 
-The runs say nothing of what they did not use, or used in fixed proportion to something else. A run whose time would
-depend on that gets no time.
+Few runs leave open what part of their time a resource took that goes up and down with another one, in most of them. So
+all sets of costs are kept that explain the runs about equally well, each with as few resources as it can do with. They
+are the extremes of what is possible, and a run's time is the middle between the least and the most that they give it.
+A run for which these lie too far apart gets no time, nor does one that uses what the runs did not.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from math import sqrt
 from typing import Any
@@ -30,9 +32,12 @@ from llama_ft.planning.run_costs import step_costs
 FORMATS = tuple(RATES)  # PyTorch's names
 OPERATORS, BYTES, NEW_BLOCKS = "operators", "bytes", "new blocks"
 CUDA_GROUP = 8  # steps; there a step's line in metrics.jsonl is written while the next one is already under way
-MOST_UNCERTAIN = 0.25  # standard error of a run's time, as a share of it, beyond which the runs do not tell it
+MOST_UNCERTAIN = 0.25  # how far a run's time may be from the extremes, as a share of it
 LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no time is known better than this share of it; no eigenvalue, than this
-MOST_BEYOND = 2.0  # how much more of a resource that seemed to cost nothing a run may use, for its time, than the runs
+ABOUT_AS_GOOD = 4.0  # variances that the squares of errors may add up to beyond the least: two standard errors
+# How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: what is a twentieth
+# of their time may have passed unseen, and would be a quarter of this one's.
+MOST_BEYOND = 5.0
 
 Amounts = dict[str, float]  # how much of each resource
 
@@ -47,12 +52,26 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """Costs of some resources that explain the runs, if the others cost nothing."""
+
+    cost: Tensor  # float64 [resources], seconds a unit
+    error: float  # sum of squares
+    covariance: Tensor  # of the costs, where an equation's error has variance 1
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What was learned."""
 
-    cost: Amounts  # seconds a unit
-    covariance: Tensor  # float64, of the costs, in their order
-    most_used: Amounts  # units a second, the most in any of the runs
+    fits: list[Fit]  # about equally good, the best one first
+    variance: float  # of an equation's error
+    most_used: Amounts  # of each resource units a second, the most in any of the runs
+
+    @property
+    def cost(self) -> Amounts:
+        """Seconds a unit by the best of the fits."""
+        return dict(zip(self.most_used, self.fits[0].cost.tolist(), strict=True))
 
     def seconds(self, amounts: Amounts) -> float:
         """The time of a run that uses so much.
@@ -62,13 +81,17 @@ class Calibration:
         """
         if unknown := [name for name, amount in amounts.items() if amount and not self.most_used.get(name)]:
             raise UserError(f"none of the runs used {' or '.join(map(in_words, unknown))}")
-        used = torch.tensor([amounts.get(name, 0.0) for name in self.cost], dtype=torch.float64)
-        seconds = sum(amounts.get(name, 0.0) * cost for name, cost in self.cost.items())
-        error = sqrt(max(0.0, float(used @ self.covariance @ used)))
-        if not error <= MOST_UNCERTAIN * seconds:
+        used = torch.tensor([amounts.get(name, 0.0) for name in self.most_used], dtype=torch.float64)
+        times = [float(used @ fit.cost) for fit in self.fits]
+        errors = [sqrt(self.variance * max(0.0, float(used @ fit.covariance @ used))) for fit in self.fits]
+        least = min(time - error for time, error in zip(times, errors, strict=True))
+        most = max(time + error for time, error in zip(times, errors, strict=True))
+        seconds = (min(times) + max(times)) / 2
+        if not most - least <= 2 * MOST_UNCERTAIN * seconds:
             raise UserError("the runs do not tell apart the costs that it depends on: add runs of other combinations")
-        for name, cost in self.cost.items():
-            if not cost and amounts.get(name, 0.0) > MOST_BEYOND * self.most_used[name] * seconds:
+        for place, (name, most_used) in enumerate(self.most_used.items()):
+            costs_nothing = not any(fit.cost[place] for fit in self.fits)
+            if costs_nothing and float(used[place]) > MOST_BEYOND * most_used * seconds:
                 raise UserError(f"{in_words(name)} cost nothing that could be seen in the runs, and are many more here")
         return seconds
 
@@ -163,23 +186,16 @@ def learn(runs: Sequence[Measured], least: Callable[[str], float] = lambda resou
         times.append(run.seconds * weight)
     table, time = torch.cat(tables), torch.cat(times)
     floor = torch.tensor([least(name) for name in names], dtype=torch.float64)
-    cost = floor + non_negative(table, time - table @ floor)
-    spread = float((table @ cost - time).square().sum()) / max(1, len(time) - len(names))
-    covariance = max(spread, LEAST_ERROR**2 / len(runs)) * _inverse_square(table)
-    return Calibration(dict(zip(names, cost.tolist(), strict=True)), covariance, most)
+    fits = non_negative_fits(table, time - table @ floor)
+    variance = max(fits[0].error / max(1, len(time) - len(names)), LEAST_ERROR**2 / len(runs))
+    good = [fit for fit in fits if fit.error <= fits[0].error + ABOUT_AS_GOOD * variance]
+    return Calibration([replace(fit, cost=floor + fit.cost) for fit in good], variance, most)
 
 
-def _inverse_square(table: Tensor) -> Tensor:
-    """The inverse of table' table; very large, not infinite, where the columns do not tell the unknowns apart."""
-    scale = table.abs().amax(0)
-    values, vectors = torch.linalg.eigh((table / scale).T @ (table / scale))
-    inverse = vectors / values.clamp_min(SINGULAR * float(values[-1])) @ vectors.T
-    covariance: Tensor = inverse / torch.outer(scale, scale)
-    return covariance
+def non_negative_fits(table: Tensor, target: Tensor) -> list[Fit]:
+    """Least squares over each set of columns that has one answer, where no part of it is negative; the best one first.
 
-
-def non_negative(table: Tensor, target: Tensor) -> Tensor:
-    """Non-negative least squares, exact: the best of the solutions over each set of columns that has no negative part.
+    The first is the non-negative least squares of all columns.
 
     Args:
         table: [equations, unknowns], of which there are few.
@@ -187,11 +203,19 @@ def non_negative(table: Tensor, target: Tensor) -> Tensor:
     """
     scale = table.abs().amax(0).clamp_min(torch.finfo(table.dtype).tiny)
     table, n = table / scale, table.shape[1]
-    best, least = torch.zeros(n, dtype=table.dtype), float(target.square().sum())
-    for size in range(1, n + 1):
-        for columns in map(list, combinations(range(n), size)):
-            part = torch.linalg.pinv(table[:, columns]) @ target
-            error = float((table[:, columns] @ part - target).square().sum())
-            if part.min() >= 0 and error < least:
-                least, best = error, torch.zeros(n, dtype=table.dtype).index_copy(0, torch.tensor(columns), part)
-    return best / scale
+    nothing = torch.zeros(n, dtype=table.dtype)
+    fits = [Fit(nothing, float(target.square().sum()), torch.zeros(n, n, dtype=table.dtype))]
+    for columns in (list(chosen) for size in range(1, n + 1) for chosen in combinations(range(n), size)):
+        part, at = table[:, columns], torch.tensor(columns)
+        values, vectors = torch.linalg.eigh(part.T @ part)
+        if values[0] <= SINGULAR * values[-1]:
+            continue  # fewer columns do as well
+        inverse = vectors / values @ vectors.T
+        cost = torch.linalg.lstsq(part, target).solution
+        if cost.min() < 0:
+            continue
+        covariance = torch.zeros(n, n, dtype=table.dtype)
+        covariance[at[:, None], at] = inverse
+        whole = nothing.index_copy(0, at, cost) / scale
+        fits.append(Fit(whole, float((part @ cost - target).square().sum()), covariance / torch.outer(scale, scale)))
+    return sorted(fits, key=lambda fit: fit.error)

@@ -33,37 +33,53 @@ class MeasuredRun:
     result: dict[str, Any]
 
 
-def calibrate(rows: Sequence[dict[str, Any]], gpus: Sequence[GpuConfig], folder: Path) -> dict[str, str]:
-    """Put estimates in place of the rows' bounds, which stay as `bound_runtime_s`; a row not told of gets no time.
+@dataclass(frozen=True)
+class Learned:
+    """What runs have taught of a device."""
 
-    Returns:
-        What `plan.json` says of its times: their kind, and a line for people.
+    gpu: GpuConfig
+    calibration: Calibration
+    about: str  # for people
+
+
+def learn_from(folder: Path, gpus: Sequence[GpuConfig]) -> Learned:
+    """Learn from the runs in a folder, which has to be done before a plan is made, as it can fail.
 
     Raises:
-        UserError: if the folder does not hold runs of the one device that is planned for.
+        UserError: if the folder does not hold readable runs of the one device that is planned for.
     """
     if len(gpus) != 1:
         raise UserError("calibrate=DIR holds runs of one device: name its profile with gpu=NAME")
     gpu = gpus[0]
     runs, left_out = runs_of(folder, gpu)
     learned = learn(equations(runs, gpu), lambda resource: least_cost(resource, gpu))
+    names = ", ".join(f"{run.folder.name} ({run.result['model']}, {run.result['runtime_s']:.3g} s)" for run in runs)
+    return Learned(
+        gpu, learned, f"learned from {names} on {runs[0].result['device']}: {in_figures(learned, gpu)}{left_out}"
+    )
+
+
+def calibrate(rows: Sequence[dict[str, Any]], learned: Learned) -> dict[str, str]:
+    """Put estimates in place of the rows' bounds, which stay as `bound_runtime_s`; a row not told of gets no time.
+
+    Returns:
+        What `plan.json` says of its times: their kind, and a line for people.
+    """
     refused: dict[str, list[str]] = {}
     for row in rows:
         row["bound_runtime_s"] = row["runtime_s"]
         if row["error"] is not None or row["flops"] is None:
             continue
         row["runtime_s"] = row["tokens_per_s"] = None
-        used = amounts(gpu, row["flops"], row["bytes_moved"], row["mapped_bytes"], row["bound_s"], row["operators"])
+        figures = (row[key] for key in ("flops", "bytes_moved", "mapped_bytes", "bound_s", "operators"))
         try:
-            seconds = learned.seconds(used)
+            seconds = learned.calibration.seconds(amounts(learned.gpu, *figures))
         except UserError as error:
             refused.setdefault(str(error), []).append(row["combination"])
             continue
         row |= {"runtime_s": seconds, "tokens_per_s": row["tokens"] / seconds}
-    names = ", ".join(f"{run.folder.name} ({run.result['model']}, {run.result['runtime_s']:.3g} s)" for run in runs)
-    about = f"learned from {names} on {runs[0].result['device']}: {in_figures(learned, gpu)}{left_out}"
     without = [f"; no time for {', '.join(which)}: {reason}" for reason, which in refused.items()]
-    return {"kind": "calibrated", "about": about + "".join(without)}
+    return {"kind": "calibrated", "about": learned.about + "".join(without)}
 
 
 def least_cost(resource: str, gpu: GpuConfig) -> float:
@@ -86,7 +102,9 @@ def in_figures(learned: Calibration, gpu: GpuConfig) -> str:
             parts.append(f"{name} at {1e-9 / cost:.3g} GB/s")
         else:
             parts.append(f"{name} at {1e-9 / cost:,.3g} GFLOP/s")
-    return ", ".join(parts)
+    others = len(learned.fits) - 1
+    open_ = f"; {others} other set{'s' if others > 1 else ''} of costs would do, and times are in the middle"
+    return ", ".join(parts) + (open_ if others else "")
 
 
 def runs_of(folder: Path, gpu: GpuConfig) -> tuple[list[MeasuredRun], str]:

@@ -67,12 +67,22 @@ def workspace_bytes(gpu: GpuConfig) -> int:
 
 
 def profile_here(gpu: GpuConfig) -> GpuConfig:
-    """What is known of the GPU that is here, without its context or rates; of the CPU where there is none."""
+    """What is known of the GPU that is here, without its rates; of the CPU where there is none.
+
+    As its context counts all that is taken there already, a context and whatever other processes have.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return replace(gpu, name="cpu", device=DeviceChoice.cpu)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = f"{properties.major}.{properties.minor}"
-    memory = properties.total_memory // 2**20
-    return replace(gpu, name=properties.name, device=DeviceChoice.cuda, memory_mb=memory, compute_capability=capability)
+    free, memory = (n_bytes // 2**20 for n_bytes in torch.cuda.mem_get_info())
+    return replace(
+        gpu,
+        name=properties.name,
+        device=DeviceChoice.cuda,
+        memory_mb=memory,
+        context_mb=memory - free,
+        compute_capability=capability,
+    )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama_ft.config import DeviceChoice, OptimConfig, TrainConfig, UserError
+from llama_ft.data.dataset import records_file
 from llama_ft.files import write_text
 from llama_ft.measure.process import child_environment
 from llama_ft.measure.result import CONFIG_FILE, MB
@@ -54,6 +55,10 @@ def would_not_fit(config: TrainConfig, config_yaml: str, run_dir: Path, say: Cal
     if not config.plan.enforce or config.gpu.device is DeviceChoice.cpu or not may_have_gpu():
         return None
     write_text(run_dir / CONFIG_FILE, config_yaml)
+    try:
+        records_file(config.data, say)  # a download takes its own time, and is to be seen
+    except UserError:  # the run meets the same, and says so
+        return None
     try:
         reason: str | None = json.loads(_output([*COMMAND, str(run_dir)]))["objection"]
     except (OSError, ValueError, TypeError, KeyError, subprocess.SubprocessError) as error:

@@ -29,6 +29,9 @@ class FlashAttentionMemory(TorchDispatchMode):
     and of each row, and the gradients of grouped keys and values once for each query head.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator, and hold that memory until it has returned."""
         taken = _taken(*args[1:3]) if func is FLASH_BACKWARD else []

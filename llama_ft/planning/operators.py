@@ -27,16 +27,16 @@ GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their inp
 
 
 def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **__: Any) -> float:
-    return sdpa_flop_count(q.shape, k.shape, v.shape) * _computed(q, k, is_causal)
+    return float(sdpa_flop_count(q.shape, k.shape, v.shape)) * _computed(q, k, is_causal)
 
 
 def _attention_backward(
     grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, dropout_p: float, is_causal: bool, **__: Any
 ) -> float:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape) * _computed(q, k, is_causal)
+    return float(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)) * _computed(q, k, is_causal)
 
 
-def _computed(q: Any, k: Any, is_causal: bool) -> float:
+def _computed(q: Tensor, k: Tensor, is_causal: bool) -> float:
     """The share of the square of scores that is on or below the diagonal: what lies above it no kernel has to find."""
     n_q, n_k = q.shape[-2], k.shape[-2]
     return (n_q + 1) / (2 * n_k) if is_causal else 1.0

@@ -11,7 +11,7 @@ from typing import Any
 from llama_ft.config import Combinations, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.measure.run import versions
 from llama_ft.planning.advice import Adviser
-from llama_ft.planning.calibration_runs import calibrate
+from llama_ft.planning.calibration_runs import calibrate, learn_from
 from llama_ft.planning.lengths import DataLengths
 from llama_ft.planning.predict import combinations, predict
 from llama_ft.planning.table1 import table1
@@ -38,14 +38,14 @@ def make_plan(
     Raises:
         UserError: if what is asked for can run nowhere.
     """
+    learned = None if config.calibrate is None else learn_from(Path(config.calibrate), gpus)
     optims = planned_combinations(config)
     compared_for_advice = optims if config.goal is None else combinations(with_gc=True)
-    with progress("plan", len(compared_for_advice)) as advance:
-        all_rows = predict(config, compared_for_advice, gpus, lengths.pairs, advance)
+    all_rows = predict(config, compared_for_advice, gpus, lengths.pairs, partial(progress, "plan"))
     rows = [row for row in all_rows if OptimConfig(**row["optim"]) in optims]
     time = {"kind": "bound", "about": "at best: each operator at the full rate of the card's matrix units or memory"}
-    if config.calibrate is not None:
-        time = calibrate(all_rows, gpus, Path(config.calibrate))
+    if learned is not None:
+        time = calibrate(all_rows, learned)
     compared = None
     if config.combinations is not Combinations.one:
         first = [row for row in rows if row["gpu"] == gpus[0].name]

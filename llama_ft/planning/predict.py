@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from multiprocessing import active_children, get_context
@@ -22,6 +22,15 @@ from llama_ft.planning.timeline import Point, timeline
 
 MOST_PROCESSES = 8
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
+
+
+Start = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def unseen(total: int) -> Iterator[Callable[[int], None]]:
+    """No progress to be seen."""
+    yield lambda n: None
 
 
 @dataclass(frozen=True)
@@ -77,37 +86,45 @@ def predict(
     optims: Sequence[OptimConfig],
     gpus: Sequence[GpuConfig],
     lengths: Lengths,
-    advance: Callable[[int], None] = lambda count: None,
+    start: Start = unseen,
 ) -> list[dict[str, Any]]:
     """A row for each combination on each card, in this order: cards, then combinations.
 
     Args:
         config: all but technique and card; `lengths` are its data's.
-        advance: told how many combinations have been run since it was told last.
+        start: called with the number of combinations to run, for something to be told as they are done.
 
     Raises:
         UserError: if a combination can run nowhere, as with a LoRA target that there is not.
     """
     configs = [replace(config, optim=optim) for optim in optims]
     sizes = sorted({workspace_bytes(gpu) for gpu in gpus})
-    alike: dict[tuple[bool, bool, bool, Traits], dict[str, TrainConfig]] = {}
+    alike: dict[Key, dict[str, TrainConfig]] = {}
+    found: dict[tuple[Key, str], Rehearsed | UserError] = {}
     for gpu, each in product(gpus, configs):
-        alike.setdefault(_key(each, gpu), {})[each.optim.combination] = each
-    found: dict[tuple[Any, str], Rehearsed | UserError] = {}
-    with processes(len(alike)) as run:
+        key = _key(each, gpu)
+        try:
+            key[-1].precision(each)
+            alike.setdefault(key, {})[each.optim.combination] = each
+        except UserError as error:  # on this card; another one's row may do
+            found[key, each.optim.combination] = error
+    with start(sum(map(len, alike.values()))) as advance, processes(len(alike)) as run:
         jobs = {key: (list(group.values()), lengths, key[-1], sizes) for key, group in alike.items()}
         for key, outcome in run(rehearse, jobs):
-            names = list(alike[key])
-            outcomes = [outcome] * len(names) if isinstance(outcome, UserError) else outcome
-            found |= {(key, name): each for name, each in zip(names, outcomes, strict=True)}
-            advance(len(names))
+            if isinstance(outcome, UserError):
+                raise outcome
+            found |= {(key, name): each for name, each in zip(alike[key], outcome, strict=True)}
+            advance(len(alike[key]))
     rows = [row(each, gpu, found[_key(each, gpu), each.optim.combination]) for gpu in gpus for each in configs]
     for other in rows[len(configs) :]:
         other["timeline"] = []  # the first card's are drawn
     return rows
 
 
-def _key(config: TrainConfig, gpu: GpuConfig) -> tuple[bool, bool, bool, Traits]:
+Key = tuple[bool, bool, bool, Traits]
+
+
+def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
     """Equal for runs that share fake steps."""
     optim = config.optim
     return optim.mp, optim.lora, optim.gc, that_matter(traits_of(gpu), config)

@@ -1,7 +1,8 @@
 """All that a run computes and moves, from a few fake steps.
 
-A step's operators depend on its micro-batches' widths and numbers of targets, and are linear in the number of layers.
-So steps are run at a few widths and numbers of targets, on one layer and on two; between and beyond them is a line.
+A step's operators depend on its micro-batches' widths and numbers of targets, and are linear in the number of layers,
+or of groups of layers where one in several is checkpointed. So steps are run at a few widths and numbers of targets, on
+one layer or group and on two; between and beyond them is a line.
 """
 
 from bisect import bisect_right
@@ -58,12 +59,14 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
     padding = padding_of(config, traits)
     found = shapes(config, samples, padding)
     accumulations = [each.ga.steps if each.optim.ga else 1 for each in configs]
-    per_layer = [step_operators(config, n, found, traits, max(accumulations) > 1) for n in _depths(config)]
+    at_depth = depths(config)
+    per_depth = [step_operators(config, n, found, traits, max(accumulations) > 1) for n in at_depth]
     epochs, tokens = config.training.epochs, sum(len(sample) for sample in samples)
     costs = []
     for accumulation in accumulations:
-        epoch = _at_depth([_epoch(each, found, accumulation) for each in per_layer], config.model.n_layers)
-        epoch = total([epoch, _of_targets(per_layer[0], found)])
+        each = [_epoch(step, found, accumulation) for step in per_depth]
+        epoch = total(times(ops, n) for ops, n in zip(each, at_depth.values(), strict=True))
+        epoch = total([epoch, _of_targets(per_depth[0], found)])
         n_steps = -(-len(found.widths) // accumulation) * epochs
         costs.append(RunCosts(times(epoch, epochs), n_steps, len(samples) * epochs, tokens * epochs))
     return costs
@@ -80,31 +83,28 @@ def step_costs(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -
     """
     padding = padding_of(config, traits)
     accumulation = config.ga.steps if config.optim.ga else 1
-    found, n_layers = shapes(config, samples, padding), config.model.n_layers
-    per_layer = [step_operators(config, n, found, traits, accumulation > 1) for n in _depths(config)]
-    at_depth = [1.0] if len(per_layer) == 1 else [2.0 - n_layers, n_layers - 1.0]
-    of_targets = dict(zip(per_layer[0].targets, per_layer[0].by_targets, strict=True))
-    parts = [part for step in per_layer for part in (*step.by_width, step.accumulated, step.update)]
+    found, at_depth = shapes(config, samples, padding), depths(config)
+    per_depth = [step_operators(config, n, found, traits, accumulation > 1) for n in at_depth]
+    of_targets = dict(zip(per_depth[0].targets, per_depth[0].by_targets, strict=True))
+    parts = [part for step in per_depth for part in (*step.by_width, step.accumulated, step.update)]
     rows = []
     for epoch in range(config.training.epochs):
         batches = epoch_batches(samples, config.training.batch_size, epoch, config.training.seed, padding)
         for window in windows(batches, accumulation):
             widths, n_targets = [b.tokens.shape[1] for b in window], [b.n_targets for b in window]
-            micro = [*weights(widths, per_layer[0].widths), len(window) - 1.0, 1.0]
-            rows.append([n * each for n in at_depth for each in micro] + weights(n_targets, sorted(of_targets)))
+            micro = [*weights(widths, per_depth[0].widths), len(window) - 1.0, 1.0]
+            rows.append(
+                [n * each for n in at_depth.values() for each in micro] + weights(n_targets, sorted(of_targets))
+            )
     return parts + [of_targets[n] for n in sorted(of_targets)], torch.tensor(rows, dtype=torch.float64)
 
 
-def _depths(config: TrainConfig) -> list[int]:
-    """Numbers of layers at which steps are run."""
-    return list(range(1, min(config.model.n_layers, 2) + 1))
-
-
-def _at_depth(by_depth: list[Operators], n_layers: int) -> Operators:
-    """What holds at one layer and at two, at so many."""
-    if len(by_depth) == 1:
-        return by_depth[0]
-    return total([times(by_depth[0], 2 - n_layers), times(by_depth[1], n_layers - 1)])
+def depths(config: TrainConfig) -> dict[int, float]:
+    """Numbers of layers at which steps are run, and how much of each makes the model's."""
+    n_layers, group = config.model.n_layers, config.gc.every if config.optim.gc else 1
+    if n_layers <= 2 * group:
+        return {n_layers: 1.0}
+    return {group: 2 - n_layers / group, 2 * group: n_layers / group - 1}
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,9 @@ class StepOperators:
 def step_operators(
     config: TrainConfig, n_layers: int, found: Shapes, traits: Traits, accumulates: bool
 ) -> StepOperators:
-    """Run the steps; numbers of targets, which concern the head alone, at one layer."""
+    """Run the steps; numbers of targets, which concern the head alone, at the least number of layers."""
     size = config.training.batch_size
-    widths, targets = nodes(found.widths), nodes(found.targets) if n_layers == 1 else []
+    widths, targets = nodes(found.widths), nodes(found.targets) if n_layers == min(depths(config)) else []
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:
 

@@ -41,7 +41,8 @@ class ShapeCache(TorchDispatchMode):
         if not found:
             out = func(*args, **(kwargs or {}))
             if found == ():
-                self._recipes[key] = _recipe(out, inputs)
+                changes_inputs = torch.Tag.inplace_view in func.tags  # their shapes, each time anew
+                self._recipes[key] = None if changes_inputs else _recipe(out, inputs)
             return out
         kind, recipe = found
         with no_dispatch():

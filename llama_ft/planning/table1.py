@@ -4,8 +4,7 @@ Memory is that of the plan's own rows, and of further fake runs where the plan h
 of equal length, so that a technique is not credited with, or charged for, the padding of uneven ones.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from llama_ft.data.collate import Padding
 from llama_ft.planning.card import Traits, traits_of
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.operators import bytes_of, flops_of
-from llama_ft.planning.predict import Lengths, blank_samples, processes
+from llama_ft.planning.predict import Lengths, Start, blank_samples, processes
 from llama_ft.planning.roofline import GIGA, RATES, TERA
 from llama_ft.planning.run_costs import run_costs
 
@@ -22,7 +21,6 @@ MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
 Memory = dict[str, float]  # MB of 2**20 bytes by category: each one's own maximum
 Key = tuple[str, int, str]
-Start = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 NAMES = {"ga": "GA", "gc": "GC", "mp": "MP", "lora": "LoRA"}
 
 

@@ -113,6 +113,13 @@ def _notes(plan: Plan, check: Check) -> list[str]:
     group, notes = check.group, list(check.notes)
     if plan["data"]["is_stand_in"]:
         notes.append(f"Data of the plan: {plan['data']['about']}.")
+    others = next((pair for pair in check.pairs if not pair.same_data), None)
+    if others is not None:
+        lengths = (f"{run['tokens'] / run['samples']:.1f}" for run in (others.result, others.row))
+        notes.append(
+            f"Not the same data: {' tokens a sample in the sweep, '.join(lengths)} in the plan. So errors are left out;"
+            " to have them, give plan the sweep's arguments (model, data, tokenizer, training)."
+        )
     notes += _time_notes(plan, check)
     versions: dict[str, Any] = next((r["versions"] for r in group.results if r["versions"]), {})
     torches = versions.get("torch"), plan["versions"].get("torch")

@@ -31,6 +31,7 @@ class Pair:
 
     result: dict[str, Any]
     row: dict[str, Any]
+    same_data: bool  # whether the row's samples are as long as this run's, so far as that is known
     same_times: bool  # whether the row's runtime is of this run's device and tokens
 
     def values(self, measure: Measure) -> tuple[float | None, float | None]:
@@ -41,7 +42,7 @@ class Pair:
     def error(self, measure: Measure) -> float | None:
         """The prediction's signed error as a share of what was measured; None where there is none to be had."""
         measured, predicted = self.values(measure)
-        if measure is RUNTIME and not self.same_times:
+        if not (self.same_times if measure is RUNTIME else self.same_data):
             return None
         return None if not measured or predicted is None else predicted / measured - 1
 
@@ -94,12 +95,19 @@ def _check(plan: Plan, group: Group, gpu: dict[str, Any]) -> Check:
             left_out.setdefault(reason, []).append(result["combination"])
         else:
             times = is_device(gpu, group) and row["tokens"] == result["tokens"]
-            pairs.append(Pair(result, row, times))
+            pairs.append(Pair(result, row, _same_lengths(row, result), times))
     notes = [f"Measured alone: {', '.join(missing)}."] if missing else []
     notes += [f"Predicted alone: {', '.join(rows)}."] if rows else []
     return Check(
         group, gpu, pairs, notes + [f"Left out, since {why}: {', '.join(of)}." for why, of in left_out.items()]
     )
+
+
+def _same_lengths(row: dict[str, Any], result: dict[str, Any]) -> bool:
+    """Whether both have as many tokens a sample, as the same data has; a run that ended early does not know them."""
+    if not result["tokens"] or not row["tokens"]:
+        return True
+    return bool(row["tokens"] * result["samples"] == result["tokens"] * row["samples"])
 
 
 def _other_run(plan: Plan, row: dict[str, Any], result: dict[str, Any]) -> str | None:
