@@ -33,10 +33,10 @@ FORMATS = tuple(RATES)  # PyTorch's names
 OPERATORS, BYTES, NEW_BLOCKS = "operators", "bytes", "new blocks"
 CUDA_GROUP = 8  # steps; there a step's line in metrics.jsonl is written while the next one is already under way
 MOST_UNCERTAIN = 0.25  # how far a run's time may be from the extremes, as a share of it
-LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no time is known better than this share of it; no eigenvalue, than this
+LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no step is known better than this share of it; no eigenvalue, than this
 ABOUT_AS_GOOD = 4.0  # variances that the squares of errors may add up to beyond the least: two standard errors
-# How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: what is a twentieth
-# of their time may have passed unseen, and would be a quarter of this one's.
+# How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: a twentieth of their
+# time may have passed unseen, and would be a quarter of this one's.
 MOST_BEYOND = 5.0
 
 Amounts = dict[str, float]  # how much of each resource
@@ -187,7 +187,7 @@ def learn(runs: Sequence[Measured], least: Callable[[str], float] = lambda resou
     table, time = torch.cat(tables), torch.cat(times)
     floor = torch.tensor([least(name) for name in names], dtype=torch.float64)
     fits = non_negative_fits(table, time - table @ floor)
-    variance = max(fits[0].error / max(1, len(time) - len(names)), LEAST_ERROR**2 / len(runs))
+    variance = max(fits[0].error / max(1, len(time) - len(names)), LEAST_ERROR**2 * len(runs) / len(time))
     good = [fit for fit in fits if fit.error <= fits[0].error + ABOUT_AS_GOOD * variance]
     return Calibration([replace(fit, cost=floor + fit.cost) for fit in good], variance, most)
 
