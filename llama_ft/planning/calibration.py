@@ -35,8 +35,8 @@ CUDA_GROUP = 8  # steps; there a step's line in metrics.jsonl is written while t
 MOST_UNCERTAIN = 0.25  # how far a run's time may be from the extremes, as a share of it
 LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no step is known better than this share of it; no eigenvalue, than this
 ABOUT_AS_GOOD = 4.0  # variances that the squares of errors may add up to beyond the least: two standard errors
-# How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: a twentieth of their
-# time may have passed unseen, and would be a quarter of this one's.
+# How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: a twentieth of
+# their time may have passed unseen, and would be a quarter of this one's.
 MOST_BEYOND = 5.0
 
 Amounts = dict[str, float]  # how much of each resource
