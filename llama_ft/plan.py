@@ -22,8 +22,8 @@ USAGE = cli.Usage(
     PlanConfig,
     (
         "model=llama2_7b gpu=a100_40gb data=alpaca_200",
-        "model=llama2_7b gpu=all data.max_length=1024",
-        "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit",
+        "model=llama2_7b gpu=all data.max_length=1024 training=course",
+        "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit training=course",
         "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
     ),
     ("--help", "--version", "-sc install=bash"),

@@ -10,6 +10,9 @@ from llama_ft.planning.card import that_matter, traits_of, workspace_bytes
 from llama_ft.planning.predict import Lengths, processes
 from llama_ft.planning.search import EXPECTED_TRIES, largest, side_by_side, try_run, uniform
 
+# The share of a card that advice leaves free: real runs of others reserved up to 4.3 % more than is planned for them
+# (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.
+SPARE = 0.05
 LEAST_TOKENS = 2  # of a sample: one to predict from, and one to predict
 Row = dict[str, Any]  # of `plan.json`
 
@@ -80,7 +83,9 @@ class Adviser:
     def _cheapest(self) -> Advice:
         """The smallest card on which something fits."""
         cards = by_size(self.gpus)
-        place = next((n for n, gpu in enumerate(cards) if fastest(self._usable(gpu))), None)
+        best = [fastest(self._usable(gpu)) for gpu in cards]
+        roomy = [n for n, row in enumerate(best) if row and has_room(row)]
+        place = next(iter(roomy or [n for n, row in enumerate(best) if row]), None)
         if place is None:
             advice = self._for_card(cards[-1])
             advice.goal = "cheapest_gpu"
@@ -114,7 +119,8 @@ class Adviser:
                 number = f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.2g}"
                 how, time = "fastest", f", {number} s {self.time_note}".rstrip()
                 time += f"; {n_unknown} more fit, whose time is not known" if n_unknown else ""
-            return f"{how} that fits {gpu.name}: {typed(best['optim'])} ({_of(best)}{time})"
+            tight = "" if has_room(best) else f"; less than {SPARE:.0%} to spare: it may not fit"
+            return f"{how} that fits {gpu.name}: {typed(best['optim'])} ({_of(best)}{time}){tight}"
         least = smallest(rows)
         if least["fits"] is None:
             need = f"{typed(least['optim'])}, {least['peak_memory_mb']:,.1f} MB of tensors"
@@ -133,14 +139,17 @@ class Adviser:
         longest = self._longest
         size = self.config.training.batch_size
         beside = f", {size} in a micro-batch" if size > 1 else ""
+        spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
         if tokens >= LEAST_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
             if tokens < longest:
                 note = f"; those of this data, of up to {longest}, fit since their prompts are not trained on"
-            advice.lines.append(f"longest samples that fit{beside}: data.max_length={tokens}{note}")
+            advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
         all_of_them = ", all of the data" if samples == len(self.lengths) else ""
-        advice.lines.append(f"largest micro-batch of this data that fits: training.batch_size={samples}{all_of_them}")
+        advice.lines.append(
+            f"largest micro-batch of this data that fits{spared}: training.batch_size={samples}{all_of_them}"
+        )
 
     def _add_changes(self, advice: Advice, row: Row, gpu: GpuConfig) -> None:
         """What would let the smallest combination fit: shorter samples, fewer of them, a larger card."""
@@ -164,10 +173,12 @@ class Adviser:
         """The most tokens of a sample, and samples of a micro-batch; one below the least there can be if none fit."""
         config = self._config(row)
         traits, workspace = traits_of(gpu), workspace_bytes(gpu)
-        assert gpu.usable_mb is not None
+        limit_mb = gpu.usable_mb or 0.0
+        if has_room(row) or not row["fits"]:
+            limit_mb *= 1 - SPARE
         searches = {
-            "tokens": largest(gpu.usable_mb, LEAST_TOKENS, most_tokens, self._longest, workspace),
-            "samples": largest(gpu.usable_mb, 1, most_samples, config.training.batch_size, workspace),
+            "tokens": largest(limit_mb, LEAST_TOKENS, most_tokens, self._longest, workspace),
+            "samples": largest(limit_mb, 1, most_samples, config.training.batch_size, workspace),
         }
 
         def batch(n_samples: int) -> tuple[Any, ...]:
@@ -198,7 +209,7 @@ class Adviser:
                 advance(1)
         for card in cards:
             outcome = tried[kinds[card.name]]
-            if not isinstance(outcome, UserError) and outcome.reserved_mb <= (card.usable_mb or 0):
+            if not isinstance(outcome, UserError) and outcome.reserved_mb <= (1 - SPARE) * (card.usable_mb or 0):
                 need = f"{outcome.reserved_mb + card.context_mb:,.0f} of {card.memory_mb:,} MB"
                 return f"smallest known card on which {typed(row['optim'])} fits: gpu={card.name} ({need})"
         return f"{typed(row['optim'])} fits no card that is known"
@@ -207,9 +218,18 @@ class Adviser:
         return replace(self.config, optim=OptimConfig(**row["optim"]))
 
 
+def has_room(row: Row) -> bool:
+    """Whether a combination fits and leaves enough free to rely on that."""
+    usable = row["memory_there_is_mb"] - row["context_mb"] if row["fits"] else 0
+    return bool(row["fits"] and row["margin_mb"] >= SPARE * usable)
+
+
 def fastest(rows: Sequence[Row]) -> Row | None:
-    """Of the combinations that fit the fastest; where no time is known, the smallest; None if none fits."""
-    fitting = [row for row in rows if row["fits"]]
+    """Of the combinations that fit, with room if there are such, the fastest; where no time is known, the smallest.
+
+    None if none fits.
+    """
+    fitting = [row for row in rows if has_room(row)] or [row for row in rows if row["fits"]]
     timed = [row for row in fitting if row["runtime_s"] is not None]
     if timed:
         return min(timed, key=lambda row: (row["runtime_s"], row["required_mb"]))

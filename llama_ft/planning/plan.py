@@ -3,7 +3,7 @@
 import enum
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,10 @@ def make_plan(
         UserError: if what is asked for can run nowhere.
     """
     learned = None if config.calibrate is None else learn_from(Path(config.calibrate), gpus)
-    optims = planned_combinations(config)
+    optims, asked = planned_combinations(config), config
+    # No micro-batch is larger than the data.
+    size = min(config.training.batch_size, len(lengths.pairs))
+    config = replace(config, training=replace(config.training, batch_size=size))
     compared_for_advice = optims if config.goal is None else combinations(with_gc=True)
     all_rows = predict(config, compared_for_advice, gpus, lengths.pairs, partial(progress, "plan"))
     rows = [row for row in all_rows if OptimConfig(**row["optim"]) in optims]
@@ -66,7 +69,7 @@ def make_plan(
             "tokens": sum(length for length, _ in lengths.pairs),
         },
         "techniques": {name: _plain(asdict(getattr(config, name))) for name in ("ga", "mp", "lora", "gc")},
-        "training": _plain(asdict(config.training)),
+        "training": _plain(asdict(asked.training)),
         "gpus": [_plain(asdict(gpu)) for gpu in gpus],
         # What runtime_s is: a bound at the profile's rates, or calibrated by runs.
         "time": time,

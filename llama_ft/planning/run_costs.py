@@ -1,7 +1,7 @@
 """All that a run computes and moves, from a few fake steps.
 
 A step's operators depend on its micro-batches' widths and numbers of targets, and are linear in the number of layers,
-or of groups of layers where one in several is checkpointed. So steps are run at a few widths and numbers of targets, on
+or of groups of layers that are checkpointed together. So steps are run at a few widths and numbers of targets, on
 one layer or group and on two; between and beyond them is a line.
 """
 

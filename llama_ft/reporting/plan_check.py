@@ -101,7 +101,8 @@ def summary(check: Check) -> list[str]:
                 f"{measure.name.partition(',')[0]}: absolute error {fmean(sizes):.1%} in the mean, {median(sizes):.1%}"
                 f" in the median, at worst {worst:+.1%} ({name})."
             )
-    judged = [(p.row["fits"], p.fitted, p.row["combination"]) for p in check.pairs]
+    same_data = all(pair.same_data for pair in check.pairs)
+    judged = [(p.row["fits"], p.fitted, p.row["combination"]) for p in check.pairs if same_data]
     for fits, words in ((True, "fit and did not"), (False, "need too much and fitted")):
         wrong = [name for predicted, fitted, name in judged if predicted is fits and fitted is (not fits)]
         if wrong:

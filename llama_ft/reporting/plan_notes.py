@@ -22,7 +22,10 @@ def short_instant(instant: str) -> str:
 def all_notes(plan: Plan, gpus: list[dict[str, Any]], rows: Rows, with_times: bool = True) -> list[str]:
     """The notes on these rows of these cards."""
     optims = [row["optim"] for row in rows]
-    notes = technique_notes(optims, plan["techniques"], plan["training"]["batch_size"])
+    size = plan["training"]["batch_size"]
+    notes = technique_notes(optims, plan["techniques"], size)
+    if not any(optim["ga"] for optim in optims):
+        notes.append(f"Micro-batches of {size} (training.batch_size), an update after each.")
     if any(optim["mp"] for optim in optims) and plan["techniques"]["mp"]["trainable_weights"] == "compute":
         notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
     computed = sorted({dtype for row in rows if row["optim"]["mp"] for dtype in row["flops"] or {}} - {"float32"})
