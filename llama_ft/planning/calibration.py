@@ -8,9 +8,9 @@ steps differ in their lengths, so two runs hold more than two of them. What is s
 errors without negative costs; each run counts the same.
 
 Few runs leave open what part of their time a resource took that goes up and down with another one, in most of them. So
-all sets of costs are kept that explain the runs about equally well, each with as few resources as it can do with. They
-are the extremes of what is possible, and a run's time is the middle between the least and the most that they give it.
-A run for which these lie too far apart gets no time, nor does one that uses what the runs did not.
+all sets of costs are kept that explain the runs about equally well, each with as few resources as it can do with. The
+best of them gives a run's time, and the others how far off it may be. A run whose time may be too far off gets none,
+nor does one that uses what the runs did not.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ from llama_ft.planning.run_costs import step_costs
 FORMATS = tuple(RATES)  # PyTorch's names
 OPERATORS, BYTES, NEW_BLOCKS = "operators", "bytes", "new blocks"
 CUDA_GROUP = 8  # steps; there a step's line in metrics.jsonl is written while the next one is already under way
-MOST_UNCERTAIN = 0.25  # how far a run's time may be from the extremes, as a share of it
+MOST_UNCERTAIN = 0.25  # how far off a run's time may be, as a share of it
 LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no step is known better than this share of it; no eigenvalue, than this
 ABOUT_AS_GOOD = 4.0  # variances that the squares of errors may add up to beyond the least: two standard errors
 # How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: a twentieth of
@@ -84,10 +84,9 @@ class Calibration:
         used = torch.tensor([amounts.get(name, 0.0) for name in self.most_used], dtype=torch.float64)
         times = [float(used @ fit.cost) for fit in self.fits]
         errors = [sqrt(self.variance * max(0.0, float(used @ fit.covariance @ used))) for fit in self.fits]
-        least = min(time - error for time, error in zip(times, errors, strict=True))
-        most = max(time + error for time, error in zip(times, errors, strict=True))
-        seconds = (min(times) + max(times)) / 2
-        if not most - least <= 2 * MOST_UNCERTAIN * seconds:
+        seconds = times[0]
+        off = max(abs(time - seconds) + error for time, error in zip(times, errors, strict=True))
+        if not off <= MOST_UNCERTAIN * seconds:
             raise UserError("the runs do not tell apart the costs that it depends on: add runs of other combinations")
         for place, (name, most_used) in enumerate(self.most_used.items()):
             costs_nothing = not any(fit.cost[place] for fit in self.fits)

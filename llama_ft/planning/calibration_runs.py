@@ -102,9 +102,7 @@ def in_figures(learned: Calibration, gpu: GpuConfig) -> str:
             parts.append(f"{name} at {1e-9 / cost:.3g} GB/s")
         else:
             parts.append(f"{name} at {1e-9 / cost:,.3g} GFLOP/s")
-    others = len(learned.fits) - 1
-    open_ = f"; {others} other set{'s' if others > 1 else ''} of costs would do, and times are in the middle"
-    return ", ".join(parts) + (open_ if others else "")
+    return ", ".join(parts)
 
 
 def runs_of(folder: Path, gpu: GpuConfig) -> tuple[list[MeasuredRun], str]:
