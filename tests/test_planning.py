@@ -216,13 +216,18 @@ def test_flops_of_a_step_are_those_of_its_matrix_products(small_config: TrainCon
     assert flops_of(costs.operators) == {"float32": pytest.approx(weights_ + 7 * scores * model.n_layers)}
 
 
-@pytest.mark.parametrize("toggles", [(True, False, False, False), (False, True, True, True)], ids=name)
+@pytest.mark.parametrize(
+    ("toggles", "n_layers", "every"),
+    [((True, False, False, False), 5, 1), ((False, True, True, True), 5, 1), ((False, False, False, True), 6, 2)],
+)
 def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
     small_config: TrainConfig,  # noqa: F811
     toggles: tuple[bool, ...],
+    n_layers: int,
+    every: int,
 ) -> None:
-    config = with_optim(replace(small_config, model=replace(small_config.model, n_layers=5)), toggles)
-    config.ga.steps = 2
+    config = with_optim(replace(small_config, model=replace(small_config.model, n_layers=n_layers)), toggles)
+    config.ga.steps, config.gc.every = 2, every
     samples = [Sample([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
     found = run_costs([config], samples, ON_CUDA)[0]
     real = [collate([sample], padding_of(config, ON_CUDA)) for sample in samples[: 2 if config.optim.ga else 1]]
