@@ -28,6 +28,7 @@ from llama_ft.config import ModelConfig, config_dir
 from llama_ft.decoding.context import Context
 from llama_ft.measure.device import device_name
 from llama_ft.model.formats import to_hf
+from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 
@@ -37,20 +38,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def reference(model: Transformer) -> LlamaForCausalLM:
     """transformers' model with the same weights: shared, but for queries and keys, whose rotary layout differs."""
     c = model.config
-    config = LlamaConfig(
-        hidden_size=c.dim,
-        num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads,
-        num_key_value_heads=c.n_kv_heads,
-        intermediate_size=c.ffn_dim,
-        vocab_size=c.vocab_size,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.norm_eps,
-        rope_theta=c.rope_theta,
-    )
+    config = LlamaConfig(**hf_config(c, "float32", 1, 2))
     with torch.device("meta"):
         theirs = LlamaForCausalLM(config)
     theirs.load_state_dict(to_hf(model.state_dict(), c), assign=True)
+    theirs.tie_weights()
     device = model.output.weight.device
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its table is no weight
     return theirs.eval()

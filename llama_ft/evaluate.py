@@ -77,7 +77,7 @@ def load_material(config: EvaluateConfig, say: Say) -> "Material":
     from llama_ft.evaluation.records import load_questions
 
     tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model)
+    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
     return Material(tokenizer, load_questions(config, tokenizer, say), text)
 

@@ -48,7 +48,7 @@ def main() -> int:
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
     tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model)
+    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     prompts = read_asked(config, tokenizer)
     models = Models(config, tokenizer, say)
     if config.prompts is not None:

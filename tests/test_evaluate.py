@@ -47,6 +47,7 @@ from llama_ft.evaluation.measures import Material, measure
 from llama_ft.evaluation.perplexity import perplexity, read_text, text_windows
 from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_questions, majority_answers
 from llama_ft.files import locked
+from llama_ft.model.formats import hf_name, permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.reporting import progress
 from llama_ft.reporting.table2 import Table, print_table
@@ -338,11 +339,14 @@ def saved(folder: Path) -> Path:
 
 def merged(folder: Path) -> Transformer:
     """The adapter of `trained_adapter` added to the weights by hand."""
-    plain, tensors = make_model(SMALL), load_file(folder / "adapter.safetensors")
+    plain, tensors = make_model(SMALL), load_file(folder / "adapter_model.safetensors")
     with torch.no_grad():
         for name, linear in plain.named_modules():
-            if f"{name}.lora_A" in tensors:
-                linear.weight += 8.0 / 4 * tensors[f"{name}.lora_B"] @ tensors[f"{name}.lora_A"]
+            if name.endswith(("wq", "w2")):
+                theirs = "base_model.model." + hf_name(f"{name}.weight").removesuffix(".weight")
+                b = tensors[f"{theirs}.lora_B.weight"]
+                b = permute_rotary(b, 4, to_hf=False) if name.endswith("wq") else b
+                linear.weight += 8.0 / 4 * b @ tensors[f"{theirs}.lora_A.weight"]
     return plain
 
 

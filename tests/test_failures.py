@@ -59,7 +59,12 @@ def weights(dim: int = DIM, hf: bool = False) -> dict[str, torch.Tensor]:
 
 TRAINED = {  # by file: the names of the tensors in it
     "model.safetensors": set(weights()),
-    "adapter.safetensors": {f"layers.{n}.attention.{w}.lora_{m}" for n in (0, 1) for w in ("wq", "wv") for m in "AB"},
+    "adapter_model.safetensors": {
+        f"base_model.model.model.layers.{n}.self_attn.{w}_proj.lora_{m}.weight"
+        for n in (0, 1)
+        for w in "qv"
+        for m in "AB"
+    },
 }
 
 
@@ -416,7 +421,7 @@ saver.save_tensors = save_tensors
 
 def saved_twice_and_goes_on(ended: Ended) -> None:
     assert saved_steps(ended.run_dir) == [1, 2]
-    assert not (ended.run_dir / "adapter.safetensors").exists()
+    assert not (ended.run_dir / "adapter_model.safetensors").exists()
     result = goes_on(ended, "optim=lora", "training.save_every=1", "training.resume=true")
     assert result["resumed_at_step"] == 2
 

@@ -112,20 +112,24 @@ def trained_adapter(folder: Path, rank: int = 4) -> Path:
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.3)
     save_trained(adapted, folder)
-    lora = f"lora: {{rank: {rank}, alpha: 8.0, dropout: 0.1, targets: [wq, w2]}}\n"
-    (folder / "config.yaml").write_text(lora)
     return folder
+
+
+def change_adapter_config(folder: Path, **values: object) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @pytest.mark.parametrize("merge", [True, False])
 def test_an_adapter_changes_the_logits_as_it_did_in_training(tmp_path: Path, merge: bool) -> None:
     folder, tokens = trained_adapter(tmp_path / "run"), torch.arange(1, 30)[None]
-    adapted, plain = make_model(SMALL), make_model(SMALL)
+    adapted, plain, beside = make_model(SMALL), make_model(SMALL), make_model(SMALL)
     load_adapter(adapted, folder, merge)
+    load_adapter(beside, folder, False)
     torch.manual_seed(3)
     expected = make_model(SMALL)
     with torch.no_grad():
-        a = {n: p for n, p in adapted.named_parameters() if "lora" in n}
+        a = {n: p for n, p in beside.named_parameters() if "lora" in n}
         for name, linear in expected.named_modules():
             if name.endswith(("wq", "w2")):
                 linear.weight += 8.0 / 4 * a[f"{name}.lora_B"] @ a[f"{name}.lora_A"]
@@ -134,16 +138,16 @@ def test_an_adapter_changes_the_logits_as_it_did_in_training(tmp_path: Path, mer
 
 
 def test_what_is_no_adapter_of_this_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no adapter\.safetensors in it"):
+    with pytest.raises(UserError, match=r"there is no adapter_model\.safetensors in it"):
         load_adapter(make_model(SMALL), tmp_path, True)
     folder = trained_adapter(tmp_path / "run")
     with pytest.raises(UserError, match=r"does not fit model=tiny: model.dim is 32 and there 64"):
         load_adapter(make_model(replace(SMALL, dim=32)), folder, True)
-    (folder / "config.yaml").write_text("lora: {rank: 2, alpha: 8.0, dropout: 0.1, targets: [wq, w2]}\n")
-    with pytest.raises(UserError, match="does not hold the tensors"):
+    change_adapter_config(folder, r=2)
+    with pytest.raises(UserError, match=r"lora_A is \[4, 96\], and for model=tiny and r=2 should be \[2, 96\]"):
         load_adapter(make_model(SMALL), folder, True)
-    (folder / "config.yaml").unlink()
-    with pytest.raises(UserError, match="lacks how it was made"):
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"there is no adapter_config\.json in it"):
         load_adapter(make_model(SMALL), folder, True)
 
 
@@ -455,18 +459,16 @@ def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch:
 
 def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
     folder = trained_adapter(tmp_path / "run")
-    file = folder / "config.yaml"
-    config = file.read_text()
     for trained_on, given in (("random", "builtin"), ("builtin", "weights"), ("weights", "random")):
-        file.write_text(f"{config}checkpoint: {trained_on}\n")
+        change_adapter_config(folder, base_model_name_or_path=trained_on)
         with pytest.raises(
             UserError, match=rf"trained on checkpoint={trained_on}, and this is checkpoint={given}: give"
         ):
             check_base_of(folder, given)
     for trained_on, given in (("random", "random"), ("old/place", "new/place")):
-        file.write_text(f"{config}checkpoint: {trained_on}\n")
+        change_adapter_config(folder, base_model_name_or_path=trained_on)
         check_base_of(folder, given)
-    file.write_text(config)  # of an earlier version, which did not say
+    change_adapter_config(folder, base_model_name_or_path=None)  # it does not say
     check_base_of(folder, "builtin")
 
 

@@ -20,6 +20,10 @@ def small_config(n_kv_heads: int = 4) -> ModelConfig:
     )
 
 
+def rotary_config(context: int, head_dim: int) -> ModelConfig:
+    return ModelConfig("small", context=context, head_size=head_dim)
+
+
 def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
     model = load_model(small_config(n_kv_heads), "random", CPU, torch.float32, seed)
     with torch.no_grad():
@@ -84,7 +88,7 @@ def test_logits_at_are_those_rows_of_all_logits() -> None:
 def test_rotary_angles_depend_on_the_distance_alone() -> None:
     generator = torch.Generator().manual_seed(6)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator, dtype=torch.float64)
-    table = rotary_table(64, 16, 10000.0).double()
+    table = rotary_table(rotary_config(64, 16)).double()
     score = [
         (rotate(q, table[:, i : i + 1]).double() * rotate(k, table[:, j : j + 1]).double()).sum().item()
         for i, j in ((7, 2), (45, 40))
@@ -96,7 +100,7 @@ def test_rotary_is_a_complex_rotation_of_adjacent_pairs() -> None:
     x = torch.randn(1, 10, 2, 8, generator=torch.Generator().manual_seed(7))
     angles = torch.outer(torch.arange(10.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
-    assert relative(rotate(x, rotary_table(10, 8, 10000.0)), torch.view_as_real(turned).flatten(-2)) <= 1e-6
+    assert relative(rotate(x, rotary_table(rotary_config(10, 8))), torch.view_as_real(turned).flatten(-2)) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -92,7 +92,14 @@ def test_ok_exits_with_0_and_says_what_it_trains(ok_run: Any) -> None:
 
 def test_ok_leaves_these_files_and_no_others(ok_run: Any) -> None:
     _, run_dir = ok_run
-    expected = {"config.yaml", "metrics.jsonl", "result.json", "train.log", "adapter.safetensors"}
+    expected = {
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "train.log",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     assert {path.name for path in run_dir.iterdir()} == expected
     assert {path.name for path in run_dir.parent.parent.iterdir()} == {"place"}
 
@@ -154,11 +161,12 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
 
 
 def test_adapter_loads_and_has_learned(ok_run: Any) -> None:
-    adapter = load_file(ok_run[1] / "adapter.safetensors")
-    names = {f"layers.{n}.attention.{w}.lora_{m}" for n in range(6) for w in ("wq", "wv") for m in "AB"}
+    adapter = load_file(ok_run[1] / "adapter_model.safetensors")
+    layers = [f"base_model.model.model.layers.{n}.self_attn.{w}_proj" for n in range(6) for w in "qv"]
+    names = {f"{layer}.lora_{m}.weight" for layer in layers for m in "AB"}
     assert adapter.keys() == names
     for name, tensor in adapter.items():
-        assert tensor.shape == ((16, 192) if name.endswith("A") else (192, 16))
+        assert tensor.shape == ((16, 192) if "lora_A" in name else (192, 16))
         assert (tensor != 0).any(), name
 
 

@@ -325,7 +325,7 @@ def test_what_changes_no_answer_is_no_other_setting(tmp_path: Path) -> None:
     assert answer_file(moved, Counting(fail_at=0)) == [f"4 of 4 prompts are answered in {config.output}"]
     with pytest.raises(UserError, match="with other dtype"):
         answer_file(moved, Counting(), dtype="bfloat16")
-    (folders[1] / "adapter.safetensors").write_bytes(b"other")
+    (folders[1] / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match="with other adapter"):
         answer_file(moved, Counting())
 

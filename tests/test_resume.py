@@ -56,7 +56,9 @@ def children(pid: int) -> list[int]:
 
 
 def trained(run_dir: Path) -> dict[str, bytes]:
-    file = next(run_dir / name for name in ("adapter.safetensors", "model.safetensors") if (run_dir / name).exists())
+    file = next(
+        run_dir / name for name in ("adapter_model.safetensors", "model.safetensors") if (run_dir / name).exists()
+    )
     return {name: tensor.tobytes() for name, tensor in load_file(file).items()}
 
 

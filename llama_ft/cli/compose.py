@@ -1,15 +1,21 @@
 """Composing the config with Hydra, and checking it."""
 
+import copy
+import os
 import re
 import shlex
 import sys
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, not_allowed, type_of
 from llama_ft.config import (
+    FROM_CHECKPOINT,
+    ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
     PlanConfig,
@@ -34,6 +40,7 @@ def register() -> None:
     ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
     ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
     ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+    ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
     OmegaConf.register_new_resolver("combination", combination, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
@@ -97,11 +104,33 @@ def checked_config(composed: DictConfig, overrides: list[str], schema: type[T]) 
             raise UserError(
                 f"{key}={typed} would be read as {given}: a text that looks like a number needs quotes, {quoted}"
             )
-    checked = OmegaConf.to_object(composed)
+    checked = OmegaConf.to_object(_with_sizes(composed, overrides))
     assert isinstance(checked, schema)
     if added := _keys(OmegaConf.to_container(composed)) - _keys(asdict(checked)):  # type: ignore[call-overload]
         raise UserError(f"{min(added)} is not a key: `+` adds none here")
     return checked
+
+
+def _with_sizes(composed: DictConfig, overrides: list[str]) -> DictConfig:
+    """The config with the sizes that the checkpoint says, where it is to say them; keys that are given keep theirs."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if OmegaConf.select(composed, "model.name") != FROM_CHECKPOINT:
+        return composed
+    if composed.checkpoint in (None, "builtin", "random"):
+        raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
+    from llama_ft.model.folder import sizes_of
+
+    folder = Path(os.path.expanduser(composed.checkpoint))
+    given = {override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)}
+    sized = copy.deepcopy(composed)
+    for key, value in sizes_of(folder).items():
+        if f"model.{key}" not in given:
+            try:
+                sized.model[key] = value
+            except (OmegaConfBaseException, ValueError) as error:
+                raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
+    return sized
 
 
 def _typed(override: "Override") -> str:

@@ -11,16 +11,18 @@ from llama_ft.config.checks import (
     ComputeDtype,
     DeviceChoice,
     DtypeChoice,
+    Format,
     Goal,
     OnBadRecord,
+    StoredDtype,
     TrackerMode,
     UserError,
     WeightStorage,
 )
+from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
-    PACKAGE_DIR,
     DataConfig,
     GpuConfig,
     GradientAccumulationConfig,
@@ -29,26 +31,30 @@ from llama_ft.config.groups import (
     MatrixRates,
     MeasureConfig,
     MixedPrecisionConfig,
-    ModelConfig,
     OptimConfig,
     PlanCheckConfig,
     TrackerConfig,
     TrainingConfig,
 )
+from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.report import ReportConfig, UploadConfig
-from llama_ft.config.source import ModelSource, TrainedSource
+from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
+    "FROM_CHECKPOINT",
     "PACKAGE_DIR",
+    "TOKENIZER_FILES",
     "Combinations",
     "ComputeDtype",
+    "ConvertConfig",
     "DataConfig",
     "DecodingConfig",
     "DeviceChoice",
     "DtypeChoice",
     "EvaluateConfig",
+    "Format",
     "GenerateConfig",
     "Goal",
     "GpuConfig",
@@ -65,6 +71,7 @@ __all__ = [
     "PlanCheckConfig",
     "PlanConfig",
     "ReportConfig",
+    "StoredDtype",
     "TrackerConfig",
     "TrackerMode",
     "TrainConfig",

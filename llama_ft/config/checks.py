@@ -27,6 +27,22 @@ class ComputeDtype(enum.Enum):
     fp16 = "fp16"
 
 
+class Format(enum.Enum):
+    """Whose format a checkpoint has."""
+
+    hf = "hf"
+    meta = "meta"
+
+
+class StoredDtype(enum.Enum):
+    """The dtype that weights are stored in; `keep` is each weight's own."""
+
+    keep = "keep"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 class WeightStorage(enum.Enum):
     """How weights are stored under mixed precision: in the 16-bit compute dtype, or in fp32."""
 

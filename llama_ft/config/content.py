@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
-CHECKPOINT_FILES = re.compile(r".*\.(safetensors|pth)|config\.json|params\.json|model\.safetensors\.index\.json")
+CHECKPOINT_FILES = re.compile(
+    r".*\.(safetensors|pth)|(adapter_)?config\.json|params\.json|model\.safetensors\.index\.json|adapter_model\.bin"
+)
 N_PIECES, PIECE_BYTES = 64, 2**16  # of larger ones, so much is read at evenly spaced places, both ends among them
 
 

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from llama_ft.config.checks import (
     DeviceChoice,
@@ -16,48 +15,7 @@ from llama_ft.config.checks import (
     check_project,
     setting,
 )
-
-PACKAGE_DIR = Path(__file__).resolve().parent.parent
-
-
-@dataclass
-class ModelConfig:
-    """Sizes of a LLaMA decoder, in the terms of Meta's `params.json`."""
-
-    name: str = setting("???", "which model this is")
-    dim: int = setting(4096, "width of the residual stream")
-    n_layers: int = setting(32, "decoder blocks")
-    n_heads: int = setting(32, "attention heads")
-    n_kv_heads: int = setting(32, "key and value heads; fewer than n_heads is grouped-query attention")
-    ffn_dim: int = setting(11008, "width of the feed-forward layer")
-    vocab_size: int = setting(32000, "pieces of the tokenizer")
-    context: int = setting(4096, "longest sequence in tokens")
-    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
-    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
-
-    def __post_init__(self) -> None:
-        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
-            check(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
-        check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
-        check(self.head_dim % 2 == 0, "model.dim", self.dim, "such that dim / n_heads is even (rotary pairs)")
-        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
-        check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
-        check(0 < self.rope_theta < math.inf, "model.rope_theta", self.rope_theta, "positive and finite")
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.n_heads
-
-    @property
-    def builtin_dir(self) -> Path:
-        """Folder of the files that ship with this model; exists only for built-in models."""
-        return PACKAGE_DIR / "model" / self.name
-
-    @property
-    def is_builtin(self) -> bool:
-        """Whether a tokenizer for this model ships with the package."""
-        return (self.builtin_dir / "tokenizer.model").is_file()
+from llama_ft.config.model import ModelConfig
 
 
 @dataclass
@@ -108,6 +66,7 @@ class LoraConfig:
 
     rank: int = setting(16, "r, the inner size of the two factors")
     alpha: float = setting(32.0, "the update is scaled by alpha / rank")
+    rslora: bool = setting(False, "the update is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     dropout: float = setting(0.05, "share of the adapter's inputs that is dropped in training")
     targets: list[str] = setting(["wq", "wv"], "the linear layers that get an adapter: wq wk wv wo w1 w2 w3 output")
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from llama_ft.config.checks import Combinations, Goal, UserError, check, setting
 from llama_ft.config.groups import GpuConfig
+from llama_ft.config.source import found_tokenizer
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
@@ -29,6 +30,7 @@ class PlanConfig(TrainConfig):
         most = self.model.context
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
+        self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
             check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
         else:

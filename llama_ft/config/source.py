@@ -5,7 +5,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama_ft.config.checks import ComputeDtype, UserError, setting
-from llama_ft.config.groups import GpuConfig, ModelConfig
+from llama_ft.config.groups import GpuConfig
+from llama_ft.config.model import ModelConfig
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 only the first is read
+
+
+def found_tokenizer(model: ModelConfig, checkpoint: str | None) -> str | None:
+    """The tokenizer that lies in a checkpoint's folder; None where there is none, or the model has its own."""
+    if model.is_builtin or checkpoint in (None, "builtin", "random"):
+        return None
+    files = [Path(os.path.expanduser(str(checkpoint))) / name for name in TOKENIZER_FILES]
+    return next((str(file) for file in files if file.is_file()), None)
 
 
 @dataclass
@@ -14,7 +25,9 @@ class ModelSource:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
-    tokenizer: str | None = setting(None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own")
+    tokenizer: str | None = setting(
+        None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own, or the one in the checkpoint"
+    )
 
     def __post_init__(self) -> None:
         name = self.model.name
@@ -22,8 +35,12 @@ class ModelSource:
             self.checkpoint = "builtin"
         if self.checkpoint is None or (self.checkpoint == "builtin" and not self.model.is_builtin):
             raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
+        self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
-            raise UserError(f"model={name} has no built-in tokenizer: give tokenizer=FILE (its tokenizer.model)")
+            raise UserError(
+                f"model={name} has no built-in tokenizer, and checkpoint={self.checkpoint} holds none: give"
+                " tokenizer=FILE (its tokenizer.model)"
+            )
 
     @property
     def tokenizer_file(self) -> Path:

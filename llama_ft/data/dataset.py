@@ -73,7 +73,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Datas
         UserError: also if the tokenizer is not the model's.
     """
     tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model)
+    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
 
 

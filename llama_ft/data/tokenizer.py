@@ -6,6 +6,7 @@ of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging F
 
 import base64
 import binascii
+import os
 import re
 from pathlib import Path
 from typing import Protocol
@@ -40,16 +41,20 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
-        return self._format.decode(ids)
+        return self._format.decode([token for token in ids if token < self.vocab_size])  # a padded model has more
 
 
-def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, checkpoint: str | None) -> None:
     """Make sure that a tokenizer is the model's.
+
+    One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number.
 
     Raises:
         UserError: if it is not.
     """
-    if tokenizer.vocab_size != model.vocab_size:
+    beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
+    padded = beside and tokenizer.vocab_size < model.vocab_size
+    if tokenizer.vocab_size != model.vocab_size and not padded:
         raise UserError(
             f"tokenizer={file} has {tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary"
             f" of {model.vocab_size}: give the tokenizer that belongs to the model"
@@ -75,8 +80,8 @@ def _format(file: Path) -> _Format:
         raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
     if re.match(rb'\s*\{\s*"', start):
         return _HuggingFace(file)
-    if re.match(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", start):
-        return _Tiktoken(file)
+    if Tiktoken.LINE.match(start):
+        return Tiktoken(file)
     return _SentencePiece(file)
 
 
@@ -134,7 +139,7 @@ class _HuggingFace:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
 
-class _Tiktoken:
+class Tiktoken:
     """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
 
     # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
@@ -144,13 +149,14 @@ class _Tiktoken:
         r"|\s+(?!\S)|\s+"
     )
     N_SPECIAL = 256
+    LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
     def __init__(self, file: Path) -> None:
         try:
             import tiktoken
         except ImportError as error:
             raise _missing("tiktoken", file) from error
-        ranks = self._ranks(file)
+        ranks = self.ranks(file)
         self._encoding = tiktoken.Encoding(
             file.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
         )
@@ -159,7 +165,7 @@ class _Tiktoken:
         self.bos_id, self.eos_id = self._n_base, self._n_base + 1
 
     @staticmethod
-    def _ranks(file: Path) -> dict[bytes, int]:
+    def ranks(file: Path) -> dict[bytes, int]:
         """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(file.read_bytes().splitlines(), start=1):
@@ -174,9 +180,11 @@ class _Tiktoken:
         return ranks
 
     def encode(self, text: str) -> list[int]:
+        """Ids of the text."""
         return self._encoding.encode_ordinary(text)
 
     def decode(self, ids: list[int]) -> str:
+        """The text of the ids, special ones left out."""
         return self._encoding.decode([token for token in ids if token < self._n_base])
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, write_text
+from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, METRICS_FILE, RESULT_FILE
 from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
 
@@ -25,9 +25,10 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
     else:
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    for stale in (RESULT_FILE, LOG_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
+    for stale in (RESULT_FILE, LOG_FILE, *trained):
         (run_dir / stale).unlink(missing_ok=True)
-    for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, ADAPTER_FILE, WEIGHTS_FILE):
+    for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, *trained):
         for leftover in run_dir.glob(f".{written}.*.tmp"):
             leftover.unlink()
 

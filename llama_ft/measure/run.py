@@ -77,7 +77,7 @@ class MeasuredRun:
         self._train(step, applied.accumulation_steps)
         self.stage = "saving"
         if config.training.save:
-            save_trained(model, self.run_dir)
+            save_trained(model, self.run_dir, config.checkpoint)
 
     def _train(self, step: TrainStep, accumulation_steps: int) -> None:
         config, dataset, device = self.config, self.dataset, step.device

@@ -10,25 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llama_ft.config import UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
-from llama_ft.model.formats import (
-    ROTARY_TABLES,
-    check_sizes,
-    hf_name,
-    hf_sizes,
-    is_rotated,
-    meta_sizes,
-    permuted_view,
-)
+from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
+from llama_ft.model.sizes import HF_CONFIG, LLAMA_3_1_FACTOR, META_PARAMS, check_sizes, hf_sizes, meta_sizes
+from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import Transformer
 
 INDEX_FILE = "model.safetensors.index.json"
 SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
 SECONDS_BETWEEN_LINES = 5
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
 
@@ -40,32 +34,36 @@ class Checkpoint:
     folder: Path
     kind: str  # whose format it is, for people
     n_files: int
+    weights: dict[str, Weight]  # of each of the model's parameters, in their order
+
+    @torch.no_grad()
+    def load_into(self, model: Transformer, say: Callable[[str], None]) -> None:
+        """Copy the weights into a model of any device and dtype. Beside the model, one piece of a tensor lives."""
+        total = sum(weight.n_bytes for weight in self.weights.values())
+        files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
+        say(f"weights: {total / 2**20:,.0f} MB from {self.folder} ({self.kind}, {files})")
+        done, last_line = 0, time.monotonic()
+        for name, target in model.named_parameters():
+            for first, rows in self.weights[name].pieces(1):
+                target[first : first + len(rows)].copy_(rows)
+                done += rows.nbytes
+                if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                    say(f"weights: {done / total:.0%} read")
+                    last_line = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tensors in a folder under our names, not compared with a model yet."""
+
+    kind: str
+    n_files: int
     shards: Shards
     rotary_halves: bool  # whether wq and wk are in Hugging Face's layout
 
     def their_name(self, name: str) -> str:
         """The name that one of our weights has in these files."""
         return hf_name(name) if self.rotary_halves else name
-
-    @torch.no_grad()
-    def load_into(self, model: Transformer, say: Callable[[str], None]) -> None:
-        """Copy the weights into a model of any device and dtype. Beside the model, one piece of a tensor lives."""
-        total = sum(part.n_bytes for parts in self.shards.values() for part in parts)
-        files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
-        say(f"weights: {total / 2**20:,.0f} MB from {self.folder} ({self.kind}, {files})")
-        done, last_line = 0, time.monotonic()
-        for name, target in model.named_parameters():
-            rotate = self.rotary_halves and is_rotated(name)
-            head_rows = model.config.head_dim if rotate else 1
-            # Norms that every shard repeats have one place.
-            for part, place in zip(self.shards[name], _places(target, self.shards[name]), strict=False):
-                for first, rows in part.pieces(head_rows):
-                    ours = permuted_view(rows, len(rows) // head_rows, to_hf=False) if rotate else rows
-                    place[first : first + len(rows)].view(ours.shape).copy_(ours)
-                    done += rows.nbytes
-                    if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                        say(f"weights: {done / total:.0%} read")
-                        last_line = time.monotonic()
 
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
@@ -75,14 +73,13 @@ def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
         UserError: if there are none, a file is missing or damaged, or they are those of another model.
     """
     try:
-        checkpoint = _open(folder, model)
+        found = _open(folder, model)
     except OSError as error:
         raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
-    _check_tensors(checkpoint, model)
-    return checkpoint
+    return Checkpoint(folder, found.kind, found.n_files, _fitting(folder, found, model))
 
 
-def _open(folder: Path, model: Transformer) -> Checkpoint:
+def _open(folder: Path, model: Transformer) -> Found:
     if not folder.is_dir():
         what = "is a file: give the folder that it lies in" if folder.exists() else "there is no such folder"
         raise UserError(f"checkpoint={folder}: {what}")
@@ -90,8 +87,8 @@ def _open(folder: Path, model: Transformer) -> Checkpoint:
         return _open_single(folder, model)
     if (folder / INDEX_FILE).is_file():
         return _open_hf(folder, *_read_index(folder), model)
-    if meta_files := sorted(file for file in folder.glob("consolidated.*.pth") if file.is_file()):
-        return _open_meta(folder, meta_files, model)
+    if _meta_files(folder):
+        return _open_meta(folder, model)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
     hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
     if (folder / ADAPTER_FILE).is_file():
@@ -99,7 +96,7 @@ def _open(folder: Path, model: Transformer) -> Checkpoint:
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
 
 
-def _open_single(folder: Path, model: Transformer) -> Checkpoint:
+def _open_single(folder: Path, model: Transformer) -> Found:
     file = folder / WEIGHTS_FILE
     tensors, metadata = read_safetensors(file)
     if SIZES_KEY not in metadata:
@@ -108,21 +105,21 @@ def _open_single(folder: Path, model: Transformer) -> Checkpoint:
         check_sizes(json.loads(metadata[SIZES_KEY]), model.config, file)
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
-    return Checkpoint(folder, "llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
+    return Found("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
 
 
 def _open_hf(
     folder: Path, files: dict[str, dict[str, StoredTensor]], weight_map: dict[str, str], model: Transformer
-) -> Checkpoint:
-    check_sizes(hf_sizes(folder / "config.json"), model.config, folder / "config.json")
-    ours = {hf_name(name): name for name, _ in model.named_parameters()}
+) -> Found:
+    check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
+    ours = {hf_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     shards: Shards = {}
     for name, file in weight_map.items():
         if name not in files[file]:
             raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
         # In Meta's layout under our names it would be taken for Hugging Face's: such names are unknown here.
         shards[ours.get(name, f"{file}: {name}")] = [files[file][name]]
-    return Checkpoint(folder, "Hugging Face", len(files), shards, True)
+    return Found("Hugging Face", len(files), shards, True)
 
 
 def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
@@ -140,33 +137,62 @@ def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[
     return {name: read_safetensors(folder / name)[0] for name in names}, weight_map
 
 
-def _open_meta(folder: Path, files: list[Path], model: Transformer) -> Checkpoint:
-    check_sizes(meta_sizes(folder / "params.json"), model.config, folder / "params.json")
-    expected = [f"consolidated.{number:02}.pth" for number in range(len(files))]
+def _open_meta(folder: Path, model: Transformer) -> Found:
+    factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
+    sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
+    check_sizes(sizes, model.config, folder / META_PARAMS)
+    shards = meta_tensors(folder)
+    return Found("Meta", len(_meta_files(folder)), shards, False)
+
+
+def meta_tensors(folder: Path) -> Shards:
+    """The tensors of a folder in Meta's format.
+
+    Raises:
+        UserError: if a file is missing or damaged.
+    """
+    files = _meta_files(folder)
+    expected = [f"consolidated.{number:02}.pth" for number in range(max(1, len(files)))]
     if missing := sorted(set(expected) - {file.name for file in files}):
-        raise UserError(f"checkpoint={folder}: {missing[0]} is missing; there is {', '.join(f.name for f in files)}")
+        there = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"checkpoint={folder}: {missing[0]} is missing; there is {there}")
     shards: Shards = {}
     for file in files:
         for name, stored in read_pth(file).items():
             shards.setdefault(name, []).append(stored)
-    return Checkpoint(folder, "Meta", len(files), shards, False)
+    return shards
 
 
-def _check_tensors(checkpoint: Checkpoint, model: Transformer) -> None:
-    """Raise unless the tensors are the model's by name, and put together by shape."""
-    where = f"checkpoint={checkpoint.folder} does not fit model={model.config.name}"
+def _meta_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("consolidated.*.pth") if file.is_file())
+
+
+def _fitting(folder: Path, found: Found, model: Transformer) -> dict[str, Weight]:
+    """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
+    where = f"checkpoint={folder} does not fit model={model.config.name}"
     expected = dict(model.named_parameters())
-    found = {name for name in checkpoint.shards if not ROTARY_TABLES.fullmatch(name)}
-    if missing := [name for name in expected if name not in found]:
-        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {checkpoint.their_name(missing[0])}")
-    if unknown := sorted(found - expected.keys()):
+    shards = {name: parts for name, parts in found.shards.items() if not ROTARY_TABLES.fullmatch(name)}
+    if missing := [name for name in expected if name not in shards]:
+        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {found.their_name(missing[0])}")
+    # Of a tied output some checkpoints hold another copy.
+    allowed = expected | ({OUTPUT: expected[EMBEDDING]} if model.config.tie_word_embeddings else {})
+    if unknown := sorted(shards.keys() - allowed.keys()):
         raise UserError(f"{where}: {len(unknown)} tensors are not the model's, such as {unknown[0]}")
-    for name, target in expected.items():
-        parts = checkpoint.shards[name]
-        if not _places(target, parts):
-            shapes, whole = " and ".join(str(part.shape) for part in parts), list(target.shape)
-            hint = _missing_shards(whole, parts)
-            raise UserError(f"{where}: {checkpoint.their_name(name)} is {shapes}, and should be {whole}{hint}")
+    weights = {}
+    for name, target in allowed.items():
+        if name in shards:
+            weight = joined(list(target.shape), shards[name])
+            if weight is None:
+                shapes, whole = " and ".join(str(part.shape) for part in shards[name]), list(target.shape)
+                hint = _missing_shards(whole, shards[name])
+                raise UserError(f"{where}: {found.their_name(name)} is {shapes}, and should be {whole}{hint}")
+            rotated = found.rotary_halves and is_rotated(name)
+            weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
+    copy = weights.pop(OUTPUT) if OUTPUT in weights and OUTPUT not in expected else None
+    if copy is not None and not are_equal(copy, weights[EMBEDDING]):
+        names = f"{found.their_name(OUTPUT)} and {found.their_name(EMBEDDING)}"
+        raise UserError(f"{where}: {names} differ, and model.tie_word_embeddings=true says that they are one")
+    return weights
 
 
 def _missing_shards(whole: list[int], parts: list[StoredTensor]) -> str:
@@ -178,20 +204,3 @@ def _missing_shards(whole: list[int], parts: list[StoredTensor]) -> str:
             if rest == 0 and number > len(parts):
                 return f"; {len(parts)} of {number} shards are there, the others are missing"
     return ""
-
-
-def _places(target: Tensor, parts: list[StoredTensor]) -> list[Tensor]:
-    """The places in a tensor of the parts that make it up; none if they do not.
-
-    Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
-    columns, the embeddings by columns (LLaMA 1 and 2) or rows (LLaMA 3), and norms are repeated. The shapes tell which.
-    """
-    whole = list(target.shape)
-    if all(part.shape == whole for part in parts) and (len(parts) == 1 or len(whole) == 1):
-        return [target]
-    for dim in range(len(whole)):
-        sizes = [part.shape[dim] if len(part.shape) == len(whole) else -1 for part in parts]
-        filled = [[*whole[:dim], size, *whole[dim + 1 :]] for size in sizes]
-        if sum(sizes) == whole[dim] and filled == [part.shape for part in parts]:
-            return list(target.split(sizes, dim))
-    return []

@@ -15,7 +15,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from llama_ft.config import UserError
 
-PIECE_BYTES = 4 * 2**20
+PIECE_ELEMENTS = 2**20  # 4 MB in fp32; not bytes, so that pieces are alike whatever the dtype
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its reference implementation
-_SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -82,16 +82,29 @@ class StoredTensor(NamedTuple):
 
         The tensors are views of the file: they must not be written to.
         """
-        step = max(1, PIECE_BYTES // (self.row_bytes * multiple)) * multiple
+        step = rows_at_once(self.shape, multiple)
         for first in range(0, self.shape[0], step):
-            rows = min(step, self.shape[0] - first)
-            start = self.offset + first * self.row_bytes
-            n_elements = rows * math.prod(self.shape[1:])
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "The given buffer is not writable")
-                flat = torch.frombuffer(self.file.pages, dtype=self.dtype, count=n_elements, offset=start)
-            yield first, flat.view(rows, *self.shape[1:])
-            self.file.give_back(start, start + rows * self.row_bytes)
+            last = min(first + step, self.shape[0])
+            yield first, self._view(first, last)
+            self.file.give_back(self.offset + first * self.row_bytes, self.offset + last * self.row_bytes)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """A copy of these rows."""
+        copy = self._view(first, last).clone()
+        self.file.give_back(self.offset + first * self.row_bytes, self.offset + last * self.row_bytes)
+        return copy
+
+    def _view(self, first: int, last: int) -> Tensor:
+        start, n_elements = self.offset + first * self.row_bytes, (last - first) * math.prod(self.shape[1:])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable")
+            flat = torch.frombuffer(self.file.pages, dtype=self.dtype, count=n_elements, offset=start)
+        return flat.view(last - first, *self.shape[1:])
+
+
+def rows_at_once(shape: Sequence[int], multiple: int) -> int:
+    """How many rows of a tensor make up a piece: a multiple of rows."""
+    return max(1, PIECE_ELEMENTS // (math.prod(shape[1:]) * multiple)) * multiple
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -117,10 +130,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         raise UserError(f"{path} is {size:,} bytes long, but its header says {end:,}: {_cut_short(size < end)}")
     tensors, last = {}, 0
     for entry in entries:
-        if entry.dtype not in _SAFETENSORS_DTYPES:
-            allowed = ", ".join(_SAFETENSORS_DTYPES)
+        if entry.dtype not in SAFETENSORS_DTYPES:
+            allowed = ", ".join(SAFETENSORS_DTYPES)
             raise UserError(f"{path}: {entry.name} is stored as {entry.dtype}; only {allowed} can be read")
-        stored = StoredTensor(file, begin + entry.start, _SAFETENSORS_DTYPES[entry.dtype], entry.shape)
+        stored = StoredTensor(file, begin + entry.start, SAFETENSORS_DTYPES[entry.dtype], entry.shape)
         if (entry.start, entry.stop) != (last, last + stored.n_bytes):
             place = f"bytes {entry.start:,} to {entry.stop:,}"
             raise UserError(f"{path} is damaged: {entry.name} cannot be {place}, by its shape and neighbours")
@@ -210,7 +223,7 @@ class _TensorUnpickler(pickle.Unpickler):
             "torch.BFloat16Storage": torch.bfloat16,
         }
         if f"{module}.{name}" not in known:
-            allowed = ", ".join(_SAFETENSORS_DTYPES)
+            allowed = ", ".join(SAFETENSORS_DTYPES)
             raise pickle.UnpicklingError(f"it holds {module}.{name}, and must hold tensors of {allowed} alone")
         return known[f"{module}.{name}"]
 

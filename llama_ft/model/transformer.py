@@ -1,10 +1,13 @@
-"""The LLaMA-2 decoder (Touvron et al. 2023, arXiv 2307.09288), with the parameter names of Meta's checkpoints.
+"""The decoder of LLaMA 2 (Touvron et al. 2023, arXiv 2307.09288) and of Llama 3 (Meta 2024, arXiv 2407.21783).
+
+Parameters have the names of Meta's checkpoints.
 
 Shapes: B batch, S sequence, D model.dim, H n_heads, K n_kv_heads, E head_dim, F ffn_dim, V vocab_size,
 N positions whose logits are asked for.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Sequence, Set
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +37,25 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def rotary_table(context: int, head_dim: int, theta: float, device: torch.device | str = "cpu") -> Tensor:
-    """Cosines and sines of the rotary angles (Su et al. 2021, arXiv 2104.09864): fp32, [2, context, head_dim / 2]."""
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    angles = torch.outer(torch.arange(context, dtype=torch.float32, device=device), frequencies)
+def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Radians a position turns each pair of a head's features (Su et al. 2021, arXiv 2104.09864): fp32, [E / 2].
+
+    Llama 3.1's scaling, after Meta's `apply_scaling`: a pair that turns at most `rope_low_freq_factor` times in
+    `rope_original_context` tokens turns `rope_factor` times slower, one that turns `rope_high_freq_factor` times is
+    left alone, and in between the two are mixed.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    turns = frequencies * config.rope_original_context / (2 * math.pi)
+    left_alone = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * torch.lerp(torch.full_like(turns, 1 / config.rope_factor), torch.ones_like(turns), left_alone)
+
+
+def rotary_table(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+    """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
+    positions = torch.arange(config.context, dtype=torch.float32, device=device)
+    angles = torch.outer(positions, rotary_frequencies(config, device))
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -58,11 +76,11 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.grouped = config.n_kv_heads != config.n_heads
-        kv_dim = config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, config.dim, bias=False)
+        q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+        self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wo = nn.Linear(config.dim, config.dim, bias=False)
+        self.wo = nn.Linear(q_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
@@ -126,14 +144,26 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        # Its own initialisation, which nobody needs, would on the meta device import all of torch's compiler.
+        empty = torch.empty(config.vocab_size, config.dim)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.run_layers = run_layers
         # Recomputed from the config, never saved: Meta's checkpoints differ in whether they hold it.
-        table = rotary_table(config.context, config.head_dim, config.rope_theta)
-        self.register_buffer("rotary", table, persistent=False)
+        self.register_buffer("rotary", rotary_table(config), persistent=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the output layer share the embedding's weight where the config says so; moving them apart undoes it."""
+        if self.config.tie_word_embeddings:
+            self.output.weight = self.tok_embeddings.weight
+
+    def untie(self, changed: Set[str]) -> None:
+        """Give the output layer a weight of its own if it shares one and is among the parameters to be changed."""
+        if "output.weight" in changed and self.output.weight is self.tok_embeddings.weight:
+            self.output.weight = nn.Parameter(self.output.weight.detach().clone())
 
     def forward(
         self,

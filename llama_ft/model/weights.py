@@ -39,7 +39,8 @@ def load_model(
         model = Transformer(config).to(dtype)
     source = _open(checkpoint, model)
     model.to_empty(device=device)
-    model.rotary = rotary_table(config.context, config.head_dim, config.rope_theta, device)
+    model.tie()
+    model.rotary = rotary_table(config, device)
     if source is not None:
         source.load_into(model, say if checkpoint != "builtin" else lambda line: None)
     else:
@@ -80,7 +81,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
     Raises:
         UserError: if the disk is full or cannot be written to.
     """
-    sizes = {key: value for key, value in asdict(config).items() if key not in ("name", "context")}
+    sizes = {key: value for key, value in asdict(config).items() if key != "name"}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with whole_file(file) as temporary:

@@ -33,8 +33,8 @@ def apply(model: Transformer, config: TrainConfig, precision: Precision) -> Tech
         UserError: if a LoRA target matches no linear layer.
     """
     if config.optim.lora:
-        dtype = precision.weight_dtype(frozen=False)
-        add_lora(model, config.lora.rank, config.lora.alpha, config.lora.dropout, config.lora.targets, dtype)
+        lora, dtype = config.lora, precision.weight_dtype(frozen=False)
+        add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets, dtype, lora.rslora)
     if config.optim.gc:
         checkpoint_layers(model, config.gc.every)
     return Techniques(config.ga.steps if config.optim.ga else 1, precision)

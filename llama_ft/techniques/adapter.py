@@ -1,49 +1,18 @@
-"""A trained LoRA adapter, put onto the weights that it was trained on."""
+"""Trained LoRA adapters on a model's weights: merged into them, or beside them, one of several at a time."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
 
 import torch
-from omegaconf import OmegaConf
+from torch import nn
 
-from llama_ft.config import LoraConfig, ModelConfig, UserError
-from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
-from llama_ft.model.checkpoint import SIZES_KEY
-from llama_ft.model.formats import check_sizes
-from llama_ft.model.mapped import read_safetensors
+from llama_ft.config import UserError
+from llama_ft.files import ADAPTER_CONFIG_FILE
+from llama_ft.model.sizes import read_json
+from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import read_into
-from llama_ft.techniques.lora import LoRALinear, add_lora
-
-CONFIG_FILE = "config.yaml"  # of the run that trained it
-
-
-def read_adapter(folder: Path, model: ModelConfig) -> LoraConfig:
-    """How the adapter in a run's folder was made, once it is clear that it is one of this model.
-
-    Raises:
-        UserError: if there is no adapter, it is damaged, or of another model.
-    """
-    file = folder / ADAPTER_FILE
-    if not folder.is_dir():
-        raise UserError(f"adapter={folder}: {'it is a file' if folder.exists() else 'there is no such folder'}")
-    if not file.is_file():
-        hint = "give the folder of a run with LoRA"
-        if (folder / WEIGHTS_FILE).is_file():
-            hint = f"its {WEIGHTS_FILE} is a whole model: give checkpoint={folder} and no adapter"
-        raise UserError(f"adapter={folder}: there is no {ADAPTER_FILE} in it; {hint}")
-    _, metadata = read_safetensors(file)
-    try:
-        sizes = json.loads(metadata[SIZES_KEY])
-        lora = LoraConfig(**cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE)))["lora"])
-        check_sizes(sizes, model, file)
-    except UserError as error:
-        text = str(error)
-        raise UserError(text if str(folder) in text else f"adapter={folder}, {CONFIG_FILE}: {text}") from error
-    except Exception as error:  # YAML's own errors, and whatever else a damaged file leads to
-        raise UserError(f"adapter={folder}: its {CONFIG_FILE} or {ADAPTER_FILE} lacks how it was made") from error
-    return lora
+from llama_ft.techniques.lora import LoRALinear
+from llama_ft.techniques.peft import Adapter, read_adapter
 
 
 def check_base_of(folder: Path, checkpoint: str) -> None:
@@ -54,13 +23,8 @@ def check_base_of(folder: Path, checkpoint: str) -> None:
     Raises:
         UserError: if they are surely others.
     """
-    try:
-        trained_on = cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(folder / CONFIG_FILE))).get(
-            "checkpoint"
-        )
-    except Exception:
-        return  # read_adapter says what is wrong with it
-    if trained_on not in (None, checkpoint) and {trained_on, checkpoint} & {"builtin", "random"}:
+    trained_on = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
+    if trained_on not in (None, "", checkpoint) and {str(trained_on), checkpoint} & {"builtin", "random"}:
         raise UserError(
             f"adapter={folder} was trained on checkpoint={trained_on}, and this is checkpoint={checkpoint}:"
             f" give checkpoint={trained_on}"
@@ -68,7 +32,7 @@ def check_base_of(folder: Path, checkpoint: str) -> None:
 
 
 def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
-    """Give a model the adapter in a run's folder.
+    """Give a model the adapter in a folder.
 
     Args:
         merge: add it to the weights, which then cost no more than before; else it is computed beside them.
@@ -76,13 +40,110 @@ def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
     Raises:
         UserError: if there is no adapter, it is damaged, or of another model.
     """
-    lora = read_adapter(folder, model.config)
-    add_lora(model, lora.rank, lora.alpha, 0.0, lora.targets, model.output.weight.dtype)
-    adapted = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
-    read_into(adapted, folder / ADAPTER_FILE)
+    if not merge:
+        adapters = Adapters(model)
+        adapters.add(str(folder), folder)
+        adapters.use(str(folder))
+        return
+    adapter = read_adapter(folder, model.config)
+    model.untie(adapter.weights.keys())
+    for layer in adapted_layers(model, adapter, torch.float32).values():
+        layer.merge()
     model.eval()
-    if merge:
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, LoRALinear):
-                    module.merge()
+
+
+class Adapters:
+    """LoRA adapters over one model's weights, side by side. Which one is used, if any, can be changed at any time.
+
+    The weights are not touched: a linear layer is exchanged for one that has the same weight and the adapter's factors.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._model = model
+        self._plain: dict[str, nn.Linear] = {}  # what adapted layers stand in for
+        self._adapted: dict[str, dict[str, LoRALinear]] = {}  # by adapter and layer
+        self.used: str | None = None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._adapted
+
+    def add(self, name: str, folder: Path) -> None:
+        """Load an adapter, to be used later under a name.
+
+        Raises:
+            UserError: if there is no adapter, it is damaged, or of another model.
+        """
+        adapter = read_adapter(folder, self._model.config)
+        used = self.used
+        self.use(None)
+        self._adapted[name] = adapted_layers(self._model, adapter, self._model.tok_embeddings.weight.dtype)
+        self._plain |= {layer: self._linear(layer) for layer in self._adapted[name]}
+        self.use(used)
+
+    def use(self, name: str | None) -> None:
+        """Compute with this adapter from now on; None is the bare model."""
+        for layer, linear in self._plain.items():
+            self._put(layer, linear)
+        for layer, adapted in self._adapted[name].items() if name is not None else ():
+            self._put(layer, adapted)
+        self.used = name
+        self._model.eval()
+
+    def _linear(self, layer: str) -> nn.Linear:
+        linear = self._model.get_submodule(layer)
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+    def _put(self, layer: str, linear: nn.Linear) -> None:
+        parent, _, child = layer.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, linear)
+
+
+def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:
+    """Frozen layers that share the model's weights and have the adapter's factors, by name; the model is left as it is.
+
+    Raises:
+        UserError: if the adapter holds weights of the base that are not this model's.
+    """
+    check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
+    layers = {}
+    for name, factors in adapter.factors.items():
+        base = model.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        layers[name] = LoRALinear(base, factors.rank, factors.alpha, 0.0, dtype, factors.rslora)
+    copy_factors(adapter, layers)
+    for layer in layers.values():
+        layer.requires_grad_(False)
+    return layers
+
+
+@torch.no_grad()
+def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
+    """Put an adapter's factors into layers of the same names.
+
+    Raises:
+        UserError: unless they are those of the layers, by name and rank.
+    """
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    if ranks != {name: factors.rank for name, factors in adapter.factors.items()}:
+        raise UserError(f"{adapter.folder} does not hold the adapter that is expected here: its layers or rank differ")
+    for name, factors in adapter.factors.items():
+        a, b = factors.tensors()
+        layers[name].lora_A.copy_(a)
+        layers[name].lora_B.copy_(b)
+
+
+def check_copies(adapter: Adapter, base: Mapping[str, Weight]) -> None:
+    """Compare weights of the base that an adapter's file holds too with the base.
+
+    PEFT adds them where the output layer is adapted, and puts them in place of the base's own.
+
+    Raises:
+        UserError: if they differ in more than rounding to one of their dtypes.
+    """
+    for name, copy in adapter.copies.items():
+        if not are_equal(base[name], Weight(copy.shape, copy.dtype, copy.pieces)):
+            raise UserError(
+                f"adapter={adapter.folder} holds a {name} of its own, which differs from the checkpoint's: it is an"
+                " adapter of other weights, or one whose embedding or output was trained, which is not supported"
+            )

@@ -12,16 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import UserError
+from llama_ft.model.transformer import at_least_fp32
+
+
+def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
+    """What the update is multiplied by: alpha / rank, or with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) / sqrt."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 class LoRALinear(nn.Linear):
     """A linear layer that takes over another's weight and adds a low-rank update to it."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype, rslora: bool = False
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a second weight
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight, self.bias = base.weight, base.bias
-        self.scale = alpha / rank
+        self.rank, self.alpha, self.rslora = rank, alpha, rslora
+        self.scale = lora_scale(rank, alpha, rslora)
         self.dropout = nn.Dropout(dropout)
         self.merged = False
         device = base.weight.device
@@ -40,19 +49,19 @@ class LoRALinear(nn.Linear):
     def merge(self) -> None:
         """Add the update to the weight, so that the forward pass costs no more than the base's."""
         if not self.merged:
-            self.weight += self._update()
+            self.weight.copy_(self.weight + self._update())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the update out of the weight again; exact up to rounding."""
         if self.merged:
-            self.weight -= self._update()
+            self.weight.copy_(self.weight - self._update())
             self.merged = False
 
     def _update(self) -> Tensor:
-        """What the factors add to the weight, in its dtype; the product in fp32, so that it is rounded once."""
-        return (self.lora_B.float() @ self.lora_A.float() * self.scale).type_as(self.weight)
+        """What the factors add to the weight, in fp32, so that a 16-bit weight is rounded once, after the sum."""
+        return at_least_fp32(self.lora_B) @ at_least_fp32(self.lora_A) * self.scale
 
 
 def add_lora(
@@ -62,6 +71,7 @@ def add_lora(
     dropout: float,
     targets: Sequence[str],
     dtype: torch.dtype = torch.float32,
+    rslora: bool = False,
 ) -> None:
     """Freeze the model and replace, in place, each linear layer whose own name is in `targets`.
 
@@ -79,4 +89,9 @@ def add_lora(
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
         if child in targets:
-            setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout, dtype))
+            setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout, dtype, rslora))
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The model's adapted layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}

@@ -10,13 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, to_disk
+from llama_ft.files import WEIGHTS_FILE, to_disk
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import read_into, save_tensors
+from llama_ft.techniques.adapter import copy_factors
+from llama_ft.techniques.lora import lora_layers
+from llama_ft.techniques.peft import read_adapter, save_adapter
 from llama_ft.training.position import (
     CHECKPOINTS_DIR,
     Position,
@@ -31,19 +34,28 @@ from llama_ft.training.step import TrainStep
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
-def save_trained(model: Transformer, folder: Path) -> None:
-    """Write what was trained: all weights, or where some are frozen the others alone, the adapter.
+def save_trained(model: Transformer, folder: Path, base: str | None = None) -> None:
+    """Write what was trained: all weights, or the adapter, with the name of the checkpoint that it belongs to.
 
     Raises:
         UserError: if it cannot be written.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    save_tensors(trained, folder / trained_file(model), model.config)
+    if lora_layers(model):
+        save_adapter(model, folder, base)
+    else:
+        save_tensors(dict(model.named_parameters()), folder / WEIGHTS_FILE, model.config)
 
 
-def trained_file(model: nn.Module) -> str:
-    """Name of the file for what is trained."""
-    return WEIGHTS_FILE if all(parameter.requires_grad for parameter in model.parameters()) else ADAPTER_FILE
+def restore_trained(model: Transformer, folder: Path) -> None:
+    """Read it back into the model.
+
+    Raises:
+        UserError: unless it is there, whole, and this model's.
+    """
+    if layers := lora_layers(model):
+        copy_factors(read_adapter(folder, model.config), layers)
+    else:
+        read_into(dict(model.named_parameters()), folder / WEIGHTS_FILE)
 
 
 class Saver:
@@ -119,8 +131,7 @@ class Saver:
             return None
         saved = read_state(found[-1], self._config_hash)
         model = self._step.model
-        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        read_into(trained, found[-1] / trained_file(model))
+        restore_trained(model, found[-1])
         read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
         self._schedule.load_state_dict(saved.schedule)
         for group, lr in zip(self._step.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):

@@ -1,0 +1,69 @@
+"""The sizes of a model."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama_ft.config.checks import check, setting
+
+PACKAGE_DIR = Path(__file__).resolve().parent.parent
+FROM_CHECKPOINT = "from_checkpoint"  # the choice whose sizes are those that a checkpoint's folder says
+
+
+@dataclass
+class ModelConfig:
+    """Sizes of a LLaMA decoder, in the terms of Meta's `params.json` where it has one for them."""
+
+    name: str = setting("???", "which model this is")
+    dim: int = setting(4096, "width of the residual stream")
+    n_layers: int = setting(32, "decoder blocks")
+    n_heads: int = setting(32, "attention heads")
+    n_kv_heads: int = setting(32, "key and value heads; fewer than n_heads is grouped-query attention")
+    ffn_dim: int = setting(11008, "width of the feed-forward layer")
+    vocab_size: int = setting(32000, "pieces of the tokenizer")
+    context: int = setting(4096, "longest sequence in tokens")
+    norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
+    rope_theta: float = setting(10000.0, "base of the rotary frequencies")
+    rope_factor: float = setting(1.0, "Llama 3.1: slow rotary frequencies are divided by this; 1 is as they are")
+    rope_low_freq_factor: float = setting(1.0, "divided are those that turn at most so often in rope_original_context")
+    rope_high_freq_factor: float = setting(4.0, "as they are: those that turn so often; between the two, in between")
+    rope_original_context: int = setting(8192, "tokens; 0 divides all frequencies, which is linear scaling")
+    tie_word_embeddings: bool = setting(False, "the output layer's weight is the embedding's")
+    head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
+
+    def __post_init__(self) -> None:
+        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
+            check(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
+        check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
+        if self.head_size is None:
+            check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
+            check(self.head_dim % 2 == 0, "model.dim", self.dim, "such that dim / n_heads is even (rotary pairs)")
+        else:
+            holds = self.head_size > 0 and self.head_size % 2 == 0
+            check(holds, "model.head_size", self.head_size, "positive and even (rotary pairs), or null")
+            if self.head_size * self.n_heads == self.dim:
+                self.head_size = None  # so that equal sizes are said alike
+        self._check_rotary()
+
+    def _check_rotary(self) -> None:
+        for key in ("rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+            check(0 < getattr(self, key) < math.inf, f"model.{key}", getattr(self, key), "positive and finite")
+        low, high, original = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_original_context
+        check(low < high, "model.rope_low_freq_factor", low, f"below model.rope_high_freq_factor={high}")
+        check(original >= 0, "model.rope_original_context", original, "0 or more")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.n_heads if self.head_size is None else self.head_size
+
+    @property
+    def builtin_dir(self) -> Path:
+        """Folder of the files that ship with this model; exists only for built-in models."""
+        return PACKAGE_DIR / "model" / self.name
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether a tokenizer for this model ships with the package."""
+        return (self.builtin_dir / "tokenizer.model").is_file()

@@ -1,0 +1,154 @@
+"""`python -m llama_ft.convert`: a checkpoint in Meta's or Hugging Face's format, with an adapter merged into it."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from llama_ft import cli
+from llama_ft.config import ConvertConfig, Format, UserError
+from llama_ft.files import whole_folder
+from llama_ft.reporting.progress import progress_bar
+
+if TYPE_CHECKING:
+    from llama_ft.exporting.beside import Beside
+    from llama_ft.exporting.source import Source
+
+USAGE = cli.Usage(
+    "convert",
+    "A checkpoint in Hugging Face's format or in Meta's, from either, or from a run: with an adapter merged into it, in"
+    " another dtype, in as many files as you like. It is written piece by piece, whole or not at all.",
+    "checkpoint=DIR to=hf|meta output=DIR [adapter=DIR] [KEY=VALUE ...]",
+    ConvertConfig,
+    (
+        "checkpoint=llama-2-7b to=hf output=llama-2-7b-hf",
+        "checkpoint=llama-2-7b-hf to=meta output=llama-2-7b shards=2",
+        "checkpoint=llama-2-7b-hf adapter=outputs/mine to=hf output=mine dtype=bf16",
+        "model=tiny adapter=outputs/lora to=hf output=tiny-hf",
+    ),
+    ("--help", "--version", "-sc install=bash"),
+)
+FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
+MB = 2**20
+
+
+def main() -> int:
+    """Convert what is asked for."""
+    config = cli.composed_config("convert", sys.argv[1:], ConvertConfig)
+    console, errors = Console(), Console(stderr=True)
+
+    def say(line: str) -> None:
+        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
+
+    output = Path(os.path.expanduser(str(config.output)))
+    check_free(output)
+    from llama_ft.exporting.beside import Beside
+    from llama_ft.exporting.source import open_source
+
+    source, beside = open_source(config), Beside(config)
+    n_bytes = check_room(source, config, output)
+    assert config.to is not None
+    say(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MB:,.0f} MB from {source.checkpoint.folder}")
+    try:
+        with whole_folder(output) as folder, progress_bar(errors, "MB written", round(n_bytes / MB)) as advance:
+            write(source, beside, config, folder, in_mb(advance), say)
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
+    if source.is_rounded and config.probe:
+        say_change(source, output, config.to, errors, console)
+    files = sorted(file.name for file in output.iterdir())
+    console.print(f"Written: {', '.join(files)} in {output}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def check_free(output: Path) -> None:
+    """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
+    try:
+        taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+    except OSError as error:
+        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
+    if taken:
+        raise UserError(f"output={output} is there already, and nothing is overwritten: name another folder")
+
+
+def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
+    """Bytes of the weights to be written.
+
+    Raises:
+        UserError: if the disk lacks them, or the model cannot be split among the shards.
+    """
+    from llama_ft.model.export import check_shards
+    from llama_ft.model.sizes import meta_params
+
+    if config.to is Format.meta:
+        meta_params(source.model)
+        check_shards(source.model, config.shards or 1)
+    n_bytes = sum(weight.n_bytes for weight in source.written.values())
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    if n_bytes > free:
+        raise UserError(f"output={output}: {n_bytes / MB:,.0f} MB are needed, and {free / MB:,.0f} MB are free there")
+    return n_bytes
+
+
+def in_mb(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Counts bytes for a bar that counts MB."""
+    rest = 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal rest
+        whole, rest = divmod(rest + n_bytes, MB)
+        if whole:
+            advance(whole)
+
+    return count
+
+
+def write(
+    source: "Source",
+    beside: "Beside",
+    config: ConvertConfig,
+    folder: Path,
+    advance: Callable[[int], None],
+    say: Callable[[str], None],
+) -> None:
+    """Write the weights and what goes with them.
+
+    Raises:
+        UserError: if a file that goes with them cannot be read.
+        OSError: if the folder cannot be written to.
+    """
+    from llama_ft.model.export import write_hf, write_meta
+
+    for name, content in beside.files(say).items():
+        (folder / name).write_bytes(content)
+    if config.to is Format.hf:
+        dtype = str(next(iter(source.written.values())).dtype).removeprefix("torch.")
+        settings = beside.hf_config(source.model, dtype)
+        write_hf(source.written, source.model, settings, folder, config.shards, advance)
+    else:
+        write_meta(source.written, source.model, folder, config.shards or 1, advance)
+
+
+def say_change(source: "Source", output: Path, to: Format, errors: Console, console: Console) -> None:
+    """Read what was written, and say how much rounding has changed the logits."""
+    import torch
+
+    from llama_ft.exporting.probe import change, n_read
+    from llama_ft.model.checkpoint import open_checkpoint
+    from llama_ft.model.transformer import Transformer
+
+    with torch.device("meta"):
+        written = open_checkpoint(output, Transformer(source.model))
+    million = 2 * n_read(source.exact, source.model) / MB
+    with progress_bar(errors, "logits before and after", round(million)) as advance:
+        found = change(source.model, source.exact, written.weights, in_mb(advance))
+    console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    cli.run_command(main, USAGE)

@@ -1,0 +1,160 @@
+"""A tokenizer in the form that Hugging Face's libraries read: `tokenizer.json`, and the names of its special tokens.
+
+They can make one from `tokenizer.model` by themselves, but what they make splits text otherwise: of LLaMA-2's they drop
+a leading space, of Llama 3's they do not know how text is split before pairs are merged.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.data.tokenizer import Tiktoken
+
+Json = dict[str, Any]
+SPACE = "▁"  # stands for a space in SentencePiece's pieces
+# Where Llama 3's special tokens are, counted from the first, and their names; the others are reserved.
+LLAMA_3_NAMES = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    9: "<|eot_id|>",
+}
+LLAMA_3_1_NAMES = LLAMA_3_NAMES | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
+
+
+def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
+    """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`.
+
+    Args:
+        file: LLaMA-2's SentencePiece model, or Meta's file for Llama 3.
+        llama_3_1: whether special tokens have the names of Llama 3.1, and later, rather than 3.
+
+    Raises:
+        UserError: if it cannot be read, or splits text in a way that tokenizer.json has no words for.
+    """
+    is_ranks = Tiktoken.LINE.match(file.read_bytes())
+    content = _from_ranks(file, llama_3_1) if is_ranks else _from_sentencepiece(file)
+    names = {token["id"]: token["content"] for token in content["added_tokens"]}
+    bos, eos = content["post_processor"]["special_tokens"], content.pop("eos_id")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": next(iter(bos)),
+        "eos_token": names[eos],
+        "clean_up_tokenization_spaces": False,
+    }
+    return {"tokenizer.json": content, "tokenizer_config.json": config}
+
+
+def _from_sentencepiece(file: Path) -> Json:
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2
+    model = schema.ModelProto()
+    model.ParseFromString(file.read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+    if trainer.model_type != trainer.BPE or not (plain and normalizer.add_dummy_prefix and trainer.byte_fallback):
+        raise UserError(f"tokenizer={file} is not like LLaMA-2's: no tokenizer.json can be made of it")
+    pieces = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    scores = {piece.piece: -piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    bos, eos, unknown = (model.pieces[number].piece for number in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
+    return {
+        **_frame((unknown, trainer.unk_id), (bos, trainer.bos_id), (eos, trainer.eos_id)),
+        "eos_id": trainer.eos_id,
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+            ],
+        },
+        "pre_tokenizer": None,
+        "post_processor": _with_bos(bos, trainer.bos_id),
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": _bpe(pieces, _merges(scores, scores), unknown, byte_fallback=True),
+    }
+
+
+def _from_ranks(file: Path, llama_3_1: bool) -> Json:
+    ranks = Tiktoken.ranks(file)
+    names = LLAMA_3_1_NAMES if llama_3_1 else LLAMA_3_NAMES
+    reserved = (f"<|reserved_special_token_{number}|>" for number in count())
+    special = [(names.get(place) or next(reserved), len(ranks) + place) for place in range(Tiktoken.N_SPECIAL)]
+    letters = _byte_letters()
+    written = {token: "".join(letters[value] for value in token) for token in ranks}
+    vocabulary = {written[token]: rank for token, rank in ranks.items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {"type": "Split", "pattern": {"Regex": Tiktoken.PATTERN}, "behavior": "Isolated", "invert": False}
+    return {
+        **_frame(*special),
+        "eos_id": special[1][1],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": _with_bos(*special[0]),
+        "decoder": byte_level,
+        "model": _bpe(vocabulary, _merges(vocabulary, vocabulary), None, byte_fallback=False),
+    }
+
+
+def _frame(*special: tuple[str, int]) -> Json:
+    """What every file has, and the special tokens."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": number, "content": name, **flags} for name, number in sorted(special, key=lambda each: each[1])]
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
+
+
+def _with_bos(name: str, number: int) -> Json:
+    """BOS before every text, as LLaMA has it."""
+    bos, first = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, *second],
+        "special_tokens": tokens,
+    }
+
+
+def _bpe(vocabulary: Mapping[str, int], merges: list[list[str]], unknown: str | None, byte_fallback: bool) -> Json:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": unknown,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": byte_fallback,
+        "byte_fallback": byte_fallback,
+        "ignore_merges": not byte_fallback,  # Llama 3: a word that is a token is that token
+        "vocab": dict(vocabulary),
+        "merges": merges,
+    }
+
+
+def _merges(rank_of: Mapping[str, float], pieces: Iterable[str]) -> list[list[str]]:
+    """Every pair of pieces that make up a piece, those first that are merged first: whose whole has the lowest rank."""
+    found = [
+        (rank_of[piece], rank_of[piece[:cut]], rank_of[piece[cut:]], piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in rank_of and piece[cut:] in rank_of
+    ]
+    return [[left, right] for *_, left, right in sorted(found)]
+
+
+def _byte_letters() -> list[str]:
+    """The letters that stand for the bytes 0 to 255 in byte-level vocabularies: themselves where they can be seen."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = count(256)
+    return [chr(value if value in visible else next(others)) for value in range(256)]

@@ -1,0 +1,74 @@
+"""What is to be exported: a checkpoint's weights, with an adapter merged into them where there is one."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llama_ft.config import ConvertConfig, ModelConfig, StoredDtype
+from llama_ft.model.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
+from llama_ft.model.stored import Weight
+from llama_ft.model.transformer import Transformer
+from llama_ft.techniques.adapter import check_base_of, check_copies
+from llama_ft.techniques.lora import lora_scale
+from llama_ft.techniques.peft import Factors, read_adapter
+
+DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be written. Nothing of it is in memory but the adapter's place in its file."""
+
+    model: ModelConfig
+    checkpoint: Checkpoint
+    exact: dict[str, Weight]  # before rounding: fp32 where something was merged
+    written: dict[str, Weight]  # in the dtype that they are written in
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether writing it changes a weight."""
+        return any(weight.dtype != self.exact[name].dtype for name, weight in self.written.items())
+
+
+def open_source(config: ConvertConfig) -> Source:
+    """Look into the folders of weights and adapter, and check them.
+
+    Raises:
+        UserError: if they are missing, damaged, or not this model's, or do not belong together.
+    """
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    builtin = config.checkpoint == "builtin"
+    folder = config.model.builtin_dir if builtin else Path(os.path.expanduser(str(config.checkpoint)))
+    checkpoint = open_checkpoint(folder, model)
+    sizes, exact = config.model, checkpoint.weights
+    if config.adapter is not None:
+        place = Path(os.path.expanduser(config.adapter))
+        adapter = read_adapter(place, config.model)
+        check_base_of(place, str(config.checkpoint))
+        if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets a weight of its own
+            sizes, exact = replace(sizes, tie_word_embeddings=False), exact | {OUTPUT: exact[EMBEDDING]}
+        check_copies(adapter, {OUTPUT: exact[EMBEDDING]} | exact)
+        own = exact
+        exact = exact | {name: merged(exact[name], factors) for name, factors in adapter.weights.items()}
+    else:
+        own = exact
+    written = {name: weight.as_dtype(DTYPES.get(config.dtype, own[name].dtype)) for name, weight in exact.items()}
+    return Source(sizes, checkpoint, exact, written)
+
+
+def merged(weight: Weight, factors: Factors) -> Weight:
+    """The weight plus the adapter's update, in fp32 or wider."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    scale = lora_scale(factors.rank, factors.alpha, factors.rslora)
+
+    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+        a, b = (factor.to(dtype) for factor in factors.tensors())
+        for first, rows in weight.pieces(multiple):
+            yield first, rows + b[first : first + len(rows)] @ a * scale
+
+    return Weight(weight.shape, dtype, pieces)

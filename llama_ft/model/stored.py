@@ -1,0 +1,106 @@
+"""Weights that are read, or computed, a piece at a time: what a checkpoint is loaded from, and written from."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama_ft.model.formats import permute_rotary
+from llama_ft.model.mapped import StoredTensor, rows_at_once
+
+# (first row, rows) over a weight, in groups of a multiple of so many rows. Each is valid until the next is asked for,
+# and must not be written to: it may be a view of the file.
+Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight in our layout. Rows are indices into its first dimension."""
+
+    shape: list[int]
+    dtype: torch.dtype
+    pieces: Pieces
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the weight."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def as_dtype(self, dtype: torch.dtype) -> "Weight":
+        """The same, rounded to another dtype."""
+        return Weight(self.shape, dtype, lambda rows: ((first, piece.to(dtype)) for first, piece in self.pieces(rows)))
+
+
+def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
+    """The weight of a shape that a file's tensor, or those of several shards, make up; None if they do not.
+
+    Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
+    columns, the embeddings by columns (LLaMA 1 and 2) or rows (Llama 3), and norms are repeated. The shapes tell which.
+    """
+    if len({part.dtype for part in parts}) > 1:
+        return None
+    if all(part.shape == shape for part in parts) and (len(parts) == 1 or len(shape) == 1):
+        return Weight(shape, parts[0].dtype, parts[0].pieces)
+    for dim in range(len(shape)):
+        sizes = [part.shape[dim] if len(part.shape) == len(shape) else -1 for part in parts]
+        filled = [[*shape[:dim], size, *shape[dim + 1 :]] for size in sizes]
+        if sum(sizes) == shape[dim] and filled == [part.shape for part in parts]:
+            return Weight(shape, parts[0].dtype, _Joined(shape, parts, dim))
+    return None
+
+
+class _Joined:
+    """The pieces of a weight that lies in several files."""
+
+    def __init__(self, shape: list[int], parts: Sequence[StoredTensor], dim: int) -> None:
+        self.shape, self.parts, self.dim = shape, parts, dim
+
+    def __call__(self, multiple: int) -> Iterator[tuple[int, Tensor]]:
+        step = rows_at_once(self.shape, multiple)
+        for first in range(0, self.shape[0], step):
+            last = min(first + step, self.shape[0])
+            yield first, torch.cat(list(self._rows(first, last)), dim=self.dim)
+
+    def _rows(self, first: int, last: int) -> Iterator[Tensor]:
+        """What each part has of these rows."""
+        start = 0
+        for part in self.parts:
+            if self.dim:
+                yield part.rows(first, last)
+            elif first < (stop := start + part.shape[0]) and start < last:
+                yield part.rows(max(first, start) - start, min(last, stop) - start)
+            start += part.shape[0]
+
+
+def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
+    """wq or wk in Hugging Face's rotary layout, or from it in ours."""
+
+    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+        together = math.lcm(multiple, head_dim)
+        for first, rows in weight.pieces(together):
+            for number, heads in enumerate(rows.split(together)):  # so that what is copied at a time is small
+                yield first + number * together, permute_rotary(heads, len(heads) // head_dim, to_hf)
+
+    return Weight(weight.shape, weight.dtype, pieces)
+
+
+def in_memory(tensor: Tensor) -> Weight:
+    """A tensor on any device, a piece of it at a time on the CPU."""
+
+    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+        step = rows_at_once(tensor.shape, multiple)
+        yield from ((number * step, rows.detach().cpu()) for number, rows in enumerate(tensor.split(step)))
+
+    return Weight(list(tensor.shape), tensor.dtype, pieces)
+
+
+def are_equal(first: Weight, second: Weight) -> bool:
+    """Whether two weights are the same to the bit, once the one of the wider dtype is rounded to the other's."""
+    if first.shape != second.shape:
+        return False
+    narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    first, second = first.as_dtype(narrow), second.as_dtype(narrow)
+    pairs = zip(first.pieces(1), second.pieces(1), strict=True)
+    return all(torch.equal(rows.view(torch.uint8), others.view(torch.uint8)) for (_, rows), (_, others) in pairs)
