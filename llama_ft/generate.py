@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llama_ft.data.tokenizer import Tokenizer
     from llama_ft.decoding.generate import Answer, Answerer
     from llama_ft.decoding.prompts import Prompt
+    from llama_ft.model.transformer import Transformer
+    from llama_ft.techniques.adapter import Adapters
 
 USAGE = cli.Usage(
     "generate",
@@ -101,8 +103,27 @@ def converse(config: GenerateConfig, models: "Models", say: Callable[[str], None
     from llama_ft.decoding.chat import chat, line_reader
     from llama_ft.decoding.show import show_answers
 
-    loaded = {is_base: models.load(is_base) for is_base in ((True, False) if config.compare else (False,))}
-    chat(lambda prompt: show_answers(prompt, loaded.__getitem__, config, say), line_reader(), say)
+    adapters, answer = models.load_with_adapters()
+
+    def use(folder: str) -> None:
+        models.use(adapters, folder or None)
+        say(f"with the adapter in {folder}" if folder else "without an adapter")
+
+    def bare(prompts: "Sequence[str]", on_text: Callable[[str], None]) -> "list[list[Answer]]":
+        used = adapters.used
+        adapters.use(None)
+        try:
+            return answer(prompts, on_text)
+        finally:
+            adapters.use(used)
+
+    base = models.load(True) if config.base is not None else bare
+    chat(
+        lambda prompt: show_answers(prompt, lambda is_base: base if is_base else answer, config, say),
+        use,
+        line_reader(),
+        say,
+    )
 
 
 class Models:
@@ -133,13 +154,44 @@ class Models:
         Raises:
             UserError: if it cannot be loaded; when it is asked, if it cannot answer. Also if memory runs out.
         """
-        from llama_ft.decoding.generate import generate
         from llama_ft.decoding.load import load_base, load_trained
 
         gc.collect()  # of a model before it, what is held in cycles
         load = load_base if is_base else load_trained
         with memory_explained():
-            model = load(self._config, self._device, self._dtype, self._say)
+            return self._answerer(load(self._config, self._device, self._dtype, self._say))
+
+    def load_with_adapters(self) -> "tuple[Adapters, Answerer]":
+        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
+
+        Raises:
+            UserError: as `load`.
+        """
+        from llama_ft.decoding.load import load_checkpoint
+        from llama_ft.techniques.adapter import Adapters
+
+        with memory_explained():
+            model = load_checkpoint(self._config, self._device, self._dtype, self._say)
+            adapters = Adapters(model)
+            self.use(adapters, self._config.adapter)
+        return adapters, self._answerer(model)
+
+    def use(self, adapters: "Adapters", folder: str | None) -> None:
+        """Compute with the adapter in a folder, which is loaded unless it was before; None is none.
+
+        Raises:
+            UserError: if there is none of this model, or it was trained on other weights.
+        """
+        from llama_ft.techniques.adapter import check_base_of
+
+        if folder is not None and folder not in adapters:
+            place = Path(os.path.expanduser(folder))
+            adapters.add(folder, place)
+            check_base_of(place, str(self._config.checkpoint))
+        adapters.use(folder)
+
+    def _answerer(self, model: "Transformer") -> "Answerer":
+        from llama_ft.decoding.generate import generate
 
         def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
             with memory_explained():

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from llama_ft import cli
 from llama_ft import train as train_module
 from llama_ft.config import (
+    ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
     LoraConfig,
@@ -48,9 +49,10 @@ PRIMARY = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "plan": PlanConfig,
+    "convert": ConvertConfig,
 }
 OPTIONS = [name for name in YAML_FILES if name not in PRIMARY]
-N_YAML_FILES = 45
+N_YAML_FILES = 50
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
@@ -87,7 +89,7 @@ def test_every_yaml_file_is_in_a_known_place():
 
 @pytest.mark.parametrize("primary", PRIMARY)
 def test_primary_config_composes(primary):
-    needed = ["prompt=Hello"] if primary == "generate" else []
+    needed = {"generate": ["prompt=Hello"], "convert": ["model=tiny", "to=hf", "output=there"]}.get(primary, [])
     assert isinstance(OmegaConf.to_object(composed(*needed, primary=primary)), PRIMARY[primary])
 
 
@@ -173,6 +175,9 @@ PUBLISHED_PARAMETERS = {
     "llama2_7b": 6_738_415_616,
     "llama2_13b": 13_015_864_320,
     "llama2_70b": 68_976_648_192,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
     "llama3_8b": 8_030_261_248,
     "tinyllama_1b": 1_100_048_384,
     "llama2_7b_1layer": one_layer_of_7b(),
@@ -187,7 +192,7 @@ def parameter_count(name: str) -> int:
 
 def test_every_model_has_a_published_count():
     models = {option.removeprefix("model/") for option in OPTIONS if option.startswith("model/")}
-    assert models == PUBLISHED_PARAMETERS.keys() | {"tiny"}
+    assert models == PUBLISHED_PARAMETERS.keys() | {"tiny", "from_checkpoint"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
@@ -361,7 +366,7 @@ OUT_OF_RANGE = [
 ]
 FLOATS = (
     "lora.alpha lora.dropout training.lr training.warmup_ratio training.weight_decay training.max_grad_norm"
-    " model.norm_eps model.rope_theta"
+    " model.norm_eps model.rope_theta model.rope_factor model.rope_low_freq_factor model.rope_high_freq_factor"
 ).split()
 NAN = [(f"{key}=nan", key, "nan", "positive|between|at least|0 or more") for key in FLOATS]
 

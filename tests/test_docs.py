@@ -19,7 +19,15 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
-from llama_ft.config import EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig, TrainConfig, config_dir
+from llama_ft.config import (
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    ReportConfig,
+    TrainConfig,
+    config_dir,
+)
 from llama_ft.reporting.table2 import amount
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
@@ -29,6 +37,7 @@ SCHEMAS = {
     "llama_ft.generate": GenerateConfig,
     "llama_ft.evaluate": EvaluateConfig,
     "llama_ft.plan": PlanConfig,
+    "llama_ft.convert": ConvertConfig,
 }
 # Lines of other tools.
 OTHER_LINES = (

@@ -408,6 +408,7 @@ CASES["command: an apostrophe"] = Case("data.path=it's.json", (QUOTES,), 2, None
 FULL = "the disk is full"
 # The third checkpoint's first file still fits, and its second does not.
 FILL_AT_THE_THIRD_CHECKPOINT = """
+from llama_ft.techniques import peft
 from llama_ft.training import saver
 write, folders = saver.save_tensors, set()
 def save_tensors(tensors, file, config):
@@ -415,7 +416,7 @@ def save_tensors(tensors, file, config):
     if len(folders) == 3:
         fill_disk(50_000)
     write(tensors, file, config)
-saver.save_tensors = save_tensors
+saver.save_tensors = peft.save_tensors = save_tensors
 """
 
 
@@ -486,13 +487,14 @@ def slow_record(*arguments):
 MetricsFile.record = slow_record
 """
 SLOW_SAVING = """
+from llama_ft.techniques import peft
 from llama_ft.training import saver
 write = saver.save_tensors
 def save_tensors(tensors, file, config):
     if {when}:
         slow({how})
     write(tensors, file, config)
-saver.save_tensors = save_tensors
+saver.save_tensors = peft.save_tensors = save_tensors
 """
 EVERY_STEP = "training.save_every=1"
 

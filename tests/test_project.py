@@ -192,7 +192,7 @@ LEVELS = [
     ("files",),
     ("model", "data"),
     ("techniques",),
-    ("training", "decoding"),
+    ("training", "decoding", "exporting"),
     ("reporting", "measure", "tracking", "evaluation"),
     ("planning",),
     ("cli",),

@@ -34,7 +34,6 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
             check(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
-        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
         check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
         if self.head_size is None:
             check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
@@ -44,6 +43,7 @@ class ModelConfig:
             check(holds, "model.head_size", self.head_size, "positive and even (rotary pairs), or null")
             if self.head_size * self.n_heads == self.dim:
                 self.head_size = None  # so that equal sizes are said alike
+        check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
         self._check_rotary()
 
     def _check_rotary(self) -> None:

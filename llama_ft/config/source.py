@@ -56,7 +56,7 @@ class TrainedSource(ModelSource):
 
     gpu: GpuConfig = field(default_factory=GpuConfig)
     adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
-    merge: bool = setting(True, "add the adapter to the weights; false keeps it beside them")
+    merge: bool = setting(True, "add the adapter to the weights; false, and a dialogue, keep it beside them")
     base: str | None = setting(
         None, "weights to compare with: builtin, random or a folder; null is the checkpoint without its adapter"
     )

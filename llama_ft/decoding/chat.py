@@ -6,28 +6,36 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from llama_ft.config import UserError
 from llama_ft.decoding.prompts import prompt_of
 
 ASK = "> "
 HELP = """\
-TEXT         an instruction, put into Alpaca's template; earlier ones are not remembered
-/input TEXT  what the next instruction is about
-/raw TEXT    a prompt as it is, without the template
-/help        this text
-/quit        the end, as Ctrl-D; Ctrl-C stops an answer"""
+TEXT          an instruction, put into Alpaca's template; earlier ones are not remembered
+/input TEXT   what the next instruction is about
+/raw TEXT     a prompt as it is, without the template
+/adapter DIR  answer with this adapter from now on, on the same weights; without DIR with none
+/help         this text
+/quit         the end, as Ctrl-D; Ctrl-C stops an answer"""
 
 
 class _Stopped(KeyboardInterrupt):
     """Ctrl-C while an answer is given."""
 
 
-def chat(answer: Callable[[str], None], read_line: Callable[[], str], say: Callable[[str], None]) -> None:
+def chat(
+    answer: Callable[[str], None],
+    use_adapter: Callable[[str], None],
+    read_line: Callable[[], str],
+    say: Callable[[str], None],
+) -> None:
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
     Args:
         answer: generates and shows what follows a prompt. A UserError of it is said, and the dialogue goes on.
+        use_adapter: changes to the adapter in a folder; an empty name is none. A UserError of it is said, too.
         read_line: the next line without its line break; raises EOFError after the last.
         say: for what is no answer.
     """
@@ -43,6 +51,8 @@ def chat(answer: Callable[[str], None], read_line: Callable[[], str], say: Calla
             about = text.strip()
         elif command == "raw":
             _try_to_answer({"prompt": text}, answer, say)
+        elif command == "adapter":
+            _try(partial(use_adapter, text.strip()), say)
         elif command:
             say(f"error: /{command} is no command; /help lists them")
         elif text:
@@ -65,10 +75,13 @@ def _parts(line: str) -> tuple[str, str]:
 
 
 def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], say: Callable[[str], None]) -> None:
+    _try(lambda: answer(prompt_of(record)), say)
+
+
+def _try(action: Callable[[], None], say: Callable[[str], None]) -> None:
     try:
-        prompt = prompt_of(record)
         with _stoppable():
-            answer(prompt)
+            action()
     except _Stopped:
         say("stopped")
     except UserError as error:

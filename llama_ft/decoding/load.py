@@ -34,6 +34,17 @@ def check_sources(source: TrainedSource) -> None:
         check_base_of(folder, str(source.checkpoint))
 
 
+def load_checkpoint(
+    source: TrainedSource, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+) -> Transformer:
+    """The model that is asked for without its adapter, in evaluation mode.
+
+    Raises:
+        UserError: if the weights are not this model's.
+    """
+    return load_model(source.model, str(source.checkpoint), device, dtype, say=say).eval()
+
+
 def load_trained(
     source: TrainedSource, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
 ) -> Transformer:
@@ -42,7 +53,7 @@ def load_trained(
     Raises:
         UserError: if weights or adapter are not this model's.
     """
-    model = load_model(source.model, str(source.checkpoint), device, dtype, say=say).eval()
+    model = load_checkpoint(source, device, dtype, say)
     if source.adapter is not None:
         load_adapter(model, Path(os.path.expanduser(source.adapter)), source.merge)
     return model

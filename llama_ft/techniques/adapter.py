@@ -73,12 +73,13 @@ class Adapters:
         Raises:
             UserError: if there is no adapter, it is damaged, or of another model.
         """
-        adapter = read_adapter(folder, self._model.config)
-        used = self.used
+        adapter, used = read_adapter(folder, self._model.config), self.used
         self.use(None)
-        self._adapted[name] = adapted_layers(self._model, adapter, self._model.tok_embeddings.weight.dtype)
-        self._plain |= {layer: self._linear(layer) for layer in self._adapted[name]}
-        self.use(used)
+        try:
+            self._adapted[name] = adapted_layers(self._model, adapter, self._model.tok_embeddings.weight.dtype)
+            self._plain |= {layer: self._linear(layer) for layer in self._adapted[name]}
+        finally:
+            self.use(used)
 
     def use(self, name: str | None) -> None:
         """Compute with this adapter from now on; None is the bare model."""
