@@ -13,7 +13,7 @@ LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
 NO_CHECK = ("context",)  # how much of a checkpoint's context is used is the user's choice
 
 # ffn_dim_multiplier and multiple_of of the released models.
-_META_WIDTHS = ((None, 256), (1.3, 4096), (1.3, 1024), (1.5, 256), (1.0, 256))
+_META_WIDTHS = ((None, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
 
 
 def hf_sizes(file: Path) -> dict[str, Any]:
