@@ -45,7 +45,11 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         to_disk(temporary)
         temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+        except KeyboardInterrupt:  # a second one, or one that came while an error had us here
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 safetensors' own writer takes whole tensors, torch.save a whole file's.
 """
 
+import errno
 import json
 import struct
 import zipfile
@@ -62,7 +63,10 @@ class PthFile:
         # torch knows the format and leaves the data out; where in the file they go our reader knows.
         with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
             fake = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in weights.items()}
-            torch.save(fake, file)
+            try:
+                torch.save(fake, file)
+            except RuntimeError as error:  # what its writer in C++ makes of a full disk
+                raise OSError(errno.EIO, next(iter(str(error).splitlines()), "torch.save failed")) from error
         self._places: dict[str, StoredTensor] = read_pth(file)
         self._checksums = {place.offset: 0 for place in self._places.values()}
         self._stream = file.open("r+b")
