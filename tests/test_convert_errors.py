@@ -130,7 +130,7 @@ def test_a_head_that_is_not_the_embedding(refused: Refused, source: Path, folder
         ({"hidden_size": None}, "does not say the model's dim as a number"),
         ({"hidden_size": 96.5}, "its model.dim is 96.5, which cannot be"),
         (
-            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
             "model.dim=96 is not allowed: it must be a multiple of model.n_heads=5",
         ),
         ({"num_hidden_layers": 0}, "model.n_layers=0 is not allowed"),

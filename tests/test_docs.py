@@ -7,7 +7,7 @@ import itertools
 import json
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from llama_ft.config import (
     ConvertConfig,
     EvaluateConfig,
     GenerateConfig,
+    ModelConfig,
     PlanConfig,
     ReportConfig,
     TrainConfig,
     config_dir,
 )
+from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table2 import amount
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
@@ -44,6 +46,8 @@ OTHER_LINES = (
     r"python3 -m venv \.venv",
     r"\.venv/bin/python -m pip install (--constraint requirements\.lock --editable \.|torch==\S+ --index-url \S+)",
     r'eval "\$\(python -m llama_ft\.train -sc install=bash\)"',  # tests/test_install.py
+    r"pip install lm_eval",
+    r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )
 
@@ -114,18 +118,37 @@ def single_runs(overrides: list[str]) -> Iterator[list[str]]:
     yield from (list(choice) for choice in itertools.product(*choices))
 
 
+MakeCheckpoints = Callable[[tuple[str, ...]], None]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCheckpoints:
+    """Makes the folders that a command names, so far as they are looked into before anything begins."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(arguments: tuple[str, ...]) -> None:
+        names = [argument.partition("=")[2] for argument in arguments if argument.startswith("checkpoint=")]
+        for folder in (Path(name) for name in names if name not in ("random", "builtin")):
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(hf_config(ModelConfig("any"), "float16", 1, 2)))
+            (folder / "tokenizer.model").touch()
+
+    return make
+
+
 @pytest.mark.parametrize("arguments", commands("llama_ft.train"), ids=" ".join)
-def test_train_commands_compose(arguments: tuple[str, ...]) -> None:
+def test_train_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
     if {"--help", "-sc", "--config-dir"} & set(arguments):
         return  # tests/test_usage.py, tests/test_install.py; the folder is the reader's
     cli.register()
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     runs = list(single_runs(overrides))
+    checkpoints(arguments)
     assert runs
     assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         for single in runs:
-            assert isinstance(OmegaConf.to_object(compose(config_name="train", overrides=single)), TrainConfig)
+            cli.checked_config(compose(config_name="train", overrides=single), single, TrainConfig)
 
 
 def test_no_folder_is_used_for_two_configurations() -> None:
@@ -157,8 +180,15 @@ def test_evaluate_commands_compose(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("arguments", commands("llama_ft.plan"), ids=" ".join)
-def test_arguments_of_plan_are_accepted(arguments: tuple[str, ...]) -> None:
+def test_arguments_of_plan_are_accepted(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
+    checkpoints(arguments)
     cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
+
+
+@pytest.mark.parametrize("arguments", commands("llama_ft.convert"), ids=" ".join)
+def test_convert_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
+    checkpoints(arguments)
+    cli.composed_config("convert", list(arguments), ConvertConfig)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

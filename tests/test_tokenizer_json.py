@@ -1,0 +1,83 @@
+"""`tokenizer.json` made from `tokenizer.model`: what transformers makes of texts with it, against the file itself."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from conftest import CHECKOUT
+from test_tokenizer_llama3 import TEXTS, Files, files
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llama_ft.config import UserError
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer_json import tokenizer_files
+
+__all__ = ["files"]  # a fixture
+TINY = CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model"
+MORE = [" leading", "  two \n\n  lines\t", "▁ a", "trailing  ", "\x00\x01", "é 🙂 日本", "a" * 300, "1234567 + 89"]
+
+
+def random_texts() -> list[str]:
+    generator = random.Random(0)
+    blocks = ((32, 127), (0x20, 0x3000), (0x1F300, 0x1F600), (9, 14), (32, 33))
+    return ["".join(chr(generator.randrange(*generator.choice(blocks))) for _ in range(40)) for _ in range(200)]
+
+
+def made(file: Path, folder: Path, llama_3_1: bool = False) -> PreTrainedTokenizerBase:
+    """transformers' tokenizer, of what is made from a file."""
+    for name, content in tokenizer_files(file, llama_3_1).items():
+        (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def assert_same(theirs: PreTrainedTokenizerBase, file: Path, texts: list[str]) -> None:
+    ours = Tokenizer(file)
+    assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
+    for text in texts:
+        ids = ours.encode(text, bos=True)
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
+
+
+def test_the_built_in_tokenizer(tmp_path: Path) -> None:
+    assert_same(made(TINY, tmp_path), TINY, TEXTS[:-1] + MORE + random_texts())
+
+
+def test_llama_2s(tmp_path: Path, test_data: Path) -> None:
+    file = test_data / "llama2_tokenizer.model"
+    records = json.loads((test_data / "alpaca_data_200.json").read_text())
+    texts = [f"{record['instruction']}\n{record['input']}\n{record['output']}" for record in records]
+    assert_same(made(file, tmp_path), file, TEXTS[:-1] + MORE + random_texts() + texts)
+
+
+def test_llama_3s_of_meta(tmp_path: Path, files: Files) -> None:
+    assert_same(made(files.model, tmp_path), files.model, TEXTS[:-1] + MORE + random_texts())
+
+
+def test_special_tokens_have_their_published_names(tmp_path: Path, files: Files) -> None:
+    """As in Meta's llama3 and llama-models repositories."""
+    for newer, expected in (
+        (False, {4: "reserved_special_token_2", 8: "reserved_special_token_4", 10: "reserved_special_token_5"}),
+        (True, {4: "finetune_right_pad_id", 5: "reserved_special_token_2", 8: "eom_id", 10: "python_tag"}),
+    ):
+        tokenizer = made(files.model, tmp_path, newer)
+        both = {0: "begin_of_text", 1: "end_of_text", 2: "reserved_special_token_0", 6: "start_header_id", 9: "eot_id"}
+        names = [token.strip("<|>") for token in tokenizer.convert_ids_to_tokens(range(300, 556))]
+        assert {place: names[place] for place in both | expected} == both | expected
+        assert names[255] == f"reserved_special_token_{247 if newer else 250}"
+        assert len(set(names)) == 256
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"a line of text, number {n}" for n in range(200)))
+    settings = {"input": str(corpus), "vocab_size": 40, "minloglevel": 2}
+    for name, other in {"unigram": {"model_type": "unigram"}, "plain": {"model_type": "bpe"}}.items():
+        sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / name), **settings, **other)
+        with pytest.raises(UserError, match="is not like LLaMA-2's: no tokenizer"):
+            tokenizer_files(tmp_path / f"{name}.model", False)
+    shutil.rmtree(tmp_path)
