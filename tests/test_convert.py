@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_model import relative
+from test_tokenizer_llama3 import Files, files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -35,6 +37,7 @@ from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
 from llama_ft.training.saver import save_trained
 
+__all__ = ["files"]  # a fixture
 CPU = torch.device("cpu")
 # Sizes that three shards divide; ffn_dim 192 is no width of Meta's rule without a multiplier.
 SIZES = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 192}
@@ -543,3 +546,30 @@ def test_settings_of_the_source_are_kept(tmp_path: Path, folders: Folders, comma
     assert {key for key in before | after if before.get(key) != after.get(key)} == {"dtype"}
     assert after["dtype"] == "float16"
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6}'
+
+
+# A run
+
+
+@pytest.mark.parametrize("kind", ["json", "model"])
+def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path: Path, files: Files, kind: str) -> None:
+    """Trained by the command, its adapter loaded by PEFT; the tokenizer is the one in the folder."""
+    scaling = LLAMA_3_1 | {"factor": 32.0, "original_max_position_embeddings": 8192}
+    sizes = SIZES | {"vocab_size": 556, "max_position_embeddings": 2048, "num_key_value_heads": 3}
+    config = LlamaConfig(**sizes, rope_theta=5e5, rope_scaling=scaling, tie_word_embeddings=True)
+    folder = tmp_path / "Small 3.2"
+    LlamaForCausalLM(config).save_pretrained(folder)
+    shutil.copy(files.file(kind), folder)
+    arguments = ("model=from_checkpoint", f"checkpoint='{folder.name}'", "optim=lora", "lora.targets=[wq,wk,w2]")
+    settings = ("training.max_samples=4", "training.lr=0.1", "tracker=disabled", "hydra.run.dir=run")
+    done = run("llama_ft.train", *arguments, *settings, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["model"], result["status"]) == ("Small_3.2", "ok")
+    trained = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path / "run").eval()
+    model = ours(folder)
+    load_adapter(model, tmp_path / "run", True)
+    assert_same(model, trained)
+    with torch.no_grad():
+        tokens = torch.arange(3, 100)[None]
+        assert relative(model(tokens), LlamaForCausalLM.from_pretrained(folder)(tokens).logits) > 0.01

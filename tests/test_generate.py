@@ -160,7 +160,11 @@ def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
 # The dialogue
 
 
-def dialogue(answer: Callable[[str], None], *lines: str | type[BaseException]) -> list[str]:
+def dialogue(
+    answer: Callable[[str], None],
+    *lines: str | type[BaseException],
+    use_adapter: Callable[[str], None] = lambda folder: pytest.fail(folder),
+) -> list[str]:
     """What is said in it, without the greeting."""
     said: list[str] = []
     left = iter(lines)
@@ -171,7 +175,7 @@ def dialogue(answer: Callable[[str], None], *lines: str | type[BaseException]) -
             return line
         raise line
 
-    chat(answer, read_line, said.append)
+    chat(answer, use_adapter, read_line, said.append)
     assert next(left, None) is None
     return said[1:]
 
@@ -211,7 +215,22 @@ def test_errors_in_a_dialogue_are_a_line_and_it_goes_on() -> None:
 
 def test_help_names_every_command() -> None:
     (said,) = dialogue(pytest.fail, "/help")
-    assert {f"/{name}" for name in ("input", "raw", "help", "quit")} == set(re.findall(r"^/\w+", said, re.MULTILINE))
+    assert {f"/{name}" for name in ("input", "raw", "adapter", "help", "quit")} == set(
+        re.findall(r"^/\w+", said, re.MULTILINE)
+    )
+
+
+def test_a_dialogue_changes_adapters() -> None:
+    done: list[str] = []
+
+    def use(folder: str) -> None:
+        if folder == "bad":
+            raise UserError("there is no such folder")
+        done.append(f"use {folder}")
+
+    lines = ("/raw a", "/adapter some folder ", "/raw b", "/adapter bad", "/adapter", "/raw c")
+    assert dialogue(done.append, *lines, use_adapter=use) == ["error: there is no such folder"]
+    assert done == ["a", "use some folder", "b", "use ", "c"]
 
 
 @pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
@@ -397,7 +416,6 @@ def test_a_dialogue_by_a_pipe(
     add_lora(adapted, 4, 8.0, 0.0, ["wq"])
     (tmp_path / "run").mkdir()
     save_trained(adapted, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").write_text("lora: {rank: 4, alpha: 8.0, dropout: 0.0, targets: [wq]}\n")
     lines = f"Two and two\n/raw {'x ' * 2000}\n/raw Hello\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     arguments = ("adapter=run", "compare=true", "decoding.max_new_tokens=5", *TINY)
@@ -407,6 +425,31 @@ def test_a_dialogue_by_a_pipe(
     assert done.out == "".join(singles)
     assert done.out.count("base:\n") == done.out.count("fine-tuned:\n") == 2
     assert len(re.findall(r"^error: the prompt has .* tokens, and the model's context is", done.err, re.MULTILINE)) == 1
+
+
+def test_a_dialogue_has_each_adapters_answers(
+    tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
+) -> None:
+    arguments = ("decoding.max_new_tokens=8", *TINY)
+    for name, targets in (("one", ["wq", "wv"]), ("the other", ["w1", "output"])):
+        adapted = make_model(replace(tiny_config.model, n_layers=1))
+        add_lora(adapted, 4, 64.0, 0.0, targets)
+        torch.manual_seed(len(name))
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        (tmp_path / name).mkdir()
+        save_trained(adapted, tmp_path / name)
+    one, other = "adapter=one", "adapter=the other"
+    singles = {chosen: command("prompt=Hello", *chosen, *arguments).out for chosen in ((), (one,), (other,))}
+    assert len(set(singles.values())) == 3
+    lines = "/raw Hello\n/adapter the other\n/raw Hello\n/adapter\n/raw Hello\n/adapter no\n/adapter one\n/raw Hello\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    done = command("interactive=true", one, *arguments)
+    assert done.out == singles[one,] + singles[other,] + singles[()] + singles[one,]
+    said = [line for line in done.err.splitlines() if "adapter" in line]
+    expected = ["with the adapter in the other", "without an adapter", "error: adapter=no: there is no such folder"]
+    assert said == [*expected, "with the adapter in one"]
 
 
 TELL_ONE = 'give one of prompt="…", instruction="…", prompts=FILE and interactive=true'

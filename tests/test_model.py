@@ -1,5 +1,9 @@
 """The decoder against transformers, closed forms and higher precision."""
 
+import math
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +12,7 @@ from benchmarks.decode import reference
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model.formats import permute_rotary, to_hf
-from llama_ft.model.transformer import RMSNorm, Transformer, rotary_table, rotate
+from llama_ft.model.transformer import RMSNorm, Transformer, rotary_frequencies, rotary_table, rotate
 from llama_ft.model.weights import load_model, save_tensors
 
 CPU = torch.device("cpu")
@@ -101,6 +105,49 @@ def test_rotary_is_a_complex_rotation_of_adjacent_pairs() -> None:
     angles = torch.outer(torch.arange(10.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
     assert relative(rotate(x, rotary_table(rotary_config(10, 8))), torch.view_as_real(turned).flatten(-2)) <= 1e-6
+
+
+def test_llama_3_1_slows_what_turns_seldom() -> None:
+    """As the paper's text has it, frequency by frequency: by the wavelength beside the original context."""
+    sizes = {"rope_theta": 500000.0, "rope_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
+    config = ModelConfig("scaled", head_size=128, rope_original_context=8192, **sizes)
+    plain = rotary_frequencies(replace(config, rope_factor=1.0))
+    kinds = set()
+    for exponent, frequency in enumerate(rotary_frequencies(config).tolist()):
+        unscaled = 500000.0 ** (-2 * exponent / 128)
+        wavelength = 2 * math.pi / unscaled
+        if wavelength > 8192 / 1:
+            kind, expected = "slowed", unscaled / 8
+        elif wavelength < 8192 / 4:
+            kind, expected = "as it is", unscaled
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            kind, expected = "between", (1 - smooth) * unscaled / 8 + smooth * unscaled
+        assert frequency == pytest.approx(expected, rel=1e-5)
+        assert plain[exponent].item() == pytest.approx(unscaled, rel=1e-5)
+        kinds.add(kind)
+    assert kinds == {"slowed", "as it is", "between"}
+    assert torch.equal(rotary_frequencies(replace(config, rope_original_context=0)), plain / 8)
+
+
+def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
+    config = replace(small_config(2), tie_word_embeddings=True)
+    model = load_model(config, "random", CPU, torch.float32, seed=3)
+    untied = load_model(replace(config, tie_word_embeddings=False), "random", CPU, torch.float32)
+    untied.load_state_dict(model.state_dict())
+    tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(9))
+    assert torch.equal(model(tokens), untied(tokens))
+    assert len(list(model.parameters())) == len(list(untied.parameters())) - 1
+    for each in (model, untied):
+        each(tokens).logsumexp(-1).sum().backward()
+    both = untied.tok_embeddings.weight.grad + untied.output.weight.grad
+    assert relative(model.output.weight.grad, both) <= 1e-6
+    save_tensors(dict(model.named_parameters()), tmp_path / WEIGHTS_FILE, config)
+    again = load_model(config, str(tmp_path), CPU, torch.bfloat16)
+    assert again.output.weight is again.tok_embeddings.weight
+    assert torch.equal(again.output.weight, model.output.weight.bfloat16())
+    with pytest.raises(UserError, match="tie_word_embeddings is False and there True"):
+        load_model(replace(config, tie_word_embeddings=False), str(tmp_path), CPU, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,6 +6,8 @@ from llama_ft.config.checks import UserError, check, setting
 from llama_ft.config.groups import DataConfig
 from llama_ft.config.source import TrainedSource
 
+LONGEST_WINDOW = 4096  # unless one is given: Llama 3.1's context of 131,072 would take 67 GB for logits alone
+
 
 @dataclass
 class EvaluateConfig(TrainedSource):
@@ -17,7 +19,9 @@ class EvaluateConfig(TrainedSource):
     exact_match: bool = setting(True, "let the model answer each record, and compare; false measures perplexity alone")
     max_new_tokens: int = setting(64, "an answer ends after so many tokens")
     text: str | None = setting(None, "a UTF-8 text file whose perplexity is measured beside that of the responses")
-    window: int | None = setting(None, "tokens of the text that the model sees at once; null is its context")
+    window: int | None = setting(
+        None, "tokens of the text that the model sees at once; null is its context, 4096 at most"
+    )
     stride: int | None = setting(None, "tokens from the start of one window to the next; null is half a window")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/evaluations")
 
@@ -45,7 +49,7 @@ class EvaluateConfig(TrainedSource):
     @property
     def window_tokens(self) -> int:
         """Tokens in a window."""
-        return self.window or self.model.context
+        return self.window or min(self.model.context, LONGEST_WINDOW)
 
     @property
     def stride_tokens(self) -> int:

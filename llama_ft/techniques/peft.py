@@ -6,6 +6,7 @@ the rotary layout of transformers: the rows of lora_B of wq and wk are permuted 
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
         raise UserError(f"adapter={folder} cannot be read: {error.strerror}") from error
     except UserError as error:
         text = str(error)
-        raise UserError(text if str(folder) in text else f"adapter={folder}: {text}") from error
+        raise UserError(text if f"{folder}{os.sep}" in text else f"adapter={folder}: {text}") from error
 
 
 def _read_files(folder: Path) -> tuple[dict[str, Any], tuple[dict[str, StoredTensor], dict[str, str]]]:
