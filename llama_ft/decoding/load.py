@@ -11,7 +11,7 @@ from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.adapter import check_base_of, load_adapter
-from llama_ft.techniques.peft import read_adapter
+from llama_ft.techniques.peft_reader import read_adapter
 
 
 def check_sources(source: TrainedSource) -> None:

@@ -14,7 +14,8 @@ from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.adapter import check_base_of, check_copies
 from llama_ft.techniques.lora import lora_scale
-from llama_ft.techniques.peft import Factors, read_adapter
+from llama_ft.techniques.peft import Factors
+from llama_ft.techniques.peft_reader import read_adapter
 
 DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
 

@@ -12,7 +12,8 @@ from llama_ft.model.sizes import read_json
 from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.lora import LoRALinear
-from llama_ft.techniques.peft import Adapter, read_adapter
+from llama_ft.techniques.peft import Adapter
+from llama_ft.techniques.peft_reader import read_adapter
 
 
 def check_base_of(folder: Path, checkpoint: str) -> None:
