@@ -57,6 +57,7 @@ def weights(dim: int = DIM, hf: bool = False) -> dict[str, torch.Tensor]:
     return tensors
 
 
+LORA = {f"layers.{n}.attention.{w}.lora_{m}" for n in (0, 1) for w in ("wq", "wv") for m in "AB"}  # by our names
 TRAINED = {  # by file: the names of the tensors in it
     "model.safetensors": set(weights()),
     "adapter_model.safetensors": {
@@ -263,9 +264,10 @@ def assert_whole(run_dir: Path) -> None:
             assert names == TRAINED[file.name], file
         else:
             (trained,) = (name for name in TRAINED if (file.parent / name).exists())
-            assert names == {f"{name}:{key}" for name in TRAINED[trained] for key in ("step", "exp_avg", "exp_avg_sq")}
+            parameters = LORA if trained.startswith("adapter") else TRAINED[trained]
+            assert names == {f"{name}:{key}" for name in parameters for key in ("step", "exp_avg", "exp_avg_sq")}
     for folder in run_dir.glob("checkpoints/step_*"):
-        assert len(list(folder.iterdir())) == 3, folder
+        assert len(list(folder.iterdir())) == 3 + (folder / "adapter_config.json").exists(), folder
 
 
 def assert_as_expected(case: Case, ended: Ended) -> None:
@@ -375,7 +377,7 @@ WRONG = {  # what is typed: what is said, and whether the run's folder is known 
     "training.learning_rate=1": ("training.learning_rate is not a key", "lr, epochs, batch_size", False),
     "+training.lrs=1": ("training.lrs is not a key", "", True),
     "training.seed=1.5": ("training.seed=1.5 is not allowed", "a whole number", False),
-    "model=llama3": ("model=llama3 is not allowed", "one of llama2_13b", False),
+    "model=llama3": ("model=llama3 is not allowed", "one of from_checkpoint, llama2_13b", False),
     "training.epochs=0": ("training.epochs=0 is not allowed", "at least 1", True),
     "training.lr=nan": ("training.lr=nan is not allowed", "positive and finite", True),
     "lora.dropout=1": ("lora.dropout=1.0 is not allowed", "at least 0 and below 1", True),
