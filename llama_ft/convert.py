@@ -44,35 +44,39 @@ def main() -> int:
     def say(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
-    output = Path(os.path.expanduser(str(config.output)))
-    check_free(output)
+    output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
+    check_free(output, config)
     from llama_ft.exporting.beside import Beside
     from llama_ft.exporting.source import open_source
 
-    source, beside = open_source(config), Beside(config)
+    source, beside = open_source(config), Beside(config, say)
     n_bytes = check_room(source, config, output)
     assert config.to is not None
     say(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MB:,.0f} MB from {source.checkpoint.folder}")
     try:
         with whole_folder(output) as folder, progress_bar(errors, "MB written", round(n_bytes / MB)) as advance:
-            write(source, beside, config, folder, in_mb(advance), say)
+            write(source, beside, config, folder, in_mb(advance))
     except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
+        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
+    if config.to is Format.meta:
+        say_context(config, say)
     if source.is_rounded and config.probe:
         say_change(source, output, config.to, errors, console)
     files = sorted(file.name for file in output.iterdir())
-    console.print(f"Written: {', '.join(files)} in {output}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"Written: {', '.join(files)} in {config.output}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
-def check_free(output: Path) -> None:
+def check_free(output: Path, config: ConvertConfig) -> None:
     """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
     try:
-        taken = output.is_file() or (output.is_dir() and any(output.iterdir()))
+        free = not os.path.lexists(output) or (
+            output.is_dir() and not output.is_symlink() and not any(output.iterdir())
+        )
     except OSError as error:
-        raise UserError(f"output={output} cannot be written: {error.strerror}") from error
-    if taken:
-        raise UserError(f"output={output} is there already, and nothing is overwritten: name another folder")
+        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
+    if not free:
+        raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
 
 
 def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
@@ -81,17 +85,24 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
     Raises:
         UserError: if the disk lacks them, or the model cannot be split among the shards.
     """
-    from llama_ft.model.export import check_shards
+    from llama_ft.model.export import check_meta_shards
     from llama_ft.model.sizes import meta_params
+    from llama_ft.model.transformer import EMBEDDING
 
+    n_bytes, n_shards = sum(weight.n_bytes for weight in source.written.values()), config.shards or 1
     if config.to is Format.meta:
         meta_params(source.model)
-        check_shards(source.model, config.shards or 1)
-    n_bytes = sum(weight.n_bytes for weight in source.written.values())
+        check_meta_shards(source.model, n_shards)
+        n_bytes += source.written[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
+    elif n_shards > len(source.written):
+        most = f"at most {len(source.written)}, the model's tensors"
+        raise UserError(f"shards={n_shards} is not allowed: it must be {most}")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if n_bytes > free:
-        raise UserError(f"output={output}: {n_bytes / MB:,.0f} MB are needed, and {free / MB:,.0f} MB are free there")
+        raise UserError(
+            f"output={config.output}: {n_bytes / MB:,.0f} MB are needed, and {free / MB:,.0f} MB are free there"
+        )
     return n_bytes
 
 
@@ -114,17 +125,16 @@ def write(
     config: ConvertConfig,
     folder: Path,
     advance: Callable[[int], None],
-    say: Callable[[str], None],
 ) -> None:
     """Write the weights and what goes with them.
 
     Raises:
-        UserError: if a file that goes with them cannot be read.
+        UserError: if a number is beyond the range of the dtype that is asked for.
         OSError: if the folder cannot be written to.
     """
     from llama_ft.model.export import write_hf, write_meta
 
-    for name, content in beside.files(say).items():
+    for name, content in beside.files.items():
         (folder / name).write_bytes(content)
     if config.to is Format.hf:
         dtype = str(next(iter(source.written.values())).dtype).removeprefix("torch.")
@@ -132,6 +142,19 @@ def write(
         write_hf(source.written, source.model, settings, folder, config.shards, advance)
     else:
         write_meta(source.written, source.model, folder, config.shards or 1, advance)
+
+
+def say_context(config: ConvertConfig, say: Callable[[str], None]) -> None:
+    """Meta's format does not say the context: where another one will be read back, say so."""
+    from llama_ft.model.folder import released_context
+
+    model = config.model
+    read_back = released_context(model.vocab_size, model.rope_theta, model.rope_factor)
+    if read_back != model.context:
+        say(
+            f"Meta's files do not say the context of {model.context:,}, and are read as of {read_back:,}: give"
+            f" model.context={model.context} with them"
+        )
 
 
 def say_change(source: "Source", output: Path, to: Format, errors: Console, console: Console) -> None:

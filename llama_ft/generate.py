@@ -183,11 +183,13 @@ class Models:
             UserError: if there is none of this model, or it was trained on other weights.
         """
         from llama_ft.techniques.adapter import check_base_of
+        from llama_ft.techniques.peft_reader import read_adapter
 
         if folder is not None and folder not in adapters:
             place = Path(os.path.expanduser(folder))
-            adapters.add(folder, place)
+            read_adapter(place, self._config.model)  # what is wrong with it is said before whose it is
             check_base_of(place, str(self._config.checkpoint))
+            adapters.add(folder, place)
         adapters.use(folder)
 
     def _answerer(self, model: "Transformer") -> "Answerer":

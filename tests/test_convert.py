@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from conftest import CHECKOUT, run
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from llama_ft import cli, convert
 from llama_ft.cli.explain import use_schema
-from llama_ft.config import ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.context import Context
 from llama_ft.model.folder import sizes_of
@@ -268,11 +268,22 @@ def test_params_and_config_say_a_models_sizes(tmp_path: Path, name: str) -> None
         assert (params.get("ffn_dim_multiplier"), params["multiple_of"]) == published[name]
 
 
-@pytest.mark.parametrize("ffn_dim", [1, 2, 37, 96, 170, 171, 10001, 11008])
-def test_any_width_can_be_said_in_metas_terms(tmp_path: Path, ffn_dim: int) -> None:
-    params = meta_params(ModelConfig("any", dim=64, n_heads=4, n_kv_heads=4, ffn_dim=ffn_dim))
-    (tmp_path / "params.json").write_text(json.dumps(params))
-    assert meta_sizes(tmp_path / "params.json", 8.0)["ffn_dim"] == ffn_dim
+@pytest.mark.parametrize("dim", [8, 64, 4096])
+def test_any_width_can_be_said_in_metas_terms(tmp_path: Path, dim: int) -> None:
+    for ffn_dim in (*range(1, 300), 10001, 11008, 2**24):
+        params = meta_params(ModelConfig("any", dim=dim, n_heads=4, n_kv_heads=4, ffn_dim=ffn_dim))
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        assert meta_sizes(tmp_path / "params.json", 8.0)["ffn_dim"] == ffn_dim
+
+
+def test_a_hundred_shards_and_more_are_put_together_in_their_order(tmp_path: Path, command: Command) -> None:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 128, "num_key_value_heads": 128}
+    config = LlamaConfig(**sizes, vocab_size=128, intermediate_size=128, max_position_embeddings=64)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "first")
+    command(f"checkpoint={tmp_path / 'first'}", "to=meta", f"output={tmp_path / 'meta'}", "shards=128")
+    command(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'hf'}", "shards=12")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 12  # of as many tensors
+    assert are_equal(tensors(tmp_path / "first"), tensors(tmp_path / "hf"))
 
 
 # Logits and text
@@ -533,6 +544,64 @@ def test_the_built_in_model_with_its_tokenizer(tmp_path: Path, command: Command)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
     assert (model.config.bos_token_id, model.generation_config.eos_token_id) == (reference.bos_id, reference.eos_id)
     assert model.config.max_position_embeddings == 1024
+
+
+def test_what_takes_more_digits_is_not_rounded(tmp_path: Path, folders: Folders, command: Command) -> None:
+    bf16 = folders("gqa", torch.bfloat16)
+    assert "changed the logits" not in command(f"checkpoint={bf16}", "to=hf", f"output={tmp_path / 'a'}", "dtype=fp32")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "a").values()} == {torch.float32}
+    assert "changed the logits" in command(f"checkpoint={bf16}", "to=hf", f"output={tmp_path / 'b'}", "dtype=fp16")
+    double = {name: tensor.double() + 1e-12 for name, tensor in tensors(folders("gqa")).items()}
+    shutil.copytree(folders("gqa"), tmp_path / "double")
+    save_file(double, tmp_path / "double" / "model.safetensors")
+    said = command(f"checkpoint={tmp_path / 'double'}", "to=hf", f"output={tmp_path / 'c'}", "dtype=fp32")
+    found = re.search(r"changed the logits by (\S+) at most", said)
+    assert found
+    assert 0 < float(found[1]) < 1e-4
+
+
+def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path: Path, folders: Folders, command: Command) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(folders("gqa"), source)
+    (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel"}}')
+    (source / "tokenizer_config.json").write_text("{}")
+    said = command(f"checkpoint={source}", "to=hf", f"output={tmp_path / 'hf'}")
+    assert "its files are copied as they are" in said
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
+    said = command(f"checkpoint={source}", "to=meta", f"output={tmp_path / 'meta'}")
+    assert "it is left out" in said
+    assert (
+        "Meta's files do not say the context of 256, and are read as of 4,096: give model.context=256 with them" in said
+    )
+    assert {file.name for file in (tmp_path / "meta").iterdir()} == {"consolidated.00.pth", "params.json"}
+
+
+def test_bos_and_eos_are_the_models_own(tmp_path: Path, folders: Folders, command: Command) -> None:
+    shutil.copytree(folders("gqa"), tmp_path / "source", ignore=shutil.ignore_patterns("generation_config.json"))
+    file = tmp_path / "source" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"bos_token_id": 100, "eos_token_id": 101}))
+    command(f"checkpoint={tmp_path / 'source'}", "to=hf", f"output={tmp_path / 'hf'}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (100, 101)
+    command(f"checkpoint={tmp_path / 'source'}", "to=meta", f"output={tmp_path / 'meta'}")
+    command(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama2")
+    assert (model.generation_config.bos_token_id, model.config.eos_token_id) == (1, 2)
+
+
+def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path: Path, folders: Folders) -> None:
+    hashes = set()
+    for name in ("one", "models--owner--Some-LLaMA/snapshots/0123abcd", "tiny"):
+        shutil.copytree(folders("gqa"), tmp_path / name)
+        shutil.copy(CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model", tmp_path / name)
+        arguments = ["model=from_checkpoint", f"checkpoint='{tmp_path / name}'", "gpu=cpu"]
+        config = cli.composed_config("plan", arguments, PlanConfig)
+        hashes.add(config.hash())
+        expected = {"one": "one", "tiny": "tiny-checkpoint"}.get(name, "Some-LLaMA")
+        assert config.model.name == expected
+        assert config.tokenizer_file == tmp_path / name / "tokenizer.model"
+    assert len(hashes) == 1
 
 
 def test_settings_of_the_source_are_kept(tmp_path: Path, folders: Folders, command: Command) -> None:

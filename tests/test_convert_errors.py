@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import environment, run
+from conftest import CHECKOUT, environment, run
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from safetensors.torch import load_file, save_file
@@ -27,6 +27,7 @@ from llama_ft.cli.explain import use_schema
 from llama_ft.config import ConvertConfig, ModelConfig, UserError, config_dir
 from llama_ft.model import writing
 from llama_ft.model.folder import sizes_of
+from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import save_tensors
 from llama_ft.techniques.adapter import load_adapter
 from llama_ft.techniques.peft_reader import read_adapter
@@ -134,6 +135,14 @@ def test_a_head_that_is_not_the_embedding(refused: Refused, source: Path, folder
             "model.dim=96 is not allowed: it must be a multiple of model.n_heads=5",
         ),
         ({"num_hidden_layers": 0}, "model.n_layers=0 is not allowed"),
+        (
+            {"num_hidden_layers": 10**7},
+            "model.n_layers=10000000 is not allowed: it must be at least 1 and at most 4,096",
+        ),
+        ({"hidden_size": 10**400}, "model.dim=1000"),
+        ({"vocab_size": 10**30}, "model.vocab_size=1000"),
+        ({"head_dim": 10**30}, "model.head_size=1000"),
+        ({"max_position_embeddings": 10**20}, "model.context=1000"),
         ({"head_dim": 15}, "model.head_size=15 is not allowed: it must be positive and even"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "of type yarn are not supported, only default"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "does not say the model's rope_low_freq_factor"),
@@ -170,11 +179,46 @@ def test_odd_values_in_config_json(source: Path) -> None:
     assert 10 < sum(refused) < len(refused) - 10
 
 
+def test_a_hostile_name_in_our_own_metadata(tmp_path: Path, folders: Folders) -> None:
+    """It would be part of a path, or stand for a model that ships with the package."""
+    (tmp_path / "own").mkdir()
+    for name in ("x/../../evil", "tiny", 5):
+        sizes = json.dumps({"dim": 64, "n_layers": 1, "name": name, "other": 1})
+        save_file({"norm.weight": torch.ones(64)}, tmp_path / "own" / "model.safetensors", {"llama_ft.model": sizes})
+        assert sizes_of(tmp_path / "own") == {"name": "own", "dim": 64, "n_layers": 1}
+
+
+def test_metas_embedding_that_is_no_matrix(tmp_path: Path, refused: Refused) -> None:
+    meta = tmp_path / "meta"
+    meta.mkdir()
+    (meta / "params.json").write_text(json.dumps({"dim": 96, "n_layers": 2, "n_heads": 6, "vocab_size": -1}))
+    for tensor, message in ((torch.ones(()), "or it is no matrix"), (torch.ones(0, 96), "model.vocab_size=0 is not")):
+        torch.save({"tok_embeddings.weight": tensor}, meta / "consolidated.00.pth")
+        assert message in refused(meta, "to=hf")
+    torch.save({"tok_embeddings.weight": torch.ones([1] * 9)}, meta / "consolidated.00.pth")
+    assert "there is a tensor of shape" in refused(meta, "to=hf")
+
+
+def test_no_table_is_made_of_a_model_that_is_only_looked_at() -> None:
+    with torch.device("meta"):
+        assert Transformer(ModelConfig("long", context=2**24)).rotary.is_meta
+
+
+def test_numbers_beyond_the_range_of_fp16(tmp_path: Path, folders: Folders, refused: Refused) -> None:
+    source = Path(shutil.copytree(folders("gqa"), tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
+    save_file(weights, source / "model.safetensors")
+    message = refused(source, "to=hf", "dtype=fp16")
+    assert message == "layers.1.feed_forward.w3.weight has numbers beyond the range of float16: give dtype=bf16"
+
+
 def test_sizes_that_meta_does_not_know(refused: Refused, folders: Folders) -> None:
     assert "Meta's format knows no head_dim=32 other than dim / n_heads" in refused(folders("wide_heads"))
     assert "knows no rope_original_context=0" in refused(folders("linear"))
     assert "knows no rope_original_context=64" in refused(folders("scaled"))
     assert "shards=4 is not allowed: it must divide model.n_heads=6" in refused(folders("gqa"), "to=meta", "shards=4")
+    assert "shards=1000 is not allowed: it must be at most 21" in refused(folders("gqa"), "to=hf", "shards=1000")
 
 
 # Adapters
@@ -211,7 +255,7 @@ def test_adapters_that_cannot_be_used(
         (whole | {name.replace("_A", "_embedding_A"): torch.ones(2, 2)}, "is no part of a LoRA adapter"),
         (
             whole | {"base_model.model.lm_head.weight": torch.ones(120, 96)},
-            "holds a output.weight of its own, which differs",
+            "holds output.weight too, which differs",
         ),
     ]
     for content, expected in damaged:
@@ -270,7 +314,7 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(
     content[copied][0, 0] += 1
     save_file(content, file)
     message = refused(folders("gqa"), "to=hf", f"adapter={tmp_path / 'adapter'}")
-    assert "holds a output.weight of its own, which differs from the checkpoint's" in message
+    assert "holds output.weight too, which differs from the checkpoint's" in message
 
 
 # What the user types
@@ -313,6 +357,11 @@ def test_nothing_is_overwritten(tmp_path: Path, command: Command) -> None:
     with pytest.raises(UserError, match=r"output=.*/file/deeper cannot be written: "):
         command("model=tiny", "to=hf", f"output={tmp_path / 'file' / 'deeper'}")
     (tmp_path / "empty").mkdir()
+    for name, target in (("to_empty", "empty"), ("dangling", "nowhere"), ("loop", "loop")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+            command("model=tiny", "to=hf", f"output={tmp_path / name}")
+        (tmp_path / name).unlink()
     command("model=tiny", "to=hf", f"output={tmp_path / 'empty'}")
     assert (tmp_path / "empty" / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "folder"]
@@ -356,7 +405,21 @@ cli.run_command(convert.main, convert.USAGE)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert " in .\n" in command("model=tiny", "to=hf", "output=.")
+    assert (tmp_path / "here" / "config.json").is_file()
+
+
+def test_tokenizers_are_known_by_what_is_in_them(tmp_path: Path, folders: Folders, command: Command) -> None:
+    file = tmp_path / "any.json"
+    shutil.copy(CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model", file)
+    command("model=tiny", "to=meta", f"output={tmp_path / 'out'}", f"tokenizer={file}")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     arguments = ["model=tiny", "to=hf", f"output={tmp_path / 'out'}"]
     child = subprocess.Popen(
@@ -420,7 +483,9 @@ def test_the_command_says_what_it_does(tmp_path: Path) -> None:
     done = run("llama_ft.convert", "model=tiny", "to=meta", "output=meta", "shards=2", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout == "Written: consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model in meta\n"
-    assert re.fullmatch(r"llama_ft to Meta: 7 MB from .*\n", done.stderr)
+    assert re.fullmatch(
+        r"llama_ft to Meta: 7 MB from .*\nMeta's files do not say the context of 1,024.*\n", done.stderr
+    )
     again = run("llama_ft.convert", "model=tiny", "to=meta", "output=meta", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr == "error: output=meta is there already, and nothing is overwritten: name another folder\n"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -440,16 +441,20 @@ def test_a_dialogue_has_each_adapters_answers(
                 torch.nn.init.normal_(parameter, std=0.1)
         (tmp_path / name).mkdir()
         save_trained(adapted, tmp_path / name)
+    shutil.copytree(tmp_path / "one", tmp_path / "foreign")
+    change_adapter_config(tmp_path / "foreign", base_model_name_or_path="builtin")
     one, other = "adapter=one", "adapter=the other"
     singles = {chosen: command("prompt=Hello", *chosen, *arguments).out for chosen in ((), (one,), (other,))}
     assert len(set(singles.values())) == 3
-    lines = "/raw Hello\n/adapter the other\n/raw Hello\n/adapter\n/raw Hello\n/adapter no\n/adapter one\n/raw Hello\n"
+    hello, foreign = "/raw Hello\n", "/adapter foreign\n"
+    lines = f"{hello}/adapter the other\n{hello}/adapter\n{hello}/adapter no\n{foreign}{foreign}/adapter one\n{hello}"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     done = command("interactive=true", one, *arguments)
     assert done.out == singles[one,] + singles[other,] + singles[()] + singles[one,]
     said = [line for line in done.err.splitlines() if "adapter" in line]
     expected = ["with the adapter in the other", "without an adapter", "error: adapter=no: there is no such folder"]
-    assert said == [*expected, "with the adapter in one"]
+    others = "error: adapter=foreign was trained on checkpoint=builtin, and this is checkpoint=random: give"
+    assert said == [*expected, *[f"{others} checkpoint=builtin"] * 2, "with the adapter in one"]
 
 
 TELL_ONE = 'give one of prompt="…", instruction="…", prompts=FILE and interactive=true'
@@ -502,13 +507,14 @@ def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch:
 
 def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
     folder = trained_adapter(tmp_path / "run")
-    for trained_on, given in (("random", "builtin"), ("builtin", "weights"), ("weights", "random")):
+    for trained_on, given in (("random", "builtin"), ("random", "weights"), ("weights", "random")):
         change_adapter_config(folder, base_model_name_or_path=trained_on)
         with pytest.raises(
             UserError, match=rf"trained on checkpoint={trained_on}, and this is checkpoint={given}: give"
         ):
             check_base_of(folder, given)
-    for trained_on, given in (("random", "random"), ("old/place", "new/place")):
+    # A folder may hold what is built in, exported.
+    for trained_on, given in (("random", "random"), ("old/place", "new/place"), ("builtin", "weights")):
         change_adapter_config(folder, base_model_name_or_path=trained_on)
         check_base_of(folder, given)
     change_adapter_config(folder, base_model_name_or_path=None)  # it does not say

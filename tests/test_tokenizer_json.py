@@ -76,8 +76,12 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"a line of text, number {n}" for n in range(200)))
     settings = {"input": str(corpus), "vocab_size": 40, "minloglevel": 2}
-    for name, other in {"unigram": {"model_type": "unigram"}, "plain": {"model_type": "bpe"}}.items():
-        sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / name), **settings, **other)
+    like = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 320}
+    like |= {"remove_extra_whitespaces": False}
+    symbols = {"user_defined_symbols": ["line"]}
+    kinds = {"unigram": {"model_type": "unigram"}, "plain": {"model_type": "bpe"}, "symbols": like | symbols}
+    for name, other in kinds.items():
+        sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / name), **(settings | other))
         with pytest.raises(UserError, match="is not like LLaMA-2's: no tokenizer"):
             tokenizer_files(tmp_path / f"{name}.model", False)
     shutil.rmtree(tmp_path)

@@ -58,6 +58,8 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
+        signal.signal(signal.SIGHUP, _terminate)
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on to us
     try:

@@ -39,7 +39,7 @@ from llama_ft.config.groups import (
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.report import ReportConfig, UploadConfig
-from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource
+from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
@@ -81,6 +81,7 @@ __all__ = [
     "UserError",
     "WeightStorage",
     "config_dir",
+    "found_tokenizer",
 ]
 
 

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from llama_ft.config.checks import Format, StoredDtype, UserError, check, setting
 from llama_ft.config.model import ModelConfig
-from llama_ft.config.source import found_tokenizer
 
 
 @dataclass
@@ -38,5 +37,3 @@ class ConvertConfig:
             raise UserError("give output=DIR: the folder to write")
         if self.shards is not None:
             check(1 <= self.shards <= 1000, "shards", self.shards, "between 1 and 1000, or null")
-        if self.tokenizer is None:
-            self.tokenizer = found_tokenizer(self.model, self.checkpoint)

@@ -7,6 +7,7 @@ from pathlib import Path
 from llama_ft.config.checks import check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
+MOST, MOST_LAYERS = 2**24, 2**12  # of any size that a model has been given, and to spare; what is more is a mistake
 FROM_CHECKPOINT = "from_checkpoint"  # the choice whose sizes are those that a checkpoint's folder says
 
 
@@ -33,13 +34,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
-            check(getattr(self, key) >= 1, f"model.{key}", getattr(self, key), "at least 1")
+            most = MOST_LAYERS if key == "n_layers" else MOST
+            check(
+                1 <= getattr(self, key) <= most, f"model.{key}", getattr(self, key), f"at least 1 and at most {most:,}"
+            )
         check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
         if self.head_size is None:
             check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
             check(self.head_dim % 2 == 0, "model.dim", self.dim, "such that dim / n_heads is even (rotary pairs)")
         else:
-            holds = self.head_size > 0 and self.head_size % 2 == 0
+            holds = 0 < self.head_size <= MOST and self.head_size % 2 == 0
             check(holds, "model.head_size", self.head_size, "positive and even (rotary pairs), or null")
             if self.head_size * self.n_heads == self.dim:
                 self.head_size = None  # so that equal sizes are said alike

@@ -15,6 +15,8 @@ import sentencepiece
 
 from llama_ft.config import ModelConfig, UserError
 
+JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
+
 
 class Tokenizer:
     """Text to token ids and back, whatever the format of the file."""
@@ -78,7 +80,7 @@ def _format(file: Path) -> _Format:
             start = stream.read(1024)
     except OSError as error:
         raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
-    if re.match(rb'\s*\{\s*"', start):
+    if JSON_START.match(start):
         return _HuggingFace(file)
     if Tiktoken.LINE.match(start):
         return Tiktoken(file)

@@ -56,6 +56,7 @@ def _from_sentencepiece(file: Path) -> Json:
     model.ParseFromString(file.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+    plain = plain and all(piece.type not in (piece.USER_DEFINED, piece.UNUSED) for piece in model.pieces)
     if trainer.model_type != trainer.BPE or not (plain and normalizer.add_dummy_prefix and trainer.byte_fallback):
         raise UserError(f"tokenizer={file} is not like LLaMA-2's: no tokenizer.json can be made of it")
     pieces = {piece.piece: number for number, piece in enumerate(model.pieces)}

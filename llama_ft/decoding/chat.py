@@ -75,13 +75,17 @@ def _parts(line: str) -> tuple[str, str]:
 
 
 def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], say: Callable[[str], None]) -> None:
-    _try(lambda: answer(prompt_of(record)), say)
+    def answer_stoppably() -> None:
+        prompt = prompt_of(record)
+        with _stoppable():
+            answer(prompt)
+
+    _try(answer_stoppably, say)
 
 
 def _try(action: Callable[[], None], say: Callable[[str], None]) -> None:
     try:
-        with _stoppable():
-            action()
+        action()
     except _Stopped:
         say("stopped")
     except UserError as error:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
+from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import tokenizer_files
+from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HF_CONFIG, hf_config, read_json
 
 GENERATION_CONFIG = "generation_config.json"
+LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
 HF_TOKENIZER_FILES = (
     "tokenizer.json",
@@ -25,72 +27,99 @@ HF_TOKENIZER_FILES = (
 class Beside:
     """The files that go with the weights, read before anything is written."""
 
-    def __init__(self, config: ConvertConfig) -> None:
+    def __init__(self, config: ConvertConfig, say: Callable[[str], None]) -> None:
         """Read them.
 
         Raises:
-            UserError: if the tokenizer cannot be read, or is not the model's.
+            UserError: if the tokenizer that is asked for cannot be read or is not the model's, or settings are damaged.
         """
-        self.config = config
-        name = config.tokenizer or (
-            str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
-        )
-        self.tokenizer = Path(os.path.expanduser(name)) if name else None
-        self.bos_id, self.eos_id = 1, 2  # LLaMA-2's, and those of transformers' LlamaConfig
-        if self.tokenizer is not None:
-            loaded = Tokenizer(self.tokenizer)
-            check_vocabulary(loaded, self.tokenizer, config.model, config.checkpoint)
-            self.bos_id, self.eos_id = loaded.bos_id, loaded.eos_id
+        self._config, self._say = config, say
+        self._source = Path(os.path.expanduser(str(config.checkpoint)))
+        self._settings = read_json(file) if (file := self._source / HF_CONFIG).is_file() else None
+        self._tokenizer = self._find_tokenizer()
+        self._ids = self._special_ids()
+        self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
 
-    def files(self, say: Callable[[str], None]) -> dict[str, bytes]:
-        """The tokenizer's files, and how transformers is to generate, by name.
+    def _find_tokenizer(self) -> Path | None:
+        """The file of the tokenizer, if there is one that we can read."""
+        config = self._config
+        builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
+        name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
+        if name is None:
+            return None
+        file = Path(os.path.expanduser(name))
+        try:
+            check_vocabulary(Tokenizer(file), file, config.model, config.checkpoint)
+        except UserError as error:
+            if config.tokenizer is not None:
+                raise
+            what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
+            self._say(f"{error}; {what}")
+            return None
+        return file
 
-        Raises:
-            UserError: if a file cannot be read.
-        """
-        source, to_hf = Path(os.path.expanduser(str(self.config.checkpoint))), self.config.to is Format.hf
+    def _special_ids(self) -> dict[str, Any]:
+        """BOS and EOS: the tokenizer's, those of the source's settings, or those of the released models like it."""
+        if self._tokenizer is not None:
+            loaded = Tokenizer(self._tokenizer)
+            return {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        if self._settings is not None:
+            return {key: self._settings.get(key) for key in ("bos_token_id", "eos_token_id")}
+        bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
+        return {"bos_token_id": bos_id, "eos_token_id": eos_id}
+
+    def _meta_files(self) -> dict[str, bytes]:
+        """The tokenizer alone."""
+        return {} if self._tokenizer is None else {_usual_name(self._tokenizer): _read(self._tokenizer)}
+
+    def _hf_files(self) -> dict[str, bytes]:
+        """The tokenizer in the form that transformers reads, and what the source says of generating."""
         files: dict[str, bytes] = {}
-        if to_hf and (source / GENERATION_CONFIG).is_file():
-            files[GENERATION_CONFIG] = _read(source / GENERATION_CONFIG)
-        elif to_hf:
-            files[GENERATION_CONFIG] = _json({"bos_token_id": self.bos_id, "eos_token_id": self.eos_id})
-        if self.tokenizer is None:
-            return files
-        folder = self.tokenizer.parent
-        theirs = [folder / name for name in HF_TOKENIZER_FILES if (folder / name).is_file()] if to_hf else []
-        kind = TOKENIZER_FILES[1] if self.tokenizer.suffix == ".json" else TOKENIZER_FILES[0]
-        files |= {file.name: _read(file) for file in theirs} | {kind: _read(self.tokenizer)}
-        if to_hf and not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
-            try:
-                files = self._hf_tokenizer() | files
-            except UserError as error:
-                say(f"{error}; transformers may split text otherwise")
+        if (self._source / GENERATION_CONFIG).is_file():
+            read_json(self._source / GENERATION_CONFIG, "how to generate")
+            files[GENERATION_CONFIG] = _read(self._source / GENERATION_CONFIG)
+        elif self._settings is None:
+            files[GENERATION_CONFIG] = _json(self._ids)
+        folder = self._source if self._tokenizer is None else self._tokenizer.parent
+        there = [folder / name for name in (*HF_TOKENIZER_FILES, *TOKENIZER_FILES[:1]) if (folder / name).is_file()]
+        if self._tokenizer is None:
+            return files | {file.name: _read(file) for file in there}
+        files |= {file.name: _read(file) for file in there if file.name in HF_TOKENIZER_FILES}
+        files[_usual_name(self._tokenizer)] = _read(self._tokenizer)
+        if not {"tokenizer.json", "tokenizer_config.json"} <= files.keys():
+            files = self._made(self._tokenizer) | files
         return files
 
-    def _hf_tokenizer(self) -> dict[str, bytes]:
-        assert self.tokenizer is not None
-        if self.tokenizer.suffix == ".json":
-            names = json.loads(self.tokenizer.read_text(encoding="utf-8"))["added_tokens"]
-            by_id = {token["id"]: token["content"] for token in names}
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            config |= {"bos_token": by_id[self.bos_id], "eos_token": by_id[self.eos_id]}
+    def _made(self, tokenizer: Path) -> dict[str, bytes]:
+        """What is missing of a tokenizer in Hugging Face's form."""
+        if _usual_name(tokenizer) == TOKENIZER_FILES[1]:
+            tokens = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
+            names = {token["id"]: token["content"] for token in tokens}
+            config: dict[str, Any] = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "clean_up_tokenization_spaces": False,
+            }
+            config |= {key.removesuffix("_id"): names[number] for key, number in self._ids.items()}
             return {"tokenizer_config.json": _json(config)}
-        made = tokenizer_files(self.tokenizer, llama_3_1=self.config.model.rope_factor != 1)
+        try:
+            made = tokenizer_files(tokenizer, llama_3_1=self._config.model.rope_factor != 1)
+        except UserError as error:
+            self._say(f"{error}; transformers may split text otherwise")
+            return {}
         return {name: _json(content) for name, content in made.items()}
 
     def hf_config(self, model: ModelConfig, dtype: str) -> dict[str, Any]:
-        """What config.json is to hold: what the source's does, where there is one, with what has changed.
-
-        Raises:
-            UserError: if the source's cannot be read.
-        """
-        ours = hf_config(model, dtype, self.bos_id, self.eos_id)
-        theirs = Path(os.path.expanduser(str(self.config.checkpoint))) / HF_CONFIG
-        if not theirs.is_file():
+        """What config.json is to hold: what the source's does, where there is one, with what has changed."""
+        ours = hf_config(model, dtype, self._ids["bos_token_id"], self._ids["eos_token_id"])
+        if self._settings is None:
             return ours
-        content = read_json(theirs)
         changed = {key: ours[key] for key in ("max_position_embeddings", "tie_word_embeddings")}
-        return content | changed | {"dtype" if "dtype" in content else "torch_dtype": dtype}
+        return self._settings | changed | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
+
+
+def _usual_name(tokenizer: Path) -> str:
+    """The name that a tokenizer's file has beside a checkpoint, by its content."""
+    return TOKENIZER_FILES[1] if JSON_START.match(_read(tokenizer)) else TOKENIZER_FILES[0]
 
 
 def _read(file: Path) -> bytes:

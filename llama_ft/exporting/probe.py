@@ -1,5 +1,6 @@
 """What rounding weights does to a model: its logits on a batch of tokens, with weights read layer by layer."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -7,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig
-from llama_ft.model.checkpoint import EMBEDDING, OUTPUT
 from llama_ft.model.stored import Weight
-from llama_ft.model.transformer import Transformer, rotary_table
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer, rotary_table
 
 ROWS, LENGTH = 4, 64  # of the batch: random tokens, since there may be no tokenizer
 
@@ -37,10 +37,11 @@ class Change:
 def change(
     config: ModelConfig, exact: Mapping[str, Weight], rounded: Mapping[str, Weight], advance: Callable[[int], None]
 ) -> Change:
-    """Compare a model's logits before and after rounding its weights, both computed in fp32."""
+    """Compare a model's logits before and after rounding its weights, both computed in fp32, or fp64 if those are."""
     length = min(LENGTH, config.context)
     tokens = torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
-    before, after = (streamed(config, weights, length, advance)(tokens) for weights in (exact, rounded))
+    dtype = functools.reduce(torch.promote_types, {weight.dtype for weight in exact.values()}, torch.float32)
+    before, after = (streamed(config, weights, length, dtype, advance)(tokens) for weights in (exact, rounded))
     difference = (after - before).abs()
     others = (before.argmax(-1) != after.argmax(-1)).sum().item()
     return Change(
@@ -49,9 +50,13 @@ def change(
 
 
 def streamed(
-    config: ModelConfig, weights: Mapping[str, Weight], context: int, advance: Callable[[int], None]
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    context: int,
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
 ) -> Transformer:
-    """The model in fp32, for so long a context, that reads its matrices anew whenever it needs them."""
+    """The model for so long a context, that computes in the dtype and reads its matrices whenever it needs them."""
     config = replace(config, context=context)
     with torch.device("meta"):
         model = Transformer(config)
@@ -60,11 +65,11 @@ def streamed(
         weight = weights.get(f"{name}.weight", weights[EMBEDDING])  # of a tied output the embedding's
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear):
-            setattr(model.get_submodule(parent), child, _StreamedLinear(weight, advance))
+            setattr(model.get_submodule(parent), child, _StreamedLinear(weight.as_dtype(dtype), advance))
         elif isinstance(module, nn.Embedding):
-            setattr(model.get_submodule(parent), child, _StreamedEmbedding(weight, advance))
+            setattr(model.get_submodule(parent), child, _StreamedEmbedding(weight.as_dtype(dtype), advance))
         elif f"{name}.weight" in weights:
-            gains = torch.cat([rows.float() for _, rows in weight.pieces(1)])
+            gains = torch.cat([rows for _, rows in weight.as_dtype(dtype).pieces(1)])
             setattr(module, "weight", nn.Parameter(gains))  # noqa: B010
     return model
 
@@ -77,7 +82,7 @@ class _StreamedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x.new_empty(*x.shape[:-1], self._weight.shape[0])
         for first, rows in self._weight.pieces(1):
-            y[..., first : first + len(rows)] = x @ rows.float().T
+            y[..., first : first + len(rows)] = x @ rows.T
             self._advance(rows.numel())
         return y
 
@@ -88,10 +93,10 @@ class _StreamedEmbedding(nn.Module):
         self._weight, self._advance = weight, advance
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = torch.empty(*tokens.shape, self._weight.shape[1])
+        x = torch.empty(*tokens.shape, self._weight.shape[1], dtype=self._weight.dtype)
         for first, rows in self._weight.pieces(1):
             here = (tokens >= first) & (tokens < first + len(rows))
-            x[here] = rows[tokens[here] - first].float()
+            x[here] = rows[tokens[here] - first]
             self._advance(rows.numel())
         return x
 

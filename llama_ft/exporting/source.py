@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, ModelConfig, StoredDtype
-from llama_ft.model.checkpoint import EMBEDDING, OUTPUT, Checkpoint, open_checkpoint
+from llama_ft.config import ConvertConfig, ModelConfig, StoredDtype, UserError
+from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
-from llama_ft.model.transformer import Transformer
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.techniques.adapter import check_base_of, check_copies
 from llama_ft.techniques.lora import lora_scale
 from llama_ft.techniques.peft import Factors
@@ -22,7 +22,7 @@ DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, Sto
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be written. Nothing of it is in memory but the adapter's place in its file."""
+    """A model to be written, and where its weights and the adapter's factors are read from when they are needed."""
 
     model: ModelConfig
     checkpoint: Checkpoint
@@ -31,8 +31,9 @@ class Source:
 
     @property
     def is_rounded(self) -> bool:
-        """Whether writing it changes a weight."""
-        return any(weight.dtype != self.exact[name].dtype for name, weight in self.written.items())
+        """Whether a weight is written with fewer digits, or a smaller range, than it has."""
+        pairs = [(weight.dtype, self.exact[name].dtype) for name, weight in self.written.items()]
+        return any(torch.promote_types(written, exact) != written for written, exact in pairs)
 
 
 def open_source(config: ConvertConfig) -> Source:
@@ -58,8 +59,23 @@ def open_source(config: ConvertConfig) -> Source:
         exact = exact | {name: merged(exact[name], factors) for name, factors in adapter.weights.items()}
     else:
         own = exact
-    written = {name: weight.as_dtype(DTYPES.get(config.dtype, own[name].dtype)) for name, weight in exact.items()}
+    written = {name: rounded(name, weight, DTYPES.get(config.dtype, own[name].dtype)) for name, weight in exact.items()}
     return Source(sizes, checkpoint, exact, written)
+
+
+def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
+    """The weight in another dtype. Where a number is beyond its range, reading it raises a UserError."""
+
+    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+        for first, rows in weight.pieces(multiple):
+            narrow = rows.to(dtype)
+            if dtype != weight.dtype and not torch.equal(narrow.isfinite(), rows.isfinite()):
+                raise UserError(
+                    f"{name} has numbers beyond the range of {str(dtype).removeprefix('torch.')}: give dtype=bf16"
+                )
+            yield first, narrow
+
+    return Weight(weight.shape, dtype, pieces)
 
 
 def merged(weight: Weight, factors: Factors) -> Weight:

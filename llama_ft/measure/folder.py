@@ -16,16 +16,15 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         UserError: if the checkpoint is of another configuration, the metrics before it are missing, or there are
             weights that no run wrote.
     """
-    if (run_dir / WEIGHTS_FILE).exists() and not (run_dir / CONFIG_FILE).exists():
-        raise UserError(
-            f"{run_dir} holds a {WEIGHTS_FILE} that no run wrote: name another folder with hydra.run.dir=DIR"
-        )
+    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
+    foreign = [name for name in trained if (run_dir / name).exists()]
+    if foreign and not (run_dir / CONFIG_FILE).exists():
+        raise UserError(f"{run_dir} holds a {foreign[0]} that no run wrote: name another folder with hydra.run.dir=DIR")
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
     if found := checkpoints(run_dir):
         trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
     else:
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
     for stale in (RESULT_FILE, LOG_FILE, *trained):
         (run_dir / stale).unlink(missing_ok=True)
     for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, *trained):

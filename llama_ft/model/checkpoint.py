@@ -15,14 +15,21 @@ from llama_ft.config import UserError
 from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
-from llama_ft.model.sizes import HF_CONFIG, LLAMA_3_1_FACTOR, META_PARAMS, check_sizes, hf_sizes, meta_sizes
+from llama_ft.model.sizes import (
+    HF_CONFIG,
+    LLAMA_3_1_FACTOR,
+    META_PARAMS,
+    SIZES_KEY,
+    check_sizes,
+    hf_sizes,
+    meta_sizes,
+    own_sizes,
+)
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
-from llama_ft.model.transformer import Transformer
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 
 INDEX_FILE = "model.safetensors.index.json"
-SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
 SECONDS_BETWEEN_LINES = 5
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"
 
 Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
 
@@ -101,10 +108,7 @@ def _open_single(folder: Path, model: Transformer) -> Found:
     tensors, metadata = read_safetensors(file)
     if SIZES_KEY not in metadata:
         return _open_hf(folder, {WEIGHTS_FILE: tensors}, dict.fromkeys(tensors, WEIGHTS_FILE), model)
-    try:
-        check_sizes(json.loads(metadata[SIZES_KEY]), model.config, file)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: its metadata cannot be read") from error
+    check_sizes(own_sizes(metadata[SIZES_KEY], file), model.config, file)
     return Found("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
 
 
@@ -164,7 +168,8 @@ def meta_tensors(folder: Path) -> Shards:
 
 
 def _meta_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("consolidated.*.pth") if file.is_file())
+    files = (file for file in folder.glob("consolidated.*.pth") if file.is_file())
+    return sorted(files, key=lambda file: (len(file.name), file.name))  # 100 after 99
 
 
 def _fitting(folder: Path, found: Found, model: Transformer) -> dict[str, Weight]:

@@ -9,11 +9,12 @@ import torch
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
-from llama_ft.model.checkpoint import EMBEDDING, INDEX_FILE, OUTPUT
+from llama_ft.model.checkpoint import INDEX_FILE
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.formats import hf_name, is_rotated
 from llama_ft.model.sizes import HF_CONFIG, META_PARAMS, meta_params
 from llama_ft.model.stored import Weight, permuted
+from llama_ft.model.transformer import EMBEDDING, OUTPUT
 from llama_ft.model.writing import Advance, PthFile, write_safetensors
 
 HF_SHARD_BYTES = 5 * 10**9  # as transformers 4 splits
@@ -35,7 +36,8 @@ def write_hf(
     Args:
         weights: by our names, in our layout.
         content: of config.json.
-        n_files: among which the tensors are shared out as evenly as they can be; None is one for every 5 GB.
+        n_files: among which the tensors are shared out as evenly as they can be, at most as many as they are; None is
+            one for every 5 GB.
 
     Raises:
         OSError: if it cannot be written.
@@ -57,14 +59,17 @@ def write_hf(
 
 
 def _shared_out(weights: Mapping[str, Weight], n_files: int) -> list[list[str]]:
-    """The names in their order, in so many groups, or fewer, of about as many bytes."""
+    """The names in their order, in so many groups of about as many bytes; none is empty."""
     total, before = sum(weight.n_bytes for weight in weights.values()), 0
-    groups: list[list[str]] = [[] for _ in range(n_files)]
-    for name, weight in weights.items():
-        middle = before + weight.n_bytes / 2
-        groups[min(n_files - 1, int(middle * n_files / total))].append(name)
+    groups: list[list[str]] = [[]]
+    for place, (name, weight) in enumerate(weights.items()):
+        share = int((before + weight.n_bytes / 2) * n_files / total)  # of the group that the weight's middle lies in
+        must = len(groups) + len(weights) - place == n_files  # else there would be fewer weights than groups
+        if groups[-1] and len(groups) < n_files and (share >= len(groups) or must):
+            groups.append([])
+        groups[-1].append(name)
         before += weight.n_bytes
-    return [group for group in groups if group]
+    return groups
 
 
 def write_meta(
@@ -95,7 +100,7 @@ def write_meta(
     _write_json(folder / META_PARAMS, params)
 
 
-def check_shards(config: ModelConfig, n_shards: int) -> None:
+def check_meta_shards(config: ModelConfig, n_shards: int) -> None:
     """Raise a UserError unless Meta's parallel layers can be split among so many shards."""
     for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):
         if getattr(config, key) % n_shards:

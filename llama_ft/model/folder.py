@@ -1,23 +1,25 @@
 """The sizes of the model in a checkpoint's folder, for `model=from_checkpoint`."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
 from llama_ft.files import WEIGHTS_FILE
-from llama_ft.model.checkpoint import EMBEDDING, OUTPUT, SIZES_KEY, meta_tensors
+from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import (
     HF_CONFIG,
     LLAMA_3_1_FACTOR,
     LLAMA_3_2_FACTOR,
     META_PARAMS,
+    SIZES_KEY,
     hf_sizes,
     meta_sizes,
+    own_sizes,
 )
 from llama_ft.model.stored import are_equal, joined
+from llama_ft.model.transformer import EMBEDDING, OUTPUT
 
 # Meta's files do not say the context. (transformers' convert_llama_weights_to_hf.py has the same numbers.)
 LLAMA_2_CONTEXT, CODE_LLAMA_CONTEXT, LLAMA_3_CONTEXT, LLAMA_3_1_CONTEXT = 4096, 16384, 8192, 131072
@@ -43,7 +45,10 @@ def sizes_of(folder: Path) -> dict[str, Any]:
 
 def _name(folder: Path) -> str:
     """The folder's name, for tables and file names; never that of a model whose files ship with the package."""
-    name = re.sub(r"[^\w.+-]", "_", folder.resolve().name) or FROM_CHECKPOINT
+    place = folder.resolve()
+    if place.parent.name == "snapshots":  # in the cache of huggingface_hub: models--OWNER--NAME/snapshots/REVISION
+        place = Path(place.parent.parent.name.rpartition("--")[2])
+    name = re.sub(r"[^\w.+-]", "_", place.name) or FROM_CHECKPOINT
     return f"{name}-checkpoint" if (PACKAGE_DIR / "model" / name).is_dir() else name
 
 
@@ -51,7 +56,7 @@ def _sizes(folder: Path) -> dict[str, Any]:
     if (folder / WEIGHTS_FILE).is_file():
         metadata = read_safetensors(folder / WEIGHTS_FILE)[1]
         if SIZES_KEY in metadata:
-            return _own_sizes(metadata[SIZES_KEY], folder / WEIGHTS_FILE)
+            return own_sizes(metadata[SIZES_KEY], folder / WEIGHTS_FILE)
     if (folder / HF_CONFIG).is_file():
         return hf_sizes(folder / HF_CONFIG)
     if (folder / META_PARAMS).is_file():
@@ -59,32 +64,29 @@ def _sizes(folder: Path) -> dict[str, Any]:
     raise UserError(f"checkpoint={folder}: there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes")
 
 
-def _own_sizes(text: str, file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: its metadata cannot be read") from error
-
-
 def _meta_sizes(folder: Path) -> dict[str, Any]:
     """Those of params.json, and those that it leaves to the tensors."""
     sizes = meta_sizes(folder / META_PARAMS, LLAMA_3_1_FACTOR)
     tensors = meta_tensors(folder)
-    if EMBEDDING not in tensors:
-        raise UserError(f"checkpoint={folder}: there is no {EMBEDDING} in it")
-    parts = tensors[EMBEDDING]
+    parts = tensors.get(EMBEDDING, [])
+    if not parts or any(len(part.shape) != 2 for part in parts):
+        raise UserError(f"checkpoint={folder}: there is no {EMBEDDING} in it, or it is no matrix")
     by_rows = parts[0].shape[1:] == [sizes["dim"]]
     sizes.setdefault("vocab_size", sum(part.shape[0] for part in parts) if by_rows else parts[0].shape[0])
     shape = [sizes["vocab_size"], sizes["dim"]]
     embedding, output = joined(shape, parts), joined(shape, tensors.get(OUTPUT, []))
     # Llama 3.2's small models tie them, and hold two copies.
     tied = OUTPUT not in tensors or (embedding is not None and output is not None and are_equal(embedding, output))
-    if sizes["rope_factor"] != 1:
-        context = LLAMA_3_1_CONTEXT
-        if tied:
-            sizes |= meta_sizes(folder / META_PARAMS, LLAMA_3_2_FACTOR)
-    elif sizes["vocab_size"] >= LLAMA_3_VOCABULARY:
-        context = LLAMA_3_CONTEXT
-    else:
-        context = CODE_LLAMA_CONTEXT if sizes["rope_theta"] > 10_000 else LLAMA_2_CONTEXT
+    if tied:
+        sizes |= meta_sizes(folder / META_PARAMS, LLAMA_3_2_FACTOR)
+    context = released_context(sizes["vocab_size"], sizes["rope_theta"], sizes["rope_factor"])
     return sizes | {"tie_word_embeddings": tied, "context": context}
+
+
+def released_context(vocab_size: int, rope_theta: float, rope_factor: float) -> int:
+    """What the context of a model in Meta's format is taken to be, in tokens: that of the released models like it."""
+    if rope_factor != 1:
+        return LLAMA_3_1_CONTEXT
+    if vocab_size >= LLAMA_3_VOCABULARY:
+        return LLAMA_3_CONTEXT
+    return CODE_LLAMA_CONTEXT if rope_theta > 10_000 else LLAMA_2_CONTEXT

@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from llama_ft.config import ModelConfig, UserError
 
+SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
 HF_CONFIG, META_PARAMS = "config.json", "params.json"
 META_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
 LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
@@ -14,6 +16,19 @@ NO_CHECK = ("context",)  # how much of a checkpoint's context is used is the use
 
 # ffn_dim_multiplier and multiple_of of the released models.
 _META_WIDTHS = ((None, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
+
+
+def own_sizes(text: str, file: Path) -> dict[str, Any]:
+    """The sizes in the metadata of a file of ours.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    known = {field.name for field in fields(ModelConfig)} - {"name"}
+    try:
+        return {key: value for key, value in json.loads(text).items() if key in known}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: its metadata cannot be read") from error
 
 
 def hf_sizes(file: Path) -> dict[str, Any]:
@@ -46,7 +61,7 @@ def hf_sizes(file: Path) -> dict[str, Any]:
         rope_theta=_get(rope, "rope_theta", _get(config, "rope_theta", 10000.0)),
         head_size=_get(config, "head_dim", 0),
     )
-    if sizes["head_size"] in (0, sizes["dim"] / sizes["n_heads"] if sizes["n_heads"] else 0):
+    if sizes["head_size"] == 0 or sizes["head_size"] * sizes["n_heads"] == sizes["dim"]:
         sizes["head_size"] = None
     return sizes | {"tie_word_embeddings": tied} | _hf_scaling(rope, file)
 
@@ -113,7 +128,7 @@ def _ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
     return math.ceil(int((1 if multiplier is None else multiplier) * width) / multiple_of) * multiple_of
 
 
-def hf_config(config: ModelConfig, dtype: str, bos_id: int, eos_id: int) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
     """What `config.json` holds of a model, in the keys of transformers 4, which 5 and other readers take too."""
     rope: dict[str, Any] | None = None
     if config.rope_factor != 1 and config.rope_original_context == 0:
@@ -184,10 +199,9 @@ def meta_params(config: ModelConfig) -> dict[str, Any]:
 def _widths(config: ModelConfig) -> list[tuple[float | None, int]]:
     """Pairs of ffn_dim_multiplier and multiple_of, of which at least one gives the width."""
     multiple_of = math.gcd(config.ffn_dim, 256)
-    multiplier = (config.ffn_dim - multiple_of / 2 if multiple_of > 1 else config.ffn_dim + 0.5) / int(
-        8 * config.dim / 3
-    )
-    return [*_META_WIDTHS, (multiplier, multiple_of)]
+    # The middle of what is rounded up to the width, between two whole numbers, so that no rounding error matters.
+    middle = config.ffn_dim - multiple_of // 2 + 0.5
+    return [*_META_WIDTHS, (middle / int(2 * 4 * config.dim / 3), multiple_of)]
 
 
 def check_sizes(sizes: dict[str, Any], config: ModelConfig, file: Path) -> None:
@@ -202,7 +216,7 @@ def check_sizes(sizes: dict[str, Any], config: ModelConfig, file: Path) -> None:
         raise UserError(f"{file} does not fit model={config.name}: {differences}")
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, holds: str = "the model's sizes") -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -211,7 +225,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): it says the model's sizes") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}): it says {holds}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):

@@ -39,7 +39,7 @@ def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
     Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
     columns, the embeddings by columns (LLaMA 1 and 2) or rows (Llama 3), and norms are repeated. The shapes tell which.
     """
-    if len({part.dtype for part in parts}) > 1:
+    if len({part.dtype for part in parts}) != 1:
         return None
     if all(part.shape == shape for part in parts) and (len(parts) == 1 or len(shape) == 1):
         return Weight(shape, parts[0].dtype, parts[0].pieces)

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from llama_ft.config import ModelConfig
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where that is what it is."""
@@ -37,7 +39,7 @@ class RMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
-def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Radians a position turns each pair of a head's features (Su et al. 2021, arXiv 2104.09864): fp32, [E / 2].
 
     Llama 3.1's scaling, after Meta's `apply_scaling`: a pair that turns at most `rope_low_freq_factor` times in
@@ -52,7 +54,7 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | str = "cpu") 
     return frequencies * torch.lerp(torch.full_like(turns, 1 / config.rope_factor), torch.ones_like(turns), left_alone)
 
 
-def rotary_table(config: ModelConfig, device: torch.device | str = "cpu") -> Tensor:
+def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
     positions = torch.arange(config.context, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
@@ -162,7 +164,7 @@ class Transformer(nn.Module):
 
     def untie(self, changed: Set[str]) -> None:
         """Give the output layer a weight of its own if it shares one and is among the parameters to be changed."""
-        if "output.weight" in changed and self.output.weight is self.tok_embeddings.weight:
+        if OUTPUT in changed and self.output.weight is self.tok_embeddings.weight:
             self.output.weight = nn.Parameter(self.output.weight.detach().clone())
 
     def forward(

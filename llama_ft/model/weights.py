@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
-from llama_ft.model.checkpoint import SIZES_KEY, Checkpoint, open_checkpoint
+from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import read_safetensors
+from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.transformer import Transformer, rotary_table
 
 INIT_STD = 0.02  # as transformers' initializer_range

@@ -19,13 +19,14 @@ from llama_ft.techniques.peft_reader import read_adapter
 def check_base_of(folder: Path, checkpoint: str) -> None:
     """Compare the weights that an adapter was trained on with those that it is to be used with.
 
-    Folders may have been moved and are not compared by name; what is built in, or random, is not a folder.
+    Folders may have been moved and are not compared by name, and may hold what is built in; random weights are no
+    folder's, and not the built-in ones.
 
     Raises:
         UserError: if they are surely others.
     """
-    trained_on = read_json(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path")
-    if trained_on not in (None, "", checkpoint) and {str(trained_on), checkpoint} & {"builtin", "random"}:
+    trained_on = read_json(folder / ADAPTER_CONFIG_FILE, "its base").get("base_model_name_or_path")
+    if trained_on not in (None, "", checkpoint) and "random" in (trained_on, checkpoint):
         raise UserError(
             f"adapter={folder} was trained on checkpoint={trained_on}, and this is checkpoint={checkpoint}:"
             f" give checkpoint={trained_on}"
@@ -146,6 +147,6 @@ def check_copies(adapter: Adapter, base: Mapping[str, Weight]) -> None:
     for name, copy in adapter.copies.items():
         if not are_equal(base[name], Weight(copy.shape, copy.dtype, copy.pieces)):
             raise UserError(
-                f"adapter={adapter.folder} holds a {name} of its own, which differs from the checkpoint's: it is an"
+                f"adapter={adapter.folder} holds {name} too, which differs from the checkpoint's: it is an"
                 " adapter of other weights, or one whose embedding or output was trained, which is not supported"
             )

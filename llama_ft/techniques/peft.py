@@ -5,6 +5,7 @@ the rotary layout of transformers: the rows of lora_B of wq and wk are permuted 
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Rows of A, columns of B."""
         return self.a.shape[0]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -60,7 +61,7 @@ def save_adapter(model: Transformer, folder: Path, base: str | None) -> None:
     """Write the model's adapter.
 
     Args:
-        base: the checkpoint that it was trained on, for PEFT to look for; None names none.
+        base: the checkpoint that it was trained on, of which PEFT then knows the place; None names none.
 
     Raises:
         UserError: if it cannot be written.
@@ -70,7 +71,7 @@ def save_adapter(model: Transformer, folder: Path, base: str | None) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base if base in (None, "builtin", "random") else _absolute(str(base)),
         "r": one.rank,
         "lora_alpha": one.alpha,
         "lora_dropout": one.dropout.p,
@@ -94,6 +95,10 @@ def save_adapter(model: Transformer, folder: Path, base: str | None) -> None:
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from error
     save_tensors(tensors, folder / ADAPTER_FILE, model.config)
+
+
+def _absolute(folder: str) -> str:
+    return os.path.abspath(os.path.expanduser(folder))
 
 
 def peft_name(layer: str) -> str:

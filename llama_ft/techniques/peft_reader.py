@@ -1,6 +1,5 @@
 """Reading PEFT's adapters: everything that can be wrong with one is found before a tensor of it is read."""
 
-import json
 import math
 import os
 import re
@@ -13,11 +12,10 @@ from torch import nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE
-from llama_ft.model.checkpoint import EMBEDDING, OUTPUT, SIZES_KEY
 from llama_ft.model.formats import is_rotated, our_name
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
-from llama_ft.model.sizes import check_sizes, read_json
-from llama_ft.model.transformer import Transformer
+from llama_ft.model.sizes import SIZES_KEY, check_sizes, own_sizes, read_json
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.techniques.peft import PREFIX, Adapter, Factors, peft_name
 
 PICKLE_FILE = "adapter_model.bin"  # of PEFT before 0.6
@@ -59,7 +57,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
         config, (tensors, metadata) = _read_files(folder)
         file = folder / ADAPTER_FILE
         if SIZES_KEY in metadata:
-            check_sizes(_sizes(metadata[SIZES_KEY], file), model, file)
+            check_sizes(own_sizes(metadata[SIZES_KEY], file), model, file)
         return _Reader(folder, config, model).adapter(tensors)
     except OSError as error:
         raise UserError(f"adapter={folder} cannot be read: {error.strerror}") from error
@@ -81,14 +79,10 @@ def _read_files(folder: Path) -> tuple[dict[str, Any], tuple[dict[str, StoredTen
         raise UserError(f"there is no {ADAPTER_FILE} in it; {hint}")
     if not config.is_file():
         raise UserError(f"there is no {ADAPTER_CONFIG_FILE} in it, which says how the adapter is scaled")
-    return read_json(config), read_safetensors(file) if file.is_file() else (read_pth(pickled), {})
-
-
-def _sizes(text: str, file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: its metadata cannot be read") from error
+    return read_json(config, "how the adapter is scaled"), read_safetensors(file) if file.is_file() else (
+        read_pth(pickled),
+        {},
+    )
 
 
 class _Reader:
