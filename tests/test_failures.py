@@ -462,7 +462,7 @@ CASES |= {
     ),
     "folder: with the weights to start from": Case(
         "checkpoint=run",
-        ("holds a model.safetensors that no run wrote",),
+        ("holds model.safetensors, which no run wrote",),
         exit_status=2,
         make=lambda cwd: write_own(cwd / "run"),
         then=the_weights_are_still_there,

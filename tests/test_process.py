@@ -16,8 +16,9 @@ import yaml
 from conftest import Sweep, environment, injected, run
 from safetensors.numpy import load_file
 
-from llama_ft.config import DataConfig, GpuConfig, ModelConfig, TrainConfig
+from llama_ft.config import DataConfig, GpuConfig, ModelConfig, TrainConfig, UserError
 from llama_ft.measure import device, process
+from llama_ft.measure.folder import clear
 from llama_ft.measure.result import write_result
 
 CHILD = "llama_ft.measure.child"
@@ -417,3 +418,11 @@ def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: flo
     child = a_child("os.kill(os.getpid(), 11)")
     data = int(share * 400 * 2**20)
     assert process.ending_of_killed(config, tmp_path, "command", child, 0, 0, None, data)["status"] == status
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "model.safetensors"])
+def test_what_no_run_wrote_is_not_removed(tmp_path: Path, tiny_config: TrainConfig, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=rf"holds {name}, which no run wrote: name another folder"):
+        clear(tmp_path, tiny_config)
+    assert (tmp_path / name).read_text() == "mine"

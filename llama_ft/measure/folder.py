@@ -19,7 +19,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
     foreign = [name for name in trained if (run_dir / name).exists()]
     if foreign and not (run_dir / CONFIG_FILE).exists():
-        raise UserError(f"{run_dir} holds a {foreign[0]} that no run wrote: name another folder with hydra.run.dir=DIR")
+        raise UserError(f"{run_dir} holds {foreign[0]}, which no run wrote: name another folder with hydra.run.dir=DIR")
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
     if found := checkpoints(run_dir):
         trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
