@@ -4,4 +4,8 @@
 numbers as JSON, and says of each claim whether it holds.
 """
 
-STUDIES = {"kv_cache": "What the KV cache saves and costs when text is generated."}
+STUDIES = {
+    "decoding": "Greedy and beam search, what top-k and top-p keep, and perplexity by hand.",
+    "gradient_accumulation": "When micro-batches give the gradient of the whole batch, and when not.",
+    "kv_cache": "What the KV cache saves and costs when text is generated.",
+}

@@ -1,0 +1,253 @@
+"""`python -m experiments.decoding`: greedy and beam search on the textbook's tree, top-k and top-p, perplexity by hand.
+
+The tree is that of https://huggingface.co/blog/how-to-generate, played by a model that looks its words up. The other
+numbers are those of the built-in model on held-out records.
+"""
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import BLUE, GREY, ORANGE, drawn, table
+from experiments.study import Claim, Findings, Options, Study, main
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from llama_ft.decoding.context import Context
+
+WORDS = ["<eos>", *"The nice dog car woman house guy has runs and is drives turns".split()]
+TREE = {
+    "The": {"nice": 0.5, "dog": 0.4, "car": 0.1},
+    "The nice": {"woman": 0.4, "house": 0.3, "guy": 0.3},
+    "The dog": {"has": 0.9, "runs": 0.05, "and": 0.05},
+    "The car": {"is": 0.3, "drives": 0.5, "turns": 0.2},
+}
+TOP_K, TOP_P = 40, 0.9
+BY_HAND = 1e-5  # relative
+LEAST_SHOWN = 1e-6  # probability in the figure
+
+
+def tree_context(rows: int) -> "Context":
+    """The sequence "The" in equal rows; what follows is the tree's."""
+    import torch
+    from torch import nn
+
+    from llama_ft.config import ModelConfig
+    from llama_ft.decoding.context import Context
+    from llama_ft.model.transformer import Transformer
+
+    class Tree(Transformer):
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+            self.config = ModelConfig("tree", vocab_size=len(WORDS))
+            self.output = nn.Linear(1, 1)
+
+        def forward(self, tokens: torch.Tensor, **_: Any) -> torch.Tensor:
+            logits = torch.full((len(tokens), len(WORDS)), -math.inf)
+            for row, ids in enumerate(tokens.tolist()):
+                text = " ".join(WORDS[number] for number in ids)
+                for word, probability in TREE.get(text, {"<eos>": 1.0}).items():
+                    logits[row, WORDS.index(word)] = math.log(probability)
+            return logits
+
+    return Context(Tree(), [[WORDS.index("The")]] * rows, 2, False, torch.float32)
+
+
+def tree() -> dict[str, Any]:
+    """What greedy decoding and two beams find, two words deep, with their probabilities."""
+    import torch
+
+    from llama_ft.decoding.beam import beam_search
+    from llama_ft.decoding.sampling import Greedy
+
+    context, probability = tree_context(1), 1.0
+    for _ in range(2):
+        logits = context.next_logits()
+        chosen = Greedy().choose(logits, torch.zeros_like(logits, dtype=torch.bool))
+        probability *= logits.softmax(-1)[0, chosen].item()
+        context.append(chosen)
+    greedy = " ".join(WORDS[number] for number in context.tokens[0].tolist())
+    best, *_ = beam_search(tree_context(2), 2, 2, WORDS.index("<eos>"), length_penalty=0.0)
+    beam = " ".join(["The", *(WORDS[number] for number in best.tokens)])
+    return {"greedy": greedy, "greedy_p": probability, "beam": beam, "beam_p": math.exp(best.score)}
+
+
+def sets(n_contexts: int) -> dict[str, list[Any]]:
+    """Tokens kept by top-k and top-p, and the probability that they have, over places of the held-out records."""
+    import torch
+
+    from experiments.kv_cache_lines import load_tiny, prompt_source
+    from llama_ft.decoding.sampling import keep_top_k, keep_top_p
+
+    with torch.inference_mode():
+        text = torch.tensor([prompt_source()[:512]])
+        places = torch.linspace(5, 510, n_contexts).long()
+        logits = load_tiny(torch.device("cpu"))(text, logits_at=places)
+    probabilities = logits.double().softmax(-1)
+    found: dict[str, list[Any]] = {"distributions": probabilities.sort(descending=True).values.tolist()}
+    for name, kept in (("top_k", keep_top_k(logits, TOP_K)), ("top_p", keep_top_p(logits, TOP_P))):
+        inside = [row[there] for row, there in zip(probabilities, kept.isfinite(), strict=True)]
+        found[f"{name}_tokens"] = [len(row) for row in inside]
+        found[f"{name}_mass"] = [row.sum().item() for row in inside]
+        found[f"{name}_least"] = [row.min().item() for row in inside]
+    return found
+
+
+def perplexities(n_records: int) -> dict[str, float]:
+    """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
+    import torch
+
+    from experiments.kv_cache_lines import load_tiny
+    from llama_ft.config import PACKAGE_DIR, OnBadRecord
+    from llama_ft.data.dataset import encode_record, read_records
+    from llama_ft.data.tokenizer import Tokenizer
+    from llama_ft.evaluation.perplexity import perplexity
+
+    model = load_tiny(torch.device("cpu"))
+    tokenizer = Tokenizer(model.config.builtin_dir / "tokenizer.model")
+    records, _ = read_records(PACKAGE_DIR / "data" / "sample" / "heldout.jsonl", OnBadRecord.error, n_records)
+    samples = [encode_record(record, tokenizer) for record in records]
+    nats: list[float] = []
+    with torch.inference_mode():
+        for sample in samples:
+            rows = model(torch.tensor([sample.tokens]))[0].tolist()
+            for place in range(sample.n_prompt, len(sample)):
+                row = rows[place - 1]  # what is said of the token before it
+                nats.append(math.log(sum(math.exp(logit) for logit in row)) - row[sample.tokens[place]])
+    by_hand = math.exp(math.fsum(nats) / len(nats))
+    evaluated = perplexity(model, samples, batch_size=8).perplexity
+    with torch.no_grad():
+        model.output.weight.zero_()
+    uniform = perplexity(model, samples, batch_size=8).perplexity
+    return {
+        "by_hand": by_hand,
+        "evaluated": evaluated,
+        "uniform": uniform,
+        "vocabulary": model.config.vocab_size,
+        "tokens": len(nats),
+    }
+
+
+def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+    """What the numbers say of each claim."""
+    walk, kept, measured = numbers["tree"], numbers["sets"], numbers["perplexity"]
+    sizes, without_least = kept["top_p_tokens"], []
+    for mass, least in zip(kept["top_p_mass"], kept["top_p_least"], strict=True):
+        without_least.append(mass - least)
+    smallest = min(kept["top_p_mass"]) >= TOP_P - 1e-6 and max(without_least) < TOP_P
+    apart = abs(measured["evaluated"] / measured["by_hand"] - 1)
+    return [
+        Claim(
+            'greedy decoding takes "The nice woman", 0.5 * 0.4',
+            walk["greedy"] == "The nice woman" and math.isclose(walk["greedy_p"], 0.2, rel_tol=1e-6),
+            {"probability": walk["greedy_p"]},
+        ),
+        Claim(
+            'two beams find "The dog has", 0.4 * 0.9, which is more probable',
+            walk["beam"] == "The dog has" and math.isclose(walk["beam_p"], 0.36, rel_tol=1e-6),
+            {"probability": walk["beam_p"]},
+        ),
+        Claim(
+            f"top-k keeps {TOP_K} tokens whatever they are worth: their share of the probability differs by 10 percent"
+            " or more",
+            set(kept["top_k_tokens"]) == {TOP_K} and max(kept["top_k_mass"]) - min(kept["top_k_mass"]) >= 0.1,
+            {"share at least": min(kept["top_k_mass"]), "share at most": max(kept["top_k_mass"])},
+        ),
+        Claim(
+            f"top-p keeps the smallest set whose probability reaches {TOP_P}: without its least token it has less",
+            smallest,
+            {"with it at least": min(kept["top_p_mass"]), "without it at most": max(without_least)},
+        ),
+        Claim(
+            "so top-p keeps few tokens where the model is sure, and 10 times as many where it is not",
+            max(sizes) >= 10 * min(sizes),
+            {"tokens at least": min(sizes), "tokens at most": max(sizes)},
+        ),
+        Claim(
+            "perplexity by hand, exp of the mean of -log p of each token, is what evaluate finds",
+            apart <= BY_HAND,
+            {"by hand": measured["by_hand"], "evaluate": measured["evaluated"], "relative difference": apart},
+        ),
+        Claim(
+            "a model that knows nothing has the vocabulary's size as its perplexity",
+            math.isclose(measured["uniform"], measured["vocabulary"], rel_tol=BY_HAND),
+            {"perplexity": measured["uniform"], "vocabulary": measured["vocabulary"]},
+        ),
+    ]
+
+
+def draw(numbers: dict[str, Any], file: Path) -> None:
+    """The tree with both paths; the most and the least certain distribution with what top-k and top-p keep."""
+    with drawn(file, ("greedy and two beams", "probability of the n-th best token")) as (left, right):
+        _draw_tree(left, numbers["tree"])
+        kept = numbers["sets"]
+        order = sorted(range(len(kept["top_p_tokens"])), key=kept["top_p_tokens"].__getitem__)
+        for place, colour, name in ((order[0], BLUE, "sure"), (order[-1], ORANGE, "unsure")):
+            values, size = kept["distributions"][place], kept["top_p_tokens"][place]
+            label = f"{name}: top-p keeps {size}"
+            right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=label)
+            right.vlines(size, LEAST_SHOWN, 1, color=colour, ls="--", lw=2)
+        right.vlines(TOP_K, LEAST_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
+        right.set(xscale="log", yscale="log", xlabel="n", ylim=(LEAST_SHOWN, 300), yticks=[1, 1e-2, 1e-4, 1e-6])
+        right.legend(frameon=False, loc="upper left")
+
+
+def _draw_tree(axes: "Axes", walk: dict[str, Any]) -> None:
+    """Words from left to right; the paths that were found are coloured."""
+    axes.axis("off")
+    axes.set(xlim=(-0.25, 2.6), ylim=(-0.6, 8.6))
+    paths = {walk["greedy"]: BLUE, walk["beam"]: ORANGE}
+    axes.text(0, 4, "The", ha="center", va="center", weight="bold")
+    for branch, (first, share) in enumerate(TREE["The"].items()):
+        height = 7 - 3 * branch
+        _draw_edge(axes, (0, 4), (1, height), first, share, [c for path, c in paths.items() if first in path])
+        for leaf, (second, chance) in enumerate(TREE[f"The {first}"].items()):
+            colours = [colour for path, colour in paths.items() if path == f"The {first} {second}"]
+            _draw_edge(axes, (1, height), (2, height + 1 - leaf), second, chance, colours)
+    for height, (name, p) in enumerate((("two beams", walk["beam_p"]), ("greedy", walk["greedy_p"]))):
+        axes.text(-0.2, 0.7 * height - 0.4, f"{name}: {p:.2f}", color=(ORANGE, BLUE)[height], weight="bold")
+
+
+def _draw_edge(
+    axes: "Axes", begin: tuple[float, float], end: tuple[float, float], word: str, share: float, colours: list[str]
+) -> None:
+    colour = colours[0] if colours else GREY
+    start = begin[0] + (0.5 if begin[0] else 0.15)  # where the word before it ends
+    axes.plot((start, end[0] - 0.05), (begin[1], end[1]), color=colour, lw=4 if colours else 1.5)
+    axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=colour, weight="bold" if colours else "normal")
+
+
+def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+    """Walk the tree, look at the sets, compute perplexities."""
+    import torch
+
+    from llama_ft.measure.device import device_name
+
+    say("the tree, the sets, perplexities")
+    numbers = {
+        "tree": tree(),
+        "sets": sets(16 if options.quick else 64),
+        "perplexity": perplexities(8 if options.quick else 60),
+    }
+    walk, kept = numbers["tree"], numbers["sets"]
+    rows = [
+        ["greedy", walk["greedy"], walk["greedy_p"]],
+        ["two beams", walk["beam"], walk["beam_p"]],
+        *(
+            [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
+            for name, key in (("top-k", "top_k_tokens"), ("top-p", "top_p_tokens"))
+        ),
+    ]
+    text = table(("", "found", "probability"), rows)
+    return Findings(
+        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
+    )
+
+
+STUDY = Study("decoding", Options, conduct)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

@@ -1,0 +1,72 @@
+"""The study of gradient accumulation: its claims hold, and fail where the mechanism that they name is broken."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import gradient_accumulation as study
+from experiments.study import run
+from llama_ft.model.transformer import RMSNorm
+from llama_ft.techniques import gradient_accumulation as technique
+from llama_ft.training import step
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("quick")
+    with redirect_stdout(io.StringIO()):
+        assert run(study.STUDY, ["quick=true", f"output={folder}"]) == 0
+    assert (folder / "gradient_accumulation.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / "gradient_accumulation.json").read_text())
+
+
+def failed(numbers: dict[str, Any], **changed: Any) -> list[int]:
+    """The claims that do not hold, by their place."""
+    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
+
+
+def test_all_claims_hold(quick: dict[str, Any]) -> None:
+    assert len(quick["claims"]) == 6
+    assert failed(quick) == []
+
+
+def test_the_lengths_are_alpacas(test_data: Path) -> None:
+    from llama_ft.config import OnBadRecord
+    from llama_ft.data.dataset import encode_record, read_records
+    from llama_ft.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")
+    records, _ = read_records(test_data / "alpaca_data_200.json", OnBadRecord.error)
+    samples = [encode_record(record, tokenizer) for record in records]
+    assert json.loads(study.LENGTHS.read_text())["lengths"] == [[s.n_prompt, len(s)] for s in samples]
+
+
+def test_a_division_by_something_else_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(technique, "target_tokens", lambda window: window[0].n_targets)
+    assert failed(quick, linear=study.linear_model()) == [0]
+
+
+def test_a_mean_of_means_in_the_step_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the bug of transformers before 4.46 was: the loss of each micro-batch divided by its own tokens."""
+    summed = step.summed_loss
+
+    def mean(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return summed(model, batch) / batch.n_targets
+
+    monkeypatch.setattr(step, "summed_loss", mean)
+    monkeypatch.setattr(step, "target_tokens", len)
+    broken = study.language_model(1, lambda line: None)
+    assert failed(quick, language_model=broken) == [2]
+
+
+def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight
+
+    monkeypatch.setattr(RMSNorm, "forward", forward)
+    assert failed(quick, norms=study.norms(quick["micro_batch_sizes"])) == [5]
