@@ -1,0 +1,253 @@
+"""`python -m experiments.low_rank`: the singular value decomposition, what truncating it loses, two ways to split it.
+
+The split is put into the library's LoRA layer: the same product, from factors of equal size and from a one-sided pair.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import BLUE, GREEN, ORANGE, drawn, table
+from experiments.study import Claim, Findings, Options, Study, main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llama_ft.techniques.lora import LoRALinear
+
+SIDE = 128  # of the pictures, pixels
+KEPT = (2, 5, 10, 20)  # singular values of the picture in the figure
+RANK = 8
+EXACT = 1e-10  # relative, in fp64
+SPREAD = (100.0, 1.0)  # the largest and the smallest singular value of the product that is split
+
+
+def picture() -> "Tensor":
+    """A scene: a sky that gets lighter, hills, a sun, a fence. fp64 [SIDE, SIDE], 0 to 1."""
+    import torch
+
+    across = torch.linspace(0, 1, SIDE, dtype=torch.float64)
+    down = across[:, None]
+    image = 0.9 - 0.4 * down.expand(SIDE, SIDE)
+    sun = (across - 0.75).square() + (down - 0.25).square() < 0.01
+    image = torch.where(sun, torch.ones_like(image), image)
+    hills = 0.65 + 0.08 * torch.sin(7 * across) + 0.04 * torch.sin(17 * across + 1)
+    image = torch.where(down > hills, 0.25 + 0.2 * down, image)
+    fence = (across * 16 % 1 < 0.25) & (down > 0.8) & (down < 0.93)
+    scene: Tensor = torch.where(fence, torch.full_like(image, 0.05), image)
+    return scene
+
+
+def random_orthogonal(rows: int, columns: int, seed: int) -> "Tensor":
+    """Columns of length 1, at right angles. fp64 [rows, columns]."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    orthogonal: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
+    return orthogonal
+
+
+def decomposition(matrix: "Tensor") -> dict[str, Any]:
+    """Orthogonality of the factors, singular values, and the error of each truncation, measured and by its formula."""
+    import torch
+
+    u, values, v = torch.linalg.svd(matrix)
+    eye, n = torch.eye(len(matrix), dtype=matrix.dtype), len(values)
+    norm = matrix.norm()
+    errors = [((u[:, :k] * values[:k]) @ v[:k] - matrix).norm() / norm for k in range(1, n)]
+    formula = [values[k:].norm() / norm for k in range(1, n)]
+    return {
+        "orthogonality_error": max((u @ u.T - eye).abs().max().item(), (v @ v.T - eye).abs().max().item()),
+        "values": values.tolist(),
+        "errors": [error.item() for error in errors],
+        "formula_error": max(abs(found - expected).item() for found, expected in zip(errors, formula, strict=True)),
+    }
+
+
+def rank_of_a_product() -> dict[str, float]:
+    """Singular values of B A for factors of rank 8: the 8th and the 9th, relative to the first."""
+    import torch
+
+    generator = torch.Generator().manual_seed(2)
+    b, a = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((SIDE, RANK), (RANK, SIDE)))
+    values = torch.linalg.svdvals(b @ a)
+    return {"last_of_rank": (values[RANK - 1] / values[0]).item(), "next": (values[RANK] / values[0]).item()}
+
+
+def split_layer(balanced: bool) -> tuple["LoRALinear", "Tensor"]:
+    """The library's layer, whose update is a given product, split evenly or one-sidedly; and the product."""
+    import torch
+
+    from llama_ft.techniques.lora import LoRALinear
+
+    u, v = random_orthogonal(SIDE, RANK, 3), random_orthogonal(SIDE, RANK, 4)
+    values = torch.logspace(math.log10(SPREAD[0]), math.log10(SPREAD[1]), RANK, dtype=torch.float64)
+    left, right = (values.sqrt(), values.sqrt()) if balanced else (torch.ones_like(values), values)
+    base = torch.nn.Linear(SIDE, SIDE, bias=False, dtype=torch.float64)
+    torch.nn.init.zeros_(base.weight).requires_grad_(False)
+    layer = LoRALinear(base, RANK, float(RANK), 0.0, torch.float64)  # a scale of 1
+    with torch.no_grad():
+        layer.lora_B.copy_(u * left)
+        layer.lora_A.copy_(right[:, None] * v.T)
+    return layer, (u * values) @ v.T
+
+
+def split(balanced: bool) -> dict[str, float]:
+    """Conditioning of the factors, and of the loss that has the product as its goal, at that goal and beside it."""
+    import torch
+
+    layer, product = split_layer(balanced)
+    inputs = torch.eye(SIDE, dtype=torch.float64)
+    factors = [layer.lora_A, layer.lora_B]
+
+    def loss(goal: "Tensor") -> "Tensor":
+        half: Tensor = (layer(inputs) - goal.T).square().sum() / 2
+        return half
+
+    with torch.no_grad():
+        error = ((layer(inputs) - product.T).abs().max() / product.abs().max()).item()
+    beside = product + random_orthogonal(SIDE, SIDE, 5)  # a goal in all directions
+    to_a, to_b = (gradient.norm().item() for gradient in torch.autograd.grad(loss(beside), factors))
+    return {
+        "product_error": error,
+        "condition_a": torch.linalg.cond(layer.lora_A).item(),
+        "condition_b": torch.linalg.cond(layer.lora_B).item(),
+        "gradient_b_over_a": to_b / to_a,
+        "curvature": largest_curvature(lambda: loss(product), factors),
+    }
+
+
+def largest_curvature(loss: Callable[[], "Tensor"], parameters: Sequence["Tensor"]) -> float:
+    """The largest eigenvalue of the Hessian, by power iteration: gradient descent needs a rate below 2 over it."""
+    import torch
+
+    generator = torch.Generator().manual_seed(6)
+    direction = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+    found = 0.0
+    for _ in range(60):
+        length = math.sqrt(sum(part.square().sum().item() for part in direction))
+        direction = [part / length for part in direction]
+        gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
+        along = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
+        assert isinstance(along, torch.Tensor)
+        product = torch.autograd.grad(along, parameters)
+        found = sum((p * d).sum().item() for p, d in zip(product, direction, strict=True))
+        direction = list(product)
+    return found
+
+
+def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+    """What the numbers say of each claim."""
+    image, flat, product = numbers["picture"], numbers["flat"], numbers["product"]
+    even, one_sided = numbers["balanced"], numbers["one_sided"]
+    orthogonality = max(image["orthogonality_error"], flat["orthogonality_error"])
+    formula = max(image["formula_error"], flat["formula_error"])
+    half, most = flat["errors"][SIDE // 2 - 1], SPREAD[0]
+    expected = {"even": 2 * most, "one": most**2 + 1}
+    curvatures = (even["curvature"] / expected["even"], one_sided["curvature"] / expected["one"])
+    ratio = one_sided["gradient_b_over_a"] / even["gradient_b_over_a"]
+    return [
+        Claim(
+            "U times its transpose, and V times its, are the identity", orthogonality <= EXACT, {"error": orthogonality}
+        ),
+        Claim(
+            "the error of keeping k singular values is the norm of those left out, for every k",
+            formula <= EXACT,
+            {"error": formula},
+        ),
+        Claim(
+            f"a picture of {SIDE} x {SIDE} is there to 10 percent with 10 of its {SIDE} singular values",
+            image["errors"][9] <= 0.1,
+            {"percent with 10": 100 * image["errors"][9]},
+        ),
+        Claim(
+            "a product of rank 8 has 8 singular values, and nothing after them",
+            product["next"] <= EXACT < product["last_of_rank"],
+            {"8th over 1st": product["last_of_rank"], "9th over 1st": product["next"]},
+        ),
+        Claim(
+            "where the spectrum is flat truncating does not work: half of the singular values leave 71 percent"
+            " of error",
+            abs(half - math.sqrt(0.5)) <= 1e-6,
+            {"percent with half": 100 * half},
+        ),
+        Claim(
+            "B = U S^1/2, A = S^1/2 V^T and B = U, A = S V^T have the same product in the LoRA layer",
+            max(even["product_error"], one_sided["product_error"]) <= EXACT,
+            {"error": max(even["product_error"], one_sided["product_error"])},
+        ),
+        Claim(
+            "the balanced factors share the condition number out, the one-sided ones give all of it to A",
+            math.isclose(even["condition_a"], even["condition_b"], rel_tol=1e-6)
+            and math.isclose(one_sided["condition_a"], even["condition_a"] ** 2, rel_tol=1e-6),
+            {"each, balanced": even["condition_a"], "of A, one-sided": one_sided["condition_a"]},
+        ),
+        Claim(
+            "one-sided, the gradient of B is far larger beside that of A than balanced: 5 times or more",
+            ratio >= 5,
+            {"B over A, balanced": even["gradient_b_over_a"], "one-sided": one_sided["gradient_b_over_a"]},
+        ),
+        Claim(
+            "the curvature that bounds the learning rate is 2 s balanced and s^2 + 1 one-sided, s the largest singular"
+            " value",
+            all(abs(found - 1) <= 0.01 for found in curvatures),
+            {"balanced": even["curvature"], "one-sided": one_sided["curvature"]},
+        ),
+    ]
+
+
+def draw(numbers: dict[str, Any], file: Path) -> None:
+    """The picture truncated, and the error against what is kept."""
+    import torch
+
+    image = picture()
+    u, values, v = torch.linalg.svd(image)
+    with drawn(file, ("the first k singular values", "error of keeping k of them")) as (
+        left,
+        right,
+    ):
+        small = [(u[:, :k] * values[:k]) @ v[:k] for k in KEPT]
+        rows = [torch.cat(small[:2], dim=1), torch.cat(small[2:], dim=1)]
+        left.imshow(torch.cat(rows).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
+        left.axis("off")
+        for place, kept in enumerate(KEPT):
+            x, y = (place % 2) * SIDE + 4, (place // 2) * SIDE + 18
+            left.text(x, y, f"k = {kept}", color="black", weight="bold")
+        kept_values = range(1, SIDE)
+        right.plot(kept_values, numbers["picture"]["errors"], color=BLUE, lw=3, label="the picture")
+        right.plot(kept_values, numbers["flat"]["errors"], color=ORANGE, lw=3, label="a flat spectrum")
+        right.plot([10], [numbers["picture"]["errors"][9]], "o", color=GREEN, ms=10, label="10 of the picture's")
+        right.set(xlabel="k", ylabel="relative error", ylim=(0, 1.05))
+        right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.08, 0.35))
+
+
+def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+    """Decompose, truncate, split."""
+    import torch
+
+    from llama_ft.measure.device import device_name
+
+    say("a picture, a flat spectrum, two splits")
+    numbers: dict[str, Any] = {
+        "picture": decomposition(picture()),
+        "flat": decomposition(random_orthogonal(SIDE, SIDE, 1)),
+        "product": rank_of_a_product(),
+        "balanced": split(balanced=True),
+        "one_sided": split(balanced=False),
+    }
+    keys = list(numbers["balanced"])
+    text = table(
+        ("", *(key.replace("_", " ") for key in keys)),
+        [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")],
+    )
+    return Findings(
+        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
+    )
+
+
+STUDY = Study("low_rank", Options, conduct)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
