@@ -183,7 +183,7 @@ def test_a_hostile_name_in_our_own_metadata(tmp_path: Path, folders: Folders) ->
     """It would be part of a path, or stand for a model that ships with the package."""
     (tmp_path / "own").mkdir()
     for name in ("x/../../evil", "tiny", 5):
-        sizes = json.dumps({"dim": 64, "n_layers": 1, "name": name, "other": 1})
+        sizes = json.dumps({"dim": 64, "n_layers": 1, "name": name})
         save_file({"norm.weight": torch.ones(64)}, tmp_path / "own" / "model.safetensors", {"llama_ft.model": sizes})
         assert sizes_of(tmp_path / "own") == {"name": "own", "dim": 64, "n_layers": 1}
 

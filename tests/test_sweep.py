@@ -113,7 +113,7 @@ def test_lora_shrinks_gradients_and_optimizer_state_below_a_tenth(table2: Sweep)
 
 def test_weights_or_adapter_are_saved(table2: Sweep) -> None:
     for name in COURSE_ORDER:
-        file, size = ("adapter", LORA_PARAMETERS) if "lora" in name else ("model", PARAMETERS)
+        file, size = ("adapter_model", LORA_PARAMETERS) if "lora" in name else ("model", PARAMETERS)
         tensors = load_file(table2.folder / name / f"{file}.safetensors")
         assert sum(tensor.size for tensor in tensors.values()) == size, name
 

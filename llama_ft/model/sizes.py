@@ -24,11 +24,13 @@ def own_sizes(text: str, file: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is damaged.
     """
-    known = {field.name for field in fields(ModelConfig)} - {"name"}
     try:
-        return {key: value for key, value in json.loads(text).items() if key in known}
+        sizes: dict[str, Any] = {key: value for key, value in json.loads(text).items() if key != "name"}
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
+    if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
+        raise UserError(f"{file} is damaged: its metadata cannot be read, {min(unknown)} is no size of a model")
+    return sizes
 
 
 def hf_sizes(file: Path) -> dict[str, Any]:
