@@ -61,7 +61,7 @@ def main() -> int:
     if config.to is Format.meta:
         say_context(config, say)
     if source.is_rounded and config.probe:
-        say_change(source, output, config.to, errors, console)
+        say_change(source, output, errors, console)
     files = sorted(file.name for file in output.iterdir())
     console.print(f"Written: {', '.join(files)} in {config.output}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -95,8 +95,8 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
         check_meta_shards(source.model, n_shards)
         n_bytes += source.written[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
     elif n_shards > len(source.written):
-        most = f"at most {len(source.written)}, the model's tensors"
-        raise UserError(f"shards={n_shards} is not allowed: it must be {most}")
+        n_tensors = len(source.written)
+        raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the model's tensors")
     there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
     free = shutil.disk_usage(there).free
     if n_bytes > free:
@@ -157,7 +157,7 @@ def say_context(config: ConvertConfig, say: Callable[[str], None]) -> None:
         )
 
 
-def say_change(source: "Source", output: Path, to: Format, errors: Console, console: Console) -> None:
+def say_change(source: "Source", output: Path, errors: Console, console: Console) -> None:
     """Read what was written, and say how much rounding has changed the logits."""
     import torch
 
@@ -167,8 +167,8 @@ def say_change(source: "Source", output: Path, to: Format, errors: Console, cons
 
     with torch.device("meta"):
         written = open_checkpoint(output, Transformer(source.model))
-    million = 2 * n_read(source.exact, source.model) / MB
-    with progress_bar(errors, "logits before and after", round(million)) as advance:
+    millions = round(2 * n_read(source.exact, source.model) / MB)  # of weights, those before and those after
+    with progress_bar(errors, "million weights, logits before and after", millions) as advance:
         found = change(source.model, source.exact, written.weights, in_mb(advance))
     console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
 

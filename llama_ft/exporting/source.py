@@ -47,18 +47,16 @@ def open_source(config: ConvertConfig) -> Source:
     builtin = config.checkpoint == "builtin"
     folder = config.model.builtin_dir if builtin else Path(os.path.expanduser(str(config.checkpoint)))
     checkpoint = open_checkpoint(folder, model)
-    sizes, exact = config.model, checkpoint.weights
+    sizes, own, changed = config.model, checkpoint.weights, dict[str, Weight]()
     if config.adapter is not None:
         place = Path(os.path.expanduser(config.adapter))
         adapter = read_adapter(place, config.model)
         check_base_of(place, str(config.checkpoint))
         if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets a weight of its own
-            sizes, exact = replace(sizes, tie_word_embeddings=False), exact | {OUTPUT: exact[EMBEDDING]}
-        check_copies(adapter, {OUTPUT: exact[EMBEDDING]} | exact)
-        own = exact
-        exact = exact | {name: merged(exact[name], factors) for name, factors in adapter.weights.items()}
-    else:
-        own = exact
+            sizes, own = replace(sizes, tie_word_embeddings=False), own | {OUTPUT: own[EMBEDDING]}
+        check_copies(adapter, {OUTPUT: own[EMBEDDING]} | own)
+        changed = {name: merged(own[name], factors) for name, factors in adapter.weights.items()}
+    exact = own | changed
     written = {name: rounded(name, weight, DTYPES.get(config.dtype, own[name].dtype)) for name, weight in exact.items()}
     return Source(sizes, checkpoint, exact, written)
 
