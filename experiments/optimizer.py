@@ -1,0 +1,206 @@
+"""`python -m experiments.optimizer`: what AdamW keeps and needs while it steps, how it decays weights, the schedule.
+
+The optimizer and the schedule are the library's; PyTorch's other forms and its Adam stand beside them.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn, table
+from experiments.study import Claim, Findings, Options, Study, main
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
+    from torch import nn
+
+FORMS = ("fused", "foreach", "loop")
+N_LAYERS, WIDTH = 8, 256  # of the network whose step is watched
+STATE_BYTES = 8  # a parameter: two moments in fp32
+STEPS, WARMUP, LR = 100, 0.1, 1e-3
+DECAY = 0.1
+EXACT = 1e-6
+
+
+def optimizer_of(form: str, parameters: "Iterable[nn.Parameter]") -> "torch.optim.Optimizer":
+    """AdamW: the library's, which is fused, or PyTorch's in another form."""
+    import torch
+
+    from llama_ft.config import TrainingConfig
+    from llama_ft.training.optimizer import make_optimizer
+
+    if form == "fused":
+        return make_optimizer(parameters, TrainingConfig())
+    return torch.optim.AdamW(list(parameters), foreach=form == "foreach")
+
+
+def memory_of(form: str) -> dict[str, float]:
+    """Bytes a parameter: AdamW's state, and what else lives at the worst instant of a step."""
+    import torch
+    from torch import nn
+
+    from llama_ft.measure.memory import MemoryTracker
+    from llama_ft.measure.result import MB
+
+    network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(N_LAYERS)))
+    n_parameters = N_LAYERS * WIDTH * WIDTH
+    optimizer = optimizer_of(form, network.parameters())
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # makes the state
+    state = sum(tensor.nbytes for held in optimizer.state.values() for tensor in held.values())
+    kept = n_parameters * 8 + state  # parameters and gradients too
+    held = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    held += [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    with MemoryTracker(network, optimizer, held) as tracker:
+        optimizer.step()
+    return {"state": state / n_parameters, "temporary": (tracker.result().peak_mb * MB - kept) / n_parameters}
+
+
+def decays() -> dict[str, list[float]]:
+    """What share of a weight 100 steps of decay alone take away, where its gradient is small, and where it is large.
+
+    The gradient's sign changes from step to step, so that it moves the weight nowhere; its size is all that differs.
+    """
+    import torch
+
+    from llama_ft.config import TrainingConfig
+    from llama_ft.training.optimizer import make_optimizer
+
+    found: dict[str, list[float]] = {"AdamW": [], "Adam": []}
+    for name in found:
+        for size in (0.01, 1.0, 100.0):
+            weight = torch.nn.Parameter(torch.ones(1))
+            if name == "AdamW":
+                config = TrainingConfig(lr=LR, weight_decay=DECAY)
+                optimizer: torch.optim.Optimizer = make_optimizer([weight], config)
+            else:
+                optimizer = torch.optim.Adam([weight], lr=LR, weight_decay=DECAY)
+            for step in range(STEPS):
+                weight.grad = torch.full_like(weight, size if step % 2 else -size)
+                optimizer.step()
+            without = torch.nn.Parameter(torch.ones(1))
+            plain = torch.optim.AdamW([without], lr=LR, weight_decay=0.0)
+            for step in range(STEPS):
+                without.grad = torch.full_like(without, size if step % 2 else -size)
+                plain.step()
+            found[name].append((without - weight).item())
+    return found
+
+
+def schedules() -> dict[str, list[float]]:
+    """Learning rates of a run's steps, and of PyTorch's cosine up to twice its T_max."""
+    import torch
+
+    from llama_ft.training.optimizer import make_schedule
+
+    def rates(make: Callable[["torch.optim.Optimizer"], Any], n_steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=LR)
+        schedule, found = make(optimizer), []
+        for _ in range(n_steps):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    return {
+        "ours": rates(lambda optimizer: make_schedule(optimizer, STEPS, WARMUP), STEPS),
+        "cosine": rates(lambda optimizer: cosine(optimizer, T_max=STEPS), 2 * STEPS + 1),
+    }
+
+
+def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+    """What the numbers say of each claim."""
+    memory, decay = numbers["memory"], numbers["decays"]
+    ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
+    expected = 1 - (1 - LR * DECAY) ** STEPS
+    adam = max(decay["Adam"]) / min(decay["Adam"])
+    peak = ours.index(max(ours))
+    return [
+        Claim(
+            f"AdamW keeps {STATE_BYTES} bytes a parameter, whatever its form",
+            all(abs(memory[form]["state"] - STATE_BYTES) < 0.01 for form in FORMS),
+            {form: memory[form]["state"] for form in FORMS},
+        ),
+        Claim(
+            "fused, which the library takes, needs nothing else while it steps; foreach another copy of all parameters",
+            memory["fused"]["temporary"] < 0.01 and memory["foreach"]["temporary"] >= 4,
+            {f"{form}, bytes a parameter": memory[form]["temporary"] for form in FORMS},
+        ),
+        Claim(
+            f"the loop needs that of a tensor at a time: with {N_LAYERS} equal ones less than half of foreach's",
+            0 < memory["loop"]["temporary"] < memory["foreach"]["temporary"] / 2,
+            {form: memory[form]["temporary"] for form in ("loop", "foreach")},
+        ),
+        Claim(
+            "AdamW decays a weight by lr * decay a step, whatever the size of its gradient",
+            all(abs(share / expected - 1) < 0.01 for share in decay["AdamW"]),
+            {"by formula": expected, "at least": min(decay["AdamW"]), "at most": max(decay["AdamW"])},
+        ),
+        Claim(
+            "Adam's decay, which is part of the gradient, is lost where gradients are large: 100 times less, or more",
+            adam >= 100,
+            {"small gradient": decay["Adam"][0], "large gradient": decay["Adam"][-1]},
+        ),
+        Claim(
+            f"the run's schedule rises for {100 * WARMUP:g} percent of its steps and falls to nearly 0 at the last one",
+            peak == round(WARMUP * STEPS) - 1
+            and all(one > next_ for one, next_ in zip(ours[peak + 1 :], ours[peak + 2 :], strict=False))
+            and ours[-1] < 0.01 * LR,
+            {"peak at step": peak + 1, "last over peak": ours[-1] / max(ours)},
+        ),
+        Claim(
+            "CosineAnnealingLR past T_max rises again, and is where it began at 2 T_max",
+            abs(cosine[STEPS]) < EXACT * LR and abs(cosine[-1] / LR - 1) < EXACT,
+            {"over its start at T_max": cosine[STEPS] / LR, "at 2 T_max": cosine[-1] / LR},
+        ),
+    ]
+
+
+def draw(numbers: dict[str, Any], file: Path) -> None:
+    """Bytes a parameter by form, and the schedules."""
+    with drawn(file, ("AdamW, bytes a parameter", "learning rate, share of the peak")) as (bars, lines):
+        places = range(len(FORMS))
+        state = [numbers["memory"][form]["state"] for form in FORMS]
+        more = [numbers["memory"][form]["temporary"] for form in FORMS]
+        bars.bar(places, state, color=BLUE, label="state")
+        bars.bar(places, more, bottom=state, color=ORANGE, label="more while it steps")
+        bars.set_xticks(list(places), list(FORMS))
+        bars.set_ylim(top=1.35 * max(one + other for one, other in zip(state, more, strict=True)))
+        bars.legend(frameon=False, loc="upper left")
+        ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
+        lines.plot([rate / LR for rate in cosine], color=ORANGE, lw=3, label="CosineAnnealingLR")
+        lines.plot([rate / LR for rate in ours], color=GREEN, lw=3, label="ours")
+        lines.vlines(STEPS, 0, 1.15, color=GREY, ls=":", lw=3)
+        lines.text(STEPS + 4, 1.06, "T_max, end of the run", color=GREY)
+        lines.set(xlabel="optimizer step", ylim=(0, 1.5))
+        lines.legend(frameon=False, loc="upper left")
+
+
+def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+    """Watch steps, decay weights, follow schedules."""
+    import torch
+
+    from llama_ft.measure.device import device_name
+
+    say("steps of three forms, decay, schedules")
+    numbers: dict[str, Any] = {
+        "memory": {form: memory_of(form) for form in FORMS},
+        "decays": decays(),
+        "schedules": schedules(),
+    }
+    rows = [[form, numbers["memory"][form]["state"], numbers["memory"][form]["temporary"]] for form in FORMS]
+    text = table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
+    return Findings(
+        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
+    )
+
+
+STUDY = Study("optimizer", Options, conduct)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
