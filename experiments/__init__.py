@@ -8,6 +8,7 @@ STUDIES = {
     "decoding": "Greedy and beam search, what top-k and top-p keep, and perplexity by hand.",
     "gradient_accumulation": "When micro-batches give the gradient of the whole batch, and when not.",
     "optimizer": "AdamW's state, its peak while it steps, its decay, and the schedule.",
+    "lora": "What LoRA adds, saves and costs, and what changing tasks on merged weights does to them.",
     "low_rank": "The SVD, what truncating it loses, and two ways to split a product into LoRA's factors.",
     "kv_cache": "What the KV cache saves and costs when text is generated.",
 }

@@ -1,0 +1,249 @@
+"""`python -m experiments.lora`: what LoRA adds, saves and costs, and what changing tasks does to merged weights.
+
+The layer is the library's. FLOPs are those that PyTorch counts while the built-in model runs; they repeat.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import BLUE, GREEN, ORANGE, drawn, table
+from experiments.study import Claim, Findings, Options, Study, main
+
+if TYPE_CHECKING:
+    from llama_ft.model.transformer import Transformer
+
+SIDE = 64  # of the square layer whose parameters are counted
+RANKS = (4, 8, 16, 32, 64)  # of LLaMA-2-7B's
+TARGETS = {"q, v": ["wq", "wv"], "all linear": ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]}
+COURSE_PERCENT = 0.1243  # what PEFT prints for LLaMA-2-7B, r = 16, q and v
+LENGTH = 64  # tokens whose FLOPs are counted
+SWITCHES = 64
+LEAST_SLOWER = 1.02
+ROUNDING = {"fp32": 1e-5, "bf16": 1e-3}
+
+
+def tiny(lora: bool) -> "Transformer":
+    """The built-in model, fp32, with the course's adapter or without."""
+    import torch
+
+    from experiments.kv_cache_lines import load_tiny
+    from llama_ft.techniques.lora import add_lora
+
+    model = load_tiny(torch.device("cpu"))
+    if lora:
+        add_lora(model, 16, 32.0, 0.05, ["wq", "wv"])
+    return model.eval()
+
+
+def at_the_start() -> float:
+    """The largest difference that a fresh adapter makes to the logits."""
+    import torch
+
+    tokens = torch.arange(1, LENGTH)[None]
+    with torch.inference_mode():
+        return float((tiny(lora=True)(tokens) - tiny(lora=False)(tokens)).abs().max())
+
+
+def factor_parameters() -> list[int]:
+    """Parameters of A and B for a square layer, by rank from 1 to its side."""
+    import torch
+
+    from llama_ft.techniques.lora import LoRALinear
+
+    base = torch.nn.Linear(SIDE, SIDE, bias=False)
+    layers = [LoRALinear(base, rank, 1.0, 0.0, torch.float32) for rank in range(1, SIDE + 1)]
+    return [layer.lora_A.numel() + layer.lora_B.numel() for layer in layers]
+
+
+def trainable_percent() -> dict[str, list[float]]:
+    """Of LLaMA-2-7B, as PEFT counts it: of all parameters, the adapter's included. By targets and rank."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from llama_ft.config import ModelConfig, config_dir
+    from llama_ft.model.transformer import Transformer
+    from llama_ft.techniques.lora import add_lora
+
+    found: dict[str, list[float]] = {}
+    for name, targets in TARGETS.items():
+        found[name] = []
+        for rank in RANKS:
+            with torch.device("meta"):
+                model = Transformer(ModelConfig(**OmegaConf.load(config_dir() / "model" / "llama2_7b.yaml")))  # type: ignore[arg-type]
+                add_lora(model, rank, 2.0 * rank, 0.0, targets)
+            counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+            found[name].append(100 * sum(n for n, trained in counts if trained) / sum(n for n, _ in counts))
+    return found
+
+
+def flops() -> dict[str, int]:
+    """Of a forward pass: bare, with the adapter beside the weights, merged; of backward: of all weights, of LoRA's."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from llama_ft.techniques.lora import lora_layers
+
+    tokens = torch.arange(1, LENGTH + 1)[None]
+
+    def counted(act: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            act()
+        return int(counter.get_total_flops())
+
+    bare, adapted = tiny(lora=False), tiny(lora=True)
+    found = {"forward": counted(lambda: bare(tokens)), "forward_beside": counted(lambda: adapted(tokens))}
+    for name, model in (("backward_full", bare), ("backward_lora", adapted)):
+        loss = model(tokens).logsumexp(-1).sum()
+        found[name] = counted(loss.backward)
+    for layer in lora_layers(adapted).values():
+        layer.merge()
+    with torch.no_grad():
+        found["forward_merged"] = counted(lambda: adapted(tokens))
+    return found
+
+
+def latency(rounds: int) -> dict[str, float]:
+    """Median seconds of a token, with the adapter beside the weights and merged, the two taking turns."""
+    import torch
+
+    from llama_ft.techniques.lora import lora_layers
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    models = {"beside": tiny(lora=True), "merged": tiny(lora=True)}
+    for layer in lora_layers(models["merged"]).values():
+        layer.merge()
+    tokens, seconds = torch.ones(1, 1, dtype=torch.int64), {"beside": [0.0], "merged": [0.0]}
+    with torch.inference_mode():
+        for number in range(rounds + 10):
+            for name in ("beside", "merged") if number % 2 else ("merged", "beside"):
+                began = time.perf_counter()
+                models[name](tokens)
+                if number >= 10:  # the first ones are slow for reasons of their own
+                    seconds[name].append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return {name: median(times[1:]) for name, times in seconds.items()}
+
+
+def switching() -> dict[str, list[float]]:
+    """Two tasks' adapters merged and taken out in turn: how far the weight is from where it began, relatively."""
+    import torch
+
+    from llama_ft.techniques.lora import LoRALinear
+
+    found: dict[str, list[float]] = {}
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        torch.manual_seed(0)
+        base = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
+        before, tasks = base.weight.detach().double().clone(), []
+        for _ in range(2):
+            layer = LoRALinear(base, 16, 32.0, 0.0, torch.float32)
+            torch.nn.init.normal_(layer.lora_B, std=0.02)
+            tasks.append(layer)
+        found[name] = []
+        for number in range(SWITCHES):
+            tasks[number % 2].merge()
+            tasks[number % 2].unmerge()
+            found[name].append(((base.weight.double() - before).norm() / before.norm()).item())
+    return found
+
+
+def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+    """What the numbers say of each claim."""
+    counts, percent, flop = numbers["factor_parameters"], numbers["trainable_percent"], numbers["flops"]
+    fewer = [rank for rank, count in enumerate(counts, start=1) if count < SIDE * SIDE]
+    course = percent["q, v"][RANKS.index(16)]
+    slower, drift = numbers["latency"]["beside"] / numbers["latency"]["merged"], numbers["switching"]
+    backward = flop["backward_full"] / flop["backward_lora"]
+    return [
+        Claim(
+            "a fresh adapter changes no logit", numbers["at_the_start"] == 0, {"difference": numbers["at_the_start"]}
+        ),
+        Claim(
+            f"A and B have fewer parameters than an n x n weight for r below n / 2 (n = {SIDE}), and as many at n / 2",
+            fewer == list(range(1, SIDE // 2)) and counts[SIDE // 2 - 1] == SIDE * SIDE,
+            {"largest r with fewer": max(fewer, default=0)},
+        ),
+        Claim(
+            f"of LLaMA-2-7B with r = 16 on q and v {COURSE_PERCENT} percent of the parameters are trained",
+            abs(course - COURSE_PERCENT) < 5e-5,
+            {"percent": course, "all linear, r 16": percent["all linear"][RANKS.index(16)]},
+        ),
+        Claim(
+            "beside the weights the adapter adds FLOPs to the forward pass, merged it adds none",
+            flop["forward_merged"] == flop["forward"] < flop["forward_beside"],
+            {"percent beside": 100 * (flop["forward_beside"] / flop["forward"] - 1)},
+        ),
+        Claim(
+            f"merged a token takes less time: beside the weights {LEAST_SLOWER} times as long, or longer",
+            slower >= LEAST_SLOWER,
+            {"times": slower},
+        ),
+        Claim(
+            "backward of all weights has twice the forward pass's FLOPs; freezing saves those of the frozen weights'"
+            " gradients, a third of it or more",
+            abs(flop["backward_full"] / flop["forward"] - 2) < 0.1 and backward >= 1.5,
+            {"full over forward": flop["backward_full"] / flop["forward"], "full over LoRA": backward},
+        ),
+        Claim(
+            f"adding and taking out updates {SWITCHES} times leaves an fp32 weight where it was, to"
+            f" {ROUNDING['fp32']:g}",
+            0 < drift["fp32"][-1] <= ROUNDING["fp32"],
+            {"relative": drift["fp32"][-1]},
+        ),
+        Claim(
+            f"a bf16 weight it moves by {ROUNDING['bf16']:g} or more",
+            drift["bf16"][-1] >= ROUNDING["bf16"],
+            {"relative": drift["bf16"][-1], "after the first": drift["bf16"][0]},
+        ),
+    ]
+
+
+def draw(numbers: dict[str, Any], file: Path) -> None:
+    """Trained percent against the rank, and how a weight moves when tasks are changed."""
+    with drawn(file, ("trained, percent of LLaMA-2-7B", "merged weight's distance from its start")) as (left, right):
+        for (name, percents), colour in zip(numbers["trainable_percent"].items(), (BLUE, ORANGE), strict=True):
+            left.plot(RANKS, percents, "o-", color=colour, lw=3, ms=9, label=name)
+        left.set(xscale="log", yscale="log", xlabel="r")
+        left.set_xticks(list(RANKS), [str(rank) for rank in RANKS])
+        left.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
+        left.minorticks_off()
+        left.legend(frameon=False)
+        for name, colour in (("bf16", ORANGE), ("fp32", GREEN)):
+            values = numbers["switching"][name]
+            right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=name)
+        right.set(yscale="log", xlabel="updates added and taken out", ylim=(1e-9, 1))
+        right.legend(frameon=False, loc="upper left")
+
+
+def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+    """Count, time, merge."""
+    import torch
+
+    from llama_ft.measure.device import device_name
+
+    say("parameters, FLOPs, latency, changing tasks")
+    numbers: dict[str, Any] = {
+        "at_the_start": at_the_start(),
+        "factor_parameters": factor_parameters(),
+        "trainable_percent": trainable_percent(),
+        "flops": flops(),
+        "latency": latency(100 if options.quick else 400),
+        "switching": switching(),
+    }
+    percents = numbers["trainable_percent"]
+    rows = [[rank, *(percents[name][place] for name in TARGETS)] for place, rank in enumerate(RANKS)]
+    text = table(("r", *(f"{name}, percent trained of 7B" for name in TARGETS)), rows)
+    return Findings(
+        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
+    )
+
+
+STUDY = Study("lora", Options, conduct)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))
