@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn, table
-from experiments.study import Claim, Findings, Options, Study, main
+from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,13 +79,13 @@ def sets(n_contexts: int) -> dict[str, list[Any]]:
     """Tokens kept by top-k and top-p, and the probability that they have, over places of the held-out records."""
     import torch
 
-    from experiments.kv_cache_lines import load_tiny, prompt_source
+    from experiments.builtin import load_tiny, prompt_source
     from llama_ft.decoding.sampling import keep_top_k, keep_top_p
 
     with torch.inference_mode():
         text = torch.tensor([prompt_source()[:512]])
         places = torch.linspace(5, 510, n_contexts).long()
-        logits = load_tiny(torch.device("cpu"))(text, logits_at=places)
+        logits = load_tiny()(text, logits_at=places)
     probabilities = logits.double().softmax(-1)
     found: dict[str, list[Any]] = {"distributions": probabilities.sort(descending=True).values.tolist()}
     for name, kept in (("top_k", keep_top_k(logits, TOP_K)), ("top_p", keep_top_p(logits, TOP_P))):
@@ -100,13 +100,13 @@ def perplexities(n_records: int) -> dict[str, float]:
     """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
     import torch
 
-    from experiments.kv_cache_lines import load_tiny
+    from experiments.builtin import load_tiny
     from llama_ft.config import PACKAGE_DIR, OnBadRecord
     from llama_ft.data.dataset import encode_record, read_records
     from llama_ft.data.tokenizer import Tokenizer
     from llama_ft.evaluation.perplexity import perplexity
 
-    model = load_tiny(torch.device("cpu"))
+    model = load_tiny()
     tokenizer = Tokenizer(model.config.builtin_dir / "tokenizer.model")
     records, _ = read_records(PACKAGE_DIR / "data" / "sample" / "heldout.jsonl", OnBadRecord.error, n_records)
     samples = [encode_record(record, tokenizer) for record in records]
@@ -131,7 +131,7 @@ def perplexities(n_records: int) -> dict[str, float]:
     }
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     walk, kept, measured = numbers["tree"], numbers["sets"], numbers["perplexity"]
     sizes, without_least = kept["top_p_tokens"], []
@@ -179,7 +179,7 @@ def claims_of(numbers: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """The tree with both paths; the most and the least certain distribution with what top-k and top-p keep."""
     with drawn(file, ("greedy and two beams", "probability of the n-th best token")) as (left, right):
         _draw_tree(left, numbers["tree"])
@@ -220,34 +220,28 @@ def _draw_edge(
     axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=colour, weight="bold" if colours else "normal")
 
 
-def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Walk the tree, look at the sets, compute perplexities."""
-    import torch
-
-    from llama_ft.measure.device import device_name
-
     say("the tree, the sets, perplexities")
-    numbers = {
+    return {
         "tree": tree(),
         "sets": sets(16 if options.quick else 64),
         "perplexity": perplexities(8 if options.quick else 60),
     }
+
+
+def table_of(numbers: Numbers) -> str:
+    """What was found."""
     walk, kept = numbers["tree"], numbers["sets"]
-    rows = [
-        ["greedy", walk["greedy"], walk["greedy_p"]],
-        ["two beams", walk["beam"], walk["beam_p"]],
-        *(
-            [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
-            for name, key in (("top-k", "top_k_tokens"), ("top-p", "top_p_tokens"))
-        ),
+    sizes = [
+        [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
+        for name, key in (("top-k", "top_k_tokens"), ("top-p", "top_p_tokens"))
     ]
-    text = table(("", "found", "probability"), rows)
-    return Findings(
-        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
-    )
+    paths = [["greedy", walk["greedy"], walk["greedy_p"]], ["two beams", walk["beam"], walk["beam_p"]]]
+    return table(("", "found", "probability"), [*paths, *sizes])
 
 
-STUDY = Study("decoding", Options, conduct)
+STUDY = Study("decoding", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

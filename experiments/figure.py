@@ -25,13 +25,3 @@ def drawn(file: Path, titles: Sequence[str]) -> Iterator[list[Axes]]:
             each.spines[["top", "right"]].set_visible(False)
         yield axes
         figure.savefig(file, format="png")
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; numbers with four digits."""
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *([_cell(value) for value in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cell(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figure import BLUE, GREEN, ORANGE, drawn, table
-from experiments.study import Claim, Findings, Options, Study, main
+from experiments.figure import BLUE, GREEN, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -102,7 +102,7 @@ def applied_gradient(model: "Transformer", window: Sequence[Sequence["Sample"]])
 
 def alpaca_windows(n_windows: int) -> list[list["Sample"]]:
     """Windows of samples that are as long as Alpaca's first, prompts and answers; their text is the built-in one."""
-    from experiments.kv_cache_lines import prompt_source
+    from experiments.builtin import prompt_source
     from llama_ft.data.dataset import Sample
 
     lengths = json.loads(LENGTHS.read_text(encoding="utf-8"))["lengths"][: n_windows * WINDOW]
@@ -117,9 +117,9 @@ def language_model(n_windows: int, say: Callable[[str], None]) -> dict[str, Any]
     """The tiny model: a window of ragged samples at once, one by one, and as a mean of their means."""
     import torch
 
-    from experiments.kv_cache_lines import load_tiny
+    from experiments.builtin import load_tiny
 
-    model = load_tiny(torch.device("cpu")).double()
+    model = load_tiny().double()
     exact, biased = [], []
     for number, window in enumerate(alpaca_windows(n_windows), start=1):
         say(f"window {number} of {n_windows}")
@@ -168,7 +168,7 @@ def gradient_of(network: "nn.Module") -> "Tensor":
     return torch.cat([parameter.grad.flatten() for parameter in network.parameters() if parameter.grad is not None])
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     linear, model, sizes = numbers["linear"], numbers["language_model"], numbers["micro_batch_sizes"]
     by_norm, least = numbers["norms"], min(model["mean_of_means_error"])
@@ -207,14 +207,11 @@ def claims_of(numbers: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """The bias of each window, and the norms' errors against the size of a micro-batch."""
     model, sizes = numbers["language_model"], numbers["micro_batch_sizes"]
     titles = ("gradient of 8 ragged samples, one by one", "gradient of 64 samples in micro-batches")
-    with drawn(file, titles) as (
-        bias,
-        by_size,
-    ):
+    with drawn(file, titles) as (bias, by_size):
         places = range(1, 1 + len(model["mean_of_means_error"]))
         bias.bar(places, [100 * error for error in model["mean_of_means_error"]], color=ORANGE, label="mean of means")
         bias.bar(places, [100 * error for error in model["micro_batch_error"]], color=BLUE, label="token-weighted: 0")
@@ -230,27 +227,25 @@ def draw(numbers: dict[str, Any], file: Path) -> None:
         by_size.legend(frameon=False)
 
 
-def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Compute all gradients."""
-    import torch
-
-    from llama_ft.measure.device import device_name
-
     sizes = [2, 4, 8, 16, 32]
-    numbers: dict[str, Any] = {
+    return {
         "linear": linear_model(),
         "language_model": language_model(1 if options.quick else 4, say),
         "micro_batch_sizes": sizes,
         "norms": norms(sizes),
     }
+
+
+def table_of(numbers: Numbers) -> str:
+    """The norms' errors by the size of a micro-batch."""
+    sizes = numbers["micro_batch_sizes"]
     rows = [[size, *(numbers["norms"][name][place] for name in NORMS)] for place, size in enumerate(sizes)]
-    text = table(("samples in a micro-batch", *(f"{name}, relative error" for name in NORMS)), rows)
-    return Findings(
-        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
-    )
+    return table(("samples in a micro-batch", *(f"{name}, relative error" for name in NORMS)), rows)
 
 
-STUDY = Study("gradient_accumulation", Options, conduct)
+STUDY = Study("gradient_accumulation", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

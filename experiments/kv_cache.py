@@ -7,11 +7,16 @@ device, so that both ways agree in all but the last bits.
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from experiments.kv_cache_figure import draw
 from experiments.kv_cache_report import LEAST_EXPONENT_GAP, Line, claims_of, table_of
-from experiments.study import Findings, Options, Study, main
+from experiments.study import Numbers, Options, Study, main
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.checks import setting
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,19 @@ def plan_of(options: KVCacheOptions) -> Plan:
     return Plan(lines, (32, 128, 512), longest, longest)
 
 
-def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
+def device_of(options: KVCacheOptions) -> "torch.device":
+    """The device that was asked for.
+
+    Raises:
+        UserError: if it is not there.
+    """
+    from llama_ft.config import GpuConfig
+    from llama_ft.measure.device import choose_device
+
+    return choose_device(GpuConfig(options.gpu.name, device=options.gpu))
+
+
+def measure(options: KVCacheOptions, say: Callable[[str], None]) -> Numbers:
     """Measure what the plan asks for.
 
     Raises:
@@ -58,23 +75,19 @@ def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
     """
     import torch
 
-    from experiments.kv_cache_figure import draw
-    from experiments.kv_cache_lines import CHECKPOINT, load_tiny, measure_line, prompt_source
-    from llama_ft.config import GpuConfig
-    from llama_ft.measure.device import choose_device, device_name
+    from experiments.builtin import CHECKPOINT, load_tiny, prompt_source
+    from experiments.kv_cache_lines import measure_line
 
     plan, n_threads = plan_of(options), torch.get_num_threads()
     torch.set_num_threads(1)  # tensors of this size gain little from more, and lose much where a neighbour has the core
     try:
-        device = choose_device(GpuConfig(options.gpu.name, device=options.gpu))
-        model, text, measured = load_tiny(device), prompt_source(), []
+        model, text, measured = load_tiny(device_of(options)), prompt_source(), []
         for line in plan.lines:
             say(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
             measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
-        name = device_name(device)
     finally:
         torch.set_num_threads(n_threads)
-    numbers = {
+    return {
         "repeats": options.repeats,
         "model": {"name": model.config.name, "checkpoint": CHECKPOINT},
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
@@ -87,10 +100,9 @@ def conduct(options: KVCacheOptions, say: Callable[[str], None]) -> Findings:
         "cells": [cell for one in measured for cell in one["cells"]],
         "curves": [curve for one in measured for curve in one["curves"]],
     }
-    return Findings(name, claims_of(numbers), numbers, table_of(numbers["cells"]), lambda file: draw(numbers, file))
 
 
-STUDY = Study("kv_cache", KVCacheOptions, conduct)
+STUDY = Study("kv_cache", KVCacheOptions, measure, claims_of, table_of, draw, device_of)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

@@ -3,32 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.kv_cache_report import exponent
+from experiments.study import Numbers
+from llama_ft.measure.result import MB
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-WITH, WITHOUT = "#0072B2", "#D55E00"
-BATCHES = ("#009E73", "#CC79A7")
-MB = 2**20
+WITH, WITHOUT = BLUE, ORANGE
+BATCHES = (GREEN, PINK)
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """Write the figure, PNG."""
-    with matplotlib.rc_context({"font.size": 15}):
-        figure = Figure(figsize=(12, 5), layout="constrained", dpi=130)
-        time, memory = figure.subplots(1, 2)
-        _draw_time(time, numbers["growth"], numbers["curves"])
+    line = numbers["growth"]
+    batch = f", batch {line['batch']}" if line["batch"] > 1 else ""
+    with drawn(file, (f"n tokens after a prompt of {line['prompt']}{batch}", "memory of the cache")) as (time, memory):
+        _draw_time(time, line, numbers["curves"])
         _draw_memory(memory, [cell for cell in numbers["cells"] if cell["kv_cache"]])
         for axes in (time, memory):
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
-            axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(file, format="png")
 
 
 def _draw_time(axes: Axes, line: dict[str, int], curves: list[dict[str, Any]]) -> None:
@@ -38,8 +33,6 @@ def _draw_time(axes: Axes, line: dict[str, int], curves: list[dict[str, Any]]) -
             colour, name = (WITH, "with the cache") if curve["kv_cache"] else (WITHOUT, "without the cache")
             power = exponent(curve["new"], curve["total_s"])
             axes.plot(curve["new"], curve["total_s"], color=colour, lw=3, label=f"{name}, as $n^{{{power:.2f}}}$")
-    batch = f", batch {line['batch']}" if line["batch"] > 1 else ""
-    axes.set_title(f"n tokens after a prompt of {line['prompt']}{batch}", loc="left")
     axes.set_xlabel("n, new tokens")
     axes.set_ylabel("total time, s")
     axes.legend(frameon=False, loc="upper left")
@@ -54,9 +47,8 @@ def _draw_memory(axes: Axes, cells: list[dict[str, Any]]) -> None:
         axes.plot((0, end), (0, height), color=colour, lw=2)
         axes.plot([*ours], [cell["cache_bytes"] / MB for cell in ours.values()], "o", color=colour, ms=9, clip_on=False)
         axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=colour)
-    axes.plot([], [], "o", color="#555555", ms=9, label="measured")
-    axes.plot([], [], color="#555555", lw=2, label="formula")
+    axes.plot([], [], "o", color=GREY, ms=9, label="measured")
+    axes.plot([], [], color=GREY, lw=2, label="formula")
     axes.legend(frameon=False, loc="lower right")
-    axes.set_title("memory of the cache", loc="left")
     axes.set_xlabel("tokens of a text, prompt and new ones")
     axes.set_ylabel("MB")

@@ -1,37 +1,14 @@
 """The measurements of `experiments.kv_cache`, on the tiny model with real text as prompts."""
 
-import json
 from itertools import accumulate
 from typing import Any
 
-import torch
-from omegaconf import OmegaConf
-
 from experiments.generation import Prompts, cache_bytes, generate_side_by_side, medians, peak_memory
 from experiments.kv_cache_report import Line, closed_form
-from llama_ft.config import PACKAGE_DIR, ModelConfig, config_dir
-from llama_ft.data.prompt import prompt_text
-from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import load_model
 
-CHECKPOINT = "builtin"
 APART = 500  # tokens of the text between the beginnings of two prompts
 STRIDE = 8  # new tokens between two points of a curve
-
-
-def load_tiny(device: torch.device) -> Transformer:
-    """The tiny model as it ships, fp32: random weights would soon repeat one token, and their texts prove little."""
-    config = ModelConfig(**OmegaConf.load(config_dir() / "model" / "tiny.yaml"))  # type: ignore[arg-type]
-    return load_model(config, CHECKPOINT, device, torch.float32).eval()
-
-
-def prompt_source() -> list[int]:
-    """Token ids of a long text: the built-in held-out records as prompts, one after the other."""
-    lines = (PACKAGE_DIR / "data" / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines[:100]]
-    text = "\n".join(prompt_text(record["instruction"], record["input"]) for record in records)
-    return Tokenizer(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model").encode(text, bos=True)
 
 
 def measure_line(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import linear_regression
 from typing import Any
 
-from experiments.study import Claim
+from experiments.study import Claim, Numbers
 from llama_ft.config import ModelConfig
 
 LEAST_SPEED_UP = 5.0
@@ -43,7 +43,7 @@ def exponent(new: list[int], seconds: list[float]) -> float:
     return linear_regression(*zip(*points, strict=True)).slope
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     return [
         _speed_claim(numbers["speed"], numbers["cells"]),
@@ -88,8 +88,9 @@ def _text_claim(numbers: dict[str, Any]) -> Claim:
     return Claim("the text is the same with the cache and without it", compared > 0 and different == 0, found)
 
 
-def table_of(cells: list[Cell]) -> str:
+def table_of(numbers: Numbers) -> str:
     """The cells in Markdown, those with the cache and without it in one row."""
+    cells = numbers["cells"]
     titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MB")
     rows = [f"| {' | '.join((*titles, 'cache, MB', 'formula, MB'))} |", f"|{'---:|' * (len(titles) + 2)}"]
     for batch, prompt, new in dict.fromkeys((cell["batch"], cell["prompt"], cell["new"]) for cell in cells):

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREEN, ORANGE, drawn, table
-from experiments.study import Claim, Findings, Options, Study, main
+from experiments.figure import BLUE, GREEN, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from llama_ft.model.transformer import Transformer
@@ -28,12 +28,11 @@ ROUNDING = {"fp32": 1e-5, "bf16": 1e-3}
 
 def tiny(lora: bool) -> "Transformer":
     """The built-in model, fp32, with the course's adapter or without."""
-    import torch
 
-    from experiments.kv_cache_lines import load_tiny
+    from experiments.builtin import load_tiny
     from llama_ft.techniques.lora import add_lora
 
-    model = load_tiny(torch.device("cpu"))
+    model = load_tiny()
     if lora:
         add_lora(model, 16, 32.0, 0.05, ["wq", "wv"])
     return model.eval()
@@ -62,9 +61,8 @@ def factor_parameters() -> list[int]:
 def trainable_percent() -> dict[str, list[float]]:
     """Of LLaMA-2-7B, as PEFT counts it: of all parameters, the adapter's included. By targets and rank."""
     import torch
-    from omegaconf import OmegaConf
 
-    from llama_ft.config import ModelConfig, config_dir
+    from experiments.builtin import model_config
     from llama_ft.model.transformer import Transformer
     from llama_ft.techniques.lora import add_lora
 
@@ -73,7 +71,7 @@ def trainable_percent() -> dict[str, list[float]]:
         found[name] = []
         for rank in RANKS:
             with torch.device("meta"):
-                model = Transformer(ModelConfig(**OmegaConf.load(config_dir() / "model" / "llama2_7b.yaml")))  # type: ignore[arg-type]
+                model = Transformer(model_config("llama2_7b"))
                 add_lora(model, rank, 2.0 * rank, 0.0, targets)
             counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
             found[name].append(100 * sum(n for n, trained in counts if trained) / sum(n for n, _ in counts))
@@ -152,7 +150,7 @@ def switching() -> dict[str, list[float]]:
     return found
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     counts, percent, flop = numbers["factor_parameters"], numbers["trainable_percent"], numbers["flops"]
     fewer = [rank for rank, count in enumerate(counts, start=1) if count < SIDE * SIDE]
@@ -203,7 +201,7 @@ def claims_of(numbers: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """Trained percent against the rank, and how a weight moves when tasks are changed."""
     with drawn(file, ("trained, percent of LLaMA-2-7B", "merged weight's distance from its start")) as (left, right):
         for (name, percents), colour in zip(numbers["trainable_percent"].items(), (BLUE, ORANGE), strict=True):
@@ -220,14 +218,10 @@ def draw(numbers: dict[str, Any], file: Path) -> None:
         right.legend(frameon=False, loc="upper left")
 
 
-def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Count, time, merge."""
-    import torch
-
-    from llama_ft.measure.device import device_name
-
     say("parameters, FLOPs, latency, changing tasks")
-    numbers: dict[str, Any] = {
+    return {
         "at_the_start": at_the_start(),
         "factor_parameters": factor_parameters(),
         "trainable_percent": trainable_percent(),
@@ -235,15 +229,16 @@ def conduct(options: Options, say: Callable[[str], None]) -> Findings:
         "latency": latency(100 if options.quick else 400),
         "switching": switching(),
     }
+
+
+def table_of(numbers: Numbers) -> str:
+    """Trained percent by rank and targets."""
     percents = numbers["trainable_percent"]
     rows = [[rank, *(percents[name][place] for name in TARGETS)] for place, rank in enumerate(RANKS)]
-    text = table(("r", *(f"{name}, percent trained of 7B" for name in TARGETS)), rows)
-    return Findings(
-        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
-    )
+    return table(("r", *(f"{name}, percent trained of 7B" for name in TARGETS)), rows)
 
 
-STUDY = Study("lora", Options, conduct)
+STUDY = Study("lora", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

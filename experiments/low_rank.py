@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figure import BLUE, GREEN, ORANGE, drawn, table
-from experiments.study import Claim, Findings, Options, Study, main
+from experiments.figure import BLUE, GREEN, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,7 +138,7 @@ def largest_curvature(loss: Callable[[], "Tensor"], parameters: Sequence["Tensor
     return found
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     image, flat, product = numbers["picture"], numbers["flat"], numbers["product"]
     even, one_sided = numbers["balanced"], numbers["one_sided"]
@@ -198,16 +198,13 @@ def claims_of(numbers: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """The picture truncated, and the error against what is kept."""
     import torch
 
     image = picture()
     u, values, v = torch.linalg.svd(image)
-    with drawn(file, ("the first k singular values", "error of keeping k of them")) as (
-        left,
-        right,
-    ):
+    with drawn(file, ("the first k singular values", "error of keeping k of them")) as (left, right):
         small = [(u[:, :k] * values[:k]) @ v[:k] for k in KEPT]
         rows = [torch.cat(small[:2], dim=1), torch.cat(small[2:], dim=1)]
         left.imshow(torch.cat(rows).clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -223,31 +220,26 @@ def draw(numbers: dict[str, Any], file: Path) -> None:
         right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.08, 0.35))
 
 
-def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Decompose, truncate, split."""
-    import torch
-
-    from llama_ft.measure.device import device_name
-
     say("a picture, a flat spectrum, two splits")
-    numbers: dict[str, Any] = {
+    return {
         "picture": decomposition(picture()),
         "flat": decomposition(random_orthogonal(SIDE, SIDE, 1)),
         "product": rank_of_a_product(),
         "balanced": split(balanced=True),
         "one_sided": split(balanced=False),
     }
+
+
+def table_of(numbers: Numbers) -> str:
+    """The two splits."""
     keys = list(numbers["balanced"])
-    text = table(
-        ("", *(key.replace("_", " ") for key in keys)),
-        [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")],
-    )
-    return Findings(
-        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
-    )
+    rows = [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")]
+    return table(("", *(key.replace("_", " ") for key in keys)), rows)
 
 
-STUDY = Study("low_rank", Options, conduct)
+STUDY = Study("low_rank", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

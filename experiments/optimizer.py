@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn, table
-from experiments.study import Claim, Findings, Options, Study, main
+from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -113,7 +113,7 @@ def schedules() -> dict[str, list[float]]:
     }
 
 
-def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     memory, decay = numbers["memory"], numbers["decays"]
     ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
@@ -161,7 +161,7 @@ def claims_of(numbers: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def draw(numbers: dict[str, Any], file: Path) -> None:
+def draw(numbers: Numbers, file: Path) -> None:
     """Bytes a parameter by form, and the schedules."""
     with drawn(file, ("AdamW, bytes a parameter", "learning rate, share of the peak")) as (bars, lines):
         places = range(len(FORMS))
@@ -181,26 +181,23 @@ def draw(numbers: dict[str, Any], file: Path) -> None:
         lines.legend(frameon=False, loc="upper left")
 
 
-def conduct(options: Options, say: Callable[[str], None]) -> Findings:
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Watch steps, decay weights, follow schedules."""
-    import torch
-
-    from llama_ft.measure.device import device_name
-
     say("steps of three forms, decay, schedules")
-    numbers: dict[str, Any] = {
+    return {
         "memory": {form: memory_of(form) for form in FORMS},
         "decays": decays(),
         "schedules": schedules(),
     }
+
+
+def table_of(numbers: Numbers) -> str:
+    """Bytes by form."""
     rows = [[form, numbers["memory"][form]["state"], numbers["memory"][form]["temporary"]] for form in FORMS]
-    text = table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
-    return Findings(
-        device_name(torch.device("cpu")), claims_of(numbers), numbers, text, lambda file: draw(numbers, file)
-    )
+    return table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
 
 
-STUDY = Study("optimizer", Options, conduct)
+STUDY = Study("optimizer", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
     sys.exit(main(STUDY))

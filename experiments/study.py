@@ -3,18 +3,21 @@
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from experiments import STUDIES
 from llama_ft.cli import FAILED, INTERRUPTED, USAGE_ERROR, command_line
 from llama_ft.config import UserError
 from llama_ft.config.checks import setting
 from llama_ft.files import output_folder, whole_file, write_text
+
+if TYPE_CHECKING:
+    import torch
 
 OUTPUT = Path("outputs") / "experiments"
 SCHEMA_VERSION = 1
@@ -44,28 +47,31 @@ class Claim:
         return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({found})"
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What a study found."""
+Numbers = dict[str, Any]  # everything measured, in JSON's types
 
-    device: str
-    claims: list[Claim]
-    numbers: dict[str, Any]
-    """Everything measured, in JSON's types."""
-    table: str
-    """The numbers for people, in Markdown."""
-    draw: Callable[[Path], None]
-    """Draws the figure into a PNG file."""
+
+def the_cpu(options: Any) -> "torch.device":
+    """Where studies run unless they say otherwise."""
+    import torch
+
+    return torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment that can be run."""
+    """An experiment that can be run. Only `measure` runs anything: the rest follows from its numbers alone."""
 
     name: str
     options: type[Options]
-    conduct: Callable[[Any, Callable[[str], None]], Findings]
+    measure: Callable[[Any, Callable[[str], None]], Numbers]
     """Given the options, and a function that tells the user how far it is."""
+    claims_of: Callable[[Numbers], list[Claim]]
+    table_of: Callable[[Numbers], str]
+    """The numbers for people, in Markdown."""
+    draw: Callable[[Numbers, Path], None]
+    """Draws the figure into a PNG file."""
+    device: Callable[[Any], "torch.device"] = the_cpu
+    """Given the options."""
 
 
 Chosen = TypeVar("Chosen", bound=Options)
@@ -153,31 +159,45 @@ def run(study: Study, arguments: list[str]) -> int:
     """
     options = parse_options(arguments, study.options)
     with output_folder(str(options.output or OUTPUT / study.name), "experiments", study.name) as folder:
-        findings = study.conduct(options, lambda line: print(line, file=sys.stderr, flush=True))
+        measured = study.measure(options, lambda line: print(line, file=sys.stderr, flush=True))
+        numbers = json.loads(json.dumps(measured))  # as whoever reads the file has them
+        claims, table = study.claims_of(numbers), study.table_of(numbers)
         file = folder / f"{study.name}.json"
-        write_text(file, json.dumps(_record(study, options, findings), indent=1) + "\n")
-        write_text(file.with_suffix(".md"), findings.table)
+        write_text(file, json.dumps(_record(study, options, claims) | numbers, indent=1) + "\n")
+        write_text(file.with_suffix(".md"), table)
         with whole_file(file.with_suffix(".png")) as temporary:
-            findings.draw(temporary)
-    print(findings.table)
-    for claim in findings.claims:
+            study.draw(numbers, temporary)
+    print(table)
+    for claim in claims:
         print(claim.line())
     print(file.with_suffix(".png"))
-    return 0 if all(claim.holds for claim in findings.claims) else FAILED
+    return 0 if all(claim.holds for claim in claims) else FAILED
 
 
-def _record(study: Study, options: Options, findings: Findings) -> dict[str, Any]:
-    """What the JSON file holds: the numbers, and what they depend on."""
+def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:
+    """What the JSON file holds beside the numbers: what they depend on, and what they say."""
+    from llama_ft.measure.device import device_name
     from llama_ft.measure.run import versions
     from llama_ft.measure.system import memory_there_is
 
+    device = device_name(study.device(options))
     return {
         "schema_version": SCHEMA_VERSION,
         "study": study.name,
         "quick": options.quick,
         "command": command_line(),
         "date": date.today().isoformat(),
-        "hardware": {"device": findings.device, "cores": os.cpu_count(), "memory_mb": round(memory_there_is() / 2**20)},
+        "hardware": {"device": device, "cores": os.cpu_count(), "memory_mb": round(memory_there_is() / 2**20)},
         "versions": versions(),
-        "claims": [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in findings.claims],
-    } | findings.numbers
+        "claims": [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims],
+    }
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table in Markdown; numbers with four digits."""
+    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *([_cell(value) for value in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(value: object) -> str:
+    return f"{value:,.4g}" if isinstance(value, float) else str(value)

@@ -1,9 +1,11 @@
 """What several test files share."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,18 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; LLAMA_FT_TEST_DATA names its folder")
     return folder
+
+
+@pytest.fixture(scope="module")
+def quick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The numbers that a quick run of the study leaves which the test's module imports as `study`."""
+    from experiments.study import run
+
+    study, folder = request.module.study.STUDY, tmp_path_factory.mktemp("quick")
+    with redirect_stdout(io.StringIO()):
+        assert run(study, ["quick=true", f"output={folder}"]) == 0
+    assert (folder / f"{study.name}.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads((folder / f"{study.name}.json").read_text())
 
 
 @pytest.fixture

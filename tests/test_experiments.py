@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from experiments import STUDIES
 from experiments.__main__ import run_all
+from experiments.builtin import load_tiny, prompt_source
 from experiments.generation import cache_bytes, generate_side_by_side, make_context, medians, peak_memory
 from experiments.kv_cache import STUDY, KVCacheOptions, plan_of
-from experiments.kv_cache_lines import load_tiny, measure_line, prompt_source
+from experiments.kv_cache_lines import measure_line
 from experiments.kv_cache_report import Line, claims_of, exponent, table_of
-from experiments.study import Claim, Findings, Options, Study, main, parse_options
+from experiments.study import Claim, Options, Study, main, parse_options
 from experiments.study import run as run_study
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.decoding import context
 from llama_ft.decoding.context import Context
+from llama_ft.measure.device import device_name
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
@@ -39,18 +42,23 @@ WEIGHTS_BYTES = 4 * (2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 1
 # The frame
 
 
-def findings(holds: bool) -> Findings:
-    def draw(file: Path) -> None:
+def a_study(holds: bool) -> Study:
+    def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+        return {"cells": (1, 2)}
+
+    def claims_of(numbers: dict[str, Any]) -> list[Claim]:
+        assert numbers == {"cells": [1, 2]}  # as JSON has it
+        return [Claim("one is less than two", True, {"one": 1, "two": 2}), Claim("it rains", holds, {"drops": 1234.5})]
+
+    def draw(numbers: dict[str, Any], file: Path) -> None:
         file.write_bytes(b"picture")
 
-    claims = [Claim("one is less than two", True, {"one": 1, "two": 2}), Claim("it rains", holds, {"drops": 1234.5})]
-    return Findings("a device", claims, {"cells": [1]}, "| table |\n", draw)
+    return Study("kv_cache", Options, measure, claims_of, lambda numbers: "| table |\n", draw)
 
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_a_study_leaves_its_numbers_and_says_what_holds(tmp_path: Path, capsys, holds: bool) -> None:
-    study = Study("kv_cache", Options, lambda options, say: findings(holds))
-    status = run_study(study, [f"output={tmp_path / 'new' / 'folder'}"])
+    status = run_study(a_study(holds), [f"output={tmp_path / 'new' / 'folder'}"])
     assert status == (0 if holds else 1)
     lines = capsys.readouterr().out.splitlines()
     assert lines[2] == "HOLDS: one is less than two (one 1, two 2)"
@@ -59,7 +67,7 @@ def test_a_study_leaves_its_numbers_and_says_what_holds(tmp_path: Path, capsys, 
     assert [claim["holds"] for claim in record["claims"]] == [True, holds]
     assert record["versions"]["torch"] == torch.__version__
     assert {"command", "date", "quick", "cells"} <= record.keys()
-    assert record["hardware"]["device"] == "a device"
+    assert record["hardware"]["device"] == device_name(torch.device("cpu"))
     assert (tmp_path / "new" / "folder" / "kv_cache.png").read_bytes() == b"picture"
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
         "kv_cache.json",
@@ -190,7 +198,7 @@ def test_a_quick_run_bears_out_all_claims(quick) -> None:
     assert not [line for line in lines if line.startswith("FAILS")]
     assert lines[-1] == str(folder / "kv_cache.png")
     assert (folder / "kv_cache.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "kv_cache.md").read_text() == table_of(numbers["cells"])
+    assert (folder / "kv_cache.md").read_text() == table_of(numbers)
     assert numbers["texts_compared"] == 5
 
 
@@ -239,7 +247,7 @@ def test_as_a_command(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Transformer:
-    return load_tiny(torch.device("cpu"))
+    return load_tiny()
 
 
 def claims_on(model: Transformer, line: Line) -> dict[str, bool]:
@@ -316,7 +324,7 @@ def test_the_benchmark_is_what_its_numbers_say() -> None:
     assert not numbers["quick"]
     assert all(claim.holds for claim in claims_of(numbers))
     assert [claim["text"] for claim in numbers["claims"]] == [claim.text for claim in claims_of(numbers)]
-    assert (folder / "kv_cache.md").read_text(encoding="utf-8") == table_of(numbers["cells"])
+    assert (folder / "kv_cache.md").read_text(encoding="utf-8") == table_of(numbers)
     assert (folder / "kv_cache.png").read_bytes().startswith(b"\x89PNG")
     section = (CHECKOUT / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n## KV cache\n")[2]
     versions = numbers["versions"]

@@ -1,42 +1,25 @@
 """The study of decoding: its claims hold, and fail where the mechanism that they name is broken."""
 
-import io
-import json
-from contextlib import redirect_stdout
 from typing import Any
 
 import pytest
 import torch
+from studies import failed
 from torch import Tensor
 
 from experiments import decoding as study
-from experiments.study import run
 from llama_ft.decoding import beam, sampling
 from llama_ft.evaluation import perplexity
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("quick")
-    with redirect_stdout(io.StringIO()):
-        assert run(study.STUDY, ["quick=true", f"output={folder}"]) == 0
-    assert (folder / "decoding.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "decoding.json").read_text())
-
-
-def failed(numbers: dict[str, Any], **changed: Any) -> list[int]:
-    """The claims that do not hold, by their place."""
-    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
-
-
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
     assert len(quick["claims"]) == 7
-    assert failed(quick) == []
+    assert failed(study, quick) == []
 
 
 def test_a_greedy_choice_of_the_second_best_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling.Greedy, "choose", lambda self, logits, seen: logits.topk(2).indices[:, 1])
-    assert failed(quick, tree=study.tree()) == [0]
+    assert failed(study, quick, tree=study.tree()) == [0]
 
 
 def test_beams_that_forget_what_came_before_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,14 +29,14 @@ def test_beams_that_forget_what_came_before_fail(quick: dict[str, Any], monkeypa
         return best(logits, [beam._Beam(each.row, each.tokens, min(each.total, 0.0) * 10) for each in running])
 
     monkeypatch.setattr(beam, "_best_candidates", forgetful)
-    assert failed(quick, tree=study.tree()) == [1]
+    assert failed(study, quick, tree=study.tree()) == [1]
 
 
 def test_sets_of_another_size_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     keep_top_p = sampling.keep_top_p
     monkeypatch.setattr(sampling, "keep_top_k", lambda logits, k: logits)
     monkeypatch.setattr(sampling, "keep_top_p", lambda logits, p: keep_top_p(logits, (1 + p) / 2))
-    assert failed(quick, sets=study.sets(8)) == [2, 3]
+    assert failed(study, quick, sets=study.sets(8)) == [2, 3]
 
 
 def test_a_loss_of_other_positions_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,4 +46,4 @@ def test_a_loss_of_other_positions_fails(quick: dict[str, Any], monkeypatch: pyt
         return summed(model, batch) * 1.001
 
     monkeypatch.setattr(perplexity, "summed_loss", shifted)
-    assert failed(quick, perplexity=study.perplexities(4)) == [5, 6]
+    assert failed(study, quick, perplexity=study.perplexities(4)) == [5, 6]

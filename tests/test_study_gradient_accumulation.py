@@ -1,38 +1,22 @@
 """The study of gradient accumulation: its claims hold, and fail where the mechanism that they name is broken."""
 
-import io
 import json
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from studies import failed
 
 from experiments import gradient_accumulation as study
-from experiments.study import run
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.techniques import gradient_accumulation as technique
 from llama_ft.training import step
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("quick")
-    with redirect_stdout(io.StringIO()):
-        assert run(study.STUDY, ["quick=true", f"output={folder}"]) == 0
-    assert (folder / "gradient_accumulation.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "gradient_accumulation.json").read_text())
-
-
-def failed(numbers: dict[str, Any], **changed: Any) -> list[int]:
-    """The claims that do not hold, by their place."""
-    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
-
-
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
     assert len(quick["claims"]) == 6
-    assert failed(quick) == []
+    assert failed(study, quick) == []
 
 
 def test_the_lengths_are_alpacas(test_data: Path) -> None:
@@ -48,7 +32,7 @@ def test_the_lengths_are_alpacas(test_data: Path) -> None:
 
 def test_a_division_by_something_else_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(technique, "target_tokens", lambda window: window[0].n_targets)
-    assert failed(quick, linear=study.linear_model()) == [0]
+    assert failed(study, quick, linear=study.linear_model()) == [0]
 
 
 def test_a_mean_of_means_in_the_step_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +45,7 @@ def test_a_mean_of_means_in_the_step_fails(quick: dict[str, Any], monkeypatch: p
     monkeypatch.setattr(step, "summed_loss", mean)
     monkeypatch.setattr(step, "target_tokens", len)
     broken = study.language_model(1, lambda line: None)
-    assert failed(quick, language_model=broken) == [2]
+    assert failed(study, quick, language_model=broken) == [2]
 
 
 def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +53,4 @@ def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.
         return x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", forward)
-    assert failed(quick, norms=study.norms(quick["micro_batch_sizes"])) == [5]
+    assert failed(study, quick, norms=study.norms(quick["micro_batch_sizes"])) == [5]

@@ -1,49 +1,32 @@
 """The study of LoRA: its claims hold, and fail where the mechanism that they name is broken."""
 
-import io
-import json
-from contextlib import redirect_stdout
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from studies import failed
 from torch import Tensor, nn
 
 from experiments import lora as study
-from experiments.study import run
 from llama_ft.techniques.lora import LoRALinear
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("quick")
-    with redirect_stdout(io.StringIO()):
-        assert run(study.STUDY, ["quick=true", f"output={folder}"]) == 0
-    assert (folder / "lora.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "lora.json").read_text())
-
-
-def failed(numbers: dict[str, Any], **changed: Any) -> list[int]:
-    """The claims that do not hold, by their place."""
-    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
 
 
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
     assert len(quick["claims"]) == 8
-    assert failed(quick) == []
+    assert failed(study, quick) == []
 
 
 def test_an_adapter_that_does_not_begin_at_zero_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "zeros", torch.ones)  # what B is made of
-    assert failed(quick, at_the_start=study.at_the_start()) == [0]
+    assert failed(study, quick, at_the_start=study.at_the_start()) == [0]
 
 
 def test_factors_of_another_size_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     begin = LoRALinear.__init__
     monkeypatch.setattr(LoRALinear, "__init__", lambda self, base, rank, *rest: begin(self, base, 2 * rank, *rest))
     changed = {"factor_parameters": study.factor_parameters(), "trainable_percent": study.trainable_percent()}
-    assert failed(quick, **changed) == [1, 2]
+    assert failed(study, quick, **changed) == [1, 2]
 
 
 def test_a_merged_layer_that_computes_its_factors_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,12 +36,12 @@ def test_a_merged_layer_that_computes_its_factors_fails(quick: dict[str, Any], m
         )
 
     monkeypatch.setattr(LoRALinear, "forward", forward)
-    assert failed(quick, flops=study.flops()) == [3]
+    assert failed(study, quick, flops=study.flops()) == [3]
 
 
 def test_weights_that_are_not_frozen_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "requires_grad_", lambda self, requires_grad=True: self)
-    assert failed(quick, flops=study.flops()) == [5]
+    assert failed(study, quick, flops=study.flops()) == [5]
 
 
 def test_an_update_that_is_not_taken_out_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +51,8 @@ def test_an_update_that_is_not_taken_out_fails(quick: dict[str, Any], monkeypatc
         self.merged = False
 
     monkeypatch.setattr(LoRALinear, "unmerge", unmerge)
-    assert failed(quick, switching=study.switching()) == [6]
+    assert failed(study, quick, switching=study.switching()) == [6]
 
 
 def test_equal_times_fail(quick: dict[str, Any]) -> None:
-    assert failed(quick, latency={"beside": 1.0, "merged": 1.0}) == [4]
+    assert failed(study, quick, latency={"beside": 1.0, "merged": 1.0}) == [4]

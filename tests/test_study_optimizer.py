@@ -1,43 +1,26 @@
 """The study of the optimizer: its claims hold, and fail where the mechanism that they name is broken."""
 
-import io
-import json
 import math
-from contextlib import redirect_stdout
 from typing import Any
 
 import pytest
 import torch
+from studies import failed
 
 from experiments import optimizer as study
-from experiments.study import run
 from llama_ft.training import optimizer
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("quick")
-    with redirect_stdout(io.StringIO()):
-        assert run(study.STUDY, ["quick=true", f"output={folder}"]) == 0
-    assert (folder / "optimizer.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / "optimizer.json").read_text())
-
-
-def failed(numbers: dict[str, Any], **changed: Any) -> list[int]:
-    """The claims that do not hold, by their place."""
-    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
 
 
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
     assert len(quick["claims"]) == 7
-    assert failed(quick) == []
+    assert failed(study, quick) == []
 
 
 def test_an_optimizer_in_pytorchs_default_form_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         optimizer, "make_optimizer", lambda parameters, config: torch.optim.AdamW(parameters, foreach=True)
     )
-    assert failed(quick, memory=quick["memory"] | {"fused": study.memory_of("fused")}) == [1]
+    assert failed(study, quick, memory=quick["memory"] | {"fused": study.memory_of("fused")}) == [1]
 
 
 def test_an_optimizer_with_a_third_moment_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,7 +28,7 @@ def test_an_optimizer_with_a_third_moment_fails(quick: dict[str, Any], monkeypat
         return torch.optim.AdamW(parameters, amsgrad=True, fused=True)
 
     monkeypatch.setattr(optimizer, "make_optimizer", amsgrad)
-    assert failed(quick, memory=quick["memory"] | {"fused": study.memory_of("fused")}) == [0]
+    assert failed(study, quick, memory=quick["memory"] | {"fused": study.memory_of("fused")}) == [0]
 
 
 def test_decay_as_part_of_the_gradient_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +36,7 @@ def test_decay_as_part_of_the_gradient_fails(quick: dict[str, Any], monkeypatch:
         return torch.optim.Adam(parameters, lr=config.lr, weight_decay=config.weight_decay)
 
     monkeypatch.setattr(optimizer, "make_optimizer", adam)
-    assert failed(quick, decays=study.decays()) == [3]
+    assert failed(study, quick, decays=study.decays()) == [3]
 
 
 def test_a_schedule_that_ends_half_way_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,4 +44,4 @@ def test_a_schedule_that_ends_half_way_fails(quick: dict[str, Any], monkeypatch:
         return 0.5 * (1 + math.cos(math.pi * step / (2 * total_steps)))
 
     monkeypatch.setattr(optimizer, "lr_factor", half)
-    assert failed(quick, schedules=study.schedules()) == [5]
+    assert failed(study, quick, schedules=study.schedules()) == [5]
