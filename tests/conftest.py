@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
@@ -60,6 +61,11 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data in {folder}; LLAMA_FT_TEST_DATA names its folder")
     return folder
+
+
+def failed(study: ModuleType, numbers: dict[str, Any], **changed: object) -> list[int]:
+    """The claims of a study that do not hold, by their place, when some of its numbers are others."""
+    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
 
 
 @pytest.fixture(scope="module")

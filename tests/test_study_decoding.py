@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import failed
+from conftest import failed
 from torch import Tensor
 
 from experiments import decoding as study

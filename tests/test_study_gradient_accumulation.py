@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import failed
+from conftest import failed
 
 from experiments import gradient_accumulation as study
 from llama_ft.model.transformer import RMSNorm

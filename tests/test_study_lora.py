@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from studies import failed
+from conftest import failed
 from torch import Tensor, nn
 
 from experiments import lora as study

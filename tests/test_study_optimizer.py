@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from studies import failed
+from conftest import failed
 
 from experiments import optimizer as study
 from llama_ft.training import optimizer

@@ -1,0 +1,89 @@
+"""The study of gradient checkpointing: its claims hold, and fail where the mechanism that they name is broken."""
+
+from typing import Any
+
+import pytest
+from conftest import failed
+from torch import Tensor
+
+from experiments import gradient_checkpointing as study
+from llama_ft.model.transformer import Transformer
+from llama_ft.techniques import gradient_checkpointing as technique
+
+
+def measured() -> dict[str, Any]:
+    return study.measure(study.Options(quick=True), lambda line: None)
+
+
+@pytest.fixture
+def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that show the same: a claim's exponents are those of any numbers of layers."""
+    monkeypatch.setattr(study, "SQUARES", (16, 64, 144))
+
+
+def test_all_claims_hold(quick: dict[str, Any]) -> None:
+    assert len(quick["claims"]) == 7
+    assert failed(study, quick) == []
+
+
+def test_counts_are_those_of_the_closed_forms(quick: dict[str, Any]) -> None:
+    tensor = study.WIDTH * study.TOKENS * 4
+    for place, n in enumerate(study.SQUARES):
+        forwards = {way: each["forwards"][place] for way, each in quick["textbook"].items()}
+        once_more = {"one checkpoint": 2 * n, "every sqrt(n)-th": 2 * n, "every layer": 2 * n}
+        assert forwards == {"keep all": n, "keep none": n + n * (n + 1) // 2, "inference": n} | once_more
+        kept = {way: each["bytes"][place] / tensor for way, each in quick["textbook"].items()}
+        assert n <= kept["keep all"] <= n + 4
+        assert 2 * n**0.5 <= kept["every sqrt(n)-th"] <= 2 * n**0.5 + 4
+
+
+def test_checkpointing_that_keeps_everything_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(technique, "checkpoint", lambda run, *args, use_reentrant: run(*args))
+    assert failed(study, measured()) == [2, 3, 6]
+
+
+def test_checkpointing_of_every_layer_alone_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint_layers = technique.checkpoint_layers
+    monkeypatch.setattr(technique, "checkpoint_layers", lambda model, every: checkpoint_layers(model, 1))
+    assert failed(study, measured()) == [3, 6]
+
+
+def test_a_recomputation_that_differs_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, calls = technique.checkpoint, 0
+
+    def differing(run: Any, *args: Any, use_reentrant: bool) -> Tensor:
+        def each_time_more(*given: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return run(*given) * (1 + calls * 1e-3)
+
+        return checkpoint(each_time_more, *args, use_reentrant=use_reentrant)
+
+    monkeypatch.setattr(technique, "checkpoint", differing)
+    assert failed(study, quick, gradients_apart=study.gradients_apart()) == [5]
+
+
+def test_recomputing_from_a_kept_middle_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What keeps every layer's input is not what keeps nothing."""
+
+    def keep_all_inputs(model: Transformer) -> None:
+        technique.checkpoint_layers(model, 1)
+
+    monkeypatch.setattr(study, "keep_nothing", keep_all_inputs)
+    assert failed(study, measured()) == [1]
+
+
+def test_inference_that_keeps_its_activations_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = study.passes
+
+    def as_in_training(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, Any]:
+        return passes(model, n_tokens)
+
+    monkeypatch.setattr(study, "passes", as_in_training)
+    assert failed(study, quick, textbook=study.textbook(lambda line: None)) == [4]
+
+
+def test_a_block_that_keeps_its_input_alone_fails(quick: dict[str, Any]) -> None:
+    blocks = quick["blocks"]
+    textbooks = {way: {key: each[key][0] for key in each} for way, each in quick["textbook"].items()}
+    assert failed(study, quick, blocks=blocks | {"ways": textbooks, "times_its_input": 1.0}) == [6]
