@@ -25,9 +25,14 @@ def load_tiny(device: torch.device = CPU) -> Transformer:
     return load_model(model_config("tiny"), CHECKPOINT, device, torch.float32).eval()
 
 
+def tiny_tokenizer() -> Tokenizer:
+    """The tiny model's tokenizer."""
+    return Tokenizer(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model")
+
+
 def prompt_source() -> list[int]:
     """Token ids of a long text: the built-in held-out records as prompts, one after the other."""
     lines = (PACKAGE_DIR / "data" / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines[:100]]
     text = "\n".join(prompt_text(record["instruction"], record["input"]) for record in records)
-    return Tokenizer(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model").encode(text, bos=True)
+    return tiny_tokenizer().encode(text, bos=True)

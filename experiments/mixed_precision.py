@@ -1,0 +1,187 @@
+"""`python -m experiments.mixed_precision`: what 16 bit does to gradients, to updates and to memory.
+
+Gradients are those of the built-in model on built-in records, in the library's precisions; memory is the planner's.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.study import Claim, Numbers, Options, Study, main, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SCALES, QUICK_SCALES = (0, 4, 8, 16, 24), (0, 16, 24)  # powers of 2 that the loss is multiplied by
+FIRST_SCALE = 16  # the power that GradScaler begins with
+MODELS = {"tiny": "3.4M", "llama2_7b_1layer": "0.46B", "llama2_7b": "6.7B"}
+TOKENS, QUICK_TOKENS = (128, 1024, 8192, 65536), (128, 65536)  # of a micro-batch
+FEW, MANY = "128", "65536"
+LABELS = {"full": "full", "lora_plain": "LoRA, fp32", "lora_16bit": "LoRA, 16 bit"}
+"""What is trained, and how frozen weights are stored."""
+HALVED = 0.6  # of the memory before, or less
+
+
+def claims_of(numbers: Numbers) -> list[Claim]:
+    """What the numbers say of each claim."""
+    return [
+        *_gradient_claims(numbers["underflow"]),
+        *_step_claims(numbers["updates"], numbers["scaling"]),
+        *_memory_claims(numbers["memory"], numbers["accumulated"]["peak"]["full_ga"]["llama2_7b"][FEW]),
+    ]
+
+
+def _gradient_claims(found: dict[str, Any]) -> list[Claim]:
+    start, later, first = found["start"], found["later"], str(FIRST_SCALE)
+    return [
+        Claim(
+            "in fp16 without a scaled loss 5 percent or more of the gradient's elements become 0 when the loss has"
+            " fallen, 10 times the share of the start or more",
+            later["fp16"]["0"]["lost"] >= max(0.05, 10 * start["fp16"]["0"]["lost"]),
+            {
+                "loss": start["loss"],
+                "percent lost": 100 * start["fp16"]["0"]["lost"],
+                "later, loss": later["loss"],
+                "then percent lost": 100 * later["fp16"]["0"]["lost"],
+            },
+        ),
+        Claim(
+            f"with the loss times 2^{FIRST_SCALE}, where GradScaler begins, 0.1 percent or less are lost then",
+            later["fp16"][first]["lost"] <= 0.001,
+            {"percent lost": 100 * later["fp16"][first]["lost"]},
+        ),
+        Claim(
+            f"too large a scale overflows: at 2^{max(SCALES)} part of the first gradient is not finite",
+            start["fp16"][str(max(SCALES))]["not_finite"] > 0,
+            {"percent": 100 * start["fp16"][str(max(SCALES))]["not_finite"]},
+        ),
+        Claim(
+            "bf16 loses nothing without a scaled loss, but is coarser: its error is twice that of scaled fp16 or more",
+            later["bf16"]["0"]["lost"] <= 1e-5 and 0 < later["fp16"][first]["error"] <= later["bf16"]["0"]["error"] / 2,
+            {
+                "percent lost": 100 * later["bf16"]["0"]["lost"],
+                "error, bf16": later["bf16"]["0"]["error"],
+                "fp16": later["fp16"][first]["error"],
+            },
+        ),
+    ]
+
+
+def _step_claims(lost: dict[str, float], scaler: dict[str, Any]) -> list[Claim]:
+    overflow, growth, first = scaler["overflow_at"], scaler["growth_interval"], scaler["first"]
+    shares = {name: lost[name] for name in ("fp16", "bf16", "bf16_run")}
+    return [
+        Claim(
+            f"without fp32 masters a step at a learning rate of {lost['lr']:g} leaves weights as they are: a third or"
+            " more of them in fp16, three quarters in bf16",
+            lost["fp16"] >= 1 / 3 and min(lost["bf16"], lost["bf16_run"]) >= 0.75,
+            {f"percent, {name}": 100 * share for name, share in shares.items()},
+        ),
+        Claim(
+            "a step that overflows is skipped and halves the scale",
+            scaler["steps_that_moved_nothing"] == [overflow] and scaler["changes"][:1] == [[overflow, first / 2]],
+            {"steps skipped": len(scaler["steps_that_moved_nothing"]), "scale before": first},
+        ),
+        Claim(
+            f"{growth} steps without an overflow double it",
+            [overflow + growth, first] in scaler["changes"],
+            {"changes of the scale": len(scaler["changes"])},
+        ),
+    ]
+
+
+def _memory_claims(found: dict[str, Any], with_ga: float) -> list[Claim]:
+    peak, activation = found["peak"], found["activation"]["full"]
+    full, seven = peak["full"], {setting: models["llama2_7b"] for setting, models in peak.items()}
+    halved = [ratio for models in full.values() for ratio in models.values() if ratio <= HALVED]
+    return [
+        Claim(
+            "memory is roughly halved nowhere in full fine-tuning: activations themselves keep two thirds or more, as"
+            " norms and what is between the blocks stay in fp32",
+            not halved and all(ratio >= 2 / 3 for models in activation.values() for ratio in models.values()),
+            {f"percent, {size}, {MANY} tokens": 100 * full[model][MANY] for model, size in MODELS.items()}
+            | {"activations of 6.7B": 100 * activation["llama2_7b"][MANY]},
+        ),
+        Claim(
+            f"fully fine-tuning 6.7B on {FEW} tokens it saves nothing, and with GA it costs 5 percent or more",
+            seven["full"][FEW] >= 0.99 and with_ga >= 1.05,
+            {"percent": 100 * seven["full"][FEW], "with GA": 100 * with_ga},
+        ),
+        Claim(
+            f"under LoRA plain AMP, frozen weights in fp32, raises the peak of 6.7B on {FEW} tokens by 30 percent or"
+            " more; frozen weights in 16 bit halve it, on few tokens and on many",
+            seven["lora_plain"][FEW] >= 1.3 and max(seven["lora_16bit"].values()) <= HALVED,
+            {"percent, plain AMP": 100 * seven["lora_plain"][FEW]}
+            | {f"16 bit, {n} tokens": 100 * seven["lora_16bit"][n] for n in (FEW, MANY)},
+        ),
+    ]
+
+
+def table_of(numbers: Numbers) -> str:
+    """The map."""
+    tokens = [str(n) for n in numbers["memory"]["tokens"]]
+    rows = [
+        [f"{LABELS[setting]}, {MODELS[model]}", *(f"{100 * ratios[n]:.0f}%" for n in tokens)]
+        for setting, models in numbers["memory"]["peak"].items()
+        for model, ratios in models.items()
+    ]
+    return table(("peak with MP, of that without, by tokens in a micro-batch", *tokens), rows)
+
+
+def draw(numbers: Numbers, file: Path) -> None:
+    """What is lost against the loss scale, and the map of memory."""
+    with drawn(file, ("gradient elements lost in 16 bit, percent", "peak with MP, percent of that without")) as (
+        lost,
+        memory,
+    ):
+        for stage, colour, name in (("start", BLUE, "at the start"), ("later", ORANGE, "loss has fallen")):
+            by_power = numbers["underflow"][stage]["fp16"]
+            shares = [max(1e-4, 100 * each["lost"]) for each in by_power.values()]
+            lost.plot([int(power) for power in by_power], shares, "o-", color=colour, lw=3, ms=9, label=f"fp16, {name}")
+        bf16 = numbers["underflow"]["later"]["bf16"]["0"]["lost"]
+        lost.plot([0], [max(1e-4, 100 * bf16)], "s", color=GREEN, ms=12, label="bf16, both")
+        lost.vlines(FIRST_SCALE, 6e-5, 100, color=GREY, ls=":", lw=3)
+        lost.text(FIRST_SCALE + 0.4, 100, "GradScaler's\nfirst scale", color=GREY, va="top")
+        lost.set(yscale="log", xlabel="loss times 2 to the power of", ylim=(6e-5, 2e4), xticks=list(SCALES))
+        lost.minorticks_off()
+        lost.set_yticks([1e-4, 1e-2, 1, 100], ["0", "0.01", "1", "100"])
+        lost.legend(frameon=False, loc="upper right")
+        _draw_map(memory, numbers["memory"])
+
+
+def _draw_map(axes: "Axes", found: dict[str, Any]) -> None:
+    """Settings and models from top to bottom, tokens from left to right; red is more, blue is less than without."""
+    tokens, rows = [str(n) for n in found["tokens"]], {}
+    for setting, models in found["peak"].items():
+        for model, ratios in models.items():
+            rows[f"{LABELS[setting]}, {MODELS[model]}"] = [100 * ratios[n] for n in tokens]
+    axes.imshow(list(rows.values()), cmap="RdBu_r", vmin=40, vmax=160, aspect="auto")
+    for y, row in enumerate(rows.values()):
+        for x, ratio in enumerate(row):
+            axes.text(x, y, f"{ratio:.0f}", ha="center", va="center", fontsize=14)
+    axes.set_xticks(range(len(tokens)), tokens)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(length=0, labelsize=13)
+    axes.set_xlabel("tokens in a micro-batch")
+
+
+def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+    """Compute gradients, take steps, plan memory."""
+    from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
+
+    found = {"underflow": underflow(QUICK_SCALES if options.quick else SCALES, say)}
+    say("updates, GradScaler")
+    found |= {"updates": updates(), "scaling": scaling()}
+    say("memory, planned")
+    return found | {
+        "memory": memory_map(LABELS, MODELS, QUICK_TOKENS if options.quick else TOKENS),
+        "accumulated": memory_map(["full_ga"], ["llama2_7b"], [int(FEW)]),
+    }
+
+
+STUDY = Study("mixed_precision", Options, measure, claims_of, table_of, draw)
+
+if __name__ == "__main__":
+    sys.exit(main(STUDY))

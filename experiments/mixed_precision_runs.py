@@ -1,0 +1,165 @@
+"""The measurements of `experiments.mixed_precision`."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.builtin import load_tiny, tiny_tokenizer
+from llama_ft.cli import composed_config
+from llama_ft.config import OnBadRecord, PlanConfig, TrainingConfig
+from llama_ft.data.collate import Batch, Padding, collate
+from llama_ft.data.dataset import SAMPLE_DIR, encode_record, read_records
+from llama_ft.model.transformer import Transformer
+from llama_ft.planning.card import Traits
+from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.predict import blank_samples, processes
+from llama_ft.techniques import Techniques
+from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
+from llama_ft.training.optimizer import make_optimizer
+from llama_ft.training.step import TrainStep, summed_loss
+
+N_RECORDS, N_STEPS, STEP_LR = 4, 10, 1e-3  # the records that gradients are of, and how the loss on them is made to fall
+COURSE_LR = 1e-5
+OVERFLOW_AT, GROWTH_INTERVAL = 100, 2000  # optimizer steps: the one that overflows; GradScaler's own
+FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LONGEST = 1024  # tokens of a sample in a micro-batch
+SETTINGS = {  # combination and mp.frozen_weights, without mixed precision and with it
+    "full": (("baseline", "compute"), ("mp", "compute")),
+    "full_ga": (("ga", "compute"), ("ga_mp", "compute")),
+    "lora_plain": (("lora", "compute"), ("mp_lora", "fp32")),
+    "lora_16bit": (("lora", "compute"), ("mp_lora", "compute")),
+}
+
+
+def records_batch() -> Batch:
+    """The first built-in training records, side by side."""
+    records, _ = read_records(SAMPLE_DIR / "train.jsonl", OnBadRecord.error, N_RECORDS)
+    tokenizer = tiny_tokenizer()
+    return collate([encode_record(record, tokenizer) for record in records], Padding(CPU_16BIT_PAD_MULTIPLE))
+
+
+def gradient(model: Transformer, batch: Batch, precision: Precision, scale: float = 1.0) -> Tensor:
+    """Of the batch's mean loss times a scale, flat, fp32, as a precision computes it."""
+    model.zero_grad(set_to_none=True)
+    with precision.autocast():
+        loss = summed_loss(model, batch) / batch.n_targets
+    (loss * scale).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def underflow(scales: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
+    """What fp16 and bf16 make of the gradient, when fine-tuning begins and when the loss has fallen."""
+    model, batch, found = load_tiny().train(), records_batch(), {}
+    for stage in ("start", "later"):
+        if stage == "later":
+            take_steps(model, batch, N_STEPS, STEP_LR)
+        say(f"gradients in 16 bit, {stage}")
+        found[stage] = underflow_of(model, batch, scales)
+    return found
+
+
+def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> dict[str, Any]:
+    """Shares of the elements that are not 0 in fp32 but in 16 bit, and of those that are not finite; relative error."""
+    exact = gradient(model, batch, Precision("cpu"))
+    there = exact != 0
+    with torch.no_grad():
+        loss = summed_loss(model, batch).item() / batch.n_targets
+    found: dict[str, Any] = {"loss": loss, "gradient_norm": exact.norm().item()}
+    for name, dtype in FORMATS.items():
+        found[name] = {}
+        for power in scales if name == "fp16" else (0,):
+            scaled = gradient(model, batch, Precision("cpu", dtype), 2.0**power)
+            finite = bool(scaled.isfinite().all())
+            found[name][str(power)] = {
+                "lost": ((scaled == 0) & there).sum().item() / there.sum().item(),
+                "not_finite": 1 - scaled.isfinite().double().mean().item(),
+                "error": ((scaled / 2.0**power - exact).norm() / exact.norm()).item() if finite else None,
+            }
+    return found
+
+
+def take_steps(model: Transformer, batch: Batch, n_steps: int, lr: float, precision: Precision | None = None) -> None:
+    """Optimizer steps of the library on the same batch."""
+    optimizer = make_optimizer(model.parameters(), TrainingConfig(lr=lr))
+    step = TrainStep(model, optimizer, Techniques(1, precision or Precision("cpu")), max_grad_norm=1.0)
+    for _ in range(n_steps):
+        step([batch])
+
+
+def updates() -> dict[str, float]:
+    """Of the weights that a step at the course's learning rate moves in fp32, the share that it leaves in 16 bit.
+
+    `fp16` and `bf16`: the update added to the rounded weight, and rounded. `bf16_run`: a step of the library with
+    `mp.trainable_weights=compute`, whose optimizer rounds for itself.
+    """
+    batch = records_batch()
+
+    def weights(dtype: torch.dtype, precision: Precision, n_steps: int) -> Tensor:
+        model = load_tiny().train().to(dtype)
+        take_steps(model, batch, n_steps, COURSE_LR, precision)
+        return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+    fp32 = Precision("cpu")
+    before, after = (weights(torch.float32, fp32, n) for n in (0, 1))
+    moved, found = before != after, {}
+    for name, dtype in FORMATS.items():
+        rounded = before.to(dtype)
+        stays = (rounded.float() + (after - before)).to(dtype) == rounded
+        found[name] = stays[moved].double().mean().item()
+    bf16 = FORMATS["bf16"]
+    stays = weights(bf16, Precision("cpu", bf16, bf16, bf16), 1) == before.to(bf16)
+    return found | {"lr": COURSE_LR, "bf16_run": stays[moved].double().mean().item()}
+
+
+def scaling() -> dict[str, Any]:
+    """The library's GradScaler over steps of one weight, one of which overflows: its scale at the end of each step."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1e-4)
+    scaler = Precision("cpu", torch.float16).scaler()
+    scales, moved = [], []
+    for step in range(1, OVERFLOW_AT + GROWTH_INTERVAL + 100):
+        before = weight.detach().clone()
+        scaler.scale(weight.sum() * (float("inf") if step == OVERFLOW_AT else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        scales.append(scaler.get_scale())
+        moved.append(bool((weight != before).all()))
+    changes = [step for step in range(2, len(scales) + 1) if scales[step - 1] != scales[step - 2]]
+    return {
+        "overflow_at": OVERFLOW_AT,
+        "growth_interval": GROWTH_INTERVAL,
+        "first": scales[0],
+        "changes": [[step, scales[step - 1]] for step in changes],
+        "steps_that_moved_nothing": [step for step, did in enumerate(moved, start=1) if not did],
+    }
+
+
+def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> dict[str, float]:
+    """Peak and most activations, MB, of a step on a micro-batch of so many tokens, on a card with bf16.
+
+    Samples have `LONGEST` tokens, or the micro-batch is one of fewer; half of each is trained on.
+    """
+    size = -(-n_tokens // LONGEST)
+    keys = {"model": model, "optim": combination, "mp.frozen_weights": frozen, "training.batch_size": size}
+    config = composed_config("plan", [f"{key}={value}" for key, value in keys.items()], PlanConfig)
+    samples = blank_samples([(n_tokens // size + 1, n_tokens // size // 2)] * size * config.ga.steps)
+    use = fake_run(config, samples, Traits(on_cuda=True, has_bf16=True, has_flash=True)).use
+    return {"peak": use.peak_mb, "activation": use.max_mb["activation"]}
+
+
+def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[int]) -> dict[str, Any]:
+    """Memory with mixed precision over that without: `peak` and `activation` by setting, model and tokens."""
+    cells = list(product(settings, models, tokens))
+    pairs = {(s, m, n): [(m, n, *run) for run in SETTINGS[s]] for s, m, n in cells}
+    jobs = {run: run for pair in pairs.values() for run in pair}  # settings share some
+    with processes(len(jobs)) as side_by_side:
+        found = dict(side_by_side(planned_memory, jobs))
+    ratios: dict[str, Any] = {"tokens": list(tokens)}
+    for key, (setting, model, n) in product(("peak", "activation"), cells):
+        without, using = (found[run][key] for run in pairs[setting, model, n])
+        ratios.setdefault(key, {}).setdefault(setting, {}).setdefault(model, {})[str(n)] = using / without
+    return ratios
