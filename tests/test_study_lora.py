@@ -9,6 +9,7 @@ from conftest import failed
 from torch import Tensor, nn
 
 from experiments import lora as study
+from experiments.lora_backward import backward_flops
 from llama_ft.techniques.lora import LoRALinear
 
 
@@ -41,7 +42,8 @@ def test_a_merged_layer_that_computes_its_factors_fails(quick: dict[str, Any], m
 
 def test_weights_that_are_not_frozen_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.Module, "requires_grad_", lambda self, requires_grad=True: self)
-    assert failed(study, quick, flops=study.flops()) == [5]
+    backward = quick["backward"] | {"lora": backward_flops(lora=True)}
+    assert failed(study, quick, backward=backward) == [5]
 
 
 def test_an_update_that_is_not_taken_out_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
