@@ -5,6 +5,7 @@ numbers as JSON, and says of each claim whether it holds.
 """
 
 STUDIES = {
+    "tokenizer": "What the tokenizer does to text, how long Alpaca's samples are, how much of them is trained on.",
     "decoding": "Greedy and beam search, what top-k and top-p keep, and perplexity by hand.",
     "gradient_accumulation": "When micro-batches give the gradient of the whole batch, and when not.",
     "gradient_checkpointing": "What it takes to keep all, none or some activations, and why every block is best.",

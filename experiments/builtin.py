@@ -1,17 +1,21 @@
 """What studies take from the built-in model and data."""
 
 import json
+from itertools import accumulate
+from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
 
-from llama_ft.config import PACKAGE_DIR, ModelConfig, config_dir
+from llama_ft.config import ModelConfig, OnBadRecord, config_dir
+from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 
 CHECKPOINT = "builtin"
+ALPACA_LENGTHS = Path(__file__).parent / "alpaca_lengths.json"
 CPU = torch.device("cpu")
 
 
@@ -27,12 +31,26 @@ def load_tiny(device: torch.device = CPU) -> Transformer:
 
 def tiny_tokenizer() -> Tokenizer:
     """The tiny model's tokenizer."""
-    return Tokenizer(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model")
+    return Tokenizer(model_config("tiny").builtin_dir / "tokenizer.model")
+
+
+def sample_records(name: str, first: int) -> list[Record]:
+    """The first built-in records, of `train` or `heldout`."""
+    return read_records(SAMPLE_DIR / f"{name}.jsonl", OnBadRecord.error, first)[0]
 
 
 def prompt_source() -> list[int]:
     """Token ids of a long text: the built-in held-out records as prompts, one after the other."""
-    lines = (PACKAGE_DIR / "data" / "sample" / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines[:100]]
-    text = "\n".join(prompt_text(record["instruction"], record["input"]) for record in records)
+    records = sample_records("heldout", 100)
+    text = "\n".join(prompt_text(record.instruction, record.input) for record in records)
     return tiny_tokenizer().encode(text, bos=True)
+
+
+def alpaca_samples() -> list[Sample]:
+    """Samples as long as Alpaca's first 200, prompts and answers; their text is the built-in one."""
+    lengths = json.loads(ALPACA_LENGTHS.read_text(encoding="utf-8"))["lengths"]
+    text, starts = prompt_source(), accumulate((n_tokens for _, n_tokens in lengths), initial=0)
+    return [
+        Sample([text[place % len(text)] for place in range(start, start + n_tokens)], n_prompt)
+        for start, (n_prompt, n_tokens) in zip(starts, lengths, strict=False)
+    ]

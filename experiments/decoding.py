@@ -100,16 +100,12 @@ def perplexities(n_records: int) -> dict[str, float]:
     """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
     import torch
 
-    from experiments.builtin import load_tiny
-    from llama_ft.config import PACKAGE_DIR, OnBadRecord
-    from llama_ft.data.dataset import encode_record, read_records
-    from llama_ft.data.tokenizer import Tokenizer
+    from experiments.builtin import load_tiny, sample_records, tiny_tokenizer
+    from llama_ft.data.dataset import encode_record
     from llama_ft.evaluation.perplexity import perplexity
 
-    model = load_tiny()
-    tokenizer = Tokenizer(model.config.builtin_dir / "tokenizer.model")
-    records, _ = read_records(PACKAGE_DIR / "data" / "sample" / "heldout.jsonl", OnBadRecord.error, n_records)
-    samples = [encode_record(record, tokenizer) for record in records]
+    model, tokenizer = load_tiny(), tiny_tokenizer()
+    samples = [encode_record(record, tokenizer) for record in sample_records("heldout", n_records)]
     nats: list[float] = []
     with torch.inference_mode():
         for sample in samples:

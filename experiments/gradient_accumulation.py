@@ -4,7 +4,6 @@ Gradients are those that the library's own step applies: with SGD at a learning 
 takes off the weights is the gradient. In fp64, so that equal means equal.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ EQUAL = 1e-10  # relative, in fp64
 LEAST_BIAS = 0.05  # of a mean of means, relative to the gradient
 SAMPLES, MICRO_BATCHES = 32, 4  # of the linear model
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm")
-LENGTHS = Path(__file__).parent / "alpaca_lengths.json"
 WINDOW = 8  # micro-batches of one sample, as in the course
 
 
@@ -100,28 +98,16 @@ def applied_gradient(model: "Transformer", window: Sequence[Sequence["Sample"]])
     return found
 
 
-def alpaca_windows(n_windows: int) -> list[list["Sample"]]:
-    """Windows of samples that are as long as Alpaca's first, prompts and answers; their text is the built-in one."""
-    from experiments.builtin import prompt_source
-    from llama_ft.data.dataset import Sample
-
-    lengths = json.loads(LENGTHS.read_text(encoding="utf-8"))["lengths"][: n_windows * WINDOW]
-    text, samples, begin = prompt_source(), [], 0
-    for n_prompt, n_tokens in lengths:
-        samples.append(Sample([text[(begin + place) % len(text)] for place in range(n_tokens)], n_prompt))
-        begin += n_tokens
-    return [samples[start : start + WINDOW] for start in range(0, len(samples), WINDOW)]
-
-
 def language_model(n_windows: int, say: Callable[[str], None]) -> dict[str, Any]:
     """The tiny model: a window of ragged samples at once, one by one, and as a mean of their means."""
     import torch
 
-    from experiments.builtin import load_tiny
+    from experiments.builtin import alpaca_samples, load_tiny
+    from llama_ft.techniques.gradient_accumulation import windows
 
     model = load_tiny().double()
     exact, biased = [], []
-    for number, window in enumerate(alpaca_windows(n_windows), start=1):
+    for number, window in enumerate(windows(alpaca_samples()[: n_windows * WINDOW], WINDOW), start=1):
         say(f"window {number} of {n_windows}")
         whole = applied_gradient(model, [window])
         exact.append(apart(applied_gradient(model, [[sample] for sample in window]), whole))

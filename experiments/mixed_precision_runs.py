@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.builtin import load_tiny, tiny_tokenizer
+from experiments.builtin import load_tiny, sample_records, tiny_tokenizer
 from llama_ft.cli import composed_config
-from llama_ft.config import OnBadRecord, PlanConfig, TrainingConfig
+from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
-from llama_ft.data.dataset import SAMPLE_DIR, encode_record, read_records
+from llama_ft.data.dataset import encode_record
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.card import Traits
 from llama_ft.planning.fake_run import fake_run
@@ -36,9 +36,9 @@ SETTINGS = {  # combination and mp.frozen_weights, without mixed precision and w
 
 def records_batch() -> Batch:
     """The first built-in training records, side by side."""
-    records, _ = read_records(SAMPLE_DIR / "train.jsonl", OnBadRecord.error, N_RECORDS)
     tokenizer = tiny_tokenizer()
-    return collate([encode_record(record, tokenizer) for record in records], Padding(CPU_16BIT_PAD_MULTIPLE))
+    samples = [encode_record(record, tokenizer) for record in sample_records("train", N_RECORDS)]
+    return collate(samples, Padding(CPU_16BIT_PAD_MULTIPLE))
 
 
 def gradient(model: Transformer, batch: Batch, precision: Precision, scale: float = 1.0) -> Tensor:

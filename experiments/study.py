@@ -106,16 +106,16 @@ def _converted(key: str, value: str, kind: Any) -> Any:
             raise UserError(f"{key}={value} is not allowed: it must be a whole number, at least 1")
         return int(value)
     if not value:
-        raise UserError(f"{key}= is not allowed: it must be a folder")
+        raise UserError(f"{key}= is not allowed: it must be a path")
     return Path(os.path.expanduser(value))
 
 
 def help_text(module: str, purpose: str, schema: type[Options]) -> str:
     """What `--help` prints."""
-    rows = []
+    rows, width = [], max(len(entry.name) for entry in fields(schema))
     for entry in fields(schema):
         default = entry.default.name if isinstance(entry.default, Enum) else json.dumps(entry.default)
-        rows.append(f"  {entry.name:<8}  {default:<5}  {entry.metadata['meaning']}\n")
+        rows.append(f"  {entry.name:<{width}}  {default:<5}  {entry.metadata['meaning']}\n")
     exits = "Exit status: 0 if every claim holds, 1 if one fails, 2 if nothing could be measured."
     return f"{purpose}\n\n  python -m {module} [KEY=VALUE ...]\n\nKEY: default, meaning\n{''.join(rows)}\n{exits}"
 

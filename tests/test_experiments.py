@@ -83,7 +83,7 @@ WRONG = {
     "repeats=0": "repeats=0 is not allowed: it must be a whole number, at least 1",
     "repeats=x": "repeats=x is not allowed: it must be a whole number, at least 1",
     "gpu=tpu": "gpu=tpu is not allowed: it must be one of auto, cpu, cuda",
-    "output=": "output= is not allowed: it must be a folder",
+    "output=": "output= is not allowed: it must be a path",
     f"output={__file__}": f"output={__file__}: the folder cannot be made: File exists",
 }
 

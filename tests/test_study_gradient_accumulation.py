@@ -9,6 +9,7 @@ import torch
 from conftest import failed
 
 from experiments import gradient_accumulation as study
+from experiments.builtin import ALPACA_LENGTHS
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.techniques import gradient_accumulation as technique
 from llama_ft.training import step
@@ -27,7 +28,7 @@ def test_the_lengths_are_alpacas(test_data: Path) -> None:
     tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")
     records, _ = read_records(test_data / "alpaca_data_200.json", OnBadRecord.error)
     samples = [encode_record(record, tokenizer) for record in records]
-    assert json.loads(study.LENGTHS.read_text())["lengths"] == [[s.n_prompt, len(s)] for s in samples]
+    assert json.loads(ALPACA_LENGTHS.read_text())["lengths"] == [[s.n_prompt, len(s)] for s in samples]
 
 
 def test_a_division_by_something_else_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
