@@ -87,12 +87,15 @@ def sets(n_contexts: int) -> dict[str, list[Any]]:
         places = torch.linspace(5, 510, n_contexts).long()
         logits = load_tiny()(text, logits_at=places)
     probabilities = logits.double().softmax(-1)
-    found: dict[str, list[Any]] = {"distributions": probabilities.sort(descending=True).values.tolist()}
+    found: dict[str, list[Any]] = {}
     for name, kept in (("top_k", keep_top_k(logits, TOP_K)), ("top_p", keep_top_p(logits, TOP_P))):
         inside = [row[there] for row, there in zip(probabilities, kept.isfinite(), strict=True)]
         found[f"{name}_tokens"] = [len(row) for row in inside]
         found[f"{name}_mass"] = [row.sum().item() for row in inside]
         found[f"{name}_least"] = [row.min().item() for row in inside]
+    order = sorted(range(n_contexts), key=found["top_p_tokens"].__getitem__)
+    for name, place in (("sure", order[0]), ("unsure", order[-1])):
+        found[name] = probabilities[place].sort(descending=True).values.tolist()
     return found
 
 
@@ -180,10 +183,9 @@ def draw(numbers: Numbers, file: Path) -> None:
     with drawn(file, ("greedy and two beams", "probability of the n-th best token")) as (left, right):
         _draw_tree(left, numbers["tree"])
         kept = numbers["sets"]
-        order = sorted(range(len(kept["top_p_tokens"])), key=kept["top_p_tokens"].__getitem__)
-        for place, colour, name in ((order[0], BLUE, "sure"), (order[-1], ORANGE, "unsure")):
-            values, size = kept["distributions"][place], kept["top_p_tokens"][place]
-            label = f"{name}: top-p keeps {size}"
+        ends = (("sure", BLUE, min(kept["top_p_tokens"])), ("unsure", ORANGE, max(kept["top_p_tokens"])))
+        for name, colour, size in ends:
+            values, label = kept[name], f"{name}: top-p keeps {size}"
             right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=label)
             right.vlines(size, LEAST_SHOWN, 1, color=colour, ls="--", lw=2)
         right.vlines(TOP_K, LEAST_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")

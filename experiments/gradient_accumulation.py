@@ -7,6 +7,7 @@ takes off the weights is the gradient. In fp64, so that equal means equal.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,6 +140,22 @@ def norms(sizes: Sequence[int]) -> dict[str, list[float]]:
     return found
 
 
+def statistics(sizes: Sequence[int]) -> list[float]:
+    """How far BatchNorm's means of micro-batches of these sizes are from that of all 64 samples, in deviations."""
+    import torch
+
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = torch.nn.BatchNorm1d(16, momentum=1.0, dtype=torch.float64)  # keeps the last micro-batch's statistics
+
+    def mean_of(rows: "Tensor") -> "Tensor":
+        norm(rows)
+        assert norm.running_mean is not None
+        return norm.running_mean.clone()
+
+    apart = [torch.stack([mean_of(rows) - x.mean(0) for rows in x.split(size)]) / x.std(0) for size in sizes]
+    return [each.square().mean().sqrt().item() for each in apart]
+
+
 def accumulated(network: "nn.Module", x: "Tensor", y: "Tensor", size: int) -> "Tensor":
     """The gradient of the mean squared error over all samples, summed over micro-batches of a size."""
     network.zero_grad()
@@ -158,7 +175,7 @@ def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     linear, model, sizes = numbers["linear"], numbers["language_model"], numbers["micro_batch_sizes"]
     by_norm, least = numbers["norms"], min(model["mean_of_means_error"])
-    batch_norm = by_norm["BatchNorm"]
+    batch_norm, means = by_norm["BatchNorm"], numbers["statistics"]
     other = max(by_norm["LayerNorm"] + by_norm["RMSNorm"])
     times = linear["not_divided_times"]
     return [
@@ -188,6 +205,12 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             "with BatchNorm micro-batches give another gradient, the more so the smaller they are",
             min(batch_norm) > 1e-3 and batch_norm == sorted(batch_norm, reverse=True),
             {f"percent off by {size}": 100 * error for size, error in zip(sizes, batch_norm, strict=True)},
+        ),
+        Claim(
+            "for its statistics are others: the mean of a micro-batch of 2 is half a standard deviation or more from"
+            " that of all, and comes nearer with the root of the size",
+            means[0] >= 0.5 and all(0.5 <= one / other / 2**0.5 <= 2 for one, other in pairwise(means)),
+            {f"deviations by {size}": each for size, each in zip(sizes, means, strict=True)},
         ),
         Claim("with LayerNorm and RMSNorm they give the same", other <= EQUAL, {"relative error at most": other}),
     ]
@@ -221,14 +244,16 @@ def measure(options: Options, say: Callable[[str], None]) -> Numbers:
         "language_model": language_model(1 if options.quick else 4, say),
         "micro_batch_sizes": sizes,
         "norms": norms(sizes),
+        "statistics": statistics(sizes),
     }
 
 
 def table_of(numbers: Numbers) -> str:
     """The norms' errors by the size of a micro-batch."""
     sizes = numbers["micro_batch_sizes"]
-    rows = [[size, *(numbers["norms"][name][place] for name in NORMS)] for place, size in enumerate(sizes)]
-    return table(("samples in a micro-batch", *(f"{name}, relative error" for name in NORMS)), rows)
+    columns = [*(numbers["norms"][name] for name in NORMS), numbers["statistics"]]
+    titles = (*(f"{name}, relative error" for name in NORMS), "BatchNorm's mean, deviations off")
+    return table(("samples in a micro-batch", *titles), list(zip(sizes, *columns, strict=True)))
 
 
 STUDY = Study("gradient_accumulation", Options, measure, claims_of, table_of, draw)

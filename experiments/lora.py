@@ -4,10 +4,8 @@ The layer is the library's. FLOPs are those that PyTorch counts while the built-
 """
 
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
@@ -77,52 +75,6 @@ def trainable_percent() -> dict[str, list[float]]:
             counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
             found[name].append(100 * sum(n for n, trained in counts if trained) / sum(n for n, _ in counts))
     return found
-
-
-def flops() -> dict[str, int]:
-    """Of a forward pass of the tiny model: bare, with the adapter beside the weights, merged."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from llama_ft.techniques.lora import lora_layers
-
-    tokens = torch.arange(1, LENGTH + 1)[None]
-
-    def counted(act: Callable[[], object]) -> int:
-        with FlopCounterMode(display=False) as counter:
-            act()
-        return int(counter.get_total_flops())
-
-    bare, adapted = tiny(lora=False), tiny(lora=True)
-    found = {"forward": counted(lambda: bare(tokens)), "forward_beside": counted(lambda: adapted(tokens))}
-    for layer in lora_layers(adapted).values():
-        layer.merge()
-    with torch.no_grad():
-        found["forward_merged"] = counted(lambda: adapted(tokens))
-    return found
-
-
-def latency(rounds: int) -> dict[str, float]:
-    """Median seconds of a token, with the adapter beside the weights and merged, the two taking turns."""
-    import torch
-
-    from llama_ft.techniques.lora import lora_layers
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    models = {"beside": tiny(lora=True), "merged": tiny(lora=True)}
-    for layer in lora_layers(models["merged"]).values():
-        layer.merge()
-    tokens, seconds = torch.ones(1, 1, dtype=torch.int64), {"beside": [0.0], "merged": [0.0]}
-    with torch.inference_mode():
-        for number in range(rounds + 10):
-            for name in ("beside", "merged") if number % 2 else ("merged", "beside"):
-                began = time.perf_counter()
-                models[name](tokens)
-                if number >= 10:  # the first ones are slow for reasons of their own
-                    seconds[name].append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
-    return {name: median(times[1:]) for name, times in seconds.items()}
 
 
 def switching() -> dict[str, list[float]]:
@@ -235,7 +187,7 @@ def draw(numbers: Numbers, file: Path) -> None:
 
 def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     """Count, time, merge."""
-    from experiments.lora_backward import backward_flops
+    from experiments.lora_costs import backward_flops, flops, latency
 
     say("parameters, FLOPs, latency, changing tasks")
     return {

@@ -16,7 +16,7 @@ from llama_ft.training import step
 
 
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
-    assert len(quick["claims"]) == 6
+    assert len(quick["claims"]) == 7
     assert failed(study, quick) == []
 
 
@@ -54,4 +54,9 @@ def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.
         return x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", forward)
-    assert failed(study, quick, norms=study.norms(quick["micro_batch_sizes"])) == [5]
+    assert failed(study, quick, norms=study.norms(quick["micro_batch_sizes"])) == [6]
+
+
+def test_statistics_that_are_not_the_micro_batchs_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.BatchNorm1d, "forward", lambda self, x: x)  # the mean stays 0
+    assert failed(study, quick, statistics=study.statistics(quick["micro_batch_sizes"])) == [5]

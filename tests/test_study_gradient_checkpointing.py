@@ -7,6 +7,7 @@ from conftest import failed
 from torch import Tensor
 
 from experiments import gradient_checkpointing as study
+from experiments import gradient_checkpointing_runs as runs
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques import gradient_checkpointing as technique
 
@@ -18,7 +19,8 @@ def measured() -> dict[str, Any]:
 @pytest.fixture
 def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes that show the same: a claim's exponents are those of any numbers of layers."""
-    monkeypatch.setattr(study, "SQUARES", (16, 64, 144))
+    for module in (study, runs):
+        monkeypatch.setattr(module, "SQUARES", (16, 64, 144))
 
 
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
@@ -27,7 +29,7 @@ def test_all_claims_hold(quick: dict[str, Any]) -> None:
 
 
 def test_counts_are_those_of_the_closed_forms(quick: dict[str, Any]) -> None:
-    tensor = study.WIDTH * study.TOKENS * 4
+    tensor = runs.WIDTH * runs.TOKENS * 4
     for place, n in enumerate(study.SQUARES):
         forwards = {way: each["forwards"][place] for way, each in quick["textbook"].items()}
         once_more = {"one checkpoint": 2 * n, "every sqrt(n)-th": 2 * n, "every layer": 2 * n}
@@ -44,7 +46,7 @@ def test_checkpointing_that_keeps_everything_fails(few_layers: None, monkeypatch
 
 def test_checkpointing_of_every_layer_alone_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint_layers = technique.checkpoint_layers
-    monkeypatch.setattr(technique, "checkpoint_layers", lambda model, every: checkpoint_layers(model, 1))
+    monkeypatch.setattr(runs, "checkpoint_layers", lambda model, every: checkpoint_layers(model, 1))
     assert failed(study, measured()) == [3, 6]
 
 
@@ -60,7 +62,7 @@ def test_a_recomputation_that_differs_fails(quick: dict[str, Any], monkeypatch: 
         return checkpoint(each_time_more, *args, use_reentrant=use_reentrant)
 
     monkeypatch.setattr(technique, "checkpoint", differing)
-    assert failed(study, quick, gradients_apart=study.gradients_apart()) == [5]
+    assert failed(study, quick, gradients_apart=runs.gradients_apart()) == [5]
 
 
 def test_recomputing_from_a_kept_middle_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,18 +71,18 @@ def test_recomputing_from_a_kept_middle_fails(few_layers: None, monkeypatch: pyt
     def keep_all_inputs(model: Transformer) -> None:
         technique.checkpoint_layers(model, 1)
 
-    monkeypatch.setattr(study, "keep_nothing", keep_all_inputs)
+    monkeypatch.setattr(runs, "keep_nothing", keep_all_inputs)
     assert failed(study, measured()) == [1]
 
 
 def test_inference_that_keeps_its_activations_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    passes = study.passes
+    passes = runs.passes
 
     def as_in_training(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, Any]:
         return passes(model, n_tokens)
 
-    monkeypatch.setattr(study, "passes", as_in_training)
-    assert failed(study, quick, textbook=study.textbook(lambda line: None)) == [4]
+    monkeypatch.setattr(runs, "passes", as_in_training)
+    assert failed(study, quick, textbook=runs.textbook(lambda line: None)) == [4]
 
 
 def test_a_block_that_keeps_its_input_alone_fails(quick: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from conftest import failed
 from torch import Tensor, nn
 
 from experiments import lora as study
-from experiments.lora_backward import backward_flops
+from experiments.lora_costs import backward_flops, flops
 from llama_ft.techniques.lora import LoRALinear
 
 
@@ -37,7 +37,7 @@ def test_a_merged_layer_that_computes_its_factors_fails(quick: dict[str, Any], m
         )
 
     monkeypatch.setattr(LoRALinear, "forward", forward)
-    assert failed(study, quick, flops=study.flops()) == [3]
+    assert failed(study, quick, flops=flops()) == [3]
 
 
 def test_weights_that_are_not_frozen_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,100 @@
+"""What LoRA costs and saves: FLOPs and time of the forward pass, FLOPs of 7B's backward pass by what they are for."""
+
+import time
+from collections import Counter
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from experiments.builtin import model_config
+from experiments.lora import LENGTH, ROLES, tiny
+from llama_ft.model.transformer import Transformer
+from llama_ft.planning.operators import ATTENTION
+from llama_ft.techniques.lora import add_lora, lora_layers
+
+N_TOKENS = 404  # tokens: the longest of Alpaca's first 200 samples
+
+
+def flops() -> dict[str, int]:
+    """Of a forward pass of the tiny model: bare, with the adapter beside the weights, merged."""
+    tokens = torch.arange(1, LENGTH + 1)[None]
+
+    def counted(act: Callable[[], object]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            act()
+        return int(counter.get_total_flops())
+
+    bare, adapted = tiny(lora=False), tiny(lora=True)
+    found = {"forward": counted(lambda: bare(tokens)), "forward_beside": counted(lambda: adapted(tokens))}
+    for layer in lora_layers(adapted).values():
+        layer.merge()
+    with torch.no_grad():
+        found["forward_merged"] = counted(lambda: adapted(tokens))
+    return found
+
+
+def latency(rounds: int) -> dict[str, float]:
+    """Median seconds of a token, with the adapter beside the weights and merged, the two taking turns."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    models = {"beside": tiny(lora=True), "merged": tiny(lora=True)}
+    for layer in lora_layers(models["merged"]).values():
+        layer.merge()
+    tokens, seconds = torch.ones(1, 1, dtype=torch.int64), {"beside": [0.0], "merged": [0.0]}
+    with torch.inference_mode():
+        for number in range(rounds + 10):
+            for name in ("beside", "merged") if number % 2 else ("merged", "beside"):
+                began = time.perf_counter()
+                models[name](tokens)
+                if number >= 10:  # the first ones are slow for reasons of their own
+                    seconds[name].append(time.perf_counter() - began)
+    torch.set_num_threads(threads)
+    return {name: median(times[1:]) for name, times in seconds.items()}
+
+
+class FlopsByRole(TorchDispatchMode):
+    """FLOPs of operators whose output has a weight's shape, of attention, and of other matrix products."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
+        self.shapes = {*shapes, *(shape[::-1] for shape in shapes)}
+        self.flops: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Run the operator and count it."""
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in ATTENTION:
+            self.flops[ROLES[2]] += round(ATTENTION[packet](*args, **(kwargs or {})))
+        elif packet in flop_registry:
+            role = ROLES[0] if tuple(out.shape) in self.shapes else ROLES[1]
+            self.flops[role] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def backward_flops(lora: bool) -> dict[str, int]:
+    """FLOPs of a forward pass, and of the backward pass by role; with the course's adapter, or training all weights.
+
+    On fake tensors, counted as the planner counts them.
+    """
+    with FakeTensorMode():
+        model = Transformer(model_config("llama2_7b"))
+        if lora:
+            add_lora(model, 16, 32.0, 0.0, ["wq", "wv"])
+        counter = FlopsByRole(model)
+
+        def counted(act: Callable[[], Any]) -> Any:
+            counter.flops.clear()
+            with counter:
+                return act()
+
+        loss = counted(lambda: model(torch.zeros(1, N_TOKENS, dtype=torch.int64)).logsumexp(-1).sum())
+        forward = counter.flops.total()
+        counted(lambda: loss.backward())
+    return {"forward": forward} | {role: counter.flops[role] for role in ROLES}
