@@ -223,8 +223,8 @@ def measure(options: Options, say: Callable[[str], None]) -> Numbers:
     say("the tree, the sets, perplexities")
     return {
         "tree": tree(),
-        "sets": sets(16 if options.quick else 64),
-        "perplexity": perplexities(8 if options.quick else 60),
+        "sets": sets(64),
+        "perplexity": perplexities(60),
     }
 
 

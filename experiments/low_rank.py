@@ -56,10 +56,13 @@ def decomposition(matrix: "Tensor") -> dict[str, Any]:
     u, values, v = torch.linalg.svd(matrix)
     eye, n = torch.eye(len(matrix), dtype=matrix.dtype), len(values)
     norm = matrix.norm()
+    thin = u[:, :RANK]
     errors = [((u[:, :k] * values[:k]) @ v[:k] - matrix).norm() / norm for k in range(1, n)]
     formula = [values[k:].norm() / norm for k in range(1, n)]
     return {
         "orthogonality_error": max((u @ u.T - eye).abs().max().item(), (v @ v.T - eye).abs().max().item()),
+        "thin_columns_error": (thin.T @ thin - eye[:RANK, :RANK]).abs().max().item(),
+        "thin_rows_error": (thin @ thin.T - eye).abs().max().item(),
         "values": values.tolist(),
         "errors": [error.item() for error in errors],
         "formula_error": max(abs(found - expected).item() for found, expected in zip(errors, formula, strict=True)),
@@ -151,6 +154,11 @@ def claims_of(numbers: Numbers) -> list[Claim]:
     return [
         Claim(
             "U times its transpose, and V times its, are the identity", orthogonality <= EXACT, {"error": orthogonality}
+        ),
+        Claim(
+            f"of U cut to {RANK} columns only the transpose times U is still the identity, not U times its transpose",
+            image["thin_columns_error"] <= EXACT and image["thin_rows_error"] >= 0.5,
+            {"error": image["thin_columns_error"], "of the other": image["thin_rows_error"]},
         ),
         Claim(
             "the error of keeping k singular values is the norm of those left out, for every k",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKOUT, run
+from test_answers import cited
 from test_docs import commands
 from test_kv_cache import SIZES, make_model, random_tokens
 from torch import Tensor
@@ -35,6 +36,8 @@ from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
 
+# Claims whose numbers are times, or depend on how much is measured.
+OTHER_WHEN_QUICK = {("lora", 5), ("gradient_accumulation", 4), ("kv_cache", 1), ("kv_cache", 2), ("kv_cache", 4)}
 BYTES_PER_TOKEN = 2 * 6 * 192 * 4  # tiny: keys and values, layers, width, fp32
 WEIGHTS_BYTES = 4 * (2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192) + 192)
 
@@ -232,7 +235,7 @@ def test_times_of_a_cell_agree_with_each_other(quick) -> None:
 
 
 def test_as_a_command(tmp_path: Path) -> None:
-    done = run("experiments", "quick=true", cwd=tmp_path, timeout=300)
+    done = run("experiments", "quick=true", cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stdout + done.stderr
     lines, held = done.stdout.splitlines(), 0
     assert not [line for line in lines if line.startswith("FAILS")]
@@ -240,9 +243,15 @@ def test_as_a_command(tmp_path: Path) -> None:
         found = re.fullmatch(rf"{name}: (\d+) of \1 claims hold, \d+ s", line)
         assert found, line
         held += int(found[1])
-    assert len([line for line in lines if line.startswith("HOLDS: ")]) == held
-    folder = tmp_path / "outputs" / "experiments" / "kv_cache"
-    assert json.loads((folder / "kv_cache.json").read_text())["command"].startswith("python -m experiments.kv_cache ")
+    assert len([line for line in lines if line.startswith("HOLDS: ")]) == held >= 25
+    folder = tmp_path / "outputs" / "experiments"
+    records = {name: json.loads((folder / name / f"{name}.json").read_text()) for name in STUDIES}
+    assert records["kv_cache"]["command"].startswith("python -m experiments.kv_cache ")
+    # What docs/answers.md says is found again, but for times and for what a quick run has less of. Other CPUs round
+    # otherwise, which steps of training enlarge.
+    again = [number for number in cited() if (number.study, number.claim) not in OTHER_WHEN_QUICK]
+    assert len(again) >= 80
+    assert [number for number in again if not number.is_shown(number.value_in(records[number.study]), 0.02)] == []
 
 
 @pytest.fixture(scope="module")
@@ -315,20 +324,6 @@ def test_plans_have_their_lines() -> None:
         assert all(line.new in plan.outputs and line.prompt + line.new <= 1024 for line in plan.lines)
     complete = plan_of(KVCacheOptions(complete=True)).lines
     assert {(line.batch, line.prompt) for line in complete} == {(b, p) for b in (1, 4) for p in (32, 96, 448)}
-
-
-def test_the_benchmark_is_what_its_numbers_say() -> None:
-    """What is kept in benchmarks/ was computed, not typed."""
-    folder = CHECKOUT / "benchmarks" / "kv_cache-cpu"
-    numbers = json.loads((folder / "kv_cache.json").read_text(encoding="utf-8"))
-    assert not numbers["quick"]
-    assert all(claim.holds for claim in claims_of(numbers))
-    assert [claim["text"] for claim in numbers["claims"]] == [claim.text for claim in claims_of(numbers)]
-    assert (folder / "kv_cache.md").read_text(encoding="utf-8") == table_of(numbers)
-    assert (folder / "kv_cache.png").read_bytes().startswith(b"\x89PNG")
-    section = (CHECKOUT / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n## KV cache\n")[2]
-    versions = numbers["versions"]
-    assert f"Python {versions['python']}, torch {versions['torch']}." in section.partition("\n## ")[0]
 
 
 @pytest.mark.parametrize("arguments", commands("experiments.kv_cache"), ids=" ".join)

@@ -12,7 +12,7 @@ from llama_ft.techniques.lora import LoRALinear
 
 
 def test_all_claims_hold(quick: dict[str, Any]) -> None:
-    assert len(quick["claims"]) == 9
+    assert len(quick["claims"]) == 10
     assert failed(study, quick) == []
 
 
@@ -24,7 +24,7 @@ def test_the_smallest_singular_values_first_fail(quick: dict[str, Any], monkeypa
         return u.flip(1), values.flip(0), v.flip(0)
 
     monkeypatch.setattr(torch.linalg, "svd", reversed_order)
-    assert failed(study, quick, picture=study.decomposition(study.picture())) == [2]
+    assert failed(study, quick, picture=study.decomposition(study.picture())) == [3]
 
 
 def test_factors_that_are_not_orthogonal_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,19 +32,19 @@ def test_factors_that_are_not_orthogonal_fail(quick: dict[str, Any], monkeypatch
     monkeypatch.setattr(
         torch.linalg, "svd", lambda matrix: (svd(matrix).U * 1.01, svd(matrix).S / 1.01, svd(matrix).Vh)
     )
-    assert failed(study, quick, picture=study.decomposition(study.picture())) == [0, 1]
+    assert failed(study, quick, picture=study.decomposition(study.picture())) == [0, 1, 2]
 
 
 def test_a_layer_with_another_scale_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     forward = LoRALinear.forward
     monkeypatch.setattr(LoRALinear, "forward", lambda self, x: 2 * forward(self, x))
-    assert failed(study, quick, balanced=study.split(balanced=True)) == [5, 8]
+    assert failed(study, quick, balanced=study.split(balanced=True)) == [6, 9]
 
 
 def test_the_same_split_twice_fails(quick: dict[str, Any]) -> None:
-    assert failed(study, quick, one_sided=quick["balanced"]) == [6, 7, 8]
+    assert failed(study, quick, one_sided=quick["balanced"]) == [7, 8, 9]
 
 
 def test_noise_has_no_low_rank(quick: dict[str, Any]) -> None:
     noise = torch.randn(study.SIDE, study.SIDE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert failed(study, quick, picture=study.decomposition(noise)) == [2]
+    assert failed(study, quick, picture=study.decomposition(noise)) == [3]

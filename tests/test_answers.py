@@ -1,0 +1,96 @@
+"""docs/answers.md: each measured number is its study's, each claim that it leans on held, each paper is named alike."""
+
+import importlib
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import CHECKOUT
+
+from experiments import STUDIES
+
+PAGE = CHECKOUT / "docs" / "answers.md"
+RECORDS = CHECKOUT / "benchmarks" / "studies"
+# Numbers that are no results: settings of the studies, a version, a model's size, what Alpaca's page says.
+SETTINGS = {"0.1", "0.9", "4.46", "60 %", "6.7", "50 GiB"}
+
+
+@dataclass(frozen=True)
+class Cited:
+    """A number of the page, and where it is from."""
+
+    shown: str
+    study: str
+    claim: int  # counted from 1
+    name: str
+
+    def value_in(self, record: dict[str, Any]) -> float:
+        return record["claims"][self.claim - 1]["numbers"][self.name]
+
+    def is_shown(self, value: float, tolerance: float = 0.0) -> bool:
+        """Whether the page shows a value, rounded to the digits that it has; or one that is as near."""
+        digits = len(self.shown.partition(".")[2])
+        return abs(float(self.shown.replace(",", "")) - value) <= 0.5001 * 10**-digits + tolerance * abs(value)
+
+
+def cited() -> list[Cited]:
+    text = PAGE.read_text(encoding="utf-8")
+    sources = re.findall(
+        r'^\[([\w-]+)\]: \.\./benchmarks/studies/(\w+)/\2\.json "claim (\d+): (.+)"$', text, re.MULTILINE
+    )
+    assert len(sources) == len(re.findall(r"^\[[\w-]+\]: ", text, re.MULTILINE))
+    by_label = {label: (study, int(claim), name) for label, study, claim, name in sources}
+    assert len(by_label) == len(sources)
+    numbers = re.findall(r"\[([^\]]+)\]\s?\[([\w-]+)\]", text)
+    assert {label for _, label in numbers} == set(by_label)
+    return [Cited(shown, *by_label[label]) for shown, label in numbers]
+
+
+@cache
+def record(study: str) -> dict[str, Any]:
+    """The numbers of the whole study, as they were committed."""
+    return json.loads((RECORDS / study / f"{study}.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", cited(), ids=lambda number: f"{number.study}-{number.claim}-{number.name}")
+def test_a_number_is_its_studys(number: Cited) -> None:
+    assert number.is_shown(number.value_in(record(number.study)))
+
+
+def test_every_study_is_cited() -> None:
+    assert {number.study for number in cited()} == set(STUDIES)
+    assert len(cited()) >= 80
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_committed_numbers_are_of_a_whole_run_whose_claims_hold(study: str) -> None:
+    found, module = record(study), importlib.import_module(f"experiments.{study}")
+    assert found["quick"] is False
+    assert all(claim["holds"] for claim in found["claims"])
+    claims = module.STUDY.claims_of(found)
+    computed = [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims]
+    assert json.loads(json.dumps(computed)) == found["claims"]
+    assert (RECORDS / study / f"{study}.md").read_text(encoding="utf-8") == module.STUDY.table_of(found)
+    assert (RECORDS / study / f"{study}.png").read_bytes().startswith(b"\x89PNG")
+    picture = f"](../benchmarks/studies/{study}/{study}.png)"
+    assert picture in PAGE.read_text(encoding="utf-8")
+
+
+def test_no_result_is_typed() -> None:
+    """What has a decimal point or is a percentage is linked, unless it is a setting."""
+    text = PAGE.read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```|`[^`]*`|^\[[\w-]+\]: .*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"\[[^\]]*\]\s?(\[[^\]]*\]|\([^)]*\))", "", text)
+    typed = re.findall(r"\d[\d,]*\.\d+|\d[\d,.]* ?(?:%|percent|GiB|MB|kB|times)", text)
+    assert [number for number in typed if number not in SETTINGS] == []
+
+
+def test_a_paper_is_linked_by_its_number() -> None:
+    papers = re.findall(
+        r"\[arXiv\s(\d{4}\.\d{5})\]\(https://arxiv\.org/abs/(\d{4}\.\d{5})\)", PAGE.read_text(encoding="utf-8")
+    )
+    assert len(papers) >= 20
+    assert all(shown == linked for shown, linked in papers)
