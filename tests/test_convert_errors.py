@@ -343,7 +343,9 @@ def test_the_likeliest_mistakes(
     use_schema(ConvertConfig)
     with pytest.raises((UserError, HydraException)) as caught:
         command(*arguments)
-    assert message in cli.explain(caught.value)
+    explained = cli.explain(caught.value)
+    assert message in explained
+    assert explained.count(message.rpartition(": ")[2]) == 1
     assert list(tmp_path.iterdir()) == []
 
 

@@ -85,7 +85,9 @@ def explain(error: BaseException) -> str:
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:
-        lines += [line.strip() for line in str(reason).splitlines() if line.strip() and line.strip() not in lines]
+        for line in map(str.strip, str(reason).splitlines()):
+            if line and not any(line in said for said in lines):  # an error that quotes its cause has said it
+                lines.append(line)
         reason = reason.__cause__
     unneeded = ("full_key:", "object_type=", "reference_type=")
     return ": ".join(line for line in lines if not line.startswith(unneeded)) or repr(error)
