@@ -46,7 +46,8 @@ OTHER_LINES = (
     r"python3 -m venv \.venv",
     r"\.venv/bin/python -m pip install (--constraint requirements\.lock --editable \.|torch==\S+ --index-url \S+)",
     r'eval "\$\(python -m llama_ft\.train -sc install=bash\)"',  # tests/test_install.py
-    r"pip install lm_eval",
+    r"pip install (lm_eval|\.)",  # tests/test_install.py installs the wheel
+    r"source \.venv/bin/activate",
     r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )
@@ -129,7 +130,7 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCheckpoi
     def make(arguments: tuple[str, ...]) -> None:
         names = [argument.partition("=")[2] for argument in arguments if argument.startswith("checkpoint=")]
         for folder in (Path(name) for name in names if name not in ("random", "builtin")):
-            folder.mkdir()
+            folder.mkdir(parents=True)
             (folder / "config.json").write_text(json.dumps(hf_config(ModelConfig("any"), "float16", 1, 2)))
             (folder / "tokenizer.model").touch()
 
@@ -170,12 +171,14 @@ def test_report_commands_compose(arguments: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("arguments", commands("llama_ft.generate"), ids=" ".join)
-def test_generate_commands_compose(arguments: tuple[str, ...]) -> None:
+def test_generate_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
+    checkpoints(arguments)
     cli.composed_config("generate", list(arguments), GenerateConfig)
 
 
 @pytest.mark.parametrize("arguments", commands("llama_ft.evaluate"), ids=" ".join)
-def test_evaluate_commands_compose(arguments: tuple[str, ...]) -> None:
+def test_evaluate_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
+    checkpoints(arguments)
     cli.composed_config("evaluate", list(arguments), EvaluateConfig)
 
 
@@ -309,3 +312,29 @@ def test_the_readmes_plan_is_the_one_in_benchmarks() -> None:
         assert printed[title] == [f"{float(row[key]):,.0f}" for row in rows]
     assert printed["Fits"] == ["yes" if row["fits"] == "True" else "×" for row in rows]
     assert printed["Runtime, at best"] == [amount(float(row["runtime_s"])) for row in rows]
+
+
+def test_the_guides_plans_are_those_in_benchmarks() -> None:
+    """The rows of its table, by the combination at their beginning; and what it says of longer samples."""
+    page = re.sub(r"[ \n]+", " ", text(CHECKOUT / "docs" / "guide.md"))
+    plans = []
+    for folder in ("plan-rtx4090_24gb", "plan-rtx4090_24gb-512"):
+        with (CHECKOUT / "benchmarks" / folder / "plan.csv").open(encoding="utf-8") as file:
+            plans.append({row["combination"]: row for row in csv.DictReader(file)})
+    rows = re.findall(r"\| `(\w+)`: [^|]* \| ([\d,]+) \| (×|yes) \| ([\d.]+) \|", page)
+    assert len(rows) == 6
+    for combination, needed, fits, seconds in rows:
+        row = plans[0][combination]
+        assert needed == f"{float(row['required_mb']):,.0f}"
+        assert fits == {"True": "yes", "False": "×"}[row["fits"]]
+        assert seconds == amount(float(row["runtime_s"]))
+    for combination, fits in (("ga_mp_lora", "False"), ("ga_mp_lora_gc", "True")):
+        row = plans[1][combination]
+        assert row["fits"] == fits
+        assert f"{float(row['required_mb']):,.0f} MB" in page
+    advice = text(CHECKOUT / "benchmarks" / "plan-rtx4090_24gb" / "plan.md").partition("### goal=fit")[2]
+    assert "optim=ga_mp_lora (" in advice
+    assert "training.batch_size=4" in advice
+    longest = re.search(r"data\.max_length=(\d+)", advice)
+    assert longest
+    assert f"{int(longest[1]):,} tokens" in page
