@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, run
+from conftest import environment, injected, run
 from safetensors.numpy import load_file
-from test_process import is_alive, read_json, read_metrics
+from test_process import CHILD, is_alive, read_json, read_metrics
 
 # Each test is given this many random moments; more of them make a longer, more thorough test.
 N_KILLS = int(os.environ.get("LLAMA_FT_KILLS", "2"))
@@ -32,17 +32,26 @@ STEPS = (
     *SIZES,
 )
 N_STEPS = 2 * 7
+# So that the run is still on its way when the first line of its metrics is seen.
+SLOW_STEPS = """
+import time, torch
+step = torch.optim.AdamW.step
+def slow_step(self, *args, **kwargs):
+    time.sleep(0.3)
+    return step(self, *args, **kwargs)
+torch.optim.AdamW.step = slow_step
+"""
 
 
 def command(run_dir: Path, *overrides: str) -> list[str]:
     return ["llama_ft.train", *STEPS, *overrides, f"hydra.run.dir={run_dir}"]
 
 
-def start(cwd: Path, arguments: list[str]) -> subprocess.Popen[str]:
+def start(cwd: Path, arguments: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
         cwd=cwd,
-        env=environment(),
+        env=environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -132,7 +141,7 @@ def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) 
 def test_ctrl_c_saves_the_step_and_resuming_goes_on_from_it(undisturbed: Any, tmp_path: Path) -> None:
     reference, overrides, _ = undisturbed
     run_dir = tmp_path / "run"
-    process = start(tmp_path, command(run_dir, *overrides))
+    process = start(tmp_path, command(run_dir, *overrides), injected(tmp_path / "inject", into=CHILD, code=SLOW_STEPS))
     metrics = run_dir / "metrics.jsonl"
     deadline = time.monotonic() + 60
     while not (metrics.exists() and metrics.stat().st_size):
