@@ -9,6 +9,7 @@ from pathlib import Path
 from experiments import STUDIES
 from experiments.study import OUTPUT, Options, parse_options, run_as_command
 from llama_ft.cli import FAILED, USAGE_ERROR
+from llama_ft.files import output_folder
 
 
 def run_all(arguments: list[str]) -> int:
@@ -18,16 +19,21 @@ def run_all(arguments: list[str]) -> int:
         0 if every claim of every study holds, 1 if one fails, 2 if a study could not be finished.
 
     Raises:
-        UserError: if an argument is wrong.
+        UserError: if an argument is wrong, or the folder cannot be written to.
     """
     options = parse_options(arguments, Options)
+    with output_folder(str(options.output or OUTPUT), "experiments", "all") as folder:
+        return _run_each(folder, "true" if options.quick else "false")
+
+
+def _run_each(output: Path, quick: str) -> int:
+    """Run the studies one after the other, each into a folder of its own."""
     lines, worst = [], 0
     for name in STUDIES:
-        folder = (options.output or OUTPUT) / name
+        folder = output / name
         file = folder / f"{name}.json"
         earlier = file.stat().st_mtime_ns if file.is_file() else None
         print(f"{name}: {STUDIES[name]}", flush=True)
-        quick = "true" if options.quick else "false"
         began = time.monotonic()
         command = [sys.executable, "-m", f"experiments.{name}", f"quick={quick}", f"output={folder}"]
         status = subprocess.run(command, check=False).returncode

@@ -150,9 +150,9 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"probability": walk["beam_p"]},
         ),
         Claim(
-            f"top-k keeps {TOP_K} tokens whatever they are worth: their share of the probability differs by 10 percent"
-            " or more",
-            set(kept["top_k_tokens"]) == {TOP_K} and max(kept["top_k_mass"]) - min(kept["top_k_mass"]) >= 0.1,
+            f"top-k keeps {TOP_K} tokens whatever they are worth: their share of the probability differs by 50"
+            " percentage points or more",
+            set(kept["top_k_tokens"]) == {TOP_K} and max(kept["top_k_mass"]) - min(kept["top_k_mass"]) >= 0.5,
             {"share at least": min(kept["top_k_mass"]), "share at most": max(kept["top_k_mass"])},
         ),
         Claim(

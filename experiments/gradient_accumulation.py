@@ -4,10 +4,10 @@ Gradients are those that the library's own step applies: with SGD at a learning 
 takes off the weights is the gradient. In fp64, so that equal means equal.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 EQUAL = 1e-10  # relative, in fp64
 LEAST_BIAS = 0.05  # of a mean of means, relative to the gradient
 SAMPLES, MICRO_BATCHES = 32, 4  # of the linear model
+N_NORM = 64  # samples of the networks with norms
+NEAR_LAW = 0.3  # relative
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm")
 WINDOW = 8  # micro-batches of one sample, as in the course
 
@@ -118,7 +120,7 @@ def language_model(n_windows: int, say: Callable[[str], None]) -> dict[str, Any]
 
 
 def norms(sizes: Sequence[int]) -> dict[str, list[float]]:
-    """Relative error of the gradient of 64 samples in micro-batches of these sizes, by the norm in the network."""
+    """Relative error of the gradient of all samples in micro-batches of these sizes, by the norm in the network."""
     import torch
     from torch import nn
 
@@ -130,7 +132,7 @@ def norms(sizes: Sequence[int]) -> dict[str, list[float]]:
         "RMSNorm": lambda: RMSNorm(16, 1e-5),
     }
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(64, width, generator=generator, dtype=torch.float64) for width in (8, 1))
+    x, y = (torch.randn(N_NORM, width, generator=generator, dtype=torch.float64) for width in (8, 1))
     found = {}
     for name in NORMS:
         torch.manual_seed(1)
@@ -140,20 +142,28 @@ def norms(sizes: Sequence[int]) -> dict[str, list[float]]:
     return found
 
 
-def statistics(sizes: Sequence[int]) -> list[float]:
-    """How far BatchNorm's means of micro-batches of these sizes are from that of all 64 samples, in deviations."""
+def statistics(sizes: Sequence[int]) -> dict[str, list[float]]:
+    """How far BatchNorm's statistics of micro-batches of these sizes are from those of all samples, root mean square.
+
+    `mean` in standard deviations, `variance` relative to that of all.
+    """
     import torch
 
-    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.randn(N_NORM, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     norm = torch.nn.BatchNorm1d(16, momentum=1.0, dtype=torch.float64)  # keeps the last micro-batch's statistics
 
-    def mean_of(rows: "Tensor") -> "Tensor":
-        norm(rows)
-        assert norm.running_mean is not None
-        return norm.running_mean.clone()
+    def apart(size: int, buffer: str, whole: "Tensor", unit: "Tensor") -> float:
+        found = []
+        for rows in x.split(size):
+            norm(rows)
+            found.append((norm.get_buffer(buffer) - whole) / unit)
+        return torch.stack(found).square().mean().sqrt().item()
 
-    apart = [torch.stack([mean_of(rows) - x.mean(0) for rows in x.split(size)]) / x.std(0) for size in sizes]
-    return [each.square().mean().sqrt().item() for each in apart]
+    variance = x.var(0)
+    return {
+        "mean": [apart(size, "running_mean", x.mean(0), variance.sqrt()) for size in sizes],
+        "variance": [apart(size, "running_var", variance, variance) for size in sizes],
+    }
 
 
 def accumulated(network: "nn.Module", x: "Tensor", y: "Tensor", size: int) -> "Tensor":
@@ -175,7 +185,8 @@ def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     linear, model, sizes = numbers["linear"], numbers["language_model"], numbers["micro_batch_sizes"]
     by_norm, least = numbers["norms"], min(model["mean_of_means_error"])
-    batch_norm, means = by_norm["BatchNorm"], numbers["statistics"]
+    batch_norm, (means, variances) = by_norm["BatchNorm"], numbers["statistics"].values()
+    by_law = [math.sqrt((N_NORM - size) / ((N_NORM - 1) * size)) for size in sizes]  # drawn without replacement
     other = max(by_norm["LayerNorm"] + by_norm["RMSNorm"])
     times = linear["not_divided_times"]
     return [
@@ -207,10 +218,14 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {f"percent off by {size}": 100 * error for size, error in zip(sizes, batch_norm, strict=True)},
         ),
         Claim(
-            "for its statistics are others: the mean of a micro-batch of 2 is half a standard deviation or more from"
-            " that of all, and comes nearer with the root of the size",
-            means[0] >= 0.5 and all(0.5 <= one / other / 2**0.5 <= 2 for one, other in pairwise(means)),
-            {f"deviations by {size}": each for size, each in zip(sizes, means, strict=True)},
+            f"for its statistics are others: the mean of a micro-batch of n of {N_NORM} samples is about"
+            f" sqrt(({N_NORM} - n) / ({N_NORM - 1} n)) standard deviations from that of all, to {100 * NEAR_LAW:g}"
+            " percent of it, and the variance is off too, the more so the smaller n is",
+            all(abs(found / law - 1) <= NEAR_LAW for found, law in zip(means, by_law, strict=True))
+            and variances == sorted(variances, reverse=True)
+            and variances[-1] > EQUAL,
+            {f"deviations by {size}": each for size, each in zip(sizes, means, strict=True)}
+            | {f"variance off by {sizes[0]}": variances[0]},
         ),
         Claim("with LayerNorm and RMSNorm they give the same", other <= EQUAL, {"relative error at most": other}),
     ]
@@ -223,8 +238,9 @@ def draw(numbers: Numbers, file: Path) -> None:
     with drawn(file, titles) as (bias, by_size):
         places = range(1, 1 + len(model["mean_of_means_error"]))
         bias.bar(places, [100 * error for error in model["mean_of_means_error"]], color=ORANGE, label="mean of means")
-        bias.bar(places, [100 * error for error in model["micro_batch_error"]], color=BLUE, label="token-weighted: 0")
-        bias.set(xlabel="window", ylabel="percent off", xticks=list(places))
+        exact = [100 * error for error in model["micro_batch_error"]]
+        bias.bar(places, exact, color=BLUE, label=f"token-weighted: {max(exact):.0e}")
+        bias.set(xlabel="window", ylabel="percent off that of the whole", xticks=list(places))
         bias.set_ylim(top=1.3 * 100 * max(model["mean_of_means_error"]))
         bias.legend(frameon=False, loc="upper right")
         for name, colour, style in zip(NORMS, (ORANGE, BLUE, GREEN), ("o-", "s-", "^--"), strict=True):
@@ -232,7 +248,7 @@ def draw(numbers: Numbers, file: Path) -> None:
             by_size.plot(sizes, errors, style, color=colour, lw=3, ms=9, label=name)
         by_size.set_xscale("log", base=2)
         by_size.set_xticks(list(sizes), [str(size) for size in sizes])
-        by_size.set(xlabel="samples in a micro-batch", ylabel="percent off")
+        by_size.set(xlabel="samples in a micro-batch", ylabel="percent off that of the whole")
         by_size.legend(frameon=False)
 
 
@@ -251,8 +267,12 @@ def measure(options: Options, say: Callable[[str], None]) -> Numbers:
 def table_of(numbers: Numbers) -> str:
     """The norms' errors by the size of a micro-batch."""
     sizes = numbers["micro_batch_sizes"]
-    columns = [*(numbers["norms"][name] for name in NORMS), numbers["statistics"]]
-    titles = (*(f"{name}, relative error" for name in NORMS), "BatchNorm's mean, deviations off")
+    columns = [*(numbers["norms"][name] for name in NORMS), *numbers["statistics"].values()]
+    titles = (
+        *(f"{name}, relative error" for name in NORMS),
+        "BatchNorm's mean, deviations off",
+        "its variance, relative",
+    )
     return table(("samples in a micro-batch", *titles), list(zip(sizes, *columns, strict=True)))
 
 

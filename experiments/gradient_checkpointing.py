@@ -10,9 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import linear_regression
+from typing import TYPE_CHECKING, Any
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.study import Claim, Numbers, Options, Study, main, table
+from llama_ft.measure.result import MB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SQUARES = (16, 36, 64, 144, 256)  # numbers of layers that have a square root
 WAYS: dict[str, Callable[[int], int | None]] = {
@@ -23,7 +28,7 @@ WAYS: dict[str, Callable[[int], int | None]] = {
     "every layer": lambda n: 1,
 }
 """What is kept of n layers: every how-maniest layer's input; 0 is everything, None nothing but the first input."""
-COLOURS = dict(zip(WAYS, (ORANGE, GREEN, PINK, BLUE, GREY), strict=True))
+COLOURS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GREY), strict=True))
 LEAST_OF_ALL = 0.95  # share of all activations that is no saving
 NEAR = 0.1  # how far an exponent may be from the textbook's
 
@@ -91,23 +96,34 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """Memory and forward passes against the number of layers; ways that take the same are one line."""
-    with drawn(file, ("activations of n layers, kB", "forward passes of layers")) as (memory, forwards):
-        for axes, key, factor in ((memory, "bytes", 1e-3), (forwards, "forwards", 1.0)):
-            alike: dict[int, list[str]] = {}
-            for way in WAYS:
-                last = numbers["textbook"][way][key][-1]
-                same = next((other for other in alike if abs(other - last) < 0.01 * last), last)
-                alike.setdefault(same, []).append(way)
-            for ways in alike.values():
-                values = [factor * value for value in numbers["textbook"][ways[0]][key]]
-                label = f"{', '.join(ways)}: $n^{{{exponent(values):.2f}}}$".replace("sqrt(n)", r"$\sqrt{n}$")
-                axes.plot(SQUARES, values, "o-", color=COLOURS[ways[0]], lw=3, ms=9, label=label)
-            axes.set(xscale="log", yscale="log", xlabel="n")
-            axes.set_xticks(list(SQUARES), [str(n) for n in SQUARES])
-            axes.minorticks_off()
-            axes.set_ylim(top=axes.get_ylim()[1] * 40)
-            axes.legend(frameon=False, loc="upper left", fontsize=13)
+    """Memory and forward passes against the number of layers; memory of LLaMA's blocks."""
+    titles = ("activations of n layers, kB", "forward passes of n layers", "16 LLaMA blocks, MB")
+    with drawn(file, titles) as (memory, forwards, blocks):
+        _draw_growth(memory, numbers["textbook"], "bytes", 1e-3)
+        _draw_growth(forwards, numbers["textbook"], "forwards", 1.0)
+        ways = ("keep all", "every sqrt(n)-th", "every layer")
+        for place, way in enumerate(ways):
+            blocks.bar(place, numbers["blocks"]["ways"][way]["bytes"] / MB, 0.6, color=COLOURS[way])
+        names = [way.replace("sqrt(n)", r"$\sqrt{n}$").replace("layer", "block") for way in ways]
+        blocks.set_xticks(range(len(ways)), names)
+
+
+def _draw_growth(axes: "Axes", found: dict[str, Any], key: str, factor: float) -> None:
+    """Ways that take the same are one line."""
+    alike: dict[int, list[str]] = {}
+    for way in (*WAYS, "inference"):
+        last = found[way][key][-1]
+        same = next((other for other in alike if abs(other - last) < 0.01 * last), last)
+        alike.setdefault(same, []).append(way)
+    for ways in alike.values():
+        values = [factor * value for value in found[ways[0]][key]]
+        label = f"{', '.join(ways)}: $n^{{{exponent(values):.2f}}}$".replace("sqrt(n)", r"$\sqrt{n}$")
+        axes.plot(SQUARES, values, "o-", color=COLOURS[ways[0]], lw=3, ms=9, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="n")
+    axes.set_xticks(list(SQUARES), [str(n) for n in SQUARES])
+    axes.minorticks_off()
+    axes.set_ylim(top=axes.get_ylim()[1] * 40)
+    axes.legend(frameon=False, loc="upper left", fontsize=12)
 
 
 def measure(options: Options, say: Callable[[str], None]) -> Numbers:

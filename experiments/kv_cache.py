@@ -73,20 +73,14 @@ def measure(options: KVCacheOptions, say: Callable[[str], None]) -> Numbers:
     Raises:
         UserError: if the device is not there.
     """
-    import torch
-
     from experiments.builtin import CHECKPOINT, load_tiny, prompt_source
     from experiments.kv_cache_lines import measure_line
 
-    plan, n_threads = plan_of(options), torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors of this size gain little from more, and lose much where a neighbour has the core
-    try:
-        model, text, measured = load_tiny(device_of(options)), prompt_source(), []
-        for line in plan.lines:
-            say(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
-            measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
-    finally:
-        torch.set_num_threads(n_threads)
+    plan = plan_of(options)
+    model, text, measured = load_tiny(device_of(options)), prompt_source(), []
+    for line in plan.lines:
+        say(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
+        measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
     return {
         "repeats": options.repeats,
         "model": {"name": model.config.name, "checkpoint": CHECKPOINT},

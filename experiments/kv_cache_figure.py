@@ -1,14 +1,15 @@
 """The figure of `experiments.kv_cache`: time against the length of the output, memory against the number of tokens."""
 
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.kv_cache_report import exponent
 from experiments.study import Numbers
 from llama_ft.measure.result import MB
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WITH, WITHOUT = BLUE, ORANGE
 BATCHES = (GREEN, PINK)
@@ -26,7 +27,7 @@ def draw(numbers: Numbers, file: Path) -> None:
             axes.set_ylim(bottom=0)
 
 
-def _draw_time(axes: Axes, line: dict[str, int], curves: list[dict[str, Any]]) -> None:
+def _draw_time(axes: "Axes", line: dict[str, int], curves: list[dict[str, Any]]) -> None:
     """The line's time against the length of its output, and the power with which it grows."""
     for curve in curves:
         if (curve["batch"], curve["prompt"]) == (line["batch"], line["prompt"]):
@@ -38,7 +39,7 @@ def _draw_time(axes: Axes, line: dict[str, int], curves: list[dict[str, Any]]) -
     axes.legend(frameon=False, loc="upper left")
 
 
-def _draw_memory(axes: Axes, cells: list[dict[str, Any]]) -> None:
+def _draw_memory(axes: "Axes", cells: list[dict[str, Any]]) -> None:
     """The cache's bytes against the number of tokens it has room for, those of the formula as lines."""
     for colour, batch in zip(BATCHES, sorted({cell["batch"] for cell in cells}), strict=False):
         ours = {cell["prompt"] + cell["new"]: cell for cell in cells if cell["batch"] == batch}

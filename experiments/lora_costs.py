@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,9 +39,7 @@ def flops() -> dict[str, int]:
 
 
 def latency(rounds: int) -> dict[str, float]:
-    """Median seconds of a token, with the adapter beside the weights and merged, the two taking turns."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """Median seconds of computing a token, with the adapter beside the weights and merged, the two taking turns."""
     models = {"beside": tiny(lora=True), "merged": tiny(lora=True)}
     for layer in lora_layers(models["merged"]).values():
         layer.merge()
@@ -49,37 +47,46 @@ def latency(rounds: int) -> dict[str, float]:
     with torch.inference_mode():
         for number in range(rounds + 10):
             for name in ("beside", "merged") if number % 2 else ("merged", "beside"):
-                began = time.perf_counter()
+                began = time.thread_time()
                 models[name](tokens)
                 if number >= 10:  # the first ones are slow for reasons of their own
-                    seconds[name].append(time.perf_counter() - began)
-    torch.set_num_threads(threads)
+                    seconds[name].append(time.thread_time() - began)
     return {name: median(times[1:]) for name, times in seconds.items()}
 
 
-class FlopsByRole(TorchDispatchMode):
-    """FLOPs of operators whose output has a weight's shape, of attention, and of other matrix products."""
+class FlopsByOperator(TorchDispatchMode):
+    """FLOPs of matrix products by the weight that takes part, and by whether the result is its gradient; of attention.
 
-    def __init__(self, model: Transformer) -> None:
+    Told by shapes: `N_TOKENS` is the size of no weight.
+    """
+
+    OPERATORS: ClassVar = {
+        (4096, 4096): "wq, wk, wv, wo",
+        (4096, 11008): "w1, w2, w3",
+        (4096, 32000): "output",
+        (16, 4096): "LoRA's A, B",
+    }
+
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        shapes = [tuple(parameter.shape) for parameter in model.parameters()]
-        self.shapes = {*shapes, *(shape[::-1] for shape in shapes)}
-        self.flops: Counter[str] = Counter()
+        self.flops: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and count it."""
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in ATTENTION:
-            self.flops[ROLES[2]] += round(ATTENTION[packet](*args, **(kwargs or {})))
+            self.flops["attention", ROLES[1]] += round(ATTENTION[packet](*args, **(kwargs or {})))
         elif packet in flop_registry:
-            role = ROLES[0] if tuple(out.shape) in self.shapes else ROLES[1]
-            self.flops[role] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            shapes = [tuple(sorted(tensor.shape)) for tensor in (out, *args)]
+            (weight,) = {shape for shape in shapes if shape in self.OPERATORS}
+            role = ROLES[0] if shapes[0] == weight else ROLES[1]
+            self.flops[self.OPERATORS[weight], role] += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
 
 
-def backward_flops(lora: bool) -> dict[str, int]:
-    """FLOPs of a forward pass, and of the backward pass by role; with the course's adapter, or training all weights.
+def backward_flops(lora: bool) -> dict[str, Any]:
+    """FLOPs of a forward pass, and of the backward pass by role and operator; of the adapter, or of all weights.
 
     On fake tensors, counted as the planner counts them.
     """
@@ -87,7 +94,7 @@ def backward_flops(lora: bool) -> dict[str, int]:
         model = Transformer(model_config("llama2_7b"))
         if lora:
             add_lora(model, 16, 32.0, 0.0, ["wq", "wv"])
-        counter = FlopsByRole(model)
+        counter = FlopsByOperator()
 
         def counted(act: Callable[[], Any]) -> Any:
             counter.flops.clear()
@@ -97,4 +104,7 @@ def backward_flops(lora: bool) -> dict[str, int]:
         loss = counted(lambda: model(torch.zeros(1, N_TOKENS, dtype=torch.int64)).logsumexp(-1).sum())
         forward = counter.flops.total()
         counted(lambda: loss.backward())
-    return {"forward": forward} | {role: counter.flops[role] for role in ROLES}
+    found: dict[str, Any] = {"forward": forward, **{role: {} for role in ROLES}}
+    for (operator, role), n in counter.flops.items():
+        found[role][operator] = n
+    return found

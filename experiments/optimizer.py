@@ -5,6 +5,7 @@ The optimizer and the schedule are the library's; PyTorch's other forms and its 
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,12 +129,13 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         ),
         Claim(
             "fused, which the library takes, needs nothing else while it steps; foreach another copy of all parameters",
-            memory["fused"]["temporary"] < 0.01 and memory["foreach"]["temporary"] >= 4,
+            memory["fused"]["temporary"] < 0.01 and abs(memory["foreach"]["temporary"] - 4) < 0.01,
             {f"{form}, bytes a parameter": memory[form]["temporary"] for form in FORMS},
         ),
         Claim(
-            f"the loop needs that of a tensor at a time: with {N_LAYERS} equal ones less than half of foreach's",
-            0 < memory["loop"]["temporary"] < memory["foreach"]["temporary"] / 2,
+            f"the loop needs three tensors as large as the one at hand: with {N_LAYERS} equal ones 3 * 4 / {N_LAYERS}"
+            " bytes",
+            abs(memory["loop"]["temporary"] - 12 / N_LAYERS) < 0.01,
             {form: memory[form]["temporary"] for form in ("loop", "foreach")},
         ),
         Claim(
@@ -149,13 +151,15 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         Claim(
             f"the run's schedule rises for {100 * WARMUP:g} percent of its steps and falls to nearly 0 at the last one",
             peak == round(WARMUP * STEPS) - 1
-            and all(one > next_ for one, next_ in zip(ours[peak + 1 :], ours[peak + 2 :], strict=False))
+            and all(one > next_ for one, next_ in pairwise(ours[peak + 1 :]))
             and ours[-1] < 0.01 * LR,
             {"peak at step": peak + 1, "last over peak": ours[-1] / max(ours)},
         ),
         Claim(
             "CosineAnnealingLR past T_max rises again, and is where it began at 2 T_max",
-            abs(cosine[STEPS]) < EXACT * LR and abs(cosine[-1] / LR - 1) < EXACT,
+            abs(cosine[STEPS]) < EXACT * LR
+            and all(one < next_ for one, next_ in pairwise(cosine[STEPS:]))
+            and abs(cosine[-1] / LR - 1) < EXACT,
             {"over its start at T_max": cosine[STEPS] / LR, "at 2 T_max": cosine[-1] / LR},
         ),
     ]

@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import date
 from enum import Enum
@@ -14,7 +15,7 @@ from experiments import STUDIES
 from llama_ft.cli import FAILED, INTERRUPTED, USAGE_ERROR, command_line
 from llama_ft.config import UserError
 from llama_ft.config.checks import setting
-from llama_ft.files import output_folder, whole_file, write_text
+from llama_ft.files import output_folder, whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,7 @@ SCHEMA_VERSION = 1
 class Options:
     """What every study can be told."""
 
-    quick: bool = setting(False, "sizes that take seconds: they show that the study works, and are not to be quoted")
+    quick: bool = setting(False, "less of what takes long: it shows that the study works, and is not to be quoted")
     output: Path | None = setting(None, f"folder of figure, table and numbers; null is {OUTPUT}/NAME")
 
 
@@ -88,6 +89,8 @@ def parse_options(arguments: list[str], schema: type[Chosen]) -> Chosen:
         key, equals, value = argument.partition("=")
         if not equals:
             raise UserError(f"{argument}: an argument must be KEY=VALUE")
+        if key in given:
+            raise UserError(f"{key} is given twice")
         if key not in kinds:
             raise UserError(f"{key} is not a key: the options are {', '.join(kinds)}")
         given[key] = _converted(key, value, kinds[key])
@@ -116,7 +119,7 @@ def help_text(module: str, purpose: str, schema: type[Options]) -> str:
     for entry in fields(schema):
         default = entry.default.name if isinstance(entry.default, Enum) else json.dumps(entry.default)
         rows.append(f"  {entry.name:<{width}}  {default:<5}  {entry.metadata['meaning']}\n")
-    exits = "Exit status: 0 if every claim holds, 1 if one fails, 2 if nothing could be measured."
+    exits = "Exit status: 0 if every claim holds, 1 if one fails, 2 if it could not be finished, 130 if interrupted."
     return f"{purpose}\n\n  python -m {module} [KEY=VALUE ...]\n\nKEY: default, meaning\n{''.join(rows)}\n{exits}"
 
 
@@ -133,11 +136,11 @@ def run_as_command(function: Callable[[list[str]], int], module: str, purpose: s
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+        return USAGE_ERROR
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
+        print(f"error: {error.filename2 or error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -159,19 +162,38 @@ def run(study: Study, arguments: list[str]) -> int:
     """
     options = parse_options(arguments, study.options)
     with output_folder(str(options.output or OUTPUT / study.name), "experiments", study.name) as folder:
-        measured = study.measure(options, lambda line: print(line, file=sys.stderr, flush=True))
-        numbers = json.loads(json.dumps(measured))  # as whoever reads the file has them
-        claims, table = study.claims_of(numbers), study.table_of(numbers)
+        with one_thread():
+            measured = study.measure(options, lambda line: print(line, file=sys.stderr, flush=True))
+            numbers = json.loads(json.dumps(measured))  # as whoever reads the file has them
+            claims, table = study.claims_of(numbers), study.table_of(numbers)
+            record = _record(study, options, claims) | numbers
         file = folder / f"{study.name}.json"
-        write_text(file, json.dumps(_record(study, options, claims) | numbers, indent=1) + "\n")
-        write_text(file.with_suffix(".md"), table)
-        with whole_file(file.with_suffix(".png")) as temporary:
-            study.draw(numbers, temporary)
+        with (  # all three or none
+            whole_file(file) as json_file,
+            whole_file(file.with_suffix(".md")) as md_file,
+            whole_file(file.with_suffix(".png")) as png_file,
+        ):
+            study.draw(numbers, png_file)
+            md_file.write_text(table, encoding="utf-8")
+            json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table)
     for claim in claims:
         print(claim.line())
     print(file.with_suffix(".png"))
     return 0 if all(claim.holds for claim in claims) else FAILED
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: tensors of a study's size gain little from more, and lose much where a core is taken."""
+    import torch
+
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:

@@ -50,7 +50,8 @@ def quirks(tokenizer: "Tokenizer", records: Sequence["Record"]) -> dict[str, Any
     special = {tokenizer.bos_id, tokenizer.eos_id}
     samples = [encode_record(record, tokenizer) for record in records]
     prompts = [(prompt_text(record.instruction, record.input), record.output) for record in records]
-    sizes = [(len(tokenizer.encode(each)), len(each.encode())) for each in characters()]
+    before = len(tokenizer.encode("a"))
+    sizes = [(len(tokenizer.encode(f"a{each}")) - before, len(each.encode())) for each in characters()]
     return {
         "word_alone": tokenizer.encode(WORD),
         "word_within": tokenizer.encode(f"the {WORD}")[1:],
@@ -63,8 +64,12 @@ def quirks(tokenizer: "Tokenizer", records: Sequence["Record"]) -> dict[str, Any
             tokenizer.encode(prompt) + tokenizer.encode(answer) == tokenizer.encode(prompt + answer)
             for prompt, answer in prompts
         ),
+        "samples_of_one_text": sum(
+            sample.tokens[1:-1] == tokenizer.encode(prompt + answer)
+            for sample, (prompt, answer) in zip(samples, prompts, strict=True)
+        ),
         "characters": N_CHARACTERS,
-        "characters_of_bytes": sum(n_tokens == 1 + n_bytes > 2 for n_tokens, n_bytes in sizes),
+        "characters_of_several_tokens": sum(n_tokens > 1 for n_tokens, _ in sizes),
         "most_tokens_beyond_bytes": max(n_tokens - n_bytes for n_tokens, n_bytes in sizes),
         "special_spelled": sum(bool(special & {*tokenizer.encode(text)}) for text in SPELLED),
         "samples_with_bos_and_eos": sum(
@@ -118,14 +123,15 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"spaces": found["spaces"], "one by one": found["spaces_one_by_one"]},
         ),
         Claim(
-            "and prompt and answer tokenized apart are never the tokens of both as one text, which are trained on",
-            found["records_alike_apart"] == 0 < found["records"],
+            "and prompt and answer tokenized apart are never the tokens of both as one text, which a sample has",
+            found["records_alike_apart"] == 0 and found["samples_of_one_text"] == found["records"],
             {"records": found["records"], "alike": found["records_alike_apart"]},
         ),
         Claim(
-            "no character is unknown: what has no piece is the bytes of its UTF-8, and comes back",
-            found["texts_changed"] == 0 and found["most_tokens_beyond_bytes"] <= 1 <= found["characters_of_bytes"],
-            {"characters": found["characters"], "as bytes": found["characters_of_bytes"]},
+            "no character is unknown: what has no piece of its own becomes the bytes of its UTF-8, and comes back",
+            found["texts_changed"] == 0
+            and found["most_tokens_beyond_bytes"] <= 0 < found["characters_of_several_tokens"],
+            {"characters": found["characters"], "of several tokens": found["characters_of_several_tokens"]},
         ),
         Claim(
             "text never spells BOS or EOS; each sample has one at its beginning and one at its end, and no other",
@@ -138,17 +144,17 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"digits": found["digits"], "tokens": found["digit_tokens"]},
         ),
         Claim(
-            "samples are uneven: the longest has twice the median's tokens or more",
+            "Alpaca's samples are uneven: the longest has twice the median's tokens or more",
             lengths["longest"] >= 2 * lengths["median"],
             {key: lengths[key] for key in ("samples", "tokens", "median", "longest")},
         ),
         Claim(
-            "so a third or more of micro-batches of 8, as they are drawn, is padding, of micro-batches of 1 nothing",
+            "so a third or more of micro-batches of 8, as they are drawn, is padding, of micro-batches of 1 none",
             padding["1"] == 0 and padding["8"] >= 1 / 3,
             {f"percent, {size}": 100 * padding[str(size)] for size in (1, 8, 32)},
         ),
         Claim(
-            "less than 60 percent of the tokens are trained on, answers and EOS: head and loss need no others",
+            "less than 60 percent of their tokens are trained on: answers and EOS",
             0 < trained < 0.6,
             {"percent": 100 * trained, "tokens": lengths["trained"]},
         ),
@@ -167,7 +173,7 @@ def table_of(numbers: Numbers) -> str:
 def draw(numbers: Numbers, file: Path) -> None:
     """The samples by their length, what is trained of them in colour; and padding by the size of a micro-batch."""
     lengths = numbers["lengths"]
-    with drawn(file, (f"{lengths['samples']} samples, tokens", "computed in a micro-batch, percent")) as (each, share):
+    with drawn(file, (f"{lengths['samples']} samples, tokens", "positions computed, percent")) as (each, share):
         ordered = sorted(lengths["each"], key=lambda pair: pair[1])
         prompts = [n_prompt for n_prompt, _ in ordered]
         answers = [n_tokens - n_prompt for n_prompt, n_tokens in ordered]
@@ -195,8 +201,8 @@ def measure(options: TokenizerOptions, say: Callable[[str], None]) -> Numbers:
     from experiments.builtin import alpaca_samples, sample_records, tiny_tokenizer
     from llama_ft.data.tokenizer import Tokenizer
 
-    say("texts, lengths, padding")
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else tiny_tokenizer()
+    say("texts, lengths, padding")
     return {
         "tokenizer": str(options.tokenizer or "built-in"),
         "quirks": quirks(tokenizer, sample_records("train", N_RECORDS)),

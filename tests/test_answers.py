@@ -14,8 +14,8 @@ from experiments import STUDIES
 
 PAGE = CHECKOUT / "docs" / "answers.md"
 RECORDS = CHECKOUT / "benchmarks" / "studies"
-# Numbers that are no results: settings of the studies, a version, a model's size, what Alpaca's page says.
-SETTINGS = {"0.1", "0.9", "4.46", "60 %", "6.7", "50 GiB"}
+# Numbers that are no results: settings of the studies, a version, models' names and sizes, what Alpaca's page says.
+SETTINGS = {"0.1", "0.9", "4.46", "60 %", "1.2", "3.2", "6.7", "50 GiB"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Cited:
     def is_shown(self, value: float, tolerance: float = 0.0) -> bool:
         """Whether the page shows a value, rounded to the digits that it has; or one that is as near."""
         digits = len(self.shown.partition(".")[2])
+        if not float(self.shown.replace(",", "")):
+            return value == 0
         return abs(float(self.shown.replace(",", "")) - value) <= 0.5001 * 10**-digits + tolerance * abs(value)
 
 

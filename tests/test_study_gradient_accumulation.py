@@ -60,3 +60,8 @@ def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.
 def test_statistics_that_are_not_the_micro_batchs_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.BatchNorm1d, "forward", lambda self, x: x)  # the mean stays 0
     assert failed(study, quick, statistics=study.statistics(quick["micro_batch_sizes"])) == [5]
+
+
+def test_a_mean_that_moves_away_with_the_size_fails(quick: dict[str, Any]) -> None:
+    statistics = quick["statistics"] | {"mean": quick["statistics"]["mean"][::-1]}
+    assert failed(study, quick, statistics=statistics) == [5]

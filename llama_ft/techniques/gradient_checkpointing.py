@@ -20,7 +20,7 @@ def checkpoint_layers(model: Transformer, every: int) -> None:
         for start in range(0, len(layers), every):
             group = slice(start, start + every)
             # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
-            # gradient, and the reentrant form would then give none to the block's weights either.
+            # gradient, and the reentrant form would then give none to any weight of any block.
             x = checkpoint(run_group, layers[group], x, rotary, mask, caches[group], use_reentrant=False)
         return x
 
