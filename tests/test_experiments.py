@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def test_a_study_leaves_its_numbers_and_says_what_holds(tmp_path: Path, capsys, 
     ]
 
 
+def test_a_picture_that_cannot_be_written_leaves_no_numbers(monkeypatch, capsys, tmp_path: Path) -> None:
+    picture = tmp_path / "kv_cache.png"
+    picture.mkdir()
+    monkeypatch.setattr(sys, "argv", ["kv_cache", f"output={tmp_path}"])
+    assert main(a_study(True)) == 2
+    assert capsys.readouterr().err == f"error: {picture}: Is a directory\n"
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_numbers_are_of_one_thread(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    study = replace(a_study(True), measure=lambda options, say: {"n": torch.get_num_threads()}, claims_of=lambda n: [])
+    run_study(study, [f"output={tmp_path}"])
+    record = json.loads((tmp_path / "kv_cache.json").read_text())
+    assert (record["n"], torch.get_num_threads()) == (1, 2)
+    torch.set_num_threads(before)
+    assert record["hardware"]["device"].endswith(", 1 thread")
+
+
 WRONG = {
     "quik=true": "quik is not a key: the options are quick, output, complete, repeats, gpu",
     "quick": "quick: an argument must be KEY=VALUE",
@@ -149,6 +170,14 @@ def test_all_studies_end_with_what_became_of_each(
     assert run_all(["quick=true", f"output={tmp_path}"]) == (status if writes else 2)
     expected = f"{2 - status} of 2 claims hold" if writes else f"not finished (exit status {status})"
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"kv_cache: {expected}, ")
+
+
+def test_all_studies_need_a_folder_and_say_so_once(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="the folder cannot be made"):
+        run_all([f"output={file}"])
 
 
 # Generating side by side
