@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from statistics import linear_regression
 from typing import Any
 
-from experiments.study import Claim, Numbers
+from experiments.study import Claim, Numbers, table
 from llama_ft.config import ModelConfig
+from llama_ft.measure.result import MB
 
 LEAST_SPEED_UP = 5.0
 LEAST_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt
@@ -92,18 +93,19 @@ def table_of(numbers: Numbers) -> str:
     """The cells in Markdown, those with the cache and without it in one row."""
     cells = numbers["cells"]
     titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MB")
-    rows = [f"| {' | '.join((*titles, 'cache, MB', 'formula, MB'))} |", f"|{'---:|' * (len(titles) + 2)}"]
+    rows = []
     for batch, prompt, new in dict.fromkeys((cell["batch"], cell["prompt"], cell["new"]) for cell in cells):
         with_cache, without = both = _both(cells, batch=batch, prompt=prompt, new=new)
-        texts = [
-            *(str(size) for size in (batch, prompt, new)),
-            " / ".join(f"{1000 * cell['first_token_s']:,.0f}" for cell in both),
-            " / ".join(f"{cell['decode_tokens_per_s']:,.0f}" for cell in both),
-            " / ".join(f"{cell['total_s']:,.2f}" for cell in both),
-            f"{without['total_s'] / with_cache['total_s']:.1f}",
-            " / ".join(f"{cell['peak_memory_bytes'] / 2**20:,.1f}" for cell in both),
-            *(f"{with_cache[key] / 2**20:,.2f}" for key in ("cache_bytes", "closed_form_bytes")),
-        ]
-        rows.append(f"| {' | '.join(texts)} |")
+        rows.append(
+            [
+                *(batch, prompt, new),
+                " / ".join(f"{1000 * cell['first_token_s']:,.0f}" for cell in both),
+                " / ".join(f"{cell['decode_tokens_per_s']:,.0f}" for cell in both),
+                " / ".join(f"{cell['total_s']:,.2f}" for cell in both),
+                f"{without['total_s'] / with_cache['total_s']:.1f}",
+                " / ".join(f"{cell['peak_memory_bytes'] / MB:,.1f}" for cell in both),
+                *(f"{with_cache[key] / MB:,.2f}" for key in ("cache_bytes", "closed_form_bytes")),
+            ]
+        )
     note = "With the cache / without it. MB is 2**20 bytes. Peak: tensors alive at most, weights included."
-    return "\n".join([*rows, "", note]) + "\n"
+    return f"{table((*titles, 'cache, MB', 'formula, MB'), rows)}\n{note}\n"

@@ -44,7 +44,7 @@ class Claim:
 
     def line(self) -> str:
         """For people: HOLDS or FAILS, the claim, the numbers."""
-        found = ", ".join(f"{name.replace('_', ' ')} {value:,.4g}" for name, value in self.numbers.items())
+        found = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.numbers.items())
         return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({found})"
 
 
@@ -216,10 +216,14 @@ def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown; numbers with four digits."""
-    lines = [titles, ["---", *["---:"] * (len(titles) - 1)], *([_cell(value) for value in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """A table in Markdown, its columns aligned for whoever reads it as it is."""
+    cells = [list(titles), *([value if isinstance(value, str) else shown(value) for value in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
+    cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    aligned = ([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))] for row in cells)
+    return "".join(f"| {' | '.join(row)} |\n" for row in aligned)
 
 
-def _cell(value: object) -> str:
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+def shown(value: Any) -> str:
+    """A number for people: four digits of a small one, all before the point of a large one."""
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
