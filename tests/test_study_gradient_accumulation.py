@@ -9,6 +9,7 @@ import torch
 from conftest import failed
 
 from experiments import gradient_accumulation as study
+from experiments import gradient_accumulation_norms as of_norms
 from experiments.builtin import ALPACA_LENGTHS
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.techniques import gradient_accumulation as technique
@@ -54,12 +55,12 @@ def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.
         return x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", forward)
-    assert failed(study, quick, norms=study.norms(quick["micro_batch_sizes"])) == [6]
+    assert failed(study, quick, norms=of_norms.norms(quick["micro_batch_sizes"])) == [6]
 
 
 def test_statistics_that_are_not_the_micro_batchs_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.BatchNorm1d, "forward", lambda self, x: x)  # the mean stays 0
-    assert failed(study, quick, statistics=study.statistics(quick["micro_batch_sizes"])) == [5]
+    assert failed(study, quick, statistics=of_norms.statistics(quick["micro_batch_sizes"])) == [5]
 
 
 def test_a_mean_that_moves_away_with_the_size_fails(quick: dict[str, Any]) -> None:
