@@ -24,7 +24,7 @@ EQUAL = 1e-10  # relative, in fp64
 LEAST_BIAS = 0.05  # of a mean of means, relative to the gradient
 SAMPLES, MICRO_BATCHES = 32, 4  # of the linear model
 N_NORM = 64  # samples of the networks with norms
-NEAR_LAW = 0.3  # relative
+NEAR_LAW = 0.25  # relative
 NORMS = ("BatchNorm", "LayerNorm", "RMSNorm")
 WINDOW = 8  # micro-batches of one sample, as in the course
 

@@ -27,9 +27,9 @@ WAYS: dict[str, Callable[[int], int | None]] = {
     "every sqrt(n)-th": math.isqrt,
     "every layer": lambda n: 1,
 }
-"""What is kept of n layers: every how-maniest layer's input; 0 is everything, None nothing but the first input."""
+"""Of n layers: from how many of them one input is kept; 0 keeps everything, None the first input alone."""
 COLOURS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GREY), strict=True))
-LEAST_OF_ALL = 0.95  # share of all activations that is no saving
+NO_SAVING = 0.95  # share of what keeping everything takes, or more
 NEAR = 0.1  # how far an exponent may be from the textbook's
 
 
@@ -62,7 +62,7 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         ),
         Claim(
             "keep nothing, compute all anew at once: 2 n forward passes, but memory O(n), nothing saved",
-            at_once and as_plain >= LEAST_OF_ALL,
+            at_once and as_plain >= NO_SAVING,
             found | {"times that of keep all": as_plain},
         ),
         Claim(

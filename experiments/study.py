@@ -109,7 +109,7 @@ def _converted(key: str, value: str, kind: Any) -> Any:
             raise UserError(f"{key}={value} is not allowed: it must be a whole number, at least 1")
         return int(value)
     if not value:
-        raise UserError(f"{key}= is not allowed: it must be a path")
+        raise UserError(f"{key}= is not allowed: it must be a {'folder' if key == 'output' else 'file'}")
     return Path(os.path.expanduser(value))
 
 

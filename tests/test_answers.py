@@ -81,6 +81,13 @@ def test_the_committed_numbers_are_of_a_whole_run_whose_claims_hold(study: str) 
     assert picture in PAGE.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("study", STUDIES)
+def test_benchmarks_names_the_versions_of_the_numbers(study: str) -> None:
+    section = (CHECKOUT / "benchmarks" / "README.md").read_text(encoding="utf-8").partition("\n## The studies\n")[2]
+    versions = record(study)["versions"]
+    assert f"Python {versions['python']}, torch {versions['torch']}." in section.partition("\n## ")[0]
+
+
 def test_no_result_is_typed() -> None:
     """What has a decimal point or is a percentage is linked, unless it is a setting."""
     text = PAGE.read_text(encoding="utf-8")

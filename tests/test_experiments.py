@@ -39,8 +39,6 @@ from llama_ft.model.transformer import Transformer
 
 # Claims whose numbers are times, or depend on how much is measured.
 OTHER_WHEN_QUICK = {("lora", 5), ("gradient_accumulation", 4), ("kv_cache", 1), ("kv_cache", 2), ("kv_cache", 4)}
-# Claims of what some steps of training lead to, or of errors of 16 bit: other CPUs round otherwise.
-OTHER_ELSEWHERE = {("mixed_precision", 1), ("mixed_precision", 2), ("mixed_precision", 4)}
 BYTES_PER_TOKEN = 2 * 6 * 192 * 4  # tiny: keys and values, layers, width, fp32
 WEIGHTS_BYTES = 4 * (2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192) + 192)
 
@@ -110,7 +108,7 @@ WRONG = {
     "repeats=x": "repeats=x is not allowed: it must be a whole number, at least 1",
     "gpu=tpu": "gpu=tpu is not allowed: it must be one of auto, cpu, cuda",
     "quick=true quick=false": "quick is given twice",
-    "output=": "output= is not allowed: it must be a path",
+    "output=": "output= is not allowed: it must be a folder",
     f"output={__file__}": f"output={__file__}: the folder cannot be made: File exists",
 }
 
@@ -267,7 +265,7 @@ def test_times_of_a_cell_agree_with_each_other(quick) -> None:
 
 
 def test_as_a_command(tmp_path: Path) -> None:
-    done = run("experiments", "quick=true", cwd=tmp_path, timeout=400)
+    done = run("experiments", "quick=true", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines, held = done.stdout.splitlines(), 0
     assert not [line for line in lines if line.startswith("FAILS")]
@@ -279,8 +277,8 @@ def test_as_a_command(tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "experiments"
     records = {name: json.loads((folder / name / f"{name}.json").read_text()) for name in STUDIES}
     assert records["kv_cache"]["command"].startswith("python -m experiments.kv_cache ")
-    # What docs/answers.md says is found again.
-    again = [number for number in cited() if (number.study, number.claim) not in OTHER_WHEN_QUICK | OTHER_ELSEWHERE]
+    # What docs/answers.md says is found again; other CPUs round otherwise, which steps of training enlarge.
+    again = [number for number in cited() if (number.study, number.claim) not in OTHER_WHEN_QUICK]
     assert len(again) >= 80
     assert [number for number in again if not number.is_shown(number.value_in(records[number.study]), 0.02)] == []
 
