@@ -20,11 +20,11 @@ from torch import Tensor
 from llama_ft import cli
 from llama_ft.config import ConvertConfig, ModelConfig
 from llama_ft.files import write_text
-from llama_ft.measure.result import MB
 from llama_ft.model.export import write_hf
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.result import MIB
 from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.training.saver import save_trained
 
@@ -78,7 +78,7 @@ def measured(arguments: list[str], folder: Path) -> dict[str, Any]:
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         sys.exit(f"convert {' '.join(arguments)} failed")
-    return {"seconds": time.monotonic() - began, "peak_rss_mb": usage.ru_maxrss * 1024 / MB}
+    return {"seconds": time.monotonic() - began, "peak_rss_mib": usage.ru_maxrss * 1024 / MIB}
 
 
 def main() -> None:
@@ -86,13 +86,13 @@ def main() -> None:
     folder = Path(sys.argv[1])
     config = cli.composed_config("convert", [*SIZES, "checkpoint=hf", "to=hf", "output=x"], ConvertConfig).model
     total, largest = make(folder, config)
-    bound = (largest + GIB) / MB
-    print(f"{total / GIB:.2f} GiB, largest tensor {largest / MB:,.0f} MB: at most {bound:,.0f} MB are allowed")
+    bound = (largest + GIB) / MIB
+    print(f"{total / GIB:.2f} GiB, largest tensor {largest / MIB:,.0f} MiB: at most {bound:,.0f} MiB are allowed")
     rows = {name: measured(arguments.split(), folder) for name, arguments in STEPS.items()}
     result = {
-        "checkpoint_mb": total / MB,
-        "largest_tensor_mb": largest / MB,
-        "bound_mb": bound,
+        "checkpoint_mib": total / MIB,
+        "largest_tensor_mib": largest / MIB,
+        "bound_mib": bound,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "command": cli.command_line(),
@@ -100,7 +100,7 @@ def main() -> None:
     }
     write_text(folder / "conversion.json", json.dumps(result, indent=2) + "\n")
     for name, row in rows.items():
-        print(f"{name:<45} {row['seconds']:6.1f} s {row['peak_rss_mb']:8,.0f} MB")
+        print(f"{name:<45} {row['seconds']:6.1f} s {row['peak_rss_mib']:8,.0f} MiB")
     print(f"Written: {folder / 'conversion.json'}")
 
 

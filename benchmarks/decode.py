@@ -25,8 +25,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, config_dir
-from llama_ft.decoding.context import Context
-from llama_ft.measure.device import device_name
+from llama_ft.decoding.state import GenerationState
+from llama_ft.device import device_name
 from llama_ft.model.formats import to_hf
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
@@ -51,7 +51,7 @@ def reference(model: Transformer) -> LlamaForCausalLM:
 @torch.inference_mode()
 def ours(model: Transformer, prompt: list[int], n_new: int, kv_cache: bool) -> Tensor:
     """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
-    context = Context(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
+    context = GenerationState(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
     for _ in range(n_new):
         context.append(context.next_logits().argmax(-1))
     return context.tokens[:, len(prompt) :]
@@ -102,7 +102,7 @@ def measure(config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype, 
         "device": device_name(device),
         "seconds": times,
         "tokens_per_s": {name: n_new / median(taken) for name, taken in times.items()},
-        "peak_memory_mb": peaks or None,  # beside both models' weights
+        "peak_memory_mib": peaks or None,  # beside both models' weights
         "same_tokens_as_transformers": {
             name: int((texts[name] == texts["transformers"]).sum()) for name in ("cached", "uncached")
         },
@@ -123,8 +123,8 @@ def main() -> None:
     sizes: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{arguments.model}.yaml"))
     config = ModelConfig(**sizes)
     n_prompt, n_new = arguments.prompt_tokens, arguments.new_tokens
-    if n_prompt < 1 or n_new < 1 or arguments.rounds < 1 or n_prompt + n_new > config.context:
-        parser.error(f"prompt and new tokens must be at least 1, and together at most {config.context}; rounds too")
+    if n_prompt < 1 or n_new < 1 or arguments.rounds < 1 or n_prompt + n_new > config.max_seq_len:
+        parser.error(f"prompt and new tokens must be at least 1, and together at most {config.max_seq_len}; rounds too")
     result = measure(config, n_prompt, n_new, DTYPES[arguments.dtype], arguments.rounds)
     about = {
         "date": date.today().isoformat(),

@@ -17,12 +17,12 @@ from typing import Any
 from llama_ft import cli
 from llama_ft.config import PlanConfig
 from llama_ft.files import write_text
-from llama_ft.measure.result import MB
 from llama_ft.plan import overrides
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.card import traits_of, workspace_bytes
 from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.predict import blank_samples
+from llama_ft.records.result import MIB
 
 COMMON = "gpu=a100_40gb training=course"
 PURE_BF16 = "optim=mp_lora mp.trainable_weights=compute lora.rank=8 data.max_length=1304"
@@ -53,11 +53,11 @@ class Computed:
 LITGPT = [
     Published("7B, bf16-mixed, micro-batch 1", f"model=llama2_7b {MIXED}", None),
     Published("7B, bf16-true, micro-batch 1", f"model=llama2_7b {PURE_BF16}", 21.30),
-    Published("7B, bf16-true, micro-batch 2", f"model=llama2_7b {PURE_BF16} training.batch_size=2", 29.07),
-    Published("7B, bf16-true, micro-batch 4", f"model=llama2_7b {PURE_BF16} training.batch_size=4", None),
+    Published("7B, bf16-true, micro-batch 2", f"model=llama2_7b {PURE_BF16} training.micro_batch_size=2", 29.07),
+    Published("7B, bf16-true, micro-batch 4", f"model=llama2_7b {PURE_BF16} training.micro_batch_size=4", None),
     Published("13B, bf16-true, micro-batch 1", f"model=llama2_13b {PURE_BF16}", 38.12),
-    Published("13B, bf16-true, micro-batch 2", f"model=llama2_13b {PURE_BF16} training.batch_size=2", None),
-    Published("13B, bf16-true, micro-batch 4", f"model=llama2_13b {PURE_BF16} training.batch_size=4", None),
+    Published("13B, bf16-true, micro-batch 2", f"model=llama2_13b {PURE_BF16} training.micro_batch_size=2", None),
+    Published("13B, bf16-true, micro-batch 4", f"model=llama2_13b {PURE_BF16} training.micro_batch_size=4", None),
 ]
 OTHERS = [
     Computed("optim=baseline", 100.4, 1, 0.03),
@@ -75,14 +75,19 @@ def planned(arguments: str, lengths: tuple[int, int]) -> dict[str, Any]:
     config = cli.composed_config("plan", overrides(f"{COMMON} {arguments}".split()), PlanConfig)
     run = fake_run(config, blank_samples([lengths] * 8), traits_of(config.gpu))
     reserved = reserved_bytes(run.events, workspace_bytes(config.gpu))
-    fits = reserved / MB <= config.gpu.usable_mb
-    return {"peak_mb": run.use.peak_mb, "reserved_mb": reserved / MB, "fits": fits, "memory_mb": run.use.at_peak_mb}
+    fits = reserved / MIB <= config.gpu.usable_mib
+    return {
+        "peak_mib": run.use.peak_mib,
+        "reserved_mib": reserved / MIB,
+        "fits": fits,
+        "memory_mib": run.use.at_peak_mib,
+    }
 
 
 def litgpt(run: Published) -> dict[str, Any]:
     """A run of LitGPT's, measured and planned; of its samples all but BOS are trained on, the most that can be."""
     found = planned(run.arguments, (1304, 1))
-    gb = found["reserved_mb"] * MB / GB
+    gb = found["reserved_mib"] * MIB / GB
     error = None if run.gb is None else gb / run.gb - 1
     return {"name": run.name, "plan": run.arguments, "measured_gb": run.gb, "planned_gb": gb, "error": error} | found
 
@@ -90,7 +95,7 @@ def litgpt(run: Published) -> dict[str, Any]:
 def other(run: Computed) -> dict[str, Any]:
     """A row that another implementation computed, and ours."""
     found = planned(f"model=llama2_7b {run.arguments}", OTHER_LENGTHS)
-    gib = found["peak_mb"] / 1024
+    gib = found["peak_mib"] / 1024
     return {"plan": run.arguments, "theirs_gib": run.gib, "ours_gib": gib, "difference": gib / run.gib - 1} | found
 
 

@@ -15,10 +15,10 @@ from unittest import mock
 from llama_ft.config import DeviceChoice, GpuConfig
 from llama_ft.data.dataset import load_data
 from llama_ft.files import write_text
-from llama_ft.measure.child import read_config
-from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result
+from llama_ft.launch.child import read_config
 from llama_ft.planning import calibration_runs
 from llama_ft.planning.predict import combinations, predict
+from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result
 
 LEARNED_FROM = ("baseline", "mp")
 LENGTHS_FILE = "lengths.json"

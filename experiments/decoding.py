@@ -16,7 +16,7 @@ from experiments.study import Claim, Numbers, Options, Study, main, table
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from llama_ft.decoding.context import Context
+    from llama_ft.decoding.state import GenerationState
 
 WORDS = ["<eos>", *"The nice dog car woman house guy has runs and is drives turns".split()]
 TREE = {
@@ -27,16 +27,16 @@ TREE = {
 }
 TOP_K, TOP_P = 40, 0.9
 BY_HAND = 1e-5  # relative
-LEAST_SHOWN = 1e-6  # probability in the figure
+MIN_SHOWN = 1e-6  # probability in the figure
 
 
-def tree_context(rows: int) -> "Context":
+def tree_context(rows: int) -> "GenerationState":
     """The sequence "The" in equal rows; what follows is the tree's."""
     import torch
     from torch import nn
 
     from llama_ft.config import ModelConfig
-    from llama_ft.decoding.context import Context
+    from llama_ft.decoding.state import GenerationState
     from llama_ft.model.transformer import Transformer
 
     class Tree(Transformer):
@@ -53,7 +53,7 @@ def tree_context(rows: int) -> "Context":
                     logits[row, WORDS.index(word)] = math.log(probability)
             return logits
 
-    return Context(Tree(), [[WORDS.index("The")]] * rows, 2, False, torch.float32)
+    return GenerationState(Tree(), [[WORDS.index("The")]] * rows, 2, False, torch.float32)
 
 
 def tree() -> dict[str, Any]:
@@ -187,9 +187,9 @@ def draw(numbers: Numbers, file: Path) -> None:
         for name, colour, size in ends:
             values, label = kept[name], f"{name}: top-p keeps {size}"
             right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=label)
-            right.vlines(size, LEAST_SHOWN, 1, color=colour, ls="--", lw=2)
-        right.vlines(TOP_K, LEAST_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
-        right.set(xscale="log", yscale="log", xlabel="n", ylim=(LEAST_SHOWN, 300), yticks=[1, 1e-2, 1e-4, 1e-6])
+            right.vlines(size, MIN_SHOWN, 1, color=colour, ls="--", lw=2)
+        right.vlines(TOP_K, MIN_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
+        right.set(xscale="log", yscale="log", xlabel="n", ylim=(MIN_SHOWN, 300), yticks=[1, 1e-2, 1e-4, 1e-6])
         right.legend(frameon=False, loc="upper left")
 
 
@@ -218,9 +218,9 @@ def _draw_edge(
     axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=colour, weight="bold" if colours else "normal")
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Walk the tree, look at the sets, compute perplexities."""
-    say("the tree, the sets, perplexities")
+    log("the tree, the sets, perplexities")
     return {
         "tree": tree(),
         "sets": sets(64),

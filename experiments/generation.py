@@ -8,10 +8,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from llama_ft.decoding.context import Context
+from llama_ft.decoding.state import GenerationState
 from llama_ft.measure.memory import MemoryTracker
-from llama_ft.measure.result import MB
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.result import MIB
 
 CHUNK = 16  # tokens that one generation makes before it is the other's turn
 FILLER = 5  # a token id where any will do
@@ -23,7 +23,7 @@ Prompts = list[list[int]]  # token ids, of equal lengths
 class Generation:
     """A generation as far as it has come."""
 
-    context: Context
+    context: GenerationState
     seconds: list[float] = field(default_factory=list)  # of each new token; the first one's includes the prompt
 
     def advance(self, n_tokens: int) -> None:
@@ -40,9 +40,9 @@ class Generation:
         return self.context.tokens[:, self.context.prompt_length :].tolist()
 
 
-def make_context(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool) -> Context:
+def make_context(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool) -> GenerationState:
     """Prompts to go on from, in the dtype of the weights."""
-    return Context(model, prompts, n_new, kv_cache, model.output.weight.dtype)
+    return GenerationState(model, prompts, n_new, kv_cache, model.output.weight.dtype)
 
 
 @torch.inference_mode()
@@ -109,4 +109,4 @@ def _most_alive(model: Transformer, act: Callable[[], object], held: Iterable[Te
         return torch.cuda.max_memory_allocated(device)
     with MemoryTracker(model, torch.optim.SGD(model.parameters(), lr=0.0), held) as tracker:
         act()
-    return round(tracker.result().peak_mb * MB)
+    return round(tracker.result().peak_mib * MIB)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from llama_ft.model.transformer import Transformer
 
 EQUAL = 1e-10  # relative, in fp64
-LEAST_BIAS = 0.05  # of a mean of means, relative to the gradient
+MIN_BIAS = 0.05  # of a mean of means, relative to the gradient
 SAMPLES, MICRO_BATCHES = 32, 4  # of the linear model
 N_NORM = 64  # samples of the networks with norms
 NEAR_LAW = 0.25  # relative
@@ -102,7 +102,7 @@ def applied_gradient(model: "Transformer", window: Sequence[Sequence["Sample"]])
     return found
 
 
-def language_model(n_windows: int, say: Callable[[str], None]) -> dict[str, Any]:
+def language_model(n_windows: int, log: Callable[[str], None]) -> dict[str, Any]:
     """The tiny model: a window of ragged samples at once, one by one, and as a mean of their means."""
     import torch
 
@@ -112,7 +112,7 @@ def language_model(n_windows: int, say: Callable[[str], None]) -> dict[str, Any]
     model = load_tiny().double()
     exact, biased = [], []
     for number, window in enumerate(windows(alpaca_samples()[: n_windows * WINDOW], WINDOW), start=1):
-        say(f"window {number} of {n_windows}")
+        log(f"window {number} of {n_windows}")
         whole = applied_gradient(model, [window])
         exact.append(apart(applied_gradient(model, [[sample] for sample in window]), whole))
         means = torch.stack([applied_gradient(model, [[sample]]) for sample in window]).mean(0)
@@ -147,8 +147,8 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"relative error at most": max(model["micro_batch_error"])},
         ),
         Claim(
-            f"a mean of the micro-batches' means is off by {100 * LEAST_BIAS:g} percent of the gradient or more",
-            least >= LEAST_BIAS,
+            f"a mean of the micro-batches' means is off by {100 * MIN_BIAS:g} percent of the gradient or more",
+            least >= MIN_BIAS,
             {"percent at least": 100 * least, "percent at most": 100 * max(model["mean_of_means_error"])},
         ),
         Claim(
@@ -191,14 +191,14 @@ def draw(numbers: Numbers, file: Path) -> None:
         by_size.legend(frameon=False)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Compute all gradients."""
     from experiments.gradient_accumulation_norms import norms, statistics
 
     sizes = [2, 4, 8, 16, 32]
     return {
         "linear": linear_model(),
-        "language_model": language_model(1 if options.quick else 4, say),
+        "language_model": language_model(1 if options.quick else 4, log),
         "micro_batch_sizes": sizes,
         "norms": norms(sizes),
         "statistics": statistics(sizes),

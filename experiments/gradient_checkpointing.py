@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.study import Claim, Numbers, Options, Study, main, table
-from llama_ft.measure.result import MB
+from llama_ft.records.result import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -97,13 +97,13 @@ def table_of(numbers: Numbers) -> str:
 
 def draw(numbers: Numbers, file: Path) -> None:
     """Memory and forward passes against the number of layers; memory of LLaMA's blocks."""
-    titles = ("activations of n layers, kB", "forward passes of n layers", "16 LLaMA blocks, MB")
+    titles = ("activations of n layers, kB", "forward passes of n layers", "16 LLaMA blocks, MiB")
     with drawn(file, titles) as (memory, forwards, blocks):
         _draw_growth(memory, numbers["textbook"], "bytes", 1e-3)
         _draw_growth(forwards, numbers["textbook"], "forwards", 1.0)
         ways = ("keep all", "every sqrt(n)-th", "every layer")
         for place, way in enumerate(ways):
-            blocks.bar(place, numbers["blocks"]["ways"][way]["bytes"] / MB, 0.6, color=COLOURS[way])
+            blocks.bar(place, numbers["blocks"]["ways"][way]["bytes"] / MIB, 0.6, color=COLOURS[way])
         names = [way.replace("sqrt(n)", r"$\sqrt{n}$").replace("layer", "block") for way in ways]
         blocks.set_xticks(range(len(ways)), names)
 
@@ -126,11 +126,11 @@ def _draw_growth(axes: "Axes", found: dict[str, Any], key: str, factor: float) -
     axes.legend(frameon=False, loc="upper left", fontsize=12)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Count, all layers and blocks in all ways."""
     from experiments.gradient_checkpointing_runs import blocks, gradients_apart, textbook
 
-    return {"textbook": textbook(say), "blocks": blocks(), "gradients_apart": gradients_apart()}
+    return {"textbook": textbook(log), "blocks": blocks(), "gradients_apart": gradients_apart()}
 
 
 STUDY = Study("gradient_checkpointing", Options, measure, claims_of, table_of, draw)

@@ -11,8 +11,8 @@ from experiments.builtin import model_config
 from experiments.gradient_checkpointing import SQUARES, WAYS
 from llama_ft.config import ModelConfig
 from llama_ft.measure.memory import MemoryTracker
-from llama_ft.measure.result import MB
 from llama_ft.model.transformer import Caches, Transformer
+from llama_ft.records.result import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 
 WIDTH, TOKENS = 64, 32  # of the textbook's layers
@@ -27,7 +27,7 @@ def textbook_model(n_layers: int) -> Transformer:
             return super().forward(x)
 
     torch.manual_seed(0)
-    model = Transformer(ModelConfig("textbook", WIDTH, 1, 1, 1, vocab_size=16, ffn_dim=16, context=TOKENS))
+    model = Transformer(ModelConfig("textbook", WIDTH, 1, 1, 1, vocab_size=16, ffn_dim=16, max_seq_len=TOKENS))
     model.layers = nn.ModuleList(Layer(WIDTH, WIDTH, bias=False) for _ in range(n_layers))
     return randomised(model, WIDTH**-0.5)
 
@@ -106,14 +106,14 @@ def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, 
         loss = model(tokens, logits_at=last).logsumexp(-1).sum()
         if trains:
             loss.backward()
-    return {"bytes": round(tracker.result().max_mb["activation"] * MB), "forwards": n_forward}
+    return {"bytes": round(tracker.result().max_mib["activation"] * MIB), "forwards": n_forward}
 
 
-def textbook(say: Callable[[str], None]) -> dict[str, dict[str, list[int]]]:
+def textbook(log: Callable[[str], None]) -> dict[str, dict[str, list[int]]]:
     """Bytes and forward passes by way, for each number of layers; and bytes of inference."""
     found: dict[str, dict[str, list[int]]] = {}
     for way in WAYS:
-        say(f"{way} of up to {max(SQUARES)} layers")
+        log(f"{way} of up to {max(SQUARES)} layers")
         each = [passes(prepared(textbook_model(n), way), TOKENS) for n in SQUARES]
         found[way] = {key: [one[key] for one in each] for key in ("bytes", "forwards")}
     inference = [passes(textbook_model(n), TOKENS, trains=False) for n in SQUARES]

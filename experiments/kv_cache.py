@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from experiments.kv_cache_figure import draw
-from experiments.kv_cache_report import LEAST_EXPONENT_GAP, Line, claims_of, table_of
+from experiments.kv_cache_report import MIN_EXPONENT_GAP, Line, claims_of, table_of
 from experiments.study import Numbers, Options, Study, main
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.checks import setting
@@ -40,7 +40,7 @@ class Plan:
     outputs: tuple[int, ...]  # new tokens of the cells; of a line, those up to its own
     speed: Line  # shows how much faster the cache is
     growth: Line  # shows how time grows with the output
-    exponent_gap: float = LEAST_EXPONENT_GAP  # that it must show
+    exponent_gap: float = MIN_EXPONENT_GAP  # that it must show
 
 
 def plan_of(options: KVCacheOptions) -> Plan:
@@ -62,12 +62,12 @@ def device_of(options: KVCacheOptions) -> "torch.device":
         UserError: if it is not there.
     """
     from llama_ft.config import GpuConfig
-    from llama_ft.measure.device import choose_device
+    from llama_ft.device import choose_device
 
     return choose_device(GpuConfig(options.gpu.name, device=options.gpu))
 
 
-def measure(options: KVCacheOptions, say: Callable[[str], None]) -> Numbers:
+def measure(options: KVCacheOptions, log: Callable[[str], None]) -> Numbers:
     """Measure what the plan asks for.
 
     Raises:
@@ -79,7 +79,7 @@ def measure(options: KVCacheOptions, say: Callable[[str], None]) -> Numbers:
     plan = plan_of(options)
     model, text, measured = load_tiny(device_of(options)), prompt_source(), []
     for line in plan.lines:
-        say(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
+        log(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
         measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
     return {
         "repeats": options.repeats,

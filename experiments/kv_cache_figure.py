@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.kv_cache_report import exponent
 from experiments.study import Numbers
-from llama_ft.measure.result import MB
+from llama_ft.records.result import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,12 +44,14 @@ def _draw_memory(axes: "Axes", cells: list[dict[str, Any]]) -> None:
     for colour, batch in zip(BATCHES, sorted({cell["batch"] for cell in cells}), strict=False):
         ours = {cell["prompt"] + cell["new"]: cell for cell in cells if cell["batch"] == batch}
         end = max(ours)
-        height = ours[end]["closed_form_bytes"] / MB
+        height = ours[end]["closed_form_bytes"] / MIB
         axes.plot((0, end), (0, height), color=colour, lw=2)
-        axes.plot([*ours], [cell["cache_bytes"] / MB for cell in ours.values()], "o", color=colour, ms=9, clip_on=False)
+        axes.plot(
+            [*ours], [cell["cache_bytes"] / MIB for cell in ours.values()], "o", color=colour, ms=9, clip_on=False
+        )
         axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=colour)
     axes.plot([], [], "o", color=GREY, ms=9, label="measured")
     axes.plot([], [], color=GREY, lw=2, label="formula")
     axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("tokens of a text, prompt and new ones")
-    axes.set_ylabel("MB")
+    axes.set_ylabel("MiB")

@@ -12,11 +12,11 @@ from typing import Any
 
 from experiments.study import Claim, Numbers, table
 from llama_ft.config import ModelConfig
-from llama_ft.measure.result import MB
+from llama_ft.records.result import MIB
 
-LEAST_SPEED_UP = 5.0
-LEAST_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt
-MOST_BYTES_APART = 0.02
+MIN_SPEED_UP = 5.0
+MIN_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt
+MAX_BYTES_APART = 0.02
 
 Cell = dict[str, Any]
 
@@ -63,9 +63,9 @@ def _both(items: list[Cell], **wanted: int) -> tuple[Cell, Cell]:
 
 def _speed_claim(line: dict[str, int], cells: list[Cell]) -> Claim:
     with_cache, without = (cell["total_s"] for cell in _both(cells, **line))
-    what = f"{line['new']} new tokens after a prompt of {line['prompt']} come at least {LEAST_SPEED_UP:g} times as fast"
+    what = f"{line['new']} new tokens after a prompt of {line['prompt']} come at least {MIN_SPEED_UP:g} times as fast"
     numbers = {"times as fast": without / with_cache, "seconds with": with_cache, "seconds without": without}
-    return Claim(f"{what} with the cache", without >= LEAST_SPEED_UP * with_cache, numbers)
+    return Claim(f"{what} with the cache", without >= MIN_SPEED_UP * with_cache, numbers)
 
 
 def _growth_claim(line: dict[str, int], curves: list[Cell], gap: float) -> Claim:
@@ -80,7 +80,7 @@ def _bytes_claim(cells: list[Cell]) -> Claim:
     worst = max(abs(cell["cache_bytes"] / cell["closed_form_bytes"] - 1) for cell in cells)
     what = "the cache has the bytes of 2 x layers x kv_heads x head_dim x tokens x bytes x batch"
     numbers = {"cells": len(cells), "percent apart at most": 100 * worst}
-    return Claim(f"{what}, within {100 * MOST_BYTES_APART:g} percent", worst <= MOST_BYTES_APART, numbers)
+    return Claim(f"{what}, within {100 * MAX_BYTES_APART:g} percent", worst <= MAX_BYTES_APART, numbers)
 
 
 def _text_claim(numbers: dict[str, Any]) -> Claim:
@@ -92,7 +92,7 @@ def _text_claim(numbers: dict[str, Any]) -> Claim:
 def table_of(numbers: Numbers) -> str:
     """The cells in Markdown, those with the cache and without it in one row."""
     cells = numbers["cells"]
-    titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MB")
+    titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MiB")
     rows = []
     for batch, prompt, new in dict.fromkeys((cell["batch"], cell["prompt"], cell["new"]) for cell in cells):
         with_cache, without = both = _both(cells, batch=batch, prompt=prompt, new=new)
@@ -103,9 +103,9 @@ def table_of(numbers: Numbers) -> str:
                 " / ".join(f"{cell['decode_tokens_per_s']:,.0f}" for cell in both),
                 " / ".join(f"{cell['total_s']:,.2f}" for cell in both),
                 f"{without['total_s'] / with_cache['total_s']:.1f}",
-                " / ".join(f"{cell['peak_memory_bytes'] / MB:,.1f}" for cell in both),
-                *(f"{with_cache[key] / MB:,.2f}" for key in ("cache_bytes", "closed_form_bytes")),
+                " / ".join(f"{cell['peak_memory_bytes'] / MIB:,.1f}" for cell in both),
+                *(f"{with_cache[key] / MIB:,.2f}" for key in ("cache_bytes", "closed_form_bytes")),
             ]
         )
-    note = "With the cache / without it. MB is 2**20 bytes. Peak: tensors alive at most, weights included."
-    return f"{table((*titles, 'cache, MB', 'formula, MB'), rows)}\n{note}\n"
+    note = "With the cache / without it. Peak: tensors alive at most, weights included."
+    return f"{table((*titles, 'cache, MiB', 'formula, MiB'), rows)}\n{note}\n"

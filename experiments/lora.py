@@ -21,7 +21,7 @@ ROLES = ("gradients of weights", "gradients of inputs")  # what a backward pass 
 COURSE_PERCENT = 0.1243  # what PEFT prints for LLaMA-2-7B, r = 16, q and v
 LENGTH = 64  # tokens whose FLOPs are counted
 SWITCHES = 64
-LEAST_SLOWER = 1.02
+MIN_SLOWDOWN = 1.02
 ROUNDING = {"fp32": 1e-5, "bf16": 1e-3}
 
 
@@ -129,8 +129,8 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"percent beside": 100 * (flop["forward_beside"] / flop["forward"] - 1)},
         ),
         Claim(
-            f"merged a token takes less time: beside the weights {LEAST_SLOWER} times as long, or longer",
-            slower >= LEAST_SLOWER,
+            f"merged a token takes less time: beside the weights {MIN_SLOWDOWN} times as long, or longer",
+            slower >= MIN_SLOWDOWN,
             {"times": slower},
         ),
         Claim(
@@ -184,11 +184,11 @@ def draw(numbers: Numbers, file: Path) -> None:
         right.legend(frameon=False, loc="upper left")
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Count, time, merge."""
     from experiments.lora_costs import backward_flops, flops, latency
 
-    say("parameters, FLOPs, latency, changing tasks")
+    log("parameters, FLOPs, latency, changing tasks")
     return {
         "at_the_start": at_the_start(),
         "factor_parameters": factor_parameters(),

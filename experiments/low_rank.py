@@ -233,9 +233,9 @@ def draw(numbers: Numbers, file: Path) -> None:
         right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.08, 0.35))
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Decompose, truncate, split."""
-    say("a picture, a flat spectrum, two splits")
+    log("a picture, a flat spectrum, two splits")
     return {
         "picture": decomposition(picture()),
         "flat": decomposition(random_orthogonal(SIDE, SIDE, 1)),

@@ -179,14 +179,14 @@ def _draw_map(axes: "Axes", found: dict[str, Any]) -> None:
     axes.set_xlabel("tokens in a micro-batch")
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Compute gradients, take steps, plan memory."""
     from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
 
-    found = {"underflow": underflow(QUICK_SCALES if options.quick else SCALES, say)}
-    say("updates, GradScaler")
+    found = {"underflow": underflow(QUICK_SCALES if options.quick else SCALES, log)}
+    log("updates, GradScaler")
     found |= {"updates": updates(), "scaling": scaling()}
-    say("memory, planned")
+    log("memory, planned")
     return found | {
         "memory": memory_map(LABELS, MODELS, QUICK_TOKENS if options.quick else TOKENS),
         "accumulated": memory_map(["full_ga"], ["llama2_7b"], [int(FEW)]),

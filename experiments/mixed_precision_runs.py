@@ -13,8 +13,8 @@ from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import encode_record
 from llama_ft.model.transformer import Transformer
-from llama_ft.planning.card import Traits
 from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.predict import blank_samples, processes
 from llama_ft.techniques import Techniques
 from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
@@ -50,13 +50,13 @@ def gradient(model: Transformer, batch: Batch, precision: Precision, scale: floa
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
 
 
-def underflow(scales: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
+def underflow(scales: Sequence[int], log: Callable[[str], None]) -> dict[str, Any]:
     """What fp16 and bf16 make of the gradient, when fine-tuning begins and when the loss has fallen."""
     model, batch, found = load_tiny().train(), records_batch(), {}
     for stage in ("start", "later"):
         if stage == "later":
             take_steps(model, batch, N_STEPS, STEP_LR)
-        say(f"gradients in 16 bit, {stage}")
+        log(f"gradients in 16 bit, {stage}")
         found[stage] = underflow_of(model, batch, scales)
     return found
 
@@ -139,16 +139,16 @@ def scaling() -> dict[str, Any]:
 
 
 def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> dict[str, float]:
-    """Peak and most activations, MB, of a step on a micro-batch of so many tokens, on a card with bf16.
+    """Peak and most activations, MiB, of a step on a micro-batch of so many tokens, on a card with bf16.
 
     Samples have `LONGEST` tokens, or the micro-batch is one of fewer; half of each is trained on.
     """
     size = -(-n_tokens // LONGEST)
-    keys = {"model": model, "optim": combination, "mp.frozen_weights": frozen, "training.batch_size": size}
+    keys = {"model": model, "optim": combination, "mp.frozen_weights": frozen, "training.micro_batch_size": size}
     config = composed_config("plan", [f"{key}={value}" for key, value in keys.items()], PlanConfig)
     samples = blank_samples([(n_tokens // size + 1, n_tokens // size // 2)] * size * config.ga.steps)
     use = fake_run(config, samples, Traits(on_cuda=True, has_bf16=True, has_flash=True)).use
-    return {"peak": use.peak_mb, "activation": use.max_mb["activation"]}
+    return {"peak": use.peak_mib, "activation": use.max_mib["activation"]}
 
 
 def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[int]) -> dict[str, Any]:

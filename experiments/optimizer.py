@@ -44,7 +44,7 @@ def memory_of(form: str) -> dict[str, float]:
     from torch import nn
 
     from llama_ft.measure.memory import MemoryTracker
-    from llama_ft.measure.result import MB
+    from llama_ft.records.result import MIB
 
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(N_LAYERS)))
     n_parameters = N_LAYERS * WIDTH * WIDTH
@@ -58,7 +58,7 @@ def memory_of(form: str) -> dict[str, float]:
     held += [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     with MemoryTracker(network, optimizer, held) as tracker:
         optimizer.step()
-    return {"state": state / n_parameters, "temporary": (tracker.result().peak_mb * MB - kept) / n_parameters}
+    return {"state": state / n_parameters, "temporary": (tracker.result().peak_mib * MIB - kept) / n_parameters}
 
 
 def decays() -> dict[str, list[float]]:
@@ -185,9 +185,9 @@ def draw(numbers: Numbers, file: Path) -> None:
         lines.legend(frameon=False, loc="upper left")
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Numbers:
+def measure(options: Options, log: Callable[[str], None]) -> Numbers:
     """Watch steps, decay weights, follow schedules."""
-    say("steps of three forms, decay, schedules")
+    log("steps of three forms, decay, schedules")
     return {
         "memory": {form: memory_of(form) for form in FORMS},
         "decays": decays(),

@@ -198,9 +198,9 @@ def one_thread() -> Iterator[None]:
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:
     """What the JSON file holds beside the numbers: what they depend on, and what they say."""
-    from llama_ft.measure.device import device_name
-    from llama_ft.measure.run import versions
-    from llama_ft.measure.system import memory_there_is
+    from llama_ft.device import device_name
+    from llama_ft.launch.run import versions
+    from llama_ft.system import total_memory_bytes
 
     device = device_name(study.device(options))
     return {
@@ -209,7 +209,7 @@ def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str
         "quick": options.quick,
         "command": command_line(),
         "date": date.today().isoformat(),
-        "hardware": {"device": device, "cores": os.cpu_count(), "memory_mb": round(memory_there_is() / 2**20)},
+        "hardware": {"device": device, "cores": os.cpu_count(), "memory_mib": round(total_memory_bytes() / 2**20)},
         "versions": versions(),
         "claims": [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims],
     }

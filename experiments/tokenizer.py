@@ -192,7 +192,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         share.legend(frameon=False, loc="upper left", ncols=3)
 
 
-def measure(options: TokenizerOptions, say: Callable[[str], None]) -> Numbers:
+def measure(options: TokenizerOptions, log: Callable[[str], None]) -> Numbers:
     """Tokenize and count.
 
     Raises:
@@ -202,7 +202,7 @@ def measure(options: TokenizerOptions, say: Callable[[str], None]) -> Numbers:
     from llama_ft.data.tokenizer import Tokenizer
 
     tokenizer = Tokenizer(options.tokenizer) if options.tokenizer else tiny_tokenizer()
-    say("texts, lengths, padding")
+    log("texts, lengths, padding")
     return {
         "tokenizer": str(options.tokenizer or "built-in"),
         "quirks": quirks(tokenizer, sample_records("train", N_RECORDS)),

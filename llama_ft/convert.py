@@ -15,7 +15,7 @@ from llama_ft.files import whole_folder
 from llama_ft.reporting.progress import progress_bar
 
 if TYPE_CHECKING:
-    from llama_ft.exporting.beside import Beside
+    from llama_ft.exporting.beside import SidecarFiles
     from llama_ft.exporting.source import Source
 
 USAGE = cli.Usage(
@@ -33,7 +33,7 @@ USAGE = cli.Usage(
     ("--help", "--version", "-sc install=bash"),
 )
 FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
-MB = 2**20
+MIB = 2**20
 
 
 def main() -> int:
@@ -41,25 +41,25 @@ def main() -> int:
     config = cli.composed_config("convert", sys.argv[1:], ConvertConfig)
     console, errors = Console(), Console(stderr=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
     output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
     check_free(output, config)
-    from llama_ft.exporting.beside import Beside
+    from llama_ft.exporting.beside import SidecarFiles
     from llama_ft.exporting.source import open_source
 
-    source, beside = open_source(config), Beside(config, say)
+    source, beside = open_source(config), SidecarFiles(config, log)
     n_bytes = check_room(source, config, output)
     assert config.to is not None
-    say(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MB:,.0f} MB from {source.checkpoint.folder}")
+    log(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MIB:,.0f} MiB from {source.checkpoint.folder}")
     try:
-        with whole_folder(output) as folder, progress_bar(errors, "MB written", round(n_bytes / MB)) as advance:
-            write(source, beside, config, folder, in_mb(advance))
+        with whole_folder(output) as folder, progress_bar(errors, "MiB written", round(n_bytes / MIB)) as advance:
+            write(source, beside, config, folder, in_mib(advance))
     except OSError as error:
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
     if config.to is Format.meta:
-        say_context(config, say)
+        say_context(config, log)
     if source.is_rounded and config.probe:
         say_change(source, output, errors, console)
     files = sorted(file.name for file in output.iterdir())
@@ -101,18 +101,18 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
     free = shutil.disk_usage(there).free
     if n_bytes > free:
         raise UserError(
-            f"output={config.output}: {n_bytes / MB:,.0f} MB are needed, and {free / MB:,.0f} MB are free there"
+            f"output={config.output}: {n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
         )
     return n_bytes
 
 
-def in_mb(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Counts bytes for a bar that counts MB."""
+def in_mib(advance: Callable[[int], None]) -> Callable[[int], None]:
+    """Counts bytes for a bar that counts MiB."""
     rest = 0
 
     def count(n_bytes: int) -> None:
         nonlocal rest
-        whole, rest = divmod(rest + n_bytes, MB)
+        whole, rest = divmod(rest + n_bytes, MIB)
         if whole:
             advance(whole)
 
@@ -121,7 +121,7 @@ def in_mb(advance: Callable[[int], None]) -> Callable[[int], None]:
 
 def write(
     source: "Source",
-    beside: "Beside",
+    beside: "SidecarFiles",
     config: ConvertConfig,
     folder: Path,
     advance: Callable[[int], None],
@@ -144,16 +144,16 @@ def write(
         write_meta(source.written, source.model, folder, config.shards or 1, advance)
 
 
-def say_context(config: ConvertConfig, say: Callable[[str], None]) -> None:
+def say_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
     """Meta's format does not say the context: where another one will be read back, say so."""
     from llama_ft.model.folder import released_context
 
     model = config.model
     read_back = released_context(model.vocab_size, model.rope_theta, model.rope_factor)
-    if read_back != model.context:
-        say(
-            f"Meta's files do not say the context of {model.context:,}, and are read as of {read_back:,}: give"
-            f" model.context={model.context} with them"
+    if read_back != model.max_seq_len:
+        log(
+            f"Meta's files do not say the context of {model.max_seq_len:,}, and are read as of {read_back:,}: give"
+            f" model.max_seq_len={model.max_seq_len} with them"
         )
 
 
@@ -167,9 +167,9 @@ def say_change(source: "Source", output: Path, errors: Console, console: Console
 
     with torch.device("meta"):
         written = open_checkpoint(output, Transformer(source.model))
-    millions = round(2 * n_read(source.exact, source.model) / MB)  # of weights, those before and those after
+    millions = round(2 * n_read(source.exact, source.model) / MIB)  # of weights, those before and those after
     with progress_bar(errors, "million weights, logits before and after", millions) as advance:
-        found = change(source.model, source.exact, written.weights, in_mb(advance))
+        found = change(source.model, source.exact, written.weights, in_mib(advance))
     console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -18,7 +18,7 @@ from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table2 import print_table
 
 if TYPE_CHECKING:
-    from llama_ft.evaluation.measures import Material, Measured
+    from llama_ft.evaluation.measures import EvalInputs, Measured
 
 USAGE = cli.Usage(
     "evaluate",
@@ -43,19 +43,19 @@ def main() -> int:
     config = cli.composed_config("evaluate", sys.argv[1:], EvaluateConfig)
     console, errors = Console(), Console(stderr=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
-    material = load_material(config, say)
+    material = load_material(config, log)
+    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory
     from llama_ft.evaluation.models import measure_models
-    from llama_ft.measure.device import compute_dtype, device_name, device_of_profile, is_out_of_memory
-    from llama_ft.measure.run import versions
+    from llama_ft.launch.run import versions
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
         try:
-            measured = measure_models(config, material, device, dtype, partial(progress_bar, errors), say)
+            measured = measure_models(config, material, device, dtype, partial(progress_bar, errors), log)
         except Exception as error:
             if is_out_of_memory(error):
                 raise UserError("out of memory: lower batch_size, data.max_length, or of text=FILE window") from error
@@ -65,26 +65,26 @@ def main() -> int:
     return 0
 
 
-def load_material(config: EvaluateConfig, say: Say) -> "Material":
+def load_material(config: EvaluateConfig, log: Say) -> "EvalInputs":
     """What the models are measured on.
 
     Raises:
         UserError: if the tokenizer, the records or the text cannot be had, or the tokenizer is not the model's.
     """
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
-    from llama_ft.evaluation.measures import Material
+    from llama_ft.evaluation.measures import EvalInputs
     from llama_ft.evaluation.perplexity import read_text
     from llama_ft.evaluation.records import load_questions
 
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
-    return Material(tokenizer, load_questions(config, tokenizer, say), text)
+    return EvalInputs(tokenizer, load_questions(config, tokenizer, log), text)
 
 
 def report(
     config: EvaluateConfig,
-    material: "Material",
+    material: "EvalInputs",
     measured: "dict[str, Measured]",
     about: dict[str, Any],
     folder: Path,

@@ -16,7 +16,7 @@ from llama_ft.reporting.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_ft.data.tokenizer import Tokenizer
-    from llama_ft.decoding.generate import Answer, Answerer
+    from llama_ft.decoding.generate import Answer, GenerateFn
     from llama_ft.decoding.prompts import Prompt
     from llama_ft.model.transformer import Transformer
     from llama_ft.techniques.adapter import Adapters
@@ -44,7 +44,7 @@ def main() -> int:
     config = cli.composed_config("generate", sys.argv[1:], GenerateConfig)
     errors = Console(stderr=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
@@ -52,15 +52,15 @@ def main() -> int:
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     prompts = read_asked(config, tokenizer)
-    models = Models(config, tokenizer, say)
+    models = Models(config, tokenizer, log)
     if config.prompts is not None:
-        answer_file(config, prompts, models, errors, say)
+        answer_file(config, prompts, models, errors, log)
     elif config.interactive:
-        converse(config, models, say)
+        converse(config, models, log)
     else:
         from llama_ft.decoding.show import show_answers
 
-        show_answers(prompts[0].text, models.load, config, say)
+        show_answers(prompts[0].text, models.load, config, log)
     return 0
 
 
@@ -76,17 +76,17 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]"
         from llama_ft.decoding.prompt_file import result_keys
 
         file = Path(os.path.expanduser(config.prompts))
-        return read_prompts(file, result_keys(config), tokenizer, config.model.context)
+        return read_prompts(file, result_keys(config), tokenizer, config.model.max_seq_len)
     if config.interactive:
         return []
     record = {"prompt": config.prompt, "instruction": config.instruction, "input": config.input}
     prompt = Prompt(prompt_of(record), record)
-    encode_prompt(tokenizer, prompt.text, config.model.context)
+    encode_prompt(tokenizer, prompt.text, config.model.max_seq_len)
     return [prompt]
 
 
 def answer_file(
-    config: GenerateConfig, prompts: "list[Prompt]", models: "Models", errors: Console, say: Callable[[str], None]
+    config: GenerateConfig, prompts: "list[Prompt]", models: "Models", errors: Console, log: Callable[[str], None]
 ) -> None:
     """Answer a file of prompts, with a bar where the results go into a file; printed, they themselves are progress."""
     from llama_ft.decoding.generate import ignore
@@ -95,10 +95,10 @@ def answer_file(
     def progress(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return nullcontext(ignore) if config.output is None else progress_bar(errors, title, total)
 
-    PromptFile(config, prompts, models.dtype_name, models.load, progress, say).answer()
+    PromptFile(config, prompts, models.dtype_name, models.load, progress, log).answer()
 
 
-def converse(config: GenerateConfig, models: "Models", say: Callable[[str], None]) -> None:
+def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None]) -> None:
     """Answer line after line, with the models kept."""
     from llama_ft.decoding.chat import chat, line_reader
     from llama_ft.decoding.show import show_answers
@@ -107,7 +107,7 @@ def converse(config: GenerateConfig, models: "Models", say: Callable[[str], None
 
     def use(folder: str) -> None:
         models.use(adapters, folder or None)
-        say(f"with the adapter in {folder}" if folder else "without an adapter")
+        log(f"with the adapter in {folder}" if folder else "without an adapter")
 
     def bare(prompts: "Sequence[str]", on_text: Callable[[str], None]) -> "list[list[Answer]]":
         used = adapters.used
@@ -119,26 +119,26 @@ def converse(config: GenerateConfig, models: "Models", say: Callable[[str], None
 
     base = models.load(True) if config.base is not None else bare
     chat(
-        lambda prompt: show_answers(prompt, lambda is_base: base if is_base else answer, config, say),
+        lambda prompt: show_answers(prompt, lambda is_base: base if is_base else answer, config, log),
         use,
         line_reader(),
-        say,
+        log,
     )
 
 
 class Models:
     """The model that is asked, and the base that it is compared with, loaded when they are needed."""
 
-    def __init__(self, config: GenerateConfig, tokenizer: "Tokenizer", say: Callable[[str], None]) -> None:
+    def __init__(self, config: GenerateConfig, tokenizer: "Tokenizer", log: Callable[[str], None]) -> None:
         """Look at what is to be loaded.
 
         Raises:
             UserError: if there is no such device, or weights or adapter are not this model's.
         """
         from llama_ft.decoding.load import check_sources
-        from llama_ft.measure.device import compute_dtype, device_of_profile
+        from llama_ft.device import compute_dtype, device_of_profile
 
-        self._config, self._tokenizer, self._say = config, tokenizer, say
+        self._config, self._tokenizer, self._say = config, tokenizer, log
         self._device = device_of_profile(config.gpu)
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
         check_sources(config)
@@ -148,7 +148,7 @@ class Models:
         """The dtype of the arithmetic."""
         return str(self._dtype).removeprefix("torch.")
 
-    def load(self, is_base: bool) -> "Answerer":
+    def load(self, is_base: bool) -> "GenerateFn":
         """The base, or the model that is asked.
 
         Raises:
@@ -161,7 +161,7 @@ class Models:
         with memory_explained():
             return self._answerer(load(self._config, self._device, self._dtype, self._say))
 
-    def load_with_adapters(self) -> "tuple[Adapters, Answerer]":
+    def load_with_adapters(self) -> "tuple[Adapters, GenerateFn]":
         """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
 
         Raises:
@@ -192,7 +192,7 @@ class Models:
             adapters.add(folder, place)
         adapters.use(folder)
 
-    def _answerer(self, model: "Transformer") -> "Answerer":
+    def _answerer(self, model: "Transformer") -> "GenerateFn":
         from llama_ft.decoding.generate import generate
 
         def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
@@ -205,7 +205,7 @@ class Models:
 @contextmanager
 def memory_explained() -> Iterator[None]:
     """Say what to do where memory runs out."""
-    from llama_ft.measure.device import is_out_of_memory
+    from llama_ft.device import is_out_of_memory
 
     try:
         yield

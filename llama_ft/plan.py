@@ -46,14 +46,14 @@ def main() -> int:
     config = cli.composed_config("plan", overrides(sys.argv[1:]), PlanConfig)
     console, errors = Console(), Console(stderr=True)
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
     gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
     from llama_ft.planning.lengths import data_lengths
 
-    lengths = data_lengths(config, say)
-    say(f"data: {lengths.about}")
+    lengths = data_lengths(config, log)
+    log(f"data: {lengths.about}")
     with output_folder(config.output, "plans", config.model.name) as folder:
         from llama_ft.planning.plan import make_plan
 
@@ -69,7 +69,7 @@ def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
     if gpu.name == "all":
         return known_gpus()
     if gpu.device is DeviceChoice.auto:
-        from llama_ft.planning.card import profile_here
+        from llama_ft.planning.gpu_traits import profile_here
 
         return [profile_here(gpu)]
     return [gpu]
@@ -82,7 +82,7 @@ def known_gpus() -> list[GpuConfig]:
 
 def profile_files() -> list[Path]:
     """The files of all profiles, smallest card first."""
-    return sorted((config_dir() / "gpu").glob("*.yaml"), key=lambda file: read_profile(file).memory_mb or 0)
+    return sorted((config_dir() / "gpu").glob("*.yaml"), key=lambda file: read_profile(file).memory_mib or 0)
 
 
 def read_profile(file: Path) -> GpuConfig:

@@ -72,13 +72,13 @@ def report_two(folders: list[Path], plans: list[Path], console: Console) -> None
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
     """Send the runs to W&B, and if the folder is a sweep's the sweep."""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     folder = folder.resolve()  # also where it was given as . or ..
     run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
-    project = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, say)
+    project = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
     if is_sweep:
         problems: list[str] = []
         track_sweep(TrackerConfig(config.tracker.mode, project), folder, *records(groups), FILES, problems.append)

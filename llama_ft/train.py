@@ -14,10 +14,10 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.files import locked
-from llama_ft.measure import process
-from llama_ft.measure.folder import clear
-from llama_ft.measure.result import RESULT_FILE, new_result, read_result, refused_result, write_result
+from llama_ft.launch import process
+from llama_ft.launch.folder import clear
 from llama_ft.planning.check import would_not_fit
+from llama_ft.records.result import RESULT_FILE, new_result, read_result, refused_result, write_result
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
@@ -27,7 +27,7 @@ from llama_ft.training.position import checkpoints
 FINISHED = ("ok", "oom")  # not to be measured again
 
 
-class Forward:
+class ProgressRelay:
     """Passes a run's progress on to the terminal and to the tracker."""
 
     def __init__(self, display: RunProgress, tracker: Tracker, said: set[str]) -> None:
@@ -90,7 +90,7 @@ class TrainCommand:
         text = OmegaConf.to_yaml(OmegaConf.create(checked.to_dict()))
         try:
             # Of a sweep, a row that runs out of memory is a result too.
-            if not sweeping and (reason := would_not_fit(checked, text, run_dir, self.say)):
+            if not sweeping and (reason := would_not_fit(checked, text, run_dir, self.log)):
                 return self.refuse(settings, run_dir, reason, go_on=False)
             return self.run(checked, text, run_dir, sweeping, lock)
         except KeyboardInterrupt:
@@ -106,7 +106,7 @@ class TrainCommand:
             write_result(run_dir, result)
         if not go_on:
             raise cli.Stop(reason)
-        self.say(f"{run_dir.name}: {reason}")
+        self.log(f"{run_dir.name}: {reason}")
         return result
 
     def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
@@ -122,7 +122,7 @@ class TrainCommand:
         if previous["status"] not in FINISHED:
             return None
         line = f"{run_dir.name}: done before ({previous['status']}){ending(previous).removeprefix(previous['status'])}"
-        self.say(line)
+        self.log(line)
         return previous
 
     def run(self, config: TrainConfig, config_yaml: str, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
@@ -132,17 +132,17 @@ class TrainCommand:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
             result = None
             try:
-                listener = Forward(display, tracker, self.said)
+                listener = ProgressRelay(display, tracker, self.said)
                 result = process.run_in_child(config, config_yaml, run_dir, cli.command_line(), listener, lock)
             finally:
                 tracker.finish(result or read_result(run_dir))
             if sweeping or result["status"] in FINISHED:
                 display.message(ending(result))
         if not sweeping:
-            self.say(f"  results: {run_dir}")
+            self.log(f"  results: {run_dir}")
         return result
 
-    def say(self, line: str) -> None:
+    def log(self, line: str) -> None:
         """Print a line as it is."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
@@ -160,7 +160,7 @@ class TrainCommand:
             raise
         if self.sweep_dir is not None:
             groups = report_sweep(self.sweep_dir, self.console)
-            track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.say)
+            track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.log)
         failed = {name: result for name, result in self.results.items() if result["status"] not in FINISHED}
         if failed and self.sweep_dir is None:
             print(ending(*failed.values()), file=sys.stderr)

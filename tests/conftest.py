@@ -110,12 +110,12 @@ def run_sweep(cwd: Path, *args: str, folder: Path, env: dict[str, str] | None = 
 def limited_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     """Two rows under a memory limit that only LoRA's keeps, tracked by W&B offline."""
     cwd = tmp_path_factory.mktemp("limited")
-    # 28 M parameters in fp32: a bare process of about 320 MB, LoRA's within 550, full fine-tuning's beyond 750.
+    # 28 M parameters in fp32: a bare process of about 320 MiB, LoRA's within 550, full fine-tuning's beyond 750.
     size = (
         "checkpoint=random",
         "model.ffn_dim=8192",
-        "measure.memory_limit_mb=650",
-        "training.batch_size=1",
+        "measure.memory_limit_mib=650",
+        "training.micro_batch_size=1",
         "training.max_samples=4",
     )
     sweep = ("-m", "optim=baseline,lora", f"hydra.sweep.dir={cwd / 'limited'}", "tracker.mode=offline")

@@ -16,7 +16,7 @@ from llama_ft.measure.memory import Allocation
 from llama_ft.planning import advice as advice_module
 from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest, typed
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.card import traits_of, workspace_bytes
+from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.predict import combinations, predict, row
 from llama_ft.planning.search import EXPECTED_TRIES, Tried, largest, side_by_side, try_run, uniform
 
@@ -27,8 +27,8 @@ LENGTHS = [(12, 4), (20, 6), (9, 2), (16, 3), (14, 9)]
 MODEL = ModelConfig("small", 32, 1, 2, 2, 48, 100_000, CONTEXT)
 
 
-def card(name: str, memory_mb: int | None, **others: Any) -> GpuConfig:
-    return GpuConfig(name, DeviceChoice.cuda, memory_mb, 10, "8.0", **({"bandwidth_gb_s": 500.0} | others))
+def card(name: str, memory_mib: int | None, **others: Any) -> GpuConfig:
+    return GpuConfig(name, DeviceChoice.cuda, memory_mib, 10, "8.0", **({"bandwidth_gb_s": 500.0} | others))
 
 
 def config_for(goal: Goal = Goal.fit, optim: OptimConfig | None = None) -> PlanConfig:
@@ -99,7 +99,7 @@ def test_few_tries_are_needed_where_sizes_are_on_lines(kb_per_token):
 
     for limit in range(800, 3000, 137):
         found, tried = follow(largest(limit, 2, 100_000, 405, 0), need)
-        assert need(found).reserved_mb <= limit < need(found + 1).reserved_mb
+        assert need(found).reserved_mib <= limit < need(found + 1).reserved_mib
         assert len(tried) <= 5
 
 
@@ -107,7 +107,7 @@ def test_search_on_real_fake_runs_equals_brute_force():
     config = config_for(optim=OptimConfig(lora=True))
     traits, workspace = traits_of(config.gpu), workspace_bytes(config.gpu)
     known = {n: try_run(config, uniform(n, config, LENGTHS), traits, workspace) for n in range(2, CONTEXT + 1)}
-    needs = {n: run.reserved_mb for n, run in known.items()}
+    needs = {n: run.reserved_mib for n, run in known.items()}
     assert len(set(needs.values())) >= 3
     for limit in sorted({*needs.values(), *(need - 0.5 for need in needs.values())}):
         fitting = [n for n in needs if needs[n] <= limit and needs.get(n + 1, limit + 1) > limit]
@@ -146,31 +146,31 @@ def test_a_run_that_cannot_be_tried_ends_the_search():
 
 @pytest.fixture(scope="module")
 def needs() -> dict[str, float]:
-    """Reserved MB of the sixteen combinations on a card, workspaces included."""
+    """Reserved MiB of the sixteen combinations on a card, workspaces included."""
     gpu = card("a", 1000)
     optims = combinations(with_gc=True)
     traits, workspace = traits_of(gpu), workspace_bytes(gpu)
     runs = {each.combination: try_run(config_for(optim=each), LENGTHS, traits, workspace) for each in optims}
-    return {combination: run.reserved_mb for combination, run in runs.items()}
+    return {combination: run.reserved_mib for combination, run in runs.items()}
 
 
 def rows_on(gpus: list[GpuConfig], needs: dict[str, float], seconds: dict[str, float | None]) -> list[dict[str, Any]]:
     rows = []
     for gpu in gpus:
         for optim in combinations(with_gc=True):
-            need = needs[optim.combination] + gpu.context_mb
+            need = needs[optim.combination] + gpu.context_mib
             rows.append(
                 {
                     "optim": {name: getattr(optim, name) for name in ("ga", "mp", "lora", "gc")},
                     "combination": optim.combination,
                     "gpu": gpu.name,
                     "error": None,
-                    "peak_memory_mb": need - 5,
-                    "required_mb": need,
-                    "memory_there_is_mb": gpu.memory_mb,
-                    "context_mb": gpu.context_mb,
-                    "fits": None if gpu.memory_mb is None else need <= gpu.memory_mb,
-                    "margin_mb": None if gpu.memory_mb is None else gpu.memory_mb - need,
+                    "peak_memory_mib": need - 5,
+                    "required_mib": need,
+                    "total_memory_mib": gpu.memory_mib,
+                    "context_mib": gpu.context_mib,
+                    "fits": None if gpu.memory_mib is None else need <= gpu.memory_mib,
+                    "margin_mib": None if gpu.memory_mib is None else gpu.memory_mib - need,
                     "runtime_s": seconds.get(optim.combination),
                 }
             )
@@ -197,7 +197,7 @@ def advise(gpus: list[GpuConfig], rows: list[dict[str, Any]], goal: Goal = Goal.
 def test_fastest_that_fits_is_named_with_its_limits(needs):
     gpu = card("a", int(min(needs.values()) + 60))
     rows = rows_on([gpu], needs, TIMES)
-    limit = (1 - SPARE) * gpu.usable_mb
+    limit = (1 - SPARE) * gpu.usable_mib
     fitting = {name: TIMES[name] for name, need in needs.items() if need <= limit}
     assert 0 < len(fitting) < 16
     found = advise([gpu], rows)
@@ -205,11 +205,11 @@ def test_fastest_that_fits_is_named_with_its_limits(needs):
     assert (found["goal"], found["gpu"], found["combination"]) == ("fit", "a", best)
     optim = next(optim for optim in combinations(with_gc=True) if optim.combination == best)
     assert found["lines"][0].startswith(f"fastest that fits a: {typed(optim)} (")
-    assert f"of {gpu.memory_mb:,} MB, {fitting[best]:,.1f} s at best)" in found["lines"][0]
+    assert f"of {gpu.memory_mib:,} MiB, {fitting[best]:,.1f} s at best)" in found["lines"][0]
     config, traits, workspace = config_for(optim=optim), traits_of(gpu), workspace_bytes(gpu)
 
     def fit(config: PlanConfig, lengths: list[tuple[int, int]]) -> bool:
-        return try_run(config, lengths, traits, workspace).reserved_mb <= limit
+        return try_run(config, lengths, traits, workspace).reserved_mib <= limit
 
     longest, size = found["longest_sequence"], found["largest_micro_batch"]
     assert fit(config, uniform(longest, config, LENGTHS))
@@ -217,11 +217,11 @@ def test_fastest_that_fits_is_named_with_its_limits(needs):
     assert fit(with_size(config, size), LENGTHS)
     assert size == len(LENGTHS) or not fit(with_size(config, size + 1), LENGTHS)
     assert f"data.max_length={found['longest_sequence']}" in found["lines"][1]
-    assert f"training.batch_size={found['largest_micro_batch']}" in found["lines"][2]
+    assert f"training.micro_batch_size={found['largest_micro_batch']}" in found["lines"][2]
 
 
-def with_size(config: PlanConfig, batch_size: int) -> PlanConfig:
-    return replace(config, training=replace(config.training, batch_size=batch_size))
+def with_size(config: PlanConfig, micro_batch_size: int) -> PlanConfig:
+    return replace(config, training=replace(config.training, micro_batch_size=micro_batch_size))
 
 
 def test_time_that_is_not_known_leaves_the_smallest_need(needs):
@@ -236,7 +236,7 @@ def test_on_the_cpu_there_is_nothing_to_fit_into(needs):
     cpu = GpuConfig("cpu", DeviceChoice.cpu)
     rows = rows_on([cpu], needs, TIMES)
     for each in rows:
-        each["required_mb"] = None
+        each["required_mib"] = None
     found = advise([cpu], rows)
     assert found["combination"] == smallest(rows)["combination"]
     assert (found["longest_sequence"], found["largest_micro_batch"]) == (None, None)
@@ -247,13 +247,13 @@ def test_on_the_cpu_there_is_nothing_to_fit_into(needs):
 def test_what_to_change_where_nothing_fits(needs):
     """Two samples a micro-batch are too many; one, or shorter ones, are not."""
     config = config_for()
-    config = replace(config, training=replace(config.training, batch_size=3))
+    config = replace(config, training=replace(config.training, micro_batch_size=3))
     everything = OptimConfig(lora=True)
     rows = predict(config, [everything], [card("a", 1000)], LENGTHS)
-    need = rows[0]["required_mb"]
-    one = replace(config, optim=everything, training=replace(config.training, batch_size=1))
+    need = rows[0]["required_mib"]
+    one = replace(config, optim=everything, training=replace(config.training, micro_batch_size=1))
     traits, workspace = traits_of(config.gpu), workspace_bytes(config.gpu)
-    least = try_run(one, LENGTHS, traits, workspace).reserved_mb + 10
+    least = try_run(one, LENGTHS, traits, workspace).reserved_mib + 10
     assert least < need
     gpu = card("a", int(need - 1))
     enough = math.ceil((need - 10) / (1 - SPARE)) + 10
@@ -263,15 +263,15 @@ def test_what_to_change_where_nothing_fits(needs):
     text = "\n".join(found["lines"])
     assert (
         found["lines"][0]
-        == f"nothing fits a: the smallest, optim=lora, needs {need:,.0f} of {need - 1:,.0f} MB, 1 MB too many"
+        == f"nothing fits a: the smallest, optim=lora, needs {need:,.0f} of {need - 1:,.0f} MiB, 1 MiB too many"
     )
     assert f"optim=lora data.max_length={found['longest_sequence']}" in text
-    assert f"optim=lora training.batch_size={found['largest_micro_batch']}" in text
+    assert f"optim=lora training.micro_batch_size={found['largest_micro_batch']}" in text
     assert 2 <= found["longest_sequence"] < 20
     assert found["largest_micro_batch"] in (1, 2)
     assert "gpu=b (" in text
     changed = with_size(replace(config, optim=everything), found["largest_micro_batch"])
-    assert try_run(changed, LENGTHS, traits, workspace).reserved_mb <= (1 - SPARE) * gpu.usable_mb
+    assert try_run(changed, LENGTHS, traits, workspace).reserved_mib <= (1 - SPARE) * gpu.usable_mib
 
 
 def test_nothing_helps_on_a_card_that_holds_no_weights(needs):
@@ -301,7 +301,7 @@ def test_cheapest_card_is_the_smallest_with_a_fitting_row(needs, offset, monkeyp
     ]
     rows = rows_on(gpus, needs, TIMES)
     fitting = [gpu for gpu in gpus if any(has_room(row) for row in rows if row["gpu"] == gpu.name)]
-    expected = min(fitting, key=lambda gpu: (gpu.memory_mb, gpu.bandwidth_gb_s)).name
+    expected = min(fitting, key=lambda gpu: (gpu.memory_mib, gpu.bandwidth_gb_s)).name
     assert expected == ("huge" if offset < 0 else "slow")
     found = advise(gpus, rows, Goal.cheapest_gpu)
     assert (found["goal"], found["gpu"]) == ("cheapest_gpu", expected)
@@ -314,7 +314,7 @@ def test_cheapest_card_is_the_smallest_with_a_fitting_row(needs, offset, monkeyp
         assert found["lines"][-1].endswith("; less than 5% to spare: it may not fit")
     else:
         assert found["lines"][-1].startswith("one card smaller, nothing fits tiny: the smallest, optim=")
-        assert found["lines"][-1].endswith(" MB too many")
+        assert found["lines"][-1].endswith(" MiB too many")
 
 
 def test_no_card_is_large_enough(needs):

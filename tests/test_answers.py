@@ -93,7 +93,7 @@ def test_no_result_is_typed() -> None:
     text = PAGE.read_text(encoding="utf-8")
     text = re.sub(r"```.*?```|`[^`]*`|^\[[\w-]+\]: .*$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\[[^\]]*\]\s?(\[[^\]]*\]|\([^)]*\))", "", text)
-    typed = re.findall(r"\d[\d,]*\.\d+|\d[\d,.]* ?(?:%|percent|GiB|MB|kB|times)", text)
+    typed = re.findall(r"\d[\d,]*\.\d+|\d[\d,.]* ?(?:%|percent|GiB|MiB|kB|times)", text)
     assert [number for number in typed if number not in SETTINGS] == []
 
 

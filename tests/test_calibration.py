@@ -22,12 +22,12 @@ from benchmarks.plan_time import compare
 from llama_ft.config import DeviceChoice, GpuConfig, MatrixRates, TrainConfig, UserError
 from llama_ft.data.dataset import load_data
 from llama_ft.files import write_text
-from llama_ft.measure.result import new_result, write_result
 from llama_ft.planning.calibration import Measured, amounts, learn, measured, non_negative_fits, resources
 from llama_ft.planning.calibration_runs import calibrate, is_of, learn_from, least_cost, runs_of
 from llama_ft.planning.operators import bytes_of, flops_of, mapped_bytes_of
 from llama_ft.planning.predict import combinations, predict
 from llama_ft.planning.run_costs import run_costs, step_costs
+from llama_ft.records.result import new_result, write_result
 
 CPU = GpuConfig(name="cpu", device=DeviceChoice.cpu)
 CARD = GpuConfig("card", DeviceChoice.cuda, 40_000, 500, "8.0", 1555.0, MatrixRates(19.5, 156.0, 312.0, 312.0))
@@ -189,12 +189,12 @@ def write_run(folder: Path, config: TrainConfig, device: str = PROCESSOR, reserv
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines_of(seconds)))
     tokens = sum(map(len, dataset.samples)) * config.training.epochs
     known = {"status": "ok", "device": device, "runtime_s": sum(seconds), "tokens": tokens, "samples": len(seconds)}
-    write_result(folder, new_result(config, "train") | known | {"peak_memory_reserved_mb": reserved})
+    write_result(folder, new_result(config, "train") | known | {"peak_memory_reserved_mib": reserved})
 
 
 @pytest.fixture
 def folder_config(small_config: TrainConfig) -> TrainConfig:  # noqa: F811
-    small_config.training.max_samples, small_config.training.batch_size = 40, 1
+    small_config.training.max_samples, small_config.training.micro_batch_size = 40, 1
     return replace(small_config, gpu=CPU)
 
 
@@ -213,7 +213,7 @@ def sweep(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Path:
     """A folder of two runs of this test's own."""
-    monkeypatch.setattr("llama_ft.planning.predict.MOST_PROCESSES", 1)  # to start others takes longer than this
+    monkeypatch.setattr("llama_ft.planning.predict.MAX_PROCESSES", 1)  # to start others takes longer than this
     for toggles in ((False, False, False, False), (False, True, True, False)):
         config = with_optim(folder_config, toggles)
         name = config.optim.combination
@@ -282,7 +282,7 @@ def test_runs_of_other_devices(tmp_path: Path, small_config: TrainConfig) -> Non
     known = {"status": "ok", "runtime_s": 1.0, "tokens": 1, "samples": 1}
     for name, device, reserved in (("a", "NVIDIA H200", 1.0), ("b", PROCESSOR, None)):
         (tmp_path / name).mkdir()
-        result = new_result(small_config, "train") | known | {"device": device, "peak_memory_reserved_mb": reserved}
+        result = new_result(small_config, "train") | known | {"device": device, "peak_memory_reserved_mib": reserved}
         write_result(tmp_path / name, result)
     runs, left_out = runs_of(tmp_path, CPU)
     assert [run.folder.name for run in runs] == ["b"]
@@ -305,7 +305,7 @@ def test_runs_of_other_devices(tmp_path: Path, small_config: TrainConfig) -> Non
     ],
 )
 def test_a_profile_is_of_the_card_of_its_name(profile: str, device: str, same: bool) -> None:
-    result = {"peak_memory_reserved_mb": 1.0, "device": device}
+    result = {"peak_memory_reserved_mib": 1.0, "device": device}
     assert is_of(result, replace(CARD, name=profile)) is same
     assert not is_of(result, CPU)
 

@@ -281,9 +281,9 @@ def test_pieces_make_up_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_is_read_is_said(tmp_path: Path) -> None:
     write_hf(tmp_path, sharded=True)
     lines: list[str] = []
-    load_model(config_of(), str(tmp_path), CPU, torch.float32, say=lines.append)
+    load_model(config_of(), str(tmp_path), CPU, torch.float32, log=lines.append)
     files, n_bytes = list(tmp_path.glob("*.safetensors")), 4 * sum(p.numel() for p in reference_model().parameters())
-    assert lines == [f"weights: {n_bytes / 2**20:.0f} MB from {tmp_path} (Hugging Face, {len(files)} files)"]
+    assert lines == [f"weights: {n_bytes / 2**20:.0f} MiB from {tmp_path} (Hugging Face, {len(files)} files)"]
 
 
 # What it costs
@@ -342,7 +342,7 @@ def write_large(folder: Path, kind: str, config: ModelConfig) -> dict[str, Tenso
 @pytest.mark.parametrize("kind", ["sharded", "meta", "own"])
 def test_loading_needs_the_model_and_a_tenth_at_most(tmp_path: Path, kind: str) -> None:
     config = ModelConfig(name="large", dim=1024, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=2816, vocab_size=6000)
-    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:  # pytest would keep 250 MB
+    with tempfile.TemporaryDirectory(dir=tmp_path) as folder:  # pytest would keep 250 MiB
         weights = write_large(Path(folder), kind, config)
         expected = {name: [weight[0].max().item()] * 2 for name, weight in weights.items()}
         n_bytes = sum(weight.nbytes for weight in weights.values())
@@ -377,7 +377,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     folder.mkdir()
     child = python(SAVING, str(folder / WEIGHTS_FILE), cwd=tmp_path)
-    assert re.fullmatch(rf"{re.escape(str(folder / WEIGHTS_FILE))} \(0 MB\) cannot be written: .+\n", child.stdout)
+    assert re.fullmatch(rf"{re.escape(str(folder / WEIGHTS_FILE))} \(0 MiB\) cannot be written: .+\n", child.stdout)
     assert child.stderr == ""
     assert list(folder.iterdir()) == []
 

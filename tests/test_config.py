@@ -36,9 +36,9 @@ from llama_ft.config import (
     UserError,
     config_dir,
 )
-from llama_ft.measure.child import read_config
-from llama_ft.measure.result import CONFIG_FILE
+from llama_ft.launch.child import read_config
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.result import CONFIG_FILE
 
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
@@ -129,7 +129,7 @@ def test_no_yaml_file_repeats_a_default(option):
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml")) or {}
     repeated = [key for key in values if key not in ("defaults", "hydra") and values[key] == defaults[key]]
     # The course's run stays the course's, whatever the defaults become.
-    assert repeated == ([] if option != "training/course" else ["lr", "epochs", "batch_size"])
+    assert repeated == ([] if option != "training/course" else ["lr", "epochs", "micro_batch_size"])
 
 
 # The optim presets
@@ -210,7 +210,7 @@ def test_tiny_is_small():
 @pytest.mark.parametrize(("name", "context"), [("tiny", 1024), ("llama2_7b", 4096), ("tinyllama_1b", 2048)])
 def test_published_context_and_constants(name, context):
     model = checked(f"model={name}", *TOLD).model
-    assert (model.context, model.norm_eps, model.rope_theta) == (context, 1e-5, 10000.0)
+    assert (model.max_seq_len, model.norm_eps, model.rope_theta) == (context, 1e-5, 10000.0)
 
 
 # Checkpoint, tokenizer and lengths
@@ -220,7 +220,7 @@ def test_tiny_is_built_in():
     config = checked()
     assert config.checkpoint == "builtin"
     assert config.tokenizer_file.is_file()
-    assert config.max_length == config.model.context
+    assert config.max_length == config.model.max_seq_len
 
 
 @pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
@@ -248,7 +248,7 @@ def test_other_models_take_what_they_are_told():
 def test_course_data_and_training():
     config = checked("data=alpaca_200", "data.path=alpaca_data.json", "training=course")
     assert (config.data.first, config.training.max_samples, config.training.epochs) == (200, 200, 1)
-    assert (config.training.lr, config.training.batch_size) == (1e-5, 1)
+    assert (config.training.lr, config.training.micro_batch_size) == (1e-5, 1)
 
 
 # What is refused, through the command itself
@@ -327,7 +327,7 @@ WRONG_TYPE = [
     ("training.lr=fast", "training.lr", "fast", NUMBER),
     ("training.epochs=1.5", "training.epochs", "1.5", WHOLE),
     ("training.epochs=true", "training.epochs", "true", WHOLE),
-    ("training.batch_size=null", "training.batch_size", "null", WHOLE),
+    ("training.micro_batch_size=null", "training.micro_batch_size", "null", WHOLE),
     ("lora.targets=wq", "lora.targets", "wq", r"list|\[wq"),
     ("data.path=[a]", "data.path", "a", "str|text|file"),
     ("ga=4", "ga", "4", r"ga\.steps|steps"),
@@ -342,9 +342,9 @@ WRONG_TYPE = [
 TOO_SMALL = [
     (f"{key}={value}", key, str(value), "at least|positive|0 or more")
     for keys, value in {
-        "ga.steps gc.every lora.rank training.epochs training.batch_size training.max_samples data.first": 0,
-        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size model.context": 0,
-        "measure.memory_limit_mb": 0,
+        "ga.steps gc.every lora.rank training.epochs training.micro_batch_size training.max_samples data.first": 0,
+        "model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim model.vocab_size model.max_seq_len": 0,
+        "measure.memory_limit_mib": 0,
         "training.seed training.weight_decay training.lr lora.alpha training.max_grad_norm lora.dropout": -1,
         "data.max_length": 1,
     }.items()
@@ -355,7 +355,7 @@ OUT_OF_RANGE = [
     ("training.lr=inf", "training.lr", "inf", "finite|below"),
     ("lora.dropout=1", "lora.dropout", "1", "below 1"),
     ("lora.targets=[]", "lora.targets", "[]", "one name or more"),
-    ("data.max_length=1025", "data.max_length", "1025", "at most model.context=1024"),
+    ("data.max_length=1025", "data.max_length", "1025", "at most model.max_seq_len=1024"),
     ("model.dim=100", "model.dim", "100", "multiple of model.n_heads=6"),
     ("model.n_kv_heads=4", "model.n_kv_heads", "4", "divisor of 6"),
     ("model.n_heads=192", "model.dim", "192", "even"),
@@ -435,7 +435,7 @@ def test_the_message_about_clipping_gives_a_spelling_that_works(train):
         "mp.dtype=bf16 mp.trainable_weights=compute",
         "mp.dtype=fp16 mp.frozen_weights=fp32",
         "optim.ga=True optim.gc=FALSE",
-        "measure.memory_limit_mb=1",
+        "measure.memory_limit_mib=1",
     ],
 )
 def test_the_edges_of_what_is_allowed(train, arguments):

@@ -27,7 +27,7 @@ from llama_ft import cli, convert
 from llama_ft.cli.explain import use_schema
 from llama_ft.config import ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.context import Context
+from llama_ft.decoding.state import GenerationState
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.formats import hf_name, is_rotated
 from llama_ft.model.mapped import read_pth
@@ -294,7 +294,7 @@ def assert_same(model: Any, reference: Any) -> None:
     tokens = torch.randint(3, 120, (2, 150), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert relative(model(tokens), reference(tokens).logits) <= 1e-5
-        context = Context(model, [tokens[0, :9].tolist()], 64, True, torch.float32)
+        context = GenerationState(model, [tokens[0, :9].tolist()], 64, True, torch.float32)
         for _ in range(64):
             context.append(context.next_logits().argmax(-1))
         settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -316,7 +316,7 @@ def test_what_is_written_has_the_same_logits_there_and_here(
     if name in TO_META:
         command(f"checkpoint={folders(name)}", "to=meta", f"output={tmp_path / 'meta'}")
         # What the context is, Meta's files do not say; and by how much Llama 3.2 scales, no more than 3.1.
-        assert_same(ours(tmp_path / "meta", context=256), theirs(name))
+        assert_same(ours(tmp_path / "meta", max_seq_len=256), theirs(name))
 
 
 def test_a_model_from_its_folder(folders: Folders, tmp_path: Path) -> None:
@@ -325,14 +325,14 @@ def test_a_model_from_its_folder(folders: Folders, tmp_path: Path) -> None:
         "name": "llama3_1-hf",
         "dim": 96,
         "n_kv_heads": 3,
-        "context": 256,
+        "max_seq_len": 256,
         "rope_factor": 8.0,
         "rope_theta": 5e5,
     }
     assert expected.items() <= sizes.items()
     write_meta(theirs("llama3_1"), tmp_path / "meta", 3, by_rows=True)
     meta = sizes_of(tmp_path / "meta")
-    assert (meta.pop("name"), meta.pop("context")) == ("meta", 131072)
+    assert (meta.pop("name"), meta.pop("max_seq_len")) == ("meta", 131072)
     assert meta == {key: sizes[key] for key in meta}
 
 
@@ -509,7 +509,7 @@ def test_rounding_is_reported(tmp_path: Path, folders: Folders, command: Command
     # The same by hand: transformers with PEFT against our model of what was written.
     tokens = torch.randint(120, (4, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        exact, rounded = reference(tokens).logits, ours(output, context=256)(tokens)
+        exact, rounded = reference(tokens).logits, ours(output, max_seq_len=256)(tokens)
     difference = (exact - rounded).abs()
     assert found
     assert float(found[1]) == pytest.approx(difference.max().item(), rel=0.05)
@@ -572,7 +572,8 @@ def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path: Path, folde
     said = command(f"checkpoint={source}", "to=meta", f"output={tmp_path / 'meta'}")
     assert "it is left out" in said
     assert (
-        "Meta's files do not say the context of 256, and are read as of 4,096: give model.context=256 with them" in said
+        "Meta's files do not say the context of 256, and are read as of 4,096: give model.max_seq_len=256 with them"
+        in said
     )
     assert {file.name for file in (tmp_path / "meta").iterdir()} == {"consolidated.00.pth", "params.json"}
 

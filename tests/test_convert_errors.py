@@ -142,7 +142,7 @@ def test_a_head_that_is_not_the_embedding(refused: Refused, source: Path, folder
         ({"hidden_size": 10**400}, "model.dim=1000"),
         ({"vocab_size": 10**30}, "model.vocab_size=1000"),
         ({"head_dim": 10**30}, "model.head_size=1000"),
-        ({"max_position_embeddings": 10**20}, "model.context=1000"),
+        ({"max_position_embeddings": 10**20}, "model.max_seq_len=1000"),
         ({"head_dim": 15}, "model.head_size=15 is not allowed: it must be positive and even"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "of type yarn are not supported, only default"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, "does not say the model's rope_low_freq_factor"),
@@ -201,7 +201,7 @@ def test_metas_embedding_that_is_no_matrix(tmp_path: Path, refused: Refused) -> 
 
 def test_no_table_is_made_of_a_model_that_is_only_looked_at() -> None:
     with torch.device("meta"):
-        assert Transformer(ModelConfig("long", context=2**24)).rotary.is_meta
+        assert Transformer(ModelConfig("long", max_seq_len=2**24)).rotary.is_meta
 
 
 def test_numbers_beyond_the_range_of_fp16(tmp_path: Path, folders: Folders, refused: Refused) -> None:
@@ -386,7 +386,7 @@ def test_a_disk_that_gets_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         command("model=tiny", f"to={to}", f"output={tmp_path / 'out'}")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    with pytest.raises(UserError, match=r"7 MB are needed, and 1 MB are free there"):
+    with pytest.raises(UserError, match=r"7 MiB are needed, and 1 MiB are free there"):
         command("model=tiny", f"to={to}", f"output={tmp_path / 'out'}")
 
 
@@ -486,7 +486,7 @@ def test_the_command_says_what_it_does(tmp_path: Path) -> None:
     assert done.returncode == 0
     assert done.stdout == "Written: consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model in meta\n"
     assert re.fullmatch(
-        r"llama_ft to Meta: 7 MB from .*\nMeta's files do not say the context of 1,024.*\n", done.stderr
+        r"llama_ft to Meta: 7 MiB from .*\nMeta's files do not say the context of 1,024.*\n", done.stderr
     )
     again = run("llama_ft.convert", "model=tiny", "to=meta", "output=meta", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")

@@ -501,14 +501,14 @@ def order(batches: list[Batch]) -> list[int]:
     return [row[1] - 100 for batch in batches for row in batch.tokens.tolist()]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 4, 20, 50])
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 4, 20, 50])
 @pytest.mark.parametrize("epoch", [0, 1])
-def test_every_sample_once_an_epoch(batch_size, epoch):
-    batches = epoch_batches(numbered_samples(20), batch_size, epoch, seed=3)
+def test_every_sample_once_an_epoch(micro_batch_size, epoch):
+    batches = epoch_batches(numbered_samples(20), micro_batch_size, epoch, seed=3)
     assert sorted(order(batches)) == list(range(20))
     sizes = [len(batch.tokens) for batch in batches]
-    assert sizes[:-1] == [batch_size] * (len(sizes) - 1)
-    assert 1 <= sizes[-1] <= batch_size
+    assert sizes[:-1] == [micro_batch_size] * (len(sizes) - 1)
+    assert 1 <= sizes[-1] <= micro_batch_size
 
 
 def test_order_depends_on_seed_and_epoch_alone():

@@ -308,7 +308,7 @@ def test_the_readmes_plan_is_the_one_in_benchmarks() -> None:
         rows = list(csv.DictReader(file))[:8]
     block = text(CHECKOUT / "README.md").partition("## Will it fit?")[2].split("```")[3].splitlines()
     printed = {line[:16].strip(): line[16:].split() for line in block}
-    for title, key in (("Peak memory, MB", "peak_memory_mb"), ("Needed, MB", "required_mb")):
+    for title, key in (("Peak memory, MiB", "peak_memory_mib"), ("Needed, MiB", "required_mib")):
         assert printed[title] == [f"{float(row[key]):,.0f}" for row in rows]
     assert printed["Fits"] == ["yes" if row["fits"] == "True" else "×" for row in rows]
     assert printed["Runtime, at best"] == [amount(float(row["runtime_s"])) for row in rows]
@@ -325,16 +325,16 @@ def test_the_guides_plans_are_those_in_benchmarks() -> None:
     assert len(rows) == 6
     for combination, needed, fits, seconds in rows:
         row = plans[0][combination]
-        assert needed == f"{float(row['required_mb']):,.0f}"
+        assert needed == f"{float(row['required_mib']):,.0f}"
         assert fits == {"True": "yes", "False": "×"}[row["fits"]]
         assert seconds == amount(float(row["runtime_s"]))
     for combination, fits in (("ga_mp_lora", "False"), ("ga_mp_lora_gc", "True")):
         row = plans[1][combination]
         assert row["fits"] == fits
-        assert f"{float(row['required_mb']):,.0f} MB" in page
+        assert f"{float(row['required_mib']):,.0f} MiB" in page
     advice = text(CHECKOUT / "benchmarks" / "plan-rtx4090_24gb" / "plan.md").partition("### goal=fit")[2]
     assert "optim=ga_mp_lora (" in advice
-    assert "training.batch_size=4" in advice
+    assert "training.micro_batch_size=4" in advice
     longest = re.search(r"data\.max_length=(\d+)", advice)
     assert longest
     assert f"{int(longest[1]):,} tokens" in page

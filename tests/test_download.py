@@ -253,7 +253,7 @@ def test_download_is_done_once(server, cache, behaviour):
     assert server.ranges == [None] * n_requests
     assert said[0].startswith(f"downloading {NAME} (")
     assert said[0].endswith(f"from {server.url} to {cache}")
-    assert said[-1] == f"{NAME}: 0.3 MB downloaded, verified"
+    assert said[-1] == f"{NAME}: 0.3 MiB downloaded, verified"
     said.clear()
     assert fetch(server.url, ID, cache, said.append) == file
     assert (len(server.requests), said) == (n_requests, [])
@@ -269,21 +269,21 @@ def test_cached_file_needs_neither_network_nor_a_writable_folder(cache):
     assert files(cache) == {NAME: CONTENT}
 
 
-@pytest.mark.parametrize(("behaviour", "size"), [("whole", "(0.3 MB)"), ("no_length", "(size unknown)")])
+@pytest.mark.parametrize(("behaviour", "size"), [("whole", "(0.3 MiB)"), ("no_length", "(size unknown)")])
 def test_progress_is_said(server, cache, monkeypatch, behaviour, size):
     monkeypatch.setattr(download, "SECONDS_BETWEEN_LINES", 0)
     server.will(behaviour)
     said: list[str] = []
     fetch(server.url, ID, cache, said.append)
     assert size in said[0]
-    ending = " of 0.3 MB" if behaviour == "whole" else " MB"
+    ending = " of 0.3 MiB" if behaviour == "whole" else " MiB"
     assert len(said) >= 3
     assert all(line.startswith(f"{NAME}: 0.") and line.endswith(ending) for line in said[1:-1])
     assert said[-2] == f"{NAME}: 0.3{ending}"
 
 
-def test_sizes_are_said_in_mb():
-    assert [download._mb(n) for n in (0, 300_000, 9 * 2**20, 22_773_992)] == ["0.0", "0.3", "9.0", "22"]
+def test_sizes_are_said_in_mib():
+    assert [download._mib(n) for n in (0, 300_000, 9 * 2**20, 22_773_992)] == ["0.0", "0.3", "9.0", "22"]
 
 
 def test_progress_is_not_said_too_often(server, cache):
@@ -316,7 +316,7 @@ def test_part_is_resumed(server, cache):
     fetch(server.url, ID, cache, said.append)
     assert server.ranges == ["bytes=1000-"]
     assert files(cache) == {NAME: CONTENT}
-    assert said[0].startswith("downloading the rest, from 0.0 MB on")
+    assert said[0].startswith("downloading the rest, from 0.0 MiB on")
 
 
 @pytest.mark.parametrize("behaviour", ["whole", "other_range"])
@@ -681,7 +681,7 @@ def train(url: str, cache: Path, folder: Path) -> tuple[subprocess.CompletedProc
 def test_two_runs_with_one_download(server, cache, tmp_path):
     first, result = train(server.url, cache, tmp_path / "first")
     assert (first.returncode, result["status"], result["samples"]) == (0, "ok", 4), first.stderr
-    assert f"downloading {NAME} (0.3 MB) from {server.url} to {cache}" in first.stdout
+    assert f"downloading {NAME} (0.3 MiB) from {server.url} to {cache}" in first.stdout
     second, result = train(server.url, cache, tmp_path / "second")
     assert (second.returncode, result["status"], result["data"]) == (0, "ok", "alpaca"), second.stderr
     assert "download" not in second.stdout

@@ -43,7 +43,7 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import Answer, generate
 from llama_ft.evaluation import measures, models
 from llama_ft.evaluation.exact_match import accuracy, greedy_answers, matches
-from llama_ft.evaluation.measures import Material, measure
+from llama_ft.evaluation.measures import EvalInputs, measure
 from llama_ft.evaluation.perplexity import perplexity, read_text, text_windows
 from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_questions, majority_answers
 from llama_ft.files import locked
@@ -127,7 +127,9 @@ def test_perplexity_of_a_text_is_that_of_transformers(
     model: Transformer, n_tokens: int, window: int, stride: int
 ) -> None:
     tokens = torch.randint(3, SMALL.vocab_size, (n_tokens,), generator=torch.Generator().manual_seed(n_tokens)).tolist()
-    found = perplexity(model, text_windows(tokens, window, stride), batch_size=3, padding=Padding(32, SMALL.context))
+    found = perplexity(
+        model, text_windows(tokens, window, stride), batch_size=3, padding=Padding(32, SMALL.max_seq_len)
+    )
     assert found.perplexity == pytest.approx(transformers_perplexity(model, tokens, window, stride), rel=1e-4)
 
 
@@ -176,7 +178,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tokenizer: Tokenizer) -> None:
     """Every target token weighs the same, however long the answer that it is in."""
     samples = [question.sample for question in questions_of(tokenizer, max_samples=12).questions]
-    samples = [sample for sample in samples if len(sample) <= SMALL.context]
+    samples = [sample for sample in samples if len(sample) <= SMALL.max_seq_len]
     hf, total = reference(model), 0.0
     for sample in samples:
         labels = torch.tensor([[-100] * sample.n_prompt + sample.tokens[sample.n_prompt :]])
@@ -195,7 +197,7 @@ def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tok
 
 
 def test_the_built_in_records_are_those_that_training_never_sees(tokenizer: Tokenizer) -> None:
-    wide = replace(SMALL, context=1024)
+    wide = replace(SMALL, max_seq_len=1024)
     found = questions_of(tokenizer, model=wide)
     held_out, train = (
         [json.loads(line) for line in (SAMPLE_DIR / f"{split}.jsonl").read_text().splitlines()]
@@ -222,7 +224,7 @@ def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert [q.task for q in found.questions] == ["capital", "capital", "say", "a | b", NO_TASK]
     assert (found.n_skipped, found.n_dropped, found.n_truncated, found.is_held_out) == (1, 1, 1, False)
     assert found.majority == {"capital": "Paris", "say": "yes", "a | b": "no no", NO_TASK: ("much " * 100).strip()}
-    assert [len(q.sample) for q in found.questions][-1] == SMALL.context
+    assert [len(q.sample) for q in found.questions][-1] == SMALL.max_seq_len
     assert found.questions[3].prompt == prompt_text("Write it twice.", "a longer word than that")
     with pytest.raises(UserError, match="no prompt leaves room for an answer"):
         questions_of(tokenizer, data={"path": str(records_file(tmp_path, [long]))})
@@ -281,7 +283,7 @@ def test_what_a_model_knows_is_counted(
 
     monkeypatch.setattr(measures, "greedy_answers", answer)
     config = config_of(data={"path": str(records_file(tmp_path, RECORDS))})
-    found = measure(model, Material(tokenizer, load_questions(config, tokenizer, print), None), config, no_bar)
+    found = measure(model, EvalInputs(tokenizer, load_questions(config, tokenizer, print), None), config, no_bar)
     assert found.correct == [True, False, False, False]
     values = found.values["exact_match"]
     assert (values["correct"], values["accuracy"], values["ended_by_length"]) == (1, 0.25, 1)
@@ -488,14 +490,14 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("settings", "allowed"),
     [
-        ({"window": 129}, r"between 2 and model\.context=128, or null"),
-        ({"window": 1}, r"between 2 and model\.context=128, or null"),
+        ({"window": 129}, r"between 2 and model\.max_seq_len=128, or null"),
+        ({"window": 1}, r"between 2 and model\.max_seq_len=128, or null"),
         ({"stride": 0}, "between 1 and the window of 128, or null"),
         ({"stride": 129}, "between 1 and the window of 128, or null"),
         ({"batch_size": 0}, "at least 1"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_samples": 0}, "at least 1, or null for all"),
-        ({"data": {"max_length": 200}}, r"at most model\.context=128"),
+        ({"data": {"max_length": 200}}, r"at most model\.max_seq_len=128"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings: dict[str, Any], allowed: str) -> None:

@@ -31,8 +31,8 @@ from experiments.study import Claim, Options, Study, main, parse_options
 from experiments.study import run as run_study
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.decoding import context
-from llama_ft.decoding.context import Context
-from llama_ft.measure.device import device_name
+from llama_ft.decoding.state import GenerationState
+from llama_ft.device import device_name
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
@@ -47,7 +47,7 @@ WEIGHTS_BYTES = 4 * (2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 1
 
 
 def a_study(holds: bool) -> Study:
-    def measure(options: Options, say: Callable[[str], None]) -> dict[str, Any]:
+    def measure(options: Options, log: Callable[[str], None]) -> dict[str, Any]:
         return {"cells": (1, 2)}
 
     def claims_of(numbers: dict[str, Any]) -> list[Claim]:
@@ -92,7 +92,7 @@ def test_a_picture_that_cannot_be_written_leaves_no_numbers(monkeypatch, capsys,
 def test_numbers_are_of_one_thread(tmp_path: Path) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    study = replace(a_study(True), measure=lambda options, say: {"n": torch.get_num_threads()}, claims_of=lambda n: [])
+    study = replace(a_study(True), measure=lambda options, log: {"n": torch.get_num_threads()}, claims_of=lambda n: [])
     run_study(study, [f"output={tmp_path}"])
     record = json.loads((tmp_path / "kv_cache.json").read_text())
     assert (record["n"], torch.get_num_threads()) == (1, 2)
@@ -202,7 +202,7 @@ def test_peak_memory_is_that_of_the_whole_generation(kv_cache: bool, prompt: int
         whole = make_context(model, prompts, n_new, kv_cache)
         for _ in range(n_new):
             whole.append(whole.next_logits().argmax(-1))
-    assert peak_memory(model, prompts, n_new, kv_cache) == pytest.approx(tracker.result().peak_mb * 2**20, rel=0.005)
+    assert peak_memory(model, prompts, n_new, kv_cache) == pytest.approx(tracker.result().peak_mib * 2**20, rel=0.005)
 
 
 def test_medians_and_exponents_of_known_numbers() -> None:
@@ -308,14 +308,14 @@ def test_a_cache_of_twice_the_size_fails(tiny, monkeypatch) -> None:
 
 
 def test_a_cache_that_computes_all_again_fails(tiny, monkeypatch) -> None:
-    next_logits = Context.next_logits
+    next_logits = GenerationState.next_logits
 
-    def recomputed(self: Context) -> Tensor:
+    def recomputed(self: GenerationState) -> Tensor:
         if self.cache is not None:
             self.cache.reset()
         return next_logits(self)
 
-    monkeypatch.setattr(Context, "next_logits", recomputed)
+    monkeypatch.setattr(GenerationState, "next_logits", recomputed)
     broken = claims_on(tiny, Line(1, 256, 16))
     assert (broken["speed"], broken["bytes"], broken["text"]) == (False, True, True)
 

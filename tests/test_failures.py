@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from test_process import is_alive, read_json
 from test_resume import saved_steps
 
-CHILD = "llama_ft.measure.child"
+CHILD = "llama_ft.launch.child"
 DIM, FFN, VOCABULARY = 64, 96, 2048
 SMALL = (
     *(f"model.{size}" for size in (f"dim={DIM}", f"ffn_dim={FFN}", "n_layers=2", "n_heads=4", "n_kv_heads=4")),
     "checkpoint=random",
-    *("tracker=disabled", "training.batch_size=1", "training.max_samples=3"),
+    *("tracker=disabled", "training.micro_batch_size=1", "training.max_samples=3"),
 )
 
 # ------------------------------------------------------------------------------------------------ checkpoints to damage
@@ -374,14 +374,14 @@ CASES |= {
 
 QUOTES = "special characters need quotes, such as "
 WRONG = {  # what is typed: what is said, and whether the run's folder is known by then
-    "training.learning_rate=1": ("training.learning_rate is not a key", "lr, epochs, batch_size", False),
+    "training.learning_rate=1": ("training.learning_rate is not a key", "lr, epochs, micro_batch_size", False),
     "+training.lrs=1": ("training.lrs is not a key", "", True),
     "training.seed=1.5": ("training.seed=1.5 is not allowed", "a whole number", False),
     "model=llama3": ("model=llama3 is not allowed", "one of from_checkpoint, llama2_13b", False),
     "training.epochs=0": ("training.epochs=0 is not allowed", "at least 1", True),
     "training.lr=nan": ("training.lr=nan is not allowed", "positive and finite", True),
     "lora.dropout=1": ("lora.dropout=1.0 is not allowed", "at least 0 and below 1", True),
-    "data.max_length=1025": ("data.max_length=1025 is not allowed", "at most model.context=1024", True),
+    "data.max_length=1025": ("data.max_length=1025 is not allowed", "at most model.max_seq_len=1024", True),
     "lora.targets=wq": ("lora.targets=wq is not allowed", "a list, such as [a,b]", False),
     "lora.targets=[wq": ("lora.targets=[wq is not allowed", "a list, such as [a,b]", False),
     "optim=lora,mp": ("optim=lora,mp: several values need -m", "", False),
@@ -435,16 +435,16 @@ def saved_nothing(ended: Ended) -> None:
 
 CASES |= {
     f"{FULL}: while the weights are saved": Case(
-        "", ("run/model.safetensors (1 MB) cannot be written: ", "File too large"), inject="fill_disk(10**6)"
+        "", ("run/model.safetensors (1 MiB) cannot be written: ", "File too large"), inject="fill_disk(10**6)"
     ),
     f"{FULL}: while a checkpoint is saved": Case(
         "optim=lora training.save_every=1",
-        ("step_00000003", "optimizer.safetensors (0 MB) cannot be written: ", "File too large"),
+        ("step_00000003", "optimizer.safetensors (0 MiB) cannot be written: ", "File too large"),
         inject=FILL_AT_THE_THIRD_CHECKPOINT,
         then=saved_twice_and_goes_on,
     ),
     f"{FULL}: in training": Case(
-        "training.batch_size=1 training.max_samples=120 training.save=false",
+        "training.micro_batch_size=1 training.max_samples=120 training.save=false",
         ("cannot be written during training: File too large",),
         inject="fill_disk(10_000)",
     ),
@@ -452,7 +452,7 @@ CASES |= {
         "training.lr=1e30", ("the loss of optimizer step 2 is ", "lower training.lr"), then=saved_nothing
     ),
     "no GPU for a card's profile": Case(
-        "gpu.device=cuda gpu.name=a100_40gb gpu.memory_mb=40000", ("gpu=a100_40gb needs a CUDA GPU", "gpu=cpu")
+        "gpu.device=cuda gpu.name=a100_40gb gpu.memory_mib=40000", ("gpu=a100_40gb needs a CUDA GPU", "gpu=cpu")
     ),
     "folder: below a file": Case(
         "hydra.run.dir=file/run", ("file/run: Not a directory", "hydra.run.dir=DIR"), 2, None, files={"file": ""}
@@ -596,7 +596,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_ctrl_c_stops_the_first_a
     try:
         wait_for(tmp_path / "slow", first)
         before = {file: file.read_bytes() for file in run_dir.iterdir()}
-        code = "import llama_ft.measure.process as process\nprocess.SECONDS_FOR_THE_LAST = 1"
+        code = "import llama_ft.launch.process as process\nprocess.SECONDS_FOR_THE_LAST = 1"
         env = injected(tmp_path / "second", into="llama_ft.train", code=code)
         second = end(start(tmp_path, "training.save=false", env=env), tmp_path)
         assert second.returncode == 2
@@ -648,7 +648,7 @@ def test_a_file_system_without_space(tmp_path: Path) -> None:
         pytest.skip("a small file system cannot be mounted here")
     try:
         ended = end(start(tmp_path), tmp_path)
-        said = ("run/model.safetensors (1 MB) cannot be written: ", "No space left on device")
+        said = ("run/model.safetensors (1 MiB) cannot be written: ", "No space left on device")
         assert_as_expected(Case("", said), ended)
         assert_nothing_left(ended)
         assert_whole(ended.run_dir)

@@ -26,7 +26,7 @@ from llama_ft.config import DecodingConfig, GenerateConfig, ModelConfig, ModelSo
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.chat import chat, line_reader
-from llama_ft.decoding.generate import Answer, Answerer, generate
+from llama_ft.decoding.generate import Answer, GenerateFn, generate
 from llama_ft.decoding.show import show_answers
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.adapter import check_base_of, load_adapter
@@ -42,7 +42,7 @@ def tokenizer() -> Tokenizer:
 
 
 # Named tiny, so that its tokenizer is the built-in one.
-SMALL = ModelConfig("tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=2048, context=128)
+SMALL = ModelConfig("tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=2048, max_seq_len=128)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ def test_text_comes_piece_by_piece_and_ends_before_a_stop_string(model: Transfor
 def test_an_answer_ends_where_the_context_does(model: Transformer, tokenizer: Tokenizer) -> None:
     n_prompt = len(tokenizer.encode("Hello", bos=True))
     ((answer,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=1000))
-    assert answer.n_tokens == SMALL.context - n_prompt or answer.finish == "eos"
+    assert answer.n_tokens == SMALL.max_seq_len - n_prompt or answer.finish == "eos"
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and the model's context is 128"):
         generate(model, tokenizer, ["Hello " * 200], DecodingConfig())
 
@@ -280,10 +280,10 @@ def test_lines_are_read_from_pipes_and_terminals(
 # What is printed
 
 
-def asked(*answers: Answer) -> Callable[[bool], Answerer]:
+def asked(*answers: Answer) -> Callable[[bool], GenerateFn]:
     """Loads models that give these answers: the base with its name before them."""
 
-    def load(is_base: bool) -> Answerer:
+    def load(is_base: bool) -> GenerateFn:
         def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> list[list[Answer]]:
             found = [replace(each, text=f"base {each.text}") if is_base else each for each in answers]
             for word in found[0].text.split(" "):

@@ -63,8 +63,8 @@ def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: s
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["peak_memory_reserved_mb"] >= result["peak_memory_mb"] > 0
-    assert sum(result["memory_mb"].values()) == pytest.approx(result["peak_memory_mb"])
+    assert result["peak_memory_reserved_mib"] >= result["peak_memory_mib"] > 0
+    assert sum(result["memory_mib"].values()) == pytest.approx(result["peak_memory_mib"])
 
 
 @pytest.mark.parametrize("combination", ["baseline", "mp", "ga_mp_lora"])
@@ -77,12 +77,12 @@ def test_a_plan_says_what_the_allocator_will_say(tmp_path, combination: str) -> 
     done = run("llama_ft.plan", *told, f"output={tmp_path}/plan", cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = json.loads((tmp_path / "plan" / "plan.json").read_text())["rows"]
-    assert row["peak_memory_mb"] == pytest.approx(result["peak_memory_mb"], rel=0.05)
-    assert row["reserved_mb"] == pytest.approx(result["peak_memory_reserved_mb"], rel=0.1)
+    assert row["peak_memory_mib"] == pytest.approx(result["peak_memory_mib"], rel=0.05)
+    assert row["reserved_mib"] == pytest.approx(result["peak_memory_reserved_mib"], rel=0.1)
 
 
 def test_a_limit_makes_a_run_end_out_of_memory(tmp_path) -> None:
-    arguments = ["measure.memory_limit_mb=20", "plan.enforce=false", "tracker=disabled"]
+    arguments = ["measure.memory_limit_mib=20", "plan.enforce=false", "tracker=disabled"]
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom"
@@ -94,7 +94,7 @@ def test_a_cards_profile_brings_its_memory_and_its_16_bit_format(tmp_path) -> No
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["gpu"], result["compute_dtype"]) == ("t4_16gb", "float16")
-    assert result["memory_limit_mb"] == 14773
+    assert result["memory_limit_mib"] == 14773
 
 
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path) -> None:

@@ -26,7 +26,7 @@ TOTAL = {
 CAPABILITY = {"t4": "7.5", "p100": "6.0", "v100": "7.0", "rtx3090": "8.6", "rtx4090": "8.9", "a100": "8.0"}
 CAPABILITY |= {"h100": "9.0", "h200": "9.0"}
 CARDS = sorted(TOTAL)
-FIGURES = {"memory_mb", "context_mb", "compute_capability", "bandwidth_gb_s", "fp32", "tf32", "fp16", "bf16"}
+FIGURES = {"memory_mib", "context_mib", "compute_capability", "bandwidth_gb_s", "fp32", "tf32", "fp16", "bf16"}
 
 
 @cache
@@ -68,10 +68,10 @@ def test_memory(card):
     gpu = profile(card)
     low, high = TOTAL[card]
     nominal = int(re.fullmatch(r"\w+_(\d+)gb", card)[1])
-    assert low * 1024 <= gpu.memory_mb < high * 1024 <= nominal * 1024
-    assert 100 <= gpu.context_mb <= 1024
-    assert gpu.usable_mb == gpu.memory_mb - gpu.context_mb < nominal * 1024
-    assert checked(f"gpu={card}").memory_limit_mb == gpu.usable_mb
+    assert low * 1024 <= gpu.memory_mib < high * 1024 <= nominal * 1024
+    assert 100 <= gpu.context_mib <= 1024
+    assert gpu.usable_mib == gpu.memory_mib - gpu.context_mib < nominal * 1024
+    assert checked(f"gpu={card}").memory_limit_mib == gpu.usable_mib
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -128,7 +128,7 @@ def test_the_manual_agrees(card):
     gpu, row = profile(card), manual()[card]
     shown = [row[heading] for heading in ("Memory", "Context", "Usable", "fp32", "tf32", "16-bit rate", "GB/s")]
     rates = gpu.tflops
-    stored = [gpu.memory_mb, gpu.context_mb, gpu.usable_mb, rates.fp32, rates.tf32, rates.fp16, gpu.bandwidth_gb_s]
+    stored = [gpu.memory_mib, gpu.context_mib, gpu.usable_mib, rates.fp32, rates.tf32, rates.fp16, gpu.bandwidth_gb_s]
     assert [number(cell) for cell in shown] == stored
     assert row["Capability"] == gpu.compute_capability
     assert row["16 bit"] == ("fp16" if rates.bf16 is None else "bf16, fp16")

@@ -23,13 +23,13 @@ from llama_ft import cli
 from llama_ft.config import GenerateConfig, ModelConfig
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.context import Context
 from llama_ft.decoding.generate import generate
+from llama_ft.decoding.state import GenerationState
 from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import initialize, load_model
 
-SMALL = ModelConfig("small", dim=64, n_layers=3, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=300, context=256)
+SMALL = ModelConfig("small", dim=64, n_layers=3, n_heads=8, n_kv_heads=8, ffn_dim=96, vocab_size=300, max_seq_len=256)
 # New tokens of each of the 20 texts on LLaMA-2-7B's shapes: 128 is the full test, which takes two minutes of a core.
 N_PARITY = int(os.environ.get("LLAMA_FT_PARITY_TOKENS", "3"))
 SIZES = {"MHA": SMALL, "GQA": replace(SMALL, n_kv_heads=2), "MQA": replace(SMALL, n_kv_heads=1)}
@@ -76,8 +76,8 @@ def test_a_padded_batch_is_each_prompt_by_itself(lengths: list[int], name: str) 
     model = make_model(SIZES[name])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in lengths]
     for kv_cache in (True, False):
-        together = Context(model, prompts, 6, kv_cache, torch.float32)
-        alone = [Context(model, [prompt], 6, False, torch.float32) for prompt in prompts]
+        together = GenerationState(model, prompts, 6, kv_cache, torch.float32)
+        alone = [GenerationState(model, [prompt], 6, False, torch.float32) for prompt in prompts]
         for _ in range(6):
             logits = together.next_logits()
             for row, context in enumerate(alone):
@@ -93,16 +93,16 @@ def test_reordered_sequences_go_on_from_where_their_sources_were() -> None:
     model = make_model(SIZES["GQA"])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
     rows = torch.tensor([2, 2, 0])
-    cached = Context(model, prompts, 4, True, torch.float32)
+    cached = GenerationState(model, prompts, 4, True, torch.float32)
     cached.next_logits()
     cached.append(torch.tensor([7, 8, 9]))
     cached.reorder(rows)
-    anew = Context(model, [[*prompts[2], 9], [*prompts[2], 9], [*prompts[0], 7]], 4, False, torch.float32)
+    anew = GenerationState(model, [[*prompts[2], 9], [*prompts[2], 9], [*prompts[0], 7]], 4, False, torch.float32)
     assert difference(cached.next_logits(), anew.next_logits()) <= 1e-5
 
 
 def test_seen_leaves_padding_out() -> None:
-    context = Context(make_model(SMALL), [[5, 6, 7], [9]], 2, False, torch.float32)
+    context = GenerationState(make_model(SMALL), [[5, 6, 7], [9]], 2, False, torch.float32)
     assert [row.nonzero().flatten().tolist() for row in context.seen()] == [[5, 6, 7], [9]]
     context.append(torch.tensor([0, 9]))
     assert [row.nonzero().flatten().tolist() for row in context.seen()] == [[0, 5, 6, 7], [9]]
@@ -144,7 +144,7 @@ def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config, n_kv_
     tokenizer = Tokenizer(tiny_config.tokenizer_file)
     words = "Tell me why the sea is blue and what the old king said to his young friends in the garden".split()
     prompts = [tokenizer.encode(" ".join(words[: n + 1]), bos=True) for n in range(20)]
-    context = Context(model, prompts, 128, True, torch.float32)
+    context = GenerationState(model, prompts, 128, True, torch.float32)
     for _ in range(128):
         context.append(context.next_logits().argmax(-1))
     answers = context.tokens[:, context.prompt_length :].tolist()
@@ -180,7 +180,7 @@ def generated(
     model: Transformer, prompts: list[list[int]], n_new: int, kv_cache: bool
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy answers, and the logits that they were taken from, [n_new, B, V]."""
-    context, found = Context(model, prompts, n_new, kv_cache, torch.float32), []
+    context, found = GenerationState(model, prompts, n_new, kv_cache, torch.float32), []
     for _ in range(n_new):
         found.append(context.next_logits())
         context.append(found[-1].argmax(-1))
@@ -274,7 +274,7 @@ def test_the_page_lists_every_place_of_the_cache_and_no_other() -> None:
             is_use = isinstance(node, ast.FunctionDef) and uses_the_cache(node)
             if not place.endswith("__init__") if name == own else is_use:
                 found.add((name, place))
-    assert ("llama_ft/decoding/context.py", "Context.next_logits") in found
+    assert ("llama_ft/decoding/state.py", "GenerationState.next_logits") in found
     assert found == listed_places()
 
 
@@ -288,13 +288,13 @@ def test_the_pages_memory_is_that_of_the_real_class() -> None:
     for name, *cells in table:
         for (batch, tokens), cell in zip(((1, 1), (1, 1024), (1, 4096), (8, 4096)), cells, strict=True):
             if cell == "–":
-                assert tokens > sizes_of(name.split("`")[1]).context
+                assert tokens > sizes_of(name.split("`")[1]).max_seq_len
                 continue
             cache = KVCache(sizes_of(name.split("`")[1]), batch, tokens, torch.float16, "meta")
             assert float(cell.replace(",", "")) == pytest.approx(cache.nbytes / 2**20, abs=5e-5), name
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Transformer(sizes_of("llama2_7b")).parameters())
-    assert f"7B's weights are {2 * weights / 2**20:,.0f} MB in 16 bit" in PAGE
+    assert f"7B's weights are {2 * weights / 2**20:,.0f} MiB in 16 bit" in PAGE
 
 
 def test_the_pages_line_of_code_prints_what_its_table_says(capsys: pytest.CaptureFixture[str]) -> None:

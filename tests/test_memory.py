@@ -13,16 +13,16 @@ from torch import nn
 
 from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
+from llama_ft.launch.run import track_memory
 from llama_ft.measure.hardest import hardest_groups, hardest_windows
 from llama_ft.measure.memory import MemoryTracker
-from llama_ft.measure.result import CATEGORIES
-from llama_ft.measure.run import track_memory
+from llama_ft.records.result import CATEGORIES
 
-KB = 1024 / 2**20  # in MB
+KB = 1024 / 2**20  # in MiB
 
 
 class TwoLinears(nn.Module):
-    """1024 features twice: 4 MB of fp32 weights each."""
+    """1024 features twice: 4 MiB of fp32 weights each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,34 +48,34 @@ def track(model: nn.Module, steps: int = 2, micro_batches: int = 1, autocast: bo
 
 def test_each_category_is_what_the_arithmetic_says() -> None:
     use = track(TwoLinears())
-    assert use.max_mb["parameter"] == 8
-    assert use.max_mb["gradient"] == 8
-    assert use.max_mb["optimizer_state"] == pytest.approx(16, abs=1 * KB)  # two moments, and step counts of 4 bytes
-    assert use.max_mb["other"] == 1  # the batch
-    # Kept by forward: the outputs of first, of relu and of second, each 1 MB; linear and relu add no temporaries.
-    assert use.max_mb["activation"] == pytest.approx(3, abs=4 * KB)
+    assert use.max_mib["parameter"] == 8
+    assert use.max_mib["gradient"] == 8
+    assert use.max_mib["optimizer_state"] == pytest.approx(16, abs=1 * KB)  # two moments, and step counts of 4 bytes
+    assert use.max_mib["other"] == 1  # the batch
+    # Kept by forward: the outputs of first, of relu and of second, each 1 MiB; linear and relu add no temporaries.
+    assert use.max_mib["activation"] == pytest.approx(3, abs=4 * KB)
 
 
 def test_the_peak_is_that_of_the_second_step_and_is_named() -> None:
     model = TwoLinears()
     first, both = track(model, steps=1), track(TwoLinears(), steps=2)
-    assert first.instant == "optimizer step"
-    assert first.peak_mb == pytest.approx(8 + 8 + 16 + 1, abs=4 * KB)
-    assert both.instant == "backward"  # optimizer state, all gradients, and what backward still holds
-    assert both.peak_mb > first.peak_mb
+    assert first.phase == "optimizer step"
+    assert first.peak_mib == pytest.approx(8 + 8 + 16 + 1, abs=4 * KB)
+    assert both.phase == "backward"  # optimizer state, all gradients, and what backward still holds
+    assert both.peak_mib > first.peak_mib
 
 
 def test_accumulation_keeps_gradients_over_the_micro_batches() -> None:
     one, two = track(TwoLinears()), track(TwoLinears(), micro_batches=2)
-    assert two.max_mb["gradient"] == pytest.approx(one.max_mb["gradient"] + 4)  # a new one beside the sum
-    assert two.max_mb["activation"] == pytest.approx(one.max_mb["activation"], abs=1 * KB)
+    assert two.max_mib["gradient"] == pytest.approx(one.max_mib["gradient"] + 4)  # a new one beside the sum
+    assert two.max_mib["activation"] == pytest.approx(one.max_mib["activation"], abs=1 * KB)
 
 
 def test_autocast_copies_of_weights_count_as_parameters() -> None:
     use = track(TwoLinears(), autocast=True)
-    assert use.max_mb["parameter"] == 8 + 4  # fp32 masters and bf16 copies
-    assert use.max_mb["gradient"] == 8  # fp32
-    assert {row["dtype"] for row in use.ledger if row["category"] == "parameter"} <= {"float32", "bfloat16"}
+    assert use.max_mib["parameter"] == 8 + 4  # fp32 masters and bf16 copies
+    assert use.max_mib["gradient"] == 8  # fp32
+    assert {row["dtype"] for row in use.breakdown if row["category"] == "parameter"} <= {"float32", "bfloat16"}
 
 
 def test_views_and_in_place_operators_allocate_nothing() -> None:
@@ -86,8 +86,8 @@ def test_views_and_in_place_operators_allocate_nothing() -> None:
         del x
         torch.ones(1024, 128)
     use = tracker.result()
-    assert use.max_mb["activation"] == 1
-    assert use.peak_mb == pytest.approx(1, abs=1 * KB)
+    assert use.max_mib["activation"] == 1
+    assert use.peak_mib == pytest.approx(1, abs=1 * KB)
 
 
 @pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
@@ -95,18 +95,18 @@ def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
     step, n = make_step(tiny_config, toggles)
     window = [collate([sample], Padding(step.precision.pad_multiple)) for sample in ragged_samples()][:n]
     with MemoryTracker(step.model, step.optimizer) as tracker:
-        step.rehearse(window)
-        step.rehearse(window)
+        step.dry_run(window)
+        step.dry_run(window)
     use = tracker.result()
-    assert tuple(use.at_peak_mb) == CATEGORIES
-    assert sum(use.at_peak_mb.values()) == pytest.approx(use.peak_mb)
-    assert sum(row["mb"] for row in use.ledger) == pytest.approx(use.peak_mb)
-    assert use.at_peak_mb["other"] <= 0.05 * use.peak_mb
-    assert all(use.at_peak_mb[c] <= use.max_mb[c] + 1e-9 for c in CATEGORIES)
+    assert tuple(use.at_peak_mib) == CATEGORIES
+    assert sum(use.at_peak_mib.values()) == pytest.approx(use.peak_mib)
+    assert sum(row["mb"] for row in use.breakdown) == pytest.approx(use.peak_mib)
+    assert use.at_peak_mib["other"] <= 0.05 * use.peak_mib
+    assert all(use.at_peak_mib[c] <= use.max_mib[c] + 1e-9 for c in CATEGORIES)
     trainable = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-    assert use.max_mb["optimizer_state"] == pytest.approx(8 * trainable / 2**20, rel=1e-2)
+    assert use.max_mib["optimizer_state"] == pytest.approx(8 * trainable / 2**20, rel=1e-2)
     stored = sum(p.numel() * p.element_size() for p in step.model.parameters()) / 2**20
-    assert use.max_mb["parameter"] >= stored
+    assert use.max_mib["parameter"] >= stored
 
 
 def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:
@@ -114,8 +114,8 @@ def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:
     for toggles in itertools.product([False], [False], [False, True], [False, True]):
         step, _ = make_step(tiny_config, toggles)
         with MemoryTracker(step.model, step.optimizer) as tracker:
-            step.rehearse([collate(ragged_samples())])
-        uses[name(toggles)] = tracker.result().max_mb
+            step.dry_run([collate(ragged_samples())])
+        uses[name(toggles)] = tracker.result().max_mib
     for category in ("gradient", "optimizer_state"):
         assert uses["lora"][category] < 0.1 * uses["baseline"][category]
     assert uses["gc"]["activation"] < 0.6 * uses["baseline"]["activation"]
@@ -135,8 +135,8 @@ def test_tracking_changes_no_result(tiny_config) -> None:
     assert losses[0] == losses[1]
 
 
-def hardest(samples: list[Sample], n: int, batch_size: int = 1):
-    return hardest_windows(samples, batch_size, n, NO_PADDING)
+def hardest(samples: list[Sample], n: int, micro_batch_size: int = 1):
+    return hardest_windows(samples, micro_batch_size, n, NO_PADDING)
 
 
 @pytest.mark.parametrize("n", [1, 3])
@@ -146,7 +146,7 @@ def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n
     peaks = []
     for windows in [hardest(samples, n)] + [[[collate([s]) for s in order[:n]]] for order in orders]:
         step, _ = make_step(tiny_config, (True, False, False, False))
-        peaks.append(track_memory(step, windows).peak_mb)
+        peaks.append(track_memory(step, windows).peak_mib)
     assert peaks[0] == pytest.approx(max(peaks), abs=1 * KB)  # the batches' own tensors
     assert peaks[0] > min(peaks)
 
@@ -157,9 +157,9 @@ def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
     peaks = []
     for sample in samples:
         step, _ = make_step(tiny_config, (False, False, True, False))
-        peaks.append(track_memory(step, [[collate([sample])]]).peak_mb)
+        peaks.append(track_memory(step, [[collate([sample])]]).peak_mib)
     assert peaks[2] == max(peaks) > max(peaks[0], peaks[3])
-    assert track_memory(step, hardest(samples, 1)).peak_mb >= max(peaks)
+    assert track_memory(step, hardest(samples, 1)).peak_mib >= max(peaks)
 
 
 @given(
@@ -168,7 +168,7 @@ def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
     st.sampled_from([1, 8]),
     st.tuples(*[st.integers(0, 50)] * 3),
 )
-def test_hardest_micro_batches_are_hard_by_any_convex_measure(lengths, batch_size, multiple, factors):
+def test_hardest_micro_batches_are_hard_by_any_convex_measure(lengths, micro_batch_size, multiple, factors):
     samples = [Sample([5] * (n_prompt + n), n_prompt) for n_prompt, n in lengths]
 
     def hardness(group: Sequence[Sample]) -> int:
@@ -176,8 +176,8 @@ def test_hardest_micro_batches_are_hard_by_any_convex_measure(lengths, batch_siz
         width = batch.tokens.shape[1]
         return factors[0] * width + factors[1] * batch.n_targets + factors[2] * width**2
 
-    found = hardest_groups(sorted(samples, key=len), batch_size, Padding(multiple))
-    size = min(batch_size, len(samples))
+    found = hardest_groups(sorted(samples, key=len), micro_batch_size, Padding(multiple))
+    size = min(micro_batch_size, len(samples))
     assert all(len({id(sample) for sample in group}) == size for group in found)
     assert max(map(hardness, found)) == max(hardness(group) for group in itertools.combinations(samples, size))
 
@@ -186,5 +186,5 @@ def test_hardest_windows_are_full_where_there_are_samples_enough() -> None:
     samples = ragged_samples()
     assert {len(window) for window in hardest(samples, 4)} == {4}
     assert {len(window) for window in hardest(samples[:2], 8)} == {2}
-    assert {window[-1].tokens.shape[0] for window in hardest(samples, 2, batch_size=3)} == {3}
+    assert {window[-1].tokens.shape[0] for window in hardest(samples, 2, micro_batch_size=3)} == {3}
     assert hardest(samples, 4)[0][-1].tokens.shape[1] == max(len(sample) for sample in samples) - 1

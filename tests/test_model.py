@@ -20,12 +20,12 @@ CPU = torch.device("cpu")
 
 def small_config(n_kv_heads: int = 4) -> ModelConfig:
     return ModelConfig(
-        name="small", dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, ffn_dim=96, vocab_size=101, context=64
+        name="small", dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, ffn_dim=96, vocab_size=101, max_seq_len=64
     )
 
 
 def rotary_config(context: int, head_dim: int) -> ModelConfig:
-    return ModelConfig("small", context=context, head_size=head_dim)
+    return ModelConfig("small", max_seq_len=context, head_size=head_dim)
 
 
 def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:

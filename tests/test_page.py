@@ -13,9 +13,9 @@ from conftest import run
 from PIL import Image
 from test_report import CATEGORIES, TECHNIQUES, combinations, report, tables, undrawn, write
 
-from llama_ft.measure.result import read_metrics
+from llama_ft.records.result import read_metrics
 from llama_ft.reporting import comparison, settings
-from llama_ft.reporting.curves import MOST_POINTS, ticks
+from llama_ft.reporting.curves import MAX_POINTS, ticks
 
 EVIL = "<script>alert('&\"')</script>"
 COMMAND = "python -m llama_ft.train experiment=table2 training.lr=1e-4"
@@ -26,9 +26,9 @@ optim: {ga: false, mp: false, lora: true, gc: false}
 lora: {rank: 16, targets: [wq, wv]}
 training: {lr: 0.0001, seed: 0, save_every: null}
 data: {name: sample, path: null, cache_dir: ~/.cache/llama_ft}
-gpu: {name: auto, memory_mb: null}
+gpu: {name: auto, memory_mib: null}
 tracker: {mode: auto, project: llama_ft}
-measure: {memory_limit_mb: null}
+measure: {memory_limit_mib: null}
 """
 
 
@@ -99,7 +99,7 @@ def step(number: int, **values: Any) -> str:
         "lr": 1e-4 / number,
         "tokens": 70 * number,
         "tokens_per_s": 1_000.0 + number,
-        "memory_mb": 350.0,
+        "memory_mib": 350.0,
         "time_s": 0.1 * number,
     }
     return json.dumps(line | values) + "\n"
@@ -125,17 +125,17 @@ def polylines(part: str) -> list[list[tuple[float, float]]]:
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Rows of every ending, one with the worst that a user can write into it."""
     folder = tmp_path_factory.mktemp("page") / "sweep"
-    facts = {"command": COMMAND, "versions": VERSIONS, "memory_instant": "backward", "compute_dtype": "float32"}
-    ledger = [
+    facts = {"command": COMMAND, "versions": VERSIONS, "peak_phase": "backward", "compute_dtype": "float32"}
+    breakdown = [
         {"category": "parameter", "dtype": "float32", "mb": 81.25},
         {"category": "other", "dtype": "int64", "mb": 0.001, "item": "batches"},
     ]
-    write(folder, "baseline", peak_memory_mb=203.0, runtime_s=51.0, ledger=ledger, **facts)
-    write(folder, "lora", peak_memory_mb=48.2, runtime_s=25.5, **facts)
+    write(folder, "baseline", peak_memory_mib=203.0, runtime_s=51.0, breakdown=breakdown, **facts)
+    write(folder, "lora", peak_memory_mib=48.2, runtime_s=25.5, **facts)
     write(folder, "mp", "error", error=f"the loss of optimizer step 3 is nan {EVIL}", command=f"train {EVIL} \udcff")
     write(folder, "mp_lora", "interrupted")
     write(folder, "ga", "killed")
-    write(folder, "ga_lora", "oom", memory_limit_mb=300)
+    write(folder, "ga_lora", "oom", memory_limit_mib=300)
     write(folder, f"baseline,model={EVIL.replace('/', '_')}", model=EVIL, device="\x00\x1b[1m")
     write_steps(folder / "baseline", 24)
     write_steps(folder / "lora", 24, more='{"step": 25, "total_st')
@@ -183,13 +183,13 @@ def test_page_holds_every_cell_of_table2(sweep: Path, text: str) -> None:
         del table["---"]
         for name, cells in table.items():
             assert (name.removesuffix(" (2)"), *cells) in rows
-    assert ("Peak memory, MB", "203", "48.2", "error", "stopped", "killed", "×") in rows
+    assert ("Peak memory, MiB", "203", "48.2", "error", "stopped", "killed", "×") in rows
 
 
 def test_page_begins_with_table_and_picture_and_counts_the_endings(text: str) -> None:
     order = [
         text.index(part)
-        for part in ("<h1>", "7 runs: 3 ok", "<h2>", "Peak memory, MB", "<img", "<h3>Memory", "<h3>Runs")
+        for part in ("<h1>", "7 runs: 3 ok", "<h2>", "Peak memory, MiB", "<img", "<h3>Memory", "<h3>Runs")
     ]
     assert order == sorted(order)
     assert "3 ok, 1 out of memory, 1 killed, 1 interrupted, 1 failed" in Page(text).text
@@ -205,7 +205,10 @@ def test_page_holds_memory_by_category(text: str) -> None:
 @pytest.mark.parametrize(
     ("label", "words"),
     [
-        ("LoRA", ["ok: peak 48.2 MB, 25.5 s, 1,400 tokens/s, loss 7.250 before, 6.125 after", COMMAND, "torch 2.13.0"]),
+        (
+            "LoRA",
+            ["ok: peak 48.2 MiB, 25.5 s, 1,400 tokens/s, loss 7.250 before, 6.125 after", COMMAND, "torch 2.13.0"],
+        ),
         ("LoRA", ["1,000 of 4,000 (25 %)", "200 samples, 14,000 tokens", "hash of lora", "config.yaml", "rank: 16"]),
         ("MP", ["error: the loss of optimizer step 3 is nan", "sweep/mp"]),
         ("MP+LoRA", ["interrupted: why mp_lora is interrupted", "python -m llama_ft.train"]),
@@ -236,7 +239,7 @@ def test_a_curve_has_a_point_for_each_step(text: str) -> None:
     assert lr[0][1] < lr[-1][1]
     assert len({y for _, y in memory}) == 1
     assert all(
-        title in section(text, "LoRA") for title in ("learning rate", "gradient norm", "tokens/s", "memory in use, MB")
+        title in section(text, "LoRA") for title in ("learning rate", "gradient norm", "tokens/s", "memory in use, MiB")
     )
     assert section(text, "LoRA").count(">optimizer step</text>") == 5
 
@@ -259,7 +262,7 @@ def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path: Path) -> None:
         assert report(tmp_path).returncode == 0
     part = section((tmp_path / "report.html").read_text(encoding="utf-8"), "baseline")
     curves = polylines(part)
-    assert [len(points) for points in curves] == [MOST_POINTS] * 5
+    assert [len(points) for points in curves] == [MAX_POINTS] * 5
     band = [tuple(map(float, p.split(","))) for p in re.findall(r'<polygon points="([^"]*)"', part)[0].split()]
     top, usual = min(y for _, y in band), max(y for _, y in band)
     (spike,) = [x for x, y in band if y == top]
@@ -376,14 +379,14 @@ def test_a_sweep_is_equal_to_itself(tmp_path: Path) -> None:
 
 
 def test_changes_are_given_in_percent_and_marked(tmp_path: Path) -> None:
-    a = {"peak_memory_mb": 200.0, "runtime_s": 10.0, "tokens_per_s": 1_000.0, "eval_loss_after": 6.0}
-    b = {"peak_memory_mb": 150.0, "runtime_s": 12.5, "tokens_per_s": 800.0, "eval_loss_after": 6.25}
+    a = {"peak_memory_mib": 200.0, "runtime_s": 10.0, "tokens_per_s": 1_000.0, "train_loss_after": 6.0}
+    b = {"peak_memory_mib": 150.0, "runtime_s": 12.5, "tokens_per_s": 800.0, "train_loss_after": 6.25}
     write_pair(tmp_path, a=a, b=b)
-    write_pair(tmp_path, "mp", a=a, b=a | {"peak_memory_mb": 200.9, "runtime_s": 10.2})
+    write_pair(tmp_path, "mp", a=a, b=a | {"peak_memory_mib": 200.9, "runtime_s": 10.2})
     rows, text = compare(tmp_path)
-    assert rows["Peak memory, MB A"] == ["200", "200"]
-    assert rows["Peak memory, MB B"] == ["150", "201"]
-    assert rows["Peak memory, MB difference"] == ["-25.0%", "+0.4%"]
+    assert rows["Peak memory, MiB A"] == ["200", "200"]
+    assert rows["Peak memory, MiB B"] == ["150", "201"]
+    assert rows["Peak memory, MiB difference"] == ["-25.0%", "+0.4%"]
     assert rows["Runtime, s difference"] == ["+25.0%", "+2.0%"]
     assert rows["Tokens/s difference"] == ["-20.0%", "="]
     assert rows["Loss after difference"] == ["+0.250", "="]
@@ -399,15 +402,15 @@ def test_changes_are_given_in_percent_and_marked(tmp_path: Path) -> None:
 
 
 def test_a_row_that_failed_on_one_side_is_marked_changed(tmp_path: Path) -> None:
-    write(tmp_path / "a", "baseline", "oom", memory_limit_mb=300)
+    write(tmp_path / "a", "baseline", "oom", memory_limit_mib=300)
     write(tmp_path / "b", "baseline")
     write(tmp_path / "a", "mp", "oom")
     write(tmp_path / "b", "mp", "oom")
     write(tmp_path / "a", "ga", "oom")
     write(tmp_path / "b", "ga", "error")
     rows, text = compare(tmp_path)
-    assert rows["Peak memory, MB A"] == ["×", "×", "×"]
-    assert rows["Peak memory, MB B"] == ["100", "×", "error"]
+    assert rows["Peak memory, MiB A"] == ["×", "×", "×"]
+    assert rows["Peak memory, MiB B"] == ["100", "×", "error"]
     assert rows["Runtime, s difference"] == ["changed", "=", "changed"]
     assert "ga in B: why ga is error" in text
     assert '<td class="changed">changed</td>' in (tmp_path / "b" / "comparison.html").read_text(encoding="utf-8")
@@ -415,7 +418,7 @@ def test_a_row_that_failed_on_one_side_is_marked_changed(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("value", [0.0, None, math.nan, math.inf])
 def test_no_share_is_taken_of_what_is_no_number(tmp_path: Path, value: float | None) -> None:
-    write_pair(tmp_path, a={"tokens_per_s": value, "eval_loss_after": math.nan if value is None else value})
+    write_pair(tmp_path, a={"tokens_per_s": value, "train_loss_after": math.nan if value is None else value})
     rows, _ = compare(tmp_path)
     assert rows["Tokens/s difference"] == ["changed"]
     assert rows["Loss after difference"] == ["+6.125" if value == 0 else "changed"]
@@ -442,10 +445,10 @@ def test_settings_that_differ_are_listed_once_each(tmp_path: Path) -> None:
         write_pair(
             tmp_path,
             name,
-            versions[0] | {"memory_limit_mb": None},
-            versions[1] | {"memory_limit_mb": 300, "device": "another"},
+            versions[0] | {"memory_limit_mib": None},
+            versions[1] | {"memory_limit_mib": 300, "device": "another"},
         )
-        other = CONFIG.replace("rank: 16", "rank: 8").replace("memory_limit_mb: null", "memory_limit_mb: 300")
+        other = CONFIG.replace("rank: 16", "rank: 8").replace("memory_limit_mib: null", "memory_limit_mib: 300")
         for same in ("mode: auto", "project: llama_ft", "~/.cache", "save_every: null"):
             other = other.replace(same, f"{same[: same.rindex(' ')] if ' ' in same else ''} other")
         (tmp_path / "b" / name / "config.yaml").write_text(other)
@@ -454,7 +457,7 @@ def test_settings_that_differ_are_listed_once_each(tmp_path: Path) -> None:
     assert listed == [
         "device: a processor in A, another in B",
         "lora.rank: 16 in A, 8 in B",
-        "measure.memory_limit_mb: null in A, 300 in B",
+        "measure.memory_limit_mib: null in A, 300 in B",
         "torch: 2.13.0 in A, 2.14.0 in B",
     ]
     page = Page((tmp_path / "b" / "comparison.html").read_text(encoding="utf-8"))
@@ -466,18 +469,18 @@ def test_settings_that_differ_are_listed_once_each(tmp_path: Path) -> None:
 def test_another_card_is_one_line_whatever_its_profile_holds(tmp_path: Path) -> None:
     write_pair(tmp_path)
     file = tmp_path / "b" / "lora" / "config.yaml"
-    file.write_text(CONFIG.replace("{name: auto, memory_mb: null}", "{name: a100_40gb, memory_mb: 40441}"))
+    file.write_text(CONFIG.replace("{name: auto, memory_mib: null}", "{name: a100_40gb, memory_mib: 40441}"))
     assert [line for line in compare(tmp_path)[1].splitlines() if " in A, " in line] == [
         "- gpu.name: auto in A, a100_40gb in B"
     ]
 
 
 def test_without_a_config_the_results_are_compared(tmp_path: Path) -> None:
-    write_pair(tmp_path, b={"techniques": {"ga": {"steps": 4}, "lora": {"rank": 16}}, "batch_size": 2})
+    write_pair(tmp_path, b={"techniques": {"ga": {"steps": 4}, "lora": {"rank": 16}}, "micro_batch_size": 2})
     (tmp_path / "a" / "lora" / "config.yaml").unlink()
     listed = [line for line in compare(tmp_path)[1].splitlines() if " in A, " in line]
     assert "- ga.steps: 8 in A, 4 in B" in listed
-    assert "- training.batch_size: 1 in A, 2 in B" in listed
+    assert "- training.micro_batch_size: 1 in A, 2 in B" in listed
     assert not [line for line in listed if "training.seed" in line or "lora.rank" in line]
 
 
@@ -496,7 +499,7 @@ def test_groups_are_compared_with_their_likes(tmp_path: Path) -> None:
     for side, hashes in (("a", "xy"), ("b", "yx")):
         for folder, settings_hash in zip(("mp", "mp once more"), hashes, strict=True):
             values = {"combination": "mp", "optim": optim("mp"), "settings_hash": settings_hash}
-            write(tmp_path / side, folder, peak_memory_mb=100.0 if settings_hash == "x" else 300.0, **values)
+            write(tmp_path / side, folder, peak_memory_mib=100.0 if settings_hash == "x" else 300.0, **values)
     with undrawn():
         done = report(tmp_path / "a", tmp_path / "b")
     assert done.returncode == 0
@@ -515,7 +518,7 @@ def test_the_same_combination_twice_is_two_columns(tmp_path: Path) -> None:
 
 def test_sixteen_combinations_side_by_side_fit_into_80_columns(tmp_path: Path) -> None:
     for name in combinations():
-        write_pair(tmp_path, name, {"peak_memory_mb": 103_456.0}, {"peak_memory_mb": 223_456.0})
+        write_pair(tmp_path, name, {"peak_memory_mib": 103_456.0}, {"peak_memory_mib": 223_456.0})
     with undrawn():
         done = report(tmp_path / "a", tmp_path / "b")
     body = [line for line in done.stdout.splitlines() if line.startswith(("GA", "  A ", "  B ", "  difference "))]

@@ -15,23 +15,23 @@ from test_advice import LENGTHS, MODEL, card, config_for, one_by_one
 import llama_ft.train as train_module
 from llama_ft import cli
 from llama_ft.config import DataConfig, DeviceChoice, GpuConfig, MeasureConfig, OptimConfig, TrainConfig
-from llama_ft.measure import process, system
-from llama_ft.measure.result import CONFIG_FILE
+from llama_ft.launch import process, system
 from llama_ft.planning import check, predict
-from llama_ft.planning.card import traits_of, workspace_bytes
 from llama_ft.planning.check import Capacity, alternatives, capacity_of, objection, would_not_fit
+from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.search import try_run
+from llama_ft.records.result import CONFIG_FILE
 
 CARD = card("a", 1000)
 TRAITS, WORKSPACE = traits_of(CARD), workspace_bytes(CARD)
 
 
 def need(optim: OptimConfig) -> float:
-    return try_run(config_for(optim=optim), LENGTHS, TRAITS, WORKSPACE).reserved_mb
+    return try_run(config_for(optim=optim), LENGTHS, TRAITS, WORKSPACE).reserved_mib
 
 
-def asked(optim: OptimConfig, mb: float, context_mb: float = 0) -> str | None:
-    capacity = Capacity(mb, context_mb, f"a has {mb:,.0f}")
+def asked(optim: OptimConfig, mib: float, context_mib: float = 0) -> str | None:
+    capacity = Capacity(mib, context_mib, f"a has {mib:,.0f}")
     return objection(config_for(optim=optim), LENGTHS, capacity, TRAITS, WORKSPACE)
 
 
@@ -41,14 +41,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "processes", lambda n: nullcontext(one_by_one))
 
 
-@pytest.mark.parametrize("context_mb", [0, 300])
-def test_what_is_needed_is_enough_and_one_less_is_not(context_mb):
+@pytest.mark.parametrize("context_mib", [0, 300])
+def test_what_is_needed_is_enough_and_one_less_is_not(context_mib):
     optim = OptimConfig()
-    enough = need(optim) + context_mb
-    assert asked(optim, enough, context_mb) is None
-    text = asked(optim, enough - 1, context_mb)
+    enough = need(optim) + context_mib
+    assert asked(optim, enough, context_mib) is None
+    text = asked(optim, enough - 1, context_mib)
     assert text is not None
-    assert text.startswith(f"baseline on small needs {enough:,.0f} MB at its peak, and a has {enough - 1:,.0f}: ")
+    assert text.startswith(f"baseline on small needs {enough:,.0f} MiB at its peak, and a has {enough - 1:,.0f}: ")
     assert text.endswith("; plan.enforce=false goes on")
 
 
@@ -92,15 +92,15 @@ def test_alternatives_are_two_at_most_smallest_change_first(on, activations_suff
 
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit():
-    def found(gpu: GpuConfig, free_mb: float, limit_mb: int | None = None) -> Capacity:
+    def found(gpu: GpuConfig, free_mib: float, limit_mib: int | None = None) -> Capacity:
         config = TrainConfig(MODEL, "random", "t.model", data=DataConfig("sample"), gpu=gpu)
-        return capacity_of(replace(config, measure=MeasureConfig(memory_limit_mb=limit_mb)), free_mb, "H200")
+        return capacity_of(replace(config, measure=MeasureConfig(memory_limit_mib=limit_mib)), free_mib, "H200")
 
-    real = replace(CARD, memory_mb=None, context_mb=0)
+    real = replace(CARD, memory_mib=None, context_mib=0)
     assert found(CARD, 5000) == Capacity(1000, 10, "a has 1,000")
     assert found(real, 1234.5) == Capacity(1234.5, 0, "this H200 has 1,234 free")
-    assert found(CARD, 5000, 500) == Capacity(500, 0, "measure.memory_limit_mb allows 500")
-    assert found(CARD, 5000, 995).usable_mb == 990  # the context leaves no more
+    assert found(CARD, 5000, 500) == Capacity(500, 0, "measure.memory_limit_mib allows 500")
+    assert found(CARD, 5000, 995).usable_mib == 990  # the context leaves no more
     assert found(CARD, 300) == Capacity(300, 0, "this H200 has 300 free")  # a shared card, smaller than the profile
 
 
@@ -186,7 +186,7 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> Any:
 
     def would_not_fit(*_: Any) -> str:
         done.append("asked")
-        return "it needs 2 MB, and a has 1; plan.enforce=false goes on"
+        return "it needs 2 MiB, and a has 1; plan.enforce=false goes on"
 
     def started(*_: Any) -> dict[str, Any]:
         done.append("run")
@@ -210,10 +210,10 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> Any:
 def test_a_run_that_would_not_fit_is_not_started(train, tmp_path):
     status, done, error = train("hydra.run.dir=out")
     assert (status, done) == (2, ["asked"])
-    assert error == "error: it needs 2 MB, and a has 1; plan.enforce=false goes on\n"
+    assert error == "error: it needs 2 MiB, and a has 1; plan.enforce=false goes on\n"
     result = json.loads((tmp_path / "out" / "result.json").read_text())
     assert (result["status"], result["config_hash"]) == ("error", None)  # so that the same command tries again
-    assert "2 MB" in result["error"]
+    assert "2 MiB" in result["error"]
 
 
 def test_rows_of_a_sweep_are_measured_all_the_same(train):

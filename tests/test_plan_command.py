@@ -47,11 +47,11 @@ def test_a_model_of_full_size_on_every_card(tmp_path: Path) -> None:
     assert {row["total_params"] for row in rows.values()} == {6_746_804_224}
     weights = 2 * 6_738_415_616 / 2**20  # 16 bit, without the adapter
     for row in rows.values():
-        assert weights < row["peak_memory_mb"] < 1.25 * weights
-        assert row["fits"] == (row["required_mb"] <= row["memory_there_is_mb"])
+        assert weights < row["peak_memory_mib"] < 1.25 * weights
+        assert row["fits"] == (row["required_mib"] <= row["total_memory_mib"])
     assert not rows["t4_16gb"]["fits"]
     assert rows["a100_40gb"]["fits"]
-    assert rows["t4_16gb"]["ledger"] != rows["a100_40gb"]["ledger"]  # fp16 against bf16
+    assert rows["t4_16gb"]["breakdown"] != rows["a100_40gb"]["breakdown"]  # fp16 against bf16
 
 
 def test_techniques_that_are_named_leave_one_combination() -> None:
@@ -86,11 +86,14 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ("gc=maybe",): r"gc=maybe is not allowed",
         ("gpu=rtx5090",): r"gpu=rtx5090 is not allowed: it must be one of a100_40gb",
         ("goal=fastest",): r"goal=fastest is not allowed: it must be one of fit, cheapest_gpu, or null",
-        ("data.max_length=5000", "model=llama2_7b"): r"data\.max_length=5000 is not allowed: .* at most model\.context",
+        (
+            "data.max_length=5000",
+            "model=llama2_7b",
+        ): r"data\.max_length=5000 is not allowed: .* at most model\.max_seq_len",
         ("optim=lora", "goal=fit"): r"goal compares combinations",
         ("optim=lora", "gc=both"): r"gc=both plans sixteen combinations, and optim names one",
-        ("measure.memory_limit_mb=8000",): r"measure\.memory_limit_mb is for train",
-        ("gpu=all", "gpu.memory_mb=5"): r"gpu=all plans for each card as its profile has it",
+        ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
+        ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",
         ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu looks at all cards",
         ("data.path=missing.json",): r"missing\.json cannot be read",
         ("combinations=nine",): r"combinations=nine is not allowed: it must be one of eight, sixteen, one",

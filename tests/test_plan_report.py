@@ -34,13 +34,13 @@ def memory(total: float) -> dict[str, float]:
     return {name: share * total for name, share in zip(CATEGORIES, (0.4, 0.2, 0.2, 0.15, 0.05), strict=True)}
 
 
-def gpu(name: str, memory_mb: int | None = 40_325, device: str = "cuda") -> dict[str, Any]:
-    return {"name": name, "device": device, "memory_mb": memory_mb, "context_mb": 500 if device == "cuda" else 0}
+def gpu(name: str, memory_mib: int | None = 40_325, device: str = "cuda") -> dict[str, Any]:
+    return {"name": name, "device": device, "memory_mib": memory_mib, "context_mib": 500 if device == "cuda" else 0}
 
 
 def row(name: str, card: dict[str, Any], peak: float = 20_000.0, seconds: float | None = 10.0) -> dict[str, Any]:
-    """100 MB are reserved beyond the peak; on the CPU nothing is, and nothing else is known."""
-    on_cuda, there = card["device"] == "cuda", card["memory_mb"]
+    """100 MiB are reserved beyond the peak; on the CPU nothing is, and nothing else is known."""
+    on_cuda, there = card["device"] == "cuda", card["memory_mib"]
     reserved = peak + 100 if on_cuda else None
     required = peak + 600 if on_cuda else None
     instants = ("forward", "backward", "backward", "optimizer step")
@@ -49,17 +49,17 @@ def row(name: str, card: dict[str, Any], peak: float = 20_000.0, seconds: float 
         "combination": name,
         "gpu": card["name"],
         "error": None,
-        "peak_memory_mb": peak,
-        "instant": "backward",
-        "memory_mb": memory(peak),
-        "memory_max_mb": memory(1.5 * peak),
-        "ledger": [{"category": "parameter", "dtype": "float32", "mb": 0.4 * peak}],
-        "reserved_mb": reserved,
-        "context_mb": card["context_mb"],
-        "required_mb": required,
-        "memory_there_is_mb": there,
+        "peak_memory_mib": peak,
+        "phase": "backward",
+        "memory_mib": memory(peak),
+        "memory_max_mib": memory(1.5 * peak),
+        "breakdown": [{"category": "parameter", "dtype": "float32", "mb": 0.4 * peak}],
+        "reserved_mib": reserved,
+        "context_mib": card["context_mib"],
+        "required_mib": required,
+        "total_memory_mib": there,
         "fits": None if required is None or there is None else required <= there,
-        "margin_mb": None if required is None or there is None else there - required,
+        "margin_mib": None if required is None or there is None else there - required,
         "trainable_params": 1_000,
         "total_params": 4_000,
         "steps": 25,
@@ -72,8 +72,7 @@ def row(name: str, card: dict[str, Any], peak: float = 20_000.0, seconds: float 
         "binds": None if seconds is None else "memory",
         "bound_s": None if seconds is None else {"memory": seconds},
         "timeline": [
-            {"event": n, "instant": instant, "memory_mb": memory(peak * (n + 1) / 4)}
-            for n, instant in enumerate(instants)
+            {"event": n, "phase": phase, "memory_mib": memory(peak * (n + 1) / 4)} for n, phase in enumerate(instants)
         ],
     }
 
@@ -103,7 +102,7 @@ def plan_of(rows: list[dict[str, Any]], *cards: dict[str, Any], **values: Any) -
             "lora": {"rank": 16, "targets": ["wq", "wv"]},
             "gc": {"every": 1},
         },
-        "training": {"batch_size": 1, "epochs": 1},
+        "training": {"micro_batch_size": 1, "epochs": 1},
         "gpus": list(cards),
         "time": {"kind": "bound", "about": "at best: at full rates"},
         "rows": rows,
@@ -148,13 +147,13 @@ def test_all_files_are_written_and_the_plan_is_read_as_it_was(written: Path) -> 
 def test_numbers_in_are_numbers_shown(written: Path) -> None:
     (table,) = tables((written / "plan.md").read_text())
     assert table["GA"] == ["OFF"] * 4 + ["ON"] * 4
-    assert table["Peak memory, MB"] == "80,000 error 20,000 39,725 102,846 20,000 20,000 20,000".split()
+    assert table["Peak memory, MiB"] == "80,000 error 20,000 39,725 102,846 20,000 20,000 20,000".split()
     assert table["of baseline"][:5] == ["100%", "error", "25%", "50%", "129%"]
     assert table["during"][0] == "bwd"
-    assert table["Reserved, MB"][2] == "20,100"
-    assert table["Needed, MB"][:3] == ["80,600", "error", "20,600"]
-    assert table["Fits"] == "× error yes yes × yes yes yes".split()  # mp_lora: to the very last MB
-    assert table["Margin, MB"][:5] == ["-40,275", "error", "19,725", "0.00", "-63,122"]
+    assert table["Reserved, MiB"][2] == "20,100"
+    assert table["Needed, MiB"][:3] == ["80,600", "error", "20,600"]
+    assert table["Fits"] == "× error yes yes × yes yes yes".split()  # mp_lora: to the very last MiB
+    assert table["Margin, MiB"][:5] == ["-40,275", "error", "19,725", "0.00", "-63,122"]
     assert table["Runtime, at best"][:3] == ["40.0", "error", "10.0"]
     assert table["of baseline (2)"][:3] == ["100%", "error", "25%"]
     assert table["Tokens/s"][0] == "350"
@@ -170,7 +169,7 @@ def test_notes_say_what_the_numbers_are(written: Path) -> None:
         "MP computes in bfloat16.",
         "GC is off.",
         "expandable segments",
-        "500 MB for the CUDA context and its libraries; a100_40gb has 40,325 MB.",
+        "500 MiB for the CUDA context and its libraries; a100_40gb has 40,325 MiB.",
         "Data: 200 samples.",
         "Runtime: seconds, at best: at full rates.",
         "lora: mp.dtype=bf16: the card has not got it",
@@ -183,9 +182,18 @@ def test_csv_holds_every_number_unrounded(written: Path) -> None:
         found = list(csv.DictReader(file))
     assert [line["combination"] for line in found] == list(NAMES)
     for line, planned in zip(found, one_card()["rows"], strict=True):
-        for key in ("peak_memory_mb", "reserved_mb", "required_mb", "margin_mb", "runtime_s", "fits", "error", "gpu"):
+        for key in (
+            "peak_memory_mib",
+            "reserved_mib",
+            "required_mib",
+            "margin_mib",
+            "runtime_s",
+            "fits",
+            "error",
+            "gpu",
+        ):
             assert line[key] == ("" if planned[key] is None else str(planned[key]))
-        for part in ("memory_mb", "memory_max_mb", "flops", "bound_s"):
+        for part in ("memory_mib", "memory_max_mib", "flops", "bound_s"):
             for name, value in (planned[part] or {}).items():
                 assert float(line[f"{part}.{name}"]) == value
 
@@ -204,7 +212,7 @@ def test_the_page_needs_nothing_else_and_holds_every_cell(written: Path) -> None
     assert all(str(image["src"]).startswith("data:image/svg+xml;base64,") for image in page.named("img"))
     (table,) = tables((written / "plan.md").read_text())
     shown = {cells[0]: cells[1:] for cells in reversed(page.rows)}  # of two rows with one name the first
-    for name in ("Peak memory, MB", "Needed, MB", "Fits", "Runtime, at best"):
+    for name in ("Peak memory, MiB", "Needed, MiB", "Fits", "Runtime, at best"):
         assert shown[name] == table[name]
     # Bars, runtime, and a timeline of each that runs.
     assert len(page.named("img")) == 2 + 7
@@ -251,8 +259,8 @@ def test_what_is_not_known_is_a_dash() -> None:
         lines = {line[:16].strip(): line[16:].split() for line in printed(plan).splitlines() if line}
         assert lines["Fits"] == ["–", "–"]
         assert lines["Runtime, s"] == ["–", "–"]  # no bound is shown, so none is spoken of
-        assert ("Needed, MB" in lines) == (card["name"] == "new")
-        assert "Margin, MB" not in lines
+        assert ("Needed, MiB" in lines) == (card["name"] == "new")
+        assert "Margin, MiB" not in lines
         assert f"Runtime is not known where no rates are: gpu={card['name']}." in printed(plan)
 
 
@@ -288,7 +296,7 @@ def test_several_cards_are_columns_with_their_memory(tmp_path: Path) -> None:
     write_plan(several(), tmp_path)
     needed, runtime = tables((tmp_path / "plan.md").read_text())
     assert needed["GPU"] == ["small", "large", "unknown"]
-    assert needed["Memory, MB"] == ["16,000", "81,000", "–"]
+    assert needed["Memory, MiB"] == ["16,000", "81,000", "–"]
     assert needed["baseline"] == ["80,600 ×", "80,600", "80,600"]
     assert needed["LoRA"] == ["16,000", "error", "16,000"]
     assert runtime["baseline"] == ["10.0 ×", "10.0", "10.0"]
@@ -312,7 +320,7 @@ def test_many_cards_on_a_narrow_terminal() -> None:
 
 
 def test_table_1_shows_arrows_with_the_numbers_behind_them() -> None:
-    def change(arrow: str, before: float, after: float, unit: str = "MB") -> dict[str, Any]:
+    def change(arrow: str, before: float, after: float, unit: str = "MiB") -> dict[str, Any]:
         return {"arrow": arrow, "before": before, "after": after, "unit": unit}
 
     cells = {
@@ -328,7 +336,7 @@ def test_table_1_shows_arrows_with_the_numbers_behind_them() -> None:
     text = printed(plan, 200)
     for words in (
         "MP: frozen weights in 16",
-        "Parameter, MB",
+        "Parameter, MiB",
         "Computation, TFLOP",
         "↓ 25,736 → 12,868",
         "– 100",
@@ -341,7 +349,7 @@ def test_table_1_shows_arrows_with_the_numbers_behind_them() -> None:
         "Fastest: lora.",
     ):
         assert words in text, words
-    assert text.index("Needed, MB") < text.index("Parameter, MB") < text.index("goal=fit")
+    assert text.index("Needed, MiB") < text.index("Parameter, MiB") < text.index("goal=fit")
 
 
 # ------------------------------------------------------------------------------------------------ reading a plan
@@ -357,14 +365,14 @@ def damaged() -> Iterator[tuple[str, str]]:
     yield json.dumps(one_card() | {"schema_version": 2}), "schema_version 1"
     changes: list[tuple[list[Any], Any, str]] = [
         (["model"], 3, "model is 3"),
-        (["rows", 0, "peak_memory_mb"], None, "rows[0].peak_memory_mb is null"),
-        (["rows", 2, "memory_mb", "gradient"], "x", 'rows[2].memory_mb.gradient is "x"'),
+        (["rows", 0, "peak_memory_mib"], None, "rows[0].peak_memory_mib is null"),
+        (["rows", 2, "memory_mib", "gradient"], "x", 'rows[2].memory_mib.gradient is "x"'),
         (["rows", 0, "fits"], 1, "rows[0].fits is 1"),
         (["rows", 0, "optim"], {}, "rows[0].optim.ga is missing"),
         (["rows", 0, "timeline"], {}, "rows[0].timeline is no list"),
         (["rows", 0, "gpu"], "another", "rows are not one for each combination"),
         (["rows"], [], "rows are not one for each combination"),
-        (["gpus", 0, "memory_mb"], True, "gpus[0].memory_mb is true"),
+        (["gpus", 0, "memory_mib"], True, "gpus[0].memory_mib is true"),
         (["advice"], {"goal": "fit"}, "advice.gpu is missing"),
         (["table1"], [], "table1 is no object"),
     ]
@@ -401,11 +409,11 @@ H200 = {"device": "NVIDIA H200", "gpu": "auto"}
 def sweep_and_plan(tmp_path: Path) -> tuple[Path, Path]:
     """Measured on an H200: 2 % less and 4 % more than predicted; runtimes twice and four times the bound."""
     sweep, folder, card = tmp_path / "sweep", tmp_path / "plan", gpu("h200_141gb", 143_000)
-    write(sweep, "baseline", peak_memory_mb=102_000.0, peak_memory_reserved_mb=100_000.0, runtime_s=20.0, **H200)
-    write(sweep, "lora", peak_memory_mb=20_000.0, peak_memory_reserved_mb=20_000.0, runtime_s=40.0, **H200)
+    write(sweep, "baseline", peak_memory_mib=102_000.0, peak_memory_reserved_mib=100_000.0, runtime_s=20.0, **H200)
+    write(sweep, "lora", peak_memory_mib=20_000.0, peak_memory_reserved_mib=20_000.0, runtime_s=40.0, **H200)
     write(sweep, "mp", "oom", **H200)
     write(sweep, "ga_mp_lora", "killed", **H200)
-    write(sweep, "ga", peak_memory_mb=102_000.0, peak_memory_reserved_mb=100_000.0, runtime_s=20.0, **H200)
+    write(sweep, "ga", peak_memory_mib=102_000.0, peak_memory_reserved_mib=100_000.0, runtime_s=20.0, **H200)
     planned = {"baseline": 99_960.0, "lora": 20_800.0, "mp": 99_000.0, "ga_mp_lora": 9_000.0, "mp_lora": 9_000.0}
     folder.mkdir()
     plan = plan_of([row(name, card, size) for name, size in planned.items()], card)
@@ -437,10 +445,10 @@ def test_prediction_beside_measurement_with_the_signed_error(tmp_path: Path) -> 
     assert "Predicted alone: mp_lora." in text
     assert "ga_mp_lora, measured: why ga_mp_lora is killed" in text
     by_name = {line["combination"]: line for line in lines}
-    assert float(by_name["baseline"]["peak_memory_mb.error_percent"]) == pytest.approx(-2.0)
+    assert float(by_name["baseline"]["peak_memory_mib.error_percent"]) == pytest.approx(-2.0)
     assert float(by_name["lora"]["runtime_s.error_percent"]) == pytest.approx(-75.0)
     assert by_name["mp"]["fits_measured"] == "False"
-    assert by_name["mp"]["peak_memory_mb.measured"] == ""
+    assert by_name["mp"]["peak_memory_mib.measured"] == ""
     assert not list(sweep.glob("plan_check*"))
 
 
@@ -451,11 +459,11 @@ def test_runtimes_of_another_device_or_other_data_have_no_error(tmp_path: Path) 
     shown, lines = checked(sweep, folder)
     assert "Runtimes are of NVIDIA H200 and of a100_40gb, so their errors are left out." in shown
     assert {line["runtime_s.error_percent"] for line in lines} == {""}
-    assert lines[0]["peak_memory_mb.error_percent"] != ""
+    assert lines[0]["peak_memory_mib.error_percent"] != ""
     (folder / "plan.json").write_text(text.replace('"tokens": 14000', '"tokens": 14001'))
     shown, lines = checked(sweep, folder)
     assert "Not the same data: 70.0 tokens a sample in the sweep" in shown
-    assert {line["peak_memory_mb.error_percent"] for line in lines} == {""}
+    assert {line["peak_memory_mib.error_percent"] for line in lines} == {""}
 
 
 def test_runs_that_were_told_otherwise_are_left_out(tmp_path: Path) -> None:
@@ -487,7 +495,7 @@ def test_runs_that_were_told_otherwise_are_left_out(tmp_path: Path) -> None:
 def test_a_profiles_name_says_which_device_it_is_of(
     tmp_path: Path, profile: str, device: str | None, is_it: bool
 ) -> None:
-    write(tmp_path, "baseline", device=device, peak_memory_reserved_mb=110.0)
+    write(tmp_path, "baseline", device=device, peak_memory_reserved_mib=110.0)
     (group,) = read_groups(tmp_path)
     assert plan_match.is_device(gpu(profile), group) is is_it
 
@@ -496,7 +504,7 @@ def test_runs_belong_to_the_card_of_their_profile_or_their_device(tmp_path: Path
     cards = [gpu("a100_40gb"), gpu("h200_141gb"), gpu("cpu", None, "cpu")]
     plan = plan_of([row("baseline", card) for card in cards], *cards)
     for name, values in {"named": {"gpu": "a100_40gb"}, "here": {"gpu": "auto"}, "other": {"device": "T4"}}.items():
-        on_cuda = {"device": "NVIDIA H200", "peak_memory_reserved_mb": 110.0}
+        on_cuda = {"device": "NVIDIA H200", "peak_memory_reserved_mib": 110.0}
         write(tmp_path / name, "baseline", **on_cuda | values)
     write(tmp_path / "cpu", "baseline")
     found = {group.variant: plan_match.gpu_of(plan, group) for group in read_groups(tmp_path)}

@@ -22,20 +22,20 @@ from test_training import COMBINATIONS, make_step, name, small_config  # noqa: F
 from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, TrainConfig, UserError, WeightStorage
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
+from llama_ft.launch.run import track_memory
 from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
-from llama_ft.measure.result import MB
-from llama_ft.measure.run import track_memory
 from llama_ft.planning import cuda_kernels
 from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded
-from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory
 from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update
+from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
 from llama_ft.planning.predict import predict, processes
 from llama_ft.planning.roofline import by_resource
 from llama_ft.planning.run_costs import nodes, run_costs, weights
 from llama_ft.planning.timeline import timeline
+from llama_ft.records.result import MIB
 
 ON_CPU = Traits(on_cuda=False, has_bf16=True, has_flash=True)
 ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)
@@ -49,8 +49,8 @@ def with_optim(config: TrainConfig, toggles: tuple[bool, ...]) -> TrainConfig:
 def measured(config: TrainConfig, samples: list[Sample], toggles: tuple[bool, ...]) -> MemoryUse:
     """The memory of the real rehearsal, which `train` reports."""
     step, accumulation = make_step(config, toggles)
-    padding = Padding(step.precision.pad_multiple, config.model.context)
-    return track_memory(step, hardest_windows(samples, config.training.batch_size, accumulation, padding))
+    padding = Padding(step.precision.pad_multiple, config.model.max_seq_len)
+    return track_memory(step, hardest_windows(samples, config.training.micro_batch_size, accumulation, padding))
 
 
 # Memory: the fake run against the real one
@@ -72,13 +72,13 @@ def test_two_micro_batches_need_what_eight_need(small_config: TrainConfig) -> No
         small_config.ga.steps = n_micro_batches
         real = measured(small_config, samples, toggles)
         assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == real
-        peaks[n_micro_batches] = real.peak_mb - real.at_peak_mb["other"]  # the batches' own tensors
+        peaks[n_micro_batches] = real.peak_mib - real.at_peak_mib["other"]  # the batches' own tensors
     assert peaks[2] == peaks[8]
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
-def test_micro_batches_of_several_samples(small_config: TrainConfig, batch_size: int) -> None:  # noqa: F811
-    small_config.training.batch_size = batch_size
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_micro_batches_of_several_samples(small_config: TrainConfig, micro_batch_size: int) -> None:  # noqa: F811
+    small_config.training.micro_batch_size = micro_batch_size
     samples = ragged_samples()
     toggles = (False, False, True, False)
     assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == measured(small_config, samples, toggles)
@@ -96,7 +96,7 @@ def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:  # noqa: F811
     toggles = (False, True, False, False)
     samples = ragged_samples()
     real, fake = measured(small_config, samples, toggles), fake_run(with_optim(small_config, toggles), samples, ON_CPU)
-    assert fake.use.peak_mb == pytest.approx(real.peak_mb, abs=1 * KB)  # the scaler's scalars
+    assert fake.use.peak_mib == pytest.approx(real.peak_mib, abs=1 * KB)  # the scaler's scalars
 
 
 # What a card changes
@@ -105,7 +105,7 @@ def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:  # noqa: F811
 def test_on_a_card_each_storage_is_rounded_up(small_config: TrainConfig) -> None:  # noqa: F811
     on_cpu, on_card = (fake_run(small_config, ragged_samples(), traits) for traits in (ON_CPU, ON_CUDA))
     n_parameters = sum(1 for _ in make_step(small_config, (False,) * 4)[0].model.parameters())
-    more = (on_card.use.max_mb["parameter"] - on_cpu.use.max_mb["parameter"]) * MB
+    more = (on_card.use.max_mib["parameter"] - on_cpu.use.max_mib["parameter"]) * MIB
     assert 0 < more < n_parameters * ROUNDING
     assert all(storage.nbytes % ROUNDING == 0 for storage, _, _ in on_card.events)
 
@@ -150,8 +150,8 @@ def test_attention_without_a_sparing_kernel_keeps_its_matrices(small_config: Tra
     grouped = replace(small_config, model=replace(small_config.model, n_kv_heads=1))
     samples = [Sample([1] * 65, 5)]
     spared, kept = fake_run(small_config, samples, ON_CUDA).use, fake_run(grouped, samples, ON_CUDA).use
-    matrices = grouped.model.n_layers * grouped.model.n_heads * 64 * 64 * 4 / MB  # softmax, fp32, S = 64
-    assert kept.max_mb["activation"] - spared.max_mb["activation"] > 0.9 * matrices
+    matrices = grouped.model.n_layers * grouped.model.n_heads * 64 * 64 * 4 / MIB  # softmax, fp32, S = 64
+    assert kept.max_mib["activation"] - spared.max_mib["activation"] > 0.9 * matrices
     assert not ON_CUDA.materialises_attention(grouped.model, is_16bit=True)
     older = Traits(on_cuda=True, has_bf16=False, has_flash=False)
     assert older.materialises_attention(grouped.model, is_16bit=True)
@@ -159,7 +159,7 @@ def test_attention_without_a_sparing_kernel_keeps_its_matrices(small_config: Tra
 
 
 def card(capability: str, **more: object) -> GpuConfig:
-    return GpuConfig(name="card", device=DeviceChoice.cuda, memory_mb=1000, compute_capability=capability, **more)  # type: ignore[arg-type]
+    return GpuConfig(name="card", device=DeviceChoice.cuda, memory_mib=1000, compute_capability=capability, **more)  # type: ignore[arg-type]
 
 
 def test_what_a_profile_says_of_its_card() -> None:
@@ -167,14 +167,14 @@ def test_what_a_profile_says_of_its_card() -> None:
     assert traits_of(card("8.6")) == ON_CUDA
     assert traits_of(GpuConfig(name="cpu", device=DeviceChoice.cpu)) == ON_CPU
     assert workspace_bytes(card("8.0")) == 2 * 8_519_680
-    assert workspace_bytes(card("9.0")) == 2 * 32 * MB
+    assert workspace_bytes(card("9.0")) == 2 * 32 * MIB
     assert workspace_bytes(GpuConfig(name="cpu", device=DeviceChoice.cpu)) == 0
 
 
 def test_cards_that_an_fp32_run_cannot_tell_apart_share_it(tiny_config: TrainConfig) -> None:
     older = traits_of(card("7.5"))
-    assert that_matter(older, tiny_config) == ON_CUDA
-    assert that_matter(older, with_optim(tiny_config, (False, True, False, False))) == older
+    assert relevant_traits(older, tiny_config) == ON_CUDA
+    assert relevant_traits(older, with_optim(tiny_config, (False, True, False, False))) == older
 
 
 def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainConfig) -> None:  # noqa: F811
@@ -182,23 +182,23 @@ def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainCon
     optims = [with_optim(small_config, toggles).optim for toggles in ((False,) * 4, (False, True, False, False))]
     fp32, bf16 = predict(small_config, optims, [card("7.5")], [(20, 5)])
     assert "bf16 is not supported" in bf16["error"]
-    assert bf16["peak_memory_mb"] is bf16["fits"] is None
+    assert bf16["peak_memory_mib"] is bf16["fits"] is None
     assert fp32["error"] is None
     assert fp32["fits"]
 
 
 def test_a_row_adds_the_cards_own_terms(small_config: TrainConfig) -> None:  # noqa: F811
-    small, hopper = card("8.0", context_mb=100), replace(card("9.0"), name="hopper")
+    small, hopper = card("8.0", context_mib=100), replace(card("9.0"), name="hopper")
     row, other = predict(small_config, [small_config.optim], [small, hopper], [(20, 5)])
-    assert sum(row["memory_mb"].values()) == pytest.approx(row["peak_memory_mb"])
-    assert sum(item["mb"] for item in row["ledger"]) == pytest.approx(row["peak_memory_mb"])
-    assert row["required_mb"] == row["reserved_mb"] + 100
-    assert row["margin_mb"] == 1000 - row["required_mb"]
-    assert other["peak_memory_mb"] - row["peak_memory_mb"] == pytest.approx(64 - 16.25)
-    assert row["reserved_mb"] >= row["peak_memory_mb"]
-    exact = replace(small, memory_mb=int(row["required_mb"]))  # reserved memory is in whole pages
+    assert sum(row["memory_mib"].values()) == pytest.approx(row["peak_memory_mib"])
+    assert sum(item["mb"] for item in row["breakdown"]) == pytest.approx(row["peak_memory_mib"])
+    assert row["required_mib"] == row["reserved_mib"] + 100
+    assert row["margin_mib"] == 1000 - row["required_mib"]
+    assert other["peak_memory_mib"] - row["peak_memory_mib"] == pytest.approx(64 - 16.25)
+    assert row["reserved_mib"] >= row["peak_memory_mib"]
+    exact = replace(small, memory_mib=int(row["required_mib"]))  # reserved memory is in whole pages
     assert [r["fits"] for r in predict(small_config, [small_config.optim], [exact], [(20, 5)])] == [True]
-    less = replace(exact, memory_mb=int(row["required_mb"]) - 1)
+    less = replace(exact, memory_mib=int(row["required_mib"]) - 1)
     assert [r["fits"] for r in predict(small_config, [small_config.optim], [less], [(20, 5)])] == [False]
 
 
@@ -353,7 +353,7 @@ def test_storages_come_and_go_as_in_two_steps_one_after_the_other(small_config, 
     config = with_optim(small_config, toggles)
     samples = [Sample([1] * 33, 20)] * 3
     planned = fake_run(config, samples, ON_CUDA).events
-    (window,) = hardest_windows(samples, config.training.batch_size, 1, padding_of(config, ON_CUDA))
+    (window,) = hardest_windows(samples, config.training.micro_batch_size, 1, padding_of(config, ON_CUDA))
     with fake_step(config, ON_CUDA) as step:
         batches = [as_fake(batch) for batch in window]
         tensors = [tensor for batch in batches for tensor in batch.tensors]
@@ -405,12 +405,12 @@ def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(
     small_config.ga.steps = 2
     run = fake_run(with_optim(small_config, toggles), [Sample([1] * 33, 5)] * 4, ON_CPU)
     points = timeline(run.events, run.last_step)
-    totals = [sum(point.memory_mb.values()) for point in points]
-    assert max(totals) == pytest.approx(run.use.peak_mb)
-    assert list(dict.fromkeys(point.instant for point in points)) == ["forward", "backward", "optimizer step"]
-    last = points[-1].memory_mb
+    totals = [sum(point.memory_mib.values()) for point in points]
+    assert max(totals) == pytest.approx(run.use.peak_mib)
+    assert list(dict.fromkeys(point.phase for point in points)) == ["forward", "backward", "optimizer step"]
+    last = points[-1].memory_mib
     assert last["gradient"] == pytest.approx(last["optimizer_state"] / 2, abs=1e-2)  # fp32, and two moments
-    assert (points[0].memory_mb["gradient"] > 0) == toggles[0]  # accumulated before
+    assert (points[0].memory_mib["gradient"] > 0) == toggles[0]  # accumulated before
 
 
 def test_an_interrupt_does_not_wait_for_what_runs() -> None:

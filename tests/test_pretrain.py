@@ -21,7 +21,7 @@ from llama_ft.model.weights import load_model
 from llama_ft.training import pretrain
 
 TINY = PACKAGE_DIR / "model" / "tiny"
-SMALL = ModelConfig("tiny", dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=48, vocab_size=2048, context=1024)
+SMALL = ModelConfig("tiny", dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=48, vocab_size=2048, max_seq_len=1024)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,14 @@ import yaml
 from conftest import Sweep, environment, injected, run
 from safetensors.numpy import load_file
 
+from llama_ft import device
 from llama_ft.config import DataConfig, GpuConfig, ModelConfig, TrainConfig, UserError
-from llama_ft.measure import device, process
-from llama_ft.measure.folder import clear
-from llama_ft.measure.result import write_result
+from llama_ft.launch import process
+from llama_ft.launch.folder import clear
+from llama_ft.records.result import write_result
 
-CHILD = "llama_ft.measure.child"
-SMALL = ("training.batch_size=1", "training.max_samples=8", "tracker=disabled")
+CHILD = "llama_ft.launch.child"
+SMALL = ("training.micro_batch_size=1", "training.max_samples=8", "tracker=disabled")
 TINY_PARAMETERS = 2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192) + 192
 LORA_PARAMETERS = 6 * 2 * (16 * 192 + 192 * 16)  # A and B of rank 16 on wq and wv in six layers
 
@@ -44,12 +45,12 @@ CONTRACT: dict[str, Any] = {
     "samples": int,
     "tokens": int,
     "tokens_per_s": NUMBERS,
-    "peak_memory_mb": NUMBERS,
-    "peak_memory_reserved_mb": (*NUMBERS, ABSENT),  # none on the CPU
-    "peak_rss_mb": NUMBERS,
-    "memory_mb": dict,
-    "memory_max_mb": dict,
-    "ledger": list,
+    "peak_memory_mib": NUMBERS,
+    "peak_memory_reserved_mib": (*NUMBERS, ABSENT),  # none on the CPU
+    "peak_rss_mib": NUMBERS,
+    "memory_mib": dict,
+    "memory_max_mib": dict,
+    "breakdown": list,
     "trainable_params": int,
     "total_params": int,
     "trainable_percent": NUMBERS,
@@ -114,7 +115,7 @@ def test_result_has_every_key_of_the_contract_in_its_type(ok_run: Any) -> None:
     assert result["error"] is None
     assert result["combination"] == "ga_lora"
     assert result["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
-    assert result["command"].startswith("python -m llama_ft.train training.batch_size=1 training.max_samples=8 ")
+    assert result["command"].startswith("python -m llama_ft.train training.micro_batch_size=1 training.max_samples=8 ")
 
 
 def test_result_counts_what_was_trained(ok_run: Any) -> None:
@@ -128,20 +129,20 @@ def test_result_counts_what_was_trained(ok_run: Any) -> None:
 
 def test_memory_by_category_sums_to_the_peak(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
-    at_peak, peak = result["memory_mb"], result["peak_memory_mb"]
-    assert at_peak.keys() == result["memory_max_mb"].keys() == CATEGORIES
+    at_peak, peak = result["memory_mib"], result["peak_memory_mib"]
+    assert at_peak.keys() == result["memory_max_mib"].keys() == CATEGORIES
     assert sum(at_peak.values()) == pytest.approx(peak, rel=1e-9)
     assert at_peak["other"] <= 0.05 * peak
-    assert all(at_peak[category] <= result["memory_max_mb"][category] + 1e-9 for category in CATEGORIES)
+    assert all(at_peak[category] <= result["memory_max_mib"][category] + 1e-9 for category in CATEGORIES)
 
 
 def test_ledger_itemises_the_peak(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
-    assert all(line.keys() >= {"category", "dtype", "mb"} for line in result["ledger"])
+    assert all(line.keys() >= {"category", "dtype", "mb"} for line in result["breakdown"])
     for category in CATEGORIES:
-        lines = [line["mb"] for line in result["ledger"] if line["category"] == category]
-        assert sum(lines) == pytest.approx(result["memory_mb"][category], rel=1e-9), category
-    assert all(line.get("item") for line in result["ledger"] if line["category"] == "other")
+        lines = [line["mb"] for line in result["breakdown"] if line["category"] == category]
+        assert sum(lines) == pytest.approx(result["memory_mib"][category], rel=1e-9), category
+    assert all(line.get("item") for line in result["breakdown"] if line["category"] == "other")
 
 
 def test_metrics_have_a_line_for_each_optimizer_step(ok_run: Any) -> None:
@@ -157,7 +158,9 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
     assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
     assert config["ga"]["steps"] == 3
-    assert config["training"] | {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "batch_size": 1} == config["training"]
+    assert (
+        config["training"] | {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1} == config["training"]
+    )
     assert config["model"]["name"] == "tiny"
 
 
@@ -178,7 +181,7 @@ def test_a_run_beyond_its_memory_limit_is_out_of_memory(limited_sweep: Sweep) ->
     result = limited_sweep.results()["baseline"]
     assert result["status"] == "oom", limited_sweep.process.stdout
     assert "out of memory" in result["error"]
-    assert result["memory_limit_mb"] == 650
+    assert result["memory_limit_mib"] == 650
     assert result["runtime_s"] is None
     assert CONTRACT.keys() <= result.keys()
     assert result["total_params"] > TINY_PARAMETERS  # what was known by then is kept
@@ -242,7 +245,7 @@ class Running:
 
     def __init__(self, run_dir: Path) -> None:
         overrides = (
-            "training.batch_size=1",
+            "training.micro_batch_size=1",
             "training.max_samples=2",
             "training.epochs=100000",
             "tracker=disabled",
@@ -414,7 +417,7 @@ def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
 def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
     config = TrainConfig(model=ModelConfig(name="tiny"), data=DataConfig(name="sample"))
-    config.measure.memory_limit_mb = 400
+    config.measure.memory_limit_mib = 400
     child = a_child("os.kill(os.getpid(), 11)")
     data = int(share * 400 * 2**20)
     assert process.ending_of_killed(config, tmp_path, "command", child, 0, 0, None, data)["status"] == status

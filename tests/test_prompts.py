@@ -17,7 +17,7 @@ from test_kv_cache import make_model
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import Answer, Answerer, generate, ignore
+from llama_ft.decoding.generate import Answer, GenerateFn, generate, ignore
 from llama_ft.decoding.prompt_file import PromptFile, result_keys
 from llama_ft.decoding.prompts import Prompt, prompt_of, read_prompts
 from llama_ft.model.transformer import Transformer
@@ -67,7 +67,7 @@ def test_stop_strings_end_each_answer_of_a_batch_by_itself(model: Transformer, t
 
 @pytest.mark.parametrize("kv_cache", [True, False])
 def test_each_answer_of_a_batch_ends_where_its_own_context_does(tokenizer: Tokenizer, kv_cache: bool) -> None:
-    model = make_model(replace(SMALL, context=40))
+    model = make_model(replace(SMALL, max_seq_len=40))
     long = "Hello " * 60
     while len(tokenizer.encode(long, bos=True)) > 37:
         long = long[:-1]
@@ -172,7 +172,7 @@ class Counting:
         self.batches: list[list[str]] = []
         self.n_answers, self.fail_at, self.error = n_answers, fail_at, error
 
-    def load(self, is_base: bool) -> Answerer:
+    def load(self, is_base: bool) -> GenerateFn:
         self.loaded.append(is_base)
 
         def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> list[list[Answer]]:
@@ -410,7 +410,7 @@ def test_a_comparison_has_the_answers_of_both_models(tmp_path: Path, tokenizer: 
     load_adapter(tuned, folder, True)
     asked: dict[bool, Transformer] = {True: plain, False: tuned}
 
-    def load(is_base: bool) -> Answerer:
+    def load(is_base: bool) -> GenerateFn:
         return lambda prompts, on_text: generate(asked[is_base], tokenizer, prompts, decoding)
 
     config = settings(tmp_path, decoding=decoding, adapter=str(folder), compare=True)

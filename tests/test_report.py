@@ -27,9 +27,9 @@ from llama_ft.reporting.sweep import FILES, report_sweep
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 TECHNIQUES = {"ga": {"steps": 8}, "mp": {"frozen_weights": "compute"}, "lora": {"rank": 16}, "gc": {"every": 1}}
 MEASURED = (
-    "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"
-    " memory_max_mb memory_instant ledger trainable_params total_params trainable_percent loss_first loss_last"
-    " eval_loss_before eval_loss_after versions"
+    "device runtime_s samples tokens tokens_per_s peak_memory_mib peak_memory_reserved_mib peak_rss_mib memory_mib"
+    " memory_max_mib peak_phase ledger trainable_params total_params trainable_percent loss_first loss_last"
+    " train_loss_before train_loss_after versions"
 ).split()
 
 
@@ -47,13 +47,13 @@ def write(folder: Path, name: str, status: str = "ok", **values: Any) -> dict[st
         "gpu": "auto",
         "optim": {key: key in combination.split("_") for key in TECHNIQUES},
         "techniques": TECHNIQUES,
-        "batch_size": 1,
-        "memory_limit_mb": None,
+        "micro_batch_size": 1,
+        "memory_limit_mib": None,
         "command": "python -m llama_ft.train",
     }
     result |= dict.fromkeys(MEASURED)
     if status == "ok":
-        peak = values.get("peak_memory_mb", 100.0)
+        peak = values.get("peak_memory_mib", 100.0)
         shares = dict(zip(CATEGORIES, (0.4, 0.2, 0.2, 0.15, 0.05), strict=True))
         result |= {
             "device": "a processor",
@@ -61,18 +61,18 @@ def write(folder: Path, name: str, status: str = "ok", **values: Any) -> dict[st
             "samples": 200,
             "tokens": 14_000,
             "tokens_per_s": 1_400.0,
-            "peak_memory_mb": peak,
-            "peak_rss_mb": 2.5 * peak,
-            "memory_mb": {category: share * peak for category, share in shares.items()},
-            "memory_max_mb": {category: 1.5 * share * peak for category, share in shares.items()},
-            "ledger": [],
+            "peak_memory_mib": peak,
+            "peak_rss_mib": 2.5 * peak,
+            "memory_mib": {category: share * peak for category, share in shares.items()},
+            "memory_max_mib": {category: 1.5 * share * peak for category, share in shares.items()},
+            "breakdown": [],
             "trainable_params": 1_000,
             "total_params": 4_000,
             "trainable_percent": 25.0,
             "loss_first": 7.5,
             "loss_last": 6.5,
-            "eval_loss_before": 7.25,
-            "eval_loss_after": 6.125,
+            "train_loss_before": 7.25,
+            "train_loss_after": 6.125,
             "versions": {},
         }
     result |= values
@@ -127,11 +127,11 @@ def csv_rows(folder: Path) -> list[dict[str, str]]:
 def half_finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven of eight rows, in every status; the eighth is still running."""
     folder = tmp_path_factory.mktemp("report") / "sweep"
-    write(folder, "baseline", peak_memory_mb=200.0, runtime_s=50.0)
-    write(folder, "lora", peak_memory_mb=50.0, runtime_s=25.0)
-    write(folder, "mp", "oom", memory_limit_mb=300)
+    write(folder, "baseline", peak_memory_mib=200.0, runtime_s=50.0)
+    write(folder, "lora", peak_memory_mib=50.0, runtime_s=25.0)
+    write(folder, "mp", "oom", memory_limit_mib=300)
     write(folder, "mp_lora", "killed")
-    write(folder, "ga", peak_memory_mb=302.0, runtime_s=62.5)
+    write(folder, "ga", peak_memory_mib=302.0, runtime_s=62.5)
     write(folder, "ga_lora", "error")
     write(folder, "ga_mp", "interrupted")
     (folder / "ga_mp_lora").mkdir()
@@ -161,11 +161,11 @@ def test_markdown_holds_the_rows_that_there_are_in_the_order_of_the_course(repor
 
 def test_each_ending_has_its_mark_and_numbers_are_relative_to_the_baseline(reported: Any) -> None:
     (table,) = tables((reported[1] / "table2.md").read_text())
-    assert table["Peak memory, MB"] == ["200", "50.0", "×", "killed", "302", "error", "stopped"]
+    assert table["Peak memory, MiB"] == ["200", "50.0", "×", "killed", "302", "error", "stopped"]
     assert table["of baseline"] == ["100%", "25%", "×", "killed", "151%", "error", "stopped"]
     assert table["Runtime, s"] == ["50.0", "25.0", "×", "killed", "62.5", "error", "stopped"]
     assert table["of baseline (2)"] == ["100%", "50%", "×", "killed", "125%", "error", "stopped"]
-    assert table["Peak RSS, MB"][:2] == ["500", "125"]
+    assert table["Peak RSS, MiB"][:2] == ["500", "125"]
 
 
 def test_notes_say_why_rows_failed_and_what_the_table_means(reported: Any) -> None:
@@ -185,9 +185,9 @@ def test_csv_holds_every_number_unrounded(reported: Any) -> None:
         result = results[row["combination"]]
         assert row["status"] == result["status"]
         assert [row[name] for name in TECHNIQUES] == [str(on) for on in result["optim"].values()]
-        for key in ("peak_memory_mb", "peak_rss_mb", "runtime_s", "tokens_per_s", "trainable_percent"):
+        for key in ("peak_memory_mib", "peak_rss_mib", "runtime_s", "tokens_per_s", "trainable_percent"):
             assert row[key] == ("" if result[key] is None else str(result[key]))
-        for part, category in itertools.product(("memory_mb", "memory_max_mb"), CATEGORIES):
+        for part, category in itertools.product(("memory_mib", "memory_max_mib"), CATEGORIES):
             value = (result[part] or {}).get(category)
             assert row[f"{part}.{category}"] == ("" if value is None else str(value))
 
@@ -220,20 +220,20 @@ def test_without_a_baseline_nothing_is_relative(tmp_path: Path) -> None:
     write(folder, "mp", "oom")
     assert report(folder).returncode == 0
     (table,) = tables((folder / "table2.md").read_text())
-    assert table["Peak memory, MB"] == ["100", "×"]
+    assert table["Peak memory, MiB"] == ["100", "×"]
     assert table["of baseline"] == ["–", "–"]
 
 
 def test_a_baseline_out_of_memory_is_none_to_compare_with(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    write(folder, "baseline", "oom", memory_limit_mb=40_000)
-    write(folder, "lora", memory_limit_mb=40_000)
+    write(folder, "baseline", "oom", memory_limit_mib=40_000)
+    write(folder, "lora", memory_limit_mib=40_000)
     done = report(folder)
     assert done.returncode == 0
     (table,) = tables((folder / "table2.md").read_text())
-    assert table["Peak memory, MB"] == ["×", "100"]
+    assert table["Peak memory, MiB"] == ["×", "100"]
     assert table["of baseline"] == ["–", "–"]
-    assert "40,000 MB" in done.stdout
+    assert "40,000 MiB" in done.stdout
 
 
 def combinations() -> Iterator[str]:
@@ -256,7 +256,7 @@ def test_sixteen_combinations_become_two_tables_side_by_side_no_wider_than_80_co
     (table,) = tables((folder / "table2.md").read_text())
     assert table["GC"] == ["OFF"] * 8 + ["ON"] * 8
     assert table["GA"] == (["OFF"] * 4 + ["ON"] * 4) * 2
-    assert table["Peak memory, MB"] == ["100"] * 16
+    assert table["Peak memory, MiB"] == ["100"] * 16
     assert [line.split() for line in table_lines(done.stdout) if line.strip().startswith("GC")] == [
         ["GC"] + ["OFF"] * 8,
         ["GC"] + ["ON"] * 8,
@@ -269,7 +269,7 @@ def test_the_table_of_a_real_sweep_fits_into_80_columns_whole(tmp_path: Path) ->
     folder = tmp_path / "sweep"
     names = list(combinations())[:8]
     for number, name in enumerate(names[:6]):
-        size = {"peak_memory_mb": 103_456.7 + number, "peak_memory_reserved_mb": 113_456.7, "runtime_s": 12_345.6}
+        size = {"peak_memory_mib": 103_456.7 + number, "peak_memory_reserved_mib": 113_456.7, "runtime_s": 12_345.6}
         write(folder, name, model="llama2_7b", **size)
     write(folder, names[6], "killed", model="llama2_7b")
     write(folder, names[7], "interrupted", model="llama2_7b")
@@ -288,17 +288,17 @@ def test_the_table_of_a_real_sweep_fits_into_80_columns_whole(tmp_path: Path) ->
 def test_two_models_are_two_tables(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     for model, peak in (("tiny", 100.0), ("llama2_7b", 50_000.0)):
-        write(folder, f"baseline,model={model}", model=model, peak_memory_mb=peak)
-        write(folder, f"lora,model={model}", model=model, peak_memory_mb=peak / 4)
+        write(folder, f"baseline,model={model}", model=model, peak_memory_mib=peak)
+        write(folder, f"lora,model={model}", model=model, peak_memory_mib=peak / 4)
     done = report(folder)
     big, small = tables((folder / "table2.md").read_text())
-    assert big["Peak memory, MB"] == ["50,000", "12,500"]
-    assert small["Peak memory, MB"] == ["100", "25.0"]
+    assert big["Peak memory, MiB"] == ["50,000", "12,500"]
+    assert small["Peak memory, MiB"] == ["100", "25.0"]
     assert big["of baseline"] == small["of baseline"] == ["100%", "25%"]
     assert [(row["model"], row["combination"]) for row in csv_rows(folder)] == [
         (model, name) for model in ("llama2_7b", "tiny") for name in ("baseline", "lora")
     ]
-    assert done.stdout.count("Peak memory, MB") == 2
+    assert done.stdout.count("Peak memory, MiB") == 2
     with Image.open(folder / "table2.png") as image:
         image.verify()
 
@@ -307,7 +307,7 @@ def test_one_run_alone_has_a_report_too(tmp_path: Path) -> None:
     write(tmp_path, "baseline")
     assert report(tmp_path / "baseline").returncode == 0
     (table,) = tables((tmp_path / "baseline" / "table2.md").read_text())
-    assert table["Peak memory, MB"] == ["100"]
+    assert table["Peak memory, MiB"] == ["100"]
 
 
 # ------------------------------------------------------------------------------------------------------------- errors
@@ -362,7 +362,7 @@ def test_a_file_that_cannot_be_written_is_said_in_a_line_and_none_is_left_half(t
 @pytest.mark.parametrize("columns", [30, 60, 140])
 def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, columns: int) -> None:
     for number, name in enumerate(("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")):
-        write(tmp_path, name, peak_memory_mb=103_000.0 + number)
+        write(tmp_path, name, peak_memory_mib=103_000.0 + number)
     with undrawn():
         done = report(tmp_path, columns=columns)
     assert done.returncode == 0, done.stderr
@@ -382,12 +382,12 @@ def test_runs_with_other_settings_or_on_another_device_have_tables_of_their_own(
 def test_a_run_that_was_refused_stands_in_its_sweeps_table(tmp_path: Path) -> None:
     """It has no hashes, and its values, such as the batch, may be any."""
     write(tmp_path, "ga", settings_hash="a")
-    refused = {"config_hash": None, "settings_hash": None, "batch_size": -1, "gpu": "auto"}
-    write(tmp_path, "baseline", "error", error="training.batch_size=-1 is not allowed", **refused)
+    refused = {"config_hash": None, "settings_hash": None, "micro_batch_size": -1, "gpu": "auto"}
+    write(tmp_path, "baseline", "error", error="training.micro_batch_size=-1 is not allowed", **refused)
     assert report(tmp_path).returncode == 0
     text = (tmp_path / "table2.md").read_text()
     (table,) = tables(text)
-    assert table["Peak memory, MB"] == ["error", "100"]
+    assert table["Peak memory, MiB"] == ["error", "100"]
     assert "every 8 samples instead of every 1." in text
 
 
@@ -395,18 +395,18 @@ def test_the_result_of_an_earlier_version_has_a_report(tmp_path: Path) -> None:
     """It holds the keys of schema 1 that are always there, and what was measured then."""
     result = write(tmp_path, "baseline")
     later = (
-        "eval_loss_before",
-        "eval_loss_after",
-        "peak_memory_reserved_mb",
-        "memory_instant",
+        "train_loss_before",
+        "train_loss_after",
+        "peak_memory_reserved_mib",
+        "peak_phase",
         "tokens_per_s",
-        "ledger",
+        "breakdown",
     )
     old = {key: value for key, value in result.items() if key not in later}
     (tmp_path / "baseline" / "result.json").write_text(json.dumps(old))
     assert report(tmp_path).returncode == 0
     (table,) = tables((tmp_path / "table2.md").read_text())
-    assert table["Peak memory, MB"] == ["100"]
+    assert table["Peak memory, MiB"] == ["100"]
     assert "Loss after" not in table
 
 
@@ -422,7 +422,7 @@ def test_notes_are_broken_at_the_width_of_a_terminal_and_whole_in_a_file(tmp_pat
 
 def test_the_limit_is_in_the_picture_where_it_is_one_on_the_allocator() -> None:
     def result(reserved: float | None, limit: int | None) -> dict[str, Any]:
-        key = {"peak_memory_mb": 30_000.0, "peak_memory_reserved_mb": reserved, "memory_limit_mb": limit}
+        key = {"peak_memory_mib": 30_000.0, "peak_memory_reserved_mib": reserved, "memory_limit_mib": limit}
         return {"status": "ok", **key}
 
     assert figure.limit_in_picture([result(33_000.0, 40_000)]) == 40_000

@@ -24,7 +24,7 @@ SIZES = (
 )
 # Windows of 4 and, last, 2.
 STEPS = (
-    "training.batch_size=1",
+    "training.micro_batch_size=1",
     "training.max_samples=26",
     "training.epochs=2",
     "ga.steps=4",
@@ -84,7 +84,7 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
     assert losses(run_dir) == losses(undisturbed)
     assert trained(run_dir) == trained(undisturbed)
     ends = [read_json(folder / "result.json") for folder in (run_dir, undisturbed)]
-    for key in ("status", "loss_first", "loss_last", "eval_loss_before", "eval_loss_after", "samples", "tokens"):
+    for key in ("status", "loss_first", "loss_last", "train_loss_before", "train_loss_after", "samples", "tokens"):
         assert ends[0][key] == ends[1][key], key
 
 
@@ -218,7 +218,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with a checkpoint after its only step but one."""
     cwd = tmp_path_factory.mktemp("saved")
     overrides = (
-        "training.batch_size=1",
+        "training.micro_batch_size=1",
         "training.max_samples=3",
         "training.save_every=2",
         "tracker=disabled",
@@ -251,7 +251,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, tmp_path: Path, ho
     (folder,) = (run_dir / "checkpoints").iterdir()
     BREAK[how](folder)
     overrides = (
-        "training.batch_size=1",
+        "training.micro_batch_size=1",
         "training.max_samples=3",
         "training.resume=true",
         "tracker=disabled",
@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(saved: Path, tmp_path:
     (run_dir / "result.json").unlink()
     before = (run_dir / "metrics.jsonl").read_bytes()
     changed = (
-        "training.batch_size=1",
+        "training.micro_batch_size=1",
         "training.max_samples=3",
         "training.lr=0.5",
         "training.resume=true",

@@ -9,7 +9,7 @@ from conftest import failed
 
 from experiments import mixed_precision as study
 from experiments import mixed_precision_runs as runs
-from llama_ft.planning.card import Traits
+from llama_ft.planning.gpu_traits import Traits
 from llama_ft.techniques.mixed_precision import Precision
 
 

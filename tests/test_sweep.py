@@ -11,16 +11,16 @@ from conftest import Sweep, injected, run, run_sweep
 from safetensors.numpy import load_file
 
 COURSE_ORDER = ["baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora"]
-CHILD = "llama_ft.measure.child"
+CHILD = "llama_ft.launch.child"
 SMALL = (
-    "training.batch_size=1",
+    "training.micro_batch_size=1",
     "training.max_samples=9",
     "tracker=disabled",
 )  # with GA two optimizer steps, the second of one sample
-FAST = ("training.batch_size=1", "training.max_samples=4", "tracker=disabled")
+FAST = ("training.micro_batch_size=1", "training.max_samples=4", "tracker=disabled")
 PARAMETERS = 3_443_136
 LORA_PARAMETERS = 73_728
-MB = 2**20
+MIB = 2**20
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ def test_the_table_is_written_and_printed(table2: Sweep) -> None:
     assert [line.split() for line in lines if line.strip().startswith("LoRA ")] == [["LoRA"] + ["OFF", "ON"] * 4]
     rows = list(csv.DictReader((table2.folder / "table2.csv").open()))
     assert [row["combination"] for row in rows] == COURSE_ORDER
-    peaks = {name: result["peak_memory_mb"] for name, result in table2.results().items()}
-    assert {row["combination"]: float(row["peak_memory_mb"]) for row in rows} == peaks
+    peaks = {name: result["peak_memory_mib"] for name, result in table2.results().items()}
+    assert {row["combination"]: float(row["peak_memory_mib"]) for row in rows} == peaks
 
 
 def test_every_row_learns(table2: Sweep) -> None:
     for name, result in table2.results().items():
-        assert result["eval_loss_after"] < result["eval_loss_before"], name
+        assert result["train_loss_after"] < result["train_loss_before"], name
 
 
 def test_rows_differ_only_in_what_is_swept(table2: Sweep) -> None:
@@ -85,27 +85,27 @@ def test_optimizer_steps_follow_the_accumulation(table2: Sweep) -> None:
 
 def test_categories_sum_to_the_peak_in_every_row(table2: Sweep) -> None:
     for name, result in table2.results().items():
-        at_peak, peak = result["memory_mb"], result["peak_memory_mb"]
+        at_peak, peak = result["memory_mib"], result["peak_memory_mib"]
         assert sum(at_peak.values()) == pytest.approx(peak, rel=1e-9), name
         assert at_peak["other"] <= 0.05 * peak, name
 
 
 def test_memory_is_what_arithmetic_says(table2: Sweep) -> None:
-    most = {name: result["memory_max_mb"] for name, result in table2.results().items()}
-    assert most["baseline"]["parameter"] == pytest.approx(4 * PARAMETERS / MB)
-    assert most["lora"]["parameter"] == pytest.approx(4 * (PARAMETERS + LORA_PARAMETERS) / MB)
-    assert most["mp"]["parameter"] >= 4 * PARAMETERS / MB  # fp32 masters
+    most = {name: result["memory_max_mib"] for name, result in table2.results().items()}
+    assert most["baseline"]["parameter"] == pytest.approx(4 * PARAMETERS / MIB)
+    assert most["lora"]["parameter"] == pytest.approx(4 * (PARAMETERS + LORA_PARAMETERS) / MIB)
+    assert most["mp"]["parameter"] >= 4 * PARAMETERS / MIB  # fp32 masters
     # 16-bit frozen weights, A and B in fp32; autocast's 16-bit copies of A and B come and go.
     fewest, most_bytes = 2 * PARAMETERS + 4 * LORA_PARAMETERS, 2 * PARAMETERS + 6 * LORA_PARAMETERS
-    assert fewest <= table2.results()["mp_lora"]["memory_mb"]["parameter"] * MB <= most_bytes
+    assert fewest <= table2.results()["mp_lora"]["memory_mib"]["parameter"] * MIB <= most_bytes
     for name in COURSE_ORDER:
         trainable = LORA_PARAMETERS if "lora" in name else PARAMETERS
-        assert most[name]["optimizer_state"] == pytest.approx(2 * 4 * trainable / MB, rel=0.01), name
-        assert most[name]["gradient"] == pytest.approx(4 * trainable / MB, rel=0.25), name
+        assert most[name]["optimizer_state"] == pytest.approx(2 * 4 * trainable / MIB, rel=0.01), name
+        assert most[name]["gradient"] == pytest.approx(4 * trainable / MIB, rel=0.25), name
 
 
 def test_lora_shrinks_gradients_and_optimizer_state_below_a_tenth(table2: Sweep) -> None:
-    most = {name: result["memory_max_mb"] for name, result in table2.results().items()}
+    most = {name: result["memory_max_mib"] for name, result in table2.results().items()}
     for with_lora, without in [("lora", "baseline"), ("mp_lora", "mp"), ("ga_lora", "ga"), ("ga_mp_lora", "ga_mp")]:
         for category in ("gradient", "optimizer_state"):
             assert most[with_lora][category] < 0.1 * most[without][category], (with_lora, category)
@@ -160,8 +160,8 @@ def test_rows_out_of_memory_are_marked_and_the_sweep_succeeds(limited_sweep: Swe
         line.split() for line in limited_sweep.process.stdout.splitlines() if line.strip().startswith("Peak memory")
     )
     assert peaks[3] == "×"
-    assert float(peaks[4]) == pytest.approx(limited_sweep.results()["lora"]["peak_memory_mb"], rel=0.01)
-    assert "650 MB" in limited_sweep.process.stdout
+    assert float(peaks[4]) == pytest.approx(limited_sweep.results()["lora"]["peak_memory_mib"], rel=0.01)
+    assert "650 MiB" in limited_sweep.process.stdout
     assert "| × |" in (limited_sweep.folder / "table2.md").read_text()
     assert "failed" not in limited_sweep.process.stdout + limited_sweep.process.stderr
 

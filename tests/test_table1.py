@@ -24,11 +24,11 @@ from llama_ft.config import (
 from llama_ft.config.plan import Combinations, PlanConfig
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning import plan, predict, table1
-from llama_ft.planning.card import traits_of
+from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.lengths import DataLengths
 
-MODEL = ModelConfig("small", dim=64, n_layers=3, n_heads=4, n_kv_heads=4, ffn_dim=160, vocab_size=512, context=128)
-CARD = GpuConfig(name="card", device=DeviceChoice.cuda, memory_mb=40_000, compute_capability="8.0")
+MODEL = ModelConfig("small", dim=64, n_layers=3, n_heads=4, n_kv_heads=4, ffn_dim=160, vocab_size=512, max_seq_len=128)
+CARD = GpuConfig(name="card", device=DeviceChoice.cuda, memory_mib=40_000, compute_capability="8.0")
 CONFIG = PlanConfig(model=MODEL, data=DataConfig(name="sample"), gpu=CARD)
 WIDTH, STEPS = 64, 8  # positions of a sample, all of them targets, and samples of an effective batch
 EQUAL = [(WIDTH + 1, 1)] * STEPS
@@ -75,7 +75,7 @@ def linears(within: str = "") -> dict[str, int]:
     return {name: n for name, n in found.items() if within in name and name != "tok_embeddings"}
 
 
-def mb(counts: Any, itemsize: int) -> float:
+def mib(counts: Any, itemsize: int) -> float:
     """Of tensors with so many elements, on a card, whose allocator gives multiples of 512 bytes."""
     return sum(-(-count * itemsize // 512) * 512 for count in counts) / 2**20
 
@@ -89,9 +89,9 @@ def adapters() -> list[int]:
     return [RANK * MODEL.dim] * (2 * 2 * MODEL.n_layers)
 
 
-def adam_mb(parameters: list[int]) -> float:
+def adam_mib(parameters: list[int]) -> float:
     """Two fp32 moments a parameter, and a count of steps for each tensor."""
-    return 2 * mb(parameters, 4) + mb([1] * len(parameters), 4)
+    return 2 * mib(parameters, 4) + mib([1] * len(parameters), 4)
 
 
 def before_after(cell: dict[str, Any]) -> tuple[float, float]:
@@ -106,7 +106,7 @@ def test_the_baseline_is_said_and_every_cell_is_there(table: Table) -> None:
     for row in table["rows"]:
         assert list(row["cells"]) == ["parameter", "activation", "gradient", "optimizer_state", "computation"]
         for name, cell in row["cells"].items():
-            assert cell["unit"] == ("TFLOP" if name == "computation" else "MB")
+            assert cell["unit"] == ("TFLOP" if name == "computation" else "MiB")
             share = cell["after"] / cell["before"] - 1
             assert cell["arrow"] == ("↑" if share > 0.01 else "↓" if share < -0.01 else "–")
 
@@ -121,8 +121,8 @@ def test_an_arrow_is_of_more_than_one_percent(before: float, after: float, expec
 
 def test_full_fine_tuning_keeps_a_gradient_and_two_moments_of_each_weight(table: Table) -> None:
     found = {name: cell["before"] for name, cell in cells(table, "gc").items()}
-    assert found["parameter"] == found["gradient"] == mb(counts(), 4)
-    assert found["optimizer_state"] == adam_mb(counts())
+    assert found["parameter"] == found["gradient"] == mib(counts(), 4)
+    assert found["optimizer_state"] == adam_mib(counts())
 
 
 def test_accumulation_at_a_fixed_effective_batch_divides_activations(table: Table) -> None:
@@ -130,7 +130,7 @@ def test_accumulation_at_a_fixed_effective_batch_divides_activations(table: Tabl
     assert found["activation"]["before"] == pytest.approx(STEPS * found["activation"]["after"], rel=0.02)
     assert found["parameter"]["arrow"] == found["optimizer_state"]["arrow"] == found["computation"]["arrow"] == "–"
     # Of the gradients that accumulate, one at a time has its micro-batch's beside it; the embedding's is the largest.
-    assert before_after(found["gradient"]) == (mb(counts(), 4), mb(counts(), 4) + mb([max(counts())], 4))
+    assert before_after(found["gradient"]) == (mib(counts(), 4), mib(counts(), 4) + mib([max(counts())], 4))
     assert "optimizer steps" not in found["computation"]["note"]
 
 
@@ -163,16 +163,16 @@ def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table) -> None:
 
 def test_checkpointing_keeps_the_blocks_inputs(table: Table) -> None:
     before, after = before_after(cells(table, "gc")["activation"])
-    assert mb([WIDTH * MODEL.dim] * MODEL.n_layers, 4) < after < 0.7 * before
+    assert mib([WIDTH * MODEL.dim] * MODEL.n_layers, 4) < after < 0.7 * before
     for name in ("parameter", "gradient", "optimizer_state"):
         assert cells(table, "gc")[name]["arrow"] == "–"
 
 
 def test_lora_has_gradients_and_moments_of_its_factors_alone(table: Table) -> None:
     found = cells(table, "lora")
-    assert found["parameter"]["after"] == mb(counts() + adapters(), 4)
-    assert found["gradient"]["after"] == mb(adapters(), 4)
-    assert found["optimizer_state"]["after"] == adam_mb(adapters())
+    assert found["parameter"]["after"] == mib(counts() + adapters(), 4)
+    assert found["gradient"]["after"] == mib(adapters(), 4)
+    assert found["optimizer_state"]["after"] == adam_mib(adapters())
     # Forward, and the input's gradient, which the first products need not find; of the factors the weight's too.
     base = 2 * sum(linears().values()) - sum(linears()[name] for name in FIRST)
     factors = 3 * sum(adapters()) - 2 * RANK * MODEL.dim
@@ -183,20 +183,20 @@ def test_lora_has_gradients_and_moments_of_its_factors_alone(table: Table) -> No
 
 def test_mixed_precision_adds_16_bit_copies_of_masters(table: Table) -> None:
     found = cells(table, "mp", "full fine-tuning")
-    assert before_after(found["parameter"]) == (mb(counts(), 4), mb(counts(), 4) + mb(linears().values(), 2))
+    assert before_after(found["parameter"]) == (mib(counts(), 4), mib(counts(), 4) + mib(linears().values(), 2))
     assert found["gradient"]["arrow"] == found["optimizer_state"]["arrow"] == found["computation"]["arrow"] == "–"
     assert found["activation"]["arrow"] == "↓"
     assert found["computation"]["note"].startswith("matrix products in fp32 → bf16")
 
 
 def test_mixed_precision_on_lora_depends_on_how_frozen_weights_are_stored(table: Table) -> None:
-    of_factors = mb(adapters(), 4) + mb(adapters(), 2)
+    of_factors = mib(adapters(), 4) + mib(adapters(), 2)
     halved = cells(table, "mp", "frozen_weights=compute")["parameter"]
-    assert before_after(halved) == (mb(counts() + adapters(), 4), mb(counts(), 2) + of_factors)
+    assert before_after(halved) == (mib(counts() + adapters(), 4), mib(counts(), 2) + of_factors)
     # Of the first products' weights no copy is kept: backward goes no further.
     copies = [n for name, n in linears().items() if name not in FIRST]
     plain = cells(table, "mp", "frozen_weights=fp32")["parameter"]
-    assert plain["after"] == mb(counts(), 4) + mb(copies, 2) + of_factors
+    assert plain["after"] == mib(counts(), 4) + mib(copies, 2) + of_factors
     assert (halved["arrow"], plain["arrow"]) == ("↓", "↑")
 
 
@@ -207,8 +207,8 @@ def case(config: PlanConfig, gpu: GpuConfig = CARD, **on: bool) -> table1.Case:
 def test_arrows_come_from_numbers(table: Table) -> None:
     """Factors of rank 1 are less than a hundredth of this model, those of rank 16 are not."""
     low = case(replace(CONFIG, lora=LoraConfig(rank=1)), lora=True)
-    assert low.memory["parameter"] == mb(counts() + [n // RANK for n in adapters()], 4)
-    assert table1.arrow(mb(counts(), 4), low.memory["parameter"]) == "–"
+    assert low.memory["parameter"] == mib(counts() + [n // RANK for n in adapters()], 4)
+    assert table1.arrow(mib(counts(), 4), low.memory["parameter"]) == "–"
     assert cells(table, "lora", "rank 16 on wq, wv")["parameter"]["arrow"] == "↑"
 
 
@@ -226,17 +226,17 @@ STAND_IN = table1.Case(dict.fromkeys(table1.MEMORY, 1.0), {"float32": 1e12}, 1e9
 @pytest.mark.parametrize("size", [1, 2])
 def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     storage = MixedPrecisionConfig(frozen_weights=WeightStorage.fp32)
-    config = replace(CONFIG, training=TrainingConfig(batch_size=size), mp=storage)
+    config = replace(CONFIG, training=TrainingConfig(micro_batch_size=size), mp=storage)
     memories = {optim.combination: {"parameter": 1.0} for optim in predict.combinations(with_gc=True)}
     rows = [
-        {"optim": asdict(optim), "memory_max_mb": memories[optim.combination]}
+        {"optim": asdict(optim), "memory_max_mib": memories[optim.combination]}
         for optim in predict.combinations(with_gc=True)
     ]
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(table1, "find_case", lambda *arguments: asked.append(arguments) or STAND_IN)
     table1.table1(config, CARD, RAGGED, rows, silently)
     unknown = [run for run, *_, memory in asked if memory is None]
-    assert [(run.optim.combination, run.training.batch_size, run.mp.frozen_weights.name) for run in unknown] == [
+    assert [(run.optim.combination, run.training.micro_batch_size, run.mp.frozen_weights.name) for run in unknown] == [
         ("baseline", STEPS * size, "fp32"),
         ("mp_lora", size, "compute"),
     ]
@@ -250,7 +250,7 @@ def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.Monke
 def test_memory_found_here_is_that_of_the_plans_rows() -> None:
     [row] = predict.predict(CONFIG, [OptimConfig(ga=True, lora=True)], [CARD], EQUAL)
     found = case(CONFIG, ga=True, lora=True)
-    assert {name: row["memory_max_mb"][name] for name in table1.MEMORY} == {
+    assert {name: row["memory_max_mib"][name] for name in table1.MEMORY} == {
         name: found.memory[name] for name in table1.MEMORY
     }
     assert found.flops == pytest.approx(row["flops"])  # the plan's samples are these very ones
@@ -267,7 +267,7 @@ def test_what_the_card_cannot_do_is_a_note(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [CARD, replace(CARD, name="other")]
-    rows = [{"gpu": name, "optim": asdict(OptimConfig()), "memory_max_mb": {}} for name in ("card", "other")]
+    rows = [{"gpu": name, "optim": asdict(OptimConfig()), "memory_max_mib": {}} for name in ("card", "other")]
     monkeypatch.setattr(plan, "predict", lambda *_: rows)
     monkeypatch.setattr(plan, "table1", lambda _, gpu, lengths, its_rows, start: (gpu, lengths, its_rows))
     made = plan.make_plan(CONFIG, cards, DataLengths(RAGGED, False, ""), silently, "")

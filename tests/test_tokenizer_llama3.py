@@ -153,7 +153,7 @@ def test_prompt_and_answer_share_out_the_tokens(tokenizer, output):
 @pytest.mark.parametrize("name", ["json", "model"])
 def test_data_is_read_with_it_where_it_is_the_models(files, name):
     def config(vocab_size: int) -> TrainConfig:
-        model = ModelConfig(name="mine", vocab_size=vocab_size, context=1024)
+        model = ModelConfig(name="mine", vocab_size=vocab_size, max_seq_len=1024)
         return TrainConfig(
             model=model, data=DataConfig(name="sample"), checkpoint="random", tokenizer=str(files.file(name))
         )

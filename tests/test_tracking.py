@@ -24,7 +24,7 @@ from wandb.errors import CommError
 from wandb.proto import wandb_internal_pb2
 
 from llama_ft.config import TrackerConfig, TrackerMode
-from llama_ft.measure.result import STATUSES
+from llama_ft.records.result import STATUSES
 from llama_ft.tracking import start_tracker, wandb_run
 from llama_ft.tracking.wandb_run import WandbRun, children, has_key
 
@@ -134,7 +134,7 @@ def test_history_is_the_metrics_file(limited_sweep: Sweep, tracked: dict[str, Wa
     assert_history_is(tracked["lora"].history, limited_sweep.folder / "lora" / "metrics.jsonl")
     assert [logged["_step"] for logged in tracked["lora"].history] == [1, 2, 3, 4]
     assert all(
-        logged.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "memory_mb"} for logged in tracked["lora"].history
+        logged.keys() >= {"loss", "lr", "grad_norm", "tokens_per_s", "memory_mib"} for logged in tracked["lora"].history
     )
 
 
@@ -168,8 +168,8 @@ def test_summary_holds_the_result(limited_sweep: Sweep, tracked: dict[str, Wandb
         for key in result.keys() - set(wandb_run.NOT_IN_SUMMARY):
             assert summary[key] == result[key], (name, key)
     summary = tracked["lora"].summary
-    assert summary.keys() >= {"status", "runtime_s", "peak_memory_mb", "trainable_percent", "memory_max_mb"}
-    assert summary["memory_mb"].keys() == {"parameter", "gradient", "optimizer_state", "activation", "other"}
+    assert summary.keys() >= {"status", "runtime_s", "peak_memory_mib", "trainable_percent", "memory_max_mib"}
+    assert summary["memory_mib"].keys() == {"parameter", "gradient", "optimizer_state", "activation", "other"}
     assert tracked["baseline"].summary["status"] == "oom"
 
 
@@ -205,7 +205,7 @@ def test_the_sweeps_table_is_table2(limited_sweep: Sweep, summary_run: WandbFile
 
 def test_the_sweeps_bar_charts_show_its_figures(limited_sweep: Sweep, summary_run: WandbFile) -> None:
     result = limited_sweep.results()["lora"]
-    for key in ("peak_memory_mb", "runtime_s", "tokens_per_s"):
+    for key in ("peak_memory_mib", "runtime_s", "tokens_per_s"):
         bars = summary_run.json(f"media/table/charts/{key}_table_*.table.json")
         assert bars == {"columns": ["run", key], "data": [["lora", result[key]]]}  # the baseline has none
         panel = summary_run.config["_wandb"]["visualize"][f"charts/{key}"]["panel_config"]
@@ -388,7 +388,7 @@ SMALL = ["checkpoint=random", *(f"model.{size}" for size in SIZES)]
 KILLED, BLOCKED, CRAMPED = (f"lora,training.seed={seed}" for seed in (1, 2, 3))
 # The command's process, then the runs' processes: the first waits within its training until W&B's service is gone.
 INJECTED = """
-if "llama_ft.measure.child" not in sys.orig_argv:
+if "llama_ft.launch.child" not in sys.orig_argv:
     from llama_ft.tracking import wandb_run
     wandb_run.SECONDS_TO_START = 1
 elif "seed=1" in sys.orig_argv[-2]:
@@ -461,7 +461,7 @@ def failing_sweep(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
     options = (
         "optim=lora",
         "training.seed=1,2,3",
-        "training.batch_size=1",
+        "training.micro_batch_size=1",
         "training.max_samples=3",
         f"hydra.sweep.dir={folder}",
     )

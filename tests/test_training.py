@@ -16,7 +16,7 @@ from llama_ft import techniques
 from llama_ft.config import DtypeChoice, TrainConfig, TrainingConfig, UserError
 from llama_ft.data.collate import Padding, collate, epoch_batches
 from llama_ft.data.dataset import load_data
-from llama_ft.measure.run import make_precision
+from llama_ft.launch.run import make_precision
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.lora import LoRALinear
@@ -79,13 +79,13 @@ def test_every_combination_overfits_one_batch(small_config, toggles) -> None:
     assert all((m.lora_B != 0).any() for m in step.model.modules() if isinstance(m, LoRALinear))
 
 
-def run_steps(config: TrainConfig, toggles: tuple[bool, ...], rehearse: bool) -> tuple[list[float], dict]:
+def run_steps(config: TrainConfig, toggles: tuple[bool, ...], dry_run: bool) -> tuple[list[float], dict]:
     step, n = make_step(config, toggles)
     batches = epoch_batches(load_data(config).samples, 1, 0, 0, Padding(step.precision.pad_multiple))
     epoch = list(windows(batches, n))
-    if rehearse:
-        step.rehearse(epoch[-1])
-        step.rehearse(epoch[-1])
+    if dry_run:
+        step.dry_run(epoch[-1])
+        step.dry_run(epoch[-1])
     return [step(window)[0].item() for window in epoch], parameters(step)
 
 
@@ -93,17 +93,17 @@ def run_steps(config: TrainConfig, toggles: tuple[bool, ...], rehearse: bool) ->
 def test_runs_repeat_to_the_bit_and_a_rehearsal_leaves_no_trace(small_config, toggles) -> None:
     small_config.data.first = 12
     small_config.training.weight_decay = 0.1
-    plain, again, rehearsed = (run_steps(small_config, toggles, rehearse) for rehearse in (False, False, True))
-    assert plain[0] == again[0] == rehearsed[0]
+    plain, again, dry_run = (run_steps(small_config, toggles, dry_run) for dry_run in (False, False, True))
+    assert plain[0] == again[0] == dry_run[0]
     assert equal(plain[1], again[1])
-    assert equal(plain[1], rehearsed[1])
+    assert equal(plain[1], dry_run[1])
 
 
 def test_a_rehearsal_leaves_no_trace_in_an_fp16_scaler(small_config) -> None:
     small_config.mp.dtype = DtypeChoice.fp16
     step, _ = make_step(small_config, (False, True, True, False))
     before = step.scaler.state_dict()
-    step.rehearse([collate(ragged_samples())])
+    step.dry_run([collate(ragged_samples())])
     assert step.scaler.state_dict() == before
     assert step.scaler.is_enabled()
 

@@ -55,7 +55,7 @@ def make_sweep(folder: Path) -> Path:
                 gpu=GpuConfig(name="auto"),
             )
             (folder / name / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    lines = [{"step": step, "loss": 8.0 / step, "lr": 1e-3, "grad_norm": None, "memory_mb": 3.5} for step in (1, 2, 3)]
+    lines = [{"step": step, "loss": 8.0 / step, "lr": 1e-3, "grad_norm": None, "memory_mib": 3.5} for step in (1, 2, 3)]
     (folder / "lora" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -276,8 +276,8 @@ def test_a_server_gets_all_of_a_run_and_no_file_gets_the_key(server: Server, swe
     for name, file in wandb_run.FILES.items():
         assert server.uploads[name] == (sweep / "lora" / file).read_bytes()
     summary = json.loads(server.uploads["wandb-summary.json"])
-    assert {key: summary[key] for key in ("status", "memory_mb", "trainable_percent")} == {
-        key: result[key] for key in ("status", "memory_mb", "trainable_percent")
+    assert {key: summary[key] for key in ("status", "memory_mib", "trainable_percent")} == {
+        key: result[key] for key in ("status", "memory_mib", "trainable_percent")
     }
     assert_history_is(server.streamed["wandb-history.jsonl"], sweep / "lora" / "metrics.jsonl")
     assert server.keys == {f"api:{KEY}"}

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llama_ft import techniques
 from llama_ft.config import DataConfig, DtypeChoice, ModelConfig, OptimConfig, TrainConfig
 from llama_ft.data.collate import Batch
+from llama_ft.launch.run import make_precision
 from llama_ft.measure.memory import MemoryTracker
-from llama_ft.measure.run import make_precision
 from llama_ft.model.transformer import Transformer
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep
@@ -50,7 +50,7 @@ def step_memory(model_name: str, n_layers: int, n_tokens: int, combination: str,
             step([batch])
             step([batch])  # with the optimizer's state allocated
     use = tracker.result()
-    return {"every": every, "peak_mb": use.peak_mb, "activation_mb": use.max_mb["activation"], "instant": use.instant}
+    return {"every": every, "peak_mib": use.peak_mib, "activation_mib": use.max_mib["activation"], "phase": use.phase}
 
 
 def main() -> None:

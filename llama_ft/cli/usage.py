@@ -33,7 +33,7 @@ OPTIONS = {
     "-sc install=bash": "prints what lets Tab complete keys and choices in bash:\n"
     'eval "$(python -m {module} -sc install=bash)"',
 }
-NARROWEST = 30  # characters of a last column, however narrow the terminal is
+MIN_WIDTH = 30  # characters of a last column, however narrow the terminal is
 
 Row = tuple[str, ...]
 
@@ -111,7 +111,7 @@ def table(rows: Iterable[Row], width: int) -> Iterator[str]:
     for *cells, text in rows:
         start = "  " + "".join(f"{cell:<{column}}  " for cell, column in zip(cells, widths, strict=True))
         for line in text.splitlines() or [""]:
-            yield from _wrapped(line, max(width, margin + NARROWEST), start, " " * margin)
+            yield from _wrapped(line, max(width, margin + MIN_WIDTH), start, " " * margin)
             start = " " * margin
 
 

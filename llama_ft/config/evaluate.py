@@ -6,7 +6,7 @@ from llama_ft.config.checks import UserError, check, setting
 from llama_ft.config.groups import DataConfig
 from llama_ft.config.source import TrainedSource
 
-LONGEST_WINDOW = 4096  # unless one is given: Llama 3.1's context of 131,072 would take 67 GB for logits alone
+MAX_WINDOW = 4096  # unless one is given: Llama 3.1's context of 131,072 would take 67 GB for logits alone
 
 
 @dataclass
@@ -28,13 +28,13 @@ class EvaluateConfig(TrainedSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.check_for(self.model)
-        most = self.model.context
+        most = self.model.max_seq_len
         for key in ("batch_size", "max_new_tokens"):
             check(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         if self.max_samples is not None:
             check(self.max_samples >= 1, "max_samples", self.max_samples, "at least 1, or null for all")
         if self.window is not None:
-            check(2 <= self.window <= most, "window", self.window, f"between 2 and model.context={most}, or null")
+            check(2 <= self.window <= most, "window", self.window, f"between 2 and model.max_seq_len={most}, or null")
         if self.stride is not None:
             widest = self.window_tokens
             check(1 <= self.stride <= widest, "stride", self.stride, f"between 1 and the window of {widest}, or null")
@@ -44,12 +44,12 @@ class EvaluateConfig(TrainedSource):
     @property
     def max_length(self) -> int:
         """Longest sample in tokens."""
-        return self.data.max_length or self.model.context
+        return self.data.max_length or self.model.max_seq_len
 
     @property
     def window_tokens(self) -> int:
         """Tokens in a window."""
-        return self.window or min(self.model.context, LONGEST_WINDOW)
+        return self.window or min(self.model.max_seq_len, MAX_WINDOW)
 
     @property
     def stride_tokens(self) -> int:

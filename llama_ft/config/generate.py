@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from llama_ft.config.checks import UserError, check, setting
 from llama_ft.config.source import TrainedSource
 
-MOST_ROWS = 1024  # beams of a search, answers to a prompt
+MAX_ROWS = 1024  # beams of a search, answers to a prompt
 
 
 @dataclass
@@ -37,7 +37,7 @@ class DecodingConfig:
         check(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("n_beams", "num_return_sequences"):
             number = getattr(self, key)
-            check(1 <= number <= MOST_ROWS, f"decoding.{key}", number, f"between 1 and {MOST_ROWS}")
+            check(1 <= number <= MAX_ROWS, f"decoding.{key}", number, f"between 1 and {MAX_ROWS}")
         check(0 <= self.seed < 2**63, "decoding.seed", self.seed, "at least 0 and below 2**63")
         check(all(self.stop), "decoding.stop", self.stop, "strings that are not empty")
         for text in self.stop:  # Hydra leaves a backslash and an n as they are

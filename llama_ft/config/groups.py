@@ -93,7 +93,7 @@ class TrainingConfig:
 
     lr: float = setting(1e-5, "highest learning rate; it rises, then falls along a cosine")
     epochs: int = setting(1, "passes over the data")
-    batch_size: int = setting(1, "samples in a micro-batch")
+    micro_batch_size: int = setting(1, "samples in a micro-batch")
     max_samples: int | None = setting(None, "train on the first n samples only; null is all")
     warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate rises")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
@@ -104,7 +104,7 @@ class TrainingConfig:
     resume: bool = setting(False, "go on from the newest checkpoint in the run's folder")
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size"):
+        for key in ("epochs", "micro_batch_size"):
             check(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "at least 1")
         if self.max_samples is not None:
             check(self.max_samples >= 1, "training.max_samples", self.max_samples, "at least 1, or null for all")
@@ -154,8 +154,8 @@ class DataConfig:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
         if self.path is None and self.url is None and not self.is_builtin:
             raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
-        most, length = model.context, self.max_length or model.context
-        check(length <= most, "data.max_length", length, f"at most model.context={most}")
+        most, length = model.max_seq_len, self.max_length or model.max_seq_len
+        check(length <= most, "data.max_length", length, f"at most model.max_seq_len={most}")
 
 
 @dataclass
@@ -178,19 +178,19 @@ class GpuConfig:
 
     name: str = setting("???", "which card this is")
     device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
-    memory_mb: int | None = setting(None, "MB (2**20 bytes) that PyTorch reports as the card's total memory")
-    context_mb: int = setting(
-        0, "MB of that memory that the CUDA context and its libraries take before the first tensor"
+    memory_mib: int | None = setting(None, "MiB that PyTorch reports as the card's total memory")
+    context_mib: int = setting(
+        0, "MiB of that memory that the CUDA context and its libraries take before the first tensor"
     )
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
 
     def __post_init__(self) -> None:
-        memory, bandwidth = self.memory_mb, self.bandwidth_gb_s
-        check(memory is None or memory >= 1, "gpu.memory_mb", memory, "at least 1, or null")
+        memory, bandwidth = self.memory_mib, self.bandwidth_gb_s
+        check(memory is None or memory >= 1, "gpu.memory_mib", memory, "at least 1, or null")
         below = math.inf if memory is None else memory
-        check(0 <= self.context_mb < below, "gpu.context_mb", self.context_mb, "at least 0 and below gpu.memory_mb")
+        check(0 <= self.context_mib < below, "gpu.context_mib", self.context_mib, "at least 0 and below gpu.memory_mib")
         version = self.compute_capability
         holds = version is None or re.fullmatch(r"\d+\.\d", version) is not None
         check(holds, "gpu.compute_capability", version, "two numbers such as '8.0', or null")
@@ -201,9 +201,9 @@ class GpuConfig:
         check(self.name != "all", "gpu", self.name, "one card, auto or cpu: all is for plan")
 
     @property
-    def usable_mb(self) -> int | None:
+    def usable_mib(self) -> int | None:
         """What the allocator can have on this card; None where no profile says so."""
-        return None if self.memory_mb is None else self.memory_mb - self.context_mb
+        return None if self.memory_mib is None else self.memory_mib - self.context_mib
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -238,10 +238,10 @@ class PlanCheckConfig:
 class MeasureConfig:
     """What is measured, and under which limit."""
 
-    memory_limit_mb: int | None = setting(
-        None, "MB (2**20 bytes) that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit"
+    memory_limit_mib: int | None = setting(
+        None, "MiB that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit"
     )
 
     def __post_init__(self) -> None:
-        if self.memory_limit_mb is not None:
-            check(self.memory_limit_mb >= 1, "measure.memory_limit_mb", self.memory_limit_mb, "at least 1, or null")
+        if self.memory_limit_mib is not None:
+            check(self.memory_limit_mib >= 1, "measure.memory_limit_mib", self.memory_limit_mib, "at least 1, or null")

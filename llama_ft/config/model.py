@@ -7,7 +7,7 @@ from pathlib import Path
 from llama_ft.config.checks import check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
-MOST, MOST_LAYERS = 2**24, 2**12  # of any size that a model has been given, and to spare; what is more is a mistake
+MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # of any size that a model has been given, and to spare; what is more is a mistake
 FROM_CHECKPOINT = "from_checkpoint"  # the choice whose sizes are those that a checkpoint's folder says
 
 
@@ -22,7 +22,7 @@ class ModelConfig:
     n_kv_heads: int = setting(32, "key and value heads; fewer than n_heads is grouped-query attention")
     ffn_dim: int = setting(11008, "width of the feed-forward layer")
     vocab_size: int = setting(32000, "pieces of the tokenizer")
-    context: int = setting(4096, "longest sequence in tokens")
+    max_seq_len: int = setting(4096, "longest sequence in tokens")
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     rope_factor: float = setting(1.0, "Llama 3.1: slow rotary frequencies are divided by this; 1 is as they are")
@@ -33,8 +33,8 @@ class ModelConfig:
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
 
     def __post_init__(self) -> None:
-        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "context"):
-            most = MOST_LAYERS if key == "n_layers" else MOST
+        for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
+            most = MAX_LAYERS if key == "n_layers" else MAX_SIZE
             check(
                 1 <= getattr(self, key) <= most, f"model.{key}", getattr(self, key), f"at least 1 and at most {most:,}"
             )
@@ -43,7 +43,7 @@ class ModelConfig:
             check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
             check(self.head_dim % 2 == 0, "model.dim", self.dim, "such that dim / n_heads is even (rotary pairs)")
         else:
-            holds = 0 < self.head_size <= MOST and self.head_size % 2 == 0
+            holds = 0 < self.head_size <= MAX_SIZE and self.head_size % 2 == 0
             check(holds, "model.head_size", self.head_size, "positive and even (rotary pairs), or null")
             if self.head_size * self.n_heads == self.dim:
                 self.head_size = None  # so that equal sizes are said alike

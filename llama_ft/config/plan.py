@@ -27,12 +27,12 @@ class PlanConfig(TrainConfig):
         if not self.plan.enforce:
             raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
         self._check_unused()
-        most = self.model.context
+        most = self.model.max_seq_len
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
-            check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.context={most}")
+            check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.max_seq_len={most}")
         else:
             self.data.check_for(self.model)
         if self.goal is not None and self.combinations is Combinations.one:
@@ -40,9 +40,9 @@ class PlanConfig(TrainConfig):
 
     def _check_unused(self) -> None:
         """Refuse what would change nothing."""
-        if self.measure.memory_limit_mb is not None:
+        if self.measure.memory_limit_mib is not None:
             raise UserError(
-                "measure.memory_limit_mb is for train: a plan's limit is its card's; gpu.memory_mb=N is another"
+                "measure.memory_limit_mib is for train: a plan's limit is its card's; gpu.memory_mib=N is another"
             )
         if self.gpu.name == "all" and self.gpu != GpuConfig(name="all"):
             raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
@@ -58,5 +58,5 @@ class PlanConfig(TrainConfig):
     def max_length(self) -> int:
         """Longest sample in tokens."""
         if self.data.max_length is None and not self.has_lengths:
-            return min(STAND_IN_LENGTH, self.model.context)
+            return min(STAND_IN_LENGTH, self.model.max_seq_len)
         return super().max_length

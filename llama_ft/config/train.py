@@ -45,15 +45,15 @@ class TrainConfig(ModelSource):
         self.data.check_for(self.model)
 
     @property
-    def memory_limit_mb(self) -> int | None:
+    def memory_limit_mib(self) -> int | None:
         """The limit to run under: the one given or that of the card's profile, whichever is smaller."""
-        limits = [limit for limit in (self.measure.memory_limit_mb, self.gpu.usable_mb) if limit is not None]
+        limits = [limit for limit in (self.measure.memory_limit_mib, self.gpu.usable_mib) if limit is not None]
         return min(limits, default=None)
 
     @property
     def max_length(self) -> int:
         """Longest sample in tokens."""
-        return self.data.max_length or self.model.context
+        return self.data.max_length or self.model.max_seq_len
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, enums by name."""

@@ -75,10 +75,10 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
 
 
 def epoch_batches(
-    samples: Sequence[Sample], batch_size: int, epoch: int, seed: int, padding: Padding = NO_PADDING
+    samples: Sequence[Sample], micro_batch_size: int, epoch: int, seed: int, padding: Padding = NO_PADDING
 ) -> list[Batch]:
     """All micro-batches of an epoch, in an order that depends on seed and epoch alone; the last may be smaller."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(samples), generator=generator).tolist()
-    groups = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    groups = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
     return [collate([samples[index] for index in group], padding) for group in groups]

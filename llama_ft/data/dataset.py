@@ -66,7 +66,7 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Dataset:
+def load_data(config: TrainConfig, log: Callable[[str], None] = silent) -> Dataset:
     """The run's samples.
 
     Raises:
@@ -74,7 +74,7 @@ def load_data(config: TrainConfig, say: Callable[[str], None] = silent) -> Datas
     """
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
-    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, say)
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log)
 
 
 def load_dataset(
@@ -82,7 +82,7 @@ def load_dataset(
     tokenizer: Tokenizer,
     max_length: int,
     max_samples: int | None,
-    say: Callable[[str], None] = silent,
+    log: Callable[[str], None] = silent,
 ) -> Dataset:
     """Read, check and tokenize the records of a run, downloaded first where that is needed.
 
@@ -92,7 +92,7 @@ def load_dataset(
     Raises:
         UserError: if a file or record is bad or cannot be had, or no sample is left.
     """
-    path = records_file(config, say)
+    path = records_file(config, log)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
     encoded = [encode_record(record, tokenizer) for record in records[:max_samples]]
     samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
@@ -104,7 +104,7 @@ def load_dataset(
     return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
 
 
-def records_file(config: DataConfig, say: Callable[[str], None] = silent) -> Path:
+def records_file(config: DataConfig, log: Callable[[str], None] = silent) -> Path:
     """The file of a data set: the user's own if one is given, else the download if there is a URL, else the built-in.
 
     Raises:
@@ -113,7 +113,7 @@ def records_file(config: DataConfig, say: Callable[[str], None] = silent) -> Pat
     if config.path:
         return Path(os.path.expanduser(config.path))
     if config.url:
-        return fetch(config.url, config.git_blob_id, Path(config.cache_dir), say)
+        return fetch(config.url, config.git_blob_id, Path(config.cache_dir), log)
     return SAMPLE_DIR / "train.jsonl"
 
 

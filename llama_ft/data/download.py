@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 5.0  # of progress
 BY_HAND = "get the file yourself and give data.path=FILE"
 
 
-def fetch(url: str, git_blob_id: str | None, folder: Path, say: Callable[[str], None]) -> Path:
+def fetch(url: str, git_blob_id: str | None, folder: Path, log: Callable[[str], None]) -> Path:
     """The file behind a URL, from the folder if it is there and whole, else downloaded into it.
 
     It keeps the last part of the URL's path as its name. What has come so far of a download lies beside it as
@@ -44,15 +44,15 @@ def fetch(url: str, git_blob_id: str | None, folder: Path, say: Callable[[str], 
         file = folder.expanduser() / name
         if not _is_whole(file, git_blob_id):
             file.parent.mkdir(parents=True, exist_ok=True)
-            with _partial_file(file, say) as part:
+            with _partial_file(file, log) as part:
                 if not _is_whole(file, git_blob_id):  # still so, now that no other process downloads it
                     if file.exists():
-                        say(f"{file} is damaged, its git blob id not {git_blob_id}: fetching it anew")
-                    _Download(url, file, part, say).run(git_blob_id)
+                        log(f"{file} is damaged, its git blob id not {git_blob_id}: fetching it anew")
+                    _Download(url, file, part, log).run(git_blob_id)
                     os.fsync(part.fileno())
                     Path(part.name).replace(file)
         elif git_blob_id is None:
-            say(f"{file} was downloaded before; not verified, since data.git_blob_id is null")
+            log(f"{file} was downloaded before; not verified, since data.git_blob_id is null")
     except BrokenPipeError:  # in `say`: whoever listened is gone
         raise
     except (OSError, RuntimeError) as error:  # the latter from expanduser(), where there is no home folder
@@ -73,8 +73,8 @@ def blob_id(stream: BinaryIO) -> str:
 class _Download:
     """One file on its way into its partial file."""
 
-    def __init__(self, url: str, file: Path, part: BinaryIO, say: Callable[[str], None]) -> None:
-        self._url, self._file, self._part, self._say = url, file, part, say
+    def __init__(self, url: str, file: Path, part: BinaryIO, log: Callable[[str], None]) -> None:
+        self._url, self._file, self._part, self._say = url, file, part, log
 
     def run(self, expected: str | None) -> None:
         """Make the partial file whole, whatever it holds already, and verify it by its git blob id.
@@ -94,7 +94,7 @@ class _Download:
             self._part.truncate(0)
             self._receive()
             got = blob_id(self._part)
-        size = f"{_mb(self._size())} MB"
+        size = f"{_mib(self._size())} MiB"
         if expected not in (None, got):
             self._part.truncate(0)
             wrong = f"{size} with git blob id {got}, expected data.git_blob_id={expected} (null accepts any file)"
@@ -126,8 +126,8 @@ class _Download:
         return start > 0
 
     def _copy(self, response: HTTPResponse, done: int) -> None:
-        total = None if response.length is None else f"{_mb(done + response.length)} MB"
-        rest = f"the rest, from {_mb(done)} MB on, of " if done else ""
+        total = None if response.length is None else f"{_mib(done + response.length)} MiB"
+        rest = f"the rest, from {_mib(done)} MiB on, of " if done else ""
         what = f"{rest}{self._file.name} ({total or 'size unknown'})"
         self._say(f"downloading {what} from {self._url} to {self._file.parent}")
         last_line = time.monotonic()
@@ -135,7 +135,7 @@ class _Download:
             self._part.write(chunk)
             done += len(chunk)
             if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
-                self._say(f"{self._file.name}: {_mb(done)} {f'of {total}' if total else 'MB'}")
+                self._say(f"{self._file.name}: {_mib(done)} {f'of {total}' if total else 'MiB'}")
                 last_line = time.monotonic()
 
     def _size(self) -> int:
@@ -143,7 +143,7 @@ class _Download:
 
 
 @contextmanager
-def _partial_file(file: Path, say: Callable[[str], None]) -> Iterator[BinaryIO]:
+def _partial_file(file: Path, log: Callable[[str], None]) -> Iterator[BinaryIO]:
     """What has come so far of a file, open to read and append, for this process alone; removed if left empty.
 
     It is the partial file itself that is locked, not its folder, which may be one that a run holds for other reasons.
@@ -159,7 +159,7 @@ def _partial_file(file: Path, say: Callable[[str], None]) -> Iterator[BinaryIO]:
     while True:
         with path.open("a+b") as part:
             if not try_lock(part):
-                say(f"another process is downloading {file}: waiting for it")
+                log(f"another process is downloading {file}: waiting for it")
                 fcntl.flock(part, fcntl.LOCK_EX)
             if not is_at_path(part):  # finished or removed by the process that was waited for
                 continue
@@ -191,7 +191,7 @@ def _file_name(url: str) -> str:
     return name
 
 
-def _mb(n_bytes: int) -> str:
+def _mib(n_bytes: int) -> str:
     """Megabytes of 2**20 bytes, without the unit."""
-    n_mb = n_bytes / 2**20
-    return f"{n_mb:,.0f}" if n_mb >= 10 else f"{n_mb:.1f}"
+    n_mib = n_bytes / 2**20
+    return f"{n_mib:,.0f}" if n_mib >= 10 else f"{n_mib:.1f}"

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from llama_ft.config.checks import check
-from llama_ft.decoding.context import Context
 from llama_ft.decoding.sampling import require_distribution
+from llama_ft.decoding.state import GenerationState
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Beam:
 
 
 def beam_search(
-    context: Context,
+    context: GenerationState,
     n_beams: int,
     max_new_tokens: int,
     eos_id: int,
@@ -95,7 +95,7 @@ def _best_candidates(logits: Tensor, running: list[_Beam]) -> list[_Beam]:
     return candidates
 
 
-def _advance(context: Context, running: list[_Beam]) -> None:
+def _advance(context: GenerationState, running: list[_Beam]) -> None:
     """Let the rows of the context be those of the running beams, with their new tokens."""
     device = context.tokens.device
     context.reorder(torch.tensor([beam.row for beam in running], device=device))

@@ -29,7 +29,7 @@ def chat(
     answer: Callable[[str], None],
     use_adapter: Callable[[str], None],
     read_line: Callable[[], str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
@@ -39,24 +39,24 @@ def chat(
         read_line: the next line without its line break; raises EOFError after the last.
         say: for what is no answer.
     """
-    say("an instruction a line; /help says more, /quit ends")
+    log("an instruction a line; /help says more, /quit ends")
     about = ""
     while (line := _next(read_line)) is not None:
         command, text = _parts(line)
         if command == "quit":
             break
         if command == "help":
-            say(HELP)
+            log(HELP)
         elif command == "input":
             about = text.strip()
         elif command == "raw":
-            _try_to_answer({"prompt": text}, answer, say)
+            _try_to_answer({"prompt": text}, answer, log)
         elif command == "adapter":
-            _try(partial(use_adapter, text.strip()), say)
+            _try(partial(use_adapter, text.strip()), log)
         elif command:
-            say(f"error: /{command} is no command; /help lists them")
+            log(f"error: /{command} is no command; /help lists them")
         elif text:
-            _try_to_answer({"instruction": text, "input": about}, answer, say)
+            _try_to_answer({"instruction": text, "input": about}, answer, log)
             about = ""
 
 
@@ -74,22 +74,22 @@ def _parts(line: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else ("", line.strip())
 
 
-def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], say: Callable[[str], None]) -> None:
+def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], log: Callable[[str], None]) -> None:
     def answer_stoppably() -> None:
         prompt = prompt_of(record)
         with _stoppable():
             answer(prompt)
 
-    _try(answer_stoppably, say)
+    _try(answer_stoppably, log)
 
 
-def _try(action: Callable[[], None], say: Callable[[str], None]) -> None:
+def _try(action: Callable[[], None], log: Callable[[str], None]) -> None:
     try:
         action()
     except _Stopped:
-        say("stopped")
+        log("stopped")
     except UserError as error:
-        say(f"error: {error}")
+        log(f"error: {error}")
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 from llama_ft.config import DecodingConfig, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import beam_search
-from llama_ft.decoding.context import Context
 from llama_ft.decoding.prompts import encode_prompt
 from llama_ft.decoding.sampling import Greedy, Sampling
+from llama_ft.decoding.state import GenerationState
 from llama_ft.decoding.text import StopAt, TextStream
 from llama_ft.model.transformer import Transformer
 
@@ -25,7 +25,7 @@ class Answer:
     """What ended it: `eos`, `stop` (one of decoding.stop), or `length`."""
 
 
-Answerer = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
+GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
 """A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
 
 
@@ -51,10 +51,10 @@ def generate(
     Raises:
         UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
     """
-    batch = [encode_prompt(tokenizer, prompt, model.config.context) for prompt in prompts]
+    batch = [encode_prompt(tokenizer, prompt, model.config.max_seq_len) for prompt in prompts]
     n_answers = config.num_return_sequences
     writers = [
-        _Writer(tokenizer, config.stop, min(config.max_new_tokens, model.config.context - len(tokens)))
+        _Writer(tokenizer, config.stop, min(config.max_new_tokens, model.config.max_seq_len - len(tokens)))
         for tokens in batch
         for _ in range(n_answers)
     ]
@@ -78,7 +78,7 @@ def _search(
 ) -> None:
     """Let the writers have the best hypotheses of a beam search."""
     n_new = writers[0].room
-    context = Context(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
+    context = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
     found = beam_search(context, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
     if len(found) < n_answers:  # more beams than there are texts of so few tokens
@@ -95,7 +95,7 @@ def _continue(
     """Choose a token for each row, until all writers have ended."""
     rows = [tokens for tokens in batch for _ in range(config.num_return_sequences)]
     n_new = max(writer.room for writer in writers)
-    context = Context(model, rows, n_new, kv_cache, model.output.weight.dtype)
+    context = GenerationState(model, rows, n_new, kv_cache, model.output.weight.dtype)
     choice: Greedy | Sampling = Greedy(config.repetition_penalty)
     if config.sample:
         choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)

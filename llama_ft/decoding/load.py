@@ -35,36 +35,36 @@ def check_sources(source: TrainedSource) -> None:
 
 
 def load_checkpoint(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
 ) -> Transformer:
     """The model that is asked for without its adapter, in evaluation mode.
 
     Raises:
         UserError: if the weights are not this model's.
     """
-    return load_model(source.model, str(source.checkpoint), device, dtype, say=say).eval()
+    return load_model(source.model, str(source.checkpoint), device, dtype, log=log).eval()
 
 
 def load_trained(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
 ) -> Transformer:
     """The model that is asked for, in evaluation mode.
 
     Raises:
         UserError: if weights or adapter are not this model's.
     """
-    model = load_checkpoint(source, device, dtype, say)
+    model = load_checkpoint(source, device, dtype, log)
     if source.adapter is not None:
         load_adapter(model, Path(os.path.expanduser(source.adapter)), source.merge)
     return model
 
 
 def load_base(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, say: Callable[[str], None]
+    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
 ) -> Transformer:
     """What it is compared with: `source.base`, else the checkpoint without its adapter.
 
     Raises:
         UserError: if the weights are not this model's.
     """
-    return load_model(source.model, source.base or str(source.checkpoint), device, dtype, say=say).eval()
+    return load_model(source.model, source.base or str(source.checkpoint), device, dtype, log=log).eval()

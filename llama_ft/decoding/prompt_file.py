@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import Answer, Answerer, ignore
+from llama_ft.decoding.generate import Answer, GenerateFn, ignore
 from llama_ft.decoding.prompts import Prompt
 from llama_ft.decoding.results import Printed, Results, ResultsFile, settings_of
 
@@ -46,11 +46,11 @@ class PromptFile:
     prompts: Sequence[Prompt]
     dtype: str
     """That of the arithmetic, `auto` resolved."""
-    load: Callable[[bool], Answerer]
+    load: Callable[[bool], GenerateFn]
     """Loads the base if it is given True, else the model that is asked."""
     progress: Progress
     """Shows a title and how much of a total is done."""
-    say: Callable[[str], None]
+    log: Callable[[str], None]
 
     def answer(self) -> None:
         """Answer the prompts that have no result yet, and write the results to `config.output`, else print them.
@@ -67,7 +67,7 @@ class PromptFile:
             finally:
                 if self.config.output is not None and results.kept:
                     counts = f"{len(results.kept)} of {len(self.prompts)} prompts"
-                    self.say(f"{counts} are answered in {self.config.output}")
+                    self.log(f"{counts} are answered in {self.config.output}")
 
     def _compare(self, results: Results) -> None:
         """Let the base answer all prompts first, into a file that is no longer needed once all is done."""

@@ -13,7 +13,7 @@ from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 
 KEYS = ("prompt", "instruction", "input")
-MOST_NAMED = 10  # bad records in a message
+MAX_NAMED = 10  # bad records in a message
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
         except UserError as error:
             problems.append(f"{where}: {error}")
     if problems:
-        more = f"; and {len(problems) - MOST_NAMED} more" if len(problems) > MOST_NAMED else ""
-        raise UserError(f"prompts={file}: {'; '.join(problems[:MOST_NAMED])}{more}")
+        more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise UserError(f"prompts={file}: {'; '.join(problems[:MAX_NAMED])}{more}")
     if not prompts:
         raise UserError(f"prompts={file}: there are no records")
     return prompts

@@ -10,15 +10,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import Answer, Answerer, ignore
+from llama_ft.decoding.generate import Answer, GenerateFn, ignore
 
 BASE, FINE_TUNED = "base", "fine-tuned"
-NARROWEST_TABLE = 100  # characters; on narrower terminals the answers stand below each other
+MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
 
-Load = Callable[[bool], Answerer]  # the base if it is given True, else the model that is asked
+Load = Callable[[bool], GenerateFn]  # the base if it is given True, else the model that is asked
 
 
-def show_answers(prompt: str, load: Load, config: GenerateConfig, say: Callable[[str], None]) -> None:
+def show_answers(prompt: str, load: Load, config: GenerateConfig, log: Callable[[str], None]) -> None:
     """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
 
     Args:
@@ -28,23 +28,23 @@ def show_answers(prompt: str, load: Load, config: GenerateConfig, say: Callable[
         compared = []
         for name in (BASE, FINE_TUNED):
             answers, summary = _ask(load(name == BASE), prompt, ignore, config)
-            say(f"{name}: {summary}")
+            log(f"{name}: {summary}")
             compared.append(answers)
         print_comparison(*compared)
     elif config.decoding.num_return_sequences == 1:
         with StreamedLine() as line:
             _, summary = _ask(load(False), prompt, line.write, config)
-        say(summary)
+        log(summary)
     else:
         answers, summary = _ask(load(False), prompt, ignore, config)
         for number, answer in enumerate(answers, start=1):
-            say(f"answer {number}, ended by {answer.finish}:")
+            log(f"answer {number}, ended by {answer.finish}:")
             print(answer.text, flush=True)
-        say(summary)
+        log(summary)
 
 
 def _ask(
-    answer: Answerer, prompt: str, on_text: Callable[[str], None], config: GenerateConfig
+    answer: GenerateFn, prompt: str, on_text: Callable[[str], None], config: GenerateConfig
 ) -> tuple[list[Answer], str]:
     """The answers, and how they came about."""
     began = time.monotonic()
@@ -77,7 +77,7 @@ def print_comparison(base: Sequence[Answer], fine_tuned: Sequence[Answer]) -> No
     """Print both models' answers: beside each other on a wide terminal, else one below the other, with their names."""
     pairs = [(first.text, second.text) for first, second in zip(base, fine_tuned, strict=True)]
     console = Console()
-    if console.is_terminal and console.width >= NARROWEST_TABLE:
+    if console.is_terminal and console.width >= MIN_TABLE_WIDTH:
         table = Table(expand=True, show_lines=True)
         for name in (BASE, FINE_TUNED):
             table.add_column(name, ratio=1, overflow="fold")

@@ -20,7 +20,7 @@ Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  
 
 
 @dataclass(frozen=True)
-class Material:
+class EvalInputs:
     """What models are measured on."""
 
     tokenizer: Tokenizer
@@ -38,7 +38,7 @@ class Measured:
     correct: list[bool] = field(default_factory=list)
 
 
-def measure(model: Transformer, material: Material, config: EvaluateConfig, progress: Progress) -> Measured:
+def measure(model: Transformer, material: EvalInputs, config: EvaluateConfig, progress: Progress) -> Measured:
     """Perplexity of the responses and of the text, if there is one; answers, if they are asked for.
 
     Args:
@@ -50,7 +50,7 @@ def measure(model: Transformer, material: Material, config: EvaluateConfig, prog
     """
     began = time.monotonic()
     weight = model.output.weight
-    padding = Padding(Precision(weight.device.type, weight.dtype).pad_multiple, config.model.context)
+    padding = Padding(Precision(weight.device.type, weight.dtype).pad_multiple, config.model.max_seq_len)
     samples = [question.sample for question in material.records.questions]
     with progress("perplexity of the responses", len(samples)) as advance:
         responses = _values(perplexity(model, samples, config.batch_size, padding, advance))
@@ -75,14 +75,14 @@ def _text_values(
 ) -> dict[str, Any]:
     windows = text_windows(text.tokens, config.window_tokens, config.stride_tokens)
     # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
-    at_once = max(1, config.model.context // config.window_tokens)
+    at_once = max(1, config.model.max_seq_len // config.window_tokens)
     with progress("perplexity of the text", len(windows)) as advance:
         found = perplexity(model, windows, at_once, padding, advance)
     return _values(found) | {"bits_per_byte": found.bits_per_byte(text), "windows": len(windows)}
 
 
 def _answer(
-    model: Transformer, material: Material, config: EvaluateConfig, progress: Progress
+    model: Transformer, material: EvalInputs, config: EvaluateConfig, progress: Progress
 ) -> tuple[list[Answer], list[bool]]:
     """The answers to all records, and which are correct."""
     questions = material.records.questions

@@ -7,17 +7,17 @@ import torch
 
 from llama_ft.config import EvaluateConfig
 from llama_ft.decoding.load import check_sources, load_base, load_trained
-from llama_ft.evaluation.measures import Material, Measured, Progress, measure
+from llama_ft.evaluation.measures import EvalInputs, Measured, Progress, measure
 from llama_ft.model.transformer import Transformer
 
 
 def measure_models(
     config: EvaluateConfig,
-    material: Material,
+    material: EvalInputs,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> dict[str, Measured]:
     """By role the model, or base and fine-tuned, in this order; one of them is in memory at a time.
 
@@ -30,7 +30,7 @@ def measure_models(
     """
 
     def measured(name: str, load: Callable[..., Transformer]) -> Measured:
-        model = load(config, device, dtype, say)
+        model = load(config, device, dtype, log)
         found = measure(model, material, config, lambda title, total: progress(f"{name}, {title}", total))
         del model
         gc.collect()

@@ -14,7 +14,7 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
 from llama_ft.training.step import summed_loss
 
-MOST_NATS = 700.0  # beyond, exp leaves the range of a float
+MAX_NATS = 700.0  # beyond, exp leaves the range of a float
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def perplexity(
         advance(len(group))
     n_tokens = sum(sample.n_targets for sample in samples)
     nll = total.item() / n_tokens
-    if not nll < MOST_NATS:
+    if not nll < MAX_NATS:
         dtype = str(model.output.weight.dtype).removeprefix("torch.")
         raise UserError(f"the loss is {nll:g} in {dtype}: the weights are damaged, or need dtype=fp32")
     return Perplexity(nll, n_tokens)

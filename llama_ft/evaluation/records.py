@@ -18,7 +18,7 @@ NO_TASK = "no task"  # of records that name none
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalRecord:
     """A record to be answered."""
 
     record: Record
@@ -36,7 +36,7 @@ class EvaluationSet:
     """What a model is asked, and what one would answer that knew only the task."""
 
     file: Path
-    questions: list[Question]
+    questions: list[EvalRecord]
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # whose answer was cut at the longest length allowed
     n_dropped: int  # whose prompt left no room for an answer
@@ -44,7 +44,7 @@ class EvaluationSet:
     is_held_out: bool  # whether they are the built-in ones that training never sees; the majority is then training's
 
 
-def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> EvaluationSet:
+def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
     Args:
@@ -54,15 +54,15 @@ def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, say: Callable[[
         UserError: if a file or record is bad or cannot be had, or none is left.
     """
     builtin = config.data.path is None and config.data.url is None
-    file = HELD_OUT if builtin else records_file(config.data, say)
+    file = HELD_OUT if builtin else records_file(config.data, log)
     pairs, n_skipped = _read(file, config.data)
     pairs = pairs[: config.max_samples]
     questions, n_truncated = [], 0
     for record, task in pairs:
         whole = encode_record(record, tokenizer)
         sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
-        question = Question(record, task, sample)
-        if sample.n_targets > 0 and len(tokenizer.encode(question.prompt, bos=True)) < config.model.context:
+        question = EvalRecord(record, task, sample)
+        if sample.n_targets > 0 and len(tokenizer.encode(question.prompt, bos=True)) < config.model.max_seq_len:
             questions.append(question)
             n_truncated += len(sample) < len(whole)
     if not questions:

@@ -8,13 +8,13 @@ from typing import Any
 
 from llama_ft.config import EvaluateConfig
 from llama_ft.evaluation.exact_match import accuracy, matches
-from llama_ft.evaluation.measures import Material, Measured
+from llama_ft.evaluation.measures import EvalInputs, Measured
 
 SCHEMA_VERSION = 1
 
 
 def evaluation_result(
-    config: EvaluateConfig, material: Material, measured: dict[str, Measured], about: dict[str, Any]
+    config: EvaluateConfig, material: EvalInputs, measured: dict[str, Measured], about: dict[str, Any]
 ) -> dict[str, Any]:
     """The content of `evaluate.json`, in plain JSON types.
 
@@ -49,7 +49,7 @@ def evaluation_result(
     }
 
 
-def answer_lines(material: Material, measured: dict[str, Measured]) -> Iterator[str]:
+def answer_lines(material: EvalInputs, measured: dict[str, Measured]) -> Iterator[str]:
     """The lines of `answers.jsonl`: each record with the answers to it, as they came, and whether they are correct."""
     for place, question in enumerate(material.records.questions):
         record = question.record
@@ -67,7 +67,7 @@ def _source(config: EvaluateConfig, role: str) -> dict[str, Any]:
     return {"role": role, "checkpoint": config.checkpoint, "adapter": config.adapter}
 
 
-def _majority(material: Material) -> dict[str, Any]:
+def _majority(material: EvalInputs) -> dict[str, Any]:
     """How far the most frequent answer of each task goes."""
     records = material.records
     guesses = [records.majority.get(question.task, "") for question in records.questions]

@@ -24,16 +24,16 @@ HF_TOKENIZER_FILES = (
 )
 
 
-class Beside:
+class SidecarFiles:
     """The files that go with the weights, read before anything is written."""
 
-    def __init__(self, config: ConvertConfig, say: Callable[[str], None]) -> None:
+    def __init__(self, config: ConvertConfig, log: Callable[[str], None]) -> None:
         """Read them.
 
         Raises:
             UserError: if the tokenizer that is asked for cannot be read or is not the model's, or settings are damaged.
         """
-        self._config, self._say = config, say
+        self._config, self._say = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file) if (file := self._source / HF_CONFIG).is_file() else None
         self._tokenizer = self._find_tokenizer()

@@ -38,7 +38,7 @@ def change(
     config: ModelConfig, exact: Mapping[str, Weight], rounded: Mapping[str, Weight], advance: Callable[[int], None]
 ) -> Change:
     """Compare a model's logits before and after rounding its weights, both computed in fp32, or fp64 if those are."""
-    length = min(LENGTH, config.context)
+    length = min(LENGTH, config.max_seq_len)
     tokens = torch.randint(config.vocab_size, (ROWS, length), generator=torch.Generator().manual_seed(0))
     dtype = functools.reduce(torch.promote_types, {weight.dtype for weight in exact.values()}, torch.float32)
     before, after = (streamed(config, weights, length, dtype, advance)(tokens) for weights in (exact, rounded))
@@ -57,7 +57,7 @@ def streamed(
     advance: Callable[[int], None],
 ) -> Transformer:
     """The model for so long a context, that computes in the dtype and reads its matrices whenever it needs them."""
-    config = replace(config, context=context)
+    config = replace(config, max_seq_len=context)
     with torch.device("meta"):
         model = Transformer(config)
     model.rotary = rotary_table(config)

@@ -1,1 +1,1 @@
-"""What a run costs: time, peak memory, memory by category; and running it in a process of its own."""
+"""What a run costs: memory by category at the peak, and the worst case of its data."""

@@ -7,20 +7,22 @@ from llama_ft.data.dataset import Sample
 from llama_ft.training.step import Window
 
 
-def hardest_windows(samples: list[Sample], batch_size: int, accumulation_steps: int, padding: Padding) -> list[Window]:
+def hardest_windows(
+    samples: list[Sample], micro_batch_size: int, accumulation_steps: int, padding: Padding
+) -> list[Window]:
     """Windows one of which needs as much memory as any that shuffling may bring, the widest first.
 
     The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
     quick.
     """
     by_length = sorted(samples, key=len)
-    n_before = min(accumulation_steps, -(-len(samples) // batch_size)) - 1
-    starts = range(0, n_before * batch_size, batch_size)
-    before = [collate(by_length[start : start + batch_size], padding) for start in starts]
-    return [[*before, collate(group, padding)] for group in hardest_groups(by_length, batch_size, padding)]
+    n_before = min(accumulation_steps, -(-len(samples) // micro_batch_size)) - 1
+    starts = range(0, n_before * micro_batch_size, micro_batch_size)
+    before = [collate(by_length[start : start + micro_batch_size], padding) for start in starts]
+    return [[*before, collate(group, padding)] for group in hardest_groups(by_length, micro_batch_size, padding)]
 
 
-def hardest_groups(by_length: list[Sample], batch_size: int, padding: Padding) -> list[list[Sample]]:
+def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padding) -> list[list[Sample]]:
     """Micro-batches one of which needs as much memory as any other, the widest first.
 
     A micro-batch is as large as its padded width and, since logits are computed for targets alone, its number of
@@ -31,7 +33,7 @@ def hardest_groups(by_length: list[Sample], batch_size: int, padding: Padding) -
     Args:
         by_length: all samples, shortest first.
     """
-    size = min(batch_size, len(by_length))
+    size = min(micro_batch_size, len(by_length))
     best: dict[int, tuple[int, int]] = {}  # by width: most targets, and which sample is then the longest one
     others: list[int] = []  # a heap: the most targets that size - 1 of the samples so far have
     for place, sample in enumerate(by_length):

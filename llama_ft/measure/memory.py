@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from llama_ft.measure.result import CATEGORIES, MB
+from llama_ft.records.result import CATEGORIES, MIB
 
 
 @dataclass(eq=False)
@@ -36,13 +36,13 @@ Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, a
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a tracked pass showed, in MB of 2**20 bytes."""
+    """What a tracked pass showed, in MiB."""
 
-    peak_mb: float
-    instant: str  # what ran when memory peaked: forward, backward or optimizer step
-    at_peak_mb: dict[str, float]  # by category; they sum to the peak
-    max_mb: dict[str, float]  # each category's own maximum
-    ledger: list[dict[str, Any]]  # the peak by category and dtype
+    peak_mib: float
+    phase: str  # what ran when memory peaked: forward, backward or optimizer step
+    at_peak_mib: dict[str, float]  # by category; they sum to the peak
+    max_mib: dict[str, float]  # each category's own maximum
+    breakdown: list[dict[str, Any]]  # the peak by category and dtype
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -104,9 +104,9 @@ class MemoryTracker(TorchDispatchMode):
                 self._see(tensor, self._category(func, args))
         return out
 
-    def _at(self, instant: str) -> Callable[..., None]:
+    def _at(self, phase: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            self._instant = instant
+            self._instant = phase
 
         return hook
 
@@ -147,7 +147,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""
-        peak, peak_event, instant, total = 0, 0, "load", 0
+        peak, peak_event, phase, total = 0, 0, "load", 0
         now: dict[str, int] = defaultdict(int)
         most: dict[str, int] = defaultdict(int)
         for number, (allocation, sign, when) in enumerate(self.events):
@@ -155,21 +155,21 @@ class MemoryTracker(TorchDispatchMode):
             now[allocation.category] += sign * allocation.nbytes
             most[allocation.category] = max(most[allocation.category], now[allocation.category])
             if total > peak:
-                peak, peak_event, instant = total, number, when
+                peak, peak_event, phase = total, number, when
         alive: dict[Allocation, None] = {}
         for allocation, sign, _ in self.events[: peak_event + 1]:
             if sign > 0:
                 alive[allocation] = None
             else:
                 del alive[allocation]
-        ledger: dict[tuple[str, str, str], int] = defaultdict(int)
+        breakdown: dict[tuple[str, str, str], int] = defaultdict(int)
         for allocation in alive:
-            ledger[allocation.category, str(allocation.dtype).removeprefix("torch."), allocation.item] += (
+            breakdown[allocation.category, str(allocation.dtype).removeprefix("torch."), allocation.item] += (
                 allocation.nbytes
             )
-        at_peak = {name: sum(b for (c, _, _), b in ledger.items() if c == name) / MB for name in CATEGORIES}
+        at_peak = {name: sum(b for (c, _, _), b in breakdown.items() if c == name) / MIB for name in CATEGORIES}
         rows = [
-            {"category": category, "dtype": dtype, "mb": nbytes / MB} | ({"item": item} if item else {})
-            for (category, dtype, item), nbytes in sorted(ledger.items())
+            {"category": category, "dtype": dtype, "mb": nbytes / MIB} | ({"item": item} if item else {})
+            for (category, dtype, item), nbytes in sorted(breakdown.items())
         ]
-        return MemoryUse(peak / MB, instant, at_peak, {name: most[name] / MB for name in CATEGORIES}, rows)
+        return MemoryUse(peak / MIB, phase, at_peak, {name: most[name] / MIB for name in CATEGORIES}, rows)

@@ -44,18 +44,18 @@ class Checkpoint:
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
 
     @torch.no_grad()
-    def load_into(self, model: Transformer, say: Callable[[str], None]) -> None:
+    def load_into(self, model: Transformer, log: Callable[[str], None]) -> None:
         """Copy the weights into a model of any device and dtype. Beside the model, one piece of a tensor lives."""
         total = sum(weight.n_bytes for weight in self.weights.values())
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
-        say(f"weights: {total / 2**20:,.0f} MB from {self.folder} ({self.kind}, {files})")
+        log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
         done, last_line = 0, time.monotonic()
         for name, target in model.named_parameters():
             for first, rows in self.weights[name].pieces(1):
                 target[first : first + len(rows)].copy_(rows)
                 done += rows.nbytes
                 if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                    say(f"weights: {done / total:.0%} read")
+                    log(f"weights: {done / total:.0%} read")
                     last_line = time.monotonic()
 
 

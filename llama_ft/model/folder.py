@@ -80,7 +80,7 @@ def _meta_sizes(folder: Path) -> dict[str, Any]:
     if tied:
         sizes |= meta_sizes(folder / META_PARAMS, LLAMA_3_2_FACTOR)
     context = released_context(sizes["vocab_size"], sizes["rope_theta"], sizes["rope_factor"])
-    return sizes | {"tie_word_embeddings": tied, "context": context}
+    return sizes | {"tie_word_embeddings": tied, "max_seq_len": context}
 
 
 def released_context(vocab_size: int, rope_theta: float, rope_factor: float) -> int:

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from llama_ft.config import UserError
 
-PIECE_ELEMENTS = 2**20  # 4 MB in fp32; not bytes, so that pieces are alike whatever the dtype
-MOST_DIMENSIONS = 8
+PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
+MAX_DIMENSIONS = 8
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as in its reference implementation
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -240,8 +240,8 @@ class _TensorUnpickler(pickle.Unpickler):
 
     def _tensor(self, storage: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Any:
         dtype, start, stop = storage
-        if len(shape) > MOST_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (first, *shape)):
-            raise ValueError(f"there is a tensor of shape {shape[:MOST_DIMENSIONS]}")
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and n >= 0 for n in (first, *shape)):
+            raise ValueError(f"there is a tensor of shape {shape[:MAX_DIMENSIONS]}")
         contiguous = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         if any(n > 1 and here != there for n, here, there in zip(shape, stride, contiguous, strict=True)):
             raise pickle.UnpicklingError(f"it holds a tensor {list(shape)} that is not contiguous, which is not read")

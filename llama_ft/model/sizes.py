@@ -12,7 +12,7 @@ SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's si
 HF_CONFIG, META_PARAMS = "config.json", "params.json"
 META_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
 LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
-NO_CHECK = ("context",)  # how much of a checkpoint's context is used is the user's choice
+NO_CHECK = ("max_seq_len",)  # how much of a checkpoint's context is used is the user's choice
 
 # ffn_dim_multiplier and multiple_of of the released models.
 _META_WIDTHS = ((None, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
@@ -26,6 +26,8 @@ def own_sizes(text: str, file: Path) -> dict[str, Any]:
     """
     try:
         sizes: dict[str, Any] = {key: value for key, value in json.loads(text).items() if key != "name"}
+        if "context" in sizes:  # its name before version 0.2
+            sizes["max_seq_len"] = sizes.pop("context")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
     if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
@@ -58,7 +60,7 @@ def hf_sizes(file: Path) -> dict[str, Any]:
         n_kv_heads=_get(config, "num_key_value_heads", config.get("num_attention_heads")),
         ffn_dim=config.get("intermediate_size"),
         vocab_size=config.get("vocab_size"),
-        context=_get(config, "max_position_embeddings", 2048),  # the default of transformers
+        max_seq_len=_get(config, "max_position_embeddings", 2048),  # the default of transformers
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=_get(rope, "rope_theta", _get(config, "rope_theta", 10000.0)),
         head_size=_get(config, "head_dim", 0),
@@ -154,7 +156,7 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
         "num_key_value_heads": config.n_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": config.context,
+        "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,

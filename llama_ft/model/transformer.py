@@ -56,7 +56,7 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
-    positions = torch.arange(config.context, dtype=torch.float32, device=device)
+    positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
     return torch.stack((angles.cos(), angles.sin()))
 
@@ -195,8 +195,8 @@ class Transformer(nn.Module):
         """
         start, length = kv_cache.length if kv_cache else 0, tokens.shape[-1]
         if positions is None:
-            if start + length > self.config.context:
-                raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.context}")
+            if start + length > self.config.max_seq_len:
+                raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
             rotary = self.rotary[:, start : start + length]
         else:
             rotary = self.rotary[:, positions]

@@ -27,7 +27,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Transformer:
     """A model with the weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
 
@@ -43,7 +43,7 @@ def load_model(
     model.tie()
     model.rotary = rotary_table(config, device)
     if source is not None:
-        source.load_into(model, say if checkpoint != "builtin" else lambda line: None)
+        source.load_into(model, log if checkpoint != "builtin" else lambda line: None)
     else:
         initialize(model, seed)
     return model
@@ -88,9 +88,9 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
         with whole_file(file) as temporary:
             save_file(on_cpu, temporary, metadata={"format": "pt", SIZES_KEY: json.dumps(sizes)})
     except (OSError, SafetensorError) as error:
-        n_mb = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
+        n_mib = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file} ({n_mb:,.0f} MB) cannot be written: {reason}") from error
+        raise UserError(f"{file} ({n_mib:,.0f} MiB) cannot be written: {reason}") from error
 
 
 @torch.no_grad()

@@ -6,14 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig, UserError
-from llama_ft.planning.card import that_matter, traits_of, workspace_bytes
+from llama_ft.planning.gpu_traits import relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.predict import Lengths, processes
 from llama_ft.planning.search import EXPECTED_TRIES, largest, side_by_side, try_run, uniform
 
 # The share of a card that advice leaves free: real runs of others reserved up to 4.3 % more than is planned for them
 # (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.
 SPARE = 0.05
-LEAST_TOKENS = 2  # of a sample: one to predict from, and one to predict
+MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
 Row = dict[str, Any]  # of `plan.json`
 
 
@@ -73,7 +73,7 @@ class Adviser:
         if best := fastest(rows):
             advice.combination = best["combination"]
             self._add_limits(advice, best, gpu)
-        elif gpu.memory_mb is None or rows[0]["required_mb"] is None:
+        elif gpu.memory_mib is None or rows[0]["required_mib"] is None:
             advice.combination = smallest(rows)["combination"]
             advice.lines.append("gpu=CARD names a card to fit into")
         else:
@@ -123,24 +123,24 @@ class Adviser:
             return f"{how} that fits {gpu.name}: {typed(best['optim'])} ({_of(best)}{time}){tight}"
         least = smallest(rows)
         if least["fits"] is None:
-            need = f"{typed(least['optim'])}, {least['peak_memory_mb']:,.1f} MB of tensors"
+            need = f"{typed(least['optim'])}, {least['peak_memory_mib']:,.1f} MiB of tensors"
             return f"{gpu.name}: how much memory there is is not known; the smallest need is that of {need}"
         return (
             f"nothing fits {gpu.name}: the smallest, {typed(least['optim'])}, needs {_of(least)},"
-            f" {-least['margin_mb']:,.0f} MB too many"
+            f" {-least['margin_mib']:,.0f} MiB too many"
         )
 
     def _add_limits(self, advice: Advice, row: Row, gpu: GpuConfig) -> None:
         """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""
-        context = self.config.model.context
+        context = self.config.model.max_seq_len
         found = self._largest(row, gpu, most_tokens=context, most_samples=len(self.lengths))
         tokens, samples = found["tokens"], found["samples"]
         advice.largest_micro_batch = samples
         longest = self._longest
-        size = self.config.training.batch_size
+        size = self.config.training.micro_batch_size
         beside = f", {size} in a micro-batch" if size > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
-        if tokens >= LEAST_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
+        if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
             if tokens < longest:
@@ -148,41 +148,43 @@ class Adviser:
             advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
         all_of_them = ", all of the data" if samples == len(self.lengths) else ""
         advice.lines.append(
-            f"largest micro-batch of this data that fits{spared}: training.batch_size={samples}{all_of_them}"
+            f"largest micro-batch of this data that fits{spared}: training.micro_batch_size={samples}{all_of_them}"
         )
 
     def _add_changes(self, advice: Advice, row: Row, gpu: GpuConfig) -> None:
         """What would let the smallest combination fit: shorter samples, fewer of them, a larger card."""
-        longest, size = self._longest, self.config.training.batch_size
+        longest, size = self._longest, self.config.training.micro_batch_size
         found = self._largest(row, gpu, most_tokens=longest - 1, most_samples=size - 1)
         tokens, samples = found["tokens"], found["samples"]
         combination = typed(row["optim"])
-        if tokens >= LEAST_TOKENS:
+        if tokens >= MIN_TOKENS:
             advice.combination, advice.longest_sequence = row["combination"], tokens
             advice.lines.append(f"with shorter samples it fits: {combination} data.max_length={tokens}")
         else:
             advice.lines.append("no data.max_length is short enough")
         if samples >= 1:
             advice.combination, advice.largest_micro_batch = row["combination"], samples
-            advice.lines.append(f"with smaller micro-batches it fits: {combination} training.batch_size={samples}")
+            advice.lines.append(
+                f"with smaller micro-batches it fits: {combination} training.micro_batch_size={samples}"
+            )
         elif size > 1:
-            advice.lines.append("no training.batch_size is small enough")
+            advice.lines.append("no training.micro_batch_size is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
 
     def _largest(self, row: Row, gpu: GpuConfig, most_tokens: int, most_samples: int) -> dict[str, int]:
         """The most tokens of a sample, and samples of a micro-batch; one below the least there can be if none fit."""
         config = self._config(row)
         traits, workspace = traits_of(gpu), workspace_bytes(gpu)
-        limit_mb = gpu.usable_mb or 0.0
+        limit_mib = gpu.usable_mib or 0.0
         if has_room(row) or not row["fits"]:
-            limit_mb *= 1 - SPARE
+            limit_mib *= 1 - SPARE
         searches = {
-            "tokens": largest(limit_mb, LEAST_TOKENS, most_tokens, self._longest, workspace),
-            "samples": largest(limit_mb, 1, most_samples, config.training.batch_size, workspace),
+            "tokens": largest(limit_mib, MIN_TOKENS, most_tokens, self._longest, workspace),
+            "samples": largest(limit_mib, 1, most_samples, config.training.micro_batch_size, workspace),
         }
 
         def batch(n_samples: int) -> tuple[Any, ...]:
-            training = replace(config.training, batch_size=n_samples)
+            training = replace(config.training, micro_batch_size=n_samples)
             return replace(config, training=training), self.lengths, traits, workspace
 
         jobs = {
@@ -195,12 +197,12 @@ class Adviser:
 
     def _smallest_card(self, row: Row, gpu: GpuConfig) -> str:
         """The smallest card that is known on which a combination fits, in a line."""
-        assert gpu.memory_mb is not None
+        assert gpu.memory_mib is not None
         config = self._config(row)
-        cards = [card for card in by_size(self.profiles) if (card.memory_mb or 0) > gpu.memory_mb]
+        cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > gpu.memory_mib]
         if not cards:
             return "no larger card is known"
-        kinds = {card.name: (that_matter(traits_of(card), config), workspace_bytes(card)) for card in cards}
+        kinds = {card.name: (relevant_traits(traits_of(card), config), workspace_bytes(card)) for card in cards}
         jobs = {kind: (config, self.lengths, *kind) for kind in kinds.values()}
         with self.progress("larger cards", len(jobs)) as advance, processes(len(jobs)) as run:
             tried = {}
@@ -209,8 +211,8 @@ class Adviser:
                 advance(1)
         for card in cards:
             outcome = tried[kinds[card.name]]
-            if not isinstance(outcome, UserError) and outcome.reserved_mb <= (1 - SPARE) * (card.usable_mb or 0):
-                need = f"{outcome.reserved_mb + card.context_mb:,.0f} of {card.memory_mb:,} MB"
+            if not isinstance(outcome, UserError) and outcome.reserved_mib <= (1 - SPARE) * (card.usable_mib or 0):
+                need = f"{outcome.reserved_mib + card.context_mib:,.0f} of {card.memory_mib:,} MiB"
                 return f"smallest known card on which {typed(row['optim'])} fits: gpu={card.name} ({need})"
         return f"{typed(row['optim'])} fits no card that is known"
 
@@ -220,8 +222,8 @@ class Adviser:
 
 def has_room(row: Row) -> bool:
     """Whether a combination fits and leaves enough free to rely on that."""
-    usable = row["memory_there_is_mb"] - row["context_mb"] if row["fits"] else 0
-    return bool(row["fits"] and row["margin_mb"] >= SPARE * usable)
+    usable = row["total_memory_mib"] - row["context_mib"] if row["fits"] else 0
+    return bool(row["fits"] and row["margin_mib"] >= SPARE * usable)
 
 
 def fastest(rows: Sequence[Row]) -> Row | None:
@@ -232,19 +234,19 @@ def fastest(rows: Sequence[Row]) -> Row | None:
     fitting = [row for row in rows if has_room(row)] or [row for row in rows if row["fits"]]
     timed = [row for row in fitting if row["runtime_s"] is not None]
     if timed:
-        return min(timed, key=lambda row: (row["runtime_s"], row["required_mb"]))
+        return min(timed, key=lambda row: (row["runtime_s"], row["required_mib"]))
     return smallest(fitting) if fitting else None
 
 
 def smallest(rows: Sequence[Row]) -> Row:
     """The combination that needs the least memory."""
-    return min(rows, key=lambda row: (row["required_mb"] or row["peak_memory_mb"], row["peak_memory_mb"]))
+    return min(rows, key=lambda row: (row["required_mib"] or row["peak_memory_mib"], row["peak_memory_mib"]))
 
 
 def by_size(gpus: Sequence[GpuConfig]) -> list[GpuConfig]:
     """Cards by their memory, then by its bandwidth, smallest first; without those whose memory is not known."""
-    known = [gpu for gpu in gpus if gpu.memory_mb is not None]
-    return sorted(known, key=lambda gpu: (gpu.memory_mb or 0, gpu.bandwidth_gb_s or 0))
+    known = [gpu for gpu in gpus if gpu.memory_mib is not None]
+    return sorted(known, key=lambda gpu: (gpu.memory_mib or 0, gpu.bandwidth_gb_s or 0))
 
 
 def typed(optim: dict[str, bool] | OptimConfig) -> str:
@@ -255,4 +257,4 @@ def typed(optim: dict[str, bool] | OptimConfig) -> str:
 
 
 def _of(row: Row) -> str:
-    return f"{row['required_mb']:,.0f} of {row['memory_there_is_mb']:,} MB"
+    return f"{row['required_mib']:,.0f} of {row['total_memory_mib']:,} MiB"

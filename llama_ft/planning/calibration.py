@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llama_ft.config import GpuConfig, TrainConfig, UserError
 from llama_ft.data.dataset import Sample
-from llama_ft.planning.card import traits_of
+from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.operators import Operators, bytes_of, flops_of, mapped_bytes_of
 from llama_ft.planning.roofline import RATES, by_resource
 from llama_ft.planning.run_costs import step_costs
@@ -32,12 +32,12 @@ from llama_ft.planning.run_costs import step_costs
 FORMATS = tuple(RATES)  # PyTorch's names
 OPERATORS, BYTES, NEW_BLOCKS = "operators", "bytes", "new blocks"
 CUDA_GROUP = 8  # steps; there a step's line in metrics.jsonl is written while the next one is already under way
-MOST_UNCERTAIN = 0.25  # how far off a run's time may be, as a share of it
-LEAST_ERROR, SINGULAR = 1e-2, 1e-12  # no step is known better than this share of it; no eigenvalue, than this
+MAX_UNCERTAINTY = 0.25  # how far off a run's time may be, as a share of it
+MIN_ERROR, SINGULAR = 1e-2, 1e-12  # no step is known better than this share of it; no eigenvalue, than this
 ABOUT_AS_GOOD = 4.0  # variances that the squares of errors may add up to beyond the least: two standard errors
 # How much more of a resource that seemed to cost nothing a run may use, for its time, than the runs: a twentieth of
 # their time may have passed unseen, and would be a quarter of this one's.
-MOST_BEYOND = 5.0
+MAX_BEYOND = 5.0
 
 Amounts = dict[str, float]  # how much of each resource
 
@@ -86,11 +86,11 @@ class Calibration:
         errors = [sqrt(self.variance * max(0.0, float(used @ fit.covariance @ used))) for fit in self.fits]
         seconds = times[0]
         off = max(abs(time - seconds) + error for time, error in zip(times, errors, strict=True))
-        if not off <= MOST_UNCERTAIN * seconds:
+        if not off <= MAX_UNCERTAINTY * seconds:
             raise UserError("the runs do not tell apart the costs that it depends on: add runs of other combinations")
         for place, (name, most_used) in enumerate(self.most_used.items()):
             costs_nothing = not any(fit.cost[place] for fit in self.fits)
-            if costs_nothing and float(used[place]) > MOST_BEYOND * most_used * seconds:
+            if costs_nothing and float(used[place]) > MAX_BEYOND * most_used * seconds:
                 raise UserError(f"{in_words(name)} cost nothing that could be seen in the runs, and are many more here")
         return seconds
 
@@ -186,7 +186,7 @@ def learn(runs: Sequence[Measured], least: Callable[[str], float] = lambda resou
     table, time = torch.cat(tables), torch.cat(times)
     floor = torch.tensor([least(name) for name in names], dtype=torch.float64)
     fits = non_negative_fits(table, time - table @ floor)
-    variance = max(fits[0].error / max(1, len(time) - len(names)), LEAST_ERROR**2 * len(runs) / len(time))
+    variance = max(fits[0].error / max(1, len(time) - len(names)), MIN_ERROR**2 * len(runs) / len(time))
     good = [fit for fit in fits if fit.error <= fits[0].error + ABOUT_AS_GOOD * variance]
     return Calibration([replace(fit, cost=floor + fit.cost) for fit in good], variance, most)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from llama_ft.config import GpuConfig, TrainConfig, UserError
 from llama_ft.data.dataset import load_data
-from llama_ft.measure.child import read_config
-from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics, read_result
+from llama_ft.launch.child import read_config
 from llama_ft.planning.calibration import (
     BYTES,
     NEW_BLOCKS,
@@ -21,8 +20,9 @@ from llama_ft.planning.calibration import (
     learn,
     measured,
 )
-from llama_ft.planning.card import traits_of
+from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.predict import blank_samples, processes
+from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics, read_result
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def runs_of(folder: Path, gpu: GpuConfig) -> tuple[list[MeasuredRun], str]:
 
 def is_of(result: dict[str, Any], gpu: GpuConfig) -> bool:
     """Whether a run's device is the profile's: any processor for the CPU; a card by its model, as a100 of a100_40gb."""
-    on_cuda = result["peak_memory_reserved_mb"] is not None
+    on_cuda = result["peak_memory_reserved_mib"] is not None
     if on_cuda != traits_of(gpu).on_cuda:
         return False
     card = re.sub(r"[^a-z0-9]", "", re.sub(r"_\d+gb$", "", gpu.name.lower()))

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from llama_ft.config import DeviceChoice, OptimConfig, TrainConfig, UserError
 from llama_ft.data.dataset import records_file
 from llama_ft.files import write_text
-from llama_ft.measure.process import child_environment
-from llama_ft.measure.result import CONFIG_FILE, MB
-from llama_ft.measure.system import may_have_gpu
+from llama_ft.launch.process import child_environment
+from llama_ft.records.result import CONFIG_FILE, MIB
+from llama_ft.system import may_have_gpu
 
 if TYPE_CHECKING:  # what needs torch is imported in the process of its own alone: `train` starts without
-    from llama_ft.planning.card import Traits
+    from llama_ft.planning.gpu_traits import Traits
 
 SECONDS = 60  # after which the run is started without an answer
 COMMAND = (sys.executable, "-m", "llama_ft.planning.check")
@@ -33,17 +33,17 @@ COMMAND = (sys.executable, "-m", "llama_ft.planning.check")
 class Capacity:
     """The memory that a run may use."""
 
-    mb: float
-    context_mb: float  # what of it is taken before the first tensor
+    mib: float
+    context_mib: float  # what of it is taken before the first tensor
     about: str  # what has it, with a verb
 
     @property
-    def usable_mb(self) -> float:
+    def usable_mib(self) -> float:
         """What PyTorch's allocator can have."""
-        return self.mb - self.context_mb
+        return self.mib - self.context_mib
 
 
-def would_not_fit(config: TrainConfig, config_yaml: str, run_dir: Path, say: Callable[[str], None]) -> str | None:
+def would_not_fit(config: TrainConfig, config_yaml: str, run_dir: Path, log: Callable[[str], None]) -> str | None:
     """Before a run starts: why it would not fit on the GPU here, and what would; None if there is nothing against it.
 
     Nothing is asked where there is no GPU, or where the answer is not to be enforced.
@@ -56,14 +56,14 @@ def would_not_fit(config: TrainConfig, config_yaml: str, run_dir: Path, say: Cal
         return None
     write_text(run_dir / CONFIG_FILE, config_yaml)
     try:
-        records_file(config.data, say)  # a download takes its own time, and is to be seen
+        records_file(config.data, log)  # a download takes its own time, and is to be seen
     except UserError:  # the run meets the same, and says so
         return None
     try:
         reason: str | None = json.loads(_output([*COMMAND, str(run_dir)]))["objection"]
     except (OSError, ValueError, TypeError, KeyError, subprocess.SubprocessError) as error:
         why = f"no answer in {SECONDS} s" if isinstance(error, subprocess.TimeoutExpired) else f"{error}"
-        say(f"whether the run fits could not be found out ({why}); it starts all the same")
+        log(f"whether the run fits could not be found out ({why}); it starts all the same")
         return None
     return reason
 
@@ -97,19 +97,19 @@ def _output(command: Sequence[str]) -> str:
     return output
 
 
-def capacity_of(config: TrainConfig, free_mb: float, device: str) -> Capacity:
+def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
     """What a run may use: what is free on the real card; less if its profile's card or a limit says so.
 
     Args:
-        free_mb: MB free on the real card, when the context is there.
+        free_mib: MiB free on the real card, when the context is there.
         device: the real card's name.
     """
-    gpu, limit = config.gpu, config.measure.memory_limit_mb
-    found = Capacity(free_mb, 0, f"this {device} has {free_mb:,.0f} free")
-    if gpu.memory_mb is not None and gpu.memory_mb - gpu.context_mb <= free_mb:
-        found = Capacity(gpu.memory_mb, gpu.context_mb, f"{gpu.name} has {gpu.memory_mb:,}")
-    if limit is not None and limit < found.usable_mb:
-        return Capacity(limit, 0, f"measure.memory_limit_mb allows {limit:,}")
+    gpu, limit = config.gpu, config.measure.memory_limit_mib
+    found = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
+    if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib:
+        found = Capacity(gpu.memory_mib, gpu.context_mib, f"{gpu.name} has {gpu.memory_mib:,}")
+    if limit is not None and limit < found.usable_mib:
+        return Capacity(limit, 0, f"measure.memory_limit_mib allows {limit:,}")
     return found
 
 
@@ -132,16 +132,16 @@ def objection(
     from llama_ft.planning.search import try_run
 
     run = fake_run(config, blank_samples(lengths), traits)
-    needs = {config.optim.combination: reserved_bytes(run.events, workspace) / MB + capacity.context_mb}
-    missing = needs[config.optim.combination] - capacity.mb
+    needs = {config.optim.combination: reserved_bytes(run.events, workspace) / MIB + capacity.context_mib}
+    missing = needs[config.optim.combination] - capacity.mib
     if missing <= 0:
         return None
-    others = alternatives(config.optim, run.use.at_peak_mb["activation"] > missing)
+    others = alternatives(config.optim, run.use.at_peak_mib["activation"] > missing)
     for other in others:  # one after the other, since the first mostly does, and processes take seconds to start
         with suppress(UserError):
             found = try_run(replace(config, optim=other), lengths, traits, workspace)
-            needs[other.combination] = found.reserved_mb + capacity.context_mb
-            if needs[other.combination] <= capacity.mb:
+            needs[other.combination] = found.reserved_mib + capacity.context_mib
+            if needs[other.combination] <= capacity.mib:
                 break
     tried = [(typed(other), needs[other.combination]) for other in others if other.combination in needs]
     return _message(config, needs[config.optim.combination], capacity, tried)
@@ -162,14 +162,14 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
 
 
 def _message(config: TrainConfig, need: float, capacity: Capacity, tried: list[tuple[str, float]]) -> str:
-    fitting = [(name, mb) for name, mb in tried if mb <= capacity.mb]
+    fitting = [(name, mib) for name, mib in tried if mib <= capacity.mib]
     if fitting:
         hint = f"{fitting[0][0]} would need {fitting[0][1]:,.0f}"
     else:
-        hint = "".join(f"even {name} would need {mb:,.0f}; " for name, mb in tried[-1:])
+        hint = "".join(f"even {name} would need {mib:,.0f}; " for name, mib in tried[-1:])
         hint += f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu names a card that is large enough"
     return (
-        f"{config.optim.combination} on {config.model.name} needs {need:,.0f} MB at its peak, and {capacity.about}:"
+        f"{config.optim.combination} on {config.model.name} needs {need:,.0f} MiB at its peak, and {capacity.about}:"
         f" {hint}; plan.enforce=false goes on"
     )
 
@@ -179,7 +179,7 @@ def _objection_here(config: TrainConfig) -> str | None:
     import torch
 
     from llama_ft.data.dataset import load_data
-    from llama_ft.planning.card import profile_here, traits_of, workspace_bytes
+    from llama_ft.planning.gpu_traits import profile_here, traits_of, workspace_bytes
 
     if not torch.cuda.is_available():
         return None
@@ -188,7 +188,7 @@ def _objection_here(config: TrainConfig) -> str | None:
     real = profile_here(config.gpu)
     played = replace(real, compute_capability=config.gpu.compute_capability or real.compute_capability)
     return objection(
-        config, lengths, capacity_of(config, free / MB, real.name), traits_of(played), workspace_bytes(real)
+        config, lengths, capacity_of(config, free / MIB, real.name), traits_of(played), workspace_bytes(real)
     )
 
 
@@ -205,7 +205,7 @@ def _end_with_parent() -> None:
 
 def main() -> None:
     """Print the answer as JSON."""
-    from llama_ft.measure.child import read_config
+    from llama_ft.launch.child import read_config
 
     _end_with_parent()
     try:

@@ -21,8 +21,8 @@ from llama_ft.data.dataset import Sample
 from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.model.transformer import Transformer
-from llama_ft.planning.card import Traits
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory, use_fused_dropout
+from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep
@@ -66,7 +66,7 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
 
 def padding_of(config: TrainConfig, traits: Traits) -> Padding:
     """How far a run there pads its micro-batches."""
-    return Padding(traits.precision(config).pad_multiple, config.model.context)
+    return Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
 
 
 def give_gradients(step: TrainStep) -> list[Tensor]:
@@ -97,7 +97,7 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     """
     accumulation = config.ga.steps if config.optim.ga else 1
     padding = padding_of(config, traits)
-    hardest = hardest_windows(list(samples), config.training.batch_size, accumulation, padding)
+    hardest = hardest_windows(list(samples), config.training.micro_batch_size, accumulation, padding)
     with fake_step(config, traits) as step:
         windows = [[as_fake(batch) for batch in window] for window in hardest]
         tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]
@@ -135,20 +135,20 @@ def with_state_made_last(events: list[Event], first: int, second: int, last: int
     """
     copies: dict[int, Allocation] = {}
     step: list[Event] = []
-    for allocation, sign, instant in events[last:]:
+    for allocation, sign, phase in events[last:]:
         if sign > 0:
             copies[id(allocation)] = replace(allocation)
         if (copy := copies.get(id(allocation))) is not None:
-            step.append((copy, sign, instant))
+            step.append((copy, sign, phase))
     state = [event for event in events[first:second] if event[0].category != "gradient"]
-    update = 1 + max(place for place, (_, _, instant) in enumerate(step) if instant == "backward")
+    update = 1 + max(place for place, (_, _, phase) in enumerate(step) if phase == "backward")
     return [*events[:first], *step[:update], *state, *step[update:], *events[second:]]
 
 
-def micro_batch(width: int, n_targets: int, batch_size: int) -> Batch:
-    """A fake micro-batch of `batch_size` rows of `width` tokens, with so many targets in each."""
-    tokens, n = torch.empty(batch_size, width, dtype=torch.int64), batch_size * n_targets
-    return Batch(tokens, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), batch_size * width)
+def micro_batch(width: int, n_targets: int, micro_batch_size: int) -> Batch:
+    """A fake micro-batch of `micro_batch_size` rows of `width` tokens, with so many targets in each."""
+    tokens, n = torch.empty(micro_batch_size, width, dtype=torch.int64), micro_batch_size * n_targets
+    return Batch(tokens, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), micro_batch_size * width)
 
 
 def as_fake(batch: Batch) -> Batch:

@@ -23,7 +23,7 @@ class DataLengths:
         return max(length for length, _ in self.pairs)
 
 
-def data_lengths(config: PlanConfig, say: Callable[[str], None]) -> DataLengths:
+def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> DataLengths:
     """The lengths of the run's samples; without a tokenizer, samples of the longest length that is allowed.
 
     Args:
@@ -33,7 +33,7 @@ def data_lengths(config: PlanConfig, say: Callable[[str], None]) -> DataLengths:
         UserError: if the data or the tokenizer cannot be read.
     """
     if config.has_lengths:
-        dataset = load_data(config, say)
+        dataset = load_data(config, log)
         pairs = [(len(sample), sample.n_prompt) for sample in dataset.samples]
         lengths = [length for length, _ in pairs]
         about = f"{len(pairs):,} samples of {config.data.name}, {sum(lengths):,} tokens (median {median(lengths):g},"

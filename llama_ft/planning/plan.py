@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import Combinations, GpuConfig, OptimConfig, PlanConfig
-from llama_ft.measure.run import versions
+from llama_ft.launch.run import versions
 from llama_ft.planning.advice import Adviser
 from llama_ft.planning.calibration_runs import calibrate, learn_from
 from llama_ft.planning.lengths import DataLengths
@@ -41,8 +41,8 @@ def make_plan(
     learned = None if config.calibrate is None else learn_from(Path(config.calibrate), gpus)
     optims, asked = planned_combinations(config), config
     # No micro-batch is larger than the data.
-    size = min(config.training.batch_size, len(lengths.pairs))
-    config = replace(config, training=replace(config.training, batch_size=size))
+    size = min(config.training.micro_batch_size, len(lengths.pairs))
+    config = replace(config, training=replace(config.training, micro_batch_size=size))
     compared_for_advice = optims if config.goal is None else combinations(with_gc=True)
     all_rows = predict(config, compared_for_advice, gpus, lengths.pairs, partial(progress, "plan"))
     rows = [row for row in all_rows if OptimConfig(**row["optim"]) in optims]

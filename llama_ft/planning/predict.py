@@ -12,15 +12,15 @@ from typing import Any
 from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import MemoryUse
-from llama_ft.measure.result import MB
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.card import Traits, that_matter, traits_of, workspace_bytes
 from llama_ft.planning.fake_run import FakeRun, fake_run
+from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.roofline import Bound, bound
 from llama_ft.planning.run_costs import RunCosts, run_costs
 from llama_ft.planning.timeline import Point, timeline
+from llama_ft.records.result import MIB
 
-MOST_PROCESSES = 8
+MAX_PROCESSES = 8
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
 
 
@@ -34,20 +34,20 @@ def unseen(total: int) -> Iterator[Callable[[int], None]]:
 
 
 @dataclass(frozen=True)
-class Rehearsed:
+class DryRun:
     """What a combination needs, whatever the card's sizes."""
 
     use: MemoryUse
-    reserved_mb: dict[int, float]  # by bytes of workspaces
+    reserved_mib: dict[int, float]  # by bytes of workspaces
     timeline: list[Point]  # of the last optimizer step
     costs: RunCosts | None  # None where no time is asked for
     trainable_params: int
     total_params: int
 
 
-def rehearse(
+def dry_run(
     configs: Sequence[TrainConfig], lengths: Lengths, traits: Traits, workspaces: Sequence[int], with_costs: bool = True
-) -> list[Rehearsed]:
+) -> list[DryRun]:
     """Run combinations on fake tensors, which differ in gradient accumulation alone.
 
     Args:
@@ -59,15 +59,15 @@ def rehearse(
     samples = blank_samples(lengths)
     costs = run_costs(configs, samples, traits) if with_costs else [None] * len(configs)
     return [
-        _rehearsed(fake_run(config, samples, traits), cost, workspaces, traits)
+        _dry_run(fake_run(config, samples, traits), cost, workspaces, traits)
         for config, cost in zip(configs, costs, strict=True)
     ]
 
 
-def _rehearsed(run: FakeRun, costs: RunCosts | None, workspaces: Sequence[int], traits: Traits) -> Rehearsed:
-    reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MB for size in workspaces}
+def _dry_run(run: FakeRun, costs: RunCosts | None, workspaces: Sequence[int], traits: Traits) -> DryRun:
+    reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MIB for size in workspaces}
     points = timeline(run.events, run.last_step)
-    return Rehearsed(run.use, reserved, points, costs, run.trainable_params, run.total_params)
+    return DryRun(run.use, reserved, points, costs, run.trainable_params, run.total_params)
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:
@@ -100,7 +100,7 @@ def predict(
     configs = [replace(config, optim=optim) for optim in optims]
     sizes = sorted({workspace_bytes(gpu) for gpu in gpus})
     alike: dict[Key, dict[str, TrainConfig]] = {}
-    found: dict[tuple[Key, str], Rehearsed | UserError] = {}
+    found: dict[tuple[Key, str], DryRun | UserError] = {}
     for gpu, each in product(gpus, configs):
         key = _key(each, gpu)
         try:
@@ -110,7 +110,7 @@ def predict(
             found[key, each.optim.combination] = error
     with start(sum(map(len, alike.values()))) as advance, processes(len(alike)) as run:
         jobs = {key: (list(group.values()), lengths, key[-1], sizes) for key, group in alike.items()}
-        for key, outcome in run(rehearse, jobs):
+        for key, outcome in run(dry_run, jobs):
             if isinstance(outcome, UserError):
                 raise outcome
             found |= {(key, name): each for name, each in zip(alike[key], outcome, strict=True)}
@@ -127,7 +127,7 @@ Key = tuple[bool, bool, bool, Traits]
 def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
     """Equal for runs that share fake steps."""
     optim = config.optim
-    return optim.mp, optim.lora, optim.gc, that_matter(traits_of(gpu), config)
+    return optim.mp, optim.lora, optim.gc, relevant_traits(traits_of(gpu), config)
 
 
 Runner = Callable[[Callable[..., Any], dict[Any, tuple[Any, ...]]], Iterator[tuple[Any, Any]]]
@@ -136,7 +136,7 @@ Runner = Callable[[Callable[..., Any], dict[Any, tuple[Any, ...]]], Iterator[tup
 @contextmanager
 def processes(n_jobs: int) -> Iterator[Runner]:
     """Something that runs jobs side by side, one to a core, and gives each one's outcome, or its UserError."""
-    n_processes = min(n_jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MOST_PROCESSES)
+    n_processes = min(n_jobs, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, MAX_PROCESSES)
     if n_processes < 2:
         yield _one_after_the_other
         return
@@ -180,35 +180,35 @@ def _outcome(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         return error
 
 
-def row(config: TrainConfig, gpu: GpuConfig, found: Rehearsed | UserError) -> dict[str, Any]:
+def row(config: TrainConfig, gpu: GpuConfig, found: DryRun | UserError) -> dict[str, Any]:
     """A row of `plan.json`."""
     known: dict[str, Any] = {"optim": asdict(config.optim), "combination": config.optim.combination, "gpu": gpu.name}
     if isinstance(found, UserError):
         return dict.fromkeys(KEYS) | known | {"error": str(found)}
     workspace = workspace_bytes(gpu)
-    reserved = found.reserved_mb[workspace] if workspace else None
-    peak = found.use.peak_mb + workspace / MB
-    required = None if reserved is None else reserved + gpu.context_mb
-    memory, most = dict(found.use.at_peak_mb), dict(found.use.max_mb)
-    memory["other"] += workspace / MB
-    most["other"] += workspace / MB
-    item = {"category": "other", "dtype": "-", "mb": workspace / MB, "item": "cuBLAS workspaces"}
-    fits = None if required is None or gpu.memory_mb is None else required <= gpu.memory_mb
+    reserved = found.reserved_mib[workspace] if workspace else None
+    peak = found.use.peak_mib + workspace / MIB
+    required = None if reserved is None else reserved + gpu.context_mib
+    memory, most = dict(found.use.at_peak_mib), dict(found.use.max_mib)
+    memory["other"] += workspace / MIB
+    most["other"] += workspace / MIB
+    item = {"category": "other", "dtype": "-", "mb": workspace / MIB, "item": "cuBLAS workspaces"}
+    fits = None if required is None or gpu.memory_mib is None else required <= gpu.memory_mib
     return (
         dict.fromkeys(KEYS)
         | known
         | {
-            "peak_memory_mb": peak,
-            "instant": found.use.instant,
-            "memory_mb": memory,
-            "memory_max_mb": most,
-            "ledger": [*found.use.ledger, *([item] if workspace else [])],
-            "reserved_mb": reserved,
-            "context_mb": gpu.context_mb,
-            "required_mb": required,
-            "memory_there_is_mb": gpu.memory_mb,
+            "peak_memory_mib": peak,
+            "phase": found.use.phase,
+            "memory_mib": memory,
+            "memory_max_mib": most,
+            "breakdown": [*found.use.breakdown, *([item] if workspace else [])],
+            "reserved_mib": reserved,
+            "context_mib": gpu.context_mib,
+            "required_mib": required,
+            "total_memory_mib": gpu.memory_mib,
             "fits": fits,
-            "margin_mb": None if fits is None else gpu.memory_mb - required,  # type: ignore[operator]
+            "margin_mib": None if fits is None else gpu.memory_mib - required,  # type: ignore[operator]
             "trainable_params": found.trainable_params,
             "total_params": found.total_params,
             "timeline": _points(found.timeline, workspace),
@@ -218,12 +218,12 @@ def row(config: TrainConfig, gpu: GpuConfig, found: Rehearsed | UserError) -> di
 
 
 def _points(points: list[Point], workspace: int) -> list[dict[str, Any]]:
-    """A timeline, in tenths of a MB: it is there to be drawn."""
+    """A timeline, in tenths of a MiB: it is there to be drawn."""
     drawn = []
     for point in points:
-        memory = point.memory_mb | {"other": point.memory_mb["other"] + workspace / MB}
-        rounded = {name: round(mb, 1) for name, mb in memory.items()}
-        drawn.append({"event": point.event, "instant": point.instant, "memory_mb": rounded})
+        memory = point.memory_mib | {"other": point.memory_mib["other"] + workspace / MIB}
+        rounded = {name: round(mib, 1) for name, mib in memory.items()}
+        drawn.append({"event": point.event, "phase": point.phase, "memory_mib": rounded})
     return drawn
 
 
@@ -244,7 +244,7 @@ def _times(found: Bound) -> dict[str, Any]:
 
 
 KEYS = (
-    "optim combination gpu error peak_memory_mb instant memory_mb memory_max_mb ledger reserved_mb context_mb"
-    " required_mb memory_there_is_mb fits margin_mb trainable_params total_params steps samples tokens flops"
+    "optim combination gpu error peak_memory_mib instant memory_mib memory_max_mib ledger reserved_mib context_mib"
+    " required_mib total_memory_mib fits margin_mib trainable_params total_params steps samples tokens flops"
     " bytes_moved mapped_bytes operators runtime_s tokens_per_s binds bound_s timeline"
 ).split()

@@ -16,8 +16,8 @@ from torch import Tensor
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Padding, epoch_batches
 from llama_ft.data.dataset import Sample
-from llama_ft.planning.card import Traits
 from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, padding_of, update
+from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.operators import OperatorCounter, Operators, less, times, total
 from llama_ft.techniques.gradient_accumulation import windows
 
@@ -45,7 +45,7 @@ class Shapes:
 def shapes(config: TrainConfig, samples: Sequence[Sample], padding: Padding) -> Shapes:
     """Those of the first epoch; the others' differ where a micro-batch has several samples, and only there."""
     training = config.training
-    batches = epoch_batches(samples, training.batch_size, 0, training.seed, padding)
+    batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding)
     return Shapes([batch.tokens.shape[1] for batch in batches], [batch.n_targets for batch in batches])
 
 
@@ -89,7 +89,7 @@ def step_costs(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -
     parts = [part for step in per_depth for part in (*step.by_width, step.accumulated, step.update)]
     rows = []
     for epoch in range(config.training.epochs):
-        batches = epoch_batches(samples, config.training.batch_size, epoch, config.training.seed, padding)
+        batches = epoch_batches(samples, config.training.micro_batch_size, epoch, config.training.seed, padding)
         for window in windows(batches, accumulation):
             widths, n_targets = [b.tokens.shape[1] for b in window], [b.n_targets for b in window]
             micro = [*weights(widths, per_depth[0].widths), len(window) - 1.0, 1.0]
@@ -123,7 +123,7 @@ def step_operators(
     config: TrainConfig, n_layers: int, found: Shapes, traits: Traits, accumulates: bool
 ) -> StepOperators:
     """Run the steps; numbers of targets, which concern the head alone, at the least number of layers."""
-    size = config.training.batch_size
+    size = config.training.micro_batch_size
     widths, targets = nodes(found.widths), nodes(found.targets) if n_layers == min(depths(config)) else []
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:

@@ -15,13 +15,13 @@ import torch
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.measure.memory import Allocation
-from llama_ft.measure.result import MB
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.card import Traits
 from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.predict import Lengths, Runner, blank_samples
+from llama_ft.records.result import MIB
 
-MOST_ESTIMATES = 12  # tries after which the middle is taken, where estimates are of no use
+MAX_ESTIMATES = 12  # tries after which the middle is taken, where estimates are of no use
 EXPECTED_TRIES = 5
 
 
@@ -29,7 +29,7 @@ EXPECTED_TRIES = 5
 class Tried:
     """What a fake run needs on CUDA, and the storages that it is made of."""
 
-    reserved_mb: float
+    reserved_mib: float
     sizes: list[int]  # bytes, in the order in which they come
     log: list[int]  # which of them comes, counted from 1, or goes, the same number below 0
 
@@ -58,14 +58,14 @@ def try_run(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: in
         order = [numbers[id(storage)] for storage, _, _ in group]
         # Several that go at once do so in any order, which changes nothing: free blocks become one.
         log += order if coming else [-number for number in sorted(order)]
-    return Tried(reserved_bytes(events, workspace) / MB, sizes, log)
+    return Tried(reserved_bytes(events, workspace) / MIB, sizes, log)
 
 
-def largest(limit_mb: float, lowest: int, highest: int, first: int, workspace: int) -> Search:
+def largest(limit_mib: float, lowest: int, highest: int, first: int, workspace: int) -> Search:
     """Look for the largest number from `lowest` to `highest` that fits; `lowest - 1` if none does.
 
     Args:
-        limit_mb: what may be reserved at most.
+        limit_mib: what may be reserved at most.
         first: the number to try first.
     """
     fits, too_large = lowest - 1, highest + 1  # both are taken for granted, and never tried
@@ -74,39 +74,39 @@ def largest(limit_mb: float, lowest: int, highest: int, first: int, workspace: i
     while too_large - fits > 1:
         number = min(max(number, fits + 1), too_large - 1)
         tried[number] = yield number
-        if tried[number].reserved_mb <= limit_mb:
+        if tried[number].reserved_mib <= limit_mib:
             fits = number
         else:
             too_large = number
         if len(tried) == 1:
             number = 2 * number if fits == number else number // 2
         else:
-            number = _estimate(tried, limit_mb, fits, too_large, workspace)
+            number = _estimate(tried, limit_mib, fits, too_large, workspace)
     return fits
 
 
-def _estimate(tried: dict[int, Tried], limit_mb: float, fits: int, too_large: int, workspace: int) -> int:
+def _estimate(tried: dict[int, Tried], limit_mib: float, fits: int, too_large: int, workspace: int) -> int:
     """The largest number between the two that should fit; where there is no telling, twice what fits or the middle."""
-    nearest = sorted(tried, key=lambda number: abs(tried[number].reserved_mb - limit_mb))[:2]
+    nearest = sorted(tried, key=lambda number: abs(tried[number].reserved_mib - limit_mib))[:2]
     low, high = (fits, too_large) if fits in tried and too_large in tried else sorted(nearest)
-    if tried[low].log != tried[high].log or len(tried) > MOST_ESTIMATES:
+    if tried[low].log != tried[high].log or len(tried) > MAX_ESTIMATES:
         return (fits + too_large) // 2 if too_large in tried else 2 * fits
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
-        if _replayed_mb(low, tried[low], high, tried[high], middle, workspace) <= limit_mb:
+        if _replayed_mib(low, tried[low], high, tried[high], middle, workspace) <= limit_mib:
             fits = middle
         else:
             too_large = middle
     return fits
 
 
-def _replayed_mb(low: int, at_low: Tried, high: int, at_high: Tried, number: int, workspace: int) -> float:
+def _replayed_mib(low: int, at_low: Tried, high: int, at_high: Tried, number: int, workspace: int) -> float:
     """What would be reserved if each storage's size were on the line through its sizes in two runs."""
     share = (number - low) / (high - low)
     sizes = (max(1, round(a + (b - a) * share)) for a, b in zip(at_low.sizes, at_high.sizes, strict=True))
     storages = [Allocation(size, torch.uint8, "") for size in sizes]
     events = [(storages[abs(which) - 1], 1 if which > 0 else -1, "") for which in at_low.log]
-    return reserved_bytes(events, workspace) / MB
+    return reserved_bytes(events, workspace) / MIB
 
 
 def side_by_side(
@@ -150,5 +150,5 @@ def side_by_side(
 
 def uniform(n_tokens: int, config: TrainConfig, lengths: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Samples of so many tokens, all trained on but BOS, enough of them for a window: the hardest of this length."""
-    n_samples = config.training.batch_size * (config.ga.steps if config.optim.ga else 1)
+    n_samples = config.training.micro_batch_size * (config.ga.steps if config.optim.ga else 1)
     return [(n_tokens, 1)] * min(len(lengths), n_samples)

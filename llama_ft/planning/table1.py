@@ -10,8 +10,8 @@ from typing import Any
 
 from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError, WeightStorage
 from llama_ft.data.collate import Padding
-from llama_ft.planning.card import Traits, traits_of
 from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.gpu_traits import Traits, traits_of
 from llama_ft.planning.operators import bytes_of, flops_of
 from llama_ft.planning.predict import Lengths, Start, blank_samples, processes
 from llama_ft.planning.roofline import GIGA, RATES, TERA
@@ -19,7 +19,7 @@ from llama_ft.planning.run_costs import run_costs
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
-Memory = dict[str, float]  # MB of 2**20 bytes by category: each one's own maximum
+Memory = dict[str, float]  # MiB by category: each one's own maximum
 Key = tuple[str, int, str]
 NAMES = {"ga": "GA", "gc": "GC", "mp": "MP", "lora": "LoRA"}
 
@@ -83,8 +83,8 @@ def _cases(
 ) -> dict[Key, Case | UserError]:
     """What the compared runs need and compute."""
     equal, known = equal_lengths(config, lengths), {}
-    if len(lengths) >= config.training.batch_size:  # else the plan's micro-batches are smaller than the table's
-        known = {_key(replace(config, optim=OptimConfig(**row["optim"]))): row["memory_max_mb"] for row in rows}
+    if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
+        known = {_key(replace(config, optim=OptimConfig(**row["optim"]))): row["memory_max_mib"] for row in rows}
     samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
     runs = {_key(run): run for each in compared for run in (each.without, each.using)}
     jobs = {key: (run, samples, equal, traits_of(gpu), known.get(key)) for key, run in runs.items()}
@@ -99,10 +99,10 @@ def _cases(
 
 def comparisons(config: TrainConfig) -> list[Comparison]:
     """The rows, those of a technique below each other where its effect depends on a choice."""
-    size, steps = config.training.batch_size, config.ga.steps
+    size, steps = config.training.micro_batch_size, config.ga.steps
 
     def run(micro_batch: int = size, frozen: WeightStorage = config.mp.frozen_weights, **on: bool) -> TrainConfig:
-        training, mp = replace(config.training, batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
+        training, mp = replace(config.training, micro_batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
         return replace(config, optim=OptimConfig(**on), training=training, mp=mp)
 
     held = f"effective batch of {steps * size} held: {steps} micro-batches of {size} instead of 1 of {steps * size}"
@@ -132,13 +132,13 @@ def _key(config: TrainConfig) -> Key:
     """Equal for equal runs, among those of one table."""
     optim = config.optim
     frozen = config.mp.frozen_weights.name if optim.mp and optim.lora else ""
-    return optim.combination, config.training.batch_size, frozen
+    return optim.combination, config.training.micro_batch_size, frozen
 
 
 def equal_lengths(config: TrainConfig, lengths: Lengths) -> Lengths:
     """The samples whose computation is compared: an effective batch of them, as long as the data's longest sample."""
     longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
-    return [longest] * (config.ga.steps * config.training.batch_size)
+    return [longest] * (config.ga.steps * config.training.micro_batch_size)
 
 
 def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: Memory | None) -> Case:
@@ -149,13 +149,13 @@ def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Tra
     """
     once = replace(config, training=replace(config.training, epochs=1))
     costs = run_costs([once], blank_samples(equal), traits)[0]
-    found = memory or fake_run(config, blank_samples(lengths), traits).use.max_mb
+    found = memory or fake_run(config, blank_samples(lengths), traits).use.max_mib
     return Case(found, flops_of(costs.operators), bytes_of(costs.operators), costs.steps)
 
 
 def cells(before: Case, after: Case) -> dict[str, dict[str, Any]]:
     """A row's cells."""
-    found = {name: _cell(before.memory[name], after.memory[name], "MB", "") for name in MEMORY}
+    found = {name: _cell(before.memory[name], after.memory[name], "MiB", "") for name in MEMORY}
     was, is_now = (sum(case.flops.values()) / TERA for case in (before, after))
     return found | {"computation": _cell(was, is_now, "TFLOP", _computation_note(before, after))}
 
@@ -186,7 +186,7 @@ def _formats(case: Case) -> str:
 
 
 def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:
-    size = config.training.batch_size
+    size = config.training.micro_batch_size
     tokens, prompt = equal[0]
     return (
         f"{config.model.name} on {gpu.name}, all techniques off: full fine-tuning in fp32, micro-batches of {size}, an"
@@ -212,6 +212,6 @@ def _notes(config: TrainConfig, traits: Traits, equal: Lengths) -> list[str]:
         multiple = traits.precision(replace(config, optim=OptimConfig(mp=True))).pad_multiple
     except UserError:
         return notes
-    if (padded := Padding(multiple, config.model.context).width(width)) != width:
+    if (padded := Padding(multiple, config.model.max_seq_len).width(width)) != width:
         notes.append(f"MP on the CPU pads {width} positions to {padded}, which adds to activations and FLOPs.")
     return notes

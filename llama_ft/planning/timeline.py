@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ft.measure.memory import Event
-from llama_ft.measure.result import CATEGORIES, MB
+from llama_ft.records.result import CATEGORIES, MIB
 
-MOST_POINTS = 200
+MAX_POINTS = 200
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class Point:
     """What is alive after an event."""
 
     event: int  # counted from the step's first
-    instant: str  # what runs then
-    memory_mb: dict[str, float]  # by category
+    phase: str  # what runs then
+    memory_mib: dict[str, float]  # by category
 
 
 def timeline(events: Sequence[Event], start: int) -> list[Point]:
@@ -29,19 +29,19 @@ def timeline(events: Sequence[Event], start: int) -> list[Point]:
     def apply(event: Event) -> None:
         now[event[0].category] += event[1] * event[0].nbytes
 
-    def point(number: int, instant: str) -> Point:
-        return Point(number, instant, {name: now[name] / MB for name in CATEGORIES})
+    def point(number: int, phase: str) -> Point:
+        return Point(number, phase, {name: now[name] / MIB for name in CATEGORIES})
 
     begin = next(number for number in range(start, len(events)) if events[number][2] == "forward")
     end = next((n for n in range(begin, len(events)) if events[n][2] == "after the step"), len(events))
     for event in events[:begin]:  # accumulated gradients included
         apply(event)
-    width = max(1, -(-(end - begin) // MOST_POINTS))
+    width = max(1, -(-(end - begin) // MAX_POINTS))
     points: list[Point] = []
     most = 0
     for number, event in enumerate(events[begin:end]):
         apply(event)
-        if number % width == 0 or points[-1].instant != event[2]:
+        if number % width == 0 or points[-1].phase != event[2]:
             points.append(point(number, event[2]))
             most = sum(now.values())
         elif (total := sum(now.values())) > most:

@@ -13,11 +13,11 @@ from llama_ft.reporting.table2 import CHANGED
 
 # From which change on a difference is coloured; times differ by a few percent from run to run.
 NOTEWORTHY = {
-    "peak_memory_mb": 0.005,
-    "peak_memory_reserved_mb": 0.005,
+    "peak_memory_mib": 0.005,
+    "peak_memory_reserved_mib": 0.005,
     "runtime_s": 0.05,
     "tokens_per_s": 0.05,
-    "eval_loss_after": 0.005,
+    "train_loss_after": 0.005,
 }
 COLOURS_NOTE = (
     "Blue: B is better; orange: worse; yellow: one of the two failed. Coloured from 0.5 % of memory, 5 % of time and"

@@ -12,14 +12,14 @@ CURVES = {
     "lr": "learning rate",
     "grad_norm": "gradient norm",
     "tokens_per_s": "tokens/s",
-    "memory_mb": "memory in use, MB",
+    "memory_mib": "memory in use, MiB",
 }
 PAIR_COLOURS = {"A": "#999999", "B": "#0072B2"}  # of two sweeps
-MOST_POINTS = 200  # of a curve; its picture is hardly wider
+MAX_POINTS = 200  # of a curve; its picture is hardly wider
 WIDTH, HEIGHT = 240, 150
 LEFT, RIGHT, TOP, BOTTOM = 54, 232, 28, 114  # of the axes in that picture
 LETTER_WIDTH = 8
-LEAST_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
+MIN_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
 
 Points = list[tuple[float, float]]
 
@@ -40,7 +40,7 @@ def points_of(metrics: list[dict[str, Any]], key: str) -> Points:
 
 def stretches(points: Points) -> list[Points]:
     """The points, in order, in at most MOST_POINTS parts of about the same length."""
-    n = min(len(points), MOST_POINTS)
+    n = min(len(points), MAX_POINTS)
     return [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
 
 
@@ -70,7 +70,7 @@ def chart(title: str, lines: list[Line], steps: Sequence[int] = ()) -> str:
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
-    least = LEAST_SPAN * max(abs(low), abs(high)) or 1.0
+    least = MIN_SPAN * max(abs(low), abs(high)) or 1.0
     missing = max(0.0, least - (high - low)) / 2
     return low - missing, high + missing
 

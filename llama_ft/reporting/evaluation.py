@@ -6,7 +6,7 @@ from typing import Any
 from llama_ft.reporting.table2 import Table, markdown
 
 LABELS = {"model": "Model", "base": "Base", "fine_tuned": "Fine-tuned"}
-LONGEST_NAME = 16  # characters of a model's name in the heading; the notes have it whole
+MAX_NAME_LENGTH = 16  # characters of a model's name in the heading; the notes have it whole
 
 
 def evaluation_table(result: dict[str, Any]) -> Table:
@@ -40,7 +40,7 @@ def evaluation_markdown(table: Table) -> str:
 
 def _heading(model: dict[str, Any]) -> str:
     label, source = LABELS[model["role"]], model["checkpoint"].rstrip("/").rpartition("/")[2]
-    if model["role"] == "fine_tuned" or len(source) > LONGEST_NAME:
+    if model["role"] == "fine_tuned" or len(source) > MAX_NAME_LENGTH:
         return label
     return source if model["role"] == "model" else f"{label}: {source}"
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llama_ft.files import whole_file
-from llama_ft.measure.result import CATEGORIES
+from llama_ft.records.result import CATEGORIES
 from llama_ft.reporting.curves import PAIR_COLOURS
 from llama_ft.reporting.results import Group, label, limit_of
 from llama_ft.reporting.table2 import MARKS, amount
@@ -28,7 +28,7 @@ COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#99
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR = "#555555", "#D55E00", "#B3261E"
 FAR_LIMIT = 4  # a limit beyond so many times the largest peak would leave no bar to look at
 MARGIN = 0.2  # above and below the bars, in rows
-PAIR_PANELS = (("peak_memory_mb", "peak memory, MB"), ("runtime_s", "runtime, s"))
+PAIR_PANELS = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
 
 Results = list[dict[str, Any]]
 
@@ -96,8 +96,8 @@ def limit_in_picture(results: Results) -> int | None:
     would press the bars into a corner.
     """
     limit: int | None = limit_of(results)
-    largest = max((r["peak_memory_mb"] for r in results if r["status"] == "ok"), default=0)
-    on_cuda = any(r["peak_memory_reserved_mb"] for r in results)
+    largest = max((r["peak_memory_mib"] for r in results if r["status"] == "ok"), default=0)
+    on_cuda = any(r["peak_memory_reserved_mib"] for r in results)
     return limit if limit is not None and on_cuda and limit <= FAR_LIMIT * largest else None
 
 
@@ -129,13 +129,13 @@ def stack_bars(axes: Axes, memories: list[dict[str, float]]) -> list[float]:
 
 
 def _memory_panel(axes: Axes, results: Results) -> None:
-    stack_bars(axes, [r["memory_mb"] or {} if r["status"] == "ok" else {} for r in results])
+    stack_bars(axes, [r["memory_mib"] or {} if r["status"] == "ok" else {} for r in results])
     limit = limit_in_picture(results)
     if limit is not None:
-        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=f"limit {limit:,} MB")
+        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=f"limit {limit:,} MiB")
     for position, result in enumerate(results):
-        _annotate(axes, position, result, result["peak_memory_mb"])
-    _finish(axes, results, "peak memory, MB")
+        _annotate(axes, position, result, result["peak_memory_mib"])
+    _finish(axes, results, "peak memory, MiB")
 
 
 def _runtime_panel(axes: Axes, results: Results) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from llama_ft.measure.result import CATEGORIES, CONFIG_FILE
-from llama_ft.reporting.curves import MOST_POINTS, run_charts
+from llama_ft.records.result import CATEGORIES, CONFIG_FILE
+from llama_ft.reporting.curves import MAX_POINTS, run_charts
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, limit_in_picture, table2_panels
 from llama_ft.reporting.markup import document, facts, head_row, legend, notes, pictures, row, table, text
 from llama_ft.reporting.progress import ending
@@ -13,7 +13,7 @@ from llama_ft.reporting.table2 import MAIN, MARKS, Table, amount
 
 ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
 CURVES_NOTE = (
-    f"Over the optimizer steps; of more than {MOST_POINTS}, the mean of each stretch, shaded from its least to its"
+    f"Over the optimizer steps; of more than {MAX_POINTS}, the mean of each stretch, shaded from its least to its"
     " greatest. Memory in use: on CUDA what the allocator has given, on the CPU the whole process."
 )
 
@@ -32,7 +32,7 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: 
     body = [f'<h1>{text(name)}</h1>\n<p class="soft">Report of llama_ft · {text(_endings(groups))}</p>']
     for group, numbers in zip(groups, tables, strict=True):
         body += [f"<h2>{text(group.title)}</h2>", table2_of(numbers), pictures_of(group), notes(numbers.notes)]
-        body += ["<h3>Memory at the peak, MB</h3>", memory_table(group.results), "<h3>Runs</h3>"]
+        body += ["<h3>Memory at the peak, MiB</h3>", memory_table(group.results), "<h3>Runs</h3>"]
         runs = zip(group.results, group.folders, strict=True)
         body += [run_section(result, run_dir, folder, metrics[run_dir]) for result, run_dir in runs]
     return document(f"{name} · llama_ft", body)
@@ -58,7 +58,7 @@ def table2_of(numbers: Table) -> str:
 def pictures_of(group: Group) -> str:
     """Memory and runtime as bars, and what the colours are."""
     limit = limit_in_picture(group.results)
-    limits = [(f"limit {limit:,} MB", LIMIT_COLOUR, True)] if limit is not None else []
+    limits = [(f"limit {limit:,} MiB", LIMIT_COLOUR, True)] if limit is not None else []
     return legend(category_colours() + limits) + pictures(table2_panels(group), ["peak memory by category", "runtime"])
 
 
@@ -72,9 +72,9 @@ def memory_table(results: list[dict[str, Any]]) -> str:
     names = [category.replace("_", " ") for category in CATEGORIES]
     rows = []
     for result in results:
-        if result["status"] == "ok" and result["memory_mb"]:
-            memory = [amount(result["memory_mb"][category]) for category in CATEGORIES]
-            cells = [*memory, amount(sum(result["memory_mb"].values())), result["memory_instant"] or "–"]
+        if result["status"] == "ok" and result["memory_mib"]:
+            memory = [amount(result["memory_mib"][category]) for category in CATEGORIES]
+            cells = [*memory, amount(sum(result["memory_mib"].values())), result["peak_phase"] or "–"]
         else:
             cells = [*["–"] * len(names), MARKS.get(result["status"], "–"), "–"]
         rows.append(row(label(result), cells))
@@ -93,7 +93,7 @@ def run_section(result: dict[str, Any], run_dir: Path, folder: Path, metrics: li
         folder
     )  # however the folder was named on the command line
     parts.append(facts(_facts(result, place.as_posix())))
-    if result["ledger"]:
+    if result["breakdown"]:
         parts.append(f"<details><summary>Tensors at the peak</summary>{ledger_table(result['ledger'])}</details>")
     config = run_dir / CONFIG_FILE
     if config.is_file():
@@ -125,9 +125,9 @@ def _facts(result: dict[str, Any], place: str) -> list[tuple[str, str]]:
     return given
 
 
-def ledger_table(ledger: list[dict[str, Any]]) -> str:
+def ledger_table(breakdown: list[dict[str, Any]]) -> str:
     """What the memory at the peak consists of, by category and dtype."""
-    lines = sorted(ledger, key=lambda line: (CATEGORIES.index(line["category"]), line["dtype"]))
+    lines = sorted(breakdown, key=lambda line: (CATEGORIES.index(line["category"]), line["dtype"]))
     rows = []
     for line in lines:
         item = f" ({line['item']})" if line.get("item") else ""
@@ -137,4 +137,4 @@ def ledger_table(ledger: list[dict[str, Any]]) -> str:
                 [line["dtype"], "<0.01" if 0 < line["mb"] < 0.005 else amount(line["mb"])],
             )
         )
-    return table("Tensors at the peak", [head_row("", ["dtype", "MB"])], rows)
+    return table("Tensors at the peak", [head_row("", ["dtype", "MiB"])], rows)

@@ -10,11 +10,11 @@ from llama_ft.reporting.settings import SAME_SETTINGS, Difference, differing_set
 from llama_ft.reporting.table2 import CHANGED, MARKS, Table, amount
 
 MEASURES = {
-    "peak_memory_mb": "Peak memory, MB",
-    "peak_memory_reserved_mb": "Reserved, MB",
+    "peak_memory_mib": "Peak memory, MiB",
+    "peak_memory_reserved_mib": "Reserved, MiB",
     "runtime_s": "Runtime, s",
     "tokens_per_s": "Tokens/s",
-    "eval_loss_after": "Loss after",
+    "train_loss_after": "Loss after",
 }
 SAME = "="
 DIFFERENCE = "  difference"
@@ -95,7 +95,7 @@ def compared(a: Group, b: Group) -> Comparison:
     techniques = [(LABELS[name], ["ON" if r["optim"][name] else "OFF" for r in a.results]) for name in shown]
     rows: list[tuple[str, list[str]]] = []
     for key, title in MEASURES.items():
-        if any(r[key] is not None for r in (*a.results, *b.results)) or key in ("peak_memory_mb", "runtime_s"):
+        if any(r[key] is not None for r in (*a.results, *b.results)) or key in ("peak_memory_mib", "runtime_s"):
             rows.append((title, [""] * len(a.results)))
             rows += [(f"  {name}", [cell(r, key) for r in group.results]) for name, group in (("A", a), ("B", b))]
             pairs = zip(a.results, b.results, strict=True)
@@ -120,7 +120,7 @@ def cell(result: Result, key: str) -> str:
     """A measure, or the mark of a run that failed."""
     if result["status"] != "ok" or result[key] is None:
         return "–" if result["status"] == "ok" else MARKS[result["status"]]
-    return f"{result[key]:.3f}" if key == "eval_loss_after" else amount(result[key])
+    return f"{result[key]:.3f}" if key == "train_loss_after" else amount(result[key])
 
 
 def difference(a: Result, b: Result, key: str) -> str:
@@ -130,7 +130,7 @@ def difference(a: Result, b: Result, key: str) -> str:
     number = change(a, b, key)
     if number is None:
         return CHANGED
-    return f"{number:+.3f}" if key == "eval_loss_after" else f"{number:+.1%}"
+    return f"{number:+.3f}" if key == "train_loss_after" else f"{number:+.1%}"
 
 
 def change(a: Result, b: Result, key: str) -> float | None:
@@ -139,6 +139,6 @@ def change(a: Result, b: Result, key: str) -> float | None:
         return None
     if any(value is None or not math.isfinite(value) for value in (a[key], b[key])):
         return None
-    if key == "eval_loss_after":
+    if key == "train_loss_after":
         return float(b[key] - a[key])
     return float(b[key] / a[key] - 1) if a[key] else None

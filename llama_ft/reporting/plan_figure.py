@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from llama_ft.measure.result import CATEGORIES
+from llama_ft.records.result import CATEGORIES
 from llama_ft.reporting.figure import (
     COLOURS,
     FAR_LIMIT,
@@ -33,23 +33,23 @@ from llama_ft.reporting.table2 import amount
 
 RESERVED_COLOUR, INSTANT_COLOUR = "#D9D9D9", "#777777"
 UNUSED, USABLE = "reserved, not in use", "usable memory of the card"
-MOST_BESIDE = 3  # panels in a row of plan.png
+MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
 FAR_ABOVE = 2  # a limit beyond so many times the highest point would press a timeline down
-HEAT_COLOURS, MOST_SHARE = "PuOr_r", 2.0  # orange for what does not fit, as far as twice what there is
+HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange for what does not fit, as far as twice what there is
 COORDINATE = re.compile(rb"(\d\.\d\d)\d+")
 DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard to read on
 
 Gpu = dict[str, Any]
 
 
-def usable_mb(gpu: Gpu) -> float | None:
+def usable_mib(gpu: Gpu) -> float | None:
     """What PyTorch's allocator can have on a card."""
-    return None if gpu["memory_mb"] is None else float(gpu["memory_mb"] - gpu["context_mb"])
+    return None if gpu["memory_mib"] is None else float(gpu["memory_mib"] - gpu["context_mib"])
 
 
 def limit_in_bars(gpu: Gpu, rows: Rows) -> float | None:
     """The limit as the bars show it; None where it is not known, or so far off that no bar could be seen."""
-    usable = usable_mb(gpu)
+    usable = usable_mib(gpu)
     return usable if usable is not None and usable <= FAR_LIMIT * _largest(rows) else None
 
 
@@ -59,7 +59,7 @@ def _largest(rows: Rows) -> float:
 
 def _end(row: dict[str, Any]) -> float:
     """Where a row's bar ends: at what is reserved, on the CPU at the tensors."""
-    return float(row["peak_memory_mb"] if row["reserved_mb"] is None else row["reserved_mb"])
+    return float(row["peak_memory_mib"] if row["reserved_mib"] is None else row["reserved_mib"])
 
 
 def has_times(plan: Plan) -> bool:
@@ -70,7 +70,7 @@ def has_times(plan: Plan) -> bool:
 def draw_plan(plan: Plan, file: Path) -> None:
     """Write one picture: for one card memory and runtime, for several the memory of each."""
     gpus = plan["gpus"]
-    beside = min(len(gpus), MOST_BESIDE)
+    beside = min(len(gpus), MAX_SIDE_BY_SIDE)
     n_rows = -(-len(gpus) // beside)
     with drawing():
         height = 0.4 * len(rows_on(plan, gpus[0]["name"])) + 0.9
@@ -111,8 +111,8 @@ def runtime_svg(plan: Plan) -> bytes:
 def memory_panel(axes: Axes, plan: Plan, gpu: Gpu, with_title: bool = False) -> None:
     """Bars by category, what is reserved beyond them, and what the allocator can have on the card."""
     rows = rows_on(plan, gpu["name"])
-    ends = stack_bars(axes, [row["memory_mb"] or {} for row in rows])
-    on_cuda = any(row["reserved_mb"] is not None for row in rows)
+    ends = stack_bars(axes, [row["memory_mib"] or {} for row in rows])
+    on_cuda = any(row["reserved_mib"] is not None for row in rows)
     if on_cuda:
         beyond = [0.0 if row["error"] else _end(row) - end for row, end in zip(rows, ends, strict=True)]
         axes.barh(range(len(rows)), beyond, left=ends, color=RESERVED_COLOUR, height=0.7, label=UNUSED)
@@ -124,7 +124,7 @@ def memory_panel(axes: Axes, plan: Plan, gpu: Gpu, with_title: bool = False) -> 
         text = ERROR if row["error"] else amount(_end(row)) + mark
         annotate(axes, 0.0 if row["error"] else _end(row), position, text, bool(row["error"] or mark))
     has_bars = any(not row["error"] for row in rows)
-    finish(axes, [label(row) for row in rows], f"{'reserved' if on_cuda else 'peak'} memory, MB", has_bars)
+    finish(axes, [label(row) for row in rows], f"{'reserved' if on_cuda else 'peak'} memory, MiB", has_bars)
     if has_bars:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(0, 1.22 * max(_largest(rows), limit or 0.0))
@@ -158,29 +158,29 @@ def timeline_panel(axes: Axes, row: dict[str, Any], limit: float | None) -> None
     """Areas by category over the step's allocations, and which part of the step they belong to."""
     points = row["timeline"]
     events = list(range(len(points)))
-    stacks = [[point["memory_mb"][category] for point in points] for category in CATEGORIES]
-    highest = max(sum(point["memory_mb"].values()) for point in points)
+    stacks = [[point["memory_mib"][category] for point in points] for category in CATEGORIES]
+    highest = max(sum(point["memory_mib"].values()) for point in points)
     axes.stackplot(events, *stacks, colors=[COLOURS[category] for category in CATEGORIES], linewidth=0)
     if limit is not None and limit <= FAR_ABOVE * highest:
         axes.axhline(limit, color=LIMIT_COLOUR, linestyle="--")
         highest = max(highest, limit)
-    starts = [n for n in events if n == 0 or points[n]["instant"] != points[n - 1]["instant"]]
+    starts = [n for n in events if n == 0 or points[n]["phase"] != points[n - 1]["phase"]]
     for start in starts[1:]:
         axes.axvline(start, color=INSTANT_COLOUR, linewidth=0.8)
     middles = [(start + end) / 2 for start, end in zip(starts, [*starts[1:], events[-1]], strict=True)]
-    axes.set_xticks(middles, [points[start]["instant"] for start in starts])
+    axes.set_xticks(middles, [points[start]["phase"] for start in starts])
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(0, max(1, events[-1]))
     axes.set_ylim(0, 1.05 * highest)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.set_ylabel("MB")
+    axes.set_ylabel("MiB")
     axes.set_title(label(row), loc="left", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def heat_map_svg(plan: Plan) -> bytes | None:
     """How much of each card's memory each combination needs; None for one card, or where no memory is known."""
-    gpus = [gpu for gpu in plan["gpus"] if gpu["memory_mb"]]
+    gpus = [gpu for gpu in plan["gpus"] if gpu["memory_mib"]]
     if len(gpus) < 2:
         return None
     n_combinations = len(rows_on(plan, gpus[0]["name"]))
@@ -191,8 +191,8 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Gpu]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
     columns = [rows_on(plan, gpu["name"]) for gpu in gpus]
     shares = [[_share(row) for row in alike] for alike in zip(*columns, strict=True)]
-    values = [[float("nan") if share is None else min(share, MOST_SHARE) for share in line] for line in shares]
-    axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MOST_SHARE), aspect="auto")
+    values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
+    axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(shares):
         for x, share in enumerate(line):
             row = columns[x][y]
@@ -201,7 +201,7 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Gpu]) -> None:
             is_dark = share is not None and not DARK_BELOW < share < DARK_ABOVE
             axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if is_dark else "black")
     axes.set_yticks(range(len(shares)), [label(row) for row in columns[0]])
-    names = [f"{gpu['name']}\n{gpu['memory_mb']:,} MB" for gpu in gpus]
+    names = [f"{gpu['name']}\n{gpu['memory_mib']:,} MiB" for gpu in gpus]
     axes.set_xticks(range(len(gpus)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=9)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axes.set_xticks([x - 0.5 for x in range(1, len(gpus))], minor=True)
@@ -213,6 +213,6 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Gpu]) -> None:
 
 def _share(row: dict[str, Any]) -> float | None:
     """Required of available memory."""
-    if row["error"] or row["required_mb"] is None or not row["memory_there_is_mb"]:
+    if row["error"] or row["required_mib"] is None or not row["total_memory_mib"]:
         return None
-    return float(row["required_mb"] / row["memory_there_is_mb"])
+    return float(row["required_mib"] / row["total_memory_mib"])

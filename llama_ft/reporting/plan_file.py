@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.measure.result import CATEGORIES, RESULT_FILE
+from llama_ft.records.result import CATEGORIES, RESULT_FILE
 from llama_ft.reporting.results import TECHNIQUES
 
 PLAN_FILE = "plan.json"
@@ -41,20 +41,20 @@ TABLE1 = {
 }
 ROW = {"optim": dict.fromkeys(TECHNIQUES, bool), "combination": str, "gpu": str, "error": Maybe(str)}
 NUMBERS = (
-    "reserved_mb required_mb memory_there_is_mb margin_mb context_mb trainable_params total_params steps samples tokens"
-    " bytes_moved runtime_s tokens_per_s"
+    "reserved_mib required_mib total_memory_mib margin_mib context_mib trainable_params total_params steps samples"
+    " tokens bytes_moved runtime_s tokens_per_s"
 ).split()
 PLANNED_ROW = dict.fromkeys(NUMBERS, Maybe(NUMBER)) | {
-    "peak_memory_mb": NUMBER,
-    "instant": str,
-    "memory_mb": MEMORY,
-    "memory_max_mb": MEMORY,
-    "ledger": [{"category": str, "dtype": str, "mb": NUMBER}],
+    "peak_memory_mib": NUMBER,
+    "phase": str,
+    "memory_mib": MEMORY,
+    "memory_max_mib": MEMORY,
+    "breakdown": [{"category": str, "dtype": str, "mb": NUMBER}],
     "fits": Maybe(bool),
     "flops": Maybe(Each(NUMBER)),
     "binds": Maybe(str),
     "bound_s": Maybe(Each(NUMBER)),
-    "timeline": [{"event": NUMBER, "instant": str, "memory_mb": MEMORY}],
+    "timeline": [{"event": NUMBER, "phase": str, "memory_mib": MEMORY}],
 }
 PLAN = {
     "command": str,
@@ -67,8 +67,8 @@ PLAN = {
         "lora": Each(object),
         "gc": Each(object),
     },
-    "training": {"batch_size": int, "epochs": int},
-    "gpus": [{"name": str, "device": str, "memory_mb": Maybe(NUMBER), "context_mb": NUMBER}],
+    "training": {"micro_batch_size": int, "epochs": int},
+    "gpus": [{"name": str, "device": str, "memory_mib": Maybe(NUMBER), "context_mib": NUMBER}],
     "time": {"kind": str, "about": str},
     "table1": Maybe(TABLE1),
     "advice": Maybe({"goal": str, "gpu": Maybe(str), "lines": [str]}),

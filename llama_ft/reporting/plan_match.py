@@ -19,8 +19,8 @@ class Measure:
 
 
 MEMORY = (
-    Measure("Peak memory, MB", "peak_memory_mb", "peak_memory_mb"),
-    Measure("Reserved, MB", "peak_memory_reserved_mb", "reserved_mb"),
+    Measure("Peak memory, MiB", "peak_memory_mib", "peak_memory_mib"),
+    Measure("Reserved, MiB", "peak_memory_reserved_mib", "reserved_mib"),
 )
 RUNTIME = Measure("Runtime, s", "runtime_s", "runtime_s")
 
@@ -115,8 +115,12 @@ def _other_run(plan: Plan, row: dict[str, Any], result: dict[str, Any]) -> str |
     if None not in (sizes := (result["total_params"], row["total_params"])) and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"
     on = [name for name, is_on in row["optim"].items() if is_on]
-    measured = {"training.batch_size": result["batch_size"]} | flat({n: result["techniques"].get(n, {}) for n in on})
-    planned = {"training.batch_size": plan["training"]["batch_size"]} | flat({n: plan["techniques"][n] for n in on})
+    measured = {"training.micro_batch_size": result["micro_batch_size"]} | flat(
+        {n: result["techniques"].get(n, {}) for n in on}
+    )
+    planned = {"training.micro_batch_size": plan["training"]["micro_batch_size"]} | flat(
+        {n: plan["techniques"][n] for n in on}
+    )
     for key in (key for key in measured if key in planned):
         values = measured[key], planned[key]
         if values[0] != values[1] and "auto" not in values:
@@ -137,7 +141,7 @@ def gpu_of(plan: Plan, group: Group) -> dict[str, Any] | None:
 
 def is_on_cuda(group: Group) -> bool | None:
     """Whether runs were on CUDA, which alone reserves memory; None where no run got as far."""
-    reserved = [r["peak_memory_reserved_mb"] is not None for r in group.results if r["status"] == "ok"]
+    reserved = [r["peak_memory_reserved_mib"] is not None for r in group.results if r["status"] == "ok"]
     return any(reserved) if reserved else None
 
 

@@ -14,18 +14,18 @@ INSTANTS = {
 }
 
 
-def short_instant(instant: str) -> str:
+def short_instant(phase: str) -> str:
     """An instant's short name."""
-    return INSTANTS.get(instant, (instant,))[0]
+    return INSTANTS.get(phase, (phase,))[0]
 
 
 def all_notes(plan: Plan, gpus: list[dict[str, Any]], rows: Rows, with_times: bool = True) -> list[str]:
     """The notes on these rows of these cards."""
     optims = [row["optim"] for row in rows]
-    size = plan["training"]["batch_size"]
+    size = plan["training"]["micro_batch_size"]
     notes = technique_notes(optims, plan["techniques"], size)
     if not any(optim["ga"] for optim in optims):
-        notes.append(f"Micro-batches of {size} (training.batch_size), an update after each.")
+        notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
     if any(optim["mp"] for optim in optims) and plan["techniques"]["mp"]["trainable_weights"] == "compute":
         notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
     computed = sorted({dtype for row in rows if row["optim"]["mp"] for dtype in row["flops"] or {}} - {"float32"})
@@ -40,34 +40,33 @@ def all_notes(plan: Plan, gpus: list[dict[str, Any]], rows: Rows, with_times: bo
 
 
 def _memory_notes(gpus: list[dict[str, Any]], rows: Rows) -> list[str]:
-    if not any(row["reserved_mb"] is not None for row in rows):
-        notes = ["Peak memory: bytes of tensors. MB is 2**20 bytes."]
+    if not any(row["reserved_mib"] is not None for row in rows):
+        notes = ["Peak memory: bytes of tensors."]
     else:
         notes = [
-            "Peak memory: tensors, each rounded up as the CUDA allocator does, and cuBLAS workspaces. MB is 2**20"
-            " bytes.",
+            "Peak memory: tensors, each rounded up as the CUDA allocator does, and cuBLAS workspaces. bytes.",
             "Reserved: found by a model of PyTorch's allocator with expandable segments, fed with the step's tensors.",
             _context_note(gpus),
         ]
-        if len(gpus) == 1 and gpus[0]["memory_mb"]:
-            notes[-1] = f"{notes[-1][:-1]}; {gpus[0]['name']} has {gpus[0]['memory_mb']:,} MB."
+        if len(gpus) == 1 and gpus[0]["memory_mib"]:
+            notes[-1] = f"{notes[-1][:-1]}; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB."
     if any(row["fits"] is False for row in rows):
         notes.append("×: needs more memory than the card has.")
     if any(row["fits"] is None and not row["error"] for row in rows):
         notes.append("–: not known, since no profile says how much memory there is.")
     if len(gpus) == 1:
-        during = dict.fromkeys(row["instant"] for row in rows if row["instant"] in INSTANTS)
+        during = dict.fromkeys(row["phase"] for row in rows if row["phase"] in INSTANTS)
         words = [f"{short} is {long}" for short, long in map(INSTANTS.__getitem__, during) if short != "load"]
         notes += [f"During: {', '.join(words)}."] if words else []
     return notes
 
 
 def _context_note(gpus: list[dict[str, Any]]) -> str:
-    sizes = sorted({gpu["context_mb"] for gpu in gpus if gpu["context_mb"]})
-    unknown = [gpu["name"] for gpu in gpus if not gpu["context_mb"] and gpu["device"] == "cuda"]
+    sizes = sorted({gpu["context_mib"] for gpu in gpus if gpu["context_mib"]})
+    unknown = [gpu["name"] for gpu in gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
     if not sizes:
-        return "Needed: reserved; the CUDA context is not counted, since its size is not known (gpu.context_mb)."
-    context = f"{sizes[0]:,} MB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MB, by card,"
+        return "Needed: reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)."
+    context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
     without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
     return f"Needed: reserved, and {context} for the CUDA context and its libraries{without}."
 

@@ -15,7 +15,7 @@ from llama_ft.reporting.plan_figure import (
     memory_panels,
     runtime_svg,
     timeline_svg,
-    usable_mb,
+    usable_mib,
 )
 from llama_ft.reporting.plan_file import Plan, Rows, baseline_of, rows_on
 from llama_ft.reporting.plan_tables import advice_title, tables_of, title
@@ -41,10 +41,10 @@ def plan_page(plan: Plan) -> str:
     of_table1 = [tables.pop()] if plan["table1"] else []
     body += [part for table in tables for part in _section(table)]
     body += ["<h2>Memory by category</h2>", *_bars(plan)]
-    body += _timelines(first, usable_mb(plan["gpus"][0]))
+    body += _timelines(first, usable_mib(plan["gpus"][0]))
     body += [part for table in of_table1 for part in _section(table)]
-    body += [f"<h2>Memory at the peak, MB: {text(plan['gpus'][0]['name'])}</h2>", memory_table(as_results(first))]
-    body += [_ledger(row) for row in first if row["ledger"]]
+    body += [f"<h2>Memory at the peak, MiB: {text(plan['gpus'][0]['name'])}</h2>", memory_table(as_results(first))]
+    body += [_ledger(row) for row in first if row["breakdown"]]
     return document(f"{title(plan, gpus)} · llama_ft", body)
 
 
@@ -57,7 +57,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("Command", f"<code>{text(plan['command'])}</code>"),
         ("Versions", text(versions)),
         ("Data", text(f"{data['name']}: {samples}")),
-        ("Training", text(f"batch_size={training['batch_size']}, epochs={training['epochs']}")),
+        ("Training", text(f"micro_batch_size={training['micro_batch_size']}, epochs={training['epochs']}")),
         ("Techniques", text(techniques)),
     ]
 
@@ -81,7 +81,7 @@ def _bars(plan: Plan) -> list[str]:
     gpus = plan["gpus"]
     rows = {gpu["name"]: rows_on(plan, gpu["name"]) for gpu in gpus}
     entries = category_colours()
-    if any(row["reserved_mb"] is not None for row in plan["rows"]):
+    if any(row["reserved_mib"] is not None for row in plan["rows"]):
         entries.append((UNUSED, RESERVED_COLOUR, False))
     if any(limit_in_bars(gpu, rows[gpu["name"]]) is not None for gpu in gpus):
         entries.append((f"{USABLE}: all but the CUDA context", LIMIT_COLOUR, True))
@@ -116,7 +116,7 @@ def _timelines(rows: Rows, limit: float | None) -> list[str]:
 
 
 def _needed(row: dict[str, Any]) -> float:
-    return float(row["peak_memory_mb"] if row["required_mb"] is None else row["required_mb"])
+    return float(row["peak_memory_mib"] if row["required_mib"] is None else row["required_mib"])
 
 
 def _drawn(rows: Rows, limit: float | None, size: tuple[float, float]) -> str:
@@ -126,7 +126,7 @@ def _drawn(rows: Rows, limit: float | None, size: tuple[float, float]) -> str:
 
 def as_results(rows: Rows) -> list[dict[str, Any]]:
     """Rows as the measured tables know them."""
-    return [row | {"status": "error" if row["error"] else "ok", "memory_instant": row["instant"]} for row in rows]
+    return [row | {"status": "error" if row["error"] else "ok", "peak_phase": row["phase"]} for row in rows]
 
 
 def _ledger(row: dict[str, Any]) -> str:

@@ -5,14 +5,14 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from llama_ft.measure.result import CATEGORIES
+from llama_ft.records.result import CATEGORIES
 from llama_ft.reporting.plan_file import TABLE1_COLUMNS, Plan, Rows, baseline_of, rows_on
 from llama_ft.reporting.plan_notes import all_notes, short_instant, time_notes
 from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, label
 from llama_ft.reporting.table2 import MARKS, Table, amount
 
 ERROR, UNKNOWN, TOO_LARGE = MARKS["error"], "–", MARKS["oom"]
-LONGEST_CHOICE = 28
+MAX_CHOICE_LENGTH = 28
 
 
 def tables_of(plan: Plan) -> list[Table]:
@@ -47,13 +47,13 @@ def card_table(plan: Plan, gpu: dict[str, Any]) -> Table:
                 ("  of baseline", [_cell(row, key, lambda v: f"{v / of:.0%}" if of else "–") for row in plan_rows])
             )
 
-    add("Peak memory, MB", "peak_memory_mb", always=True)
-    add_relative("peak_memory_mb")
-    add("  during", "instant", short_instant)
-    add("Reserved, MB", "reserved_mb")
-    add("Needed, MB", "required_mb")
+    add("Peak memory, MiB", "peak_memory_mib", always=True)
+    add_relative("peak_memory_mib")
+    add("  during", "phase", short_instant)
+    add("Reserved, MiB", "reserved_mib")
+    add("Needed, MiB", "required_mib")
     add("Fits", "fits", fits_mark, always=True)
-    add("Margin, MB", "margin_mb", signed)
+    add("Margin, MiB", "margin_mib", signed)
     add(runtime_name(plan, plan_rows), "runtime_s", always=True)
     add_relative("runtime_s")
     add("Tokens/s", "tokens_per_s")
@@ -85,7 +85,9 @@ def runtime_name(plan: Plan, rows: Rows) -> str:
 
 def needed_table(plan: Plan) -> Table:
     """What each combination needs on each card, marked where that is more than the card has."""
-    return _cards_table(plan, "MB needed", "required_mb", all_notes(plan, plan["gpus"], plan["rows"], with_times=False))
+    return _cards_table(
+        plan, "MiB needed", "required_mib", all_notes(plan, plan["gpus"], plan["rows"], with_times=False)
+    )
 
 
 def runtime_table(plan: Plan) -> Table:
@@ -101,7 +103,7 @@ def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
     columns = [rows_on(plan, gpu["name"]) for gpu in gpus]
     heading = [
         ("GPU", [_escaped(gpu["name"]) for gpu in gpus]),
-        ("Memory, MB", [amount(gpu["memory_mb"]) if gpu["memory_mb"] else UNKNOWN for gpu in gpus]),
+        ("Memory, MiB", [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in gpus]),
     ]
     rows = [
         (
@@ -123,7 +125,7 @@ def table1(found: dict[str, Any]) -> Table:
         rows.append((_escaped(f"{row['name']}: {row['choice']}" if row["choice"] else row["name"]), cells))
     notes = [f"Baseline: {found['baseline']}", *found["notes"]]
     name = "What each technique changes, computed"
-    return Table(name, [("", heading)], rows, notes, longest_name=LONGEST_CHOICE, gap=3)
+    return Table(name, [("", heading)], rows, notes, longest_name=MAX_CHOICE_LENGTH, gap=3)
 
 
 def _unit(rows: Rows, column: str) -> str | None:
@@ -155,11 +157,11 @@ def _escaped(text: str) -> str:
 def csv_text(plan: Plan) -> str:
     """For `plan.csv`: a row for each combination on each card, numbers unrounded."""
     plain = (
-        "gpu error peak_memory_mb instant reserved_mb context_mb required_mb memory_there_is_mb fits margin_mb"
+        "gpu error peak_memory_mib instant reserved_mib context_mib required_mib total_memory_mib fits margin_mib"
         " runtime_s tokens_per_s binds trainable_params total_params steps samples tokens bytes_moved"
     ).split()
     rows = plan["rows"]
-    parts = {"memory_mb": list(CATEGORIES), "memory_max_mb": list(CATEGORIES)}
+    parts = {"memory_mib": list(CATEGORIES), "memory_max_mib": list(CATEGORIES)}
     for part in ("flops", "bound_s"):
         parts[part] = list(dict.fromkeys(name for row in rows for name in row[part] or {}))
     columns = [

@@ -49,7 +49,7 @@ class RunProgress:
         """Move the bar."""
         numbers = (
             f"loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  {metrics['tokens_per_s']:,.0f} tokens/s"
-            f"  {metrics['memory_mb']:,.0f} MB"
+            f"  {metrics['memory_mib']:,.0f} MiB"
         )
         step, total = metrics["step"], metrics["total_steps"]
         if self._task is None:
@@ -64,11 +64,11 @@ def ending(result: dict[str, Any]) -> str:
     """One line for a run that is over."""
     if result["status"] != "ok":
         return f"{result['status']}: {result['error']}"
-    parts = [f"peak {amount(result['peak_memory_mb'])} MB", f"{amount(result['runtime_s'])} s"]
+    parts = [f"peak {amount(result['peak_memory_mib'])} MiB", f"{amount(result['runtime_s'])} s"]
     if result["tokens_per_s"] is not None:
         parts.append(f"{result['tokens_per_s']:,.0f} tokens/s")
-    if None not in (result["eval_loss_before"], result["eval_loss_after"]):  # earlier versions measured neither
-        parts.append(f"loss {result['eval_loss_before']:.3f} before, {result['eval_loss_after']:.3f} after")
+    if None not in (result["train_loss_before"], result["train_loss_after"]):  # earlier versions measured neither
+        parts.append(f"loss {result['train_loss_before']:.3f} before, {result['train_loss_after']:.3f} after")
     return f"ok: {', '.join(parts)}"
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.measure.result import RESULT_FILE, read_result
+from llama_ft.records.result import RESULT_FILE, read_result
 
 COURSE = ("ga", "mp", "lora")  # of the course's table; the others have a row where a run has them on
 TECHNIQUES = (*COURSE, "gc")
@@ -86,5 +86,5 @@ def label(result: dict[str, Any]) -> str:
 
 
 def limit_of(results: list[dict[str, Any]]) -> int | None:
-    """The memory limit in MB that the runs of a group had."""
-    return next((r["memory_limit_mb"] for r in results if r["memory_limit_mb"] is not None), None)
+    """The memory limit in MiB that the runs of a group had."""
+    return next((r["memory_limit_mib"] for r in results if r["memory_limit_mib"] is not None), None)

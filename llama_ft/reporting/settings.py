@@ -6,7 +6,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llama_ft.config import UserError
-from llama_ft.measure.result import CONFIG_FILE
+from llama_ft.records.result import CONFIG_FILE
 from llama_ft.reporting.results import Group, limit_of
 
 SAME_SETTINGS = "Settings, device and versions are the same."
@@ -48,8 +48,8 @@ def _config(group: Group) -> dict[str, Any] | None:
 
 def _settings_of_result(group: Group) -> dict[str, Any]:
     result = group.results[0]
-    known = {"training": {"batch_size": result["batch_size"]}, "gpu": {"name": result["gpu"]}}
-    return flat({**result["techniques"], **known, "memory_limit_mb": limit_of(group.results)})
+    known = {"training": {"micro_batch_size": result["micro_batch_size"]}, "gpu": {"name": result["gpu"]}}
+    return flat({**result["techniques"], **known, "memory_limit_mib": limit_of(group.results)})
 
 
 def _environment(group: Group) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from llama_ft.measure.result import CATEGORIES
+from llama_ft.records.result import CATEGORIES
 from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, Group, limit_of
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
@@ -49,18 +49,18 @@ def table2(group: Group) -> Table:
     rows: list[tuple[str, list[str]]] = []
 
     def add(text: str, key: str, form: Callable[[float], str] = amount) -> None:
-        if any(r[key] is not None for r in results) or key in ("peak_memory_mb", "runtime_s"):
+        if any(r[key] is not None for r in results) or key in ("peak_memory_mib", "runtime_s"):
             rows.append((text, [_cell(r, key, form) for r in results]))
 
-    add("Peak memory, MB", "peak_memory_mb")
-    rows.append(("  of baseline", _relative(group, "peak_memory_mb")))
-    add("Reserved, MB", "peak_memory_reserved_mb")
-    add("Peak RSS, MB", "peak_rss_mb")
+    add("Peak memory, MiB", "peak_memory_mib")
+    rows.append(("  of baseline", _relative(group, "peak_memory_mib")))
+    add("Reserved, MiB", "peak_memory_reserved_mib")
+    add("Peak RSS, MiB", "peak_rss_mib")
     add("Runtime, s", "runtime_s")
     rows.append(("  of baseline", _relative(group, "runtime_s")))
     add("Tokens/s", "tokens_per_s")
-    add("Loss before", "eval_loss_before", "{:.3f}".format)
-    add("Loss after", "eval_loss_after", "{:.3f}".format)
+    add("Loss before", "train_loss_before", "{:.3f}".format)
+    add("Loss after", "train_loss_after", "{:.3f}".format)
     return Table(group.title, techniques, rows, _notes(group))
 
 
@@ -104,28 +104,26 @@ def technique_notes(optims: list[dict[str, bool]], settings: dict[str, Any], bat
 def _notes(group: Group) -> list[str]:
     results = group.results
     began = next((r for r in results if r["config_hash"]), results[0])  # a refused run's values may be any
-    notes = technique_notes([r["optim"] for r in results], began["techniques"], began["batch_size"])
+    notes = technique_notes([r["optim"] for r in results], began["techniques"], began["micro_batch_size"])
     if dtypes := sorted({r["compute_dtype"] for r in results if r["optim"]["mp"] and r["compute_dtype"]}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r['combination']} {r['skipped_steps']}" for r in results if r["skipped_steps"]]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
     if not any(r["optim"]["gc"] for r in results):
         notes.append("GC is off.")
-    if any(r["peak_memory_reserved_mb"] for r in results):
-        notes.append("Peak memory: the CUDA allocator's max allocated. MB is 2**20 bytes.")
+    if any(r["peak_memory_reserved_mib"] for r in results):
+        notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
-        notes.append(
-            "Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process. MB is 2**20 bytes."
-        )
+        notes.append("Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process.")
     limit, gpu = limit_of(results), results[0]["gpu"]
     if gpu not in ("auto", "cpu") and limit is not None and any(r["device"] for r in results):
         notes.append(
-            f"gpu={gpu}: the allocator has that card's {limit:,} MB; times are those of the device named above."
+            f"gpu={gpu}: the allocator has that card's {limit:,} MiB; times are those of the device named above."
         )
     if any(r["status"] == "oom" for r in results):
-        on_cpu = any(r["status"] == "ok" and not r["peak_memory_reserved_mb"] for r in results)
+        on_cpu = any(r["status"] == "ok" and not r["peak_memory_reserved_mib"] for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
-        notes.append("×: out of memory" + (f" (limit {limit:,} MB{holder})." if limit else "."))
+        notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
     notes.append("Loss: of the first 8 training samples, without dropout.")
     failed = [r for r in results if r["status"] in ("killed", "interrupted", "error")]
     notes += [f"{r['combination']}: {' '.join(str(r['error']).split())}" for r in failed]
@@ -213,15 +211,15 @@ def markdown(table: Table) -> str:
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
     """Columns, and a row for each run, numbers unrounded."""
     plain = (
-        "model data gpu device status error peak_memory_mb peak_memory_reserved_mb peak_rss_mb runtime_s samples tokens"
-        " tokens_per_s trainable_params total_params trainable_percent eval_loss_before eval_loss_after"
+        "model data gpu device status error peak_memory_mib peak_memory_reserved_mib peak_rss_mib runtime_s samples"
+        " tokens tokens_per_s trainable_params total_params trainable_percent train_loss_before train_loss_after"
         " compute_dtype skipped_steps config_hash"
     ).split()
-    by_category = [f"memory_mb.{c}" for c in CATEGORIES] + [f"memory_max_mb.{c}" for c in CATEGORIES]
+    by_category = [f"memory_mib.{c}" for c in CATEGORIES] + [f"memory_max_mib.{c}" for c in CATEGORIES]
     rows = []
     for group in groups:
         for result in group.results:
-            values = [result[part] or {} for part in ("memory_mb", "memory_max_mb")]
+            values = [result[part] or {} for part in ("memory_mib", "memory_max_mib")]
             techniques = [result["optim"][name] for name in TECHNIQUES]
             row = [result["combination"], group.variant, *techniques, *(result[key] for key in plain)]
             rows.append(row + [value.get(category) for value in values for category in CATEGORIES])

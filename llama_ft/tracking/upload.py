@@ -8,10 +8,10 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrackerConfig, TrackerMode, UploadConfig, UserError
-from llama_ft.measure.result import CONFIG_FILE, read_metrics, read_result
+from llama_ft.records.result import CONFIG_FILE, read_metrics, read_result
 
 
-def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, say: Callable[[str], None]) -> str:
+def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Callable[[str], None]) -> str:
     """Send each run as if it took place now. W&B replaces what it has of it.
 
     Args:
@@ -35,11 +35,11 @@ def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, s
     project = config.project or TrackerConfig().project
     for run_dir in run_dirs:
         if not (run_dir / CONFIG_FILE).exists():  # it was refused before it began
-            say(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
+            log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
             continue
         settings = read_settings(run_dir / CONFIG_FILE)
         project = config.project or str(settings["tracker"]["project"])
-        say(f"{run_dir.name}: {_send(TrackerConfig(config.mode, project), run_dir, settings, sweep)}")
+        log(f"{run_dir.name}: {_send(TrackerConfig(config.mode, project), run_dir, settings, sweep)}")
     return project
 
 

@@ -19,12 +19,22 @@ from urllib.parse import urlsplit
 import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
-from llama_ft.measure.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE
 
 # By their names in W&B, which keeps a config.yaml of its own.
 FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
 # Of the result: what the config says already, and what is for machines.
-NOT_IN_SUMMARY = ("schema_version", "optim", "techniques", "model", "data", "gpu", "batch_size", "ledger", "command")
+NOT_IN_SUMMARY = (
+    "schema_version",
+    "optim",
+    "techniques",
+    "model",
+    "data",
+    "gpu",
+    "micro_batch_size",
+    "breakdown",
+    "command",
+)
 SECONDS_TO_START, SECONDS_TO_FINISH, SECONDS_TO_STOP = 30, 120, 15
 
 

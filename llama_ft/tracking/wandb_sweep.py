@@ -9,7 +9,7 @@ import wandb
 from llama_ft.config import TrackerConfig
 from llama_ft.tracking.wandb_run import WandbRun
 
-CHARTS = {"peak_memory_mb": "Peak memory, MB", "runtime_s": "Runtime, s", "tokens_per_s": "Tokens/s"}
+CHARTS = {"peak_memory_mib": "Peak memory, MiB", "runtime_s": "Runtime, s", "tokens_per_s": "Tokens/s"}
 
 
 def send_sweep(

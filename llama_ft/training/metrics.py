@@ -20,18 +20,18 @@ FLUSH_SECONDS = 0.25
 class MetricsFile:
     """Writes a step's line one step late, when the device has long computed its loss."""
 
-    def __init__(self, file: Path, total_steps: int, may_skip: bool, memory_mb: Callable[[], float]) -> None:
+    def __init__(self, file: Path, total_steps: int, may_skip: bool, memory_mib: Callable[[], float]) -> None:
         """Go on after the lines that the file holds.
 
         Args:
             may_skip: whether a gradient that is not finite skips its step, as under loss scaling, or stops the run.
-            memory_mb: reads the memory in use now, without waiting for the device.
+            memory_mib: reads the memory in use now, without waiting for the device.
         """
         self._total_steps = total_steps
         self._file = file.open("a+", encoding="utf-8")
         self._file.seek(0)
         earlier = [json.loads(line) for line in self._file]
-        self._may_skip, self._memory_mb = may_skip, memory_mb
+        self._may_skip, self._memory_mib = may_skip, memory_mib
         self._pending: tuple[dict[str, Any], Tensor, torch.cuda.Event | None] | None = None
         self._last_step = self._last_flush = time.perf_counter()
         self._seconds: float = earlier[-1]["time_s"] if earlier else 0.0
@@ -86,7 +86,7 @@ class MetricsFile:
             "lr": lr,
             "tokens": self._tokens,
             "tokens_per_s": round(tokens / (now - self._last_step), 1),
-            "memory_mb": round(self._memory_mb(), 1),
+            "memory_mib": round(self._memory_mib(), 1),
             "time_s": round(self._seconds, 4),
         }
         self._pending = (line, scalars, arrived)

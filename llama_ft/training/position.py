@@ -24,7 +24,7 @@ class Position:
     window: int = 0  # optimizer steps done in the epoch that has begun
     step: int = 0  # optimizer steps done in all
     seconds: float = 0.0  # of training
-    eval_loss_before: float | None = None  # measured before the first step
+    train_loss_before: float | None = None  # measured before the first step
 
     def next_step(self) -> None:
         """One more optimizer step is done."""

@@ -54,7 +54,7 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
-    def rehearse(self, window: Window) -> None:
+    def dry_run(self, window: Window) -> None:
         """Do all a step does at learning rate 0, then undo its traces.
 
         Afterwards kernels are chosen and the optimizer's state is allocated, while weights, moments and step counts,

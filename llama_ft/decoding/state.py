@@ -11,7 +11,7 @@ from llama_ft.model.transformer import Transformer
 PADDING = 0  # any id will do: no real token attends to it
 
 
-class Context:
+class GenerationState:
     """A batch of sequences and the model's logits of what comes next.
 
     Prompts of different lengths are padded on the left, so that all of them end, and grow, at the same place. With a
@@ -61,7 +61,7 @@ class Context:
         places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
         queries, padding = places[start:], self._n_padding[:, None]
         # A sequence that has ended may be led on, past the context, for as long as the others last.
-        positions = (queries - padding).clamp(0, self._model.config.context - 1)
+        positions = (queries - padding).clamp(0, self._model.config.max_seq_len - 1)
         is_real = (places >= padding)[:, None, None, :]  # [B, 1, 1, T]
         # Padding attends to itself alone: attention to nothing is not a number, and would reach the real tokens.
         itself = queries[:, None] == places

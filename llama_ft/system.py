@@ -49,7 +49,7 @@ def oom_kills() -> int:
         return 0
 
 
-def memory_there_is() -> float:
+def total_memory_bytes() -> float:
     """Bytes that this process could have at most: the machine's or the control group's; infinite where unknown."""
     sizes = [float("inf")]
     with suppress(OSError, ValueError):

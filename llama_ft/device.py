@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import ComputeDtype, DeviceChoice, GpuConfig, UserError
-from llama_ft.measure.result import MB, OUT_OF_MEMORY_TEXT
-from llama_ft.measure.system import NEAR_LIMIT, data_bytes, resident_bytes
+from llama_ft.records.result import MIB, OUT_OF_MEMORY_TEXT
+from llama_ft.system import NEAR_LIMIT, data_bytes, resident_bytes
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
@@ -27,10 +27,10 @@ def choose_device(gpu: GpuConfig) -> torch.device:
     if gpu.device is DeviceChoice.cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.cuda.get_device_properties(device).total_memory / MB
-    if gpu.usable_mb is not None and gpu.usable_mb > total:
+    total = torch.cuda.get_device_properties(device).total_memory / MIB
+    if gpu.usable_mib is not None and gpu.usable_mib > total:
         raise UserError(
-            f"gpu={gpu.name} has {gpu.usable_mb:,} MB to use, more than the {total:,.0f} MB of this"
+            f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than the {total:,.0f} MiB of this"
             f" {device_name(device)}: use gpu=auto"
         )
     return device
@@ -63,8 +63,8 @@ def device_of_profile(gpu: GpuConfig) -> torch.device:
         UserError: as `choose_device` does.
     """
     device = choose_device(gpu)
-    if gpu.usable_mb is not None:
-        limit_memory(device, gpu.usable_mb)
+    if gpu.usable_mib is not None:
+        limit_memory(device, gpu.usable_mib)
     use_kernels_of(gpu)
     return device
 
@@ -103,20 +103,20 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def memory_in_use_mb(device: torch.device) -> float:
+def memory_in_use_mib(device: torch.device) -> float:
     """Memory in use now: the allocator's on CUDA, the process's resident set on the CPU. Does not wait."""
     if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / MB
-    return resident_bytes(os.getpid()) / MB or peak_rss_mb()
+        return torch.cuda.memory_allocated(device) / MIB
+    return resident_bytes(os.getpid()) / MIB or peak_rss_mib()
 
 
-def peak_rss_mb() -> float:
+def peak_rss_mib() -> float:
     """The process's largest resident set so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / MB if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
+    return peak / MIB if platform.system() == "Darwin" else peak / 1024  # bytes there, KiB on Linux
 
 
-def limit_memory(device: torch.device, limit_mb: int) -> None:
+def limit_memory(device: torch.device, limit_mib: int) -> None:
     """Make allocations fail beyond a limit: of the allocator on CUDA, of the process's data segment on the CPU.
 
     Raises:
@@ -124,13 +124,13 @@ def limit_memory(device: torch.device, limit_mb: int) -> None:
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mb * MB / total), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib * MIB / total), device)
         return
     torch.ones(256, 256) @ torch.ones(256, 256)  # starts the threads: their failing to start cannot be caught
     try:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit_mb * MB, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit_mib * MIB, resource.RLIM_INFINITY))
     except (ValueError, OSError) as error:
-        raise UserError(f"measure.memory_limit_mb={limit_mb} cannot be set on this system: {error}") from error
+        raise UserError(f"measure.memory_limit_mib={limit_mib} cannot be set on this system: {error}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

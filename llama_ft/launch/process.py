@@ -14,18 +14,18 @@ from typing import IO, Any, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.files import write_text
-from llama_ft.measure.interrupts import interrupts_held_back
-from llama_ft.measure.result import (
+from llama_ft.launch.interrupts import interrupts_held_back
+from llama_ft.records.result import (
     CONFIG_FILE,
     LOG_FILE,
-    MB,
     METRICS_FILE,
+    MIB,
     OUT_OF_MEMORY_TEXT,
     new_result,
     read_result,
     write_result,
 )
-from llama_ft.measure.system import NEAR_LIMIT, data_bytes, memory_there_is, oom_kills, resident_bytes
+from llama_ft.system import NEAR_LIMIT, data_bytes, oom_kills, resident_bytes, total_memory_bytes
 
 POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
@@ -90,7 +90,7 @@ def run_in_child(
     kills_before = oom_kills()
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         child = subprocess.Popen(
-            [sys.executable, "-m", "llama_ft.measure.child", str(run_dir), command],
+            [sys.executable, "-m", "llama_ft.launch.child", str(run_dir), command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -183,11 +183,11 @@ def ending_of_killed(
     log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.exists() else ""
     how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with exit status {child.returncode}"
     killed_for_memory = child.returncode == -signal.SIGKILL and (
-        oom_kills() > kills_before or rss > NEAR_LIMIT * memory_there_is()
+        oom_kills() > kills_before or rss > NEAR_LIMIT * total_memory_bytes()
     )
-    limit = config.measure.memory_limit_mb
+    limit = config.measure.memory_limit_mib
     # Code that does not check its allocations crashes where they fail.
-    crashed_at_limit = child.returncode < 0 and limit is not None and data > NEAR_LIMIT * limit * MB
+    crashed_at_limit = child.returncode < 0 and limit is not None and data > NEAR_LIMIT * limit * MIB
     if interrupted:
         status, error = "interrupted", "interrupted, and did not stop by itself in time"
     elif killed_for_memory:

@@ -1,6 +1,6 @@
-"""`python -m llama_ft.measure.child RUN_DIR COMMAND`: one run in this process, as its folder's config.yaml says.
+"""`python -m llama_ft.launch.child RUN_DIR COMMAND`: one run in this process, as its folder's config.yaml says.
 
-Started by `llama_ft.measure.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
+Started by `llama_ft.launch.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
 """
 
 import errno
@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.data.dataset import load_data
-from llama_ft.measure.interrupts import Interrupts, interrupts_held_back
-from llama_ft.measure.result import CONFIG_FILE, LOG_FILE, MB, new_result, write_result
+from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, MIB, new_result, write_result
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,12 +54,12 @@ def failure(error: BaseException, stage: str) -> dict[str, Any]:
         return {"status": "interrupted", "error": f"interrupted during {stage}"}
     if isinstance(error, UserError):
         return {"status": "error", "error": str(error)}
-    from llama_ft.measure.device import is_out_of_memory
+    from llama_ft.device import is_out_of_memory
 
     if is_out_of_memory(error):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if wanted := re.search(r"tried to allocate (\d+) bytes", reason):
-            reason = f"could not allocate another {int(wanted[1]) / MB:,.1f} MB"
+            reason = f"could not allocate another {int(wanted[1]) / MIB:,.1f} MiB"
         return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         file = error.filename or "a file in the run's folder"
@@ -76,7 +76,7 @@ def main() -> None:
     result = new_result(config, command)
     run, stage = None, "start-up"
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         print(line, flush=True)
 
     try:
@@ -84,11 +84,11 @@ def main() -> None:
         interrupts = Interrupts()
         interrupts.install()
         stage = "reading the data"
-        dataset = load_data(config, say)  # first, since it needs no torch: what is wrong with it is said at once
-        say(f"data: {dataset.describe()}")
+        dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
+        log(f"data: {dataset.describe()}")
         with interrupts_held_back():  # half an import of torch cannot be recovered from
-            from llama_ft.measure.run import MeasuredRun
-        run = MeasuredRun(config, dataset, run_dir, say, interrupts)
+            from llama_ft.launch.run import MeasuredRun
+        run = MeasuredRun(config, dataset, run_dir, log, interrupts)
         run.execute()
         ending: dict[str, Any] = {"status": "ok"}
     except BaseException as error:

@@ -15,7 +15,7 @@ METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
 STATUSES = ("ok", "oom", "killed", "interrupted", "error")
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
-MB = 2**20
+MIB = 2**20
 
 # Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
 OUT_OF_MEMORY_TEXT = re.compile(
@@ -24,13 +24,13 @@ OUT_OF_MEMORY_TEXT = re.compile(
 )
 
 _KNOWN = (
-    "schema_version status error config_hash combination model data gpu optim techniques batch_size memory_limit_mb"
-    " command"
+    "schema_version status error config_hash combination model data gpu optim techniques micro_batch_size"
+    " memory_limit_mib command"
 ).split()
 _MEASURED = (
-    "device runtime_s samples tokens tokens_per_s peak_memory_mb peak_memory_reserved_mb peak_rss_mb memory_mb"
-    " memory_max_mb memory_instant ledger trainable_params total_params trainable_percent loss_first loss_last"
-    " eval_loss_before eval_loss_after compute_dtype skipped_steps resumed_at_step versions"
+    "device runtime_s samples tokens tokens_per_s peak_memory_mib peak_memory_reserved_mib peak_rss_mib memory_mib"
+    " memory_max_mib peak_phase ledger trainable_params total_params trainable_percent loss_first loss_last"
+    " train_loss_before train_loss_after compute_dtype skipped_steps resumed_at_step versions"
 ).split()
 
 
@@ -39,7 +39,7 @@ def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
     return _from_settings(config.to_dict(), command) | {
         "config_hash": config.hash(),
         "settings_hash": config.hash(without=("optim",)),  # equal for runs that differ in their techniques alone
-        "memory_limit_mb": config.memory_limit_mb,
+        "memory_limit_mib": config.memory_limit_mib,
     }
 
 
@@ -58,7 +58,7 @@ def _from_settings(settings: dict[str, Any], command: str) -> dict[str, Any]:
         "gpu": settings["gpu"]["name"],
         "optim": settings["optim"],
         "techniques": {name: settings[name] for name in settings["optim"]},
-        "batch_size": settings["training"]["batch_size"],
+        "micro_batch_size": settings["training"]["micro_batch_size"],
         "command": command,
     }
     return dict.fromkeys((*_KNOWN, *_MEASURED)) | known

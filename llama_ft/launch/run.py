@@ -13,22 +13,22 @@ from llama_ft import __version__, techniques
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding, collate, epoch_batches
 from llama_ft.data.dataset import Dataset
-from llama_ft.measure.device import (
+from llama_ft.device import (
     Stopwatch,
     choose_device,
     device_name,
     has_bf16,
     limit_memory,
-    memory_in_use_mb,
-    peak_rss_mb,
+    memory_in_use_mib,
+    peak_rss_mib,
     use_kernels_of,
 )
+from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.hardest import hardest_windows
-from llama_ft.measure.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
-from llama_ft.measure.result import MB, METRICS_FILE
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
+from llama_ft.records.result import METRICS_FILE, MIB
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
 from llama_ft.training.loop import EpochWindows, train
@@ -45,9 +45,9 @@ class MeasuredRun:
     """A run and what is known of it so far, so that a run that ends early leaves that behind."""
 
     def __init__(
-        self, config: TrainConfig, dataset: Dataset, run_dir: Path, say: Callable[[str], None], interrupts: Interrupts
+        self, config: TrainConfig, dataset: Dataset, run_dir: Path, log: Callable[[str], None], interrupts: Interrupts
     ) -> None:
-        self.config, self.dataset, self.run_dir, self.say, self.interrupts = config, dataset, run_dir, say, interrupts
+        self.config, self.dataset, self.run_dir, self.log, self.interrupts = config, dataset, run_dir, log, interrupts
         self.stage = "start-up"
         self.result: dict[str, Any] = {}
 
@@ -63,12 +63,12 @@ class MeasuredRun:
         self.result |= {"device": device_name(device), "versions": versions()}
         precision = make_precision(config, device)
         self.result["compute_dtype"] = str(precision.compute).removeprefix("torch.")
-        if config.memory_limit_mb is not None:
-            limit_memory(device, config.memory_limit_mb)
+        if config.memory_limit_mib is not None:
+            limit_memory(device, config.memory_limit_mib)
         use_kernels_of(config.gpu)
         self.stage = "loading the weights"
         dtype = techniques.base_dtype(config, precision)
-        model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed, self.say)
+        model = load_model(config.model, str(config.checkpoint), device, dtype, config.training.seed, self.log)
         applied = techniques.apply(model, config, precision)
         self._count_parameters(model)
         step = TrainStep(
@@ -81,10 +81,10 @@ class MeasuredRun:
 
     def _train(self, step: TrainStep, accumulation_steps: int) -> None:
         config, dataset, device = self.config, self.dataset, step.device
-        training, padding = config.training, Padding(step.precision.pad_multiple, config.model.context)
+        training, padding = config.training, Padding(step.precision.pad_multiple, config.model.max_seq_len)
 
         def epoch_windows(epoch: int) -> list[Window]:
-            batches = epoch_batches(dataset.samples, training.batch_size, epoch, training.seed, padding)
+            batches = epoch_batches(dataset.samples, training.micro_batch_size, epoch, training.seed, padding)
             if device.type == "cuda":
                 batches = [batch.pinned() for batch in batches]
             return list(windows(batches, accumulation_steps))
@@ -92,10 +92,12 @@ class MeasuredRun:
         total_steps = len(epoch_windows(0)) * training.epochs
         schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
         self.stage = "the first optimizer step"
-        use = track_memory(step, hardest_windows(dataset.samples, training.batch_size, accumulation_steps, padding))
+        use = track_memory(
+            step, hardest_windows(dataset.samples, training.micro_batch_size, accumulation_steps, padding)
+        )
         fixed = [collate([sample], padding) for sample in dataset.samples[:N_EVAL_SAMPLES]]
         watch, file, may_skip = Stopwatch(device), self.run_dir / METRICS_FILE, step.scaler.is_enabled()
-        with MetricsFile(file, total_steps, may_skip, lambda: memory_in_use_mb(device)) as metrics:
+        with MetricsFile(file, total_steps, may_skip, lambda: memory_in_use_mib(device)) as metrics:
             self._loop(step, schedule, epoch_windows, metrics, watch, fixed)
         self.result |= memory_result(use, device)
         tokens = sum(len(sample) for sample in dataset.samples) * config.training.epochs
@@ -107,7 +109,7 @@ class MeasuredRun:
             "loss_first": metrics.losses[0],
             "loss_last": metrics.losses[-1],
             "skipped_steps": metrics.skipped_steps,
-            "eval_loss_after": evaluate_loss(step, fixed),
+            "train_loss_after": evaluate_loss(step, fixed),
         }
 
     def _loop(
@@ -128,8 +130,8 @@ class MeasuredRun:
 
         stop, config_hash = self.interrupts.requested, self.config.hash()
         saver = Saver(self.run_dir, config_hash, step, schedule, training.save_every, stop, bring_up_to_date)
-        position = self._restore(saver) or Position(eval_loss_before=evaluate_loss(step, fixed))
-        self.result["eval_loss_before"], watch.seconds = position.eval_loss_before, position.seconds
+        position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
+        self.result["train_loss_before"], watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:
             self.interrupts.hold()
@@ -147,9 +149,9 @@ class MeasuredRun:
             return None
         position = saver.restore()
         if position is None:
-            self.say(f"nothing to resume in {self.run_dir}: training begins at the first step")
+            self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
         else:
-            self.say(f"resuming after optimizer step {position.step}")
+            self.log(f"resuming after optimizer step {position.step}")
             self.result["resumed_at_step"] = position.step
         return position
 
@@ -158,7 +160,7 @@ class MeasuredRun:
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         percent = 100 * trainable / total
         self.result |= {"trainable_params": trainable, "total_params": total, "trainable_percent": percent}
-        self.say(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
+        self.log(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
 
 
 def make_precision(config: TrainConfig, device: torch.device) -> Precision:
@@ -176,7 +178,7 @@ def track_memory(step: TrainStep, hardest: list[Window]) -> MemoryUse:
     tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
     with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
         for window in [hardest[0], *hardest]:
-            step.rehearse(window)
+            step.dry_run(window)
     return tracker.result()
 
 
@@ -185,22 +187,22 @@ def memory_result(use: MemoryUse, device: torch.device) -> dict[str, Any]:
 
     The peak is the allocator's over rehearsal and run on CUDA, the tracker's over the rehearsal on the CPU.
     """
-    peak, reserved = use.peak_mb, None
-    at_peak, ledger = dict(use.at_peak_mb), list(use.ledger)
+    peak, reserved = use.peak_mib, None
+    at_peak, breakdown = dict(use.at_peak_mib), list(use.breakdown)
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / MB
-        reserved = torch.cuda.max_memory_reserved(device) / MB
-        unseen = peak - use.peak_mb
+        peak = torch.cuda.max_memory_allocated(device) / MIB
+        reserved = torch.cuda.max_memory_reserved(device) / MIB
+        unseen = peak - use.peak_mib
         at_peak["other"] += unseen
-        ledger.append({"category": "other", "dtype": "-", "mb": unseen, "item": "workspaces and rounding"})
+        breakdown.append({"category": "other", "dtype": "-", "mb": unseen, "item": "workspaces and rounding"})
     return {
-        "peak_memory_mb": peak,
-        "peak_memory_reserved_mb": reserved,
-        "peak_rss_mb": peak_rss_mb(),
-        "memory_mb": at_peak,
-        "memory_max_mb": use.max_mb,
-        "memory_instant": use.instant,
-        "ledger": ledger,
+        "peak_memory_mib": peak,
+        "peak_memory_reserved_mib": reserved,
+        "peak_rss_mib": peak_rss_mib(),
+        "memory_mib": at_peak,
+        "memory_max_mib": use.max_mib,
+        "peak_phase": use.phase,
+        "breakdown": breakdown,
     }
 
 

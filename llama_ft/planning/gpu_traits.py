@@ -51,7 +51,7 @@ def traits_of(gpu: GpuConfig) -> Traits:
     return Traits(on_cuda=True, has_bf16=newer, has_flash=newer)
 
 
-def that_matter(traits: Traits, config: TrainConfig) -> Traits:
+def relevant_traits(traits: Traits, config: TrainConfig) -> Traits:
     """The traits without those that this combination and model do not feel, so that equal runs are run once."""
     if config.optim.mp or config.model.n_kv_heads != config.model.n_heads:
         return traits
@@ -82,7 +82,7 @@ def profile_here(gpu: GpuConfig) -> GpuConfig:
         gpu,
         name=properties.name,
         device=DeviceChoice.cuda,
-        memory_mb=memory,
-        context_mb=memory - free,
+        memory_mib=memory,
+        context_mib=memory - free,
         compute_capability=capability,
     )
