@@ -24,7 +24,7 @@ from llama_ft.model.export import write_hf
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import Transformer
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.training.saver import save_trained
 

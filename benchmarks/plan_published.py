@@ -22,7 +22,7 @@ from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.predict import blank_samples
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 COMMON = "gpu=a100_40gb training=course"
 PURE_BF16 = "optim=mp_lora mp.trainable_weights=compute lora.rank=8 data.max_length=1304"

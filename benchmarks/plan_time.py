@@ -18,7 +18,8 @@ from llama_ft.files import write_text
 from llama_ft.launch.child import read_config
 from llama_ft.planning import calibration_runs
 from llama_ft.planning.predict import combinations, predict
-from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_result
+from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, read_result
 
 LEARNED_FROM = ("baseline", "mp")
 LENGTHS_FILE = "lengths.json"

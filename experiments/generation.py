@@ -11,7 +11,7 @@ from torch import Tensor
 from llama_ft.decoding.state import GenerationState
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.transformer import Transformer
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 CHUNK = 16  # tokens that one generation makes before it is the other's turn
 FILLER = 5  # a token id where any will do

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.study import Claim, Numbers, Options, Study, main, table
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from experiments.gradient_checkpointing import SQUARES, WAYS
 from llama_ft.config import ModelConfig
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.transformer import Caches, Transformer
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 
 WIDTH, TOKENS = 64, 32  # of the textbook's layers

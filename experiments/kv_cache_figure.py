@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
 from experiments.kv_cache_report import exponent
 from experiments.study import Numbers
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

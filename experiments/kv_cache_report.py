@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.study import Claim, Numbers, table
 from llama_ft.config import ModelConfig
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 MIN_SPEED_UP = 5.0
 MIN_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt

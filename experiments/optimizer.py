@@ -44,7 +44,7 @@ def memory_of(form: str) -> dict[str, float]:
     from torch import nn
 
     from llama_ft.measure.memory import MemoryTracker
-    from llama_ft.records.result import MIB
+    from llama_ft.system import MIB
 
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(N_LAYERS)))
     n_parameters = N_LAYERS * WIDTH * WIDTH

@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import ComputeDtype, DeviceChoice, GpuConfig, UserError
-from llama_ft.records.result import MIB, OUT_OF_MEMORY_TEXT
-from llama_ft.system import NEAR_LIMIT, data_bytes, resident_bytes
+from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, data_bytes, resident_bytes
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:

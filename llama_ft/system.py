@@ -1,10 +1,17 @@
-"""What the operating system tells of processes and of memory."""
+"""What the operating system says of processes and of memory. Knows nothing of torch."""
 
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
 
+MIB = 2**20
+
+# Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
+OUT_OF_MEMORY_TEXT = re.compile(
+    r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
+    r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+)
 # Drivers' files: NVIDIA's, NVIDIA's in WSL, AMD's.
 GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory

@@ -16,7 +16,7 @@ from llama_ft.data.dataset import Sample
 from llama_ft.launch.run import track_memory
 from llama_ft.measure.hardest import hardest_groups, hardest_windows
 from llama_ft.measure.memory import MemoryTracker
-from llama_ft.records.result import CATEGORIES
+from llama_ft.records import CATEGORIES
 
 KB = 1024 / 2**20  # in MiB
 

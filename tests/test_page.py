@@ -13,7 +13,7 @@ from conftest import run
 from PIL import Image
 from test_report import CATEGORIES, TECHNIQUES, combinations, report, tables, undrawn, write
 
-from llama_ft.records.result import read_metrics
+from llama_ft.records.metrics import read_metrics
 from llama_ft.reporting import comparison, settings
 from llama_ft.reporting.curves import MAX_POINTS, ticks
 

@@ -35,7 +35,7 @@ from llama_ft.planning.predict import predict, processes
 from llama_ft.planning.roofline import by_resource
 from llama_ft.planning.run_costs import nodes, run_costs, weights
 from llama_ft.planning.timeline import timeline
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 ON_CPU = Traits(on_cuda=False, has_bf16=True, has_flash=True)
 ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)

@@ -25,26 +25,35 @@ from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
     DataConfig,
     GpuConfig,
-    GradientAccumulationConfig,
-    GradientCheckpointingConfig,
-    LoraConfig,
     MatrixRates,
     MeasureConfig,
-    MixedPrecisionConfig,
-    OptimConfig,
     PlanCheckConfig,
-    TrackerConfig,
     TrainingConfig,
 )
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.report import ReportConfig, UploadConfig
 from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer
+from llama_ft.config.techniques import (
+    COURSE,
+    LABELS,
+    TECHNIQUES,
+    GradientAccumulationConfig,
+    GradientCheckpointingConfig,
+    LoraConfig,
+    MixedPrecisionConfig,
+    OptimConfig,
+    Technique,
+)
+from llama_ft.config.tracker import TrackerConfig
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
+    "COURSE",
     "FROM_CHECKPOINT",
+    "LABELS",
     "PACKAGE_DIR",
+    "TECHNIQUES",
     "TOKENIZER_FILES",
     "Combinations",
     "ComputeDtype",
@@ -72,6 +81,7 @@ __all__ = [
     "PlanConfig",
     "ReportConfig",
     "StoredDtype",
+    "Technique",
     "TrackerConfig",
     "TrackerMode",
     "TrainConfig",

@@ -5,6 +5,8 @@ import re
 from dataclasses import field
 from typing import Any
 
+Settings = dict[str, Any]  # a section of the config in JSON's types; what keys it has the schema says
+
 
 class UserError(Exception):
     """Something the user can put right. Its text says what is wrong, where, and what is allowed."""

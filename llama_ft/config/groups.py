@@ -4,87 +4,8 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 
-from llama_ft.config.checks import (
-    DeviceChoice,
-    DtypeChoice,
-    OnBadRecord,
-    TrackerMode,
-    UserError,
-    WeightStorage,
-    check,
-    check_project,
-    setting,
-)
+from llama_ft.config.checks import DeviceChoice, OnBadRecord, UserError, check, setting
 from llama_ft.config.model import ModelConfig
-
-
-@dataclass
-class OptimConfig:
-    """Which of the four techniques are on."""
-
-    ga: bool = setting(False, "gradient accumulation")
-    mp: bool = setting(False, "mixed precision")
-    lora: bool = setting(False, "LoRA")
-    gc: bool = setting(False, "gradient checkpointing")
-
-    @property
-    def combination(self) -> str:
-        """The techniques that are on, joined by `_`; `baseline` if none is."""
-        return "_".join(name for name, on in asdict(self).items() if on) or "baseline"
-
-
-@dataclass
-class GradientAccumulationConfig:
-    """Gradient accumulation, where `optim.ga` is on."""
-
-    steps: int = setting(8, "micro-batches in an optimizer step")
-
-    def __post_init__(self) -> None:
-        check(self.steps >= 1, "ga.steps", self.steps, "at least 1")
-
-
-@dataclass
-class MixedPrecisionConfig:
-    """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
-
-    dtype: DtypeChoice = setting(DtypeChoice.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16")
-    frozen_weights: WeightStorage = setting(
-        WeightStorage.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)"
-    )
-    trainable_weights: WeightStorage = setting(
-        WeightStorage.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype"
-    )
-
-    def __post_init__(self) -> None:
-        fp16_masters = self.dtype is not DtypeChoice.fp16 or self.trainable_weights is WeightStorage.fp32
-        check(fp16_masters, "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16 (gradients cannot be unscaled)")
-
-
-@dataclass
-class LoraConfig:
-    """Low-rank adaptation, where `optim.lora` is on."""
-
-    rank: int = setting(16, "r, the inner size of the two factors")
-    alpha: float = setting(32.0, "the update is scaled by alpha / rank")
-    rslora: bool = setting(False, "the update is scaled by alpha / sqrt(rank) instead (rsLoRA)")
-    dropout: float = setting(0.05, "share of the adapter's inputs that is dropped in training")
-    targets: list[str] = setting(["wq", "wv"], "the linear layers that get an adapter: wq wk wv wo w1 w2 w3 output")
-
-    def __post_init__(self) -> None:
-        check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
-        check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "positive and finite")
-        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
-        check(len(self.targets) > 0, "lora.targets", self.targets, "one name or more, such as [wq,wv]")
-
-
-@dataclass
-class GradientCheckpointingConfig:
-    """Gradient checkpointing, where `optim.gc` is on."""
-
-    every: int = setting(1, "keep the input of every n-th block")
-
-    def __post_init__(self) -> None:
-        check(self.every >= 1, "gc.every", self.every, "at least 1")
 
 
 @dataclass
@@ -212,17 +133,6 @@ class GpuConfig:
             return None
         major, minor = self.compute_capability.split(".")
         return int(major), int(minor)
-
-
-@dataclass
-class TrackerConfig:
-    """Weights & Biases. Local files are written in any case."""
-
-    mode: TrackerMode = setting(TrackerMode.auto, "auto is online where an API key is configured, else offline")
-    project: str = setting("llama_ft", "the W&B project")
-
-    def __post_init__(self) -> None:
-        check_project(self.project)
 
 
 @dataclass

@@ -7,31 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llama_ft.config.content import content_hash
-from llama_ft.config.groups import (
-    DataConfig,
-    GpuConfig,
-    GradientAccumulationConfig,
-    GradientCheckpointingConfig,
-    LoraConfig,
-    MeasureConfig,
-    MixedPrecisionConfig,
-    OptimConfig,
-    PlanCheckConfig,
-    TrackerConfig,
-    TrainingConfig,
-)
+from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
+from llama_ft.config.techniques import Switched, TechniqueConfigs
+from llama_ft.config.tracker import TrackerConfig
 
 
 @dataclass
-class TrainConfig(ModelSource):
+class TrainConfig(TechniqueConfigs, Switched, ModelSource):
     """Everything `python -m llama_ft.train` can be told."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    ga: GradientAccumulationConfig = field(default_factory=GradientAccumulationConfig)
-    mp: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    gc: GradientCheckpointingConfig = field(default_factory=GradientCheckpointingConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
@@ -43,6 +28,11 @@ class TrainConfig(ModelSource):
         super().__post_init__()
         self.gpu.check_is_one()
         self.data.check_for(self.model)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches in an optimizer step; 1 is gradient accumulation switched off."""
+        return self.ga.steps if self.optim.ga else 1
 
     @property
     def memory_limit_mib(self) -> int | None:

@@ -20,7 +20,8 @@ from omegaconf import OmegaConf
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.data.dataset import load_data
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, MIB, new_result, write_result
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, write_result
+from llama_ft.system import MIB
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
 from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
 
 

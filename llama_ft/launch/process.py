@@ -15,17 +15,17 @@ from typing import IO, Any, Protocol
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.files import write_text
 from llama_ft.launch.interrupts import interrupts_held_back
-from llama_ft.records.result import (
-    CONFIG_FILE,
-    LOG_FILE,
-    METRICS_FILE,
+from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, read_result, write_result
+from llama_ft.system import (
     MIB,
+    NEAR_LIMIT,
     OUT_OF_MEMORY_TEXT,
-    new_result,
-    read_result,
-    write_result,
+    data_bytes,
+    oom_kills,
+    resident_bytes,
+    total_memory_bytes,
 )
-from llama_ft.system import NEAR_LIMIT, data_bytes, oom_kills, resident_bytes, total_memory_bytes
 
 POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one

@@ -28,7 +28,8 @@ from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
-from llama_ft.records.result import METRICS_FILE, MIB
+from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.system import MIB
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
 from llama_ft.training.loop import EpochWindows, train

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
-from llama_ft.records.result import CATEGORIES, MIB
+from llama_ft.records import CATEGORIES
+from llama_ft.system import MIB
 
 
 @dataclass(eq=False)

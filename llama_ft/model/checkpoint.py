@@ -25,6 +25,7 @@ from llama_ft.model.sizes import (
     meta_sizes,
     own_sizes,
 )
+from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 
@@ -43,16 +44,20 @@ class Checkpoint:
     n_files: int
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
 
+    is_builtin: bool = False  # then nobody needs to be told
+
     @torch.no_grad()
-    def load_into(self, model: Transformer, log: Callable[[str], None]) -> None:
-        """Copy the weights into a model of any device and dtype. Beside the model, one piece of a tensor lives."""
+    def load_into(self, model: Transformer, storage: Storage, log: Callable[[str], None]) -> None:
+        """Fill a materialised model, on any device. Beside the model, one piece of a tensor lives."""
         total = sum(weight.n_bytes for weight in self.weights.values())
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
-        log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
+        if not self.is_builtin:
+            log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
         done, last_line = 0, time.monotonic()
-        for name, target in model.named_parameters():
-            for first, rows in self.weights[name].pieces(1):
-                target[first : first + len(rows)].copy_(rows)
+        for name, weight in self.weights.items():
+            target = model.get_parameter(name)
+            for first, rows in weight.pieces(1):
+                storage.write(target, first, rows)
                 done += rows.nbytes
                 if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
                     log(f"weights: {done / total:.0%} read")

@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -13,64 +14,98 @@ from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
-from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
+from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
+from llama_ft.model.storage import Dense, Storage
 from llama_ft.model.transformer import Transformer, rotary_table
 
 INIT_STD = 0.02  # as transformers' initializer_range
+Log = Callable[[str], None]
 
 
-def load_model(
-    config: ModelConfig,
-    checkpoint: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    seed: int = 0,
-    log: Callable[[str], None] = lambda line: None,
-) -> Transformer:
-    """A model with the weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
+def silent(line: str) -> None:
+    """Log nothing."""
 
-    The weights are allocated once, on their device and in their dtype. `say` hears of a folder's being read.
+
+class Weights(Protocol):
+    """Where a model's weights come from."""
+
+    def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
+        """Fill a materialised model, whatever its modules have become."""
+        ...
+
+
+@dataclass(frozen=True)
+class RandomWeights:
+    """Normal(0, 0.02) for matrices and 1 for norms, from the seed alone; drawn on the device the weights are on."""
+
+    names: Sequence[str]  # of the decoder's own parameters, in the order in which they are drawn
+    seed: int
+
+    @torch.no_grad()
+    def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
+        """Draw the weights."""
+        parameters = [model.get_parameter(name) for name in self.names]
+        generator = torch.Generator(parameters[0].device).manual_seed(self.seed)
+        for parameter in parameters:
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, INIT_STD, generator=generator)
+
+
+def build(config: ModelConfig) -> Transformer:
+    """A model on the meta device: shapes without memory."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Weights:
+    """The weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
+
+    A folder is checked against the model's sizes; nothing is read yet.
 
     Raises:
         UserError: if the folder has no weights for this model.
     """
-    with torch.device("meta"):
-        model = Transformer(config).to(dtype)
-    source = _open(checkpoint, model)
-    model.to_empty(device=device)
-    model.tie()
-    model.rotary = rotary_table(config, device)
-    if source is not None:
-        source.load_into(model, log if checkpoint != "builtin" else lambda line: None)
-    else:
-        initialize(model, seed)
-    return model
-
-
-def _open(checkpoint: str, model: Transformer) -> Checkpoint | None:
-    """The checkpoint's folder, opened; None for random weights."""
+    model = build(config)
     if checkpoint == "random":
-        return None
+        return RandomWeights([name for name, _ in model.named_parameters()], seed)
     if checkpoint != "builtin":
         return open_checkpoint(Path(os.path.expanduser(checkpoint)), model)
     try:
-        return open_checkpoint(model.config.builtin_dir, model)
+        return replace(open_checkpoint(config.builtin_dir, model), is_builtin=True)
     except UserError as error:
         raise UserError(f"{error}; a model of your own sizes begins with checkpoint=random") from error
 
 
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Normal(0, 0.02) for matrices and 1 for norms, from the seed alone; drawn on the device the weights are on."""
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, INIT_STD, generator=generator)
+def materialise(model: Transformer, device: torch.device) -> None:
+    """Allocate the parameters of a model on the meta device, once, on their device; they hold no values yet."""
+    for module in model.modules():
+        for name, shape_only in list(module.named_parameters(recurse=False)):
+            memory = torch.empty(shape_only.shape, dtype=shape_only.dtype, device=device)
+            setattr(module, name, nn.Parameter(memory, requires_grad=shape_only.requires_grad))
+    model.tie()
+    model.rotary = rotary_table(model.config, device)
+
+
+def load_model(
+    config: ModelConfig, checkpoint: str, device: torch.device, dtype: torch.dtype, seed: int = 0, log: Log = silent
+) -> Transformer:
+    """A model with the weights of `checkpoint`, as `open_weights` has it, in one dtype and with no technique applied.
+
+    Args:
+        log: told of a folder's being read.
+
+    Raises:
+        UserError: if the folder has no weights for this model.
+    """
+    weights, model, storage = open_weights(checkpoint, config, seed), build(config), Dense(dtype)
+    storage.prepare(model)
+    materialise(model, device)
+    weights.load_into(model, storage, log)
+    return model
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:

@@ -22,7 +22,8 @@ from llama_ft.planning.calibration import (
 )
 from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.predict import blank_samples, processes
-from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE, read_metrics, read_result
+from llama_ft.records.metrics import METRICS_FILE, read_metrics
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, read_result
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from llama_ft.config import DeviceChoice, OptimConfig, TrainConfig, UserError
 from llama_ft.data.dataset import records_file
 from llama_ft.files import write_text
 from llama_ft.launch.process import child_environment
-from llama_ft.records.result import CONFIG_FILE, MIB
-from llama_ft.system import may_have_gpu
+from llama_ft.records.result import CONFIG_FILE
+from llama_ft.system import MIB, may_have_gpu
 
 if TYPE_CHECKING:  # what needs torch is imported in the process of its own alone: `train` starts without
     from llama_ft.planning.gpu_traits import Traits

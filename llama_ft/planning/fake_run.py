@@ -14,17 +14,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from llama_ft import techniques
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
-from llama_ft.model.transformer import Transformer
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory, use_fused_dropout
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
-from llama_ft.training.optimizer import make_optimizer
+from llama_ft.training.setup import allocate, make_step, shape_model
 from llama_ft.training.step import TrainStep
 
 
@@ -50,18 +48,13 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     on_cpu = replace(precision, device_type="cpu")
     is_16bit = precision.compute != torch.float32
     kernel = sdpa_kernel(SDPBackend.MATH) if traits.materialises_attention(config.model, is_16bit) else nullcontext()
+    model = shape_model(config, on_cpu)
     with FakeTensorMode() as fake, ShapeCache(fake), kernel:
-        torch.set_default_dtype(techniques.base_dtype(config, on_cpu))  # fake weights cannot be converted in place
-        try:
-            model = Transformer(config.model)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        applied = techniques.apply(model, config, on_cpu)
+        allocate(model, torch.device("cpu"))
         if traits.on_cuda:
             use_fused_dropout(model)
-        optimizer = make_optimizer(model.parameters(), config.training)
         model.train()
-        yield TrainStep(model, optimizer, applied, config.training.max_grad_norm)
+        yield make_step(model, config, on_cpu)
 
 
 def padding_of(config: TrainConfig, traits: Traits) -> Padding:
@@ -95,9 +88,8 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     Raises:
         UserError: as `fake_step` does.
     """
-    accumulation = config.ga.steps if config.optim.ga else 1
     padding = padding_of(config, traits)
-    hardest = hardest_windows(list(samples), config.training.micro_batch_size, accumulation, padding)
+    hardest = hardest_windows(list(samples), config.training.micro_batch_size, config.accumulation_steps, padding)
     with fake_step(config, traits) as step:
         windows = [[as_fake(batch) for batch in window] for window in hardest]
         tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, TrainConfig
-from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.techniques.mixed_precision import Precision
 
 CUDA_ROUNDING = 512  # bytes: each block of the allocator is a multiple of it (kMinBlockSize, CUDACachingAllocator.h)
 # cuBLAS's own memory, from PyTorch's allocator, once for each thread that multiplies: the forward pass's and the
@@ -30,8 +30,7 @@ class Traits:
         Raises:
             UserError: if the card has not the 16-bit format that is asked for.
         """
-        device_type = "cuda" if self.on_cuda else "cpu"
-        return mixed_precision(config.mp, device_type, self.has_bf16) if config.optim.mp else Precision(device_type)
+        return Precision.of(config, "cuda" if self.on_cuda else "cpu", self.has_bf16)
 
     def materialises_attention(self, model: ModelConfig, is_16bit: bool) -> bool:
         """Whether attention there keeps its S x S matrices: no kernel that spares them takes these inputs.

@@ -18,7 +18,7 @@ from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, wor
 from llama_ft.planning.roofline import Bound, bound
 from llama_ft.planning.run_costs import RunCosts, run_costs
 from llama_ft.planning.timeline import Point, timeline
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 MAX_PROCESSES = 8
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's

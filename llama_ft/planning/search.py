@@ -19,7 +19,7 @@ from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.predict import Lengths, Runner, blank_samples
-from llama_ft.records.result import MIB
+from llama_ft.system import MIB
 
 MAX_ESTIMATES = 12  # tries after which the middle is taken, where estimates are of no use
 EXPECTED_TRIES = 5

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ft.measure.memory import Event
-from llama_ft.records.result import CATEGORIES, MIB
+from llama_ft.records import CATEGORIES
+from llama_ft.system import MIB
 
 MAX_POINTS = 200
 

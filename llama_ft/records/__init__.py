@@ -1,1 +1,65 @@
-"""What runs and plans leave behind, each record a dataclass that is written and read in one place."""
+"""What runs and plans leave behind: each record a dataclass, written and read in one place.
+
+Knows nothing of torch, so that any command can read a record.
+"""
+
+import json
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from llama_ft.config import UserError
+from llama_ft.files import write_text
+
+SCHEMA_VERSION = 2  # of every record that has a file of its own
+CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")  # of memory
+
+R = TypeVar("R")
+
+
+@cache
+def _adapter(kind: type[R]) -> TypeAdapter[R]:
+    return TypeAdapter(kind)
+
+
+def parse(kind: type[R], content: Any, where: str) -> R:
+    """A record from JSON's types.
+
+    Args:
+        where: the file, and the line in it, for the error.
+
+    Raises:
+        UserError: naming the first field that is missing or of another type, or another schema version.
+    """
+    if isinstance(content, dict) and "schema_version" in content and content["schema_version"] != SCHEMA_VERSION:
+        found = content["schema_version"]
+        raise UserError(f"{where} has schema_version {found}, and this version reads {SCHEMA_VERSION}: run it again")
+    try:
+        return _adapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        raise UserError(f"{where} is damaged: {field or 'the record'}: {first['msg'].lower()}") from error
+
+
+def read_record(kind: type[R], file: Path) -> R:
+    """A record from its file.
+
+    Raises:
+        UserError: if the file cannot be read or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is damaged: it is not valid JSON ({error})") from error
+    return parse(kind, content, str(file))
+
+
+def write_record(record: Any, file: Path) -> None:
+    """Write a record as JSON, whole or not at all."""
+    write_text(file, json.dumps(asdict(record), indent=2) + "\n")

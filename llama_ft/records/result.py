@@ -1,111 +1,113 @@
-"""`result.json`: what a run leaves behind, however it ends. Knows nothing of torch, so that any command can read it."""
+"""`result.json`: what a run leaves behind, however it ends."""
 
-import json
-import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from llama_ft.config import TrainConfig, UserError
-from llama_ft.files import write_text
+from llama_ft.config import TrainConfig
+from llama_ft.config.checks import Settings
+from llama_ft.config.techniques import combination_name
+from llama_ft.records import SCHEMA_VERSION, read_record, write_record
 
-SCHEMA_VERSION = 1
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "train.log"
-STATUSES = ("ok", "oom", "killed", "interrupted", "error")
-CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
-MIB = 2**20
+FINISHED = ("ok", "oom")  # not to be measured again
 
-# Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
-OUT_OF_MEMORY_TEXT = re.compile(
-    r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
-    r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
-)
-
-_KNOWN = (
-    "schema_version status error config_hash combination model data gpu optim techniques micro_batch_size"
-    " memory_limit_mib command"
-).split()
-_MEASURED = (
-    "device runtime_s samples tokens tokens_per_s peak_memory_mib peak_memory_reserved_mib peak_rss_mib memory_mib"
-    " memory_max_mib peak_phase ledger trainable_params total_params trainable_percent loss_first loss_last"
-    " train_loss_before train_loss_after compute_dtype skipped_steps resumed_at_step versions"
-).split()
+Status = Literal["ok", "oom", "killed", "interrupted", "error"]
 
 
-def new_result(config: TrainConfig, command: str) -> dict[str, Any]:
-    """A result in which everything that is measured is still null."""
-    return _from_settings(config.to_dict(), command) | {
-        "config_hash": config.hash(),
-        "settings_hash": config.hash(without=("optim",)),  # equal for runs that differ in their techniques alone
-        "memory_limit_mib": config.memory_limit_mib,
-    }
+@dataclass(frozen=True)
+class MemoryItem:
+    """A part of the memory at the peak: the tensors of one category and dtype."""
+
+    category: str
+    dtype: str
+    mib: float
+    item: str | None = None  # what it is, where the category alone does not say
 
 
-def refused_result(settings: dict[str, Any], command: str, error: str) -> dict[str, Any]:
+@dataclass
+class Result:
+    """A run. What it did not come to measure is None."""
+
+    combination: str
+    model: str
+    data: str
+    gpu: str  # the profile
+    optim: dict[str, bool]
+    techniques: dict[str, Settings]  # the numbers of each technique
+    micro_batch_size: int
+    command: str
+    status: Status = "error"
+    error: str | None = None
+    config_hash: str | None = None  # None for a run that was refused before it began
+    settings_hash: str | None = None  # equal for runs that differ in their techniques alone
+    memory_limit_mib: int | None = None
+    device: str | None = None
+    compute_dtype: str | None = None
+    runtime_s: float | None = None
+    samples: int | None = None
+    tokens: int | None = None
+    tokens_per_s: float | None = None
+    peak_memory_mib: float | None = None
+    peak_memory_reserved_mib: float | None = None  # of the CUDA allocator
+    peak_rss_mib: float | None = None
+    peak_phase: str | None = None  # what ran when memory peaked: forward, backward or optimizer step
+    memory_mib: dict[str, float] | None = None  # by category, at the peak
+    memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
+    breakdown: list[MemoryItem] = field(default_factory=list)  # the peak by category and dtype
+    trainable_params: int | None = None
+    total_params: int | None = None
+    trainable_percent: float | None = None
+    loss_first: float | None = None
+    loss_last: float | None = None
+    train_loss_before: float | None = None  # of the first 8 training samples, without dropout
+    train_loss_after: float | None = None
+    skipped_steps: int | None = None
+    resumed_at_step: int | None = None
+    versions: dict[str, str | None] | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+def new_result(config: TrainConfig, command: str) -> Result:
+    """The result of a run that is about to begin."""
+    result = _from_settings(config.to_dict(), command)
+    result.config_hash, result.settings_hash = config.hash(), config.hash(without=("optim",))
+    result.memory_limit_mib = config.memory_limit_mib
+    return result
+
+
+def refused_result(settings: Settings, command: str, error: str) -> Result:
     """The result of a run that never began, since a value in its config is not allowed."""
-    return _from_settings(settings, command) | {"error": error}
+    result = _from_settings(settings, command)
+    result.error = error
+    return result
 
 
-def _from_settings(settings: dict[str, Any], command: str) -> dict[str, Any]:
-    known = {
-        "schema_version": SCHEMA_VERSION,
-        "status": "error",
-        "combination": "_".join(name for name, on in settings["optim"].items() if on) or "baseline",
-        "model": settings["model"]["name"],
-        "data": settings["data"]["name"],
-        "gpu": settings["gpu"]["name"],
-        "optim": settings["optim"],
-        "techniques": {name: settings[name] for name in settings["optim"]},
-        "micro_batch_size": settings["training"]["micro_batch_size"],
-        "command": command,
-    }
-    return dict.fromkeys((*_KNOWN, *_MEASURED)) | known
+def _from_settings(settings: Settings, command: str) -> Result:
+    return Result(
+        combination=combination_name(settings["optim"]),
+        model=settings["model"]["name"],
+        data=settings["data"]["name"],
+        gpu=settings["gpu"]["name"],
+        optim=settings["optim"],
+        techniques={name: settings[name] for name in settings["optim"]},
+        micro_batch_size=settings["training"]["micro_batch_size"],
+        command=command,
+    )
 
 
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+def write_result(run_dir: Path, result: Result) -> None:
     """Write `result.json` atomically."""
-    write_text(run_dir / RESULT_FILE, json.dumps(result, indent=2) + "\n")
+    write_record(result, run_dir / RESULT_FILE)
 
 
-def read_result(run_dir: Path) -> dict[str, Any] | None:
+def read_result(run_dir: Path) -> Result | None:
     """The folder's result; None if it has none.
 
     Raises:
-        UserError: if the file is no result of this program.
+        UserError: if the file is no result that this version writes.
     """
     file = run_dir / RESULT_FILE
-    if not file.is_file():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} cannot be read: {error}") from error
-    complete = isinstance(result, dict) and result.keys() >= set(_KNOWN)
-    if not complete or result["schema_version"] != SCHEMA_VERSION or result["status"] not in STATUSES:
-        raise UserError(f"{file} is not a result that this version writes (schema_version {SCHEMA_VERSION})")
-    return dict.fromkeys(_MEASURED) | result  # earlier versions measured less
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last one that was cut short is left out.
-
-    Raises:
-        UserError: naming the first other line that is damaged.
-    """
-    file = run_dir / METRICS_FILE
-    if not file.is_file():
-        return []
-    metrics = []
-    for number, text in enumerate(file.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise UserError(
-                f"{file}, line {number}: this is not a step that `train` writes; delete the line, or the file"
-            )
-        metrics.append(line)
-    return metrics
+    return read_record(Result, file) if file.is_file() else None

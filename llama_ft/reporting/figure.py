@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llama_ft.files import whole_file
-from llama_ft.records.result import CATEGORIES
+from llama_ft.records import CATEGORIES
 from llama_ft.reporting.curves import PAIR_COLOURS
 from llama_ft.reporting.results import Group, label, limit_of
 from llama_ft.reporting.table2 import MARKS, amount

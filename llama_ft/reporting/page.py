@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from llama_ft.records.result import CATEGORIES, CONFIG_FILE
+from llama_ft.records import CATEGORIES
+from llama_ft.records.result import CONFIG_FILE
 from llama_ft.reporting.curves import MAX_POINTS, run_charts
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, limit_in_picture, table2_panels
 from llama_ft.reporting.markup import document, facts, head_row, legend, notes, pictures, row, table, text

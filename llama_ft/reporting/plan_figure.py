@@ -13,7 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from llama_ft.records.result import CATEGORIES
+from llama_ft.records import CATEGORIES
 from llama_ft.reporting.figure import (
     COLOURS,
     FAR_LIMIT,

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.records.result import CATEGORIES, RESULT_FILE
+from llama_ft.records import CATEGORIES
+from llama_ft.records.result import RESULT_FILE
 from llama_ft.reporting.results import TECHNIQUES
 
 PLAN_FILE = "plan.json"

@@ -5,7 +5,7 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from llama_ft.records.result import CATEGORIES
+from llama_ft.records import CATEGORIES
 from llama_ft.reporting.plan_file import TABLE1_COLUMNS, Plan, Rows, baseline_of, rows_on
 from llama_ft.reporting.plan_notes import all_notes, short_instant, time_notes
 from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, label

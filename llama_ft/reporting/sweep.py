@@ -6,7 +6,7 @@ from rich.console import Console
 
 from llama_ft.config import UserError
 from llama_ft.files import write_text
-from llama_ft.records.result import read_metrics
+from llama_ft.records.metrics import read_metrics
 from llama_ft.reporting.results import Group, read_groups
 from llama_ft.reporting.table2 import csv_text, markdown, print_table, table2
 

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from llama_ft.records.result import CATEGORIES
+from llama_ft.records import CATEGORIES
 from llama_ft.reporting.results import COURSE, LABELS, TECHNIQUES, Group, limit_of
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about

@@ -113,7 +113,7 @@ def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> 
     for name, factors in adapter.factors.items():
         base = model.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        layers[name] = LoRALinear(base, factors.rank, factors.alpha, 0.0, dtype, factors.rslora)
+        layers[name] = LoRALinear(base, factors.rank, factors.alpha, rslora=factors.rslora, dtype=dtype)
     copy_factors(adapter, layers)
     for layer in layers.values():
         layer.requires_grad_(False)

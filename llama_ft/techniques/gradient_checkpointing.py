@@ -7,10 +7,17 @@ n blocks live at a time; docs/gradient_checkpointing.md shows why n = 1, not the
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llama_ft.config import GradientCheckpointingConfig
 from llama_ft.model.transformer import Caches, Transformer
+from llama_ft.techniques.mixed_precision import Precision
 
 
-def checkpoint_layers(model: Transformer, every: int) -> None:
+def apply(model: Transformer, config: GradientCheckpointingConfig, precision: Precision) -> None:
+    """Checkpoint the layers as the config says."""
+    checkpoint_layers(model, config.every)
+
+
+def checkpoint_layers(model: Transformer, every: int = 1) -> None:
     """Make the model run its layers in checkpointed groups of `every`."""
     run_group = model.run_layers
 

@@ -6,41 +6,71 @@ B zero, so that a fresh adapter changes nothing.
 
 import math
 from collections.abc import Sequence
+from functools import cache
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama_ft.config import UserError
-from llama_ft.model.transformer import at_least_fp32
+from llama_ft.config import LoraConfig, UserError
+from llama_ft.model.transformer import Transformer, at_least_fp32
+from llama_ft.techniques.mixed_precision import Precision
+
+
+def apply(model: Transformer, config: LoraConfig, precision: Precision) -> None:
+    """Freeze the model and adapt the layers that the config names.
+
+    Raises:
+        UserError: if a target names no linear layer.
+    """
+    add_lora(model, config.rank, config.alpha, config.dropout, config.targets, config.rslora, dtype=precision.trainable)
 
 
 def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
-    """What the update is multiplied by: alpha / rank, or with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732) / sqrt."""
+    """The update's factor: alpha / rank, or alpha / sqrt(rank) with rsLoRA (Kalajdzievski 2023, arXiv 2312.03732)."""
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer that takes over another's weight and adds a low-rank update to it."""
+    """A linear layer of any class that shares another one's weight and adds a low-rank update to its output.
+
+    It takes over all that the other layer holds, so the weight keeps its key and the way it is stored.
+    """
+
+    def __new__(cls, base: nn.Linear, *_: Any, **__: Any) -> Self:
+        """An instance of the subclass that computes as the base does."""
+        return super().__new__(cls if type(base) is nn.Linear else _over(cls, type(base)))
 
     def __init__(
-        self, base: nn.Linear, rank: int, alpha: float, dropout: float, dtype: torch.dtype, rslora: bool = False
+        self,
+        base: nn.Linear,
+        rank: int,
+        alpha: float,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate and fill a second weight
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.__dict__ |= {key: value.copy() if isinstance(value, dict) else value for key, value in vars(base).items()}
         self.rank, self.alpha, self.rslora = rank, alpha, rslora
         self.scale = lora_scale(rank, alpha, rslora)
         self.dropout = nn.Dropout(dropout)
         self.merged = False
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, dtype=dtype, device=device))
+        self.initialize_added()
+
+    def initialize_added(self) -> None:
+        """A Kaiming-uniform, B zero: the layer computes what its base does."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""
-        y = F.linear(x, self.weight, self.bias)
+        y = super().forward(x)
         if self.merged:
             return y
         return y + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale
@@ -64,19 +94,30 @@ class LoRALinear(nn.Linear):
         return at_least_fp32(self.lora_B) @ at_least_fp32(self.lora_A) * self.scale
 
 
+@cache
+def _over(cls: type[LoRALinear], parent: type[nn.Linear]) -> type[LoRALinear]:
+    """LoRA over a subclass of `nn.Linear`."""
+    return type(f"LoRA{parent.__name__}", (cls, parent), {})
+
+
 def add_lora(
     model: nn.Module,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str],
-    dtype: torch.dtype = torch.float32,
+    rank: int = 16,
+    alpha: float = 32.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = ("wq", "wv"),
     rslora: bool = False,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Freeze the model and replace, in place, each linear layer whose own name is in `targets`.
 
     Args:
-        targets: last parts of module names, such as `wq`; `dtype` is that of A and B.
+        rank: r, the inner size of the two factors.
+        alpha: the update is scaled by alpha / rank, or with `rslora` by alpha / sqrt(rank).
+        dropout: share of the adapter's inputs that is dropped in training.
+        targets: last parts of module names, such as `wq`.
+        dtype: of A and B.
 
     Raises:
         UserError: if a target names no linear layer.
@@ -89,7 +130,8 @@ def add_lora(
     for name, linear in linears:
         parent, _, child = name.rpartition(".")
         if child in targets:
-            setattr(model.get_submodule(parent), child, LoRALinear(linear, rank, alpha, dropout, dtype, rslora))
+            layer = LoRALinear(linear, rank, alpha, dropout, rslora, dtype=dtype)
+            setattr(model.get_submodule(parent), child, layer)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ft.config import DtypeChoice, MixedPrecisionConfig, UserError, WeightStorage
+from llama_ft.config import DtypeChoice, MixedPrecisionConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.model.storage import Dense, Storage
 
 # oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
 CPU_16BIT_PAD_MULTIPLE = 32
@@ -25,7 +26,19 @@ class Precision:
     device_type: str
     compute: torch.dtype = torch.float32
     trainable: torch.dtype = torch.float32
-    frozen: torch.dtype = torch.float32
+    frozen: Storage = Dense(torch.float32)
+
+    @classmethod
+    def of(cls, config: TrainConfig, device_type: str, has_bf16: bool) -> "Precision":
+        """A run's: mixed precision where it is on, else fp32 throughout.
+
+        Args:
+            has_bf16: whether the device computes in bf16 itself.
+
+        Raises:
+            UserError: as `mixed_precision` does.
+        """
+        return mixed_precision(config.mp, device_type, has_bf16) if config.optim.mp else cls(device_type)
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss."""
@@ -35,9 +48,9 @@ class Precision:
         """Scales the loss where fp16 gradients would underflow; bf16 has fp32's range and needs none."""
         return torch.amp.GradScaler(self.device_type, enabled=self.compute == torch.float16)
 
-    def weight_dtype(self, frozen: bool) -> torch.dtype:
-        """The dtype in which weights are stored."""
-        return self.frozen if frozen else self.trainable
+    def storage(self, *, frozen: bool) -> Storage:
+        """How weights are stored that are frozen, or that are trained."""
+        return self.frozen if frozen else Dense(self.trainable)
 
     @property
     def pad_multiple(self) -> int:
@@ -58,4 +71,4 @@ def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bo
         raise UserError("mp.trainable_weights=compute needs bf16, and this run computes in fp16: use fp32")
     compute = torch.bfloat16 if bf16 else torch.float16
     stored = {WeightStorage.fp32: torch.float32, WeightStorage.compute: compute}
-    return Precision(device_type, compute, stored[config.trainable_weights], stored[config.frozen_weights])
+    return Precision(device_type, compute, stored[config.trainable_weights], Dense(stored[config.frozen_weights]))

@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from llama_ft.config import TrackerConfig, TrackerMode, UploadConfig, UserError
-from llama_ft.records.result import CONFIG_FILE, read_metrics, read_result
+from llama_ft.records.metrics import read_metrics
+from llama_ft.records.result import CONFIG_FILE, read_result
 
 
 def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Callable[[str], None]) -> str:

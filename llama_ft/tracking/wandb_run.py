@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
-from llama_ft.records.result import CONFIG_FILE, METRICS_FILE, RESULT_FILE
+from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE
 
 # By their names in W&B, which keeps a config.yaml of its own.
 FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from llama_ft.data.collate import Batch
 from llama_ft.model.transformer import Transformer, at_least_fp32
-from llama_ft.techniques import Techniques
 from llama_ft.techniques.gradient_accumulation import target_tokens
+from llama_ft.techniques.mixed_precision import Precision
 
 Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
@@ -24,12 +24,16 @@ class TrainStep:
     """Callable on a window. Nothing in it waits for the device."""
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, techniques: Techniques, max_grad_norm: float
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        max_grad_norm: float = 1.0,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
-        self.precision = techniques.precision
-        self.scaler = techniques.precision.scaler()
+        self.precision = precision
+        self.scaler = precision.scaler()
         self.max_grad_norm = max_grad_norm
         self.device = next(model.parameters()).device
 

@@ -1,0 +1,202 @@
+"""The registry of techniques: what each is called, its numbers, and what applies it.
+
+Each field of `TechniqueConfigs` is one technique. Its switch `optim.NAME`, its label, the combinations, the rows of
+tables and plans, and the advice all follow from that field.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from llama_ft.config.checks import DtypeChoice, WeightStorage, check, setting
+
+BASELINE = "baseline"  # the combination with every technique off
+
+
+@dataclass(frozen=True)
+class Technique:
+    """One technique.
+
+    Attributes:
+        name: of its switch `optim.NAME` and of its section of the config.
+        label: its name in tables.
+        meaning: what `--help` says of the switch.
+        apply: `module:function` that changes a model in place, called with the model, the section and the run's
+            `Precision`. None where the technique changes no module: it is then a value that the training step is given.
+        changes_operators: whether it changes the operators of a micro-batch. Combinations that differ only in
+            techniques that do not are planned from the same fake steps.
+        in_course: whether it is one of the course's Table 2, with a column always and presets in `conf/optim`.
+    """
+
+    name: str
+    label: str
+    meaning: str
+    apply: str | None
+    changes_operators: bool
+    in_course: bool
+
+
+def technique(
+    section: type,
+    label: str,
+    meaning: str,
+    apply: str | None = None,
+    *,
+    changes_operators: bool = True,
+    in_course: bool = False,
+) -> Any:
+    """A field of `TechniqueConfigs`: a technique's numbers, and what `Technique` says of it."""
+    about = {"label": label, "meaning": meaning, "apply": apply, "changes_operators": changes_operators}
+    return field(default_factory=section, metadata=about | {"in_course": in_course})
+
+
+@dataclass
+class GradientAccumulationConfig:
+    """Gradient accumulation, where `optim.ga` is on."""
+
+    steps: int = setting(8, "micro-batches in an optimizer step")
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 1, "ga.steps", self.steps, "at least 1")
+
+
+@dataclass
+class MixedPrecisionConfig:
+    """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
+
+    dtype: DtypeChoice = setting(DtypeChoice.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16")
+    frozen_weights: WeightStorage = setting(
+        WeightStorage.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)"
+    )
+    trainable_weights: WeightStorage = setting(
+        WeightStorage.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype"
+    )
+
+    def __post_init__(self) -> None:
+        fp16_masters = self.dtype is not DtypeChoice.fp16 or self.trainable_weights is WeightStorage.fp32
+        check(fp16_masters, "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16 (gradients cannot be unscaled)")
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation, where `optim.lora` is on."""
+
+    rank: int = setting(16, "r, the inner size of the two factors")
+    alpha: float = setting(32.0, "the update is scaled by alpha / rank")
+    rslora: bool = setting(False, "the update is scaled by alpha / sqrt(rank) instead (rsLoRA)")
+    dropout: float = setting(0.05, "share of the adapter's inputs that is dropped in training")
+    targets: list[str] = setting(["wq", "wv"], "the linear layers that get an adapter: wq wk wv wo w1 w2 w3 output")
+
+    def __post_init__(self) -> None:
+        check(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        check(0 < self.alpha < math.inf, "lora.alpha", self.alpha, "positive and finite")
+        check(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        check(len(self.targets) > 0, "lora.targets", self.targets, "one name or more, such as [wq,wv]")
+
+
+@dataclass
+class GradientCheckpointingConfig:
+    """Gradient checkpointing, where `optim.gc` is on."""
+
+    every: int = setting(1, "keep the input of every n-th block")
+
+    def __post_init__(self) -> None:
+        check(self.every >= 1, "gc.every", self.every, "at least 1")
+
+
+@dataclass
+class TechniqueConfigs:
+    """The techniques, in the order in which they are applied.
+
+    LoRA comes before checkpointing: it replaces modules, and checkpointing runs the final ones.
+    """
+
+    ga: GradientAccumulationConfig = technique(
+        GradientAccumulationConfig, "GA", "gradient accumulation", changes_operators=False, in_course=True
+    )
+    mp: MixedPrecisionConfig = technique(MixedPrecisionConfig, "MP", "mixed precision", in_course=True)
+    lora: LoraConfig = technique(LoraConfig, "LoRA", "LoRA", "llama_ft.techniques.lora:apply", in_course=True)
+    gc: GradientCheckpointingConfig = technique(
+        GradientCheckpointingConfig,
+        "GC",
+        "gradient checkpointing",
+        "llama_ft.techniques.gradient_checkpointing:apply",
+    )
+
+
+TECHNIQUES = tuple(Technique(each.name, **each.metadata) for each in fields(TechniqueConfigs))
+COURSE = tuple(each for each in TECHNIQUES if each.in_course)
+LABELS = {each.name: each.label for each in TECHNIQUES}
+
+
+class _Switches:
+    """What the dataclass of the switches can do."""
+
+    @property
+    def combination(self) -> str:
+        """The techniques that are on, joined by `_`; `baseline` if none is."""
+        return combination_name(asdict(self))  # type: ignore[call-overload]
+
+    @property
+    def as_typed(self) -> str:
+        """The combination as one types it: a preset, and the switches that no preset has."""
+        switches: dict[str, bool] = asdict(self)  # type: ignore[call-overload]
+        preset = combination_name({each.name: switches[each.name] for each in COURSE})
+        others = [f"optim.{each.name}=true" for each in TECHNIQUES if not each.in_course and switches[each.name]]
+        return " ".join([f"optim={preset}", *others])
+
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class OptimConfig(_Switches):
+        """Which techniques are on: a switch for each."""
+
+        def __init__(self, **switches: bool) -> None: ...
+
+        def __getattr__(self, name: str) -> bool: ...
+
+else:
+    OptimConfig = make_dataclass(
+        "OptimConfig", [(each.name, bool, setting(False, each.meaning)) for each in TECHNIQUES], bases=(_Switches,)
+    )
+    OptimConfig.__module__ = __name__  # so that processes can pass it to each other
+    OptimConfig.__doc__ = "Which techniques are on: a switch for each."
+
+
+@dataclass
+class Switched:
+    """The switches, as a section of the config."""
+
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def combination_name(switches: dict[str, bool]) -> str:
+    """The names of the techniques that are on, joined by `_`; `baseline` if none is."""
+    return "_".join(name for name, on in switches.items() if on) or BASELINE
+
+
+def combination_label(switches: dict[str, bool]) -> str:
+    """A combination for people: `GA+MP+LoRA`."""
+    return "+".join(each.label for each in TECHNIQUES if switches.get(each.name)) or BASELINE
+
+
+def table_order(switches: dict[str, bool]) -> tuple[bool, ...]:
+    """Sorts combinations as the course's Table 2 does; those with other techniques come after those without."""
+    others = [each for each in TECHNIQUES if not each.in_course]
+    return tuple(switches.get(each.name, False) for each in (*others, *COURSE))
+
+
+def shown_techniques(combinations: Iterable[dict[str, bool]]) -> list[Technique]:
+    """Techniques with a row in a table's heading: the course's always, the others where a combination has them on."""
+    rows = list(combinations)
+    return [each for each in TECHNIQUES if each.in_course or any(row.get(each.name) for row in rows)]
+
+
+def combinations(varied: Iterable[str] = (), among: Iterable[Technique] = COURSE) -> Iterator[OptimConfig]:
+    """Every combination of the course's techniques and of those named in `varied`, in the table's order."""
+    names = [*varied, *(each.name for each in among)]
+    for on in product((False, True), repeat=len(names)):
+        yield OptimConfig(**dict(zip(names, on, strict=True)))

@@ -1,0 +1,54 @@
+"""`metrics.jsonl`: a line for each optimizer step."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llama_ft.records import parse
+
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step."""
+
+    step: int  # counted from 1
+    total_steps: int
+    loss: float  # mean over the step's target tokens, in nats
+    grad_norm: float | None  # before clipping; None where it was not finite and the step was skipped
+    lr: float
+    tokens: int  # so far, padding not counted
+    tokens_per_s: float  # of this step
+    memory_mib: float  # in use after the step
+    time_s: float  # of training so far
+
+    def line(self) -> str:
+        """The step's line in the file."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+def parse_line(text: bytes | str, where: str) -> StepMetrics:
+    """A step from its line.
+
+    Raises:
+        UserError: if the line is damaged.
+    """
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    return parse(StepMetrics, content, where)
+
+
+def read_metrics(run_dir: Path) -> list[StepMetrics]:
+    """The steps of a run. A last line that was cut short is left out.
+
+    Raises:
+        UserError: naming the first other line that is damaged.
+    """
+    file = run_dir / METRICS_FILE
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [parse_line(text, f"{file}, line {number}") for number, text in enumerate(lines, 1)]

@@ -1,0 +1,149 @@
+"""`plan.json`: what combinations of techniques would need and take on cards."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from llama_ft.config.checks import Settings
+from llama_ft.records import SCHEMA_VERSION, read_record, write_record
+from llama_ft.records.result import MemoryItem
+
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class MemoryPoint:
+    """What is alive after an event of an optimizer step."""
+
+    event: int  # counted from the step's first
+    phase: str  # what runs then
+    memory_mib: dict[str, float]  # by category
+
+
+@dataclass
+class PlanRow:
+    """A combination on a card. None is what is not known there; all is None where `error` says why it cannot run."""
+
+    optim: dict[str, bool]
+    combination: str
+    gpu: str
+    error: str | None = None
+    peak_memory_mib: float | None = None
+    peak_phase: str | None = None
+    memory_mib: dict[str, float] | None = None  # by category, at the peak
+    memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
+    breakdown: list[MemoryItem] = field(default_factory=list)
+    reserved_mib: float | None = None  # by the CUDA allocator
+    context_mib: float | None = None  # of the CUDA context
+    required_mib: float | None = None  # both
+    total_memory_mib: float | None = None  # of the card
+    fits: bool | None = None
+    margin_mib: float | None = None
+    trainable_params: int | None = None
+    total_params: int | None = None
+    steps: int | None = None  # optimizer steps
+    samples: int | None = None
+    tokens: int | None = None
+    flops: dict[str, float] | None = None  # by dtype
+    bytes_moved: float | None = None
+    operators: float | None = None
+    runtime_s: float | None = None
+    tokens_per_s: float | None = None
+    bound_runtime_s: float | None = None  # at the full rate of the card's units or memory
+    binds: str | None = None  # the resource that binds longest
+    bound_s: dict[str, float] | None = None  # seconds of the bound by resource
+    timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step; of the first card alone
+
+
+@dataclass(frozen=True)
+class Table1Cell:
+    """What a technique changes: an arrow, and the numbers behind it."""
+
+    arrow: str
+    before: float
+    after: float
+    unit: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table1Row:
+    """A technique, as it is chosen, in the course's Table 1."""
+
+    technique: str
+    name: str
+    choice: str
+    cells: dict[str, Table1Cell]  # by category of memory, and of `computation`
+
+
+@dataclass(frozen=True)
+class Table1:
+    """The course's Table 1 for a card."""
+
+    baseline: str  # in words
+    rows: list[Table1Row]
+    notes: list[str]
+
+
+@dataclass
+class Advice:
+    """What to run."""
+
+    goal: str
+    gpu: str | None  # None where it is for several cards
+    combination: str | None = None
+    longest_sequence: int | None = None  # tokens of a sample; None where none fits or it was not looked for
+    largest_micro_batch: int | None = None  # samples of this data
+    lines: list[str] = field(default_factory=list)  # for people
+
+
+@dataclass(frozen=True)
+class PlannedData:
+    """The samples that a plan is made for."""
+
+    name: str
+    about: str
+    is_stand_in: bool  # whether the lengths are made up
+    samples: int
+    longest: int  # tokens
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PlannedTime:
+    """What `runtime_s` of the rows is."""
+
+    kind: Literal["bound", "calibrated"]
+    about: str
+
+
+@dataclass
+class Plan:
+    """A plan."""
+
+    command: str
+    versions: dict[str, str | None]
+    model: str
+    data: PlannedData
+    techniques: dict[str, Settings]
+    training: Settings
+    gpus: list[Settings]
+    time: PlannedTime
+    rows: list[PlanRow]
+    table1: Table1 | None = None
+    advice: Advice | None = None
+    schema_version: int = SCHEMA_VERSION
+
+
+def write_plan_file(plan: Plan, folder: Path) -> None:
+    """Write `plan.json` atomically."""
+    write_record(plan, folder / PLAN_FILE)
+
+
+def read_plan_file(folder: Path) -> Plan:
+    """A folder's plan.
+
+    Raises:
+        UserError: if there is none, or the file is no plan that this version writes.
+    """
+    return read_record(Plan, folder / PLAN_FILE)
