@@ -75,7 +75,12 @@ class MeasuredRun:
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
         self._count_parameters(step.model)
-        self._train(step, Windows.of(self.dataset.samples, config, precision, device))
+        training = config.training
+        accumulation = config.accumulation_steps
+        self._train(
+            step,
+            Windows.over(self.dataset.samples, step, training.micro_batch_size, accumulation, training.seed),
+        )
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)

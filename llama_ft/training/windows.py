@@ -3,14 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from llama_ft.config import TrainConfig
 from llama_ft.data.collate import NO_PADDING, Padding, epoch_batches
 from llama_ft.data.dataset import Sample
 from llama_ft.techniques.gradient_accumulation import windows
-from llama_ft.techniques.mixed_precision import Precision
-from llama_ft.training.step import Window
+from llama_ft.training.step import TrainStep, Window
 
 
 @dataclass(frozen=True)
@@ -25,13 +21,17 @@ class Windows:
     pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
 
     @classmethod
-    def of(
-        cls, samples: Sequence[Sample], config: TrainConfig, precision: Precision, device: torch.device
+    def over(
+        cls,
+        samples: Sequence[Sample],
+        step: TrainStep,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        seed: int = 0,
     ) -> "Windows":
-        """Those of a run on a device."""
-        padding = Padding(precision.pad_multiple, config.model.max_seq_len)
-        size, seed = config.training.micro_batch_size, config.training.seed
-        return cls(samples, size, config.accumulation_steps, seed, padding, device.type == "cuda")
+        """Those of a training step, padded and pinned as its precision and device want them."""
+        padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
+        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, step.device.type == "cuda")
 
     def __call__(self, epoch: int, first: int = 0) -> Iterator[Window]:
         """The windows of an epoch, counted from 0, from the window `first` on."""
