@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 
 from llama_ft.config import GpuConfig, TrainConfig, UserError
+from llama_ft.config.train import read_config
 from llama_ft.data.dataset import load_data
-from llama_ft.launch.child import read_config
 from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.lengths import Lengths, blank_samples, lengths_of
 from llama_ft.planning.operators import flops_of
@@ -17,7 +17,7 @@ from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.roofline import RATES, bound_by_resource
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
-from llama_ft.records.result import RESULT_FILE, Result, ran_on, read_result
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result, ran_on, read_result
 
 Runs = dict[str, list[tuple[float, float]]]  # by dtype, of each run its work, as `work_of` has it, and its seconds
 
@@ -48,7 +48,7 @@ def measured_runs(folder: Path, gpu: GpuConfig) -> tuple[Runs, str]:
 
 def _data(run_dir: Path, result: Result) -> tuple[TrainConfig, Lengths]:
     """A run's config, and the lengths of its samples."""
-    config = read_config(run_dir)
+    config = read_config(run_dir / CONFIG_FILE)
     try:
         lengths = lengths_of(load_data(config).samples)
     except UserError as error:

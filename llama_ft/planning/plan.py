@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig, UserError
 from llama_ft.config.techniques import combinations
-from llama_ft.launch.run import versions
+from llama_ft.device import versions
 from llama_ft.planning.advice import Adviser
 from llama_ft.planning.calibration import calibrate, measured_runs
 from llama_ft.planning.lengths import DataLengths
