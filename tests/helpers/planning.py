@@ -14,6 +14,10 @@ SIXTEEN = list(combinations(["gc"]))
 # Tokens of samples, and those of their prompts: numbers of targets differ by far more than lengths.
 RAGGED = ((30, 5), (12, 2), (25, 23), (8, 3), (17, 10), (40, 4), (9, 7), (21, 19))
 
+# A wide head over few layers: a fake run is quick, and a token needs enough for the allocator's pages to differ.
+WIDE_HEAD = ModelConfig("wide", 32, 1, 2, 2, 48, vocab_size=100_000, max_seq_len=24)
+SHORT = ((12, 4), (20, 6), (9, 2), (16, 3), (14, 9))
+
 
 def small_config(**on: bool) -> TrainConfig:
     """Two narrow layers, with these techniques."""
