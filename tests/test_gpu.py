@@ -6,8 +6,8 @@ import os
 import pytest
 import torch
 from conftest import run
-from test_model import relative, small_model
-from test_techniques import ragged_samples
+from helpers.models import relative, small_model
+from helpers.training import ragged_samples
 
 from llama_ft import techniques
 from llama_ft.config import MixedPrecisionConfig
