@@ -11,14 +11,13 @@ import torch
 from conftest import CHECKOUT
 from omegaconf import OmegaConf
 
+from dev import pretrain, sample
+from dev.textbook import CLOSE, OPEN, TOPICS, lessons, pages, wordings
 from llama_ft.config import PACKAGE_DIR, DecodingConfig, ModelConfig, ModelSource, UserError
-from llama_ft.data.sample import make
-from llama_ft.data.sample.textbook import CLOSE, OPEN, TOPICS, lessons, pages, wordings
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
-from llama_ft.training import pretrain
 
 TINY = PACKAGE_DIR / "model" / "tiny"
 SMALL = ModelConfig("tiny", dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=48, vocab_size=2048, max_seq_len=1024)
@@ -37,7 +36,7 @@ def heldout() -> list[dict[str, str]]:
 
 
 def test_every_task_has_its_topic_and_every_topic_its_wordings(text: str) -> None:
-    assert TOPICS.keys() == wordings()["topics"].keys() == {task.name for task in make.TASKS} | {"copy"}
+    assert TOPICS.keys() == wordings()["topics"].keys() == {task.name for task in sample.TASKS} | {"copy"}
     assert "plural" in text
     assert "{" not in text
 
@@ -153,7 +152,7 @@ def test_the_checksums_are_those_of_the_files() -> None:
 def test_model_and_tokenizer_are_small_and_have_a_card() -> None:
     assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 8 * 2**20
     card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert "python -m llama_ft.training.pretrain" in card
+    assert "python -m dev.pretrain" in card
     assert hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest() in card
 
 

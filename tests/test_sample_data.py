@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import llama_ft
+from dev import corpus, sample, vocabulary, word_tasks, words
+from dev.task import Example, Task
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.sample import corpus, make, vocabulary, word_tasks, words
-from llama_ft.data.sample.task import Example, Task
 
 PACKAGE = Path(llama_ft.__file__).parent
 DATA = PACKAGE / "data" / "sample"
 TOKENIZER = PACKAGE / "model" / "tiny" / "tokenizer.model"
 SPLITS = ("train", "heldout")
-TASKS = [task.name for task in make.TASKS]
+TASKS = [task.name for task in sample.TASKS]
 DAYS, MONTHS = list(calendar.day_name), list(calendar.month_name)[1:]
 COLOURS = {"red", "blue", "green", "yellow", "black", "white", "brown", "purple", "orange", "pink"}
 GOOD = {
@@ -83,9 +83,9 @@ def pieces(tokenizer: sentencepiece.SentencePieceProcessor) -> list[str]:
 
 
 def test_script_writes_the_files_that_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer):
-    monkeypatch.setattr("sys.argv", ["make", "--out", str(tmp_path / "new")])
+    monkeypatch.setattr("sys.argv", ["sample", "--out", str(tmp_path / "new")])
     random.seed(0)  # the script must not depend on the global generator
-    make.main()
+    sample.main()
     for split in SPLITS:
         assert (tmp_path / "new" / f"{split}.jsonl").read_bytes() == (DATA / f"{split}.jsonl").read_bytes()
     again = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "new" / "tokenizer.model"))
@@ -131,7 +131,7 @@ def test_no_answer_dominates(task: str, split: str):
     assert share <= (1 / 2 if task in ("sentiment", "contains_letter") else 1 / 6)
 
 
-@pytest.mark.parametrize("task", make.TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", sample.TASKS, ids=lambda task: task.name)
 def test_every_wording_is_used(task: Task):
     assert len(task.wordings) >= 3
     asked = [record["instruction"] + "\n" + record["input"] for record in of_task(task.name, "train")]
@@ -236,7 +236,7 @@ def test_number_in_words():
         total = sum(value[word] for word in re.findall("[a-z]+", rest) if word != "and")
         assert [total + 100 * ("hundred" in record["output"])] == numbers(record)
     some = {7: "seven", 40: "forty", 99: "ninety-nine", 100: "one hundred", 112: "one hundred and twelve"}
-    assert all(make.number_tasks.number_in_words(number) == text for number, text in some.items())
+    assert all(sample.number_tasks.number_in_words(number) == text for number, text in some.items())
 
 
 def test_calendar():
