@@ -85,7 +85,7 @@ class MeasuredRun:
         training, padding = config.training, Padding(step.precision.pad_multiple, config.model.max_seq_len)
 
         def epoch_windows(epoch: int) -> list[Window]:
-            batches = epoch_batches(dataset.samples, training.micro_batch_size, epoch, training.seed, padding)
+            batches = list(epoch_batches(dataset.samples, training.micro_batch_size, epoch, training.seed, padding))
             if device.type == "cuda":
                 batches = [batch.pinned() for batch in batches]
             return list(windows(batches, accumulation_steps))
