@@ -32,11 +32,14 @@ def tiny() -> Tokenizer:
     return Tokenizer(TINY_TOKENIZER)
 
 
+@pytest.fixture(scope="session")
+def llama2(test_data) -> Tokenizer:
+    return Tokenizer(test_data / "llama2_tokenizer.model")
+
+
 @pytest.fixture(scope="session", params=["tiny", "llama2"])
-def tokenizer(request, tiny) -> Tokenizer:
-    if request.param == "tiny":
-        return tiny
-    return Tokenizer(request.getfixturevalue("test_data") / "llama2_tokenizer.model")
+def tokenizer(request) -> Tokenizer:
+    return request.getfixturevalue(request.param)
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
@@ -47,8 +50,7 @@ def text_of(tokenizer: Tokenizer, ids: list[int]) -> str:
 # The tokenizer
 
 
-def test_tokenizer_sizes_and_special_ids(tiny, test_data):
-    llama2 = Tokenizer(test_data / "llama2_tokenizer.model")
+def test_tokenizer_sizes_and_special_ids(tiny, llama2):
     assert (tiny.vocab_size, tiny.bos_id, tiny.eos_id) == (2048, 1, 2)
     assert (llama2.vocab_size, llama2.bos_id, llama2.eos_id) == (32000, 1, 2)
     assert llama2.encode("Hello world", bos=True) == [1, 15043, 3186]
@@ -112,27 +114,16 @@ def test_tokenizer_without_eos(tmp_path):
 def test_prompt_with_input():
     assert prompt_text("Add the numbers.", "2 and 3") == (
         "Below is an instruction that describes a task, paired with an input that provides further context."
-        " Write a response that appropriately completes the request.\n"
-        "\n"
-        "### Instruction:\n"
-        "Add the numbers.\n"
-        "\n"
-        "### Input:\n"
-        "2 and 3\n"
-        "\n"
-        "### Response:"
+        " Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nAdd the numbers.\n\n### Input:\n2 and 3\n\n### Response:"
     )
 
 
 def test_prompt_without_input():
     assert prompt_text("Name a colour.") == (
         "Below is an instruction that describes a task."
-        " Write a response that appropriately completes the request.\n"
-        "\n"
-        "### Instruction:\n"
-        "Name a colour.\n"
-        "\n"
-        "### Response:"
+        " Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\nName a colour.\n\n### Response:"
     )
 
 
@@ -141,8 +132,7 @@ def test_braces_in_a_record_are_text():
     assert "{instruction}}" in prompt_text("x", "{instruction}}")
 
 
-def test_a_known_record_to_the_token(test_data):
-    llama2 = Tokenizer(test_data / "llama2_tokenizer.model")
+def test_a_known_record_to_the_token(llama2):
     sample = encode_record(Record("Name a colour.", "", "Hello world"), llama2)
     # "Hello" without a space before it is 10994 in LLaMA-2's vocabulary; "world" with one is 3186.
     assert sample.tokens[sample.n_prompt :] == [10994, 3186, 2]
@@ -179,8 +169,7 @@ def test_partition_where_prompt_and_answer_may_share_a_piece(tokenizer, output):
     check_partition(tokenizer, Record("Say it.", "", output))
 
 
-def test_a_piece_across_the_border_is_trained_on(test_data):
-    llama2 = Tokenizer(test_data / "llama2_tokenizer.model")
+def test_a_piece_across_the_border_is_trained_on(llama2):
     sample = encode_record(Record("List two.", "", "- one\n- two"), llama2)
     assert llama2.decode(sample.tokens[1 : sample.n_prompt]) + ":" == prompt_text("List two.")
     assert text_of(llama2, sample.tokens[sample.n_prompt : -1]) == ":- one\n- two"
@@ -196,8 +185,7 @@ def test_targets_of_the_built_in_records_are_answer_and_eos(tiny, name):
 # The real records
 
 
-def test_real_records(test_data):
-    llama2 = Tokenizer(test_data / "llama2_tokenizer.model")
+def test_real_records(llama2, test_data):
     file = test_data / "alpaca_data_200.json"
     records, n_skipped = read_records(file, OnBadRecord.error)
     dataset = load_dataset(DataConfig(name="alpaca_200", path=str(file), first=200), llama2, 4096, None)
@@ -208,8 +196,7 @@ def test_real_records(test_data):
     assert "200 samples, 24,200 tokens (median 96, longest 405)" in dataset.describe()
 
 
-def test_real_answers_are_the_targets(test_data):
-    llama2 = Tokenizer(test_data / "llama2_tokenizer.model")
+def test_real_answers_are_the_targets(llama2, test_data):
     source = json.loads((test_data / "alpaca_data_200.json").read_text(encoding="utf-8"))
     records, _ = read_records(test_data / "alpaca_data_200.json", OnBadRecord.error)
     n_exact = 0
