@@ -1,15 +1,12 @@
 """The records that a model is evaluated on, with their tasks, and the majority baseline."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, read_records, records_file
-from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 
@@ -86,10 +83,4 @@ def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
 def _read(file: Path, config: DataConfig) -> tuple[list[tuple[Record, str]], int]:
     """The records with their tasks, and how many bad ones were skipped."""
     records, n_skipped = read_records(file, config.on_bad_record, config.first)
-    values = [value for _, value in json_records(file, ("instruction",)) if isinstance(value, dict)]
-    tasks = {_identity(value): str(value.get("task") or NO_TASK) for value in values}
-    return [(record, tasks[_identity(vars(record))]) for record in records], n_skipped
-
-
-def _identity(value: dict[str, Any]) -> str:
-    return json.dumps([value.get("instruction"), value.get("input") or "", value.get("output")])
+    return [(record, record.task or NO_TASK) for record in records], n_skipped
