@@ -8,7 +8,7 @@ import torch
 
 from llama_ft.api.models import DTYPES, DtypeName
 from llama_ft.config import OnBadRecord, TrainingConfig, UserError
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record
+from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.device import memory_in_use_mib
@@ -50,9 +50,10 @@ def encode(
     samples = []
     for number, record in enumerate(records, 1):
         if not isinstance(record, Record):
-            if missing := {"instruction", "output"} - record.keys():
-                raise UserError(f"record {number}: {min(missing)} is missing")
-            record = Record(record["instruction"], record.get("input") or "", record["output"])
+            try:
+                record = as_record(record)
+            except ValueError as error:
+                raise UserError(f"record {number}: {error}") from error
         sample = encode_record(record, tokenizer)
         sample = Sample(sample.tokens[:max_length], sample.n_prompt)
         if sample.n_targets > 0:

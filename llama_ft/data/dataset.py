@@ -125,7 +125,7 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
     records, n_skipped = [], 0
     for where, value in islice(json_records(path, ("instruction",)), first):
         try:
-            records.append(_record(value))
+            records.append(as_record(value))
         except ValueError as error:
             if on_bad_record is OnBadRecord.error:
                 advice = "data.on_bad_record=skip leaves such records out"
@@ -147,7 +147,7 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     return Sample(tokens, n_prompt)
 
 
-def _record(value: object) -> Record:
+def as_record(value: object) -> Record:
     """The record in a JSON value.
 
     Raises:
