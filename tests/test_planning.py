@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import KB
 
-from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, TrainConfig, UserError, WeightStorage
+from llama_ft.config import DeviceChoice, Dtype, GpuConfig, MatrixRates, TrainConfig, UserError
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.launch.run import track_memory
@@ -91,7 +91,7 @@ def test_grouped_queries(small_config: TrainConfig) -> None:
 
 
 def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:
-    small_config.mp.dtype = DtypeChoice.fp16
+    small_config.mp.dtype = Dtype.fp16
     toggles = (False, True, False, False)
     samples = ragged_samples()
     real, fake = measured(small_config, samples, toggles), fake_run(with_optim(small_config, toggles), samples, ON_CPU)
@@ -177,7 +177,7 @@ def test_cards_that_an_fp32_run_cannot_tell_apart_share_it(tiny_config: TrainCon
 
 
 def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainConfig) -> None:
-    small_config.mp.dtype = DtypeChoice.bf16
+    small_config.mp.dtype = Dtype.bf16
     optims = [with_optim(small_config, toggles).optim for toggles in ((False,) * 4, (False, True, False, False))]
     fp32, bf16 = predict(small_config, optims, [card("7.5")], [(20, 5)])
     assert "bf16 is not supported" in bf16["error"]
@@ -389,8 +389,8 @@ def test_a_lora_target_that_there_is_not_is_refused(small_config: TrainConfig) -
 def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig) -> None:
     samples = ragged_samples()
     for toggles, key, value in (
-        ((False, True, True, False), "frozen_weights", WeightStorage.fp32),
-        ((False, True, False, False), "trainable_weights", WeightStorage.compute),
+        ((False, True, True, False), "frozen_weights", Dtype.fp32),
+        ((False, True, False, False), "trainable_weights", Dtype.compute),
     ):
         config = replace(small_config, mp=replace(small_config.mp, **{key: value}))
         assert fake_run(with_optim(config, toggles), samples, ON_CPU).use == measured(config, samples, toggles)

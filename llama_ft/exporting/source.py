@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, ModelConfig, StoredDtype, UserError
+from llama_ft.config import ConvertConfig, Dtype, ModelConfig, UserError
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
@@ -17,7 +17,7 @@ from llama_ft.techniques.lora import lora_scale
 from llama_ft.techniques.peft import Factors
 from llama_ft.techniques.peft_reader import read_adapter
 
-DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)

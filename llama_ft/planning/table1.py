@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.config import Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
@@ -101,7 +101,7 @@ def comparisons(config: TrainConfig) -> list[Comparison]:
     """The rows, those of a technique below each other where its effect depends on a choice."""
     size, steps = config.training.micro_batch_size, config.ga.steps
 
-    def run(micro_batch: int = size, frozen: WeightStorage = config.mp.frozen_weights, **on: bool) -> TrainConfig:
+    def run(micro_batch: int = size, frozen: Dtype = config.mp.frozen_weights, **on: bool) -> TrainConfig:
         training, mp = replace(config.training, micro_batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
         return replace(config, optim=OptimConfig(**on), training=training, mp=mp)
 
@@ -110,7 +110,7 @@ def comparisons(config: TrainConfig) -> list[Comparison]:
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
     kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
-    masters = config.mp.trainable_weights is WeightStorage.fp32
+    masters = config.mp.trainable_weights is Dtype.fp32
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     return [
         Comparison("ga", held, run(steps * size), run(ga=True)),
@@ -120,8 +120,8 @@ def comparisons(config: TrainConfig) -> list[Comparison]:
         *(
             Comparison("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
             for frozen, text in (
-                (WeightStorage.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
-                (WeightStorage.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
+                (Dtype.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
+                (Dtype.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
             )
         ),
         Comparison("lora", adapters, run(), run(lora=True)),
