@@ -30,7 +30,7 @@ USAGE = cli.Usage(
         "checkpoint=llama-2-7b-hf adapter=outputs/mine to=hf output=mine dtype=bf16",
         "model=tiny adapter=outputs/lora to=hf output=tiny-hf",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
 MIB = 2**20

@@ -35,7 +35,7 @@ USAGE = cli.Usage(
         "interactive=true adapter=outputs/mine",
         "prompt=Hello kv_cache=false decoding=beam",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 
 
