@@ -39,7 +39,7 @@ from llama_ft.records.result import CONFIG_FILE, Result, new_result
 
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
-OPTIONS = [name for name in YAML_FILES if name not in SCHEMAS]  # of config groups
+OPTIONS = [name for name in YAML_FILES if "/" in name]  # the choices of groups
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
