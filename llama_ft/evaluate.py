@@ -15,7 +15,7 @@ from llama_ft.config import EvaluateConfig, UserError
 from llama_ft.files import output_folder, write_text
 from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.reporting.table2 import print_table
+from llama_ft.reporting.table import print_table
 
 if TYPE_CHECKING:
     from llama_ft.evaluation.measures import EvalInputs, Measured

@@ -48,7 +48,7 @@ from llama_ft.files import locked
 from llama_ft.model.formats import hf_name, permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.reporting import progress
-from llama_ft.reporting.table2 import Table, print_table
+from llama_ft.reporting.table import Table, print_table
 from llama_ft.training.saver import save_trained
 
 SIZES = [f"model.{key}={getattr(SMALL, key)}" for key in "dim n_layers n_heads n_kv_heads ffn_dim context".split()]

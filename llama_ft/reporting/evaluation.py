@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from llama_ft.reporting.table2 import Table, markdown
+from llama_ft.reporting.table import Table, markdown
 
 LABELS = {"model": "Model", "base": "Base", "fine_tuned": "Fine-tuned"}
 MAX_NAME_LENGTH = 16  # characters of a model's name in the heading; the notes have it whole
