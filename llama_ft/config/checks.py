@@ -58,10 +58,9 @@ class TrackerMode(enum.Enum):
 
 
 class Combinations(enum.Enum):
-    """Which combinations are planned."""
+    """Which combinations are planned: all of the techniques', or the one that is asked for."""
 
-    eight = "eight"
-    sixteen = "sixteen"
+    all = "all"
     one = "one"
 
 
