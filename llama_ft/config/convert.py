@@ -26,7 +26,6 @@ class ConvertConfig:
         None, "files to write; null is one for every 5 GB in Hugging Face's format, and one in Meta's"
     )
     tokenizer: str | None = setting(None, "a tokenizer to put beside the weights; null is the one in the checkpoint")
-    probe: bool = setting(True, "where weights are rounded, measure how much the logits change by it")
 
     def __post_init__(self) -> None:
         check_choices(self)
