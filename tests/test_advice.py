@@ -5,8 +5,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-from helpers.planning import CPU_PROFILE, SHORT, SIXTEEN, WIDE_HEAD
+from helpers.planning import CPU_PROFILE, SHORT, WIDE_HEAD
 from helpers.planning import card as profile
+from helpers.training import COMBINATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,13 +100,13 @@ def test_a_run_that_cannot_begin_ends_the_search() -> None:
 @pytest.fixture(scope="module")
 def needs() -> dict[str, float]:
     """Reserved MiB of the sixteen combinations on a card, workspaces included."""
-    return {optim.combination: need(config_for(optim=optim)) for optim in SIXTEEN}
+    return {optim.combination: need(config_for(optim=optim)) for optim in COMBINATIONS}
 
 
 def rows_on(gpus: list[GpuConfig], needs: dict[str, float], seconds: dict[str, float]) -> list[PlanRow]:
     rows = []
     for gpu in gpus:
-        for optim in SIXTEEN:
+        for optim in COMBINATIONS:
             required, name = needs[optim.combination] + gpu.context_mib, optim.combination
             row = PlanRow(asdict(optim), name, gpu.name, runtime_s=seconds.get(name), context_mib=gpu.context_mib)
             row.peak_memory_mib, row.required_mib, row.total_memory_mib = required - 5, required, gpu.memory_mib
@@ -115,7 +116,7 @@ def rows_on(gpus: list[GpuConfig], needs: dict[str, float], seconds: dict[str, f
     return rows
 
 
-TIMES = {optim.combination: 10.0 + 7 * n % 16 for n, optim in enumerate(SIXTEEN)}
+TIMES = {optim.combination: 10.0 + 7 * n % 16 for n, optim in enumerate(COMBINATIONS)}
 
 
 def advise(gpus: list[GpuConfig], rows: list[PlanRow], goal: Goal = Goal.fit, **others: Any) -> Advice:
@@ -135,7 +136,7 @@ def test_fastest_that_fits_is_named_with_its_limits(needs: dict[str, float]) -> 
     advice = advise([gpu], rows_on([gpu], needs, TIMES))
     best = min(fitting, key=fitting.__getitem__)
     assert (advice.goal, advice.gpu, advice.combination) == ("fit", "a", best)
-    optim = next(optim for optim in SIXTEEN if optim.combination == best)
+    optim = next(optim for optim in COMBINATIONS if optim.combination == best)
     assert advice.lines[0].startswith(f"fastest that fits a: {optim.as_typed} (")
     assert f"of {gpu.memory_mib:,} MiB, {fitting[best]:,.1f} s at best)" in advice.lines[0]
     config, longest, size = config_for(optim=optim), advice.longest_sequence, advice.largest_micro_batch

@@ -15,19 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.planning import (
-    CPU_PROFILE,
-    ON_CPU,
-    ON_CUDA,
-    RAGGED,
-    SIXTEEN,
-    card,
-    combination_of,
-    ragged_samples,
-    small_config,
-)
+from helpers.planning import CPU_PROFILE, ON_CPU, ON_CUDA, SHORT, card, small_config
+from helpers.training import COMBINATIONS, name, ragged_samples
 
-from llama_ft.config import DtypeChoice, MatrixRates, OptimConfig, Technique, TrainConfig, UserError, WeightStorage
+from llama_ft.config import Dtype, MatrixRates, OptimConfig, Technique, TrainConfig, UserError
 from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
@@ -58,7 +49,7 @@ def measured(config: TrainConfig, samples: list[Sample]) -> MemoryUse:
 # Memory: the fake run against the real one
 
 
-@pytest.mark.parametrize("optim", SIXTEEN, ids=combination_of)
+@pytest.mark.parametrize("optim", COMBINATIONS, ids=name)
 def test_a_fake_run_needs_what_the_real_one_needs(optim: OptimConfig) -> None:
     config = replace(small_config(), optim=optim)
     config.ga.steps = 3
@@ -74,11 +65,11 @@ def of_three(config: TrainConfig) -> None:
 
 
 def plain_amp(config: TrainConfig) -> None:
-    config.mp.frozen_weights = WeightStorage.fp32
+    config.mp.frozen_weights = Dtype.fp32
 
 
 def no_masters(config: TrainConfig) -> None:
-    config.mp.trainable_weights = WeightStorage.compute
+    config.mp.trainable_weights = Dtype.compute
 
 
 @pytest.mark.parametrize(
@@ -94,7 +85,7 @@ def test_so_do_runs_with_other_settings(change: Callable[[TrainConfig], None], o
 
 def test_fp16_with_its_scaler() -> None:
     config = small_config(mp=True)
-    config.mp.dtype = DtypeChoice.fp16
+    config.mp.dtype = Dtype.fp16
     fake = fake_run(config, ragged_samples(), ON_CPU).use
     assert fake.peak_mib == pytest.approx(measured(config, ragged_samples()).peak_mib, abs=1024 / MIB)  # its scalars
 
@@ -115,7 +106,7 @@ def comings_and_goings(events: list[Event]) -> list[list[int]]:
     return [each if sign > 0 else sorted(each) for sign, each in sizes]
 
 
-@pytest.mark.parametrize("optim", [optim for optim in SIXTEEN if not optim.ga], ids=combination_of)
+@pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if not optim.ga], ids=name)
 def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimConfig) -> None:
     """With gradient accumulation the micro-batches before the last are left out, which leave nothing but gradients."""
     config, samples = replace(small_config(), optim=optim), [Sample([1] * 33, 20)] * 3
@@ -131,7 +122,7 @@ def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimCo
     assert comings_and_goings(planned) == comings_and_goings(tracker.events)
 
 
-@pytest.mark.parametrize("optim", [SIXTEEN[0], SIXTEEN[-1]], ids=combination_of)
+@pytest.mark.parametrize("optim", [COMBINATIONS[0], COMBINATIONS[-1]], ids=name)
 def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(optim: OptimConfig) -> None:
     config = replace(small_config(), optim=optim)
     config.ga.steps = 2
@@ -224,7 +215,7 @@ def test_what_a_profile_says_of_its_card() -> None:
 
 def test_bf16_on_a_card_without_it_is_a_row_with_an_error() -> None:
     config = small_config()
-    config.mp.dtype = DtypeChoice.bf16
+    config.mp.dtype = Dtype.bf16
     fp32, bf16 = predict.predict(config, [OptimConfig(), OptimConfig(mp=True)], [card(capability="7.5")], [(20, 5)])
     assert "bf16 is not supported" in str(bf16.error)
     assert bf16.peak_memory_mib is bf16.fits is None
@@ -370,5 +361,5 @@ def test_an_error_of_a_job_is_passed_on_without_the_other_processs_traceback() -
     config = small_config(lora=True)
     config.lora.targets = ["wx"]
     with pytest.raises(UserError, match="no linear layer is named wx") as caught:
-        predict.predict(config, [OptimConfig(lora=True), OptimConfig(lora=True, gc=True)], [card()], RAGGED)
+        predict.predict(config, [OptimConfig(lora=True), OptimConfig(lora=True, gc=True)], [card()], SHORT)
     assert caught.value.__cause__ is None

@@ -7,7 +7,7 @@ of equal length, so that a technique is not credited with, or charged for, the p
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llama_ft.config import LABELS, TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.config import LABELS, TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
@@ -96,7 +96,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     """The rows, those of a technique below each other where its effect depends on a choice."""
     size, steps = config.training.micro_batch_size, config.ga.steps
 
-    def run(micro_batch: int = size, frozen: WeightStorage = config.mp.frozen_weights, **on: bool) -> TrainConfig:
+    def run(micro_batch: int = size, frozen: Dtype = config.mp.frozen_weights, **on: bool) -> TrainConfig:
         training, mp = replace(config.training, micro_batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
         return replace(config, optim=OptimConfig(**on), training=training, mp=mp)
 
@@ -105,7 +105,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
     kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
-    masters = config.mp.trainable_weights is WeightStorage.fp32
+    masters = config.mp.trainable_weights is Dtype.fp32
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     rows = [
         Contrast("ga", held, run(steps * size), run(ga=True)),
@@ -115,8 +115,8 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         *(
             Contrast("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
             for frozen, text in (
-                (WeightStorage.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
-                (WeightStorage.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
+                (Dtype.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
+                (Dtype.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
             )
         ),
         Contrast("lora", adapters, run(), run(lora=True)),

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from functools import partial
 from random import Random
 
-from llama_ft.data.sample import words
-from llama_ft.data.sample.task import Example, Task, distinct
+from dev import words
+from dev.task import Example, Task, distinct
 
 # A text has as many sentences as one of these, drawn at random: most are short, a few are long enough that
 # a batch of them needs much padding.

@@ -1,4 +1,4 @@
-"""Writes the built-in data set and tiny's tokenizer, always the same ones: `python -m llama_ft.data.sample.make`."""
+"""Writes the built-in data set and tiny's tokenizer, always the same ones: `python -m dev.sample`."""
 
 import argparse
 import io
@@ -10,19 +10,19 @@ from random import Random
 
 import sentencepiece
 
+from dev import number_tasks, text_tasks, word_tasks
+from dev.corpus import sentences
+from dev.prose import PARAGRAPHS
+from dev.task import Record
+from llama_ft.config import PACKAGE_DIR
+from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.sample import number_tasks, text_tasks, word_tasks
-from llama_ft.data.sample.corpus import sentences
-from llama_ft.data.sample.prose import PARAGRAPHS
-from llama_ft.data.sample.task import Record
 
 SEED = 2023
 VOCAB_SIZE = 2048
 TASKS = [*word_tasks.TASKS, *number_tasks.TASKS, *text_tasks.TASKS]
 # All of printable ASCII, and the few others that English texts use, are pieces; the rest is spelled in bytes.
 _CHARACTERS = string.digits + string.ascii_letters + string.punctuation + "‘’“”–—…°éèñü£€"
-_HERE = Path(__file__).parent
-_TINY = _HERE.parents[1] / "model" / "tiny"
 
 
 def make_records() -> tuple[list[Record], list[Record]]:
@@ -89,12 +89,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the built-in data set and tiny's tokenizer.")
     parser.add_argument("--out", type=Path, help="write all three files into this folder, not to their own places")
     out: Path | None = parser.parse_args().out
+    data, tiny = out or SAMPLE_DIR, out or PACKAGE_DIR / "model" / "tiny"
+    data.mkdir(parents=True, exist_ok=True)
     train, heldout = make_records()
-    for folder in (out or _HERE, out or _TINY):
-        folder.mkdir(parents=True, exist_ok=True)
-    _write_jsonl((out or _HERE) / "train.jsonl", train)
-    _write_jsonl((out or _HERE) / "heldout.jsonl", heldout)
-    ((out or _TINY) / "tokenizer.model").write_bytes(train_tokenizer(tokenizer_text(train)))
+    _write_jsonl(data / "train.jsonl", train)
+    _write_jsonl(data / "heldout.jsonl", heldout)
+    (tiny / "tokenizer.model").write_bytes(train_tokenizer(tokenizer_text(train)))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from llama_ft.data.sample import words
-from llama_ft.data.sample.task import Example, Task, distinct
+from dev import words
+from dev.task import Example, Task, distinct
 
 
 def _from_table(table: dict[str, str], rng: Random) -> list[Example]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from random import Random
 
-from llama_ft.data.sample import vocabulary, words
+from dev import vocabulary, words
 
 _SENTENCES = """
 The {q} {n} of the {n} is {q}, and the {n} is {q}.

@@ -16,14 +16,14 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
-from llama_ft.data.sample import text_tasks, words
-from llama_ft.data.sample.corpus import sentences
-from llama_ft.data.sample.number_tasks import number_in_words
-from llama_ft.data.sample.prose import PARAGRAPHS
-from llama_ft.data.sample.task import Example
+from dev import text_tasks, words
+from dev.corpus import sentences
+from dev.number_tasks import number_in_words
+from dev.prose import PARAGRAPHS
+from dev.task import Example
+from llama_ft.data.dataset import SAMPLE_DIR
 
 Values = dict[str, str]
-
 
 OPEN, CLOSE = "\x02", "\x03"  # around an answer; no text has them
 STATEMENTS = 0.25  # share of plain statements; the rest are exercises
@@ -151,7 +151,7 @@ def wordings() -> dict[str, Any]:
 @cache
 def _heldout() -> tuple[str, frozenset[str]]:
     """The texts of the held-out questions, and the pairs of numbers that they compare."""
-    file = Path(__file__).with_name("heldout.jsonl")
+    file = SAMPLE_DIR / "heldout.jsonl"
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     texts = [(record["task"], f"{record['instruction']}\n{record['input']}") for record in records]
     pairs = [re.findall(r"\d+", text) for task, text in texts if task == "larger_number"]

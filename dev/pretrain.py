@@ -1,4 +1,4 @@
-"""Pretrains the built-in model on text of our own: `python -m llama_ft.training.pretrain`.
+"""Pretrains the built-in model on text of our own: `python -m dev.pretrain`.
 
 Writes `model.safetensors` and the checksums beside tiny's tokenizer, or into `--out`. Two runs with the same number of
 threads on the same kind of processor give the same file.
@@ -29,8 +29,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from dev.textbook import CLOSE, OPEN, lessons, pages
 from llama_ft.config import PACKAGE_DIR, ModelConfig, UserError, config_dir
-from llama_ft.data.sample.textbook import CLOSE, OPEN, lessons, pages
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import WEIGHTS_FILE, output_folder, write_text
 from llama_ft.model.transformer import Transformer
