@@ -251,7 +251,9 @@ def test_memory_found_here_is_that_of_the_plans_rows() -> None:
 def test_what_the_card_cannot_do_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table1, "find_case", lambda *_: STAND_IN)
     older = replace(CARD, compute_capability="6.0")
-    (Dtype,)
+    table = table_of(replace(CONFIG, mp=MixedPrecisionConfig(dtype=Dtype.bf16)), gpu=older)
+    assert [row.name for row in table.rows] == ["GA", "GA", "GC", "LoRA"]
+    assert sum("mp.dtype=bf16 is not supported by this GPU" in note for note in table.notes) == 3
 
 
 def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
