@@ -22,12 +22,15 @@ from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result, ran_on, re
 Runs = dict[str, list[tuple[float, float]]]  # by dtype, of each run its work, as `work_of` has it, and its seconds
 
 
-def measured_runs(folder: Path, gpu: GpuConfig) -> tuple[Runs, str]:
+def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
     """The runs in a folder that a device is calibrated by, and the device's name.
 
     Raises:
-        UserError: if there are none that ended well on this device, or one's config or data cannot be read.
+        UserError: if there are none that ended well on the one device, or one's config or data cannot be read.
     """
+    if len(gpus) != 1:
+        raise UserError("calibrate=DIR holds runs of one device: name its profile with gpu=NAME")
+    (gpu,) = gpus
     if not folder.is_dir():
         raise UserError(f"calibrate={folder}: there is no such folder")
     files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
