@@ -21,7 +21,7 @@ MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
 CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 UNESCAPED, BAR = re.compile(r"(?<!\\)\|"), r"\\|"  # in a cell of Markdown
-NOT_IN_CSV = ("optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
+NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 
