@@ -12,7 +12,6 @@ from helpers.reports import (
     CATEGORIES,
     EIGHT,
     EVIL,
-    SIXTEEN,
     TECHNIQUES,
     Page,
     csv_rows,
@@ -179,6 +178,7 @@ def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path: Path) -> None:
     (tmp_path / "baseline" / "metrics.jsonl").write_text(spiky)
     assert report(tmp_path).returncode == 0
     part = section((tmp_path / "report.html").read_text(encoding="utf-8"), "baseline")
+    assert len(part) < 70_000
     assert [len(line) for (line,) in curves(part).values()] == [MAX_POINTS] * 5
     (svg,) = Page(part).pictures("loss").values()
     (line,) = paths(svg)
@@ -187,16 +187,6 @@ def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path: Path) -> None:
     assert max(heights) - min(heights) > 55  # nearly the whole height of the axes
     spike = min(line, key=lambda point: point[1])
     assert (spike[0] - line[0][0]) / (line[-1][0] - line[0][0]) == pytest.approx(777 / 2_000, abs=0.01)
-
-
-def test_eight_rows_of_many_steps_are_a_small_page(tmp_path: Path) -> None:
-    values = [(n, math.sin(n) + 3, n % 13 / 3, 1_000.0 + n % 97) for n in range(1, 1_001)]
-    lines = "".join(step(n, loss=loss, grad_norm=norm, tokens_per_s=speed) for n, loss, norm, speed in values)
-    for name in EIGHT:
-        write(tmp_path, name)
-        (tmp_path / name / "metrics.jsonl").write_text(lines)
-    assert report(tmp_path).returncode == 0
-    assert (tmp_path / "report.html").stat().st_size < 600_000
 
 
 @pytest.mark.parametrize("line", ["{", '{"loss": 1}'])
@@ -378,18 +368,6 @@ def test_groups_are_compared_with_their_likes(tmp_path: Path) -> None:
     lines = [line.split() for line in done.stdout.splitlines()]
     assert [line for line in lines if line[:1] == ["difference"]] == [["difference", "="]] * 8
     assert "Only in" not in done.stdout
-
-
-def test_sixteen_combinations_side_by_side_fit_into_80_columns(tmp_path: Path) -> None:
-    for name in SIXTEEN:
-        write_pair(tmp_path, name, {"peak_memory_mib": 103_456.0}, {"peak_memory_mib": 223_456.0})
-    with undrawn():
-        shown = report(tmp_path / "a", tmp_path / "b").stdout
-    body = [line for line in shown.splitlines() if line.startswith(("GA", "  A ", "  B ", "  difference "))]
-    assert len(body) == 2 * (1 + 3 * 4)
-    assert {len(line.split()) for line in body} == {9}
-    assert max(map(len, body)) <= 80
-    assert "+116.0%" in shown
 
 
 def test_losses_of_both_are_in_one_picture(tmp_path: Path) -> None:

@@ -139,16 +139,6 @@ def test_the_table_of_a_real_sweep_fits_into_80_columns_whole(tmp_path: Path) ->
     assert "…" not in "".join(body)
 
 
-@pytest.mark.parametrize("columns", [30, 60, 140])
-def test_a_narrow_terminal_cuts_no_number(tmp_path: Path, columns: int) -> None:
-    for number, name in enumerate(EIGHT):
-        write(tmp_path, name, peak_memory_mib=103_000.0 + number)
-    with undrawn():
-        shown = report(tmp_path, columns=columns).stdout
-    assert "…" not in shown
-    assert all(f"103,00{number}" in shown for number in range(8))
-
-
 def test_notes_are_broken_at_the_width_of_a_terminal_and_whole_in_a_file(tmp_path: Path) -> None:
     write(tmp_path, "lora", "error", error="one two three " * 20)
     with undrawn():
