@@ -414,6 +414,8 @@ def test_the_command_tells_plans_from_sweeps(
         assert reported(*order) == 0
         written = f"Written: {', '.join(COMPARISON_FILES)} in {folder}"
         assert written in capsys.readouterr().out.replace("\n", "")
+    assert reported(sweep, sweep) == 0
+    assert f"Written: {', '.join(COMPARISON_FILES)} in {sweep}" in capsys.readouterr().out.replace("\n", "")
     assert reported(folder) == 0
     assert f"Written: {', '.join(SHOWN)} in {folder}" in capsys.readouterr().out
     with pytest.raises(UserError, match="are plans"):

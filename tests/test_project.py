@@ -301,7 +301,9 @@ def test_no_torch_at_the_top(module):
 def test_importing_the_commands_is_quick():
     # Imported when they are needed.
     later = {f"llama_ft.{name}" for name in ("tracking.wandb_run", "tracking.wandb_sweep", "reporting.figure")}
-    later |= {f"llama_ft.reporting.{name}" for name in ("curves", "page", "plan_figure", "plan_page")}
+    later |= {
+        f"llama_ft.reporting.{name}" for name in ("comparison_page", "curves", "page", "plan_figure", "plan_page")
+    }
     code = "\n".join(f"import {module}" for module in quick_modules() if module not in later)
     code += "\nimport sys; print(sorted({'torch', 'wandb', 'matplotlib', 'transformers'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, timeout=60)
