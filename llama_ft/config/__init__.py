@@ -13,7 +13,6 @@ from llama_ft.config.checks import (
     Goal,
     OnBadRecord,
     StoredDtype,
-    TrackerMode,
     UserError,
     WeightStorage,
 )
@@ -44,7 +43,7 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.tracker import TrackerConfig
+from llama_ft.config.tracker import TrackerConfig, TrackerKind, TrackerMode
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
@@ -82,6 +81,7 @@ __all__ = [
     "StoredDtype",
     "Technique",
     "TrackerConfig",
+    "TrackerKind",
     "TrackerMode",
     "TrainConfig",
     "TrainedSource",

@@ -1,7 +1,6 @@
 """What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
 
 import enum
-import re
 from dataclasses import field
 from typing import Any
 
@@ -67,15 +66,6 @@ class DeviceChoice(enum.Enum):
     cuda = "cuda"
 
 
-class TrackerMode(enum.Enum):
-    """W&B's mode; `auto` is online where an API key is configured, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
 class Combinations(enum.Enum):
     """Which combinations are planned."""
 
@@ -104,9 +94,3 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
     # NaN compares false with everything, so `holds` written as a positive condition refuses it too.
     if not holds:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
-
-
-def check_project(name: str) -> None:
-    """Raise a UserError unless W&B takes the name for a project."""
-    holds = re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
-    check(holds, "tracker.project", name, "1 to 128 characters without / \\ # ? % :")
