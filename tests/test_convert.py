@@ -13,19 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKOUT, run
+from helpers.models import relative
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import relative
 from test_tokenizer_llama3 import Files, files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_ft import cli, convert
-from llama_ft.cli.explain import use_schema
-from llama_ft.config import ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import ModelConfig, PlanConfig, UserError, config_dir
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.state import GenerationState
 from llama_ft.model.folder import sizes_of
@@ -96,8 +95,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert convert.main() == 0
         return "".join(capsys.readouterr())
 
-    yield converted
-    use_schema(TrainConfig)
+    return converted
 
 
 Command = Callable[..., str]

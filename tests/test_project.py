@@ -266,8 +266,9 @@ def test_trackers_stay_in_tracking():
     assert importers("tensorboard") == {"llama_ft.tracking.tensorboard_run"}
 
 
-def test_the_package_knows_no_study():
-    assert importers("experiments") == set()
+@pytest.mark.parametrize("outside", ["dev", "experiments", "benchmarks"])
+def test_the_package_imports_nothing_that_it_does_not_ship(outside):
+    assert importers(outside) == set()
 
 
 def test_config_is_plain_python():

@@ -6,15 +6,12 @@ each check names the key, the value it got and what is allowed.
 
 from llama_ft.config.checks import (
     Combinations,
-    ComputeDtype,
     DeviceChoice,
-    DtypeChoice,
+    Dtype,
     Format,
     Goal,
     OnBadRecord,
-    StoredDtype,
     UserError,
-    WeightStorage,
 )
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
@@ -54,12 +51,11 @@ __all__ = [
     "TECHNIQUES",
     "TOKENIZER_FILES",
     "Combinations",
-    "ComputeDtype",
     "ConvertConfig",
     "DataConfig",
     "DecodingConfig",
     "DeviceChoice",
-    "DtypeChoice",
+    "Dtype",
     "EvaluateConfig",
     "Format",
     "GenerateConfig",
@@ -78,7 +74,6 @@ __all__ = [
     "PlanCheckConfig",
     "PlanConfig",
     "ReportConfig",
-    "StoredDtype",
     "Technique",
     "TrackerConfig",
     "TrackerKind",
@@ -88,7 +83,6 @@ __all__ = [
     "TrainingConfig",
     "UploadConfig",
     "UserError",
-    "WeightStorage",
     "config_dir",
     "found_tokenizer",
 ]
