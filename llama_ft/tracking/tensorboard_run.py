@@ -54,11 +54,11 @@ class TensorBoardRun(Tracker):
 
 
 def flat(settings: Settings, prefix: str = "") -> dict[str, bool | int | float | str]:
-    """The values of nested sections by their dotted keys."""
+    """The values of nested sections, null left out, by their dotted keys."""
     values: dict[str, bool | int | float | str] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
             values |= flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:
             values[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
     return values
