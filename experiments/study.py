@@ -198,8 +198,7 @@ def one_thread() -> Iterator[None]:
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:
     """What the JSON file holds beside the numbers: what they depend on, and what they say."""
-    from llama_ft.device import device_name
-    from llama_ft.launch.run import versions
+    from llama_ft.device import device_name, versions
     from llama_ft.system import total_memory_bytes
 
     device = device_name(study.device(options))
