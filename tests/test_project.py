@@ -261,8 +261,9 @@ def test_hydra_stays_in_the_commands():
     assert "llama_ft.train" in importers("hydra")
 
 
-def test_wandb_stays_in_tracking():
-    assert {part_of(module) for module in importers("wandb")} == {"tracking"}
+def test_trackers_stay_in_tracking():
+    assert importers("wandb") == {"llama_ft.tracking.wandb_run"}
+    assert importers("tensorboard") == {"llama_ft.tracking.tensorboard_run"}
 
 
 @pytest.mark.parametrize("outside", ["dev", "experiments", "benchmarks"])
@@ -282,7 +283,8 @@ def test_dependencies_are_those_that_are_imported():
         name = found.target.split(".")[0]
         if name != "llama_ft" and name not in sys.stdlib_module_names:
             imported |= {canonicalize_name(distribution) for distribution in providers[name]}
-    declared = [*runtime_requirements(), *map(Requirement, project()["optional-dependencies"]["llama3"])]
+    extras = [project()["optional-dependencies"][name] for name in ("llama3", "tensorboard")]
+    declared = [*runtime_requirements(), *(Requirement(line) for extra in extras for line in extra)]
     assert imported == {canonicalize_name(requirement.name) for requirement in declared}
 
 
@@ -301,7 +303,7 @@ def test_no_torch_at_the_top(module):
 
 def test_importing_the_commands_is_quick():
     # Imported when they are needed.
-    later = {f"llama_ft.{name}" for name in ("tracking.wandb_run", "tracking.wandb_sweep", "reporting.figure")}
+    later = {f"llama_ft.{name}" for name in ("tracking.wandb_run", "tracking.tensorboard_run", "reporting.figure")}
     later |= {f"llama_ft.reporting.{name}" for name in ("curves", "page", "plan_figure", "plan_page")}
     code = "\n".join(f"import {module}" for module in quick_modules() if module not in later)
     code += "\nimport sys; print(sorted({'torch', 'wandb', 'matplotlib', 'transformers'} & sys.modules.keys()))"

@@ -1,7 +1,6 @@
 """What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
 
 import enum
-import re
 from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +47,6 @@ class DeviceChoice(enum.Enum):
     cuda = "cuda"
 
 
-class TrackerMode(enum.Enum):
-    """W&B's mode; `auto` is online where an API key is configured, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
 class Combinations(enum.Enum):
     """Which combinations are planned: all of the techniques', or the one that is asked for."""
 
@@ -93,9 +83,3 @@ def check_choices(section: "DataclassInstance", prefix: str = "") -> None:
         if allowed:
             names = ", ".join(choice.name for choice in allowed)
             check(value in allowed, f"{prefix}{entry.name}", value.name, f"one of {names}")
-
-
-def check_project(name: str) -> None:
-    """Raise a UserError unless W&B takes the name for a project."""
-    holds = re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
-    check(holds, "tracker.project", name, "1 to 128 characters without / \\ # ? % :")
