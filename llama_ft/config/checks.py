@@ -2,10 +2,7 @@
 
 import enum
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any
 
 Settings = dict[str, Any]  # a section of the config in JSON's types; what keys it has the schema says
 
@@ -76,7 +73,7 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
 
 
-def check_choices(section: "DataclassInstance", prefix: str = "") -> None:
+def check_choices(section: Any, prefix: str = "") -> None:
     """Raise a UserError for a key of the section that has a choice other than its `setting` allows."""
     for entry in fields(section):
         allowed, value = entry.metadata.get("allowed"), getattr(section, entry.name)
