@@ -87,13 +87,12 @@ def applied_gradient(model: "Transformer", window: Sequence[Sequence["Sample"]])
     import torch
 
     from llama_ft.data.collate import collate
-    from llama_ft.techniques import Techniques
     from llama_ft.techniques.mixed_precision import Precision
     from llama_ft.training.step import TrainStep
 
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    step = TrainStep(model, optimizer, Techniques(len(window), Precision("cpu")), max_grad_norm=float("inf"))
+    step = TrainStep(model, optimizer, Precision("cpu"), max_grad_norm=float("inf"))
     step([collate(samples) for samples in window])
     with torch.no_grad():
         found = torch.cat([(b - p).flatten() for b, p in zip(before, model.parameters(), strict=True)])

@@ -53,7 +53,7 @@ def factor_parameters() -> list[int]:
     from llama_ft.techniques.lora import LoRALinear
 
     base = torch.nn.Linear(SIDE, SIDE, bias=False)
-    layers = [LoRALinear(base, rank, 1.0, 0.0, torch.float32) for rank in range(1, SIDE + 1)]
+    layers = [LoRALinear(base, rank, 1.0) for rank in range(1, SIDE + 1)]
     return [layer.lora_A.numel() + layer.lora_B.numel() for layer in layers]
 
 
@@ -89,7 +89,7 @@ def switching() -> dict[str, list[float]]:
         base = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
         before, tasks = base.weight.detach().double().clone(), []
         for _ in range(2):
-            layer = LoRALinear(base, 16, 32.0, 0.0, torch.float32)
+            layer = LoRALinear(base, 16, 32.0)
             torch.nn.init.normal_(layer.lora_B, std=0.02)
             tasks.append(layer)
         found[name] = []

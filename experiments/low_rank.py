@@ -91,7 +91,7 @@ def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple["Lo
     left, right = (values.sqrt(), values.sqrt()) if balanced else (torch.ones_like(values), values)
     base = torch.nn.Linear(side, side, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(base.weight).requires_grad_(False)
-    layer = LoRALinear(base, rank, float(rank), 0.0, torch.float64)  # a scale of 1
+    layer = LoRALinear(base, rank, float(rank), dtype=torch.float64)  # a scale of 1
     with torch.no_grad():
         layer.lora_B.copy_(u * left)
         layer.lora_A.copy_(right[:, None] * v.T)

@@ -12,11 +12,11 @@ from llama_ft.cli import composed_config
 from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import encode_record
+from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.predict import blank_samples, processes
-from llama_ft.techniques import Techniques
 from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep, summed_loss
@@ -84,7 +84,7 @@ def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> dic
 def take_steps(model: Transformer, batch: Batch, n_steps: int, lr: float, precision: Precision | None = None) -> None:
     """Optimizer steps of the library on the same batch."""
     optimizer = make_optimizer(model.parameters(), TrainingConfig(lr=lr))
-    step = TrainStep(model, optimizer, Techniques(1, precision or Precision("cpu")), max_grad_norm=1.0)
+    step = TrainStep(model, optimizer, precision or Precision("cpu"), max_grad_norm=1.0)
     for _ in range(n_steps):
         step([batch])
 
@@ -110,7 +110,7 @@ def updates() -> dict[str, float]:
         stays = (rounded.float() + (after - before)).to(dtype) == rounded
         found[name] = stays[moved].double().mean().item()
     bf16 = FORMATS["bf16"]
-    stays = weights(bf16, Precision("cpu", bf16, bf16, bf16), 1) == before.to(bf16)
+    stays = weights(bf16, Precision("cpu", bf16, bf16, Dense(bf16)), 1) == before.to(bf16)
     return found | {"lr": COURSE_LR, "bf16_run": stays[moved].double().mean().item()}
 
 
