@@ -5,12 +5,12 @@ import platform
 import re
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from llama_ft import __version__
 from llama_ft.config import ComputeDtype, DeviceChoice, GpuConfig, UserError
 from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, data_bytes, resident_bytes
 
@@ -82,20 +82,21 @@ def device_name(device: torch.device) -> str:
 
 
 class Stopwatch:
-    """Sums the seconds spent in its parts, with the device idle at both ends of each."""
+    """Sums the seconds of its parts, with the device idle at both ends of each."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self._device, self._start = device, 0.0
         self.seconds = 0.0
 
-    @contextmanager
-    def part(self) -> Iterator[None]:
-        """Time what runs inside."""
+    def start(self) -> None:
+        """Begin a part."""
         self._synchronize()
-        start = time.perf_counter()
-        yield
+        self._start = time.perf_counter()
+
+    def stop(self) -> None:
+        """End the part."""
         self._synchronize()
-        self.seconds += time.perf_counter() - start
+        self.seconds += time.perf_counter() - self._start
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":
@@ -147,3 +148,14 @@ def is_near_data_limit() -> bool:
     """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return limit != resource.RLIM_INFINITY and data_bytes(os.getpid()) > NEAR_LIMIT * limit
+
+
+def versions() -> dict[str, str | None]:
+    """The software that measured numbers depend on."""
+    return {
+        "llama_ft": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "sentencepiece": version("sentencepiece"),
+    }

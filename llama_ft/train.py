@@ -3,7 +3,7 @@
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -12,35 +12,43 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import TrackerConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
+from llama_ft.config.checks import Settings
 from llama_ft.files import locked
 from llama_ft.launch import process
 from llama_ft.launch.folder import clear
-from llama_ft.planning.check import would_not_fit
-from llama_ft.records.result import RESULT_FILE, new_result, read_result, refused_result, write_result
+from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.result import (
+    FINISHED,
+    RESULT_FILE,
+    Result,
+    new_result,
+    read_result,
+    refused_result,
+    write_result,
+)
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
+from llama_ft.system import may_have_gpu
 from llama_ft.tracking import Tracker, start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
-
-FINISHED = ("ok", "oom")  # not to be measured again
 
 
 class ProgressRelay:
     """Passes a run's progress on to the terminal and to the tracker."""
 
-    def __init__(self, display: RunProgress, tracker: Tracker, said: set[str]) -> None:
-        self._display, self._tracker, self._said = display, tracker, said
+    def __init__(self, display: RunProgress, tracker: Tracker, seen_messages: set[str]) -> None:
+        self._display, self._tracker, self._seen_messages = display, tracker, seen_messages
 
     def message(self, line: str) -> None:
-        """A line that the run printed; what an earlier run of the sweep said already is not said again."""
-        if line not in self._said:
-            self._said.add(line)
+        """A line that the run printed; what an earlier run of the sweep printed too is not repeated."""
+        if line not in self._seen_messages:
+            self._seen_messages.add(line)
             self._display.message(line)
 
-    def step(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
+    def step(self, metrics: StepMetrics) -> None:
+        """A step of the run."""
         self._display.step(metrics)
         self._tracker.step(metrics)
 
@@ -52,8 +60,8 @@ class TrainCommand:
         self.console = Console()
         self.sweep_dir: Path | None = None
         self.tracker = TrackerConfig()
-        self.results: dict[str, dict[str, Any]] = {}  # by the name of the run's folder
-        self.said: set[str] = set()
+        self.results: dict[str, Result] = {}  # by the name of the run's folder
+        self.seen_messages: set[str] = set()
         self.locks = ExitStack()  # kept until the command ends
 
     def job(self, config: DictConfig) -> None:
@@ -71,9 +79,9 @@ class TrainCommand:
         except UserError as error:
             raise cli.Stop(str(error)) from error
 
-    def run_locked(self, config: DictConfig, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
+    def run_locked(self, config: DictConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
-        settings = cast(dict[str, Any], OmegaConf.to_container(config, enum_to_str=True))
+        settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
             checked = cli.checked_config(config, list(HydraConfig.get().overrides.task), TrainConfig)
         except Exception as error:
@@ -87,19 +95,16 @@ class TrainCommand:
             clear(run_dir, checked)
         except UserError as error:
             return self.refuse(settings, run_dir, str(error), go_on=sweeping)
-        text = OmegaConf.to_yaml(OmegaConf.create(checked.to_dict()))
         try:
-            # Of a sweep, a row that runs out of memory is a result too.
-            if not sweeping and (reason := would_not_fit(checked, text, run_dir, self.log)):
-                return self.refuse(settings, run_dir, reason, go_on=False)
-            return self.run(checked, text, run_dir, sweeping, lock)
+            return self.run(checked, run_dir, sweeping, lock)
         except KeyboardInterrupt:
             if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
-                early = {"status": "interrupted", "error": "interrupted before the start"}
-                write_result(run_dir, new_result(checked, cli.command_line()) | early)
+                early = new_result(checked, cli.command_line())
+                early.status, early.error = "interrupted", "interrupted before the start"
+                write_result(run_dir, early)
             raise
 
-    def refuse(self, settings: dict[str, Any], run_dir: Path, reason: str, go_on: bool) -> dict[str, Any]:
+    def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
         result = refused_result(settings, cli.command_line(), reason)
         if not (run_dir / RESULT_FILE).exists():
@@ -109,34 +114,36 @@ class TrainCommand:
         self.log(f"{run_dir.name}: {reason}")
         return result
 
-    def finished_before(self, config: TrainConfig, run_dir: Path) -> dict[str, Any] | None:
+    def finished_before(self, config: TrainConfig, run_dir: Path) -> Result | None:
         """The result that the folder holds, if the run need not be done again."""
         previous = read_result(run_dir)
-        if previous is None or previous["config_hash"] is None:
+        if previous is None or previous.config_hash is None:
             return None
-        if previous["config_hash"] != config.hash():
+        if previous.config_hash != config.hash():
             raise cli.Stop(
-                f"{run_dir} holds a run with another configuration (hash {previous['config_hash']}, this one's is"
+                f"{run_dir} holds a run with another configuration (hash {previous.config_hash}, this one's is"
                 f" {config.hash()}); delete the folder, or name another with hydra.sweep.dir=DIR or hydra.run.dir=DIR"
             )
-        if previous["status"] not in FINISHED:
+        if previous.status not in FINISHED:
             return None
-        line = f"{run_dir.name}: done before ({previous['status']}){ending(previous).removeprefix(previous['status'])}"
-        self.log(line)
+        self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
         return previous
 
-    def run(self, config: TrainConfig, config_yaml: str, run_dir: Path, sweeping: bool, lock: int) -> dict[str, Any]:
+    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
         """Run in a process of its own, watched."""
         group = self.sweep_dir.name if sweeping and self.sweep_dir else None
         with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
             result = None
             try:
-                listener = ProgressRelay(display, tracker, self.said)
-                result = process.run_in_child(config, config_yaml, run_dir, cli.command_line(), listener, lock)
+                relay = ProgressRelay(display, tracker, self.seen_messages)
+                # Of a sweep, a row that runs out of memory is a result too.
+                check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
+                check_fit = check_fit and may_have_gpu()
+                result = process.run_in_child(config, run_dir, cli.command_line(), relay, lock, check_fit)
             finally:
                 tracker.finish(result or read_result(run_dir))
-            if sweeping or result["status"] in FINISHED:
+            if sweeping or result.status in FINISHED:
                 display.message(ending(result))
         if not sweeping:
             self.log(f"  results: {run_dir}")
@@ -161,11 +168,11 @@ class TrainCommand:
         if self.sweep_dir is not None:
             groups = report_sweep(self.sweep_dir, self.console)
             track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.log)
-        failed = {name: result for name, result in self.results.items() if result["status"] not in FINISHED}
+        failed = {name: result for name, result in self.results.items() if result.status not in FINISHED}
         if failed and self.sweep_dir is None:
             print(ending(*failed.values()), file=sys.stderr)
         elif failed:
-            names = ", ".join(f"{name} ({result['status']})" for name, result in failed.items())
+            names = ", ".join(f"{name} ({result.status})" for name, result in failed.items())
             print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
 

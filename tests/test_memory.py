@@ -14,7 +14,7 @@ from torch import nn
 from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.launch.run import track_memory
-from llama_ft.measure.hardest import hardest_groups, hardest_windows
+from llama_ft.measure.worst_case import hardest_groups, hardest_windows
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.records import CATEGORIES
 

@@ -23,7 +23,7 @@ from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, T
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.launch.run import track_memory
-from llama_ft.measure.hardest import hardest_windows
+from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
 from llama_ft.planning import cuda_kernels
 from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded

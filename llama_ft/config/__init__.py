@@ -4,8 +4,6 @@ Plain dataclasses that know nothing of Hydra. `OmegaConf.to_object` runs `__post
 each check names the key, the value it got and what is allowed.
 """
 
-from pathlib import Path
-
 from llama_ft.config.checks import (
     Combinations,
     ComputeDtype,
@@ -32,6 +30,7 @@ from llama_ft.config.groups import (
 )
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
+from llama_ft.config.presets import config_dir
 from llama_ft.config.report import ReportConfig, UploadConfig
 from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer
 from llama_ft.config.techniques import (
@@ -93,9 +92,3 @@ __all__ = [
     "config_dir",
     "found_tokenizer",
 ]
-
-
-def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
-    inside = PACKAGE_DIR / "conf"
-    return inside if inside.is_dir() else PACKAGE_DIR.parent / "conf"

@@ -4,13 +4,33 @@ import enum
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+from llama_ft.config.checks import Settings, UserError
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
 from llama_ft.config.techniques import Switched, TechniqueConfigs
 from llama_ft.config.tracker import TrackerConfig
+
+
+def read_config(file: Path) -> "TrainConfig":
+    """The config in a run's `config.yaml`, checked again.
+
+    Raises:
+        UserError: naming the file, if it is damaged or of another version.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
+        return cast(TrainConfig, OmegaConf.to_object(merged))
+    except UserError:
+        raise
+    except Exception as error:  # YAML's and OmegaConf's own errors, and whatever else a damaged file leads to
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{file} cannot be read: {reason}") from error
 
 
 @dataclass
@@ -45,13 +65,19 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         """Longest sample in tokens."""
         return self.data.max_length or self.model.max_seq_len
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Settings:
         """Plain JSON types, enums by name."""
 
-        def plain(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        def plain(items: list[tuple[str, Any]]) -> Settings:
             return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
 
         return asdict(self, dict_factory=plain)
+
+    def to_yaml(self) -> str:
+        """The resolved config, for `config.yaml`; `read_config` reads it."""
+        from omegaconf import OmegaConf
+
+        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
         """Identifies what is measured: equal for equal runs on equal files, wherever they lie. 16 hex digits.

@@ -1,6 +1,6 @@
 """Micro-batches: samples side by side, with the positions whose loss counts."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +74,21 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
     return Batch(tokens, torch.tensor(positions), torch.tensor(targets), sum(len(sample) for sample in samples))
 
 
-def epoch_batches(
-    samples: Sequence[Sample], micro_batch_size: int, epoch: int, seed: int, padding: Padding = NO_PADDING
-) -> list[Batch]:
-    """All micro-batches of an epoch, in an order that depends on seed and epoch alone; the last may be smaller."""
+def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -> list[list[int]]:
+    """The samples of each micro-batch of an epoch, in an order that depends on seed and epoch alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(len(samples), generator=generator).tolist()
-    groups = [order[start : start + micro_batch_size] for start in range(0, len(order), micro_batch_size)]
-    return [collate([samples[index] for index in group], padding) for group in groups]
+    order = torch.randperm(n_samples, generator=generator).tolist()
+    return [order[start : start + micro_batch_size] for start in range(0, n_samples, micro_batch_size)]
+
+
+def epoch_batches(
+    samples: Sequence[Sample],
+    micro_batch_size: int,
+    epoch: int,
+    seed: int,
+    padding: Padding = NO_PADDING,
+    first_batch: int = 0,
+) -> Iterator[Batch]:
+    """The micro-batches of an epoch from `first_batch` on, collated as they are asked for; the last may be smaller."""
+    for group in epoch_groups(len(samples), micro_batch_size, epoch, seed)[first_batch:]:
+        yield collate([samples[index] for index in group], padding)

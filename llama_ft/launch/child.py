@@ -1,4 +1,4 @@
-"""`python -m llama_ft.launch.child RUN_DIR COMMAND`: one run in this process, as its folder's config.yaml says.
+"""`python -m llama_ft.launch.child RUN_DIR COMMAND [check-fit]`: one run in this process, as its config.yaml says.
 
 Started by `llama_ft.launch.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
 """
@@ -13,24 +13,17 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.data.dataset import load_data
+from llama_ft.config.train import read_config
+from llama_ft.data.dataset import Dataset, load_data
+from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, write_result
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
 from llama_ft.system import MIB
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def read_config(run_dir: Path) -> TrainConfig:
-    """The run's resolved config, checked again."""
-    schema = OmegaConf.structured(TrainConfig)
-    return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(schema, OmegaConf.load(run_dir / CONFIG_FILE))))
 
 
 def stop_with_parent(patience: int) -> None:
@@ -49,37 +42,38 @@ def stop_with_parent(patience: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def failure(error: BaseException, stage: str) -> dict[str, Any]:
+def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     """Status and error text for an exception."""
     if isinstance(error, KeyboardInterrupt | BrokenPipeError):  # the latter where our reader, the parent, is gone
-        return {"status": "interrupted", "error": f"interrupted during {stage}"}
+        return "interrupted", f"interrupted during {stage}"
     if isinstance(error, UserError):
-        return {"status": "error", "error": str(error)}
+        return "error", str(error)
     from llama_ft.device import is_out_of_memory
 
     if is_out_of_memory(error):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if wanted := re.search(r"tried to allocate (\d+) bytes", reason):
             reason = f"could not allocate another {int(wanted[1]) / MIB:,.1f} MiB"
-        return {"status": "oom", "error": f"out of memory during {stage}: {reason}"}
+        return "oom", f"out of memory during {stage}: {reason}"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         file = error.filename or "a file in the run's folder"
-        return {"status": "error", "error": f"{file} cannot be written during {stage}: {error.strerror}"}
+        return "error", f"{file} cannot be written during {stage}: {error.strerror}"
     with suppress(OSError):  # the disk may be full, and the result still fit
         traceback.print_exception(error)  # into train.log: this one is ours to mend
-    return {"status": "error", "error": f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"}
+    return "error", f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"
+
+
+def log(line: str) -> None:
+    """Tell our parent, who reads our standard output."""
+    print(line, flush=True)
 
 
 def main() -> None:
     """Run, and leave a result behind."""
-    run_dir, command = Path(sys.argv[1]), sys.argv[2]
-    config = read_config(run_dir)
+    run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
+    config = read_config(run_dir / CONFIG_FILE)
     result = new_result(config, command)
     run, stage = None, "start-up"
-
-    def log(line: str) -> None:
-        print(line, flush=True)
-
     try:
         stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
         interrupts = Interrupts()
@@ -89,13 +83,27 @@ def main() -> None:
         log(f"data: {dataset.describe()}")
         with interrupts_held_back():  # half an import of torch cannot be recovered from
             from llama_ft.launch.run import MeasuredRun
-        run = MeasuredRun(config, dataset, run_dir, log, interrupts)
+        if check_fit:
+            stage = "planning"
+            refuse_unless_it_fits(config, dataset)
+        run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         run.execute()
-        ending: dict[str, Any] = {"status": "ok"}
+        result.status = "ok"
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
-        ending = failure(error, run.stage if run else stage)
-    write_result(run_dir, result | (run.result if run else {}) | ending)
+        result.status, result.error = failure(error, run.stage if run else stage)
+    write_result(run_dir, result)
+
+
+def refuse_unless_it_fits(config: TrainConfig, dataset: Dataset) -> None:
+    """Raise a UserError that says what would fit, where a plan of the run says that it would not fit on the GPU here.
+
+    It takes seconds where loading weights takes minutes.
+    """
+    from llama_ft.planning.check import objection_here
+
+    if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
+        raise UserError(reason)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """What a run's folder holds before the run begins."""
 
-import json
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.records.metrics import METRICS_FILE
+from llama_ft.records.metrics import METRICS_FILE, parse_line
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
 from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
 
@@ -33,24 +32,19 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             leftover.unlink()
 
 
-def trim(metrics_file: Path, n_lines: int) -> None:
+def trim(metrics_file: Path, n_steps: int) -> None:
     """Keep the first lines, those of the steps that a checkpoint holds.
 
     Raises:
         UserError: if they are not all there.
     """
-    text = metrics_file.read_text(encoding="utf-8") if metrics_file.exists() else ""
-    lines = text.splitlines(keepends=True)[:n_lines]
-    if [_step(line) for line in lines] != list(range(1, n_lines + 1)):
-        raise UserError(
-            f"{metrics_file} is damaged: it should have the steps up to {n_lines}, as the newest checkpoint"
-        )
-    write_text(metrics_file, "".join(lines))
-
-
-def _step(line: str) -> int | None:
+    lines = metrics_file.read_bytes().splitlines(keepends=True)[:n_steps] if metrics_file.exists() else []
     try:
-        step: int = json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return None
-    return step
+        steps = [parse_line(line, str(metrics_file)).step for line in lines]
+    except UserError:
+        steps = []
+    if steps != list(range(1, n_steps + 1)):
+        raise UserError(
+            f"{metrics_file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint"
+        )
+    write_text(metrics_file, b"".join(lines).decode())

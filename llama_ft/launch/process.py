@@ -1,6 +1,5 @@
 """Running one run in a process of its own, watching it, and writing its result if it could not."""
 
-import json
 import math
 import os
 import signal
@@ -9,14 +8,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.files import write_text
+from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import interrupts_held_back
-from llama_ft.records.metrics import METRICS_FILE
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, read_result, write_result
+from llama_ft.records.metrics import METRICS_FILE, StepMetrics, parse_line
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, Status, new_result, read_result, write_result
 from llama_ft.system import (
     MIB,
     NEAR_LIMIT,
@@ -49,7 +50,7 @@ class Listener(Protocol):
         """A line that the run printed."""
         ...
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """A line of its metrics.jsonl."""
         ...
 
@@ -62,35 +63,36 @@ class MetricsReader:
         self._stream: IO[str] | None = None
         self._partial = ""
 
-    def new_lines(self) -> list[dict[str, Any]]:
-        """The whole lines since the last call."""
+    def new_steps(self) -> list[StepMetrics]:
+        """The steps whose lines have been completed since the last call."""
         if self._stream is None:
             if not self._file.exists():
                 return []
             self._stream = self._file.open(encoding="utf-8")
         *lines, self._partial = (self._partial + self._stream.read()).split("\n")
-        return [json.loads(line) for line in lines]
+        return [parse_line(line, str(self._file)) for line in lines]
 
 
 def run_in_child(
-    config: TrainConfig, config_yaml: str, run_dir: Path, command: str, listener: Listener, lock: int
-) -> dict[str, Any]:
+    config: TrainConfig, run_dir: Path, command: str, listener: Listener, lock: int, check_fit: bool = False
+) -> Result:
     """Run to the end, in whichever way it ends, and return its result.
 
     Args:
-        config_yaml: the resolved config as YAML, for the run's folder.
         run_dir: the run's folder, locked and cleared.
         command: what the user typed, for the result.
         lock: descriptor of the folder's lock; the folder stays locked until both processes are gone.
+        check_fit: whether a run that a plan says would not fit on the GPU here is refused.
 
     Raises:
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
-    write_text(run_dir / CONFIG_FILE, config_yaml)
+    write_text(run_dir / CONFIG_FILE, config.to_yaml())
     kills_before = oom_kills()
+    arguments = [str(run_dir), command, *([CHECK_FIT] if check_fit else [])]
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         child = subprocess.Popen(
-            [sys.executable, "-m", "llama_ft.launch.child", str(run_dir), command],
+            [sys.executable, "-m", "llama_ft.launch.child", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -100,19 +102,22 @@ def run_in_child(
         )
     interrupted: KeyboardInterrupt | None = None
     try:
-        rss, data = watch(child, run_dir, listener)
+        seen = watch(child, run_dir, listener)
     except KeyboardInterrupt as error:
-        interrupted, rss, data = error, 0, 0
+        interrupted, seen = error, Seen()
         if config.training.saves_when_interrupted and (run_dir / METRICS_FILE).exists():  # else it stops at once
             listener.message("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
-    result = read_result(run_dir) or ending_of_killed(
-        config, run_dir, command, child, rss, kills_before, interrupted, data
-    )
+    result = read_result(run_dir)
+    if result is None:
+        result = new_result(config, command)
+        ended = Ended(child.returncode, seen, oom_kills() > kills_before, interrupted is not None)
+        result.status, result.error = ending_of_killed(ended, config.measure.memory_limit_mib, run_dir / LOG_FILE)
+        write_result(run_dir, result)
     if interrupted:
-        if result["error"]:
-            listener.message(f"{run_dir}: {result['error']}")
+        if result.error:
+            listener.message(f"{run_dir}: {result.error}")
         raise interrupted
     return result
 
@@ -124,8 +129,16 @@ def child_environment() -> dict[str, str]:
     return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
 
 
-def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> tuple[int, int]:
-    """Pass on messages and metrics until the child ends; the last resident set and data segment seen, in bytes."""
+@dataclass
+class Seen:
+    """A process's memory when it was last looked at."""
+
+    resident_bytes: int = 0
+    data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
+
+
+def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> Seen:
+    """Pass on messages and metrics until the child ends."""
     lines: list[str] = []
 
     def copy_output() -> None:
@@ -139,19 +152,20 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
     copier = threading.Thread(target=copy_output, daemon=True)
     copier.start()
     metrics = MetricsReader(run_dir / METRICS_FILE)
-    rss, data, ended = 0, 0, False
+    seen, ended = Seen(), False
     while not ended:
         ended = child.poll() is not None
         if ended:
             copier.join()
         else:
-            rss, data = resident_bytes(child.pid) or rss, data_bytes(child.pid) or data
+            seen.resident_bytes = resident_bytes(child.pid) or seen.resident_bytes
+            seen.data_bytes = data_bytes(child.pid) or seen.data_bytes
             time.sleep(POLL_SECONDS)
         while lines:
             listener.message(lines.pop(0))
-        for line in metrics.new_lines():
-            listener.step(line)
-    return rss, data
+        for step in metrics.new_steps():
+            listener.step(step)
+    return seen
 
 
 def stop(child: subprocess.Popen[bytes], patience: float) -> None:
@@ -168,36 +182,30 @@ def stop(child: subprocess.Popen[bytes], patience: float) -> None:
         child.stdin.close()
 
 
-def ending_of_killed(
-    config: TrainConfig,
-    run_dir: Path,
-    command: str,
-    child: subprocess.Popen[bytes],
-    rss: int,
-    kills_before: int,
-    interrupted: KeyboardInterrupt | None,
-    data: int = 0,
-) -> dict[str, Any]:
-    """Write the result of a child that could not: killed, for memory where there is evidence, or crashed."""
-    log_file = run_dir / LOG_FILE
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended that could not write its result."""
+
+    returncode: int
+    seen: Seen
+    was_oom_kill: bool  # whether the system has killed a process of our control group for memory meanwhile
+    was_interrupted: bool
+
+
+def ending_of_killed(ended: Ended, limit_mib: int | None, log_file: Path) -> tuple[Status, str]:
+    """Status and error text of a child that was killed, for memory where there is evidence, or crashed."""
     log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.exists() else ""
-    how = f"by signal {-child.returncode}" if child.returncode < 0 else f"with exit status {child.returncode}"
-    killed_for_memory = child.returncode == -signal.SIGKILL and (
-        oom_kills() > kills_before or rss > NEAR_LIMIT * total_memory_bytes()
-    )
-    limit = config.measure.memory_limit_mib
+    code, seen = ended.returncode, ended.seen
+    how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
+    held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()
     # Code that does not check its allocations crashes where they fail.
-    crashed_at_limit = child.returncode < 0 and limit is not None and data > NEAR_LIMIT * limit * MIB
-    if interrupted:
-        status, error = "interrupted", "interrupted, and did not stop by itself in time"
-    elif killed_for_memory:
-        status, error = "oom", "killed by the operating system, which was out of memory"
-    elif crashed_at_limit or OUT_OF_MEMORY_TEXT.search(log):
-        status, error = "oom", f"out of memory: the process ended {how}"
-    elif child.returncode in (-signal.SIGKILL, -signal.SIGTERM):
-        status, error = "killed", f"killed {how}; no sign that memory was the reason"
-    else:
-        status, error = "error", f"the run's process ended {how}; see {log_file}"
-    result = new_result(config, command) | {"status": status, "error": error}
-    write_result(run_dir, result)
-    return result
+    crashed_at_limit = code < 0 and limit_mib is not None and seen.data_bytes > NEAR_LIMIT * limit_mib * MIB
+    if ended.was_interrupted:
+        return "interrupted", "interrupted, and did not stop by itself in time"
+    if code == -signal.SIGKILL and (ended.was_oom_kill or held_most):
+        return "oom", "killed by the operating system, which was out of memory"
+    if crashed_at_limit or OUT_OF_MEMORY_TEXT.search(log):
+        return "oom", f"out of memory: the process ended {how}"
+    if code in (-signal.SIGKILL, -signal.SIGTERM):
+        return "killed", f"killed {how}; no sign that memory was the reason"
+    return "error", f"the run's process ended {how}; see {log_file}"

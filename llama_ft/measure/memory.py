@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from llama_ft.records import CATEGORIES
+from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB
 
 
@@ -43,7 +44,7 @@ class MemoryUse:
     phase: str  # what ran when memory peaked: forward, backward or optimizer step
     at_peak_mib: dict[str, float]  # by category; they sum to the peak
     max_mib: dict[str, float]  # each category's own maximum
-    breakdown: list[dict[str, Any]]  # the peak by category and dtype
+    breakdown: list[MemoryItem]  # the peak by category and dtype
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -169,8 +170,8 @@ class MemoryTracker(TorchDispatchMode):
                 allocation.nbytes
             )
         at_peak = {name: sum(b for (c, _, _), b in breakdown.items() if c == name) / MIB for name in CATEGORIES}
-        rows = [
-            {"category": category, "dtype": dtype, "mb": nbytes / MIB} | ({"item": item} if item else {})
+        items = [
+            MemoryItem(category, dtype, nbytes / MIB, item or None)
             for (category, dtype, item), nbytes in sorted(breakdown.items())
         ]
-        return MemoryUse(peak / MIB, phase, at_peak, {name: most[name] / MIB for name in CATEGORIES}, rows)
+        return MemoryUse(peak / MIB, phase, at_peak, {name: most[name] / MIB for name in CATEGORIES}, items)

@@ -17,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
-from llama_ft.measure.hardest import hardest_windows
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
+from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory, use_fused_dropout
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache

@@ -45,7 +45,7 @@ class Shapes:
 def shapes(config: TrainConfig, samples: Sequence[Sample], padding: Padding) -> Shapes:
     """Those of the first epoch; the others' differ where a micro-batch has several samples, and only there."""
     training = config.training
-    batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding)
+    batches = list(epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding))
     return Shapes([batch.tokens.shape[1] for batch in batches], [batch.n_targets for batch in batches])
 
 

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 @cache
-def _adapter(kind: type[R]) -> TypeAdapter[R]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
@@ -38,11 +38,12 @@ def parse(kind: type[R], content: Any, where: str) -> R:
         found = content["schema_version"]
         raise UserError(f"{where} has schema_version {found}, and this version reads {SCHEMA_VERSION}: run it again")
     try:
-        return _adapter(kind).validate_python(content)
+        record: R = _adapter(kind).validate_python(content)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
         raise UserError(f"{where} is damaged: {field or 'the record'}: {first['msg'].lower()}") from error
+    return record
 
 
 def read_record(kind: type[R], file: Path) -> R:

@@ -1,12 +1,17 @@
 """`metrics.jsonl`: a line for each optimizer step."""
 
 import json
+import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from llama_ft.records import parse
 
 METRICS_FILE = "metrics.jsonl"
+FLUSH_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,32 @@ def read_metrics(run_dir: Path) -> list[StepMetrics]:
         return []
     lines = file.read_bytes().split(b"\n")[:-1]
     return [parse_line(text, f"{file}, line {number}") for number, text in enumerate(lines, 1)]
+
+
+class MetricsFile:
+    """The file of a run while it is written; a resumed run goes on after the lines that are there."""
+
+    def __init__(self, file: Path) -> None:
+        self._stream = file.open("a+", encoding="utf-8")
+        self._stream.seek(0)
+        self.steps = [parse_line(line, f"{file}, line {number}") for number, line in enumerate(self._stream, 1)]
+        self._last_flush = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stream.close()
+
+    def write(self, metrics: StepMetrics) -> None:
+        """Add a step. Lines reach the disk a few times a second."""
+        self.steps.append(metrics)
+        self._stream.write(metrics.line())
+        if (now := time.monotonic()) - self._last_flush > FLUSH_SECONDS:
+            self._stream.flush()
+            self._last_flush = now
+
+    def sync(self) -> None:
+        """Bring all lines to the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())

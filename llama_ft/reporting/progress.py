@@ -4,11 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.result import Result
 from llama_ft.reporting.table2 import amount
 
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
@@ -45,13 +47,13 @@ class RunProgress:
         """Print a line of the run."""
         self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, metrics: dict[str, Any]) -> None:
+    def step(self, metrics: StepMetrics) -> None:
         """Move the bar."""
         numbers = (
-            f"loss {metrics['loss']:.3f}  lr {metrics['lr']:.1e}  {metrics['tokens_per_s']:,.0f} tokens/s"
-            f"  {metrics['memory_mib']:,.0f} MiB"
+            f"loss {metrics.loss:.3f}  lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s"
+            f"  {metrics.memory_mib:,.0f} MiB"
         )
-        step, total = metrics["step"], metrics["total_steps"]
+        step, total = metrics.step, metrics.total_steps
         if self._task is None:
             self._task = self._progress.add_task("", total=total, numbers=numbers)
         self._progress.update(self._task, completed=step, numbers=numbers)
@@ -60,15 +62,15 @@ class RunProgress:
             self._last_plain = time.monotonic()
 
 
-def ending(result: dict[str, Any]) -> str:
+def ending(result: Result) -> str:
     """One line for a run that is over."""
-    if result["status"] != "ok":
-        return f"{result['status']}: {result['error']}"
-    parts = [f"peak {amount(result['peak_memory_mib'])} MiB", f"{amount(result['runtime_s'])} s"]
-    if result["tokens_per_s"] is not None:
-        parts.append(f"{result['tokens_per_s']:,.0f} tokens/s")
-    if None not in (result["train_loss_before"], result["train_loss_after"]):  # earlier versions measured neither
-        parts.append(f"loss {result['train_loss_before']:.3f} before, {result['train_loss_after']:.3f} after")
+    if result.status != "ok":
+        return f"{result.status}: {result.error}"
+    parts = [f"peak {amount(result.peak_memory_mib)} MiB", f"{amount(result.runtime_s)} s"]
+    if result.tokens_per_s is not None:
+        parts.append(f"{result.tokens_per_s:,.0f} tokens/s")
+    if None not in (result.train_loss_before, result.train_loss_after):  # earlier versions measured neither
+        parts.append(f"loss {result.train_loss_before:.3f} before, {result.train_loss_after:.3f} after")
     return f"ok: {', '.join(parts)}"
 
 

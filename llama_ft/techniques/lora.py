@@ -40,7 +40,8 @@ class LoRALinear(nn.Linear):
 
     def __new__(cls, base: nn.Linear, *_: Any, **__: Any) -> Self:
         """An instance of the subclass that computes as the base does."""
-        return super().__new__(cls if type(base) is nn.Linear else _over(cls, type(base)))
+        kind: type[Self] = cls if type(base) is nn.Linear else _over(cls, type(base))  # type: ignore[arg-type]
+        return super().__new__(kind)
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class LoRALinear(nn.Linear):
 
 
 @cache
-def _over(cls: type[LoRALinear], parent: type[nn.Linear]) -> type[LoRALinear]:
+def _over(cls: Any, parent: Any) -> Any:
     """LoRA over a subclass of `nn.Linear`."""
     return type(f"LoRA{parent.__name__}", (cls, parent), {})
 

@@ -6,9 +6,9 @@ import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import UserError
+from llama_ft.config.checks import Settings
 from llama_ft.files import write_text
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -41,8 +41,8 @@ class SavedState:
 
     config_hash: str
     position: Position
-    schedule: dict[str, Any] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
+    schedule: Settings = field(default_factory=dict)
+    scaler: Settings = field(default_factory=dict)
     rng: dict[str, str] = field(default_factory=dict)  # states of the random generators by device, in hex
 
     def write(self, folder: Path) -> None:

@@ -5,8 +5,6 @@ A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appe
 
 import os
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,45 +61,25 @@ class Saver:
     """A run's checkpoints.
 
     Args of the constructor:
-        every: optimizer steps between checkpoints; None saves only when interrupted.
-        stop_requested: asked after each optimizer step; True ends the run, saved.
-        before_saving: brings files that must not lag behind a checkpoint up to date.
+        every: optimizer steps between checkpoints; None saves only when asked to.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        config_hash: str,
-        step: TrainStep,
-        schedule: LRScheduler,
-        every: int | None,
-        stop_requested: Callable[[], bool],
-        before_saving: Callable[[Position], None],
+        self, run_dir: Path, config_hash: str, step: TrainStep, schedule: LRScheduler, every: int | None = None
     ) -> None:
         self._run_dir, self._config_hash = run_dir, config_hash
-        self._step, self._schedule = step, schedule
-        self._every, self._before_saving = every, before_saving
-        self.stop_requested = stop_requested
+        self._step, self._schedule, self._every = step, schedule, every
 
-    def steps_to_next(self, done: int) -> int:
-        """Optimizer steps from `done` to the next checkpoint."""
-        return self._every - done % self._every if self._every else sys.maxsize
+    def is_due(self, position: Position) -> bool:
+        """Whether a checkpoint belongs after the optimizer step that has just been done."""
+        return self._every is not None and position.step % self._every == 0
 
-    def save_if_due(self, position: Position) -> None:
-        """Save after a part of the training.
+    def save(self, position: Position) -> None:
+        """Write a checkpoint.
 
         Raises:
-            KeyboardInterrupt: when a stop was requested, once all is saved.
-            UserError: if the checkpoint cannot be written; those before it stay.
+            UserError: if it cannot be written; those before it stay.
         """
-        stop = self.stop_requested()
-        if stop or (self._every and position.step % self._every == 0):
-            self._before_saving(position)
-            self._save(position)
-        if stop:
-            raise KeyboardInterrupt
-
-    def _save(self, position: Position) -> None:
         final = self._run_dir / CHECKPOINTS_DIR / checkpoint_name(position.step)
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:

@@ -1,16 +1,42 @@
-"""The micro-batches of a run that need the most memory, whatever order its samples come in."""
+"""The most memory that a run can need, whatever order its samples come in: found by a dry run before the first step."""
 
+from collections.abc import Sequence
 from heapq import heappush, heappushpop, nlargest
+
+import torch
 
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
-from llama_ft.training.step import Window
+from llama_ft.measure.memory import MemoryTracker, MemoryUse
+from llama_ft.training.step import TrainStep, Window
+from llama_ft.training.windows import Windows
+
+
+def measure_worst_case(step: TrainStep, data: Windows) -> MemoryUse:
+    """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards.
+
+    On CUDA the allocator's own peak statistics start here.
+    """
+    hardest = hardest_windows(data.samples, data.micro_batch_size, data.accumulation_steps, data.padding)
+    return track_memory(step, hardest)
+
+
+def track_memory(step: TrainStep, hardest: list[Window]) -> MemoryUse:
+    """Dry-run windows under the tracker: the first without optimizer state, then all of them with it."""
+    if step.device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(step.device)
+    tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
+    with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
+        for window in [hardest[0], *hardest]:
+            step.dry_run(window)
+    return tracker.result()
 
 
 def hardest_windows(
-    samples: list[Sample], micro_batch_size: int, accumulation_steps: int, padding: Padding
+    samples: Sequence[Sample], micro_batch_size: int, accumulation_steps: int, padding: Padding
 ) -> list[Window]:
-    """Windows one of which needs as much memory as any that shuffling may bring, the widest first.
+    """Candidates for the worst case: no shuffle of the data needs more memory than the worst of these. Widest first.
 
     The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
     quick.
@@ -23,7 +49,7 @@ def hardest_windows(
 
 
 def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padding) -> list[list[Sample]]:
-    """Micro-batches one of which needs as much memory as any other, the widest first.
+    """Candidates for the micro-batch that needs the most memory, the widest first.
 
     A micro-batch is as large as its padded width and, since logits are computed for targets alone, its number of
     targets make it. At each instant of a step memory is a convex function of the two, at least to a rounding: linear,

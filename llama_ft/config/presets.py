@@ -1,0 +1,42 @@
+"""The choices in `conf/` as dataclasses, for code that does not go through Hydra."""
+
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from llama_ft.config.checks import UserError
+from llama_ft.config.model import PACKAGE_DIR
+
+T = TypeVar("T")
+
+
+def config_dir() -> Path:
+    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
+    inside = PACKAGE_DIR / "conf"
+    return inside if inside.is_dir() else PACKAGE_DIR.parent / "conf"
+
+
+def preset(group: str, name: str, schema: type[T], **changes: Any) -> T:
+    """A choice of a config group, such as `preset("model", "llama2_7b", ModelConfig)`.
+
+    Args:
+        changes: keys that get another value.
+
+    Raises:
+        UserError: if there is no such choice, naming those that there are.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(schema), _load(group, name), changes)
+    return cast(T, OmegaConf.to_object(merged))
+
+
+def _load(group: str, name: str) -> DictConfig:
+    """The keys of a choice, those of the choices that it builds on included."""
+    folder = config_dir() / group
+    file = folder / f"{name}.yaml"
+    if not file.is_file():
+        names = ", ".join(sorted(choice.stem for choice in folder.glob("*.yaml")))
+        raise UserError(f"{group}={name} is not allowed: it must be one of {names}")
+    own = cast(DictConfig, OmegaConf.load(file))
+    bases = [_load(group, base) for base in own.pop("defaults", []) if base != "_self_"]
+    return cast(DictConfig, OmegaConf.merge(*bases, own))
