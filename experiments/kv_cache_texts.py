@@ -3,7 +3,6 @@
 Each prompt is answered by the command that is shown, with the KV cache and without it.
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
@@ -49,5 +48,4 @@ def with_texts(page: str, answer: Callable[[str], str]) -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=str(__doc__)).parse_args()
     write_text(PAGE, with_texts(PAGE.read_text(encoding="utf-8"), standard_output))
