@@ -12,6 +12,7 @@ import torch
 
 from llama_ft.config import (
     FROM_CHECKPOINT,
+    TECHNIQUES,
     DataConfig,
     DecodingConfig,
     GpuConfig,
@@ -133,11 +134,16 @@ def encode(
     Args:
         records: each with `instruction`, `output` and, if it needs one, `input`.
         max_length: longer samples are truncated to so many tokens; those left with no answer are dropped.
+
+    Raises:
+        UserError: naming the record that lacks one of them.
     """
     samples = []
-    for record in records:
+    for number, record in enumerate(records, 1):
         if not isinstance(record, Record):
-            record = Record(record["instruction"], record.get("input", ""), record["output"])
+            if missing := {"instruction", "output"} - record.keys():
+                raise UserError(f"record {number}: {min(missing)} is missing")
+            record = Record(record["instruction"], record.get("input") or "", record["output"])
         sample = encode_record(record, tokenizer)
         sample = Sample(sample.tokens[:max_length], sample.n_prompt)
         if sample.n_targets > 0:
@@ -260,6 +266,9 @@ def predict(
     Raises:
         UserError: if a name is unknown, or the card cannot run such a combination.
     """
+    if unknown := set(techniques) - {technique.name for technique in TECHNIQUES}:
+        names = ", ".join(technique.name for technique in TECHNIQUES)
+        raise UserError(f"{min(unknown)} is no technique: there are {names}")
     config = PlanConfig(
         model=preset("model", model, ModelConfig),
         optim=OptimConfig(**dict.fromkeys(techniques, True)),

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,3 +120,10 @@ def limited_sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     )
     sweep = ("-m", "optim=baseline,lora", f"hydra.sweep.dir={cwd / 'limited'}", "tracker.mode=offline")
     return run_sweep(cwd, *sweep, *size, folder=cwd / "limited")
+
+
+@pytest.fixture
+def small_config(tiny_config: TrainConfig) -> TrainConfig:
+    """Two narrow layers, since 16-bit arithmetic is slow on many a CPU."""
+    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 96}
+    return replace(tiny_config, model=replace(tiny_config.model, **sizes))

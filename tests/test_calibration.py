@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKOUT
+from helpers.training import ragged_samples
 from omegaconf import OmegaConf
 from test_planning import ON_CPU, with_optim
-from test_techniques import ragged_samples
-from test_training import small_config  # noqa: F401 (a fixture)
 
 from benchmarks.plan_time import compare
 from llama_ft.config import DeviceChoice, GpuConfig, MatrixRates, TrainConfig, UserError
@@ -60,7 +59,7 @@ def step_times(config: TrainConfig, costs: dict[str, float], gpu: GpuConfig = CP
 
 
 @pytest.mark.parametrize("toggles", [(False, False, False, False), (True, True, False, False)])
-def test_the_steps_of_a_run_are_the_run(small_config: TrainConfig, toggles: tuple[bool, ...]) -> None:  # noqa: F811
+def test_the_steps_of_a_run_are_the_run(small_config: TrainConfig, toggles: tuple[bool, ...]) -> None:
     config = with_optim(replace(small_config, model=replace(small_config.model, n_layers=3)), toggles)
     config.ga.steps, config.training.epochs = 3, 2
     parts, shares = step_costs(config, ragged_samples(), ON_CPU)
@@ -75,7 +74,7 @@ def test_the_steps_of_a_run_are_the_run(small_config: TrainConfig, toggles: tupl
     assert {dtype: pytest.approx(found)} == flops_of(costs.operators)
 
 
-def test_new_large_blocks_are_those_of_32_mib(small_config: TrainConfig) -> None:  # noqa: F811
+def test_new_large_blocks_are_those_of_32_mib(small_config: TrainConfig) -> None:
     vocabulary = replace(small_config.model, vocab_size=2**18)  # an embedding and a head of 64 MiB each
     (large,) = run_costs([replace(small_config, model=vocabulary)], ragged_samples(), ON_CPU)
     # Both have a gradient each step, which is written once; logits of up to 36 targets are 36 MiB more.
@@ -86,7 +85,7 @@ def test_new_large_blocks_are_those_of_32_mib(small_config: TrainConfig) -> None
 # Costs from times
 
 
-def test_two_runs_give_the_costs_back_and_predict_the_others(small_config: TrainConfig) -> None:  # noqa: F811
+def test_two_runs_give_the_costs_back_and_predict_the_others(small_config: TrainConfig) -> None:
     small_config.ga.steps = 3
     runs = []
     for toggles in ((False, False, False, False), (True, True, False, False)):
@@ -126,7 +125,7 @@ def test_non_negative_least_squares_meets_its_conditions() -> None:
         assert float((gradient * found).abs().max()) < 1e-9
 
 
-def test_efficiencies_where_the_profile_has_rates(small_config: TrainConfig) -> None:  # noqa: F811
+def test_efficiencies_where_the_profile_has_rates(small_config: TrainConfig) -> None:
     slower = {"memory": 1 / 0.8, "fp32": 1 / 0.4, "operators": 2e-6}
     rows = [{"memory": 1.0, "fp32": x, "operators": 1e5 * x * x} for x in (0.5, 1.0, 2.0, 4.0)]
     learned = learn([made_up("run", rows, slower)], lambda name: least_cost(name, CARD))
@@ -193,7 +192,7 @@ def write_run(folder: Path, config: TrainConfig, device: str = PROCESSOR, reserv
 
 
 @pytest.fixture
-def folder_config(small_config: TrainConfig) -> TrainConfig:  # noqa: F811
+def folder_config(small_config: TrainConfig) -> TrainConfig:
     small_config.training.max_samples, small_config.training.micro_batch_size = 40, 1
     return replace(small_config, gpu=CPU)
 
@@ -278,7 +277,7 @@ def edit(folder: Path, file: str, old: str, new: str, run: str = "baseline") -> 
     (folder / run / file).write_text(text.replace(old, new))
 
 
-def test_runs_of_other_devices(tmp_path: Path, small_config: TrainConfig) -> None:  # noqa: F811
+def test_runs_of_other_devices(tmp_path: Path, small_config: TrainConfig) -> None:
     known = {"status": "ok", "runtime_s": 1.0, "tokens": 1, "samples": 1}
     for name, device, reserved in (("a", "NVIDIA H200", 1.0), ("b", PROCESSOR, None)):
         (tmp_path / name).mkdir()

@@ -24,9 +24,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKOUT, environment
+from helpers.models import CPU, relative, small_config
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from test_model import CPU, relative, small_config
 from torch import Tensor
 from transformers import LlamaForCausalLM
 

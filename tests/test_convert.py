@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHECKOUT, run
+from helpers.models import relative
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_model import relative
 from test_tokenizer_llama3 import Files, files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM

@@ -481,12 +481,13 @@ def pieces(*arguments):
 StoredTensor.pieces = pieces
 """
 SLOW_TRAINING = """
-from llama_ft.training.metrics import MetricsFile
-record = MetricsFile.record
+from llama_ft.training.metrics import StepMeter
+record = StepMeter.record
 def slow_record(*arguments):
-    record(*arguments)
+    metrics = record(*arguments)
     slow()
-MetricsFile.record = slow_record
+    return metrics
+StepMeter.record = slow_record
 """
 SLOW_SAVING = """
 from llama_ft.techniques import peft

@@ -6,10 +6,9 @@ import os
 import pytest
 import torch
 from conftest import run
-from test_model import relative, small_model
-from test_techniques import ragged_samples
+from helpers.models import relative, small_model
+from helpers.training import ragged_samples
 
-from llama_ft import techniques
 from llama_ft.config import MixedPrecisionConfig
 from llama_ft.data.collate import collate
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
@@ -24,7 +23,7 @@ GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 def step_on(device: str, precision: Precision) -> TrainStep:
     model = small_model(2).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return TrainStep(model, optimizer, techniques.Techniques(1, precision), 1.0)
+    return TrainStep(model, optimizer, precision)
 
 
 def test_losses_equal_those_on_the_cpu() -> None:
@@ -82,7 +81,12 @@ def test_a_plan_says_what_the_allocator_will_say(tmp_path, combination: str) -> 
 
 
 def test_a_limit_makes_a_run_end_out_of_memory(tmp_path) -> None:
-    arguments = ["measure.memory_limit_mib=20", "plan.enforce=false", "tracker=disabled"]
+    arguments = [
+        "measure.memory_limit_mib=20",
+        "plan.enforce=false",
+        "tracker=disabled",
+        f"hydra.run.dir={tmp_path}/run",
+    ]
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom"
@@ -100,7 +104,8 @@ def test_a_cards_profile_brings_its_memory_and_its_16_bit_format(tmp_path) -> No
 def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path) -> None:
     losses = {}
     for name, extra in {"whole": [], "saved": ["training.save_every=3"]}.items():
-        arguments = ["optim=mp_lora", "training.max_samples=8", "tracker=disabled", f"hydra.run.dir={tmp_path}/{name}"]
+        arguments = ["optim=mp_lora", "training.max_samples=8", "training.micro_batch_size=1", "tracker=disabled"]
+        arguments.append(f"hydra.run.dir={tmp_path}/{name}")
         done = run("llama_ft.train", *arguments, *extra, cwd=tmp_path, env=GPU)
         assert done.returncode == 0, done.stdout + done.stderr
         if name == "saved":  # as if it had been killed after its sixth step

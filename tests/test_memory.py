@@ -5,17 +5,16 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from helpers.training import COMBINATIONS, make_step, name, ragged_samples
 from hypothesis import given
 from hypothesis import strategies as st
-from test_techniques import ragged_samples
-from test_training import COMBINATIONS, make_step, name
 from torch import nn
 
+from llama_ft.config import OptimConfig
 from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
-from llama_ft.launch.run import track_memory
-from llama_ft.measure.worst_case import hardest_groups, hardest_windows
 from llama_ft.measure.memory import MemoryTracker
+from llama_ft.measure.worst_case import hardest_groups, hardest_windows, track_memory
 from llama_ft.records import CATEGORIES
 
 KB = 1024 / 2**20  # in MiB
@@ -75,7 +74,7 @@ def test_autocast_copies_of_weights_count_as_parameters() -> None:
     use = track(TwoLinears(), autocast=True)
     assert use.max_mib["parameter"] == 8 + 4  # fp32 masters and bf16 copies
     assert use.max_mib["gradient"] == 8  # fp32
-    assert {row["dtype"] for row in use.breakdown if row["category"] == "parameter"} <= {"float32", "bfloat16"}
+    assert {item.dtype for item in use.breakdown if item.category == "parameter"} <= {"float32", "bfloat16"}
 
 
 def test_views_and_in_place_operators_allocate_nothing() -> None:
@@ -90,9 +89,9 @@ def test_views_and_in_place_operators_allocate_nothing() -> None:
     assert use.peak_mib == pytest.approx(1, abs=1 * KB)
 
 
-@pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
-def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
-    step, n = make_step(tiny_config, toggles)
+@pytest.mark.parametrize("optim", COMBINATIONS, ids=name)
+def test_on_tiny_categories_sum_to_the_peak(tiny_config, optim) -> None:
+    step, n = make_step(tiny_config, optim), tiny_config.accumulation_steps
     window = [collate([sample], Padding(step.precision.pad_multiple)) for sample in ragged_samples()][:n]
     with MemoryTracker(step.model, step.optimizer) as tracker:
         step.dry_run(window)
@@ -100,7 +99,7 @@ def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
     use = tracker.result()
     assert tuple(use.at_peak_mib) == CATEGORIES
     assert sum(use.at_peak_mib.values()) == pytest.approx(use.peak_mib)
-    assert sum(row["mb"] for row in use.breakdown) == pytest.approx(use.peak_mib)
+    assert sum(item.mib for item in use.breakdown) == pytest.approx(use.peak_mib)
     assert use.at_peak_mib["other"] <= 0.05 * use.peak_mib
     assert all(use.at_peak_mib[c] <= use.max_mib[c] + 1e-9 for c in CATEGORIES)
     trainable = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
@@ -111,11 +110,12 @@ def test_on_tiny_categories_sum_to_the_peak(tiny_config, toggles) -> None:
 
 def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:
     uses = {}
-    for toggles in itertools.product([False], [False], [False, True], [False, True]):
-        step, _ = make_step(tiny_config, toggles)
+    for lora, gc in itertools.product([False, True], repeat=2):
+        optim = OptimConfig(lora=lora, gc=gc)
+        step = make_step(tiny_config, optim)
         with MemoryTracker(step.model, step.optimizer) as tracker:
             step.dry_run([collate(ragged_samples())])
-        uses[name(toggles)] = tracker.result().max_mib
+        uses[optim.combination] = tracker.result().max_mib
     for category in ("gradient", "optimizer_state"):
         assert uses["lora"][category] < 0.1 * uses["baseline"][category]
     assert uses["gc"]["activation"] < 0.6 * uses["baseline"]["activation"]
@@ -125,7 +125,7 @@ def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:
 def test_tracking_changes_no_result(tiny_config) -> None:
     losses = []
     for tracked in (False, True):
-        step, _ = make_step(tiny_config, (True, False, True, True))
+        step = make_step(tiny_config, OptimConfig(ga=True, lora=True, gc=True))
         window = [collate(ragged_samples())]
         if tracked:
             with MemoryTracker(step.model, step.optimizer):
@@ -145,7 +145,7 @@ def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n
     orders = [samples, samples[::-1], sorted(samples, key=len), sorted(samples, key=len, reverse=True)]
     peaks = []
     for windows in [hardest(samples, n)] + [[[collate([s]) for s in order[:n]]] for order in orders]:
-        step, _ = make_step(tiny_config, (True, False, False, False))
+        step = make_step(tiny_config, OptimConfig(ga=True))
         peaks.append(track_memory(step, windows).peak_mib)
     assert peaks[0] == pytest.approx(max(peaks), abs=1 * KB)  # the batches' own tensors
     assert peaks[0] > min(peaks)
@@ -153,10 +153,9 @@ def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n
 
 def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
     samples = [Sample([5] * length, length - n) for length, n in [(120, 4), (9, 5), (112, 70), (90, 75)]]
-    tiny_config.optim.lora = True
     peaks = []
     for sample in samples:
-        step, _ = make_step(tiny_config, (False, False, True, False))
+        step = make_step(tiny_config, OptimConfig(lora=True))
         peaks.append(track_memory(step, [[collate([sample])]]).peak_mib)
     assert peaks[2] == max(peaks) > max(peaks[0], peaks[3])
     assert track_memory(step, hardest(samples, 1)).peak_mib >= max(peaks)

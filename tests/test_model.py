@@ -6,38 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.models import CPU, relative, small_config, small_model
 
 from benchmarks.decode import reference
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model.formats import permute_rotary, to_hf
-from llama_ft.model.transformer import RMSNorm, Transformer, rotary_frequencies, rotary_table, rotate
+from llama_ft.model.transformer import RMSNorm, rotary_frequencies, rotary_table, rotate
 from llama_ft.model.weights import load_model, save_tensors
-
-CPU = torch.device("cpu")
-
-
-def small_config(n_kv_heads: int = 4) -> ModelConfig:
-    return ModelConfig(
-        name="small", dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, ffn_dim=96, vocab_size=101, max_seq_len=64
-    )
 
 
 def rotary_config(context: int, head_dim: int) -> ModelConfig:
     return ModelConfig("small", max_seq_len=context, head_size=head_dim)
-
-
-def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
-    model = load_model(small_config(n_kv_heads), "random", CPU, torch.float32, seed)
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from 0.02, so that attention and gains are far from uniform
-            parameter.mul_(5.0) if parameter.dim() == 2 else parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
-    return model
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])

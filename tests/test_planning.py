@@ -13,18 +13,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.training import COMBINATIONS, make_step, name, ragged_samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_memory import KB
-from test_techniques import ragged_samples
-from test_training import COMBINATIONS, make_step, name, small_config  # noqa: F401 (a fixture)
 
 from llama_ft.config import DeviceChoice, DtypeChoice, GpuConfig, MatrixRates, TrainConfig, UserError, WeightStorage
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.launch.run import track_memory
-from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
+from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.planning import cuda_kernels
 from llama_ft.planning.allocator import LARGE_PAGE, ROUNDING, SMALL_PAGE, Allocator, rounded
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory
@@ -57,7 +56,7 @@ def measured(config: TrainConfig, samples: list[Sample], toggles: tuple[bool, ..
 
 
 @pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
-def test_a_fake_run_needs_what_the_real_one_needs(small_config: TrainConfig, toggles: tuple[bool, ...]) -> None:  # noqa: F811
+def test_a_fake_run_needs_what_the_real_one_needs(small_config: TrainConfig, toggles: tuple[bool, ...]) -> None:
     small_config.ga.steps = 3
     samples = ragged_samples()
     real = measured(small_config, samples, toggles)
@@ -65,7 +64,7 @@ def test_a_fake_run_needs_what_the_real_one_needs(small_config: TrainConfig, tog
     assert fake == real
 
 
-def test_two_micro_batches_need_what_eight_need(small_config: TrainConfig) -> None:  # noqa: F811
+def test_two_micro_batches_need_what_eight_need(small_config: TrainConfig) -> None:
     toggles, samples = (True, False, False, False), [Sample([1] * 33, 5)] * 16
     peaks = {}
     for n_micro_batches in (2, 8):
@@ -77,21 +76,21 @@ def test_two_micro_batches_need_what_eight_need(small_config: TrainConfig) -> No
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_micro_batches_of_several_samples(small_config: TrainConfig, micro_batch_size: int) -> None:  # noqa: F811
+def test_micro_batches_of_several_samples(small_config: TrainConfig, micro_batch_size: int) -> None:
     small_config.training.micro_batch_size = micro_batch_size
     samples = ragged_samples()
     toggles = (False, False, True, False)
     assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == measured(small_config, samples, toggles)
 
 
-def test_grouped_queries(small_config: TrainConfig) -> None:  # noqa: F811
+def test_grouped_queries(small_config: TrainConfig) -> None:
     small_config.model = replace(small_config.model, n_kv_heads=2)
     toggles = (False, False, False, False)
     samples = ragged_samples()
     assert fake_run(with_optim(small_config, toggles), samples, ON_CPU).use == measured(small_config, samples, toggles)
 
 
-def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:  # noqa: F811
+def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:
     small_config.mp.dtype = DtypeChoice.fp16
     toggles = (False, True, False, False)
     samples = ragged_samples()
@@ -102,7 +101,7 @@ def test_fp16_with_its_scaler(small_config: TrainConfig) -> None:  # noqa: F811
 # What a card changes
 
 
-def test_on_a_card_each_storage_is_rounded_up(small_config: TrainConfig) -> None:  # noqa: F811
+def test_on_a_card_each_storage_is_rounded_up(small_config: TrainConfig) -> None:
     on_cpu, on_card = (fake_run(small_config, ragged_samples(), traits) for traits in (ON_CPU, ON_CUDA))
     n_parameters = sum(1 for _ in make_step(small_config, (False,) * 4)[0].model.parameters())
     more = (on_card.use.max_mib["parameter"] - on_cpu.use.max_mib["parameter"]) * MIB
@@ -112,7 +111,7 @@ def test_on_a_card_each_storage_is_rounded_up(small_config: TrainConfig) -> None
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_flash_attention_takes_fp32_sums_and_gradients_of_grouped_heads(
-    small_config: TrainConfig,  # noqa: F811
+    small_config: TrainConfig,
     n_kv_heads: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -134,7 +133,7 @@ def test_flash_attention_takes_fp32_sums_and_gradients_of_grouped_heads(
     assert not without - with_kernel
 
 
-def test_dropout_on_a_card_keeps_a_byte_a_value(small_config: TrainConfig) -> None:  # noqa: F811
+def test_dropout_on_a_card_keeps_a_byte_a_value(small_config: TrainConfig) -> None:
     config = with_optim(small_config, (False, False, True, False))
     samples = [Sample([1] * 33, 5)]
     kept = 2 * config.model.n_layers * 32 * config.model.dim  # of wq and wv: 32 positions
@@ -146,7 +145,7 @@ def test_dropout_on_a_card_keeps_a_byte_a_value(small_config: TrainConfig) -> No
     assert masks == {ON_CPU: 0, ON_CUDA: kept}
 
 
-def test_attention_without_a_sparing_kernel_keeps_its_matrices(small_config: TrainConfig) -> None:  # noqa: F811
+def test_attention_without_a_sparing_kernel_keeps_its_matrices(small_config: TrainConfig) -> None:
     grouped = replace(small_config, model=replace(small_config.model, n_kv_heads=1))
     samples = [Sample([1] * 65, 5)]
     spared, kept = fake_run(small_config, samples, ON_CUDA).use, fake_run(grouped, samples, ON_CUDA).use
@@ -177,7 +176,7 @@ def test_cards_that_an_fp32_run_cannot_tell_apart_share_it(tiny_config: TrainCon
     assert relevant_traits(older, with_optim(tiny_config, (False, True, False, False))) == older
 
 
-def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainConfig) -> None:  # noqa: F811
+def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainConfig) -> None:
     small_config.mp.dtype = DtypeChoice.bf16
     optims = [with_optim(small_config, toggles).optim for toggles in ((False,) * 4, (False, True, False, False))]
     fp32, bf16 = predict(small_config, optims, [card("7.5")], [(20, 5)])
@@ -187,7 +186,7 @@ def test_bf16_on_a_card_without_it_is_a_row_with_an_error(small_config: TrainCon
     assert fp32["fits"]
 
 
-def test_a_row_adds_the_cards_own_terms(small_config: TrainConfig) -> None:  # noqa: F811
+def test_a_row_adds_the_cards_own_terms(small_config: TrainConfig) -> None:
     small, hopper = card("8.0", context_mib=100), replace(card("9.0"), name="hopper")
     row, other = predict(small_config, [small_config.optim], [small, hopper], [(20, 5)])
     assert sum(row["memory_mib"].values()) == pytest.approx(row["peak_memory_mib"])
@@ -205,7 +204,7 @@ def test_a_row_adds_the_cards_own_terms(small_config: TrainConfig) -> None:  # n
 # Operators
 
 
-def test_flops_of_a_step_are_those_of_its_matrix_products(small_config: TrainConfig) -> None:  # noqa: F811
+def test_flops_of_a_step_are_those_of_its_matrix_products(small_config: TrainConfig) -> None:
     """Forward 2 FLOPs a weight and token, backward twice that, but none for the input of the first products."""
     model, n_tokens, n_targets = small_config.model, 32, 7
     (costs,) = run_costs([small_config], [Sample([1] * (n_tokens + 1), n_tokens + 1 - n_targets)], ON_CUDA)
@@ -221,7 +220,7 @@ def test_flops_of_a_step_are_those_of_its_matrix_products(small_config: TrainCon
     [((True, False, False, False), 5, 1), ((False, True, True, True), 5, 1), ((False, False, False, True), 6, 2)],
 )
 def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
-    small_config: TrainConfig,  # noqa: F811
+    small_config: TrainConfig,
     toggles: tuple[bool, ...],
     n_layers: int,
     every: int,
@@ -244,7 +243,7 @@ def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
     assert bytes_of(found.operators) == pytest.approx(bytes_of(counter.operators) * n_steps, rel=1e-3)
 
 
-def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one(small_config: TrainConfig) -> None:  # noqa: F811
+def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one(small_config: TrainConfig) -> None:
     samples = ragged_samples()
     found = run_costs([small_config], samples, ON_CUDA)[0]
     batches = [collate([sample]) for sample in samples]
@@ -261,7 +260,7 @@ def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one(small_con
     assert bytes_of(found.operators) == pytest.approx(moved, rel=0.02)
 
 
-def test_bytes_of_an_update_are_those_of_adamw(small_config: TrainConfig) -> None:  # noqa: F811
+def test_bytes_of_an_update_are_those_of_adamw(small_config: TrainConfig) -> None:
     """Fused AdamW reads weight, gradient and two moments and writes all but the gradient: 7 x 4 bytes a weight.
 
     Clipping reads each gradient once for its norm, and reads and writes it once to scale it: 3 more.
@@ -348,7 +347,7 @@ def comings_and_goings(events: list[Event]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("toggles", [t for t in COMBINATIONS if not t[0]], ids=name)
-def test_storages_come_and_go_as_in_two_steps_one_after_the_other(small_config, toggles) -> None:  # noqa: F811
+def test_storages_come_and_go_as_in_two_steps_one_after_the_other(small_config, toggles) -> None:
     """With gradient accumulation the micro-batches before the last are left out, which leave nothing but gradients."""
     config = with_optim(small_config, toggles)
     samples = [Sample([1] * 33, 20)] * 3
@@ -381,13 +380,13 @@ def test_blocks_never_overlap_and_reserved_covers_them(requests: list[tuple[bool
     assert allocator.reserved % SMALL_PAGE == 0
 
 
-def test_a_lora_target_that_there_is_not_is_refused(small_config: TrainConfig) -> None:  # noqa: F811
+def test_a_lora_target_that_there_is_not_is_refused(small_config: TrainConfig) -> None:
     small_config.lora.targets = ["wx"]
     with pytest.raises(UserError, match=r"lora\.targets: no linear layer is named wx"):
         fake_run(with_optim(small_config, (False, False, True, False)), ragged_samples(), ON_CPU)
 
 
-def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig) -> None:  # noqa: F811
+def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig) -> None:
     samples = ragged_samples()
     for toggles, key, value in (
         ((False, True, True, False), "frozen_weights", WeightStorage.fp32),
@@ -399,7 +398,7 @@ def test_plain_amp_and_16bit_masters_are_the_real_runs(small_config: TrainConfig
 
 @pytest.mark.parametrize("toggles", [(False, False, False, False), (True, True, True, True)], ids=name)
 def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(
-    small_config: TrainConfig,  # noqa: F811
+    small_config: TrainConfig,
     toggles: tuple[bool, ...],
 ) -> None:
     small_config.ga.steps = 2

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from conftest import Sweep, environment, injected, run
 from safetensors.numpy import load_file
 
 from llama_ft import device
-from llama_ft.config import DataConfig, GpuConfig, ModelConfig, TrainConfig, UserError
+from llama_ft.config import TrainConfig, UserError
 from llama_ft.launch import process
 from llama_ft.launch.folder import clear
-from llama_ft.records.result import write_result
+from llama_ft.records.result import new_result, read_result, write_result
 
 CHILD = "llama_ft.launch.child"
 SMALL = ("training.micro_batch_size=1", "training.max_samples=8", "tracker=disabled")
@@ -368,59 +369,55 @@ def test_without_a_limit_none_is_near() -> None:
 # ------------------------------------------------------------------------- the parent's judgement on a child that died
 
 
-def a_child(code: str) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([sys.executable, "-c", f"import os, sys; {code}"])
-    child.wait()
-    return child
-
-
 @pytest.mark.parametrize(
-    ("code", "log", "rss", "kills", "status"),
+    ("code", "log", "resident", "was_oom_kill", "status"),
     [
-        ("os.kill(os.getpid(), 9)", "", 10, 0, "killed"),
-        ("os.kill(os.getpid(), 9)", "", 95, 0, "oom"),  # nearly all the memory there is
-        ("os.kill(os.getpid(), 9)", "", 10, 1, "oom"),  # the control group counted a kill
-        ("os.abort()", "terminate called after throwing an instance of 'std::bad_alloc'", 10, 0, "oom"),
-        ("os.kill(os.getpid(), 11)", "", 10, 0, "error"),
-        ("sys.exit(7)", "", 10, 0, "error"),
+        (-signal.SIGKILL, "", 10, False, "killed"),
+        (-signal.SIGKILL, "", 95, False, "oom"),  # nearly all the memory there is
+        (-signal.SIGKILL, "", 10, True, "oom"),  # the control group counted a kill
+        (-signal.SIGABRT, "terminate called after throwing an instance of 'std::bad_alloc'", 10, False, "oom"),
+        (-signal.SIGSEGV, "", 10, False, "error"),
+        (7, "", 10, False, "error"),
     ],
 )
 def test_a_signal_9_needs_evidence_to_be_out_of_memory(
-    code: str, log: str, rss: int, kills: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int,
+    log: str,
+    resident: int,
+    was_oom_kill: bool,
+    status: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(process, "memory_there_is", lambda: 100.0)
-    monkeypatch.setattr(process, "oom_kills", lambda: kills)
+    monkeypatch.setattr(process, "total_memory_bytes", lambda: 100.0)
     (tmp_path / "train.log").write_text(log)
-    config = TrainConfig(model=ModelConfig(name="tiny"), data=DataConfig(name="sample"), gpu=GpuConfig(name="cpu"))
-    process.ending_of_killed(config, tmp_path, "command", a_child(code), rss, 0, None)
-    result = read_json(tmp_path / "result.json")
-    assert result["status"] == status
-    assert result["error"]
+    ended = process.Ended(code, process.Seen(resident), was_oom_kill, was_interrupted=False)
+    found, error = process.ending_of_killed(ended, None, tmp_path / "train.log")
+    assert found == status
+    assert error
+
+
+@pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
+def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
+    ended = process.Ended(-signal.SIGSEGV, process.Seen(0, int(share * 400 * 2**20)), False, False)
+    assert process.ending_of_killed(ended, 400, tmp_path / "train.log")[0] == status
 
 
 # -------------------------------------------------------------------------------------------------- whole or not at all
 
 
-def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    write_result(tmp_path, {"status": "ok"})
+def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path, tiny_config: TrainConfig) -> None:
+    result = new_result(tiny_config, "command")
+    write_result(tmp_path, result)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # as a full disk: writing stops half-way
     try:
         with pytest.raises(OSError, match="File too large"):
-            write_result(tmp_path, {"status": "error", "error": "x" * 100_000})
+            write_result(tmp_path, replace(result, error="x" * 100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert read_json(tmp_path / "result.json") == {"status": "ok"}
+    assert read_result(tmp_path) == result
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-
-
-@pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
-def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
-    config = TrainConfig(model=ModelConfig(name="tiny"), data=DataConfig(name="sample"))
-    config.measure.memory_limit_mib = 400
-    child = a_child("os.kill(os.getpid(), 11)")
-    data = int(share * 400 * 2**20)
-    assert process.ending_of_killed(config, tmp_path, "command", child, 0, 0, None, data)["status"] == status
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "model.safetensors"])

@@ -5,18 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import relative, small_model
+from helpers.training import make_step, ragged_samples
 from omegaconf import OmegaConf
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
-from test_model import relative, small_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.decode import reference
-from llama_ft import techniques
-from llama_ft.config import DtypeChoice, MixedPrecisionConfig, ModelConfig, UserError, WeightStorage, config_dir
+from llama_ft.config import (
+    DtypeChoice,
+    MixedPrecisionConfig,
+    ModelConfig,
+    OptimConfig,
+    UserError,
+    WeightStorage,
+    config_dir,
+)
 from llama_ft.data.collate import Batch, Padding, collate
-from llama_ft.data.dataset import Sample
 from llama_ft.model.formats import permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import target_tokens, windows
@@ -24,16 +31,6 @@ from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 from llama_ft.techniques.lora import LoRALinear, add_lora
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
 from llama_ft.training.step import TrainStep, summed_loss
-
-
-def ragged_samples(lengths: tuple[int, ...] = (30, 12, 25, 8, 17, 40, 9, 21)) -> list[Sample]:
-    """Samples whose numbers of target tokens differ by far more than their lengths."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = (5, 2, 23, 3, 10, 4, 7, 19)
-    return [
-        Sample(torch.randint(0, 101, (length,), generator=generator).tolist(), prompt)
-        for length, prompt in zip(lengths, prompts, strict=True)
-    ]
 
 
 class Recorder(torch.optim.SGD):
@@ -45,7 +42,7 @@ class Recorder(torch.optim.SGD):
 
 def window_gradients(model: Transformer, window: list[Batch]) -> list[Tensor]:
     recorder = Recorder(model.parameters(), lr=0.0)
-    TrainStep(model, recorder, techniques.Techniques(len(window), Precision("cpu")), float("inf"))(window)
+    TrainStep(model, recorder, Precision("cpu"), float("inf"))(window)
     return recorder.gradients
 
 
@@ -77,9 +74,7 @@ class TestGradientAccumulation:
     def test_loss_is_the_mean_over_all_target_tokens(self) -> None:
         model, samples = small_model().to(torch.float64), ragged_samples()
         window = [collate([sample]) for sample in samples]
-        step = TrainStep(
-            model, Recorder(model.parameters(), lr=0.0), techniques.Techniques(8, Precision("cpu")), float("inf")
-        )
+        step = TrainStep(model, Recorder(model.parameters(), lr=0.0), Precision("cpu"), float("inf"))
         loss, _ = step(window)
         expected = []
         for sample in samples:
@@ -234,6 +229,24 @@ class TestLora:
         with pytest.raises(UserError, match=r"no linear layer is named q_proj; there are .*'wq'"):
             add_lora(small_model(), 4, 8.0, 0.0, ["wq", "q_proj"])
 
+    def test_any_linear_layer_can_be_adapted(self) -> None:
+        class Doubling(nn.Linear):
+            """Keeps half of its weight."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(2 * x)
+
+        base = Doubling(5, 3)
+        layer, x = LoRALinear(base, 2, 4.0), torch.randn(7, 5)
+        assert isinstance(layer, Doubling)
+        assert layer.weight is base.weight
+        assert list(layer.state_dict()) == ["weight", "bias", "lora_A", "lora_B"]
+        assert torch.equal(layer(x), base(x))
+        nn.init.ones_(layer.lora_B)
+        expected = base(x) + x @ layer.lora_A.T @ torch.ones(2, 3) * 2.0
+        assert torch.allclose(layer(x), expected)
+        assert list(base.state_dict()) == ["weight", "bias"]
+
     def test_counts_for_7b(self) -> None:
         config = ModelConfig(**OmegaConf.load(Path(config_dir()) / "model/llama2_7b.yaml"))
         with torch.device("meta"):
@@ -247,18 +260,16 @@ class TestLora:
 class TestMixedPrecision:
     @pytest.mark.parametrize("lora", [False, True])
     @pytest.mark.parametrize("frozen", list(WeightStorage))
-    def test_dtypes_of_weights_gradients_and_moments(self, tiny_config, lora: bool, frozen: WeightStorage) -> None:
-        config = tiny_config
-        config.optim.mp, config.optim.lora, config.mp.frozen_weights = True, lora, frozen
-        precision = mixed_precision(config.mp, "cpu", True)
-        model = small_model().to(techniques.base_dtype(config, precision))
-        applied = techniques.apply(model, config, precision)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
+    def test_dtypes_of_weights_gradients_and_moments(self, small_config, lora: bool, frozen: WeightStorage) -> None:
+        config = small_config
+        config.mp.frozen_weights = frozen
+        step = make_step(config, OptimConfig(mp=True, lora=lora))
+        model, optimizer = step.model, step.optimizer
         gradients = []
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.register_hook(lambda gradient: gradients.append(gradient.dtype))
-        TrainStep(model, optimizer, applied, 1.0)([collate(ragged_samples(), Padding(applied.precision.pad_multiple))])
+        step([collate(ragged_samples(), Padding(step.precision.pad_multiple))])
         trainable = {p.dtype for p in model.parameters() if p.requires_grad}
         kept = {p.dtype for p in model.parameters() if not p.requires_grad}
         moments = {t.dtype for state in optimizer.state.values() for t in state.values()}

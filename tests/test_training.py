@@ -1,55 +1,24 @@
 """The step, the schedule and the loop: determinism, no traces of the rehearsal, every combination learns."""
 
-import contextlib
 import itertools
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from test_model import CPU
-from test_techniques import ragged_samples
+from helpers.training import COMBINATIONS, make_step, name, ragged_samples
 
-from llama_ft import techniques
-from llama_ft.config import DtypeChoice, TrainConfig, TrainingConfig, UserError
-from llama_ft.data.collate import Padding, collate, epoch_batches
+from llama_ft.config import DtypeChoice, OptimConfig, TrainConfig, TrainingConfig, UserError
+from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
-from llama_ft.launch.run import make_precision
-from llama_ft.model.weights import load_model
-from llama_ft.techniques.gradient_accumulation import windows
+from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
 from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import train
-from llama_ft.training.metrics import MetricsFile
+from llama_ft.training.metrics import StepMeter, check_finite
 from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.position import Position
-from llama_ft.training.saver import Saver
 from llama_ft.training.step import TrainStep, evaluate_loss
-
-COMBINATIONS = list(itertools.product([False, True], repeat=4))
-
-
-@pytest.fixture
-def small_config(tiny_config: TrainConfig) -> TrainConfig:
-    """Two narrow layers, since 16-bit arithmetic is slow on many a CPU."""
-    sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 96}
-    return replace(tiny_config, model=replace(tiny_config.model, **sizes))
-
-
-def name(toggles: tuple[bool, ...]) -> str:
-    return "_".join(n for n, on in zip(("ga", "mp", "lora", "gc"), toggles, strict=True) if on) or "baseline"
-
-
-def make_step(config: TrainConfig, toggles: tuple[bool, ...]) -> tuple[TrainStep, int]:
-    """A step on the small model, and its micro-batches in a window."""
-    config.optim.ga, config.optim.mp, config.optim.lora, config.optim.gc = toggles
-    torch.manual_seed(config.training.seed)
-    precision = make_precision(config, CPU)
-    model = load_model(config.model, "random", CPU, techniques.base_dtype(config, precision))
-    applied = techniques.apply(model, config, precision)
-    step = TrainStep(model, make_optimizer(model.parameters(), config.training), applied, config.training.max_grad_norm)
-    return step, applied.accumulation_steps
+from llama_ft.training.windows import Windows
 
 
 def parameters(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -60,14 +29,14 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(a[n], b[n]) for n in a)
 
 
-@pytest.mark.parametrize("toggles", COMBINATIONS, ids=name)
-def test_every_combination_overfits_one_batch(small_config, toggles) -> None:
-    lora = toggles[2]
+@pytest.mark.parametrize("optim", COMBINATIONS, ids=name)
+def test_every_combination_overfits_one_batch(small_config, optim) -> None:
+    lora = optim.lora
     small_config.training.lr = 3e-2 if lora else 5e-3
     small_config.ga.steps = 2
     small_config.data.first = 2
     small_config.lora.targets = ["wq", "wv", "w1", "w2", "w3", "output"]
-    step, n = make_step(small_config, toggles)
+    step, n = make_step(small_config, optim), small_config.accumulation_steps
     samples = load_data(small_config).samples
     window = [collate(samples[i::n], Padding(step.precision.pad_multiple)) for i in range(n)]
     frozen = {n: p.detach().clone() for n, p in step.model.named_parameters() if not p.requires_grad}
@@ -79,29 +48,28 @@ def test_every_combination_overfits_one_batch(small_config, toggles) -> None:
     assert all((m.lora_B != 0).any() for m in step.model.modules() if isinstance(m, LoRALinear))
 
 
-def run_steps(config: TrainConfig, toggles: tuple[bool, ...], dry_run: bool) -> tuple[list[float], dict]:
-    step, n = make_step(config, toggles)
-    batches = epoch_batches(load_data(config).samples, 1, 0, 0, Padding(step.precision.pad_multiple))
-    epoch = list(windows(batches, n))
+def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[list[float], dict]:
+    step = make_step(config, optim)
+    epoch = list(Windows.over(load_data(config).samples, step, 1, config.accumulation_steps)(0))
     if dry_run:
         step.dry_run(epoch[-1])
         step.dry_run(epoch[-1])
     return [step(window)[0].item() for window in epoch], parameters(step)
 
 
-@pytest.mark.parametrize("toggles", [(True, False, True, False), (False, True, False, True)], ids=name)
-def test_runs_repeat_to_the_bit_and_a_rehearsal_leaves_no_trace(small_config, toggles) -> None:
+@pytest.mark.parametrize("optim", [OptimConfig(ga=True, lora=True), OptimConfig(mp=True, gc=True)], ids=name)
+def test_runs_repeat_to_the_bit_and_a_dry_run_leaves_no_trace(small_config, optim) -> None:
     small_config.data.first = 12
     small_config.training.weight_decay = 0.1
-    plain, again, dry_run = (run_steps(small_config, toggles, dry_run) for dry_run in (False, False, True))
+    plain, again, dry_run = (run_steps(small_config, optim, dry_run) for dry_run in (False, False, True))
     assert plain[0] == again[0] == dry_run[0]
     assert equal(plain[1], again[1])
     assert equal(plain[1], dry_run[1])
 
 
-def test_a_rehearsal_leaves_no_trace_in_an_fp16_scaler(small_config) -> None:
+def test_a_dry_run_leaves_no_trace_in_an_fp16_scaler(small_config) -> None:
     small_config.mp.dtype = DtypeChoice.fp16
-    step, _ = make_step(small_config, (False, True, True, False))
+    step = make_step(small_config, OptimConfig(mp=True, lora=True))
     before = step.scaler.state_dict()
     step.dry_run([collate(ragged_samples())])
     assert step.scaler.state_dict() == before
@@ -140,7 +108,7 @@ def test_optimizer_is_fused_adamw_over_the_trainable_parameters() -> None:
 
 
 def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config) -> None:
-    step, _ = make_step(small_config, (False, False, False, False))
+    step = make_step(small_config, OptimConfig())
     step.max_grad_norm = 1e-3
     seen = []
     step.optimizer.register_step_pre_hook(
@@ -153,87 +121,98 @@ def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config) ->
     assert norm.item() > 0.1
 
 
-def run_loop(small_config: TrainConfig, folder: Path, epochs: int = 2, made: TrainStep | None = None) -> list[dict]:
-    """Train on six samples, two in a window: three steps an epoch."""
+def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None = None) -> list[StepMetrics]:
+    """Train on six samples, two in a window: three steps an epoch. Nothing is written."""
     small_config.data.first = 6
-    step = made or make_step(small_config, (False, False, False, False))[0]
-    samples = load_data(small_config).samples
-    schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
-
-    def epoch_windows(epoch: int):
-        return list(windows(epoch_batches(samples, 1, epoch, 0), 2))
-
-    saver = Saver(folder, "hash", step, schedule, None, lambda: False, lambda position: None)
-    may_skip = step.scaler.is_enabled()
-    with MetricsFile(folder / "metrics.jsonl", 3 * epochs, may_skip, lambda: 1.0) as metrics:
-        train(step, schedule, epoch_windows, epochs, Position(), metrics, saver, contextlib.nullcontext)
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    step = made or make_step(small_config, OptimConfig())
+    data = Windows.over(load_data(small_config).samples, step, 1, 2)
+    assert data.steps_per_epoch == 3
+    schedule, meter = make_schedule(step.optimizer, 3 * epochs, 0.0), StepMeter(3 * epochs, lambda: 1.0)
+    metrics: list[StepMetrics] = []
+    for output in train(step, schedule, data, epochs, Position()):
+        if (before := meter.record(output)) is not None:
+            metrics.append(before)
+            check_finite(before, step.scaler.is_enabled())
+    last = meter.flush()
+    assert last is not None
+    check_finite(last, step.scaler.is_enabled())
+    return [*metrics, last]
 
 
 def test_metrics_have_a_line_for_each_optimizer_step(small_config, tmp_path) -> None:
-    lines = run_loop(small_config, tmp_path)
+    steps = run_loop(small_config)
     tokens = sum(len(sample) for sample in load_data(small_config).samples)
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert lines[2]["tokens"] == tokens
-    assert lines[-1]["tokens"] == 2 * tokens
-    assert lines[0]["loss"] == pytest.approx(math.log(2048), rel=0.02)  # untrained weights know nothing
-    assert lines[0]["lr"] == small_config.training.lr
-    assert all(math.isfinite(line[key]) for line in lines for key in ("loss", "grad_norm", "tokens_per_s"))
+    assert [metrics.step for metrics in steps] == [1, 2, 3, 4, 5, 6]
+    assert steps[2].tokens == tokens
+    assert steps[-1].tokens == 2 * tokens
+    assert steps[0].loss == pytest.approx(math.log(2048), rel=0.02)  # untrained weights know nothing
+    assert steps[0].lr == small_config.training.lr
+    assert all(math.isfinite(n) for metrics in steps for n in (metrics.loss, metrics.grad_norm, metrics.tokens_per_s))
+    for written in (steps[:4], steps[4:]):  # a resumed run goes on after what is there
+        with MetricsFile(tmp_path / METRICS_FILE) as file:
+            for metrics in written:
+                file.write(metrics)
+    assert read_metrics(tmp_path) == steps
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_its_step(small_config, tmp_path) -> None:
+def test_a_loss_that_is_not_finite_stops_and_names_its_step(small_config) -> None:
     small_config.training.lr = 1e30
     with pytest.raises(UserError, match=r"the loss of optimizer step \d+ is (nan|inf)"):
-        run_loop(small_config, tmp_path, epochs=4)
-    last = (tmp_path / "metrics.jsonl").read_text().splitlines()[-1]
-    assert not math.isfinite(json.loads(last)["loss"])
+        run_loop(small_config, epochs=4)
 
 
-def test_a_gradient_that_is_not_finite_stops_a_run_without_loss_scaling(small_config, tmp_path) -> None:
-    step, _ = make_step(small_config, (False, False, False, False))
+def test_a_gradient_that_is_not_finite_stops_a_run_without_loss_scaling(small_config) -> None:
+    step = make_step(small_config, OptimConfig())
     step.model.output.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(UserError, match=r"the gradient's norm at optimizer step 1 is (nan|inf)"):
-        run_loop(small_config, tmp_path, made=step)
+    with pytest.raises(UserError, match=r"the gradient's norm at optimizer step 1 is not finite"):
+        run_loop(small_config, made=step)
 
 
-@pytest.mark.parametrize("toggles", [t for t in COMBINATIONS if t[1]], ids=name)
-def test_fp16_steps_like_fp32_with_fp32_trainable_weights(small_config, toggles) -> None:
+def test_windows_are_counted_by_arithmetic_and_can_begin_anywhere(small_config) -> None:
+    step, samples = make_step(small_config, OptimConfig()), ragged_samples()
+    for size, accumulation in itertools.product((1, 3, 8, 20), (1, 2, 5)):
+        data = Windows.over(samples, step, size, accumulation, seed=3)
+        whole = list(data(1))
+        assert len(whole) == data.steps_per_epoch
+        assert sum(batch.n_tokens for window in whole for batch in window) == sum(map(len, samples))
+        later = list(data(1, 1))
+        assert [[b.tokens.tolist() for b in w] for w in later] == [[b.tokens.tolist() for b in w] for w in whole[1:]]
+
+
+@pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if optim.mp], ids=name)
+def test_fp16_steps_like_fp32_with_fp32_trainable_weights(small_config, optim) -> None:
     small_config.mp.dtype, small_config.lora.dropout, small_config.ga.steps = DtypeChoice.fp16, 0.0, 2
-    step, n = make_step(small_config, toggles)
+    step, n = make_step(small_config, optim), small_config.accumulation_steps
     stored = {p.dtype for p in step.model.parameters() if not p.requires_grad}
-    assert stored == ({torch.float16} if toggles[2] else set())
+    assert stored == ({torch.float16} if optim.lora else set())
     assert {p.dtype for p in step.optimizer.param_groups[0]["params"]} == {torch.float32}
     window = [collate(ragged_samples()[i::n], Padding(32)) for i in range(n)]
     losses = [step(window)[0].item() for _ in range(4)]
-    exact, _ = make_step(small_config, (toggles[0], False, *toggles[2:]))
+    exact = make_step(small_config, replace(optim, mp=False))
     assert losses == pytest.approx([exact(window)[0].item() for _ in range(4)], rel=5e-3)
     assert losses[-1] < losses[0]
 
 
-def test_fp16_steps_that_overflow_are_skipped_and_counted_until_the_scale_fits(small_config, tmp_path) -> None:
+def test_fp16_steps_that_overflow_are_skipped_until_the_scale_fits(small_config) -> None:
     small_config.mp.dtype = DtypeChoice.fp16
-    step, _ = make_step(small_config, (False, True, False, False))
+    step = make_step(small_config, OptimConfig(mp=True))
     scale = 2.0**24
     step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": scale})
     weights, updates = [parameters(step)], []
     step.optimizer.register_step_post_hook(lambda *_: weights.append(parameters(step)))
-    lines = run_loop(small_config, tmp_path, epochs=5, made=step)
+    steps = run_loop(small_config, epochs=5, made=step)
     for before, after in itertools.pairwise(weights):
         updates.append(not equal(before, after))
-    skipped = [line["grad_norm"] is None for line in lines]
+    skipped = [metrics.grad_norm is None for metrics in steps]
     assert skipped[0]
     assert not skipped[-1]
     assert updates == [not skip for skip in skipped]
     assert step.scaler.get_scale() == scale / 2 ** sum(skipped)
-    assert all(math.isfinite(line["loss"]) for line in lines)
-    again = MetricsFile(tmp_path / "metrics.jsonl", 15, True, lambda: 1.0)  # what a resumed run goes on from
-    with again:
-        assert again.skipped_steps == sum(skipped)
-        assert again.losses == [line["loss"] for line in lines]
+    assert all(math.isfinite(metrics.loss) for metrics in steps)
 
 
 def test_evaluation_is_the_mean_over_target_tokens_and_changes_nothing(small_config) -> None:
-    step, _ = make_step(small_config, (False, False, True, False))
+    step = make_step(small_config, OptimConfig(lora=True))
     samples = load_data(small_config).samples[:5]
     before = parameters(step)
     one_by_one = evaluate_loss(step, [collate([sample]) for sample in samples])

@@ -38,9 +38,10 @@ class LoRALinear(nn.Linear):
     It takes over all that the other layer holds, so the weight keeps its key and the way it is stored.
     """
 
-    def __new__(cls, base: nn.Linear, *_: Any, **__: Any) -> Self:
-        """An instance of the subclass that computes as the base does."""
-        kind: type[Self] = cls if type(base) is nn.Linear else _over(cls, type(base))  # type: ignore[arg-type]
+    def __new__(cls, base: nn.Linear | None = None, *_: Any, **__: Any) -> Self:
+        """An instance of the subclass that computes as the base does; a copy has no base."""
+        plain = base is None or type(base) is nn.Linear
+        kind: type[Self] = cls if plain else _over(cls, type(base))  # type: ignore[arg-type]
         return super().__new__(kind)
 
     def __init__(
