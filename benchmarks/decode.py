@@ -27,12 +27,22 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.decoding.state import GenerationState
 from llama_ft.device import device_name
-from llama_ft.model.formats import to_hf
+from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The same weights under the names and in the rotary layout of transformers' LlamaForCausalLM."""
+    return {
+        hf_name(name): permute_rotary(tensor, len(tensor) // config.head_dim, to_hf=True)
+        if is_rotated(name)
+        else tensor
+        for name, tensor in state_dict.items()
+    }
 
 
 def reference(model: Transformer) -> LlamaForCausalLM:

@@ -8,10 +8,9 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import ReportConfig, TrackerConfig, UserError
-from llama_ft.reporting.comparison import report_comparison
+from llama_ft.records.plan import is_plan
+from llama_ft.reporting.comparison_report import report_comparison
 from llama_ft.reporting.plan import report_plan
-from llama_ft.reporting.plan_check import report_check
-from llama_ft.reporting.plan_file import is_plan
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
@@ -46,27 +45,18 @@ def main() -> int:
     plans = [folder for folder in folders if is_plan(folder)]
     if config.tracker.upload and (len(folders) == 2 or plans):
         raise UserError("tracker.upload=true sends one sweep: give its folder alone")
-    if len(folders) == 2:
-        report_two(folders, plans, console)
-        return 0
-    if plans:
-        report_plan(folders[0], console)
-        return 0
-    groups = report_sweep(folders[0], console)
-    if config.tracker.upload:
-        send(config, folders[0], groups, console)
-    return 0
-
-
-def report_two(folders: list[Path], plans: list[Path], console: Console) -> None:
-    """Two sweeps, or a sweep and a plan in either order."""
     if len(plans) == 2:
         raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
-    if plans:
-        (sweep,) = [folder for folder in folders if folder not in plans]
-        report_check(sweep, plans[0], console)
+    if len(folders) == 2:
+        first, second = sorted(folders, key=is_plan)  # a plan second, in whichever order they were given
+        report_comparison(first, second, console)
+    elif plans:
+        report_plan(folders[0], console)
     else:
-        report_comparison(folders[0], folders[1], console)
+        groups = report_sweep(folders[0], console)
+        if config.tracker.upload:
+            send(config, folders[0], groups, console)
+    return 0
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:

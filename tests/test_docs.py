@@ -30,7 +30,7 @@ from llama_ft.config import (
     config_dir,
 )
 from llama_ft.model.sizes import hf_config
-from llama_ft.reporting.table2 import amount
+from llama_ft.reporting.table import amount
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
 SCHEMAS = {

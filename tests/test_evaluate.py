@@ -25,7 +25,6 @@ from test_kv_cache import make_model
 
 from benchmarks.decode import reference
 from llama_ft import evaluate
-from llama_ft.cli import use_schema
 from llama_ft.config import (
     DataConfig,
     DecodingConfig,
@@ -33,7 +32,6 @@ from llama_ft.config import (
     ModelConfig,
     ModelSource,
     OnBadRecord,
-    TrainConfig,
     UserError,
 )
 from llama_ft.data.collate import Padding
@@ -50,7 +48,7 @@ from llama_ft.files import locked
 from llama_ft.model.formats import hf_name, permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.reporting import progress
-from llama_ft.reporting.table2 import Table, print_table
+from llama_ft.reporting.table import Table, print_table
 from llama_ft.training.saver import save_trained
 
 SIZES = [f"model.{key}={getattr(SMALL, key)}" for key in "dim n_layers n_heads n_kv_heads ffn_dim context".split()]
@@ -315,7 +313,6 @@ def command(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    use_schema(EvaluateConfig)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     file = records_file(tmp_path, RECORDS)
 
@@ -328,8 +325,7 @@ def command(
         folder = Path(re.findall(r"^Written: .* in (.*)$", written, re.MULTILINE)[0])
         return json.loads((folder / "evaluate.json").read_text()) | {"folder": folder}, written
 
-    yield evaluated
-    use_schema(TrainConfig)
+    return evaluated
 
 
 def saved(folder: Path) -> Path:

@@ -9,7 +9,6 @@ import pytest
 from conftest import run
 
 from llama_ft import cli, plan
-from llama_ft.cli import use_schema
 from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
 from llama_ft.planning.lengths import data_lengths
 
@@ -100,13 +99,12 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
     }.items(),
 )
 def test_what_is_wrong_is_said(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
-    use_schema(PlanConfig)
 
     def lengths() -> None:
         try:
             data_lengths(planned(*arguments), print)
         except Exception as error:
-            raise UserError(cli.explain(error)) from error
+            raise UserError(cli.explain(error, PlanConfig)) from error
 
     with pytest.raises(UserError, match=words):
         lengths()

@@ -265,8 +265,9 @@ def test_wandb_stays_in_tracking():
     assert {part_of(module) for module in importers("wandb")} == {"tracking"}
 
 
-def test_the_package_knows_no_study():
-    assert importers("experiments") == set()
+@pytest.mark.parametrize("outside", ["dev", "experiments", "benchmarks"])
+def test_the_package_imports_nothing_that_it_does_not_ship(outside):
+    assert importers(outside) == set()
 
 
 def test_config_is_plain_python():

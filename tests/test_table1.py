@@ -12,14 +12,13 @@ import torch
 from llama_ft.config import (
     DataConfig,
     DeviceChoice,
-    DtypeChoice,
+    Dtype,
     GpuConfig,
     LoraConfig,
     MixedPrecisionConfig,
     ModelConfig,
     OptimConfig,
     TrainingConfig,
-    WeightStorage,
 )
 from llama_ft.config.plan import Combinations, PlanConfig
 from llama_ft.model.transformer import Transformer
@@ -225,7 +224,7 @@ STAND_IN = table1.Case(dict.fromkeys(table1.MEMORY, 1.0), {"float32": 1e12}, 1e9
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    storage = MixedPrecisionConfig(frozen_weights=WeightStorage.fp32)
+    storage = MixedPrecisionConfig(frozen_weights=Dtype.fp32)
     config = replace(CONFIG, training=TrainingConfig(micro_batch_size=size), mp=storage)
     memories = {optim.combination: {"parameter": 1.0} for optim in predict.combinations(with_gc=True)}
     rows = [
@@ -260,7 +259,7 @@ def test_what_the_card_cannot_do_is_a_note(monkeypatch: pytest.MonkeyPatch) -> N
     real = table1.find_case
     monkeypatch.setattr(table1, "find_case", lambda run, *rest: real(run, *rest) if run.optim.mp else STAND_IN)
     older = replace(CARD, compute_capability="6.0")
-    table = table_of(replace(CONFIG, mp=MixedPrecisionConfig(dtype=DtypeChoice.bf16)), gpu=older)
+    table = table_of(replace(CONFIG, mp=MixedPrecisionConfig(dtype=Dtype.bf16)), gpu=older)
     assert [row["name"] for row in table["rows"]] == ["GA", "GA", "GC", "LoRA"]
     assert sum("mp.dtype=bf16 is not supported by this GPU" in note for note in table["notes"]) == 3
 

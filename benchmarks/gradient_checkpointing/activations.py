@@ -18,7 +18,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_ft import techniques
-from llama_ft.config import DataConfig, DtypeChoice, ModelConfig, OptimConfig, TrainConfig
+from llama_ft.config import DataConfig, Dtype, ModelConfig, OptimConfig, TrainConfig
 from llama_ft.data.collate import Batch
 from llama_ft.launch.run import make_precision
 from llama_ft.measure.memory import MemoryTracker
@@ -35,7 +35,7 @@ def step_memory(model_name: str, n_layers: int, n_tokens: int, combination: str,
     optim = OptimConfig(**{name: name in combination.split("_") for name in ("ga", "mp", "lora")}, gc=every > 0)
     model, data = ModelConfig(**sizes), DataConfig("sample")
     config = TrainConfig(model=model, optim=optim, data=data, checkpoint="random", tokenizer="none")
-    config.gc.every, config.mp.dtype = max(1, every), DtypeChoice.bf16
+    config.gc.every, config.mp.dtype = max(1, every), Dtype.bf16
     precision = make_precision(config, torch.device("cpu"))
     with FakeTensorMode():
         torch.set_default_dtype(techniques.base_dtype(config, precision))  # fake weights cannot be converted in place

@@ -6,16 +6,13 @@ each check names the key, the value it got and what is allowed.
 
 from llama_ft.config.checks import (
     Combinations,
-    ComputeDtype,
     DeviceChoice,
-    DtypeChoice,
+    Dtype,
     Format,
     Goal,
     OnBadRecord,
-    StoredDtype,
     TrackerMode,
     UserError,
-    WeightStorage,
 )
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
@@ -55,12 +52,11 @@ __all__ = [
     "TECHNIQUES",
     "TOKENIZER_FILES",
     "Combinations",
-    "ComputeDtype",
     "ConvertConfig",
     "DataConfig",
     "DecodingConfig",
     "DeviceChoice",
-    "DtypeChoice",
+    "Dtype",
     "EvaluateConfig",
     "Format",
     "GenerateConfig",
@@ -79,7 +75,6 @@ __all__ = [
     "PlanCheckConfig",
     "PlanConfig",
     "ReportConfig",
-    "StoredDtype",
     "Technique",
     "TrackerConfig",
     "TrackerMode",
@@ -88,7 +83,6 @@ __all__ = [
     "TrainingConfig",
     "UploadConfig",
     "UserError",
-    "WeightStorage",
     "config_dir",
     "found_tokenizer",
 ]

@@ -10,9 +10,11 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llama_ft.config.checks import DtypeChoice, WeightStorage, check, setting
+from llama_ft.config.checks import Dtype, check, check_choices, setting
 
 BASELINE = "baseline"  # the combination with every technique off
+FORMATS_16_BIT = (Dtype.auto, Dtype.bf16, Dtype.fp16)
+STORED = (Dtype.compute, Dtype.fp32)
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,19 @@ class GradientAccumulationConfig:
 class MixedPrecisionConfig:
     """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
 
-    dtype: DtypeChoice = setting(DtypeChoice.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16")
-    frozen_weights: WeightStorage = setting(
-        WeightStorage.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)"
+    dtype: Dtype = setting(
+        Dtype.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16", FORMATS_16_BIT
     )
-    trainable_weights: WeightStorage = setting(
-        WeightStorage.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype"
+    frozen_weights: Dtype = setting(
+        Dtype.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)", STORED
+    )
+    trainable_weights: Dtype = setting(
+        Dtype.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype", STORED
     )
 
     def __post_init__(self) -> None:
-        fp16_masters = self.dtype is not DtypeChoice.fp16 or self.trainable_weights is WeightStorage.fp32
+        check_choices(self, "mp.")
+        fp16_masters = self.dtype is not Dtype.fp16 or self.trainable_weights is Dtype.fp32
         check(fp16_masters, "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16 (gradients cannot be unscaled)")
 
 

@@ -1,12 +1,13 @@
 """`plan.json`: what combinations of techniques would need and take on cards."""
 
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
 from llama_ft.config.checks import Settings
 from llama_ft.records import SCHEMA_VERSION, read_record, write_record
-from llama_ft.records.result import MemoryItem
+from llama_ft.records.result import RESULT_FILE, MemoryItem, Status
 
 PLAN_FILE = "plan.json"
 
@@ -53,6 +54,11 @@ class PlanRow:
     binds: str | None = None  # the resource that binds longest
     bound_s: dict[str, float] | None = None  # seconds of the bound by resource
     timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step; of the first card alone
+
+    @property
+    def status(self) -> Status:
+        """As a result has it: whether there are numbers."""
+        return "error" if self.error else "ok"
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,21 @@ class Plan:
     table1: Table1 | None = None
     advice: Advice | None = None
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        names = [gpu.get("name") for gpu in self.gpus]
+        combinations = dict.fromkeys(row.combination for row in self.rows)
+        if not self.rows or [(row.gpu, row.combination) for row in self.rows] != list(product(names, combinations)):
+            raise ValueError("rows must be one for each combination on each of gpus")
+
+    def rows_on(self, gpu: str) -> list[PlanRow]:
+        """The rows of a card, in the plan's order."""
+        return [row for row in self.rows if row.gpu == gpu]
+
+
+def is_plan(folder: Path) -> bool:
+    """Whether a folder is a plan's: it has `plan.json`, and no run in it or below it."""
+    return (folder / PLAN_FILE).is_file() and next(folder.rglob(RESULT_FILE), None) is None
 
 
 def write_plan_file(plan: Plan, folder: Path) -> None:

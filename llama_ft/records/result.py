@@ -1,5 +1,6 @@
 """`result.json`: what a run leaves behind, however it ends."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -111,3 +112,15 @@ def read_result(run_dir: Path) -> Result | None:
     """
     file = run_dir / RESULT_FILE
     return read_record(Result, file) if file.is_file() else None
+
+
+def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
+    """Whether a run was on a profile's device: any CPU is `cpu`; a card has its name, as `NVIDIA A100` `a100_40gb`."""
+    is_on_cuda = result.peak_memory_reserved_mib is not None
+    model = _letters(re.sub(r"_\d+gb$", "", gpu.lower()))
+    return is_on_cuda == on_cuda and (not on_cuda or model in _letters(result.device or ""))
+
+
+def _letters(name: str) -> str:
+    """A name without what people write differently."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())

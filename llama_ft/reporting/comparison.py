@@ -1,56 +1,178 @@
-"""Two sweeps side by side: printed, and as Markdown, a picture and a page in the second's folder."""
+"""Two groups of the same combinations side by side: each measure on both sides, and how far they are apart.
 
-from pathlib import Path
+The sides are two sweeps, or a sweep and the rows of a plan that predict it.
+"""
 
-from rich.console import Console
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
 
-from llama_ft.config import UserError
-from llama_ft.files import write_text
-from llama_ft.records.metrics import read_metrics
-from llama_ft.reporting.pairs import Comparison, compared, match
-from llama_ft.reporting.results import read_groups
-from llama_ft.reporting.settings import SAME_SETTINGS
-from llama_ft.reporting.table2 import markdown, print_notes, print_table
+from llama_ft.config.checks import Settings
+from llama_ft.records.plan import Plan
+from llama_ft.records.result import Result
+from llama_ft.reporting.matching import is_device, match_plan, match_sweeps, subject
+from llama_ft.reporting.results import Group, value_of
+from llama_ft.reporting.settings import Difference, differing_settings, group_settings, plan_settings
+from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
+from llama_ft.reporting.table2 import MEASURES, cell, failures
 
-FILES = ("comparison.md", "comparison.html", "comparison.png")
-
-
-def report_comparison(first: Path, second: Path, console: Console) -> None:
-    """Print and write the comparison, into the second folder.
-
-    Raises:
-        UserError: if a folder holds no results, one is damaged, they have no combination in common, or the second
-            cannot be written to.
-    """
-    matched, notes = match(read_groups(first), read_groups(second))
-    if not matched:
-        raise UserError(f"{first} and {second} have no run of the same model, data and combination")
-    comparisons = [compared(a, b) for a, b in matched]
-    metrics = {run_dir: read_metrics(run_dir) for pair in matched for group in pair for run_dir in group.folders}
-    names = (str(first), str(second))
-    folders = [f"{letter}: {name}" for letter, name in zip("AB", names, strict=True)]
-    for each in comparisons:
-        print_table(each.table, console)
-        print_notes(each.settings_lines, console)
-    console.print()
-    print_notes(folders + notes, console)
-    from llama_ft.reporting.comparison_page import comparison_page
-    from llama_ft.reporting.figure import comparison_panels, draw_comparison
-
-    panels = [comparison_panels(pair) for pair in matched]
-    try:
-        write_text(second / FILES[0], comparison_markdown(comparisons, folders + notes))
-        write_text(second / FILES[1], comparison_page(comparisons, notes, names, panels, metrics))
-        draw_comparison(matched, [each.table.title for each in comparisons], names, second / FILES[2])
-    except OSError as error:
-        raise UserError(f"the comparison cannot be written into {second}: {error.strerror}") from error
-    console.print(f"\nWritten: {', '.join(FILES)} in {second}", highlight=False, markup=False, soft_wrap=True)
+LOSS = "train_loss_after"  # compared by its difference, not as a share
+COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
+PREDICTED = [measure for measure in COMPARED if measure.key not in (LOSS, "tokens_per_s")]
+SAME, SAME_SETTINGS = "=", "Settings, device and versions are the same."
 
 
-def comparison_markdown(comparisons: list[Comparison], notes: list[str]) -> str:
-    """For `comparison.md`."""
-    parts = [*(f"- {note}" for note in notes), ""]
-    for each in comparisons:
-        parts += [markdown(each.table), "Not the same:" if each.settings else SAME_SETTINGS, ""]
-        parts += [*(f"- {line}" for line in each.settings_lines), ""] if each.settings else []
-    return "\n".join(parts)
+@dataclass(frozen=True)
+class Sides:
+    """What the two sides are called."""
+
+    names: tuple[str, str]
+    places: tuple[str, str]  # where a setting has its value
+    difference: str
+    no_number: str  # in place of a difference that is none
+
+
+SWEEPS = Sides(("A", "B"), ("in A", "in B"), "difference", CHANGED)
+SWEEP_AND_PLAN = Sides(("measured", "predicted"), ("in the sweep", "in the plan"), "error", UNKNOWN)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two groups that have the same combinations in the same order."""
+
+    title: str
+    a: Group
+    b: Group
+    sides: Sides
+    settings: list[Difference]  # and devices and versions
+    notes: list[str] = field(default_factory=list)
+    not_alike: tuple[str, ...] = ()  # the measures whose difference would say nothing
+    is_bound: bool = False  # whether B's runtimes are
+
+    @property
+    def pairs(self) -> list[tuple[Result, Result]]:
+        """The runs, combination by combination."""
+        return list(zip(self.a.results, self.b.results, strict=True))
+
+    @property
+    def settings_lines(self) -> list[str]:
+        """What is not the same, a line each."""
+        in_a, in_b = self.sides.places
+        return [f"{name}: {a} {in_a}, {b} {in_b}" for name, a, b in self.settings] or [SAME_SETTINGS]
+
+    @property
+    def table(self) -> Table:
+        """Each measure on both sides, and the difference, for every combination."""
+        rows: Rows = []
+        name_a, name_b = self.sides.names
+        for title, key, form, always, _ in COMPARED if self.sides is SWEEPS else PREDICTED:
+            if always or any(getattr(result, key) is not None for pair in self.pairs for result in pair):
+                of_b = "at best" if self.is_bound and key == "runtime_s" else name_b
+                rows.append((title, [""] * len(self.pairs)))
+                rows.append((f"  {name_a}", [cell(a, key, form) for a in self.a.results]))
+                rows.append((f"  {of_b}", [cell(b, key, form) for b in self.b.results]))
+                rows.append((f"  {self.sides.difference}", [self._difference(a, b, key, form) for a, b in self.pairs]))
+        return Table(self.title, technique_rows(a.optim for a in self.a.results), rows, self.notes)
+
+    def _difference(self, a: Result, b: Result, key: str, form: Callable[[Any], str]) -> str:
+        if key in self.not_alike:
+            return UNKNOWN
+        if cell(a, key, form) == cell(b, key, form):
+            return SAME
+        number = self.change(a, b, key)
+        if number is None:
+            return self.sides.no_number
+        return f"{number:+.3f}" if key == LOSS else f"{number:+.1%}"
+
+    def change(self, a: Result, b: Result, key: str) -> float | None:
+        """How far B's value is from A's, as a share of A's, of the loss in itself; None where there is no number."""
+        of_a, of_b = value_of(a, key), value_of(b, key)
+        if key in self.not_alike or any(value is None or not math.isfinite(value) for value in (of_a, of_b)):
+            return None
+        if key == LOSS:
+            return float(of_b - of_a)
+        return float(of_b / of_a - 1) if of_a else None
+
+
+def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Comparison], list[str]]:
+    """Each pair of groups that can be compared, and notes on what one side alone has."""
+    pairs, alone = match_sweeps(first, second)
+    comparisons = []
+    for a, b in pairs:
+        notes = ["Difference: of B from A, in percent of A; of the loss, B less A."]
+        if any(result.status == "oom" for result in (*a.results, *b.results)):
+            notes.append("×: out of memory.")
+        notes += failures(a.results, " in A") + failures(b.results, " in B")
+        settings = differing_settings(group_settings(a), group_settings(b))
+        comparisons.append(Comparison(f"{subject(a)}: A and B", a, b, SWEEPS, settings, notes))
+    return comparisons, alone
+
+
+def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], list[str]]:
+    """Each group of a sweep with the rows of a plan that predict it, and why others are left out."""
+    comparisons, left_out = [], []
+    for group in groups:
+        match = match_plan(plan, group)
+        if isinstance(match, str):
+            left_out.append(f"Left out: {match}")
+            continue
+        a, b, gpu, notes = match
+        title = f"{group.title} · measured and predicted for {gpu['name']}"
+        settings = differing_settings(group_settings(a), plan_settings(plan, gpu))
+        not_alike, why = _not_alike(a, b, gpu)
+        is_bound = plan.time.kind == "bound" and any(row.runtime_s is not None for row in b.results)
+        comparison = Comparison(title, a, b, SWEEP_AND_PLAN, settings, [], not_alike, is_bound)
+        comparison.notes.extend([*summary(comparison), *notes, *_plan_notes(plan, comparison), *why])
+        comparison.notes.extend(failures(a.results, ", measured") + failures(b.results, ", predicted"))
+        comparisons.append(comparison)
+    return comparisons, left_out
+
+
+def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[str, ...], list[str]]:
+    """Which rows of a plan are of other data or another device than these runs, by their keys, and why."""
+    pairs = [(a, b) for a, b in zip(measured.results, planned.results, strict=True) if a.tokens and b.tokens]
+    lengths = [tuple((run.tokens or 0) / (run.samples or 1) for run in pair) for pair in pairs]
+    if other := [(a, b) for a, b in lengths if a != b]:
+        why = (
+            f"Not the same data: {other[0][0]:.1f} tokens a sample in the sweep, {other[0][1]:.1f} in the plan. So"
+            " errors are left out; to have them, give plan the sweep's arguments (model, data, tokenizer, training)."
+        )
+        return tuple(measure.key for measure in PREDICTED), [why]
+    if is_device(gpu, measured) and all(a.tokens == b.tokens for a, b in pairs):
+        return (), []
+    why = "other numbers of tokens" if is_device(gpu, measured) else f"{measured.device} and of {gpu['name']}"
+    return ("runtime_s",), [f"Runtimes are of {why}, so their errors are left out."]
+
+
+def summary(comparison: Comparison) -> list[str]:
+    """For each measure the mean, median and worst error, and what was predicted to fit and did not, or the reverse."""
+    notes = ["Error: of the prediction, in per cent of what was measured."]
+    for measure in PREDICTED:
+        changes = [(comparison.change(a, b, measure.key), a.combination) for a, b in comparison.pairs]
+        if errors := [(error, name) for error, name in changes if error is not None]:
+            sizes = [abs(error) for error, _ in errors]
+            worst, name = max(errors, key=lambda error: abs(error[0]))
+            notes.append(
+                f"{measure.title.partition(',')[0]}: absolute error {fmean(sizes):.1%} in the mean, {median(sizes):.1%}"
+                f" in the median, at worst {worst:+.1%} ({name})."
+            )
+    if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
+        for planned, measured, words in (("ok", "oom", "fit and did not"), ("oom", "ok", "need too much and fitted")):
+            wrong = [a.combination for a, b in comparison.pairs if (b.status, a.status) == (planned, measured)]
+            notes += [f"Predicted to {words}: {', '.join(wrong)}."] if wrong else []
+    return notes
+
+
+def _plan_notes(plan: Plan, comparison: Comparison) -> list[str]:
+    pairs, notes = comparison.pairs, []
+    if any(result.status == "oom" for pair in pairs for result in pair):
+        notes.append("×: out of memory; of a prediction, needs more memory than the card has.")
+    if plan.data.is_stand_in:
+        notes.append(f"Data of the plan: {plan.data.about}.")
+    if all(b.runtime_s is None for _, b in pairs):
+        notes.append("No runtime is predicted.")
+    elif any(value_of(a, "runtime_s") is not None for a, _ in pairs):
+        notes.append(f"Runtime: {' '.join(plan.time.about.split())}.")
+    return notes

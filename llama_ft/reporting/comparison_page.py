@@ -1,101 +1,87 @@
-"""The comparison of two sweeps as one HTML page that needs nothing but itself."""
+"""A comparison as one HTML page that needs nothing but itself."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llama_ft.reporting.curves import PAIR_COLOURS, Line, chart, points_of
-from llama_ft.reporting.markup import document, head_row, legend, notes, pictures, row, table, text
-from llama_ft.reporting.pairs import DIFFERENCE, MEASURES, SAME, Comparison, change
-from llama_ft.reporting.results import Group, label
-from llama_ft.reporting.settings import SAME_SETTINGS
-from llama_ft.reporting.table2 import CHANGED
+from llama_ft.config.techniques import combination_label
+from llama_ft.records.result import Result
+from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison
+from llama_ft.reporting.curves import charts, points_of
+from llama_ft.reporting.figure import SIDE_COLOURS, pair_panels, svg_panel
+from llama_ft.reporting.markup import document, html_table, legend, notes, pictures, text
+from llama_ft.reporting.page import Metrics
+from llama_ft.reporting.table import CHANGED, Table
 
 # From which change on a difference is coloured; times differ by a few percent from run to run.
-NOTEWORTHY = {
-    "peak_memory_mib": 0.005,
-    "peak_memory_reserved_mib": 0.005,
-    "runtime_s": 0.05,
-    "tokens_per_s": 0.05,
-    "train_loss_after": 0.005,
-}
+NOTEWORTHY = {"runtime_s": 0.05, "tokens_per_s": 0.05, "peak_memory_mib": 0.005, "peak_memory_reserved_mib": 0.005}
+NOTEWORTHY_LOSS = 0.005
 COLOURS_NOTE = (
     "Blue: B is better; orange: worse; yellow: one of the two failed. Coloured from 0.5 % of memory, 5 % of time and"
     " 0.005 of loss on."
 )
 
-Metrics = dict[Path, list[dict[str, Any]]]
 
-
-def comparison_page(
-    comparisons: list[Comparison], about: list[str], names: tuple[str, str], panels: list[list[bytes]], metrics: Metrics
-) -> str:
+def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str], metrics: Metrics) -> str:
     """For each pair of groups the settings that differ, the table, the picture and the loss.
 
     Args:
         about: notes on both folders as a whole.
-        names: of A and B.
-        panels: SVG pictures of memory and runtime for each pair.
-        metrics: the steps of each run, by its folder.
+        names: of the sides, with their folders.
     """
-    short = " and ".join(Path(name).resolve().name for name in names)
-    body = [f"<h1>{text(short)}</h1>", pair_legend([f": {name}" for name in names]), notes(about)]
-    for each, pair_panels in zip(comparisons, panels, strict=True):
-        body += [f"<h2>{text(each.table.title)}</h2>", settings_table(each), difference_table(each)]
-        body.append(f'<p class="notes">{COLOURS_NOTE}</p>')
-        body += [pair_legend(), pictures(pair_panels, ["peak memory, A and B", "runtime, A and B"])]
-        body.append(notes(each.table.notes))
-        if charts := loss_charts(each.a, each.b, metrics):
-            body += ["<h3>Training loss</h3>", pair_legend(), f'<div class="charts">{charts}</div>']
-    return document(f"{short} · llama_ft", body)
+    title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
+    body = [f"<h1>{text(title)}</h1>", _legend(names), notes(about)]
+    for each in comparisons:
+        sides = each.sides.names
+        body += [f"<h2>{text(each.title)}</h2>", _settings_table(each), _difference_table(each)]
+        body += [f'<p class="notes">{COLOURS_NOTE}</p>'] if each.sides is SWEEPS else []
+        panels = [svg_panel(draw, 5.2, 0.46 * len(each.pairs) + 0.7) for draw in pair_panels(each.a, each.b, sides)]
+        both = " and ".join(sides)
+        body += [_legend(sides), pictures(panels, [f"peak memory, {both}", f"runtime, {both}"])]
+        body += [notes(each.table.notes), *_losses(each, metrics)]
+    return document(f"{title} · llama_ft", body)
 
 
-def pair_legend(more: Sequence[str] = ("", "")) -> str:
-    """Which colour is A's and which B's, with more on each."""
-    entries = zip(PAIR_COLOURS.items(), more, strict=True)
-    return legend([(letter + words, colour, False) for (letter, colour), words in entries])
+def _legend(names: Sequence[str]) -> str:
+    """Which colour is which side's."""
+    return legend([(name, colour, False) for name, colour in zip(names, SIDE_COLOURS, strict=True)])
 
 
-def settings_table(each: Comparison) -> str:
+def _settings_table(each: Comparison) -> str:
     """What is not the same, or that all is."""
     if not each.settings:
         return f'<p class="soft">{SAME_SETTINGS}</p>'
-    rows = [row(name, [a, b], kinds=["", ""]) for name, a, b in each.settings]
-    return table("What is not the same", [head_row("Not the same", ["A", "B"])], rows, "texts")
+    rows = [(name, [a, b]) for name, a, b in each.settings]
+    return html_table(Table("What is not the same", [("Not the same", list(each.sides.names))], rows, []), kind="texts")
 
 
-def difference_table(each: Comparison) -> str:
-    """Each measure of A and B, and how far they are apart, coloured where that is worth a look."""
-    columns = len(each.a.results)
-    rows, key, titles = [], "", {title: key for key, title in MEASURES.items()}
-    for name, cells in each.table.rows:
-        if name in titles:
-            key = titles[name]
-            rows.append(row(name, cells, "section"))
-        elif name == DIFFERENCE:
-            pairs = zip(each.a.results, each.b.results, cells, strict=True)
-            rows.append(row(name.strip(), cells, "sub", [mark(a, b, key, cell) for a, b, cell in pairs]))
-        else:
-            rows.append(row(name.strip(), cells, "sub"))
-    head = [head_row(name, cells) for name, cells in each.table.techniques]
-    return table(each.table.title, head, rows, "many" if columns > 8 else "")
+def _difference_table(each: Comparison) -> str:
+    """The table, with differences coloured where they are worth a look."""
+    keys, key = {measure.title: measure.key for measure in COMPARED}, ""
+    kinds = {}
+    for number, (name, cells) in enumerate(each.table.rows):
+        key = keys.get(name, key)
+        if name.strip() == each.sides.difference and each.sides is SWEEPS:
+            kinds[number] = [_mark(each, a, b, key, cell) for (a, b), cell in zip(each.pairs, cells, strict=True)]
+    return html_table(each.table, kinds)
 
 
-def mark(a: dict[str, Any], b: dict[str, Any], key: str, shown: str) -> str:
+def _mark(each: Comparison, a: Result, b: Result, key: str, cell: str) -> str:
     """The class of a difference: `better` or `worse`, whichever way the measure goes."""
-    if shown in (SAME, CHANGED):
-        return "changed" if shown == CHANGED else ""
-    by = change(a, b, key) or 0.0
-    if abs(by) < NOTEWORTHY[key]:
+    by = each.change(a, b, key)
+    if by is None:
+        return "changed" if cell == CHANGED else ""
+    if abs(by) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS):
         return ""
     return "better" if (by < 0) != (key == "tokens_per_s") else "worse"
 
 
-def loss_charts(a: Group, b: Group, metrics: Metrics) -> str:
-    """For each combination the loss of both over the steps."""
-    charts = []
-    for result, run_a, run_b in zip(a.results, a.folders, b.folders, strict=True):
-        lines = [Line("a", points_of(metrics[run_a], "loss")), Line("b", points_of(metrics[run_b], "loss"))]
-        if any(line.points for line in lines):
-            charts.append(chart(f"{label(result)}: loss", lines))
-    return "".join(charts)
+def _losses(each: Comparison, metrics: Metrics) -> list[str]:
+    """For each combination the loss over the steps, of both sweeps in one picture."""
+    if each.sides is not SWEEPS:
+        return []
+    curves = {
+        f"{combination_label(result.optim)}: loss": [points_of(metrics[a], "loss"), points_of(metrics[b], "loss")]
+        for result, a, b in zip(each.a.results, each.a.folders, each.b.folders, strict=True)
+    }
+    drawn = {title: lines for title, lines in curves.items() if any(lines)}
+    return ["<h3>Training loss</h3>", _legend(each.sides.names), charts(drawn, SIDE_COLOURS)] if drawn else []

@@ -1,200 +1,205 @@
-"""Pictures: memory stacked by category with its limit, and runtime; of two sweeps, A's bars and B's below each other.
+"""Pictures: memory stacked by category with its limit, and runtime; of a comparison, both sides' bars below each other.
 
 As PNG files with the panels beside each other, and for a page each panel by itself as SVG.
 """
 
 import io
+import re
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
+from llama_ft.config.techniques import combination_label
 from llama_ft.files import whole_file
 from llama_ft.records import CATEGORIES
-from llama_ft.reporting.curves import PAIR_COLOURS
-from llama_ft.reporting.results import Group, label, limit_of
-from llama_ft.reporting.table2 import MARKS, amount
+from llama_ft.records.result import Result
+from llama_ft.reporting.results import Group, value_of
+from llama_ft.reporting.table2 import cell
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
 COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999"), strict=True))
-RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR = "#555555", "#D55E00", "#B3261E"
+RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
+SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
+UNUSED = "reserved, not in use"
 FAR_LIMIT = 4  # a limit beyond so many times the largest peak would leave no bar to look at
-MARGIN = 0.2  # above and below the bars, in rows
-PAIR_PANELS = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
+MARGIN = 0.1  # above and below the bars, in rows
+COORDINATE = re.compile(rb"(\d\.\d)\d+")
 
-Results = list[dict[str, Any]]
+Panel = Callable[[Axes], None]
 
 
 @contextmanager
 def drawing() -> Iterator[None]:
     """Texts as they are given: no formulas in them, and no warning of a letter that the font lacks."""
-    with (
-        matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "llama_ft"}),
-        warnings.catch_warnings(),
-    ):
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        matplotlib.rcParams |= {"text.parse_math": False, "font.sans-serif": ["DejaVu Sans"]}
+        matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llama_ft"}
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
 
-def draw_table2(groups: list[Group], file: Path) -> None:
-    """Write one picture with a row of two panels for each group."""
+def group_panels(group: Group) -> list[Panel]:
+    """Memory and runtime of a group."""
+    return [partial(memory_panel, group=group), partial(runtime_panel, results=group.results)]
+
+
+def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
+    """Memory and runtime of two groups of the same combinations."""
+    measures = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
+    return [partial(pair_panel, pair=(a, b), names=names, key=key, xlabel=xlabel) for key, xlabel in measures]
+
+
+def draw_panels(
+    rows: Sequence[Sequence[Panel]],
+    titles: Sequence[str],
+    heights: Sequence[float],
+    file: Path,
+    width_ratios: Sequence[float] | None = None,
+    same_labels: bool = True,
+) -> None:
+    """Write one picture with rows of panels, and one legend for all.
+
+    Args:
+        titles: of the rows, or one of the whole picture.
+        heights: of the rows' bars, in inches.
+        same_labels: whether the panels of a row share the names beside the first.
+    """
+    n_columns = max(2, *map(len, rows))
     with drawing():
-        rows = [len(group.results) + MARGIN for group in groups]
-        figure = Figure(figsize=(10, 0.42 * sum(rows) + 0.8 * len(rows) + 0.4), layout="constrained", dpi=150)
-        axes = figure.subplots(len(groups), 2, squeeze=False, width_ratios=(3, 2), height_ratios=rows)
-        for group, (memory, runtime) in zip(groups, axes, strict=True):
-            _memory_panel(memory, group.results)
-            _runtime_panel(runtime, group.results)
-            runtime.set_yticklabels([])
-            memory.set_title(textwrap.fill(group.title, 100), loc="left", fontsize=10)
-        names = {text: key for row in axes for key, text in zip(*row[0].get_legend_handles_labels(), strict=True)}
-        figure.legend(names.values(), names.keys(), loc="outside lower left", ncols=6, frameon=False, columnspacing=1.2)
-        save_png(figure, file)
+        size = 10 if n_columns == 2 else 5 * n_columns, sum(heights) + 0.9 * len(rows) + 0.5
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        axes = figure.subplots(len(rows), n_columns, squeeze=False, width_ratios=width_ratios, height_ratios=heights)
+        for panels, row in zip(rows, axes, strict=True):
+            for n, (draw, panel) in enumerate(zip_longest(panels, row)):
+                panel.set_visible(draw is not None)
+                if draw is not None:
+                    draw(panel)
+                if same_labels and n > 0:
+                    panel.set_yticklabels([])
+        if len(titles) == 1:
+            figure.suptitle(textwrap.fill(titles[0], 110), x=0.01, ha="left", fontsize=11)
+        else:
+            for title, row in zip(titles, axes, strict=True):
+                row[0].set_title(textwrap.fill(title, 100), loc="left", fontsize=10)
+        legends = chain(*(zip(*panel.get_legend_handles_labels(), strict=True) for panel in axes.ravel()))
+        handles = {name: handle for handle, name in sorted(legends, key=lambda entry: isinstance(entry[0], Line2D))}
+        ncols = 1 if len(handles) == 2 else 6 if len(handles) <= 6 else 4
+        figure.legend(
+            handles.values(), handles.keys(), loc="outside lower left", ncols=ncols, frameon=False, columnspacing=1.2
+        )
+        with whole_file(file) as temporary:
+            figure.savefig(temporary, format="png")
 
 
-def draw_comparison(pairs: list[tuple[Group, Group]], titles: list[str], names: tuple[str, str], file: Path) -> None:
-    """Write one picture with a row of two panels for each pair of groups; `names` are those of A and B."""
+def svg_panel(
+    draw: Panel, width: float, height: float, inside: tuple[float, float, float, float] | None = None
+) -> bytes:
+    """A panel in a picture of so many inches, as SVG.
+
+    Args:
+        inside: where the axes are: left, bottom, width and height as shares of the picture's. None fits them to their
+            texts, which takes longer.
+    """
     with drawing():
-        rows = [len(a.results) + MARGIN for a, _ in pairs]
-        figure = Figure(figsize=(10, 0.56 * sum(rows) + 0.8 * len(rows) + 0.6), layout="constrained", dpi=150)
-        axes = figure.subplots(len(pairs), 2, squeeze=False, height_ratios=rows)
-        for pair, title, row in zip(pairs, titles, axes, strict=True):
-            for panel, (key, xlabel) in zip(row, PAIR_PANELS, strict=True):
-                _pair_panel(panel, pair, key, xlabel)
-            row[1].set_yticklabels([])
-            row[0].set_title(textwrap.fill(title, 100), loc="left", fontsize=10)
-        handles, letters = axes[0][0].get_legend_handles_labels()
-        texts = [f"{letter}: {name}" for letter, name in zip(letters, names, strict=True)]
-        figure.legend(handles, texts, loc="outside lower left", frameon=False)
-        save_png(figure, file)
+        figure = Figure(figsize=(width, height), layout=None if inside else "constrained")
+        draw(figure.add_axes(inside) if inside else figure.subplots())
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    # Six decimals of a point, and rotations by nothing, are most of such a file.
+    svg = re.sub(rb' transform="rotate\(-0 [^"]*"', b"", out.getvalue().replace(b" \n", b"\n"))
+    return re.sub(rb' d="[^"]*"', lambda path: COORDINATE.sub(rb"\1", path[0]), svg)
 
 
-def table2_panels(group: Group) -> list[bytes]:
-    """Memory and runtime of a group, each as an SVG picture."""
-    height = 0.31 * len(group.results) + 0.7
-    return [svg_panel(height, draw, group.results) for draw in (_memory_panel, _runtime_panel)]
-
-
-def comparison_panels(pair: tuple[Group, Group]) -> list[bytes]:
-    """Memory and runtime of two groups of the same combinations, each as an SVG picture."""
-    height = 0.46 * len(pair[0].results) + 0.7
-    return [svg_panel(height, _pair_panel, pair, key, xlabel) for key, xlabel in PAIR_PANELS]
-
-
-def limit_in_picture(results: Results) -> int | None:
+def limit_in_picture(group: Group) -> int | None:
     """The limit that the memory panel shows.
 
     None where it would say nothing: on the CPU it is one on the whole process, not on its tensors; and far off it
     would press the bars into a corner.
     """
-    limit: int | None = limit_of(results)
-    largest = max((r["peak_memory_mib"] for r in results if r["status"] == "ok"), default=0)
-    on_cuda = any(r["peak_memory_reserved_mib"] for r in results)
-    return limit if limit is not None and on_cuda and limit <= FAR_LIMIT * largest else None
+    limit = group.memory_limit_mib
+    largest = max(value_of(result, "peak_memory_mib") or 0.0 for result in group.results)
+    return limit if limit is not None and group.on_cuda and limit <= FAR_LIMIT * largest else None
 
 
-def svg_panel(height: float, draw: Callable[..., None], *arguments: Any, width: float = 5.2) -> bytes:
-    """What `draw` draws into axes of so many inches, as an SVG picture."""
-    with drawing():
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.subplots(), *arguments)
-        out = io.BytesIO()
-        figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    return out.getvalue()
+def memory_panel(
+    axes: Axes, group: Group, limit_name: str = "limit {:,} MiB", key: str = "peak_memory_mib", title: str = ""
+) -> None:
+    """Bars by category, what is reserved beyond them if `key` is that, and the limit."""
+    results = group.results
+    ends = [0.0] * len(results)
+
+    def stack(sizes: list[float], colour: str, name: str) -> None:
+        axes.barh(range(len(results)), sizes, left=ends, color=colour, label=name, height=0.7)
+        ends[:] = [end + size for end, size in zip(ends, sizes, strict=True)]
+
+    for category, colour in COLOURS.items():
+        sizes = [(value_of(result, "memory_mib") or {}).get(category, 0.0) for result in results]
+        stack(sizes, colour, category.replace("_", " "))
+    if key == "peak_memory_reserved_mib":
+        beyond = [max(0.0, (value_of(r, key) or 0.0) - end) for r, end in zip(results, ends, strict=True)]
+        stack(beyond, RESERVED_COLOUR, UNUSED)
+    if (limit := limit_in_picture(group)) is not None:
+        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=limit_name.format(limit))
+    annotate(axes, results, key)
+    finish(axes, results, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
+    axes.set_title(title, loc="left", fontsize=11)
 
 
-def save_png(figure: Figure, file: Path) -> None:
-    """Write a picture whole or not at all."""
-    with whole_file(file) as temporary:
-        figure.savefig(temporary, format="png")
+def runtime_panel(axes: Axes, results: list[Result], xlabel: str = "runtime, s") -> None:
+    """Runtimes as bars."""
+    seconds = [value_of(result, "runtime_s") or 0.0 for result in results]
+    axes.barh(range(len(results)), seconds, color=RUNTIME_COLOUR, height=0.7)
+    annotate(axes, results, "runtime_s")
+    finish(axes, results, xlabel)
 
 
-def stack_bars(axes: Axes, memories: list[dict[str, float]]) -> list[float]:
-    """A bar for each, stacked by category; where they end."""
-    ends = [0.0] * len(memories)
-    for category in CATEGORIES:
-        sizes = [memory.get(category, 0.0) for memory in memories]
-        name = category.replace("_", " ")
-        axes.barh(range(len(memories)), sizes, left=ends, color=COLOURS[category], label=name, height=0.7)
-        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    return ends
+def pair_panel(axes: Axes, pair: tuple[Group, Group], names: Sequence[str], key: str, xlabel: str) -> None:
+    """Two bars for each combination, one of each side."""
+    for offset, colour, name, group in zip((-0.2, 0.2), SIDE_COLOURS, names, pair, strict=True):
+        values = [value_of(result, key) or 0.0 for result in group.results]
+        positions = [position + offset for position in range(len(values))]
+        axes.barh(positions, values, color=colour, height=0.38, label=name)
+        annotate(axes, group.results, key, offset)
+    finish(axes, pair[0].results, xlabel)
 
 
-def _memory_panel(axes: Axes, results: Results) -> None:
-    stack_bars(axes, [r["memory_mib"] or {} if r["status"] == "ok" else {} for r in results])
-    limit = limit_in_picture(results)
-    if limit is not None:
-        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=f"limit {limit:,} MiB")
-    for position, result in enumerate(results):
-        _annotate(axes, position, result, result["peak_memory_mib"])
-    _finish(axes, results, "peak memory, MiB")
-
-
-def _runtime_panel(axes: Axes, results: Results) -> None:
-    axes.barh(range(len(results)), [_value(r, "runtime_s") or 0.0 for r in results], color=RUNTIME_COLOUR, height=0.7)
-    for position, result in enumerate(results):
-        _annotate(axes, position, result, result["runtime_s"])
-    _finish(axes, results, "runtime, s")
-
-
-def _pair_panel(axes: Axes, pair: tuple[Group, Group], key: str, xlabel: str) -> None:
-    for offset, (name, colour), group in zip((-0.2, 0.2), PAIR_COLOURS.items(), pair, strict=True):
-        positions = [position + offset for position in range(len(group.results))]
-        axes.barh(positions, [_value(r, key) or 0.0 for r in group.results], color=colour, height=0.38, label=name)
-        for position, result in zip(positions, group.results, strict=True):
-            _annotate(axes, position, result, result[key])
-    _finish(axes, pair[0].results, xlabel)
-
-
-def _value(result: dict[str, Any], key: str) -> float | None:
-    """What was measured of a run that finished."""
-    value: float | None = result[key] if result["status"] == "ok" else None
-    return value
-
-
-def _annotate(axes: Axes, position: float, result: dict[str, Any], value: float | None) -> None:
+def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
     """A bar's value at its end; the mark of a run that failed where its bar would begin."""
-    failed = result["status"] != "ok"
-    text = MARKS.get(result["status"], "–") if failed or value is None else amount(value)
-    annotate(axes, 0.0 if failed or value is None else value, position, text, failed)
+    for position, result in enumerate(results):
+        axes.annotate(
+            cell(result, key),
+            (value_of(result, key) or 0.0, position + offset),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center_baseline",
+            fontsize=10,
+            color="black" if result.status == "ok" else FAILED_COLOUR,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the limit's line
+        )
 
 
-def annotate(axes: Axes, end: float, position: float, text: str, failed: bool = False) -> None:
-    """A text behind the end of a bar."""
-    axes.annotate(
-        text,
-        (end, position),
-        xytext=(4, 0),
-        textcoords="offset points",
-        va="center_baseline",
-        fontsize=10,
-        color=FAILED_COLOUR if failed else "black",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the limit's line
-    )
-
-
-def _finish(axes: Axes, results: Results, xlabel: str) -> None:
-    finish(axes, [label(r) for r in results], xlabel, any(r["status"] == "ok" for r in results))
-
-
-def finish(axes: Axes, labels: list[str], xlabel: str, has_bars: bool) -> None:
+def finish(axes: Axes, results: list[Result], xlabel: str) -> None:
     """What all panels of bars have in common."""
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.5 + MARGIN / 2, -0.5 - MARGIN / 2)
-    axes.margins(x=0.15)
-    if has_bars:
+    axes.set_yticks(range(len(results)), [combination_label(result.optim) for result in results])
+    axes.set_ylim(len(results) - 0.5 + MARGIN, -0.5 - MARGIN)
+    axes.margins(x=0.24)
+    if axes.dataLim.xmax > 0:
         axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     else:
-        axes.set_xlim(0, 1)
-        axes.set_xticks([])
+        axes.set(xlim=(0, 1), xticks=[])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)

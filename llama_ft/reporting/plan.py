@@ -1,6 +1,5 @@
 """A plan's files and its tables on the terminal."""
 
-import json
 from pathlib import Path
 
 from rich.console import Console
@@ -8,29 +7,16 @@ from rich.text import Text
 
 from llama_ft.config import UserError
 from llama_ft.files import write_text
-from llama_ft.reporting.plan_file import PLAN_FILE, Plan, read_plan
-from llama_ft.reporting.plan_tables import advice_title, csv_text, tables_of
-from llama_ft.reporting.table2 import markdown, print_table
+from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file, write_plan_file
+from llama_ft.reporting.plan_tables import advice_title, plan_csv, tables_of
+from llama_ft.reporting.table import markdown, print_table
 
 SHOWN = ("plan.md", "plan.csv", "plan.png", "plan.html")
 FILES = (PLAN_FILE, *SHOWN)
 
 
-def write_plan(plan: Plan, folder: Path) -> None:
-    """Write all files of a plan.
-
-    Raises:
-        UserError: if one cannot be written.
-    """
-    try:
-        write_text(folder / PLAN_FILE, json.dumps(plan, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise _not_written(folder, error) from error
-    show(plan, folder)
-
-
-def show(plan: Plan, folder: Path) -> None:
-    """Write the files that follow from `plan.json`.
+def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
+    """Write the files of a plan; `with_json=False` those alone that follow from `plan.json`.
 
     Raises:
         UserError: if one cannot be written.
@@ -39,16 +25,14 @@ def show(plan: Plan, folder: Path) -> None:
     from llama_ft.reporting.plan_page import plan_page
 
     try:
+        if with_json:
+            write_plan_file(plan, folder)
         write_text(folder / "plan.md", plan_markdown(plan))
-        write_text(folder / "plan.csv", csv_text(plan))
+        write_text(folder / "plan.csv", plan_csv(plan))
         draw_plan(plan, folder / "plan.png")
         write_text(folder / "plan.html", plan_page(plan))
     except OSError as error:
-        raise _not_written(folder, error) from error
-
-
-def _not_written(folder: Path, error: OSError) -> UserError:
-    return UserError(f"the plan cannot be written into {folder}: {error.strerror}")
+        raise UserError(f"the plan cannot be written into {folder}: {error.strerror}") from error
 
 
 def report_plan(folder: Path, console: Console) -> None:
@@ -57,8 +41,8 @@ def report_plan(folder: Path, console: Console) -> None:
     Raises:
         UserError: if the file is damaged, or the folder cannot be written to.
     """
-    plan = read_plan(folder)
-    show(plan, folder)
+    plan = read_plan_file(folder)
+    write_plan(plan, folder, with_json=False)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(SHOWN)} in {folder}", highlight=False, markup=False, soft_wrap=True)
 
@@ -67,15 +51,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Print the tables, and the advice if it was asked for."""
     for table in tables_of(plan):
         print_table(table, console)
-    if plan["advice"]:
-        console.print(f"\n{advice_title(plan['advice'])}\n", style="bold", highlight=False, markup=False)
-        for line in plan["advice"]["lines"]:
+    if plan.advice:
+        console.print(f"\n{advice_title(plan.advice)}\n", style="bold", highlight=False, markup=False)
+        for line in plan.advice.lines:
             console.print(Text(f"  {line}"), soft_wrap=not console.is_terminal)
 
 
 def plan_markdown(plan: Plan) -> str:
     """For `plan.md`."""
     parts = [markdown(table) for table in tables_of(plan)]
-    if plan["advice"]:
-        parts += [f"### {advice_title(plan['advice'])}", "", *(f"- {line}" for line in plan["advice"]["lines"]), ""]
-    return "\n".join([*parts, f"`{plan['command']}`", ""])
+    if plan.advice:
+        parts += [f"### {advice_title(plan.advice)}", "", *(f"- {line}" for line in plan.advice.lines), ""]
+    return "\n".join([*parts, f"`{plan.command}`", ""])

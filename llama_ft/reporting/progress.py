@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.result import Result
-from llama_ft.reporting.table2 import amount
+from llama_ft.reporting.table import amount
 
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
 
@@ -66,10 +66,13 @@ def ending(result: Result) -> str:
     """One line for a run that is over."""
     if result.status != "ok":
         return f"{result.status}: {result.error}"
-    parts = [f"peak {amount(result.peak_memory_mib)} MiB", f"{amount(result.runtime_s)} s"]
-    if result.tokens_per_s is not None:
-        parts.append(f"{result.tokens_per_s:,.0f} tokens/s")
-    if None not in (result.train_loss_before, result.train_loss_after):  # earlier versions measured neither
+    units = (
+        ("peak {} MiB", result.peak_memory_mib),
+        ("{} s", result.runtime_s),
+        ("{} tokens/s", result.tokens_per_s),
+    )
+    parts = [unit.format(amount(value)) for unit, value in units if value is not None]
+    if result.train_loss_before is not None and result.train_loss_after is not None:
         parts.append(f"loss {result.train_loss_before:.3f} before, {result.train_loss_after:.3f} after")
     return f"ok: {', '.join(parts)}"
 

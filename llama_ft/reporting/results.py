@@ -1,38 +1,62 @@
-"""The results of a sweep's folder, in the order of the course's Table 2."""
+"""Runs that share a table: those of a sweep's folder, and the rows of a plan in their form."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llama_ft.config import UserError
-from llama_ft.records.result import RESULT_FILE, read_result
+from llama_ft.config.checks import Settings
+from llama_ft.config.techniques import BASELINE, table_order
+from llama_ft.records.plan import Plan, PlanRow
+from llama_ft.records.result import RESULT_FILE, Result, read_result
 
-COURSE = ("ga", "mp", "lora")  # of the course's table; the others have a row where a run has them on
-TECHNIQUES = (*COURSE, "gc")
-LABELS = {"ga": "GA", "mp": "MP", "lora": "LoRA", "gc": "GC"}
+Run = tuple[Result, Path]  # a result and its folder
+Record = TypeVar("Record", Result, PlanRow)
+SHARED = {each.name for each in fields(Result)} & {each.name for each in fields(PlanRow)}
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their techniques alone, and so may share a table."""
+    """Runs that differ in their techniques alone, in the order of the course's Table 2."""
 
     variant: str  # what else the sweep varied, from the folders' names; often empty
-    results: list[dict[str, Any]]
-    folders: list[Path]  # of the runs, in the order of their results
+    results: list[Result]
+    folders: list[Path]  # of the runs, in the order of their results; none of a plan's rows
 
     @property
-    def baseline(self) -> dict[str, Any] | None:
-        """The run with every technique off, if it finished."""
-        return next((r for r in self.results if r["combination"] == "baseline" and r["status"] == "ok"), None)
+    def device(self) -> str | None:
+        """The device that the runs were on, where one came to know it."""
+        return next((result.device for result in self.results if result.device), None)
+
+    @property
+    def memory_limit_mib(self) -> int | None:
+        """The limit that the runs had; of a plan's rows, what the allocator can have on the card."""
+        return next((r.memory_limit_mib for r in self.results if r.memory_limit_mib is not None), None)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether memory was reserved, which the CUDA allocator alone does."""
+        return any(result.peak_memory_reserved_mib for result in self.results)
 
     @property
     def title(self) -> str:
         """What all runs of the group have in common."""
         first = self.results[0]
-        device = next((r["device"] for r in self.results if r["device"]), None)
-        samples = next((f", {r['samples']} samples" for r in self.results if r["samples"]), "")
-        parts = [first["model"], f"{first['data']}{samples}", device or first["gpu"], self.variant]
+        samples = next((f", {r.samples} samples" for r in self.results if r.samples), "")
+        parts = [first.model, f"{first.data}{samples}", self.device or first.gpu, self.variant]
         return " · ".join(part for part in parts if part)
+
+
+def baseline_of(records: Sequence[Record]) -> Record | None:
+    """The one with every technique off, if it finished."""
+    return next((each for each in records if each.combination == BASELINE and each.status == "ok"), None)
+
+
+def value_of(record: Result | PlanRow, key: str) -> Any:
+    """What is known of a run that finished, or of a planned one although it would not fit; else None."""
+    is_whole = record.status == "ok" or (record.status == "oom" and record.peak_memory_mib is not None)
+    return getattr(record, key) if is_whole else None
 
 
 def read_groups(folder: Path) -> list[Group]:
@@ -43,48 +67,53 @@ def read_groups(folder: Path) -> list[Group]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    found: list[tuple[tuple[str, ...], dict[str, Any], Path]] = []
+    runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
     for file in sorted(folder.rglob(RESULT_FILE)):
         run = file.parent.relative_to(folder)
         # W&B keeps a copy with its own files.
         result = None if "wandb" in run.parts else read_result(file.parent)
         if result is None:
             continue
-        result["optim"] = dict.fromkeys(TECHNIQUES, False) | result["optim"]  # an earlier version may have had fewer
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
-        found.append(((variant, result["model"], result["data"], result["gpu"]), result, file.parent))
-    if not found:
+        runs.append(((variant, result.model, result.data, result.gpu), result, file.parent))
+    if not runs:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
     # A run that was refused before it began has no hash: it stays with the others of its sweep.
-    began = {subject: result.get("settings_hash") for subject, result, _ in reversed(found) if result["config_hash"]}
-    groups: dict[tuple[Any, ...], list[tuple[dict[str, Any], Path]]] = {}
-    for subject, result, run_dir in found:
-        settings = result.get("settings_hash") if result["config_hash"] else began.get(subject)
+    began = {subject: result.settings_hash for subject, result, _ in reversed(runs) if result.config_hash}
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for subject, result, run_dir in runs:
+        settings = result.settings_hash if result.config_hash else began.get(subject)
         groups.setdefault((*subject, settings), []).append((result, run_dir))
-    return [_group(key[0], part) for key, runs in groups.items() for part in _by_device(runs)]
+    return [_group(key[0], part) for key, alike in groups.items() for part in _by_device(alike)]
 
 
-def _group(variant: str, runs: list[tuple[dict[str, Any], Path]]) -> Group:
-    runs = sorted(runs, key=lambda run: _course_order(run[0]))
+def _group(variant: str, runs: list[Run]) -> Group:
+    runs = sorted(runs, key=lambda run: table_order(run[0].optim))
     return Group(variant, [result for result, _ in runs], [folder for _, folder in runs])
 
 
-def _by_device(runs: list[tuple[dict[str, Any], Path]]) -> list[list[tuple[dict[str, Any], Path]]]:
+def _by_device(runs: list[Run]) -> list[list[Run]]:
     """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
-    devices = list(dict.fromkeys(result["device"] for result, _ in runs if result["device"])) or [None]
-    return [[run for run in runs if (run[0]["device"] or devices[0]) == device] for device in devices]
+    devices = list(dict.fromkeys(result.device for result, _ in runs if result.device)) or [None]
+    return [[run for run in runs if (run[0].device or devices[0]) == device] for device in devices]
 
 
-def _course_order(result: dict[str, Any]) -> tuple[bool, ...]:
-    return tuple(result["optim"][name] for name in (*TECHNIQUES[len(COURSE) :], *COURSE))
-
-
-def label(result: dict[str, Any]) -> str:
-    """The combination for people: `GA+MP+LoRA`."""
-    return "+".join(LABELS[name] for name in TECHNIQUES if result["optim"][name]) or "baseline"
-
-
-def limit_of(results: list[dict[str, Any]]) -> int | None:
-    """The memory limit in MiB that the runs of a group had."""
-    return next((r["memory_limit_mib"] for r in results if r["memory_limit_mib"] is not None), None)
+def planned_group(plan: Plan, gpu: Settings, variant: str = "") -> Group:
+    """A card's rows of a plan as results. A row that does not fit is out of memory, and has numbers all the same."""
+    limit = None if gpu["memory_mib"] is None else gpu["memory_mib"] - gpu["context_mib"]
+    results = [
+        Result(
+            model=plan.model,
+            data=plan.data.name,
+            techniques=plan.techniques,
+            micro_batch_size=plan.training["micro_batch_size"],
+            command=plan.command,
+            status="oom" if row.fits is False else row.status,
+            memory_limit_mib=limit,
+            peak_memory_reserved_mib=row.reserved_mib,
+            **{key: getattr(row, key) for key in SHARED},
+        )
+        for row in plan.rows_on(gpu["name"])
+    ]
+    return Group(variant, results, [])

@@ -1,0 +1,116 @@
+"""Which runs are compared: of two sweeps, and of a sweep and the plan that predicts it."""
+
+from llama_ft.config.checks import Settings
+from llama_ft.records.plan import Plan
+from llama_ft.records.result import Result, ran_on
+from llama_ft.reporting.results import Group, planned_group
+from llama_ft.reporting.settings import flat
+
+
+def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
+    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has.
+
+    A group is compared with one other: of several, with that whose settings and device are the same.
+    """
+    pairs = [(a, b) for a in first for b in second if subject(a) == subject(b) and _names(a).keys() & _names(b)]
+    pairs.sort(key=lambda pair: _likeness(*pair), reverse=True)
+    partners: dict[int, Group] = {}  # by the id of a group, on both sides
+    for a, b in pairs:
+        if id(a) not in partners and id(b) not in partners:
+            partners |= {id(a): b, id(b): a}
+    notes = [
+        f"Only in {side}: {subject(group)}: {', '.join(missing)}"
+        for side, groups in (("A", first), ("B", second))
+        for group in groups
+        if (missing := only_in(group, partners.get(id(group))))
+    ]
+    return [common(a, partners[id(a)]) for a in first if id(a) in partners], notes
+
+
+def subject(group: Group) -> str:
+    """What a group is of, whatever it ran on."""
+    return " · ".join(filter(None, (group.results[0].model, group.results[0].data, group.variant)))
+
+
+def _likeness(a: Group, b: Group) -> tuple[bool, ...]:
+    def shares(key: str) -> bool:
+        values = [{getattr(result, key) for result in group.results} - {None} for group in (a, b)]
+        return bool(values[0] & values[1])
+
+    return tuple(map(shares, ("settings_hash", "device", "gpu")))
+
+
+def _names(group: Group) -> dict[str, int]:
+    """The index of each combination; of one that a group has more than once, as in copied folders, the last."""
+    return {result.combination: index for index, result in enumerate(group.results)}
+
+
+def only_in(group: Group, other: Group | None) -> list[str]:
+    """The combinations that a group has and another has not."""
+    return [name for name in _names(group) if other is None or name not in _names(other)]
+
+
+def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group, Group]:
+    """Two groups cut down to the combinations that both have, in the same order."""
+    names = [name for name in _names(a) if name in _names(b) and name not in (without or [])]
+    cut = []
+    for group in (a, b):
+        indices = [_names(group)[name] for name in names]
+        folders = [group.folders[index] for index in indices] if group.folders else []
+        cut.append(Group(group.variant, [group.results[index] for index in indices], folders))
+    return cut[0], cut[1]
+
+
+def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[str]] | str:
+    """A group, the rows that predict it, their card, and notes on what one side alone has; or why none predicts it."""
+    first, gpu = group.results[0], card_of(plan, group)
+    if (first.model, first.data) != (plan.model, plan.data.name):
+        return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
+    if gpu is None:
+        return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
+    rows = planned_group(plan, gpu, group.variant)
+    sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
+    notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
+    other: dict[str, list[str]] = {}  # combinations by reason
+    for a, b in zip(*(side.results for side in common(group, rows)), strict=True):
+        if reason := _other_run(a, b):
+            other.setdefault(reason, []).append(a.combination)
+    notes += [f"Left out, since {reason}: {', '.join(names)}." for reason, names in other.items()]
+    measured, planned = common(group, rows, without=[name for names in other.values() for name in names])
+    return (measured, planned, gpu, notes) if measured.results else f"{group.title}: {' '.join(notes)}"
+
+
+def _other_run(measured: Result, planned: Result) -> str | None:
+    """Why a row does not predict a run of the same combination, if it does not."""
+    sizes = measured.total_params, planned.total_params
+    if None not in sizes and sizes[0] != sizes[1]:
+        return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"
+    on = [name for name, is_on in planned.optim.items() if is_on]
+    a, b = (
+        flat({"training": {"micro_batch_size": r.micro_batch_size}} | {name: r.techniques.get(name, {}) for name in on})
+        for r in (measured, planned)
+    )
+    for key in (key for key in a if key in b):
+        if a[key] != b[key] and "auto" not in (a[key], b[key]):
+            return f"{key} is {a[key]} in the sweep, {b[key]} in the plan"
+    return None
+
+
+def card_of(plan: Plan, group: Group) -> Settings | None:
+    """The planned card that a group's runs belong to: the one of their profile; else of their device; else the only
+    one of its kind, CUDA or CPU.
+    """
+    finished = any(result.status == "ok" for result in group.results)
+    kind = [gpu for gpu in plan.gpus if not finished or (gpu["device"] == "cuda") == group.on_cuda]
+    named = [gpu for gpu in kind if gpu["name"] == group.results[0].gpu]
+    alike = [gpu for gpu in kind if is_device(gpu, group)]
+    return next((cards[0] for cards in (named, alike, kind) if len(cards) == 1), None)
+
+
+def is_device(gpu: Settings, group: Group) -> bool:
+    """Whether a profile is of the very device that a group ran on.
+
+    A run with a smaller card's profile has that card's memory and this device's times.
+    """
+    on_cuda = gpu["device"] == "cuda"
+    return any(ran_on(result, gpu["name"], on_cuda) for result in group.results if result.status == "ok")

@@ -1,0 +1,157 @@
+"""Tables of text: on a terminal, as Markdown, as CSV; and what stands in their cells."""
+
+import csv
+import io
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from llama_ft.config.techniques import TECHNIQUES, shown_techniques
+from llama_ft.records.plan import PlanRow
+from llama_ft.records.result import Result
+
+MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
+CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
+MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
+UNESCAPED, BAR = re.compile(r"(?<!\\)\|"), r"\\|"  # in a cell of Markdown
+NOT_IN_CSV = ("optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
+
+Rows = list[tuple[str, list[str]]]  # each a name and its cells
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells, ready for any of the renderers below."""
+
+    title: str
+    head: Rows
+    rows: Rows
+    notes: list[str]
+    max_columns: int = 8  # beside each other on a terminal: GC off, then GC on
+    gap: int = 1  # between columns on a terminal
+    max_name_length: int | None = None  # of a row, in characters, beyond which a terminal breaks it
+
+
+def technique_rows(optims: Iterable[dict[str, bool]]) -> Rows:
+    """A table's head: ON or OFF for each technique in each combination's column."""
+    columns = list(optims)
+    return [
+        (shown.label, ["ON" if optim.get(shown.name) else "OFF" for optim in columns])
+        for shown in shown_techniques(columns)
+    ]
+
+
+def amount(value: float) -> str:
+    """Three figures at least, no more decimals than that needs, thousands marked."""
+    size = abs(value)
+    return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
+
+
+def is_failure(cell: str) -> bool:
+    """Whether a cell says that a run fails, with or without a number before the mark."""
+    return cell in MARKS.values() or cell.endswith(f" {MARKS['oom']}")
+
+
+def terminal(table: Table, width: int) -> list[RichTable]:
+    """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
+    rows = [*table.head, *table.rows]
+    name_width = max(len(name) for name, _ in rows)
+    breaks_names = table.max_name_length is not None and name_width > table.max_name_length
+    if breaks_names:
+        name_width = table.max_name_length or 0
+    column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
+    n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
+    parts = []
+    for start in range(0, len(table.head[0][1]), n_fitting):
+        columns = slice(start, start + n_fitting)
+        view = RichTable(
+            box=box.SIMPLE, show_header=False, show_edge=False, padding=(0, 0, 0, table.gap - 1), pad_edge=False
+        )
+        view.add_column(
+            no_wrap=not breaks_names,
+            overflow="fold" if breaks_names else "ellipsis",
+            width=name_width if breaks_names else None,
+        )
+        for _ in table.head[0][1][columns]:
+            view.add_column(justify="right", no_wrap=True)
+        for name, cells in table.head:
+            view.add_row(*map(Text, (name, *cells[columns])))  # Text: what is in brackets is no markup
+        view.add_section()
+        for name, cells in table.rows:
+            style = "bold" if name.startswith(MAIN) or not any(cells) else None
+            view.add_row(Text(name), *(Text(cell, _colour(cell)) for cell in cells[columns]), style=style)
+        parts.append(view)
+    return parts
+
+
+def _colour(cell: str) -> str:
+    return "red" if is_failure(cell) else "yellow" if cell == CHANGED else ""
+
+
+def print_table(table: Table, console: Console) -> None:
+    """The table with its title and notes. Lines are broken at a terminal's width; in a file each stays whole."""
+    if isinstance(console.file, io.TextIOWrapper):
+        console.file.reconfigure(errors="replace")  # an encoding may lack ×
+    console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=not console.is_terminal)
+    for view in terminal(table, console.width):
+        console.print(view)
+        console.print()
+    print_notes(table.notes, console)
+
+
+def print_notes(lines: list[str], console: Console) -> None:
+    """Notes, each on a line of its own."""
+    for line in lines:
+        if console.is_terminal:
+            console.print(Padding(Text(line, "dim"), (0, 0, 0, 2), expand=False))
+        else:
+            console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def markdown(table: Table) -> str:
+    """A table with its title and notes, for a file such as `table2.md`."""
+    lines = [[name.strip(), *cells] for name, cells in (*table.head, *table.rows)]
+    rows = [f"| {' | '.join(re.sub(UNESCAPED, BAR, cell) for cell in line)} |" for line in lines]
+    rule = "|---|" + "---:|" * len(table.head[0][1])
+    return "\n".join(
+        [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]
+    )
+
+
+def record_table(
+    records: Sequence[Result | PlanRow], leading: Sequence[dict[str, str]]
+) -> tuple[list[str], list[list[Any]]]:
+    """Columns, and a row for each record, numbers unrounded: the leading values, the switches, the record's fields.
+
+    A field that is a dict, such as `memory_mib`, has a column for each of its keys.
+    """
+    columns = [*leading[0], *(technique.name for technique in TECHNIQUES)]
+    rows: list[list[Any]] = [
+        [*values.values(), *(record.optim.get(technique.name, False) for technique in TECHNIQUES)]
+        for values, record in zip(leading, records, strict=True)
+    ]
+    for name in (field.name for field in fields(records[0])):
+        if name in NOT_IN_CSV or name in columns:
+            continue
+        values = [getattr(record, name) for record in records]
+        keys = dict.fromkeys(key for value in values if isinstance(value, dict) for key in value)
+        columns += [f"{name}.{key}" for key in keys] or [name]
+        for row, value in zip(rows, values, strict=True):
+            row += [(value or {}).get(key) for key in keys] if keys else [value]
+    return columns, rows
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table of numbers for a file such as `table2.csv`."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return out.getvalue()
