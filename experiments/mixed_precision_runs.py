@@ -16,7 +16,8 @@ from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits
-from llama_ft.planning.predict import blank_samples, processes
+from llama_ft.planning.lengths import blank_samples
+from llama_ft.planning.processes import side_by_side
 from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep, summed_loss
@@ -155,8 +156,7 @@ def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[
     cells = list(product(settings, models, tokens))
     pairs = {(s, m, n): [(m, n, *run) for run in SETTINGS[s]] for s, m, n in cells}
     jobs = {run: run for pair in pairs.values() for run in pair}  # settings share some
-    with processes(len(jobs)) as side_by_side:
-        memory = dict(side_by_side(planned_memory, jobs))
+    memory = dict(side_by_side(planned_memory, jobs))
     ratios: Numbers = {"tokens": list(tokens)}
     for key, (setting, model, n) in product(("peak", "activation"), cells):
         without, using = (memory[run][key] for run in pairs[setting, model, n])
