@@ -47,10 +47,9 @@ def main() -> int:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
     inputs = load_inputs(config, log)
-    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory
+    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory, versions
     from llama_ft.evaluation.models import measure_models
     from llama_ft.evaluation.results import answered_records, evaluation
-    from llama_ft.launch.run import versions
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)

@@ -3,11 +3,12 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
+from llama_ft.config.checks import Settings
 from llama_ft.config.presets import preset
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ def load(
     is_folder = Path(os.path.expanduser(model)).is_dir()
     if is_folder:
         folder = Path(os.path.expanduser(model))
-        sizes, checkpoint = ModelConfig(**sizes_of(folder)), checkpoint or folder
+        sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
     elif str(model) == FROM_CHECKPOINT:
         raise UserError("give the checkpoint's folder as the model: load(FOLDER)")
     else:

@@ -6,7 +6,7 @@ tables and plans, and the advice all follow from that field.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +143,10 @@ class _Switches:
     def combination(self) -> str:
         """The techniques that are on, joined by `_`; `baseline` if none is."""
         return combination_name(asdict(self))  # type: ignore[call-overload]
+
+    def switched(self, **switches: bool) -> "OptimConfig":
+        """The same combination with some techniques switched on or off."""
+        return replace(self, **switches)  # type: ignore[type-var, return-value]
 
     @property
     def as_typed(self) -> str:

@@ -100,9 +100,9 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
     Args:
         activations_suffice: whether there are more of them than memory is missing, so that checkpointing may do.
     """
-    first = replace(optim, gc=True) if activations_suffice else replace(optim, mp=True, lora=True)
+    first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
     others: list[OptimConfig] = []
-    for other in (first, replace(optim, mp=True, lora=True, gc=True)):
+    for other in (first, optim.switched(mp=True, lora=True, gc=True)):
         if other != optim and other not in others:
             others.append(other)
     return others
