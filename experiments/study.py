@@ -89,19 +89,17 @@ class StudyUsage(cli.Usage):
         return f"experiments.{self.study}".rstrip(".")
 
 
+def main(study: Study) -> None:
+    """Be `python -m experiments.NAME`."""
+    run_command(lambda: conduct(study, sys.argv[1:]), STUDIES[study.name], study.options, study.name)
+
+
 def run_command(function: Callable[[], int], purpose: str, options: type[Options], study: str = "") -> None:
     """Be `python -m experiments.STUDY`, or `python -m experiments`."""
-    register(options)
+    ConfigStore.instance().store(name="study_schema", node=options)  # for --help
+    about, more = f"{purpose} {EXIT_STATUS}", ("--help", "--version")
     examples = ("quick=true", "output=DIR tracker=wandb")
-    text = f"{purpose} {EXIT_STATUS}"
-    cli.run_command(
-        function, StudyUsage("study", text, "[KEY=VALUE ...]", options, examples, ("--help", "--version"), study)
-    )
-
-
-def register(options: type[Options]) -> None:
-    """Tell Hydra the schema of conf/study.yaml."""
-    ConfigStore.instance().store(name="study_schema", node=options)
+    cli.run_command(function, StudyUsage("study", about, "[KEY=VALUE ...]", options, examples, more, study))
 
 
 def read_options(arguments: list[str], schema: type[T]) -> T:
@@ -110,13 +108,8 @@ def read_options(arguments: list[str], schema: type[T]) -> T:
     Raises:
         UserError: naming the key that is wrong.
     """
-    register(schema)
+    ConfigStore.instance().store(name="study_schema", node=schema)  # of conf/study.yaml
     return cli.composed_config("study", arguments, schema)
-
-
-def main(study: Study) -> None:
-    """Be `python -m experiments.NAME`."""
-    run_command(lambda: conduct(study, sys.argv[1:]), STUDIES[study.name], study.options, study.name)
 
 
 def conduct(study: Study, arguments: list[str]) -> int:
