@@ -1,18 +1,22 @@
 # make sweep   measure the eight combinations of Table 2 on the built-in model
 # make test    run the whole test suite
-# make lint    ruff and mypy
+# make quick   run the tests that start no process of their own
+# make lint    ruff and mypy, over the library, the studies and dev/
 # Each makes a virtual environment in .venv on first use, with the versions of requirements.lock.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sweep test lint lock clean
+.PHONY: sweep test quick lint lock clean
 
 sweep: .venv/installed
 	$(BIN)/python -m llama_ft.train experiment=table2
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest
+
+quick: .venv/installed-dev
+	$(BIN)/python -m pytest -m "not process and not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -40,4 +44,4 @@ lock:
 	rm -rf .venv-lock
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv outputs/*/

@@ -3,19 +3,19 @@
 `import llama_ft as lf` gives the functions of `llama_ft.api`; PyTorch is imported when the first of them is used.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from llama_ft.api import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_"):
+    if name.startswith("_") or find_spec(f"llama_ft.{name}"):  # a submodule: Python imports it itself, without the api
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     try:
         return getattr(import_module("llama_ft.api"), name)
     except AttributeError as error:
@@ -23,6 +23,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from importlib import import_module
-
     return ["__version__", *import_module("llama_ft.api").__all__]

@@ -1,29 +1,68 @@
-"""`python -m llama_ft`: which commands there are."""
+"""`python -m llama_ft`, also installed as `llama-ft`: the list of the commands, or the one that is named."""
 
-import shlex
+import importlib
+import os
 import sys
 
+import hydra
 from rich.console import Console
 
-from llama_ft import __version__
-from llama_ft.cli.usage import commands, print_commands
+import llama_ft
+from llama_ft import cli
+from llama_ft.cli.compose import SCHEMAS
+from llama_ft.cli.usage import table, wrapped
+from llama_ft.config import config_dir
 
 
 def main() -> int:
-    """Print the commands, or the version; 2 for anything else."""
-    arguments = sys.argv[1:]
-    if arguments in ([], ["--help"], ["-h"]):
+    """Run the command that the first argument names; list the commands if there is none."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if first in SCHEMAS:
+        command = importlib.import_module(f"llama_ft.{first}")
+        del sys.argv[1]
+        cli.run_command(command.main, command.USAGE)
+    elif first in ("-sc", "--shell-completion"):
+        complete()
+    elif first in ("--help", "-h"):
         print_commands(Console())
-        return 0
-    if arguments == ["--version"]:
-        print(f"llama_ft {__version__}")
-        return 0
-    if arguments[0] in commands():
-        meant = shlex.join(arguments)
+    elif first == "--version":
+        print(f"llama_ft {llama_ft.__version__}")
     else:
-        meant = f"NAME, where NAME is one of {', '.join(commands())}"
-    print(f"error: {arguments[0]} cannot follow python -m llama_ft: type python -m llama_ft.{meant}", file=sys.stderr)
-    return 2
+        print(f"error: {first} is not a command: it must be one of {', '.join(SCHEMAS)}", file=sys.stderr)
+        return cli.USAGE_ERROR
+    return 0
+
+
+def print_commands(console: Console) -> None:
+    """What `llama-ft` and `python -m llama_ft` print."""
+    lines = {name: str(importlib.import_module(f"llama_ft.{name}").__doc__).splitlines()[0] for name in SCHEMAS}
+    rows = [(f"python -m llama_ft.{name}", line.partition(": ")[2].replace("`", "")) for name, line in lines.items()]
+    for line in (
+        *wrapped(str(llama_ft.__doc__).splitlines()[0], console.width),
+        "\nCommands, each with --help:",
+        *table(rows, console.width),
+        "",
+        *wrapped("llama-ft NAME is the same. In bash, this lets Tab complete its keys and choices:", console.width),
+        '  eval "$(llama-ft -sc install=bash)"',
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def complete() -> None:
+    """Hydra's Tab completion, which knows one config: here that of the command in `llama-ft COMMAND ARGUMENTS`.
+
+    The shell code that `-sc install=bash` prints runs `llama-ft -sc query=bash` to complete the line in COMP_LINE.
+    """
+    program, _, rest = os.environ.get("COMP_LINE", "llama-ft train ").partition(" ")
+    name, space, arguments = rest.lstrip().partition(" ")
+    if not space:
+        print("\n".join(SCHEMAS))
+    elif name in SCHEMAS:
+        *words, last = arguments.split(" ")
+        overrides = [word for word in words if "=" in word or word.startswith("-")]  # report has folders too
+        os.environ["COMP_LINE"] = " ".join([program, *overrides, last])
+        cli.register()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(lambda config: None)()
 
 
 if __name__ == "__main__":

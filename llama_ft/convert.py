@@ -13,9 +13,10 @@ from llama_ft import cli
 from llama_ft.config import ConvertConfig, Format, UserError
 from llama_ft.files import whole_folder
 from llama_ft.reporting.progress import progress_bar
+from llama_ft.system import MIB
 
 if TYPE_CHECKING:
-    from llama_ft.exporting.beside import SidecarFiles
+    from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import Source
 
 USAGE = cli.Usage(
@@ -30,10 +31,9 @@ USAGE = cli.Usage(
         "checkpoint=llama-2-7b-hf adapter=outputs/mine to=hf output=mine dtype=bf16",
         "model=tiny adapter=outputs/lora to=hf output=tiny-hf",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
-MIB = 2**20
 
 
 def main() -> int:
@@ -46,22 +46,20 @@ def main() -> int:
 
     output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
     check_free(output, config)
-    from llama_ft.exporting.beside import SidecarFiles
+    from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import open_source
 
-    source, beside = open_source(config), SidecarFiles(config, log)
+    source, sidecar = open_source(config), SidecarFiles(config, log)
     n_bytes = check_room(source, config, output)
     assert config.to is not None
     log(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MIB:,.0f} MiB from {source.checkpoint.folder}")
     try:
         with whole_folder(output) as folder, progress_bar(errors, "MiB written", round(n_bytes / MIB)) as advance:
-            write(source, beside, config, folder, in_mib(advance))
+            write(source, sidecar, config, folder, in_mib(advance))
     except OSError as error:
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
     if config.to is Format.meta:
-        say_context(config, log)
-    if source.is_rounded and config.probe:
-        say_change(source, output, errors, console)
+        warn_of_context(config, log)
     files = sorted(file.name for file in output.iterdir())
     console.print(f"Written: {', '.join(files)} in {config.output}", highlight=False, markup=False, soft_wrap=True)
     return 0
@@ -89,16 +87,15 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
     from llama_ft.model.sizes import meta_params
     from llama_ft.model.transformer import EMBEDDING
 
-    n_bytes, n_shards = sum(weight.n_bytes for weight in source.written.values()), config.shards or 1
+    n_bytes, n_shards = sum(weight.n_bytes for weight in source.weights.values()), config.shards or 1
     if config.to is Format.meta:
         meta_params(source.model)
         check_meta_shards(source.model, n_shards)
-        n_bytes += source.written[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
-    elif n_shards > len(source.written):
-        n_tensors = len(source.written)
+        n_bytes += source.weights[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
+    elif n_shards > len(source.weights):
+        n_tensors = len(source.weights)
         raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the model's tensors")
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(next(folder for folder in output.parents if folder.is_dir())).free
     if n_bytes > free:
         raise UserError(
             f"output={config.output}: {n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
@@ -121,7 +118,7 @@ def in_mib(advance: Callable[[int], None]) -> Callable[[int], None]:
 
 def write(
     source: "Source",
-    beside: "SidecarFiles",
+    sidecar: "SidecarFiles",
     config: ConvertConfig,
     folder: Path,
     advance: Callable[[int], None],
@@ -134,17 +131,17 @@ def write(
     """
     from llama_ft.model.export import write_hf, write_meta
 
-    for name, content in beside.files.items():
+    for name, content in sidecar.files.items():
         (folder / name).write_bytes(content)
     if config.to is Format.hf:
-        dtype = str(next(iter(source.written.values())).dtype).removeprefix("torch.")
-        settings = beside.hf_config(source.model, dtype)
-        write_hf(source.written, source.model, settings, folder, config.shards, advance)
+        dtype = str(next(iter(source.weights.values())).dtype).removeprefix("torch.")
+        settings = sidecar.hf_config(source.model, dtype)
+        write_hf(source.weights, source.model, settings, folder, config.shards, advance)
     else:
-        write_meta(source.written, source.model, folder, config.shards or 1, advance)
+        write_meta(source.weights, source.model, folder, config.shards or 1, advance)
 
 
-def say_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
+def warn_of_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
     """Meta's format does not say the context: where another one will be read back, say so."""
     from llama_ft.model.folder import released_context
 
@@ -155,22 +152,6 @@ def say_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
             f"Meta's files do not say the context of {model.max_seq_len:,}, and are read as of {read_back:,}: give"
             f" model.max_seq_len={model.max_seq_len} with them"
         )
-
-
-def say_change(source: "Source", output: Path, errors: Console, console: Console) -> None:
-    """Read what was written, and say how much rounding has changed the logits."""
-    import torch
-
-    from llama_ft.exporting.probe import change, n_read
-    from llama_ft.model.checkpoint import open_checkpoint
-    from llama_ft.model.transformer import Transformer
-
-    with torch.device("meta"):
-        written = open_checkpoint(output, Transformer(source.model))
-    millions = round(2 * n_read(source.exact, source.model) / MIB)  # of weights, those before and those after
-    with progress_bar(errors, "million weights, logits before and after", millions) as advance:
-        found = change(source.model, source.exact, written.weights, in_mib(advance))
-    console.print(found.describe(), highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

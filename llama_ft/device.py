@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llama_ft import __version__
-from llama_ft.config import ComputeDtype, DeviceChoice, GpuConfig, UserError
+from llama_ft.config import DeviceChoice, Dtype, GpuConfig, UserError
 from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, data_bytes, resident_bytes
 
 
@@ -40,12 +40,12 @@ def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
     return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
 
 
-def compute_dtype(choice: ComputeDtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
+def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
     """The dtype of a model that is not trained: the one chosen; `auto` is fp32 on the CPU, else the card's 16 bit."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     short = "bf16" if has_bf16(device, gpu) else "fp16"
     auto = "fp32" if device.type == "cpu" else short
-    return dtypes[auto if choice is ComputeDtype.auto else choice.name]
+    return dtypes[auto if choice is Dtype.auto else choice.name]
 
 
 def use_kernels_of(gpu: GpuConfig) -> None:

@@ -1,24 +1,26 @@
 """`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import EvaluateConfig, UserError
 from llama_ft.files import output_folder, write_text
+from llama_ft.records import write_record
 from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table import print_table
 
 if TYPE_CHECKING:
-    from llama_ft.evaluation.measures import EvalInputs, Measured
+    from llama_ft.evaluation.measures import EvalInputs
+    from llama_ft.records.answers import AnsweredRecord
+    from llama_ft.records.evaluation import Evaluation
 
 USAGE = cli.Usage(
     "evaluate",
@@ -31,11 +33,9 @@ USAGE = cli.Usage(
         "checkpoint=outputs/full base=builtin data.path=records.jsonl",
         "text=book.txt window=512 stride=256 exact_match=false",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 JSON_FILE, TABLE_FILE, ANSWERS_FILE = "evaluate.json", "evaluate.md", "answers.jsonl"
-
-Say = Callable[[str], None]
 
 
 def main() -> int:
@@ -46,26 +46,27 @@ def main() -> int:
     def log(line: str) -> None:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
-    material = load_material(config, log)
-    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory
+    inputs = load_inputs(config, log)
+    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory, versions
     from llama_ft.evaluation.models import measure_models
-    from llama_ft.launch.run import versions
+    from llama_ft.evaluation.results import answered_records, evaluation
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
         try:
-            measured = measure_models(config, material, device, dtype, partial(progress_bar, errors), log)
+            measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
         except Exception as error:
             if is_out_of_memory(error):
                 raise UserError("out of memory: lower batch_size, data.max_length, or of text=FILE window") from error
             raise
-        about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch."), "versions": versions()}
-        report(config, material, measured, about, folder, console)
+        dtype_name = str(dtype).removeprefix("torch.")
+        result = evaluation(config, inputs, measured, device_name(device), dtype_name, versions(), cli.command_line())
+        report(result, answered_records(inputs, measured) if config.exact_match else [], folder, console)
     return 0
 
 
-def load_material(config: EvaluateConfig, log: Say) -> "EvalInputs":
+def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInputs":
     """What the models are measured on.
 
     Raises:
@@ -74,43 +75,33 @@ def load_material(config: EvaluateConfig, log: Say) -> "EvalInputs":
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
     from llama_ft.evaluation.measures import EvalInputs
     from llama_ft.evaluation.perplexity import read_text
-    from llama_ft.evaluation.records import load_questions
+    from llama_ft.evaluation.records import load_records
 
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
-    return EvalInputs(tokenizer, load_questions(config, tokenizer, log), text)
+    return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 
 
-def report(
-    config: EvaluateConfig,
-    material: "EvalInputs",
-    measured: "dict[str, Measured]",
-    about: dict[str, Any],
-    folder: Path,
-    console: Console,
-) -> None:
+def report(result: "Evaluation", answered: "list[AnsweredRecord]", folder: Path, console: Console) -> None:
     """Print the table, and write it, the numbers and the answers.
 
     Raises:
         UserError: if the folder cannot be written to.
     """
-    from llama_ft.evaluation.results import answer_lines, evaluation_result
-
-    result = evaluation_result(config, material, measured, about | {"command": cli.command_line()})
     table = evaluation_table(result)
-    files = {TABLE_FILE: evaluation_markdown(table), JSON_FILE: json.dumps(result, indent=2, ensure_ascii=False) + "\n"}
+    names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answered else [TABLE_FILE, JSON_FILE]
     try:
-        if config.exact_match:
-            files = {ANSWERS_FILE: "".join(answer_lines(material, measured))} | files
+        if answered:
+            write_text(folder / ANSWERS_FILE, "".join(record.line() for record in answered))
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
-        for name, text in files.items():  # the numbers last: where they are, all is
-            write_text(folder / name, text)
+        write_text(folder / TABLE_FILE, evaluation_markdown(table))
+        write_record(result, folder / JSON_FILE)  # last: where it is, all is
     except OSError as error:
         raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
     print_table(table, console)
-    console.print(f"\nWritten: {', '.join(files)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nWritten: {', '.join(names)} in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

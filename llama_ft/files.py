@@ -1,6 +1,7 @@
 """Files that are whole or absent, whatever stops the writing, and folders that one process at a time writes into."""
 
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -8,12 +9,44 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import IO
+from typing import IO, Any
 
 from llama_ft.config import UserError
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
+
+Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's
+
+
+def read_json(file: Path, holds: str) -> Json:
+    """A JSON object.
+
+    Args:
+        holds: what the file says, for the error if it is not there.
+
+    Raises:
+        UserError: if the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): it says {holds}") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} must hold a JSON object")
+    return content
+
+
+def write_json(file: Path, content: Json) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_text(file, json.dumps(content, indent=2) + "\n")
+
+
+def why_no_folder(path: Path) -> str:
+    """For people: why there is no folder under a name."""
+    return "it is a file: give the folder that it lies in" if path.exists() else "there is no such folder"
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from llama_ft.reporting.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_ft.data.tokenizer import Tokenizer
-    from llama_ft.decoding.generate import Answer, GenerateFn
+    from llama_ft.decoding.generate import GenerateFn
     from llama_ft.decoding.prompts import Prompt
     from llama_ft.model.transformer import Transformer
+    from llama_ft.records.answers import Answer
     from llama_ft.techniques.adapter import Adapters
 
 USAGE = cli.Usage(
@@ -35,7 +36,7 @@ USAGE = cli.Usage(
         "interactive=true adapter=outputs/mine",
         "prompt=Hello kv_cache=false decoding=beam",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 
 
@@ -73,10 +74,10 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]"
     from llama_ft.decoding.prompts import Prompt, encode_prompt, prompt_of, read_prompts
 
     if config.prompts is not None:
-        from llama_ft.decoding.prompt_file import result_keys
+        from llama_ft.decoding.prompt_file import answer_keys
 
         file = Path(os.path.expanduser(config.prompts))
-        return read_prompts(file, result_keys(config), tokenizer, config.model.max_seq_len)
+        return read_prompts(file, answer_keys(config), tokenizer, config.model.max_seq_len)
     if config.interactive:
         return []
     record = {"prompt": config.prompt, "instruction": config.instruction, "input": config.input}
@@ -90,12 +91,12 @@ def answer_file(
 ) -> None:
     """Answer a file of prompts, with a bar where the results go into a file; printed, they themselves are progress."""
     from llama_ft.decoding.generate import ignore
-    from llama_ft.decoding.prompt_file import PromptFile
+    from llama_ft.decoding.prompt_file import answer_prompts
 
     def progress(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         return nullcontext(ignore) if config.output is None else progress_bar(errors, title, total)
 
-    PromptFile(config, prompts, models.dtype_name, models.load, progress, log).answer()
+    answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
 
 
 def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None]) -> None:
@@ -138,7 +139,7 @@ class Models:
         from llama_ft.decoding.load import check_sources
         from llama_ft.device import compute_dtype, device_of_profile
 
-        self._config, self._tokenizer, self._say = config, tokenizer, log
+        self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = device_of_profile(config.gpu)
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
         check_sources(config)
@@ -159,7 +160,7 @@ class Models:
         gc.collect()  # of a model before it, what is held in cycles
         load = load_base if is_base else load_trained
         with memory_explained():
-            return self._answerer(load(self._config, self._device, self._dtype, self._say))
+            return self._answerer(load(self._config, self._device, self._dtype, self._log))
 
     def load_with_adapters(self) -> "tuple[Adapters, GenerateFn]":
         """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
@@ -171,7 +172,7 @@ class Models:
         from llama_ft.techniques.adapter import Adapters
 
         with memory_explained():
-            model = load_checkpoint(self._config, self._device, self._dtype, self._say)
+            model = load_checkpoint(self._config, self._device, self._dtype, self._log)
             adapters = Adapters(model)
             self.use(adapters, self._config.adapter)
         return adapters, self._answerer(model)
@@ -183,13 +184,12 @@ class Models:
             UserError: if there is none of this model, or it was trained on other weights.
         """
         from llama_ft.techniques.adapter import check_base_of
-        from llama_ft.techniques.peft_reader import read_adapter
+        from llama_ft.techniques.peft import read_adapter
 
         if folder is not None and folder not in adapters:
-            place = Path(os.path.expanduser(folder))
-            read_adapter(place, self._config.model)  # what is wrong with it is said before whose it is
-            check_base_of(place, str(self._config.checkpoint))
-            adapters.add(folder, place)
+            path = Path(os.path.expanduser(folder))
+            check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))
+            adapters.add(folder, path)
         adapters.use(folder)
 
     def _answerer(self, model: "Transformer") -> "GenerateFn":

@@ -2,14 +2,12 @@
 
 import sys
 from functools import partial
-from pathlib import Path
-from typing import cast
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
+from llama_ft.config import TECHNIQUES, DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
+from llama_ft.config.presets import preset
 from llama_ft.files import output_folder
 from llama_ft.reporting.plan import FILES, print_plan, write_plan
 from llama_ft.reporting.progress import progress_bar
@@ -26,19 +24,27 @@ USAGE = cli.Usage(
         "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit training=course",
         "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
     ),
-    ("--help", "--version", "-sc install=bash"),
+    ("--help", "--version"),
 )
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """What Hydra is told: `gc=both` is short for all sixteen, and a technique that is named leaves one combination."""
+    """What Hydra is told.
+
+    `NAME=both` plans a technique off and on that is not one of the course's three, and a technique that is named leaves
+    one combination.
+    """
+    short = {f"{each.name}=both": each.name for each in TECHNIQUES if not each.in_course}
+    both = [argument for argument in arguments if argument in short]
     names_optim = any(argument.startswith(("optim=", "optim.")) for argument in arguments)
-    if names_optim and "gc=both" in arguments:
-        raise UserError("gc=both plans sixteen combinations, and optim names one: leave one of them out")
-    told = ["combinations=sixteen" if argument == "gc=both" else argument for argument in arguments]
-    if names_optim:
-        told.append("combinations=one")
-    return told
+    if names_optim and both:
+        raise UserError(
+            f"{both[0]} plans combinations without it and with it, and optim names one: leave one of them out"
+        )
+    others = [argument for argument in arguments if argument not in short]
+    if both:
+        others.append(f"both=[{','.join(short[argument] for argument in both)}]")
+    return [*others, "combinations=one"] if names_optim else others
 
 
 def main() -> int:
@@ -57,7 +63,7 @@ def main() -> int:
     with output_folder(config.output, "plans", config.model.name) as folder:
         from llama_ft.planning.plan import make_plan
 
-        plan = make_plan(config, gpus, lengths, partial(progress_bar, errors), cli.command_line(), known_gpus())
+        plan = make_plan(config, gpus, lengths, cli.command_line(), partial(progress_bar, errors), known_gpus())
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
@@ -77,17 +83,9 @@ def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
 
 def known_gpus() -> list[GpuConfig]:
     """The profiles of all cards, smallest first."""
-    return [profile for profile in map(read_profile, profile_files()) if profile.device is DeviceChoice.cuda]
-
-
-def profile_files() -> list[Path]:
-    """The files of all profiles, smallest card first."""
-    return sorted((config_dir() / "gpu").glob("*.yaml"), key=lambda file: read_profile(file).memory_mib or 0)
-
-
-def read_profile(file: Path) -> GpuConfig:
-    """A profile from its file."""
-    return cast(GpuConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GpuConfig), OmegaConf.load(file))))
+    profiles = [preset("gpu", file.stem, GpuConfig) for file in sorted((config_dir() / "gpu").glob("*.yaml"))]
+    cards = [profile for profile in profiles if profile.device is DeviceChoice.cuda]
+    return sorted(cards, key=lambda card: card.memory_mib or 0)
 
 
 if __name__ == "__main__":

@@ -211,5 +211,11 @@ USAGE = cli.Usage(
     ),
 )
 
+
+def main() -> int:
+    """Fine-tune as asked for."""
+    return TrainCommand().main()
+
+
 if __name__ == "__main__":
-    cli.run_command(TrainCommand().main, USAGE)
+    cli.run_command(main, USAGE)

@@ -24,8 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_ft import cli, convert
-from llama_ft.cli.explain import use_schema
-from llama_ft.config import ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import ModelConfig, PlanConfig, UserError, config_dir
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.state import GenerationState
 from llama_ft.model.folder import sizes_of
@@ -96,8 +95,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         assert convert.main() == 0
         return "".join(capsys.readouterr())
 
-    yield converted
-    use_schema(TrainConfig)
+    return converted
 
 
 Command = Callable[..., str]

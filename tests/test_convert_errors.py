@@ -23,7 +23,6 @@ from test_convert import Command, Folders, command, folders, ours, peft_adapter,
 from torch import Tensor
 
 from llama_ft import cli
-from llama_ft.cli.explain import use_schema
 from llama_ft.config import ConvertConfig, ModelConfig, UserError, config_dir
 from llama_ft.model import writing
 from llama_ft.model.folder import sizes_of
@@ -340,10 +339,9 @@ def test_the_likeliest_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command, arguments: tuple[str, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    use_schema(ConvertConfig)
     with pytest.raises((UserError, HydraException)) as caught:
         command(*arguments)
-    explained = cli.explain(caught.value)
+    explained = cli.explain(caught.value, ConvertConfig)
     assert message in explained
     assert explained.count(message.rpartition(": ")[2]) == 1
     assert list(tmp_path.iterdir()) == []

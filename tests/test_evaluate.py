@@ -25,7 +25,6 @@ from test_kv_cache import make_model
 
 from benchmarks.decode import reference
 from llama_ft import evaluate
-from llama_ft.cli import use_schema
 from llama_ft.config import (
     DataConfig,
     DecodingConfig,
@@ -33,7 +32,6 @@ from llama_ft.config import (
     ModelConfig,
     ModelSource,
     OnBadRecord,
-    TrainConfig,
     UserError,
 )
 from llama_ft.data.collate import Padding
@@ -315,7 +313,6 @@ def command(
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    use_schema(EvaluateConfig)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     file = records_file(tmp_path, RECORDS)
 
@@ -328,8 +325,7 @@ def command(
         folder = Path(re.findall(r"^Written: .* in (.*)$", written, re.MULTILINE)[0])
         return json.loads((folder / "evaluate.json").read_text()) | {"folder": folder}, written
 
-    yield evaluated
-    use_schema(TrainConfig)
+    return evaluated
 
 
 def saved(folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -369,41 +368,6 @@ CASES |= {
     "tokenizer: another vocabulary": Case("model.vocab_size=999", ("has 2048 pieces", "a vocabulary of 999")),
 }
 
-
-# ---------------------------------------------------------------------------------------------------------- the command
-
-QUOTES = "special characters need quotes, such as "
-WRONG = {  # what is typed: what is said, and whether the run's folder is known by then
-    "training.learning_rate=1": ("training.learning_rate is not a key", "lr, epochs, micro_batch_size", False),
-    "+training.lrs=1": ("training.lrs is not a key", "", True),
-    "training.seed=1.5": ("training.seed=1.5 is not allowed", "a whole number", False),
-    "model=llama3": ("model=llama3 is not allowed", "one of from_checkpoint, llama2_13b", False),
-    "training.epochs=0": ("training.epochs=0 is not allowed", "at least 1", True),
-    "training.lr=nan": ("training.lr=nan is not allowed", "positive and finite", True),
-    "lora.dropout=1": ("lora.dropout=1.0 is not allowed", "at least 0 and below 1", True),
-    "data.max_length=1025": ("data.max_length=1025 is not allowed", "at most model.max_seq_len=1024", True),
-    "lora.targets=wq": ("lora.targets=wq is not allowed", "a list, such as [a,b]", False),
-    "lora.targets=[wq": ("lora.targets=[wq is not allowed", "a list, such as [a,b]", False),
-    "optim=lora,mp": ("optim=lora,mp: several values need -m", "", False),
-    "data.path=": ("data.path= is not allowed", "a text", True),  # "data.path=$FILE" where FILE is not set
-    "data.path=~/x.json": (QUOTES, f"""'data.path="{Path.home()}/x.json"'""", False),
-    "checkpoint=runs/lora,lora.rank=4": (QUOTES, """'checkpoint="runs/lora,lora.rank=4"'""", False),
-    "model=llama2_7b": ("model=llama2_7b has no built-in tokenizer", "tokenizer=FILE", True),
-    "model=llama2_7b checkpoint=random": ("model=llama2_7b has no built-in tokenizer", "tokenizer=FILE", True),
-}
-
-
-def what_is_said_works(ended: Ended) -> None:
-    (advice,) = shlex.split(ended.last_line.partition(QUOTES)[2])
-    shown = end(start(ended.cwd, advice, "--cfg=job"), ended.cwd)
-    assert "path: it's.json" in shown.stdout, shown.stderr
-
-
-CASES |= {
-    f"command: {typed}": Case(typed, tuple(said), exit_status=2, status="error" if known else None)
-    for typed, (*said, known) in WRONG.items()
-}
-CASES["command: an apostrophe"] = Case("data.path=it's.json", (QUOTES,), 2, None, then=what_is_said_works)
 
 # ----------------------------------------------------------------------------------------------- the run and its folder
 

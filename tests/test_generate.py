@@ -21,7 +21,6 @@ from test_kv_cache import make_model
 from benchmarks.decode import reference
 from llama_ft import cli
 from llama_ft import generate as generate_command
-from llama_ft.cli import use_schema
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelConfig, ModelSource, TrainConfig, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
@@ -373,7 +372,6 @@ def command(
 
     yield call
     signal.signal(signal.SIGTERM, handler)
-    cli.use_schema(TrainConfig)
 
 
 TINY = ("checkpoint=random", "model.n_layers=1", "gpu=cpu")
@@ -541,7 +539,6 @@ def test_options_that_would_do_nothing_or_too_much_are_refused(settings: dict[st
 
 @pytest.mark.parametrize(("typed", "read"), [("1e3", "1000.0"), ("true", "True"), ("3.10", "3.1"), ("1_000", "1000")])
 def test_a_text_that_would_be_read_as_a_number_is_refused(typed: str, read: str) -> None:
-    use_schema(GenerateConfig)
     with pytest.raises(UserError, match=f"prompt={re.escape(typed)} would be read as {re.escape(read)}"):
         cli.composed_config("generate", [f"prompt={typed}"], GenerateConfig)
     assert cli.composed_config("generate", [f'prompt="{typed}"'], GenerateConfig).prompt == typed

@@ -11,14 +11,14 @@ import torch
 from conftest import CHECKOUT
 from omegaconf import OmegaConf
 
+from dev import pretrain, sample
+from dev.textbook import CLOSE, OPEN, TOPICS, lessons, pages, wordings
 from llama_ft.config import PACKAGE_DIR, DecodingConfig, ModelConfig, ModelSource, UserError
-from llama_ft.data.sample import make
-from llama_ft.data.sample.textbook import CLOSE, OPEN, TOPICS, lessons, pages, wordings
+from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
-from llama_ft.training import pretrain
 
 TINY = PACKAGE_DIR / "model" / "tiny"
 SMALL = ModelConfig("tiny", dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=48, vocab_size=2048, max_seq_len=1024)
@@ -32,12 +32,12 @@ def text() -> str:
 
 @pytest.fixture(scope="module")
 def heldout() -> list[dict[str, str]]:
-    file = PACKAGE_DIR / "data" / "sample" / "heldout.jsonl"
+    file = SAMPLE_DIR / "heldout.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_task_has_its_topic_and_every_topic_its_wordings(text: str) -> None:
-    assert TOPICS.keys() == wordings()["topics"].keys() == {task.name for task in make.TASKS} | {"copy"}
+    assert TOPICS.keys() == wordings()["topics"].keys() == {task.name for task in sample.TASKS} | {"copy"}
     assert "plural" in text
     assert "{" not in text
 
@@ -92,14 +92,6 @@ def test_pretraining_repeats_to_the_bit_and_learns() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 
-def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
-    factors = [pretrain.lr_factor(step, 1000) for step in range(1000)]
-    assert factors[0] == 1 / pretrain.WARMUP
-    assert factors[pretrain.WARMUP : 600] == [1.0] * (600 - pretrain.WARMUP)
-    assert factors[600:] == sorted(factors[600:], reverse=True)
-    assert 0 < factors[-1] < 0.01
-
-
 def test_an_answer_counts_ten_times_as_much_with_the_token_that_ends_it() -> None:
     tokenizer = Tokenizer(TINY / "tokenizer.model")
     tokens, weights = pretrain.encode(f"The plural\nfox\n{OPEN}foxes{CLOSE}\nOnce more\n", tokenizer)
@@ -119,15 +111,6 @@ def test_lessons_mark_their_answers() -> None:
         assert closed
     # "91 is larger than 60." begins with what is asked for: the rest say first what it depends on.
     assert sum(lesson.startswith(OPEN) for lesson in marked) < 0.05 * len(marked)
-
-
-def test_rows_of_pages_are_the_pages_one_after_another() -> None:
-    tokenizer = Tokenizer(TINY / "tokenizer.model")
-    first = next(pretrain.page_batches(tokenizer, 5))
-    assert [len(tokens) for tokens, _ in first] == [pretrain.PAGE_LENGTH + 1] * pretrain.PAGE_ROWS
-    stream = [token for tokens, _ in first for token in tokens[:-1]]
-    expected = [token for page in islice(pages(Random(5)), 20) for token in pretrain.encode(page, tokenizer)[0]]
-    assert stream == expected[: len(stream)]
 
 
 def test_short_lessons_come_first_and_padding_never_counts() -> None:
@@ -153,7 +136,7 @@ def test_the_checksums_are_those_of_the_files() -> None:
 def test_model_and_tokenizer_are_small_and_have_a_card() -> None:
     assert sum(file.stat().st_size for file in TINY.iterdir() if file.is_file()) <= 8 * 2**20
     card = (TINY / "README.md").read_text(encoding="utf-8")
-    assert "python -m llama_ft.training.pretrain" in card
+    assert "python -m dev.pretrain" in card
     assert hashlib.sha256((TINY / "model.safetensors").read_bytes()).hexdigest() in card
 
 

@@ -199,9 +199,8 @@ def test_json_of_something_else(tmp_path, content):
         (lambda lines: lines[1:], "its ranks are not"),
         (lambda lines: [*lines, b"AAAA 7"], "its ranks are not"),
         (lambda lines: [b"AAAA 0", *lines[1:]], "lack a byte"),
-        (lambda lines: [*lines[:-1], b"AAAA"], "line 300 is no token with its rank"),
-        (lambda lines: [*lines[:-1], b"A?AA 299"], "line 300 is no token with its rank"),
-        (lambda lines: [*lines[:-1], lines[-1] + b"x"], "line 300 is no token with its rank"),
+        (lambda lines: [*lines[:-1], b"AAAA"], "a line that is no token with its rank"),
+        (lambda lines: [*lines[:-1], lines[-1] + b"x"], "a line that is no token with its rank"),
     ],
 )
 def test_damaged_ranks(files, tmp_path, damage, reason):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.training import COMBINATIONS, make_step, name, ragged_samples
 
-from llama_ft.config import DtypeChoice, OptimConfig, TrainConfig, TrainingConfig, UserError
+from llama_ft.config import Dtype, OptimConfig, TrainConfig, TrainingConfig, UserError
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
@@ -68,7 +68,7 @@ def test_runs_repeat_to_the_bit_and_a_dry_run_leaves_no_trace(small_config, opti
 
 
 def test_a_dry_run_leaves_no_trace_in_an_fp16_scaler(small_config) -> None:
-    small_config.mp.dtype = DtypeChoice.fp16
+    small_config.mp.dtype = Dtype.fp16
     step = make_step(small_config, OptimConfig(mp=True, lora=True))
     before = step.scaler.state_dict()
     step.dry_run([collate(ragged_samples())])
@@ -181,7 +181,7 @@ def test_windows_are_counted_by_arithmetic_and_can_begin_anywhere(small_config) 
 
 @pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if optim.mp], ids=name)
 def test_fp16_steps_like_fp32_with_fp32_trainable_weights(small_config, optim) -> None:
-    small_config.mp.dtype, small_config.lora.dropout, small_config.ga.steps = DtypeChoice.fp16, 0.0, 2
+    small_config.mp.dtype, small_config.lora.dropout, small_config.ga.steps = Dtype.fp16, 0.0, 2
     step, n = make_step(small_config, optim), small_config.accumulation_steps
     stored = {p.dtype for p in step.model.parameters() if not p.requires_grad}
     assert stored == ({torch.float16} if optim.lora else set())
@@ -194,7 +194,7 @@ def test_fp16_steps_like_fp32_with_fp32_trainable_weights(small_config, optim) -
 
 
 def test_fp16_steps_that_overflow_are_skipped_until_the_scale_fits(small_config) -> None:
-    small_config.mp.dtype = DtypeChoice.fp16
+    small_config.mp.dtype = Dtype.fp16
     step = make_step(small_config, OptimConfig(mp=True))
     scale = 2.0**24
     step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": scale})

@@ -1,33 +1,32 @@
-"""What the commands say of themselves: `--help`, `--version`, and which commands there are."""
+"""What the commands say of themselves: `--help`, `--version`, the list of commands, and Tab."""
 
 import functools
 import importlib
 import io
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHECKOUT, run
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
+from conftest import environment, run
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from llama_ft import cli, plan
-from llama_ft.cli.usage import Usage, chosen, keys, presets, print_commands, print_help, table
+from llama_ft import __version__, cli, plan
+from llama_ft.__main__ import print_commands
+from llama_ft.cli.compose import composed
+from llama_ft.cli.usage import Usage, print_help, table
 from llama_ft.config import config_dir
 
-# By their place in the package, not by what the package says of itself.
-COMMANDS = [
-    name
-    for name in ("train", "report", "plan", "generate", "evaluate", "convert")
-    if (CHECKOUT / "llama_ft" / f"{name}.py").exists()
-]
+COMMANDS = ["train", "report", "plan", "generate", "evaluate", "convert"]
 WIDE = 1000
 
 
@@ -39,8 +38,10 @@ def usage_of(command: str) -> Usage:
 
 @functools.cache
 def help_of(command: str, width: int = WIDE) -> str:
+    """The help of a command, or the list of the commands."""
     written = io.StringIO()
-    print_help(usage_of(command), Console(file=written, width=width))
+    console = Console(file=written, width=width)
+    print_help(usage_of(command), console) if command else print_commands(console)
     return written.getvalue()
 
 
@@ -66,13 +67,6 @@ def documented_choices(command: str) -> dict[str, list[str]]:
     return choices
 
 
-def composed(command: str, *overrides: str) -> Any:
-    """Hydra's config of the command."""
-    cli.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return compose(config_name=command, overrides=list(overrides))
-
-
 def leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         if isinstance(value, dict):
@@ -96,45 +90,34 @@ def typed(key: str, text: str) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_every_key_with_its_default(command):
     documented = documented_keys(command)
-    defaults = plain(composed(command))
+    defaults = plain(composed(command, []))
     assert documented.keys() == defaults.keys()
     assert all(meaning for _, meaning in documented.values())
     # Typed as it stands there, each default is what it is without.
     given = {key: text for key, (text, _) in documented.items() if text != "required"}
-    assert plain(composed(command, *(typed(*setting) for setting in given.items()))) == defaults
+    assert plain(composed(command, [typed(*setting) for setting in given.items()])) == defaults
     assert {key for key, value in defaults.items() if value == "???"} == documented.keys() - given.keys()
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_has_every_choice_of_every_group_the_default_first(command):
     documented = documented_choices(command)
-    cli.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        runtime = compose(config_name=command, return_hydra_config=True).hydra.runtime
-        loader = GlobalHydra.instance().config_loader()
-        defaults = {group: choice for group, choice in runtime.choices.items() if not group.startswith("hydra/")}
-        assert documented.keys() == defaults.keys()
-        for group, default in defaults.items():
-            options = set(loader.get_group_options(group, ObjectType.CONFIG))
-            assert documented[group][0] == (default or "null")
-            assert sorted(documented[group]) == sorted(options | {default or "null"})
+    defaults = OmegaConf.load(config_dir() / f"{command}.yaml").defaults
+    groups = {name: choice for entry in defaults if not isinstance(entry, str) for name, choice in entry.items()}
+    groups = {name: choice for name, choice in groups.items() if not name.startswith("override ")}
+    assert list(documented) == list(groups)
+    for group, default in groups.items():
+        options = {file.stem for file in (config_dir() / group).glob("*.yaml")}
+        assert documented[group][0] == (default or "null")
+        assert sorted(documented[group]) == sorted(options | {default or "null"})
 
 
-@pytest.mark.parametrize(
-    "choices", [{"model": "llama2_7b_1layer"}, {"gpu": "a100_40gb"}, {"optim": "ga_mp_lora", "training": "course"}]
-)
-def test_defaults_are_those_of_the_choices(choices):
-    """Of choices that build on others, or have sections of their own, too."""
-    usage = usage_of("train")
-    shown = {key: text for key, text, _ in keys(usage.schema, presets(usage, chosen(usage) | choices))}
-    config = composed("train", *(f"{group}={choice}" for group, choice in choices.items()))
-    assert plain(composed("train", *(typed(*setting) for setting in shown.items()))) == plain(config)
-    assert plain(config) != plain(composed("train"))
-
-
-def test_enums_are_listed_with_what_they_allow():
+def test_enums_are_listed_with_what_the_key_allows():
     assert documented_keys("train")["mp.dtype"][1].endswith("one of auto, bf16, fp16")
-    assert documented_keys("train")["tracker.mode"][1].endswith("one of auto, online, offline, disabled")
+    assert documented_keys("train")["mp.frozen_weights"][1].endswith("one of compute, fp32")
+    assert documented_keys("convert")["dtype"][1].endswith("one of keep, fp32, bf16, fp16")
+    assert documented_keys("evaluate")["dtype"][1].endswith("one of auto, fp32, bf16, fp16")
+    assert documented_keys("train")["gpu.device"][1].endswith("one of auto, cpu, cuda")
 
 
 def one_of(argument: str) -> str:
@@ -156,20 +139,14 @@ def test_examples_can_be_copied(command):
     for example in usage_of(command).examples:
         overrides = [argument for argument in shlex.split(example) if "=" in argument]
         overrides = plan.overrides(overrides) if command == "plan" else overrides
-        composed(command, *map(one_of, overrides))
+        composed(command, list(map(one_of, overrides)))
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
 @pytest.mark.parametrize("command", [*COMMANDS, ""])
 def test_help_fits_the_terminal_and_loses_no_word(command, width):
-    if command:
-        wide, text = help_of(command), help_of(command, width)
-    else:
-        written = {columns: io.StringIO() for columns in (WIDE, width)}
-        for columns, file in written.items():
-            print_commands(Console(file=file, width=columns))
-        wide, text = (file.getvalue() for file in written.values())
-    assert text.split() == wide.split()
+    text = help_of(command, width)
+    assert text.split() == help_of(command).split()
     lines = text.splitlines()
     assert [line for line in lines if line != line.rstrip() or "…" in line] == []
     too_long = [line for line in lines if len(line) > width and "python -m" not in line]  # what is to be copied
@@ -187,14 +164,11 @@ def test_the_text_beside_long_words_keeps_its_place():
     ]
 
 
-def test_output_of_train_and_its_place_are_explained():
-    """The options' texts name the folders that the config has."""
-    cli.register()
+def test_the_folders_of_output_that_options_name_are_those_of_the_config():
     options = {row[0]: " ".join(row[1:]) for row in section(help_of("train"), "Options")}
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        hydra = OmegaConf.to_container(compose("train", return_hydra_config=True), resolve=False)["hydra"]  # type: ignore
-    for key, value in (("run", hydra["run"]["dir"]), ("sweep", hydra["sweep"]["dir"])):
-        folder = value.partition("/$")[0]
+    hydra: Any = OmegaConf.to_container(composed("train", [], with_hydra=True), resolve=False)["hydra"]  # type: ignore
+    for key in ("run", "sweep"):
+        folder = hydra[key]["dir"].partition("/$")[0]
         assert options[f"hydra.{key}.dir=DIR"].endswith(f" {folder}")
 
 
@@ -207,38 +181,93 @@ def test_styles_only_where_they_can_be_shown(tmp_path):
     assert re.sub(r"\x1b\[[\d;]*m", "", styled.stdout) == piped.stdout
 
 
-# python -m llama_ft
+# The commands: python -m llama_ft.NAME, python -m llama_ft NAME, llama-ft NAME
+
+
+@pytest.fixture
+def script(tmp_path) -> Path:
+    """The file that an installation makes of pyproject's `[project.scripts]`."""
+    file = tmp_path / "bin" / "llama-ft"
+    file.parent.mkdir()
+    file.write_text(f"#!{sys.executable}\nimport sys\nfrom llama_ft.__main__ import main\nsys.exit(main())\n")
+    file.chmod(0o755)
+    return file
 
 
 def test_the_commands_are_listed(tmp_path):
-    for arguments in ([], ["--help"], ["-h"]):
-        done = run("llama_ft", *arguments, cwd=tmp_path, env={"COLUMNS": "200"})
-        assert (done.returncode, done.stderr) == (0, "")
-        listed = re.findall(r"^  python -m llama_ft\.(\w+)  +(\w.*)$", done.stdout, re.MULTILINE)
-        assert [name for name, _ in listed] == COMMANDS
-        assert all(len(purpose.split()) > 3 for _, purpose in listed)
+    done = run("llama_ft", cwd=tmp_path, env={"COLUMNS": "200"})
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = re.findall(r"^  python -m llama_ft\.(\w+)  +(\w.*)$", done.stdout, re.MULTILINE)
+    assert [name for name, _ in listed] == COMMANDS
+    assert all(len(purpose.split()) > 3 for _, purpose in listed)
 
 
-@pytest.mark.parametrize("module", ["llama_ft", *(f"llama_ft.{name}" for name in COMMANDS)])
+@pytest.mark.parametrize("module", ["llama_ft", "llama_ft.train"])
 def test_version(tmp_path, module):
-    (version,) = re.findall(r'^__version__ = "(.+)"$', (CHECKOUT / "llama_ft/__init__.py").read_text(), re.MULTILINE)
     done = run(module, "--version", cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr) == (0, f"llama_ft {version}\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"llama_ft {__version__}\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["foo"], ["--foo"], ["--version", "--help"]], ids=" ".join)
-def test_what_is_no_command_is_told_what_to_type(tmp_path, arguments):
-    done = run("llama_ft", *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: {arguments[0]} ")
-    assert line.endswith(f"type python -m llama_ft.NAME, where NAME is one of {', '.join(COMMANDS)}")
+@pytest.mark.parametrize("first", ["foo", "--foo", "optim=ga"])
+def test_what_is_not_a_command_is_refused(monkeypatch, capsys, first):
+    monkeypatch.setattr(sys, "argv", ["llama-ft", first])
+    assert importlib.import_module("llama_ft.__main__").main() == 2
+    assert capsys.readouterr().err == f"error: {first} is not a command: it must be one of {', '.join(COMMANDS)}\n"
 
 
-def test_a_command_after_a_space_is_told_where_the_dot_belongs(tmp_path):
-    done = run("llama_ft", "train", "optim=lora", "data.path='my file'", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    (line,) = done.stderr.splitlines()
-    typed = line.partition(": type ")[2]
-    assert shlex.split(typed) == ["python", "-m", "llama_ft.train", "optim=lora", "data.path='my file'"]
+def test_a_command_runs_in_each_form(script):
+    python = [sys.executable, "-m"]
+    for form in ([*python, "llama_ft.report"], [*python, "llama_ft", "report"], [script, "report"]):
+        done = subprocess.run([*form, "nowhere"], cwd=script.parent, env=environment(), capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: nowhere")
+
+
+@pytest.mark.parametrize(
+    ("started", "typed"),
+    {
+        ("/usr/bin/python3", "-m", "llama_ft.train", "optim=lora"): "python -m llama_ft.train optim=lora",
+        ("python", "-m", "llama_ft", "plan", "a b=c"): "python -m llama_ft plan 'a b=c'",
+        ("/env/bin/python", "-u", "-m", "llama_ft.train", "-m"): "python -u -m llama_ft.train -m",
+        ("/env/bin/python", "/env/bin/llama-ft", "train", "optim=mp"): "llama-ft train optim=mp",
+    }.items(),
+)
+def test_the_command_in_results_is_the_one_that_was_typed(monkeypatch, started, typed):
+    monkeypatch.setattr(sys, "orig_argv", list(started))
+    monkeypatch.setattr(sys, "argv", ["changed"])
+    assert cli.command_line() == typed
+
+
+# Tab: Hydra's own completion, of an installed llama-ft
+
+AT_TAB = """
+    eval "$(llama-ft -sc install=bash)"
+    for line in "$@"; do
+        COMP_LINE=$line; COMP_WORDS=($line); [[ $line == *" " ]] && COMP_WORDS+=("")
+        COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); COMPREPLY=()
+        hydra_bash_completion llama-ft
+        echo "${COMPREPLY[@]}"
+    done
+    complete -p llama-ft
+"""
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_tab_completes_commands_groups_choices_and_keys(script):
+    presets = sorted(file.stem for file in (config_dir() / "optim").glob("*.yaml"))
+    offered = {
+        "llama-ft ": " ".join(COMMANDS),
+        "llama-ft tr": "train",
+        "llama-ft train optim=": " ".join(f"optim={name}" for name in presets),
+        "llama-ft train -m optim=mp training.mi": "training.micro_batch_size=",
+        "llama-ft report outputs/table2 tracker.u": "tracker.upload=",
+        "llama-ft nothing o": "",
+    }
+    env = environment({"PATH": f"{script.parent}{os.pathsep}{os.environ['PATH']}"})
+    command = ["bash", "--norc", "-c", AT_TAB, "bash", *offered]
+    done = subprocess.run(command, cwd=script.parent, env=env, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, registered = done.stdout.splitlines()
+    assert dict(zip(offered, lines, strict=True)) == offered
+    assert registered == "complete -o default -o nospace -F hydra_bash_completion llama-ft"

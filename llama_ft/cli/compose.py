@@ -7,12 +7,16 @@ import shlex
 import sys
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from llama_ft.cli.explain import TEXTS, not_allowed, type_of
+from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.config import (
     FROM_CHECKPOINT,
     ConvertConfig,
@@ -24,106 +28,108 @@ from llama_ft.config import (
     UserError,
     config_dir,
 )
-
-if TYPE_CHECKING:
-    from hydra.core.override_parser.types import Override
+from llama_ft.config.techniques import combination_name
 
 T = TypeVar("T")
+SCHEMAS = {
+    "train": TrainConfig,
+    "report": ReportConfig,
+    "plan": PlanConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
+}
 
 
 def register() -> None:
-    """Tell Hydra the schema, and OmegaConf how runs are named."""
-    from hydra.core.config_store import ConfigStore
-
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
-    ConfigStore.instance().store(name="report_schema", node=ReportConfig)
-    ConfigStore.instance().store(name="generate_schema", node=GenerateConfig)
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
-    ConfigStore.instance().store(name="convert_schema", node=ConvertConfig)
-    OmegaConf.register_new_resolver("combination", combination, replace=True)
+    """Tell Hydra the schemas, and OmegaConf how runs are named."""
+    for name, schema in SCHEMAS.items():
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    OmegaConf.register_new_resolver("combination", _combination, replace=True)
     OmegaConf.register_new_resolver("run_name", run_name, replace=True)
 
 
-def combination(optim: DictConfig) -> str:
-    """`${combination:${optim}}`: the names of the techniques that are on."""
-    return "_".join(str(name) for name, on in optim.items() if on) or "baseline"
+def _combination(optim: DictConfig) -> str:
+    """`${combination:${optim}}`, of a config that nobody has checked yet."""
+    return combination_name({str(name): on for name, on in optim.items()})
 
 
 def run_name(*, _root_: DictConfig) -> str:
     """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parser = OverridesParser.create()
-    swept = {
-        override.key_or_group
-        for override in parser.parse_overrides([a for a in sys.argv[1:] if "=" in a and not a.startswith("-")])
-        if override.is_sweep_override()
-    }
+    typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
+    swept = {override.key_or_group for override in _parsed(typed) if override.is_sweep_override()}
     swept |= set(OmegaConf.select(_root_, "hydra.sweeper.params") or {})
-    varied = [
-        override
-        for override in parser.parse_overrides(list(_root_.hydra.overrides.task))
+    parts = sorted(
+        f"{override.key_or_group}={override.get_value_element_as_str()}"
+        for override in _parsed(list(_root_.hydra.overrides.task))
         if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
-    ]
-    parts = sorted(f"{override.key_or_group}={override.get_value_element_as_str()}" for override in varied)
-    return ",".join([combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
+    )
+    return ",".join([_combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
+
+
+def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+    """A command's config as Hydra composes it, not checked; `with_hydra` adds the section `hydra`."""
+    register()
+    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
+        return compose(name, overrides, return_hydra_config=with_hydra)
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The config of a command that is no Hydra application itself.
+    """The checked config of a command that is not a Hydra application itself.
 
     Raises:
         UserError: naming the key that is wrong.
     """
-    from hydra import compose, initialize_config_dir
-
-    register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return checked_config(compose(config_name=name, overrides=overrides), overrides, schema)
+    return checked_config(composed(name, overrides), overrides, schema)
 
 
-def checked_config(composed: DictConfig, overrides: list[str], schema: type[T]) -> T:
+def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) -> T:
     """The config as checked dataclasses.
 
     Raises:
         UserError: naming the key that is wrong.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    for override in OverridesParser.create().parse_overrides(overrides):
-        key, given, expected = override.key_or_group, override.value(), type_of(override.key_or_group)
-        if (
-            (expected is bool and not isinstance(given, bool))  # OmegaConf takes 1 for true
-            or (is_dataclass(expected) and not isinstance(given, str))  # of a list of presets the last would win
-            or (expected in TEXTS and given == "")  # $FILE where that is not set; the built-in one would be taken
-        ):
-            raise UserError(not_allowed(key, override.get_value_element_as_str()))
-        if expected in TEXTS and isinstance(given, bool | int | float) and str(given) != (typed := _typed(override)):
-            quoted = shlex.quote(f'{key}="{typed}"')
-            raise UserError(
-                f"{key}={typed} would be read as {given}: a text that looks like a number needs quotes, {quoted}"
-            )
-    checked = OmegaConf.to_object(_with_sizes(composed, overrides))
+    parsed = _parsed(overrides)
+    for override in parsed:
+        _check_value(schema, override)
+    checked = OmegaConf.to_object(_with_sizes(config, {override.key_or_group for override in parsed}))
     assert isinstance(checked, schema)
-    if added := _keys(OmegaConf.to_container(composed)) - _keys(asdict(checked)):  # type: ignore[call-overload]
-        raise UserError(f"{min(added)} is not a key: `+` adds none here")
+    if added := _keys(OmegaConf.to_container(config)) - _keys(asdict(checked)):  # type: ignore[call-overload]
+        raise UserError(no_such_key(schema, min(added)))
     return checked
 
 
-def _with_sizes(composed: DictConfig, overrides: list[str]) -> DictConfig:
-    """The config with the sizes that the checkpoint says, where it is to say them; keys that are given keep theirs."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def _parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
 
-    if OmegaConf.select(composed, "model.name") != FROM_CHECKPOINT:
-        return composed
-    if composed.checkpoint in (None, "builtin", "random"):
+
+def _check_value(schema: type, override: Override) -> None:
+    """Refuse what Hydra and OmegaConf would take for something else than what was meant."""
+    key, value, expected = override.key_or_group, override.value(), setting_of(schema, override.key_or_group)[1]
+    if (
+        (expected is bool and not isinstance(value, bool))  # OmegaConf takes 1 for true
+        or (is_dataclass(expected) and not isinstance(value, str))  # of a list of presets the last would win
+        or (expected in TEXTS and value == "")  # $FILE where that is not set; the built-in one would be taken
+    ):
+        raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))
+    typed = str(override.input_line).partition("=")[2]
+    if expected in TEXTS and isinstance(value, bool | int | float) and str(value) != typed:
+        quoted = shlex.quote(f'{key}="{typed}"')
+        raise UserError(
+            f"{key}={typed} would be read as {value}: a text that looks like a number needs quotes, {quoted}"
+        )
+
+
+def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
+    """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs."""
+    if OmegaConf.select(config, "model.name") != FROM_CHECKPOINT:
+        return config
+    if config.checkpoint in (None, "builtin", "random"):
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
     from llama_ft.model.folder import sizes_of
 
-    folder = Path(os.path.expanduser(composed.checkpoint))
-    given = {override.key_or_group for override in OverridesParser.create().parse_overrides(overrides)}
-    sized = copy.deepcopy(composed)
+    folder = Path(os.path.expanduser(config.checkpoint))
+    sized = copy.deepcopy(config)
     for key, value in sizes_of(folder).items():
         if f"model.{key}" not in given:
             try:
@@ -131,11 +137,6 @@ def _with_sizes(composed: DictConfig, overrides: list[str]) -> DictConfig:
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
-
-
-def _typed(override: "Override") -> str:
-    """The value as it stands on the command line."""
-    return str(override.input_line).partition("=")[2]
 
 
 def _keys(settings: Any, prefix: str = "") -> set[str]:

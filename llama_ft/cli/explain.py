@@ -5,89 +5,119 @@ import errno
 import os
 import re
 import shlex
-from dataclasses import fields, is_dataclass
+from dataclasses import Field, fields, is_dataclass
+from difflib import get_close_matches
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from llama_ft.config import TrainConfig, config_dir
 
 TEXTS = (str, str | None)  # types of keys
-_schema: type = TrainConfig  # of the command that runs
+RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
+    "training.batch_size": "use training.micro_batch_size",
+    "model.context": "use model.max_seq_len",
+    "gpu.memory_mb": "use gpu.memory_mib",
+    "gpu.context_mb": "use gpu.context_mib",
+    "measure.memory_limit_mb": "use measure.memory_limit_mib",
+    "tracker.mode=disabled": "use tracker=disabled",
+    "probe": "leave it out",
+}
 
 
-def use_schema(schema: type) -> None:
-    """Explain the keys of this schema from now on."""
-    global _schema
-    _schema = schema
-
-
-def type_of(key: str) -> Any:
-    """The schema's type of a dotted key; None if there is no such key."""
-    kind: Any = _schema
+def setting_of(schema: type, key: str) -> tuple[Field[Any] | None, Any]:
+    """The field of a dotted key, and its type; twice None if there is no such key."""
+    entry, kind = None, schema
     for part in key.split("."):
-        kind = get_type_hints(kind).get(part) if is_dataclass(kind) else None
-    return kind
+        entry = {field.name: field for field in fields(kind)}.get(part) if is_dataclass(kind) else None
+        kind = get_type_hints(kind)[part] if entry else type(None)
+    return entry, kind if entry else None
 
 
-def _allowed(key: str) -> str:
+def choices(entry: Field[Any], kind: Any) -> list[str]:
+    """What a key of an enum type may be; empty for other types."""
+    enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, enum.Enum)]
+    return [choice.name for part in enums for choice in entry.metadata["allowed"] or part]
+
+
+def _allowed(schema: type, key: str) -> str:
     """What a key may be, in words, from the choices in conf/ and the types of the schema."""
-    if choices := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
-        return f"one of {', '.join(choices)}"
-    expected = type_of(key)
+    if files := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
+        return f"one of {', '.join(files)}"
+    entry, expected = setting_of(schema, key)
     null = ", or null" if isinstance(expected, UnionType) else ""
     kind = get_args(expected)[0] if isinstance(expected, UnionType) else expected
     if is_dataclass(kind):
         return f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
-    if isinstance(kind, type) and issubclass(kind, enum.Enum):
-        return f"one of {', '.join(choice.name for choice in kind)}{null}"
+    if entry and (names := choices(entry, kind)):
+        return f"one of {', '.join(names)}{null}"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
     return words.get(kind, "a list, such as [a,b]") + null
 
 
-def not_allowed(key: str, value: str) -> str:
+def not_allowed(schema: type, key: str, value: str) -> str:
     """A value that a key cannot have, and what it can."""
-    return f"{key}={value} is not allowed: it must be {_allowed(key)}"
+    if instead := RENAMED.get(f"{key}={value}"):
+        return f"{key}={value} no longer exists: {instead}"
+    return f"{key}={value} is not allowed: it must be {_allowed(schema, key)}"
 
 
-def _unreadable(override: str) -> str:
-    """What is wrong with an argument that Hydra cannot take apart, and how to write it."""
+def no_such_key(schema: type, key: str) -> str:
+    """A key that does not exist, and those that do."""
+    if instead := RENAMED.get(key):
+        return f"{key} no longer exists: {instead}"
+    section, _, name = key.rpartition(".")
+    known = setting_of(schema, section)[1] if section else schema
+    names = [field.name for field in fields(known)] if is_dataclass(known) else []
+    meant = "".join(f"; did you mean {match}?" for match in get_close_matches(name, names, 1))
+    return f"{key} is not a key{meant or ':'} {section or 'the config'} has {', '.join(names) or 'none'}"
+
+
+def _unreadable(schema: type, override: str) -> str:
+    """What is wrong with an argument that Hydra cannot parse, and how to write it."""
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: an argument must be KEY=VALUE"
-    if (expected := type_of(key)) is not None and expected not in TEXTS:
-        return not_allowed(key, value)
+    entry, kind = setting_of(schema, key)
+    if entry and kind not in TEXTS:
+        return not_allowed(schema, key, value)
     text = os.path.expanduser(value).replace('"', r"\"")  # Hydra leaves `~` as it is
     quoted = shlex.quote(f'{key}="{text}"')
     return f"{override}: special characters need quotes, such as {quoted}"
 
 
-def explain(error: BaseException) -> str:
-    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part."""
+def explain(error: BaseException, schema: type = TrainConfig) -> str:
+    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part.
+
+    Args:
+        schema: the command's, whose keys are meant.
+    """
     text = str(error)
     if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
-        return not_allowed(match[1], match[2])
+        return not_allowed(schema, match[1], match[2])
     if match := re.match(r"Could not override '([\w.]+)'", text):
-        section = match[1].rpartition(".")[0]
-        known = type_of(section) if section else _schema
-        keys = ", ".join(field.name for field in fields(known)) if is_dataclass(known) else "none"
-        return f"{match[1]} is not a key: {section or 'the config'} has {keys}"
+        return no_such_key(schema, match[1])
     if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
-        return not_allowed(match[1], match[2])
+        return not_allowed(schema, match[1], match[2])
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):
-        return _unreadable(override)
+        return _unreadable(schema, override)
     if isinstance(error, OSError) and (error.filename or error.errno == errno.ENOSPC):  # which names no file
-        if not issubclass(_schema, TrainConfig):
+        if schema is not TrainConfig:
             return f"{error.filename or 'the output'}: {error.strerror}"
-        place = "hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR, names another folder for the output"
-        return f"{error.filename or 'the folder for the output'}: {error.strerror}; {place}"
+        folder = "hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR, names another folder for the output"
+        return f"{error.filename or 'the folder for the output'}: {error.strerror}; {folder}"
+    return _reasons(error)
+
+
+def _reasons(error: BaseException) -> str:
+    """The error's own words and those of its causes, each said once."""
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:
         for line in map(str.strip, str(reason).splitlines()):
-            if line and not any(line in said for said in lines):  # an error that quotes its cause has said it
+            if line and not any(line in earlier for earlier in lines):
                 lines.append(line)
         reason = reason.__cause__
-    unneeded = ("full_key:", "object_type=", "reference_type=")
-    return ": ".join(line for line in lines if not line.startswith(unneeded)) or repr(error)
+    omegaconf = ("full_key:", "object_type=", "reference_type=")
+    return ": ".join(line for line in lines if not line.startswith(omegaconf)) or repr(error)

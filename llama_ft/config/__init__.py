@@ -6,16 +6,12 @@ each check names the key, the value it got and what is allowed.
 
 from llama_ft.config.checks import (
     Combinations,
-    ComputeDtype,
     DeviceChoice,
-    DtypeChoice,
+    Dtype,
     Format,
     Goal,
     OnBadRecord,
-    StoredDtype,
-    TrackerMode,
     UserError,
-    WeightStorage,
 )
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
@@ -44,7 +40,7 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.tracker import TrackerConfig
+from llama_ft.config.tracker import TrackerConfig, TrackerKind, TrackerMode
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
@@ -55,12 +51,11 @@ __all__ = [
     "TECHNIQUES",
     "TOKENIZER_FILES",
     "Combinations",
-    "ComputeDtype",
     "ConvertConfig",
     "DataConfig",
     "DecodingConfig",
     "DeviceChoice",
-    "DtypeChoice",
+    "Dtype",
     "EvaluateConfig",
     "Format",
     "GenerateConfig",
@@ -79,16 +74,15 @@ __all__ = [
     "PlanCheckConfig",
     "PlanConfig",
     "ReportConfig",
-    "StoredDtype",
     "Technique",
     "TrackerConfig",
+    "TrackerKind",
     "TrackerMode",
     "TrainConfig",
     "TrainedSource",
     "TrainingConfig",
     "UploadConfig",
     "UserError",
-    "WeightStorage",
     "config_dir",
     "found_tokenizer",
 ]

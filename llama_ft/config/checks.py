@@ -1,8 +1,7 @@
 """What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
 
 import enum
-import re
-from dataclasses import field
+from dataclasses import field, fields
 from typing import Any
 
 Settings = dict[str, Any]  # a section of the config in JSON's types; what keys it has the schema says
@@ -12,18 +11,12 @@ class UserError(Exception):
     """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
 
 
-class DtypeChoice(enum.Enum):
-    """The 16-bit format of mixed precision; `auto` is bf16 where the device has it, else fp16."""
+class Dtype(enum.Enum):
+    """A floating-point format, or how one is chosen. Each key says which of these it allows."""
 
     auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class ComputeDtype(enum.Enum):
-    """The dtype of weights and arithmetic where nothing is trained; `auto` is 16 bit on CUDA and fp32 on the CPU."""
-
-    auto = "auto"
+    keep = "keep"
+    compute = "compute"
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
@@ -34,22 +27,6 @@ class Format(enum.Enum):
 
     hf = "hf"
     meta = "meta"
-
-
-class StoredDtype(enum.Enum):
-    """The dtype that weights are stored in; `keep` is each weight's own."""
-
-    keep = "keep"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class WeightStorage(enum.Enum):
-    """How weights are stored under mixed precision: in the 16-bit compute dtype, or in fp32."""
-
-    compute = "compute"
-    fp32 = "fp32"
 
 
 class OnBadRecord(enum.Enum):
@@ -67,20 +44,10 @@ class DeviceChoice(enum.Enum):
     cuda = "cuda"
 
 
-class TrackerMode(enum.Enum):
-    """W&B's mode; `auto` is online where an API key is configured, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
-
-
 class Combinations(enum.Enum):
-    """Which combinations are planned."""
+    """Which combinations are planned: all of the techniques', or the one that is asked for."""
 
-    eight = "eight"
-    sixteen = "sixteen"
+    all = "all"
     one = "one"
 
 
@@ -91,9 +58,9 @@ class Goal(enum.Enum):
     cheapest_gpu = "cheapest_gpu"
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """A field of the schema: its default, and in a few words what it is, for `--help`."""
-    metadata = {"meaning": meaning}
+def setting(default: Any, meaning: str, allowed: tuple[enum.Enum, ...] = ()) -> Any:
+    """A field of the schema: its default, what it is in a few words, for `--help`, and its choices if not all."""
+    metadata = {"meaning": meaning, "allowed": allowed}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -106,7 +73,10 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
 
 
-def check_project(name: str) -> None:
-    """Raise a UserError unless W&B takes the name for a project."""
-    holds = re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
-    check(holds, "tracker.project", name, "1 to 128 characters without / \\ # ? % :")
+def check_choices(section: Any, prefix: str = "") -> None:
+    """Raise a UserError for a key of the section that has a choice other than its `setting` allows."""
+    for entry in fields(section):
+        allowed, value = entry.metadata.get("allowed"), getattr(section, entry.name)
+        if allowed:
+            names = ", ".join(choice.name for choice in allowed)
+            check(value in allowed, f"{prefix}{entry.name}", value.name, f"one of {names}")

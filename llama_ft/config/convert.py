@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llama_ft.config.checks import Format, StoredDtype, UserError, check, setting
+from llama_ft.config.checks import Dtype, Format, UserError, check, check_choices, setting
 from llama_ft.config.model import ModelConfig
 
 
@@ -17,14 +17,18 @@ class ConvertConfig:
     adapter: str | None = setting(
         None, "folder of a run with LoRA, or of a PEFT adapter, to be merged into the weights"
     )
-    dtype: StoredDtype = setting(StoredDtype.keep, "of the weights written; keep is each weight's own")
+    dtype: Dtype = setting(
+        Dtype.keep,
+        "of the weights written; keep is each weight's own",
+        (Dtype.keep, Dtype.fp32, Dtype.bf16, Dtype.fp16),
+    )
     shards: int | None = setting(
         None, "files to write; null is one for every 5 GB in Hugging Face's format, and one in Meta's"
     )
     tokenizer: str | None = setting(None, "a tokenizer to put beside the weights; null is the one in the checkpoint")
-    probe: bool = setting(True, "where weights are rounded, measure how much the logits change by it")
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.checkpoint is None and self.model.is_builtin:
             self.checkpoint = "builtin"
         if self.checkpoint is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from llama_ft.config.checks import Combinations, Goal, UserError, check, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.source import found_tokenizer
+from llama_ft.config.techniques import TECHNIQUES
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
@@ -15,24 +16,27 @@ class PlanConfig(TrainConfig):
     """Everything `python -m llama_ft.plan` can be told: what `train` can, so that its arguments fit here too."""
 
     combinations: Combinations = setting(
-        Combinations.eight, "the eight of GA, MP and LoRA; sixteen with GC too (gc=both says the same); one is optim's"
+        Combinations.all, "all those of GA, MP and LoRA, and of the techniques in both; one is optim's"
     )
+    both: list[str] = setting([], "other techniques to plan both off and on, as [gc]; gc=both says the same")
     goal: Goal | None = setting(
         None, "advice too: what is fastest and fits, or the smallest card on which something fits"
     )
-    calibrate: str | None = setting(None, "folder of measured runs on this device, from which its speed is learned")
+    calibrate: str | None = setting(None, "folder of measured runs on this device, which say how fast it really is")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
 
     def __post_init__(self) -> None:
         if not self.plan.enforce:
             raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
         self._check_unused()
-        most = self.model.max_seq_len
+        longest = self.model.max_seq_len
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
-            check(self.max_length <= most, "data.max_length", self.max_length, f"at most model.max_seq_len={most}")
+            check(
+                self.max_length <= longest, "data.max_length", self.max_length, f"at most model.max_seq_len={longest}"
+            )
         else:
             self.data.check_for(self.model)
         if self.goal is not None and self.combinations is Combinations.one:
@@ -40,6 +44,8 @@ class PlanConfig(TrainConfig):
 
     def _check_unused(self) -> None:
         """Refuse what would change nothing."""
+        allowed = [each.name for each in TECHNIQUES if not each.in_course]
+        check(set(self.both) <= set(allowed), "both", self.both, f"of {', '.join(allowed)}, such as [{allowed[0]}]")
         if self.measure.memory_limit_mib is not None:
             raise UserError(
                 "measure.memory_limit_mib is for train: a plan's limit is its card's; gpu.memory_mib=N is another"

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import ComputeDtype, UserError, setting
+from llama_ft.config.checks import Dtype, UserError, check_choices, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.model import ModelConfig
 
@@ -61,10 +61,15 @@ class TrainedSource(ModelSource):
         None, "weights to compare with: builtin, random or a folder; null is the checkpoint without its adapter"
     )
     kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false computes them anew each time")
-    dtype: ComputeDtype = setting(ComputeDtype.auto, "of the arithmetic; auto is 16 bit on CUDA and fp32 on the CPU")
+    dtype: Dtype = setting(
+        Dtype.auto,
+        "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU",
+        (Dtype.auto, Dtype.fp32, Dtype.bf16, Dtype.fp16),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choices(self)
         self.gpu.check_is_one()
         if not self.merge and self.adapter is None:
             raise UserError("merge=false keeps an adapter beside the weights, and there is none: give adapter=DIR")

@@ -6,13 +6,15 @@ tables and plans, and the advice all follow from that field.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llama_ft.config.checks import DtypeChoice, WeightStorage, check, setting
+from llama_ft.config.checks import Dtype, check, check_choices, setting
 
 BASELINE = "baseline"  # the combination with every technique off
+FORMATS_16_BIT = (Dtype.auto, Dtype.bf16, Dtype.fp16)
+STORED = (Dtype.compute, Dtype.fp32)
 
 
 @dataclass(frozen=True)
@@ -66,16 +68,19 @@ class GradientAccumulationConfig:
 class MixedPrecisionConfig:
     """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
 
-    dtype: DtypeChoice = setting(DtypeChoice.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16")
-    frozen_weights: WeightStorage = setting(
-        WeightStorage.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)"
+    dtype: Dtype = setting(
+        Dtype.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16", FORMATS_16_BIT
     )
-    trainable_weights: WeightStorage = setting(
-        WeightStorage.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype"
+    frozen_weights: Dtype = setting(
+        Dtype.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)", STORED
+    )
+    trainable_weights: Dtype = setting(
+        Dtype.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype", STORED
     )
 
     def __post_init__(self) -> None:
-        fp16_masters = self.dtype is not DtypeChoice.fp16 or self.trainable_weights is WeightStorage.fp32
+        check_choices(self, "mp.")
+        fp16_masters = self.dtype is not Dtype.fp16 or self.trainable_weights is Dtype.fp32
         check(fp16_masters, "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16 (gradients cannot be unscaled)")
 
 
@@ -138,6 +143,10 @@ class _Switches:
     def combination(self) -> str:
         """The techniques that are on, joined by `_`; `baseline` if none is."""
         return combination_name(asdict(self))  # type: ignore[call-overload]
+
+    def switched(self, **switches: bool) -> "OptimConfig":
+        """The same combination with some techniques switched on or off."""
+        return replace(self, **switches)  # type: ignore[type-var, return-value]
 
     @property
     def as_typed(self) -> str:

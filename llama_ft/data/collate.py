@@ -16,12 +16,12 @@ class Padding:
     """How far a batch is padded beyond its longest sample."""
 
     multiple: int = 1  # up to a multiple of this
-    most: int | None = None  # but no further than the model's context
+    max_width: int | None = None  # but no further than the model's context
 
     def width(self, longest: int) -> int:
         """The width of a batch whose longest sample is so many tokens wide."""
         rounded = -(-longest // self.multiple) * self.multiple
-        return rounded if self.most is None else max(longest, min(rounded, self.most))
+        return rounded if self.max_width is None else max(longest, min(rounded, self.max_width))
 
 
 NO_PADDING = Padding()
@@ -75,7 +75,10 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
 
 
 def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -> list[list[int]]:
-    """The samples of each micro-batch of an epoch, in an order that depends on seed and epoch alone."""
+    """The indices of each micro-batch's samples, in an order that depends on seed and epoch alone.
+
+    The last micro-batch may be smaller.
+    """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(n_samples, generator=generator).tolist()
     return [order[start : start + micro_batch_size] for start in range(0, n_samples, micro_batch_size)]
@@ -89,6 +92,6 @@ def epoch_batches(
     padding: Padding = NO_PADDING,
     first_batch: int = 0,
 ) -> Iterator[Batch]:
-    """The micro-batches of an epoch from `first_batch` on, collated as they are asked for; the last may be smaller."""
+    """The micro-batches of an epoch from `first_batch` on, each collated when it is asked for."""
     for group in epoch_groups(len(samples), micro_batch_size, epoch, seed)[first_batch:]:
         yield collate([samples[index] for index in group], padding)

@@ -1,13 +1,11 @@
 """Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
 
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
@@ -25,6 +23,7 @@ class Record:
     instruction: str
     input: str
     output: str
+    task: str = ""  # by which evaluation groups records; may be missing
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def load_dataset(
     """Read, check and tokenize the records of a run, downloaded first where that is needed.
 
     Args:
-        say: called with lines for people about a download.
+        log: receives lines about a download.
 
     Raises:
         UserError: if a file or record is bad or cannot be had, or no sample is left.
@@ -113,7 +112,7 @@ def records_file(config: DataConfig, log: Callable[[str], None] = silent) -> Pat
     if config.path:
         return Path(os.path.expanduser(config.path))
     if config.url:
-        return fetch(config.url, config.git_blob_id, Path(config.cache_dir), log)
+        return fetch(config.url, config.git_blob_id, config.cache_dir, log)
     return SAMPLE_DIR / "train.jsonl"
 
 
@@ -125,13 +124,13 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
     """
     records, n_skipped = [], 0
     for where, value in islice(json_records(path, ("instruction",)), first):
-        problem = _problem(value)
-        if problem is None:
-            records.append(Record(value["instruction"], value.get("input") or "", value["output"]))
-        elif on_bad_record is OnBadRecord.skip:
+        try:
+            records.append(as_record(value))
+        except ValueError as error:
+            if on_bad_record is OnBadRecord.error:
+                advice = "data.on_bad_record=skip leaves such records out"
+                raise UserError(f"{path}, {where}: {error}. {advice}") from error
             n_skipped += 1
-        else:
-            raise UserError(f"{path}, {where}: {problem}. data.on_bad_record=skip leaves such records out")
     return records, n_skipped
 
 
@@ -148,20 +147,24 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     return Sample(tokens, n_prompt)
 
 
-def _problem(value: Any) -> str | None:
-    """What is wrong with a record; None if nothing is."""
-    if isinstance(value, Exception):
-        return f"not valid JSON: {value}"
+def as_record(value: object) -> Record:
+    """The record in a JSON value.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    if isinstance(value, ValueError):
+        raise ValueError(f"not valid JSON: {value}")
     if not isinstance(value, dict):
-        return f"a record must be an object with instruction, input and output, not {type(value).__name__}"
+        raise ValueError(f"a record must be an object with instruction, input and output, not {type(value).__name__}")
+    if value.get("input") is None:
+        value = {**value, "input": ""}
     for key in ("instruction", "input", "output"):
-        text = value.get(key)
-        if key == "input" and text is None:
-            continue
         if key not in value:
-            return f"{key} is missing"
-        if not isinstance(text, str):
-            return f"{key} must be a text"
-        if re.search("[\ud800-\udfff]", text):
-            return f"{key} holds half of a surrogate pair, which is no character"
-    return None if value["instruction"].strip() else "instruction is empty"
+            raise ValueError(f"{key} is missing")
+        if not isinstance(value[key], str):
+            raise ValueError(f"{key} must be a text")
+        value[key].encode()  # raises a ValueError at half of a surrogate pair
+    if not value["instruction"].strip():
+        raise ValueError("instruction is empty")
+    return Record(value["instruction"], value["input"], value["output"], str(value.get("task") or ""))

@@ -11,7 +11,7 @@ from llama_ft.config import UserError
 def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """(where, value) of each record; a JSON file is one array, anything else is read as one record a line.
 
-    The value is as it stands there, whatever it is; where it is no JSON, it is the exception that says why.
+    A value that is not valid JSON is the exception that says why.
 
     Args:
         keys: a JSON object that has one of them is a record by itself.
@@ -26,14 +26,13 @@ def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]
         raise UserError(f"data file {file} cannot be read: {reason}") from error
     whole = parse_json(text)
     if text.lstrip().startswith("["):
-        if isinstance(whole, Exception):
+        if isinstance(whole, ValueError):
             raise UserError(f"{file} is not valid JSON: {whole}") from whole
         yield from ((f"record {index}", value) for index, value in enumerate(whole))
-    elif isinstance(whole, dict) and whole.keys().isdisjoint(keys):
-        raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record a line")
     elif isinstance(whole, dict):
-        n_before = len(text) - len(text.lstrip())
-        yield f"record 0 (line {text.count(chr(10), 0, n_before) + 1})", whole
+        if whole.keys().isdisjoint(keys):
+            raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record a line")
+        yield "record 0", whole
     else:
         # Not splitlines(), which also splits at characters that a JSON string may hold.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
@@ -41,8 +40,8 @@ def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]
 
 
 def parse_json(text: str) -> Any:
-    """The value, or the exception that says why there is none."""
+    """The value, or the ValueError that says why there is none."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return error

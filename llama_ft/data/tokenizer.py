@@ -5,11 +5,9 @@ of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging F
 """
 
 import base64
-import binascii
 import os
 import re
 from pathlib import Path
-from typing import Protocol
 
 import sentencepiece
 
@@ -63,18 +61,7 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
         )
 
 
-class _Format(Protocol):
-    """A loaded file. `bos_id` and `eos_id` are -1 where it has none."""
-
-    vocab_size: int
-    bos_id: int
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-def _format(file: Path) -> _Format:
+def _format(file: Path) -> "_SentencePiece | _HuggingFace | Tiktoken":
     try:
         with file.open("rb") as stream:
             start = stream.read(1024)
@@ -82,9 +69,7 @@ def _format(file: Path) -> _Format:
         raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
     if JSON_START.match(start):
         return _HuggingFace(file)
-    if Tiktoken.LINE.match(start):
-        return Tiktoken(file)
-    return _SentencePiece(file)
+    return Tiktoken(file) if Tiktoken.LINE.match(start) else _SentencePiece(file)
 
 
 class _SentencePiece:
@@ -169,13 +154,11 @@ class Tiktoken:
     @staticmethod
     def ranks(file: Path) -> dict[bytes, int]:
         """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
-        ranks: dict[bytes, int] = {}
-        for number, line in enumerate(file.read_bytes().splitlines(), start=1):
-            try:
-                token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
-            except (ValueError, binascii.Error) as error:
-                raise UserError(f"tokenizer={file} is damaged: line {number} is no token with its rank") from error
+        try:
+            lines = [line.split() for line in file.read_bytes().splitlines()]
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except ValueError as error:
+            raise UserError(f"tokenizer={file} is damaged: it has a line that is no token with its rank") from error
         every_byte = {bytes([value]) for value in range(256)}
         if sorted(ranks.values()) != list(range(len(ranks))) or not every_byte <= ranks.keys():
             raise UserError(f"tokenizer={file} is damaged: its ranks are not 0, 1, 2 … or lack a byte")

@@ -4,7 +4,7 @@ They can make one from `tokenizer.model` by themselves, but what they make split
 a leading space, of Llama 3's they do not know how text is split before pairs are merged.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from llama_ft.config import UserError
 from llama_ft.data.tokenizer import Tiktoken
 
 Json = dict[str, Any]
+Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others
 SPACE = "▁"  # stands for a space in SentencePiece's pieces
-# Where Llama 3's special tokens are, counted from the first, and their names; the others are reserved.
+# Llama 3's special tokens by index; the others are reserved.
 LLAMA_3_NAMES = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -33,22 +34,34 @@ def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
         llama_3_1: whether special tokens have the names of Llama 3.1, and later, rather than 3.
 
     Raises:
-        UserError: if it cannot be read, or splits text in a way that tokenizer.json has no words for.
+        UserError: if it cannot be read, or splits text in a way that tokenizer.json cannot express.
     """
     is_ranks = Tiktoken.LINE.match(file.read_bytes())
-    content = _from_ranks(file, llama_3_1) if is_ranks else _from_sentencepiece(file)
-    names = {token["id"]: token["content"] for token in content["added_tokens"]}
-    bos, eos = content["post_processor"]["special_tokens"], content.pop("eos_id")
+    special, parts = _from_ranks(file, llama_3_1) if is_ranks else _from_sentencepiece(file)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": number, "content": name, **flags} for name, number in sorted(special, key=lambda token: token[1])]
+    content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
+    content["post_processor"] = _with_bos(*special[0])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": next(iter(bos)),
-        "eos_token": names[eos],
+        "bos_token": special[0][0],
+        "eos_token": special[1][0],
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": content, "tokenizer_config.json": config}
 
 
-def _from_sentencepiece(file: Path) -> Json:
+def _with_bos(name: str, number: int) -> Json:
+    """BOS before every text, as LLaMA has it."""
+    first, second = (
+        [{"SpecialToken": {"id": name, "type_id": index}}, {"Sequence": {"id": text, "type_id": index}}]
+        for index, text in enumerate("AB")
+    )
+    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
+    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
+
+
+def _from_sentencepiece(file: Path) -> tuple[Special, Json]:
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2
@@ -61,97 +74,68 @@ def _from_sentencepiece(file: Path) -> Json:
         raise UserError(f"tokenizer={file} is not like LLaMA-2's: no tokenizer.json can be made of it")
     pieces = {piece.piece: number for number, piece in enumerate(model.pieces)}
     scores = {piece.piece: -piece.score for piece in model.pieces if piece.type == piece.NORMAL}
-    bos, eos, unknown = (model.pieces[number].piece for number in (trainer.bos_id, trainer.eos_id, trainer.unk_id))
-    return {
-        **_frame((unknown, trainer.unk_id), (bos, trainer.bos_id), (eos, trainer.eos_id)),
-        "eos_id": trainer.eos_id,
-        "normalizer": {
-            "type": "Sequence",
-            "normalizers": [
-                {"type": "Prepend", "prepend": SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
-            ],
-        },
+    special = [(model.pieces[number].piece, number) for number in (trainer.bos_id, trainer.eos_id, trainer.unk_id)]
+    normalizers = [
+        {"type": "Prepend", "prepend": SPACE},
+        {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+    ]
+    decoders = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ]
+    return special, {
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": _with_bos(bos, trainer.bos_id),
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
-            ],
-        },
-        "model": _bpe(pieces, _merges(scores, scores), unknown, byte_fallback=True),
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(pieces, scores, unknown=special[2][0]),
     }
 
 
-def _from_ranks(file: Path, llama_3_1: bool) -> Json:
+def _from_ranks(file: Path, llama_3_1: bool) -> tuple[Special, Json]:
     ranks = Tiktoken.ranks(file)
     names = LLAMA_3_1_NAMES if llama_3_1 else LLAMA_3_NAMES
     reserved = (f"<|reserved_special_token_{number}|>" for number in count())
-    special = [(names.get(place) or next(reserved), len(ranks) + place) for place in range(Tiktoken.N_SPECIAL)]
+    special = [(names.get(index) or next(reserved), len(ranks) + index) for index in range(Tiktoken.N_SPECIAL)]
     letters = _byte_letters()
-    written = {token: "".join(letters[value] for value in token) for token in ranks}
-    vocabulary = {written[token]: rank for token, rank in ranks.items()}
+    vocabulary = {"".join(letters[value] for value in token): rank for token, rank in ranks.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": Tiktoken.PATTERN}, "behavior": "Isolated", "invert": False}
-    return {
-        **_frame(*special),
-        "eos_id": special[1][1],
+    return special, {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
-        "post_processor": _with_bos(*special[0]),
         "decoder": byte_level,
-        "model": _bpe(vocabulary, _merges(vocabulary, vocabulary), None, byte_fallback=False),
+        "model": _bpe(vocabulary, vocabulary, unknown=None),
     }
 
 
-def _frame(*special: tuple[str, int]) -> Json:
-    """What every file has, and the special tokens."""
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    added = [{"id": number, "content": name, **flags} for name, number in sorted(special, key=lambda each: each[1])]
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added}
-
-
-def _with_bos(name: str, number: int) -> Json:
-    """BOS before every text, as LLaMA has it."""
-    bos, first = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
-    second = [{"SpecialToken": {"id": name, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
-    return {
-        "type": "TemplateProcessing",
-        "single": [bos, first],
-        "pair": [bos, first, *second],
-        "special_tokens": tokens,
-    }
-
-
-def _bpe(vocabulary: Mapping[str, int], merges: list[list[str]], unknown: str | None, byte_fallback: bool) -> Json:
+def _bpe(vocabulary: Mapping[str, int], rank_of: Mapping[str, float], unknown: str | None) -> Json:
+    """The model. Where it has a piece for the unknown, that is SentencePiece's, which spells the rest in bytes."""
+    is_sentencepiece = unknown is not None
     return {
         "type": "BPE",
         "dropout": None,
         "unk_token": unknown,
         "continuing_subword_prefix": None,
         "end_of_word_suffix": None,
-        "fuse_unk": byte_fallback,
-        "byte_fallback": byte_fallback,
-        "ignore_merges": not byte_fallback,  # Llama 3: a word that is a token is that token
+        "fuse_unk": is_sentencepiece,
+        "byte_fallback": is_sentencepiece,
+        "ignore_merges": not is_sentencepiece,  # Llama 3: a word that is a token is that token
         "vocab": dict(vocabulary),
-        "merges": merges,
+        "merges": _merges(rank_of),
     }
 
 
-def _merges(rank_of: Mapping[str, float], pieces: Iterable[str]) -> list[list[str]]:
-    """Every pair of pieces that make up a piece, those first that are merged first: whose whole has the lowest rank."""
-    found = [
+def _merges(rank_of: Mapping[str, float]) -> list[list[str]]:
+    """Every pair of pieces that make up a piece, in the order of merging: the lowest rank of the whole comes first."""
+    pairs = [
         (rank_of[piece], rank_of[piece[:cut]], rank_of[piece[cut:]], piece[:cut], piece[cut:])
-        for piece in pieces
+        for piece in rank_of
         for cut in range(1, len(piece))
         if piece[:cut] in rank_of and piece[cut:] in rank_of
     ]
-    return [[left, right] for *_, left, right in sorted(found)]
+    return [[left, right] for *_, left, right in sorted(pairs)]
 
 
 def _byte_letters() -> list[str]:

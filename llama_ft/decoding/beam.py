@@ -29,13 +29,13 @@ class Hypothesis:
 class _Beam:
     """A continuation in the search."""
 
-    row: int  # of the context, whose tokens are these without the last
+    row: int  # of the state, whose tokens are these without the last
     tokens: list[int]
     total: float  # sum of their log-probabilities
 
 
 def beam_search(
-    context: GenerationState,
+    state: GenerationState,
     n_beams: int,
     max_new_tokens: int,
     eos_id: int,
@@ -49,7 +49,7 @@ def beam_search(
     which the best n_beams are kept; the best n_beams candidates that do not end run on.
 
     Args:
-        context: the prompt in n_beams equal rows, with room for max_new_tokens. It is left somewhere in the search.
+        state: the prompt in n_beams equal rows, with room for max_new_tokens. It is left somewhere in the search.
         n_beams: running beams, and hypotheses that are kept; 1 is greedy decoding.
         max_new_tokens: where beams that have not met EOS end.
         eos_id: the token that ends a hypothesis.
@@ -68,7 +68,7 @@ def beam_search(
     finished: list[Hypothesis] = []
     for length in range(1, max_new_tokens + 1):
         is_last, divisor = length == max_new_tokens, length**length_penalty
-        candidates = _best_candidates(context.next_logits(), running)
+        candidates = _best_candidates(state.next_logits(), running)
         ended = [beam for beam in candidates[:n_beams] if is_last or beam.tokens[-1] == eos_id]
         # -inf is a continuation that cannot be, or a copy of the row that began.
         finished += [Hypothesis(beam.tokens, beam.total / divisor) for beam in ended if beam.total > -math.inf]
@@ -78,7 +78,7 @@ def beam_search(
         is_full = len(finished) == n_beams
         if is_last or (is_full and (early_stopping or running[0].total / divisor <= finished[-1].score)):
             break
-        _advance(context, running)
+        _advance(state, running)
     return finished[:n_return]
 
 
@@ -95,11 +95,11 @@ def _best_candidates(logits: Tensor, running: list[_Beam]) -> list[_Beam]:
     return candidates
 
 
-def _advance(context: GenerationState, running: list[_Beam]) -> None:
-    """Let the rows of the context be those of the running beams, with their new tokens."""
-    device = context.tokens.device
-    context.reorder(torch.tensor([beam.row for beam in running], device=device))
-    context.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))
+def _advance(state: GenerationState, running: list[_Beam]) -> None:
+    """Let the rows of the state be those of the running beams, with their new tokens."""
+    device = state.tokens.device
+    state.reorder(torch.tensor([beam.row for beam in running], device=device))
+    state.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))
 
 
 def _check(n_beams: int, max_new_tokens: int, length_penalty: float, n_return: int) -> None:

@@ -34,10 +34,10 @@ def chat(
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
     Args:
-        answer: generates and shows what follows a prompt. A UserError of it is said, and the dialogue goes on.
-        use_adapter: changes to the adapter in a folder; an empty name is none. A UserError of it is said, too.
+        answer: generates and shows what follows a prompt. A UserError of it is logged, and the dialogue goes on.
+        use_adapter: changes to the adapter in a folder; an empty name is none. A UserError of it is logged, too.
         read_line: the next line without its line break; raises EOFError after the last.
-        say: for what is no answer.
+        log: for what is no answer.
     """
     log("an instruction a line; /help says more, /quit ends")
     about = ""

@@ -1,7 +1,7 @@
 """From a prompt to answers: the loop around choosing the next token, and what ends it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -13,17 +13,7 @@ from llama_ft.decoding.sampling import Greedy, Sampling
 from llama_ft.decoding.state import GenerationState
 from llama_ft.decoding.text import StopAt, TextStream
 from llama_ft.model.transformer import Transformer
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What followed a prompt."""
-
-    text: str
-    n_tokens: int
-    finish: str
-    """What ended it: `eos`, `stop` (one of decoding.stop), or `length`."""
-
+from llama_ft.records.answers import Answer
 
 GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
 """A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
@@ -59,13 +49,25 @@ def generate(
         for _ in range(n_answers)
     ]
     writers[0].on_text = on_text
-    if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
-        for place, tokens in enumerate(batch):
-            _search(model, tokenizer, tokens, writers[place * n_answers :][:n_answers], config, kv_cache)
-    else:
-        _continue(model, batch, writers, config, kv_cache)
+    with _evaluating(model):
+        if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
+            for index, tokens in enumerate(batch):
+                _search(model, tokenizer, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
+        else:
+            _continue(model, batch, writers, config, kv_cache)
     answers = [writer.end() for writer in writers]
     return [answers[start : start + n_answers] for start in range(0, len(answers), n_answers)]
+
+
+@contextmanager
+def _evaluating(model: Transformer) -> Iterator[None]:
+    """No dropout, for the time of generating."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _search(
@@ -78,13 +80,13 @@ def _search(
 ) -> None:
     """Let the writers have the best hypotheses of a beam search."""
     n_new = writers[0].room
-    context = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
-    found = beam_search(context, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
-    if len(found) < n_answers:  # more beams than there are texts of so few tokens
-        texts = f"{len(found)} different texts of {n_new} token{'s' * (n_new > 1)}"
+    hypotheses = beam_search(state, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
+    if len(hypotheses) < n_answers:  # more beams than there are texts of so few tokens
+        texts = f"{len(hypotheses)} different texts of {n_new} token{'s' * (n_new > 1)}"
         raise UserError(f"decoding.num_return_sequences={n_answers} is too many: there are only {texts}")
-    for writer, hypothesis in zip(writers, found, strict=True):
+    for writer, hypothesis in zip(writers, hypotheses, strict=True):
         for token in hypothesis.tokens:
             writer.push(token)
 
@@ -95,15 +97,15 @@ def _continue(
     """Choose a token for each row, until all writers have ended."""
     rows = [tokens for tokens in batch for _ in range(config.num_return_sequences)]
     n_new = max(writer.room for writer in writers)
-    context = GenerationState(model, rows, n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, rows, n_new, kv_cache, model.output.weight.dtype)
     choice: Greedy | Sampling = Greedy(config.repetition_penalty)
     if config.sample:
         choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     # One for each prompt, so that its answers do not depend on the prompts beside it.
-    generators = [torch.Generator(context.tokens.device).manual_seed(config.seed) for _ in batch]
+    generators = [torch.Generator(state.tokens.device).manual_seed(config.seed) for _ in batch]
     for _ in range(n_new):
-        chosen = choice.choose(context.next_logits(), context.seen(), generators)
-        context.append(chosen)
+        chosen = choice.choose(state.next_logits(), state.seen(), generators)
+        state.append(chosen)
         for writer, token in zip(writers, chosen.tolist(), strict=True):
             writer.push(token)
         if all(writer.finish for writer in writers):

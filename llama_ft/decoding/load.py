@@ -9,9 +9,9 @@ import torch
 from llama_ft.config import TrainedSource, UserError
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import load_model
+from llama_ft.model.weights import build, load_model
 from llama_ft.techniques.adapter import check_base_of, load_adapter
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import read_adapter
 
 
 def check_sources(source: TrainedSource) -> None:
@@ -20,8 +20,7 @@ def check_sources(source: TrainedSource) -> None:
     Raises:
         UserError: if what is in them is not this model's.
     """
-    with torch.device("meta"):
-        model = Transformer(source.model)
+    model = build(source.model)
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
@@ -29,9 +28,7 @@ def check_sources(source: TrainedSource) -> None:
             except UserError as error:
                 raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
     if source.adapter is not None:
-        folder = Path(os.path.expanduser(source.adapter))
-        read_adapter(folder, source.model)
-        check_base_of(folder, str(source.checkpoint))
+        check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
 
 
 def load_checkpoint(

@@ -1,98 +1,162 @@
-"""Answering a file of prompts: by one model, or by two to be compared, one of which is in memory at a time."""
+"""Answering a file of prompts: a line of JSON each, in their order, written as they come, to go on from where it stops.
 
+One model answers, or two to be compared, one of which is in memory at a time.
+"""
+
+import hashlib
+import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import Answer, GenerateFn, ignore
+from llama_ft.config import GenerateConfig, UserError
+from llama_ft.config.content import content_hash
+from llama_ft.decoding.generate import GenerateFn, ignore
 from llama_ft.decoding.prompts import Prompt
-from llama_ft.decoding.results import Printed, Results, ResultsFile, settings_of
+from llama_ft.files import try_lock
+from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
 
 
-def answer_values(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What a result has of the answers to its prompt: `{answer, finish, n_tokens}`; of several `answers`, lists all."""
-    if len(answers) == 1:
-        return {"answer": answers[0].text, "finish": answers[0].finish, "n_tokens": answers[0].n_tokens}
-    return {
-        "answers": [answer.text for answer in answers],
-        "finish": [answer.finish for answer in answers],
-        "n_tokens": [answer.n_tokens for answer in answers],
-    }
+def answer_keys(config: GenerateConfig) -> set[str]:
+    """The keys that a line has beside those of its prompt's record."""
+    n_answers = config.decoding.num_return_sequences
+    base_answers = [""] * n_answers if config.compare else None
+    return set(AnsweredPrompt({}, [Answer("", 0, "")] * n_answers, "", base_answers).added())
 
 
-def base_values(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What a result has of the base's: `{base_answer}`; of several `base_answers`, a list."""
-    key, *_ = values = answer_values(answers)
-    return {f"base_{key}": values[key]}
+def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt]) -> str:
+    """What makes the answers what they are. Where files lie is not part of it, nor what changes speed and memory only.
+
+    Args:
+        dtype: that of the arithmetic, after `auto` has been resolved.
+    """
+    base = (config.base or config.checkpoint) if config.compare else None
+    names = [config.checkpoint, str(config.tokenizer_file), config.adapter, base]
+    builtin = {"builtin": str(config.model.builtin_dir)}
+    files = [content_hash(builtin.get(name, name)) if name else None for name in names]
+    records = [prompt.record for prompt in prompts]
+    settings = [asdict(config.decoding), asdict(config.model), files, dtype, config.compare, records]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-def result_keys(config: GenerateConfig) -> list[str]:
-    """The keys that a result has beside those of its prompt's record; the base's, where there is one, is the first."""
-    answers = [Answer("", 0, "")] * config.decoding.num_return_sequences
-    return [*(base_values(answers) if config.compare else []), *answer_values(answers)]
+class Lines:
+    """The lines of answers that there are, and where more are added: a file, standard output, or no more than here."""
+
+    def __init__(self, write: Callable[[str], object]) -> None:
+        self._write = write
+        self.texts: list[list[str]] = []  # the answers of each line
+
+    def add(self, answered: AnsweredPrompt) -> None:
+        """Add a line; it is written when this returns."""
+        self._write(answered.line())
+        self.texts.append([answer.text for answer in answered.answers])
 
 
-@dataclass(frozen=True)
-class PromptFile:
-    """The prompts of a file, to be answered."""
+@contextmanager
+def lines_of_file(file: Path, made_with: str, n_prompts: int) -> Iterator[Lines]:
+    """Open a file, to go on from its last whole line. One process at a time writes into it; an empty one is removed.
 
-    config: GenerateConfig
-    prompts: Sequence[Prompt]
-    dtype: str
-    """That of the arithmetic, `auto` resolved."""
-    load: Callable[[bool], GenerateFn]
-    """Loads the base if it is given True, else the model that is asked."""
-    progress: Progress
-    """Shows a title and how much of a total is done."""
-    log: Callable[[str], None]
+    Args:
+        made_with: the settings' hash, which each line that is there must have.
 
-    def answer(self) -> None:
-        """Answer the prompts that have no result yet, and write the results to `config.output`, else print them.
+    Raises:
+        UserError: if it cannot be written, another process writes into it, or it is of other prompts or settings.
+    """
+    if file.exists() and not file.is_file():
+        raise UserError(f"output={file}: it must be a file")
+    with _explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("ab", buffering=0)  # a line is written or refused, and nothing is left for closing
 
-        Raises:
-            UserError: before anything is generated, if the output is of other prompts or settings.
-        """
-        with self._results(result_keys(self.config)) as results:
-            try:
-                if self.config.compare and len(results.kept) < len(self.prompts):
-                    self._compare(results)
-                else:
-                    self._fill(results, self.prompts, is_base=False)
-            finally:
-                if self.config.output is not None and results.kept:
-                    counts = f"{len(results.kept)} of {len(self.prompts)} prompts"
-                    self.log(f"{counts} are answered in {self.config.output}")
+    def write(line: str) -> None:
+        rest = line.encode()
+        with _explained(file):
+            while rest:
+                rest = rest[stream.write(rest) :]
 
-    def _compare(self, results: Results) -> None:
-        """Let the base answer all prompts first, into a file that is no longer needed once all is done."""
-        with self._results(result_keys(self.config)[:1], ".base") as base:
-            self._fill(base, self.prompts, is_base=True)
-            prompts = [Prompt(prompt.text, kept) for prompt, kept in zip(self.prompts, base.kept, strict=True)]
-            self._fill(results, prompts, is_base=False)
-            base.remove()
+    with stream:
+        if not try_lock(stream):
+            raise UserError(f"output={file}: another process is writing into it")
+        lines, (*whole, rest) = Lines(write), file.read_bytes().split(b"\n")
+        for line in whole:
+            texts = texts_of_line(line, made_with)
+            if texts is None or len(whole) > n_prompts:
+                reason = f"output={file} was made with other prompts or settings"
+                raise UserError(f"{reason}: name another output, or remove that one")
+            lines.texts.append(texts)
+        stream.truncate(stream.tell() - len(rest))
+        try:
+            yield lines
+        finally:
+            if not lines.texts:
+                file.unlink(missing_ok=True)
 
-    def _results(self, keys: list[str], suffix: str = "") -> Results:
-        """Where results with these keys go; those with a suffix are not for the user."""
-        if self.config.output is None:
-            return Printed(is_shown=not suffix)
-        file = Path(os.path.expanduser(self.config.output + suffix))
-        return ResultsFile(file, settings_of(self.config, self.dtype, self.prompts), self.prompts, keys)
 
-    def _fill(self, results: Results, prompts: Sequence[Prompt], is_base: bool) -> None:
-        """Let a model answer the prompts that have no result, batch by batch."""
-        n_done, values = len(results.kept), base_values if is_base else answer_values
-        if n_done == len(prompts):
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"output={file} cannot be written: {error.strerror}") from error
+
+
+def answer_prompts(
+    config: GenerateConfig,
+    prompts: Sequence[Prompt],
+    dtype: str,
+    load: Callable[[bool], GenerateFn],
+    progress: Progress,
+    log: Callable[[str], None],
+) -> None:
+    """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
+
+    Args:
+        dtype: that of the arithmetic, `auto` resolved.
+        load: gives the base if it is given True, else the model that is asked.
+        progress: shows a title and how much of a total is done.
+
+    Raises:
+        UserError: before anything is generated, if the output is of other prompts or settings.
+    """
+    made_with = settings_hash(config, dtype, prompts)
+
+    def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
+        if config.output is None:
+            return nullcontext(Lines(ignore if suffix else partial(print, end="", flush=True)))
+        return lines_of_file(Path(os.path.expanduser(config.output + suffix)), made_with, len(prompts))
+
+    def fill(lines: Lines, is_base: bool, base_texts: Sequence[list[str]] | None = None) -> None:
+        if not (rest := prompts[len(lines.texts) :]):
             return
-        answer, size = self.load(is_base), self.config.batch_size
-        with self.progress("answers of the base" if is_base else "answers", len(prompts) - n_done) as advance:
-            for start in range(n_done, len(prompts), size):
-                batch = prompts[start : start + size]
-                for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], ignore), strict=True):
-                    results.write(prompt.record | values(answers))
-                advance(len(batch))
+        answer = load(is_base)
+        with progress("answers of the base" if is_base else "answers", len(rest)) as advance:
+            for prompt, answers in zip(rest, _asked(answer, rest, config.batch_size, advance), strict=True):
+                base = base_texts[len(lines.texts)] if base_texts is not None else None
+                lines.add(AnsweredPrompt(prompt.record, answers, made_with, base))
+
+    with lines_for() as lines:
+        try:
+            if config.compare and len(lines.texts) < len(prompts):
+                with lines_for(".base") as base:
+                    fill(base, True)
+                    fill(lines, False, base.texts)
+                    base.texts.clear()  # the file goes too
+            fill(lines, False)
+        finally:
+            if config.output is not None and lines.texts:
+                log(f"{len(lines.texts)} of {len(prompts)} prompts are answered in {config.output}")
+
+
+def _asked(
+    answer: GenerateFn, prompts: Sequence[Prompt], batch_size: int, advance: Callable[[int], None]
+) -> Iterator[list[Answer]]:
+    """The answers to each prompt, which are asked batch by batch."""
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield from answer([prompt.text for prompt in batch], ignore)
+        advance(len(batch))

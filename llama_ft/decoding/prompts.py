@@ -11,6 +11,7 @@ from llama_ft.config import UserError
 from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.files import Json
 
 KEYS = ("prompt", "instruction", "input")
 MAX_NAMED = 10  # bad records in a message
@@ -21,10 +22,10 @@ class Prompt:
     """A prompt, and the record that it was made of."""
 
     text: str
-    record: dict[str, Any]
+    record: Json
 
 
-def prompt_of(record: dict[str, Any]) -> str:
+def prompt_of(record: Json) -> str:
     """The text that the model goes on with: `prompt` as it is, or `instruction` and `input` in Alpaca's template.
 
     Raises:

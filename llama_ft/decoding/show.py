@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import Answer, GenerateFn, ignore
+from llama_ft.decoding.generate import GenerateFn, ignore
+from llama_ft.records.answers import Answer
 
 BASE, FINE_TUNED = "base", "fine-tuned"
 MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
@@ -22,7 +23,7 @@ def show_answers(prompt: str, load: Load, config: GenerateConfig, log: Callable[
     """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
 
     Args:
-        say: for what is no answer.
+        log: for what is no answer.
     """
     if config.compare:
         compared = []

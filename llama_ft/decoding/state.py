@@ -14,7 +14,7 @@ PADDING = 0  # any id will do: no real token attends to it
 class GenerationState:
     """A batch of sequences and the model's logits of what comes next.
 
-    Prompts of different lengths are padded on the left, so that all of them end, and grow, at the same place. With a
+    Prompts of different lengths are padded on the left, so that all of them end, and grow, at the same position. With a
     cache the first call computes the prompts (prefill) and each later one a single token (a step); without one every
     call computes all positions again.
     """
@@ -52,27 +52,27 @@ class GenerationState:
         new = self.tokens[:, start:]
         batch, n_new = new.shape
         last = torch.arange(1, batch + 1, device=new.device) * n_new - 1
-        positions, mask = self._places(start) if self._is_padded else (None, None)
+        positions, mask = self._positions(start) if self._is_padded else (None, None)
         logits = self._model(new, positions=positions, mask=mask, kv_cache=self.cache, logits_at=last)
         return logits.float()  # type: ignore[no-any-return]
 
-    def _places(self, start: int) -> tuple[Tensor, Tensor]:
+    def _positions(self, start: int) -> tuple[Tensor, Tensor]:
         """Positions [B, S] of the tokens from `start` on, padding not counted, and what they may attend to."""
-        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        queries, padding = places[start:], self._n_padding[:, None]
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        queries, padding = columns[start:], self._n_padding[:, None]
         # A sequence that has ended may be led on, past the context, for as long as the others last.
         positions = (queries - padding).clamp(0, self._model.config.max_seq_len - 1)
-        is_real = (places >= padding)[:, None, None, :]  # [B, 1, 1, T]
+        is_real = (columns >= padding)[:, None, None, :]  # [B, 1, 1, T]
         # Padding attends to itself alone: attention to nothing is not a number, and would reach the real tokens.
-        itself = queries[:, None] == places
-        return positions, (is_real & (places <= queries[:, None])) | itself
+        itself = queries[:, None] == columns
+        return positions, (is_real & (columns <= queries[:, None])) | itself
 
     def append(self, tokens: Tensor) -> None:
         """Let each sequence grow by a token, int64 [B]."""
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
 
     def reorder(self, rows: Tensor) -> None:
-        """Let sequence rows[i], int64 [B], take the place of sequence i."""
+        """Let sequence i go on from what is sequence rows[i], int64 [B]."""
         self.tokens, self.n_prompt = self.tokens[rows], self.n_prompt[rows]
         self._n_padding = self._n_padding[rows]
         if self.cache is not None:
@@ -80,7 +80,7 @@ class GenerationState:
 
     def seen(self) -> Tensor:
         """bool [B, V]: which ids a sequence has, padding not counted."""
-        places = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        is_real = places >= self._n_padding[:, None]
-        found = torch.zeros(len(self.tokens), self._model.config.vocab_size, device=self.tokens.device)
-        return found.scatter_add_(1, self.tokens, is_real.float()) > 0
+        columns = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        is_real = columns >= self._n_padding[:, None]
+        counts = torch.zeros(len(self.tokens), self._model.config.vocab_size, device=self.tokens.device)
+        return counts.scatter_add_(1, self.tokens, is_real.float()) > 0

@@ -78,9 +78,9 @@ class StopAt:
         if self.found is not None:
             return ""
         text = self._held + text
-        places = [(text.find(string), string) for string in self._strings if string in text]
-        if places:
-            start, self.found = min(places, key=lambda place: (place[0] + len(place[1]), place[0]))
+        matches = [(text.find(string), string) for string in self._strings if string in text]
+        if matches:
+            start, self.found = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
             self._held = ""
             return text[:start]
         n_held = max((_overlap(text, string) for string in self._strings), default=0)

@@ -1,13 +1,14 @@
 """Exact match: whether a model's answer is the expected one, white space around them aside."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llama_ft.config import DecodingConfig
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import Answer, generate
+from llama_ft.decoding.generate import generate
 from llama_ft.evaluation.records import NO_TASK
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.answers import Answer
+from llama_ft.records.evaluation import Accuracy, Share
 
 
 def greedy_answers(
@@ -32,10 +33,10 @@ def greedy_answers(
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
-        group = order[start : start + batch_size]
-        found = generate(model, tokenizer, [prompts[index] for index in group], decoding, kv_cache)
-        answers |= {index: first for index, (first, *_) in zip(group, found, strict=True)}
-        advance(len(group))
+        batch = order[start : start + batch_size]
+        results = generate(model, tokenizer, [prompts[index] for index in batch], decoding, kv_cache)
+        answers |= {index: first for index, (first, *_) in zip(batch, results, strict=True)}
+        advance(len(batch))
     return [answers[index] for index in range(len(prompts))]
 
 
@@ -44,17 +45,14 @@ def matches(answer: str, expected: str) -> bool:
     return answer.strip() == expected.strip()
 
 
-def accuracy(tasks: Sequence[str], correct: Sequence[bool]) -> dict[str, Any]:
-    """How many of the answers are correct, in all and by task: `{correct, records, accuracy, tasks: {NAME: {…}}}`.
-
-    `tasks` is empty where no record names one.
-    """
+def accuracy(tasks: Sequence[str], correct: Sequence[bool]) -> Accuracy:
+    """How many of the answers are correct, in all and by task."""
     by_task: dict[str, list[bool]] = {}
     for task, is_correct in zip(tasks, correct, strict=True):
         by_task.setdefault(task, []).append(is_correct)
-    named = {task: _share(by_task[task]) for task in sorted(by_task)} if by_task.keys() != {NO_TASK} else {}
-    return _share(correct) | {"tasks": named}
+    named = {task: Share(*_share(by_task[task])) for task in sorted(by_task)} if by_task.keys() != {NO_TASK} else {}
+    return Accuracy(*_share(correct), named)
 
 
-def _share(correct: Sequence[bool]) -> dict[str, Any]:
-    return {"correct": sum(correct), "records": len(correct), "accuracy": sum(correct) / len(correct)}
+def _share(correct: Sequence[bool]) -> tuple[int, int, float]:
+    return sum(correct), len(correct), sum(correct) / len(correct)

@@ -9,37 +9,38 @@ from llama_ft.config import EvaluateConfig
 from llama_ft.decoding.load import check_sources, load_base, load_trained
 from llama_ft.evaluation.measures import EvalInputs, Measured, Progress, measure
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.evaluation import Role
 
 
 def measure_models(
     config: EvaluateConfig,
-    material: EvalInputs,
+    inputs: EvalInputs,
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress,
     log: Callable[[str], None],
-) -> dict[str, Measured]:
-    """By role the model, or base and fine-tuned, in this order; one of them is in memory at a time.
+) -> list[Measured]:
+    """The model, or base and fine-tuned, in this order; one of them is in memory at a time.
 
     Args:
         progress: shows a title and how much of a total is done.
-        say: called with lines for people about what is loaded.
+        log: told of what is loaded.
 
     Raises:
         UserError: if weights or adapter are not this model's, or give no finite numbers.
     """
 
-    def measured(name: str, load: Callable[..., Transformer]) -> Measured:
-        model = load(config, device, dtype, log)
-        found = measure(model, material, config, lambda title, total: progress(f"{name}, {title}", total))
+    def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
+        model, name = load(config, device, dtype, log), role.replace("_", "-")
+        result = measure(model, inputs, config, role, lambda title, total: progress(f"{name}, {title}", total))
         del model
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        return found
+        return result
 
     check_sources(config)
     if not config.has_base:
-        return {"model": measured("model", load_trained)}
-    fine_tuned = measured("fine-tuned", load_trained)  # first, since most can be wrong with it
-    return {"base": measured("base", load_base), "fine_tuned": fine_tuned}
+        return [measured("model", load_trained)]
+    fine_tuned = measured("fine_tuned", load_trained)  # first, since most can be wrong with it
+    return [measured("base", load_base), fine_tuned]

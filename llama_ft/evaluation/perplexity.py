@@ -12,6 +12,7 @@ from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.evaluation import Perplexity
 from llama_ft.training.step import summed_loss
 
 MAX_NATS = 700.0  # beyond, exp leaves the range of a float
@@ -67,24 +68,15 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
     return samples
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """The mean negative log-likelihood of tokens, in nats, and what follows from it."""
+def bits_per_byte(nll: float, text: Text) -> float:
+    """What a text costs, for comparisons of models with different tokenizers.
 
-    nll: float
-    n_tokens: int
+    The few tokens that did not count (see `text_windows`) cost as much as the others.
 
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean."""
-        return math.exp(self.nll)
-
-    def bits_per_byte(self, text: Text) -> float:
-        """What the text would cost, for comparisons of models with different tokenizers.
-
-        The few tokens that did not count (see `text_windows`) cost as much as the others.
-        """
-        return self.nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
+    Args:
+        nll: mean over the text's tokens, in nats.
+    """
+    return nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
 
 
 @torch.inference_mode()
@@ -108,12 +100,12 @@ def perplexity(
     ordered = sorted(samples, key=len, reverse=True)  # so that out of memory shows at once
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(ordered), batch_size):
-        group = ordered[start : start + batch_size]
-        total += summed_loss(model, collate(group, padding).to(device))
-        advance(len(group))
+        batch = ordered[start : start + batch_size]
+        total += summed_loss(model, collate(batch, padding).to(device))
+        advance(len(batch))
     n_tokens = sum(sample.n_targets for sample in samples)
     nll = total.item() / n_tokens
     if not nll < MAX_NATS:
         dtype = str(model.output.weight.dtype).removeprefix("torch.")
         raise UserError(f"the loss is {nll:g} in {dtype}: the weights are damaged, or need dtype=fp32")
-    return Perplexity(nll, n_tokens)
+    return Perplexity(math.exp(nll), nll, n_tokens)

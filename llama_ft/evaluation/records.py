@@ -1,15 +1,12 @@
 """The records that a model is evaluated on, with their tasks, and the majority baseline."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, read_records, records_file
-from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 
@@ -18,17 +15,16 @@ NO_TASK = "no task"  # of records that name none
 
 
 @dataclass(frozen=True)
-class EvalRecord:
+class EvalRecord(Record):
     """A record to be answered."""
 
-    record: Record
     task: str
     sample: Sample  # cut to the longest length allowed
 
     @property
     def prompt(self) -> str:
         """What the model is given."""
-        return prompt_text(self.record.instruction, self.record.input)
+        return prompt_text(self.instruction, self.input)
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class EvaluationSet:
     """What a model is asked, and what one would answer that knew only the task."""
 
     file: Path
-    questions: list[EvalRecord]
+    records: list[EvalRecord]
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # whose answer was cut at the longest length allowed
     n_dropped: int  # whose prompt left no room for an answer
@@ -44,11 +40,11 @@ class EvaluationSet:
     is_held_out: bool  # whether they are the built-in ones that training never sees; the majority is then training's
 
 
-def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
+def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
     Args:
-        say: called with lines for people about a download.
+        log: told of a download.
 
     Raises:
         UserError: if a file or record is bad or cannot be had, or none is left.
@@ -57,22 +53,23 @@ def load_questions(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[
     file = HELD_OUT if builtin else records_file(config.data, log)
     pairs, n_skipped = _read(file, config.data)
     pairs = pairs[: config.max_samples]
-    questions, n_truncated = [], 0
+    records, n_truncated = [], 0
     for record, task in pairs:
         whole = encode_record(record, tokenizer)
         sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
-        question = EvalRecord(record, task, sample)
-        if sample.n_targets > 0 and len(tokenizer.encode(question.prompt, bos=True)) < config.model.max_seq_len:
-            questions.append(question)
+        eval_record = EvalRecord(**vars(record), task=task, sample=sample)
+        if sample.n_targets > 0 and len(tokenizer.encode(eval_record.prompt, bos=True)) < config.model.max_seq_len:
+            records.append(eval_record)
             n_truncated += len(sample) < len(whole)
-    if not questions:
+    if not records:
         reason = "no prompt leaves room for an answer" if pairs else "there are no records"
         raise UserError(f"{file}: {reason}")
-    known = [(question.record, question.task) for question in questions]
+    known = [(record.task, record.output) for record in records]
     if builtin:
-        known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
-    majority = majority_answers((task, record.output) for record, task in known)
-    return EvaluationSet(file, questions, n_skipped, n_truncated, len(pairs) - len(questions), majority, builtin)
+        train, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
+        known = [(task, record.output) for record, task in train]
+    n_dropped = len(pairs) - len(records)
+    return EvaluationSet(file, records, n_skipped, n_truncated, n_dropped, majority_answers(known), builtin)
 
 
 def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
@@ -86,10 +83,4 @@ def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
 def _read(file: Path, config: DataConfig) -> tuple[list[tuple[Record, str]], int]:
     """The records with their tasks, and how many bad ones were skipped."""
     records, n_skipped = read_records(file, config.on_bad_record, config.first)
-    values = [value for _, value in json_records(file, ("instruction",)) if isinstance(value, dict)]
-    tasks = {_identity(value): str(value.get("task") or NO_TASK) for value in values}
-    return [(record, tasks[_identity(vars(record))]) for record in records], n_skipped
-
-
-def _identity(value: dict[str, Any]) -> str:
-    return json.dumps([value.get("instruction"), value.get("input") or "", value.get("output")])
+    return [(record, record.task or NO_TASK) for record in records], n_skipped

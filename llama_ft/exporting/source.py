@@ -8,16 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, ModelConfig, StoredDtype, UserError
+from llama_ft.config import ConvertConfig, Dtype, ModelConfig, UserError
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
-from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
+from llama_ft.model.transformer import EMBEDDING, OUTPUT
+from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import check_base_of, check_copies
 from llama_ft.techniques.lora import lora_scale
-from llama_ft.techniques.peft import Factors
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import Factors, read_adapter
 
-DTYPES = {StoredDtype.fp32: torch.float32, StoredDtype.bf16: torch.bfloat16, StoredDtype.fp16: torch.float16}
+DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,7 @@ class Source:
 
     model: ModelConfig
     checkpoint: Checkpoint
-    exact: dict[str, Weight]  # before rounding: fp32 where something was merged
-    written: dict[str, Weight]  # in the dtype that they are written in
-
-    @property
-    def is_rounded(self) -> bool:
-        """Whether a weight is written with fewer digits, or a smaller range, than it has."""
-        pairs = [(weight.dtype, self.exact[name].dtype) for name, weight in self.written.items()]
-        return any(torch.promote_types(written, exact) != written for written, exact in pairs)
+    weights: dict[str, Weight]  # in the dtype that they are written in
 
 
 def open_source(config: ConvertConfig) -> Source:
@@ -42,23 +35,20 @@ def open_source(config: ConvertConfig) -> Source:
     Raises:
         UserError: if they are missing, damaged, or not this model's, or do not belong together.
     """
-    with torch.device("meta"):
-        model = Transformer(config.model)
     builtin = config.checkpoint == "builtin"
     folder = config.model.builtin_dir if builtin else Path(os.path.expanduser(str(config.checkpoint)))
-    checkpoint = open_checkpoint(folder, model)
+    checkpoint = open_checkpoint(folder, build(config.model))
     sizes, own, changed = config.model, checkpoint.weights, dict[str, Weight]()
     if config.adapter is not None:
-        place = Path(os.path.expanduser(config.adapter))
-        adapter = read_adapter(place, config.model)
-        check_base_of(place, str(config.checkpoint))
+        adapter = read_adapter(Path(os.path.expanduser(config.adapter)), config.model)
+        check_base_of(adapter, str(config.checkpoint))
         if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets a weight of its own
             sizes, own = replace(sizes, tie_word_embeddings=False), own | {OUTPUT: own[EMBEDDING]}
         check_copies(adapter, {OUTPUT: own[EMBEDDING]} | own)
         changed = {name: merged(own[name], factors) for name, factors in adapter.weights.items()}
-    exact = own | changed
-    written = {name: rounded(name, weight, DTYPES.get(config.dtype, own[name].dtype)) for name, weight in exact.items()}
-    return Source(sizes, checkpoint, exact, written)
+    dtypes = {name: DTYPES.get(config.dtype, weight.dtype) for name, weight in own.items()}
+    weights = {name: rounded(name, weight, dtypes[name]) for name, weight in (own | changed).items()}
+    return Source(sizes, checkpoint, weights)
 
 
 def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:

@@ -3,7 +3,7 @@
 Everything that can be wrong with one is found before its first tensor is read.
 """
 
-import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE
+from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, read_json, why_no_folder
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import (
@@ -65,17 +65,17 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Found:
-    """The tensors in a folder under our names, not compared with a model yet."""
+class _Stored:
+    """The tensors in a folder by our names, not compared with a model yet."""
 
     kind: str
     n_files: int
     shards: Shards
-    rotary_halves: bool  # whether wq and wk are in Hugging Face's layout
+    is_hf: bool  # then wq and wk are in Hugging Face's layout
 
     def their_name(self, name: str) -> str:
         """The name that one of our weights has in these files."""
-        return hf_name(name) if self.rotary_halves else name
+        return hf_name(name) if self.is_hf else name
 
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
@@ -85,16 +85,15 @@ def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
         UserError: if there are none, a file is missing or damaged, or they are those of another model.
     """
     try:
-        found = _open(folder, model)
+        stored = _open(folder, model)
     except OSError as error:
         raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
-    return Checkpoint(folder, found.kind, found.n_files, _fitting(folder, found, model))
+    return Checkpoint(folder, stored.kind, stored.n_files, _fitting(folder, stored, model))
 
 
-def _open(folder: Path, model: Transformer) -> Found:
+def _open(folder: Path, model: Transformer) -> _Stored:
     if not folder.is_dir():
-        what = "is a file: give the folder that it lies in" if folder.exists() else "there is no such folder"
-        raise UserError(f"checkpoint={folder}: {what}")
+        raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
         return _open_single(folder, model)
     if (folder / INDEX_FILE).is_file():
@@ -108,18 +107,18 @@ def _open(folder: Path, model: Transformer) -> Found:
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
 
 
-def _open_single(folder: Path, model: Transformer) -> Found:
+def _open_single(folder: Path, model: Transformer) -> _Stored:
     file = folder / WEIGHTS_FILE
     tensors, metadata = read_safetensors(file)
     if SIZES_KEY not in metadata:
         return _open_hf(folder, {WEIGHTS_FILE: tensors}, dict.fromkeys(tensors, WEIGHTS_FILE), model)
     check_sizes(own_sizes(metadata[SIZES_KEY], file), model.config, file)
-    return Found("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
+    return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
 
 
 def _open_hf(
     folder: Path, files: dict[str, dict[str, StoredTensor]], weight_map: dict[str, str], model: Transformer
-) -> Found:
+) -> _Stored:
     check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
     ours = {hf_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     shards: Shards = {}
@@ -128,30 +127,28 @@ def _open_hf(
             raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
         # In Meta's layout under our names it would be taken for Hugging Face's: such names are unknown here.
         shards[ours.get(name, f"{file}: {name}")] = [files[file][name]]
-    return Found("Hugging Face", len(files), shards, True)
+    return _Stored("Hugging Face", len(files), shards, True)
 
 
 def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
     """The tensors of the files that the index names, all of which must be there, and its map from tensors to files."""
     index = folder / INDEX_FILE
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UserError(f"{index} cannot be read: it must hold a weight_map from tensors to files") from error
-    if any(not isinstance(name, str) or Path(name).name != name for name in names):
+    weight_map = read_json(index, "which file holds which tensor").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index} must hold a weight_map from tensors to files")
+    names = sorted(set(weight_map.values()))
+    if any(Path(name).name != name for name in names):
         raise UserError(f"{index}: weight_map must name files of its own folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
     return {name: read_safetensors(folder / name)[0] for name in names}, weight_map
 
 
-def _open_meta(folder: Path, model: Transformer) -> Found:
+def _open_meta(folder: Path, model: Transformer) -> _Stored:
     factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
     sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
     check_sizes(sizes, model.config, folder / META_PARAMS)
-    shards = meta_tensors(folder)
-    return Found("Meta", len(_meta_files(folder)), shards, False)
+    return _Stored("Meta", len(_meta_files(folder)), meta_tensors(folder), False)
 
 
 def meta_tensors(folder: Path) -> Shards:
@@ -177,40 +174,33 @@ def _meta_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: (len(file.name), file.name))  # 100 after 99
 
 
-def _fitting(folder: Path, found: Found, model: Transformer) -> dict[str, Weight]:
+def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Weight]:
     """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
     where = f"checkpoint={folder} does not fit model={model.config.name}"
     expected = dict(model.named_parameters())
-    shards = {name: parts for name, parts in found.shards.items() if not ROTARY_TABLES.fullmatch(name)}
+    shards = {name: parts for name, parts in stored.shards.items() if not ROTARY_TABLES.fullmatch(name)}
     if missing := [name for name in expected if name not in shards]:
-        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {found.their_name(missing[0])}")
+        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {stored.their_name(missing[0])}")
     # Of a tied output some checkpoints hold another copy.
     allowed = expected | ({OUTPUT: expected[EMBEDDING]} if model.config.tie_word_embeddings else {})
     if unknown := sorted(shards.keys() - allowed.keys()):
         raise UserError(f"{where}: {len(unknown)} tensors are not the model's, such as {unknown[0]}")
     weights = {}
-    for name, target in allowed.items():
-        if name in shards:
-            weight = joined(list(target.shape), shards[name])
-            if weight is None:
-                shapes, whole = " and ".join(str(part.shape) for part in shards[name]), list(target.shape)
-                hint = _missing_shards(whole, shards[name])
-                raise UserError(f"{where}: {found.their_name(name)} is {shapes}, and should be {whole}{hint}")
-            rotated = found.rotary_halves and is_rotated(name)
-            weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
-    copy = weights.pop(OUTPUT) if OUTPUT in weights and OUTPUT not in expected else None
-    if copy is not None and not are_equal(copy, weights[EMBEDDING]):
-        names = f"{found.their_name(OUTPUT)} and {found.their_name(EMBEDDING)}"
+    for name in filter(shards.__contains__, allowed):
+        weight = joined(shape := list(allowed[name].shape), shards[name])
+        if weight is None:
+            shapes, hint = " and ".join(str(part.shape) for part in shards[name]), _missing_shards(shape, shards[name])
+            raise UserError(f"{where}: {stored.their_name(name)} is {shapes}, and should be {shape}{hint}")
+        rotated = stored.is_hf and is_rotated(name)
+        weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
+    if OUTPUT in weights and OUTPUT not in expected and not are_equal(weights[OUTPUT], weights[EMBEDDING]):
+        names = f"{stored.their_name(OUTPUT)} and {stored.their_name(EMBEDDING)}"
         raise UserError(f"{where}: {names} differ, and model.tie_word_embeddings=true says that they are one")
-    return weights
+    return {name: weights[name] for name in expected}
 
 
-def _missing_shards(whole: list[int], parts: list[StoredTensor]) -> str:
-    """A hint where the parts would make up the whole if there were more of them."""
-    for dim in range(len(whole)):
-        part = parts[0].shape
-        if len(part) == len(whole) and part[:dim] + part[dim + 1 :] == whole[:dim] + whole[dim + 1 :]:
-            number, rest = divmod(whole[dim], max(1, part[dim]))
-            if rest == 0 and number > len(parts):
-                return f"; {len(parts)} of {number} shards are there, the others are missing"
-    return ""
+def _missing_shards(shape: list[int], parts: list[StoredTensor]) -> str:
+    """A hint where the parts would make up the weight if there were more of them."""
+    number, rest = divmod(math.prod(shape), max(1, math.prod(parts[0].shape)))
+    is_part = rest == 0 and number > len(parts)
+    return f"; {len(parts)} of {number} shards are there, the others are missing" if is_part else ""

@@ -1,21 +1,20 @@
 """A model's weights written as a checkpoint's folder, in Hugging Face's format or in Meta's, piece by piece."""
 
-import json
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
-import torch
+from torch import Tensor
 
 from llama_ft.config import ModelConfig, UserError
-from llama_ft.files import WEIGHTS_FILE
+from llama_ft.files import WEIGHTS_FILE, Json, write_json
 from llama_ft.model.checkpoint import INDEX_FILE
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.formats import hf_name, is_rotated
 from llama_ft.model.sizes import HF_CONFIG, META_PARAMS, meta_params
 from llama_ft.model.stored import Weight, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
-from llama_ft.model.writing import Advance, PthFile, write_safetensors
+from llama_ft.model.writing import Advance, PthFile, as_bytes, write_safetensors
 
 HF_SHARD_BYTES = 5 * 10**9  # as transformers 4 splits
 
@@ -26,7 +25,7 @@ _META_SPLITS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 
 def write_hf(
     weights: Mapping[str, Weight],
     config: ModelConfig,
-    content: dict[str, Any],
+    content: Json,
     folder: Path,
     n_files: int | None,
     advance: Advance,
@@ -54,17 +53,17 @@ def write_hf(
         write_safetensors(folder / file, {name: theirs[name] for name in names}, advance)
         weight_map |= dict.fromkeys(names, file)
     if len(groups) > 1:
-        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / HF_CONFIG, content)
+        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / HF_CONFIG, content)
 
 
 def _shared_out(weights: Mapping[str, Weight], n_files: int) -> list[list[str]]:
     """The names in their order, in so many groups of about as many bytes; none is empty."""
     total, before = sum(weight.n_bytes for weight in weights.values()), 0
     groups: list[list[str]] = [[]]
-    for place, (name, weight) in enumerate(weights.items()):
+    for index, (name, weight) in enumerate(weights.items()):
         share = int((before + weight.n_bytes / 2) * n_files / total)  # of the group that the weight's middle lies in
-        must = len(groups) + len(weights) - place == n_files  # else there would be fewer weights than groups
+        must = len(groups) + len(weights) - index == n_files  # else there would be fewer weights than groups
         if groups[-1] and len(groups) < n_files and (share >= len(groups) or must):
             groups.append([])
         groups[-1].append(name)
@@ -87,17 +86,19 @@ def write_meta(
     params = meta_params(config)
     if config.tie_word_embeddings:
         weights = {**weights, OUTPUT: weights[EMBEDDING]}  # Meta's files hold both
-    splits = {name: _split(name, config) for name in weights}
-    forms = {name: (_part_shape(weight, splits[name], n_shards), weight.dtype) for name, weight in weights.items()}
-    shards = [PthFile(folder / f"consolidated.{number:02}.pth", forms) for number in range(n_shards)]
-    for name, weight in weights.items():
-        for first, rows in weight.pieces(1):
-            for number, shard in enumerate(shards):
-                _write_part(shard, number, name, forms[name][0], splits[name], first, rows)
-            advance(rows.nbytes)
-    for shard in shards:
-        shard.close()
-    _write_json(folder / META_PARAMS, params)
+    dims = {name: _split_dim(name, config) for name in weights}
+    forms = {name: (_part_shape(weight, dims[name], n_shards), weight.dtype) for name, weight in weights.items()}
+    with ExitStack() as files:
+        paths = [folder / f"consolidated.{number:02}.pth" for number in range(n_shards)]
+        shards = [files.enter_context(closing(PthFile(path, forms))) for path in paths]
+        for name, weight in weights.items():
+            with ExitStack() as streams:
+                parts = [streams.enter_context(shard.tensor(name)) for shard in shards]
+                for first, rows in weight.pieces(1):
+                    for number, part in enumerate(parts):
+                        part.write(as_bytes(_part(rows, first, dims[name], forms[name][0], number)))
+                    advance(rows.nbytes)
+    write_json(folder / META_PARAMS, params)
 
 
 def check_meta_shards(config: ModelConfig, n_shards: int) -> None:
@@ -107,29 +108,21 @@ def check_meta_shards(config: ModelConfig, n_shards: int) -> None:
             raise UserError(f"shards={n_shards} is not allowed: it must divide model.{key}={getattr(config, key)}")
 
 
-def _split(name: str, config: ModelConfig) -> int | None:
+def _split_dim(name: str, config: ModelConfig) -> int | None:
+    """The dimension by which a weight is split among the shards; None repeats it in each."""
     if name == EMBEDDING:
         return 0 if config.vocab_size >= LLAMA_3_VOCABULARY else 1
     return _META_SPLITS.get(name.removesuffix(".weight").rpartition(".")[2])
 
 
-def _part_shape(weight: Weight, split: int | None, n_shards: int) -> list[int]:
-    return [size // n_shards if dim == split else size for dim, size in enumerate(weight.shape)]
+def _part_shape(weight: Weight, split_dim: int | None, n_shards: int) -> list[int]:
+    return [size // n_shards if dim == split_dim else size for dim, size in enumerate(weight.shape)]
 
 
-def _write_part(
-    shard: PthFile, number: int, name: str, shape: list[int], split: int | None, first: int, rows: torch.Tensor
-) -> None:
-    """Write what shard `number`, whose part of the weight has this shape, holds of the rows."""
-    if split == 1:
-        rows = rows[:, number * shape[1] : (number + 1) * shape[1]]
-    elif split == 0:
-        begin = number * shape[0] - first  # of the shard's rows, counted from the first of these
-        rows = rows[max(begin, 0) : max(begin + shape[0], 0)]
-        first = max(-begin, 0)
-    if len(rows):
-        shard.write(name, first, rows)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _part(rows: Tensor, first: int, dim: int | None, shape: list[int], shard: int) -> Tensor:
+    """What a shard, whose part of the weight has this shape, holds of the weight's rows from the first on."""
+    if dim is None:
+        return rows
+    begin = shard * shape[dim] - (first if dim == 0 else 0)
+    begin, end = max(begin, 0), max(begin + shape[dim], 0)
+    return rows[begin:end] if dim == 0 else rows[:, begin:end]

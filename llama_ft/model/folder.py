@@ -2,10 +2,9 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
-from llama_ft.files import WEIGHTS_FILE
+from llama_ft.files import WEIGHTS_FILE, why_no_folder
 from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import (
@@ -14,6 +13,7 @@ from llama_ft.model.sizes import (
     LLAMA_3_2_FACTOR,
     META_PARAMS,
     SIZES_KEY,
+    Sizes,
     hf_sizes,
     meta_sizes,
     own_sizes,
@@ -26,7 +26,7 @@ LLAMA_2_CONTEXT, CODE_LLAMA_CONTEXT, LLAMA_3_CONTEXT, LLAMA_3_1_CONTEXT = 4096, 
 LLAMA_3_VOCABULARY = 128_000  # and more: LLaMA-2's has 32,000
 
 
-def sizes_of(folder: Path) -> dict[str, Any]:
+def sizes_of(folder: Path) -> Sizes:
     """The sizes of the model in a folder, under the names of `ModelConfig`, `name` among them.
 
     Of Hugging Face's format the folder needs config.json alone.
@@ -35,24 +35,24 @@ def sizes_of(folder: Path) -> dict[str, Any]:
         UserError: if the folder says none, or those of another architecture.
     """
     if not folder.is_dir():
-        what = "is a file: give the folder that it lies in" if folder.exists() else "there is no such folder"
-        raise UserError(f"checkpoint={folder}: {what}")
+        raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     try:
-        return {"name": _name(folder)} | _sizes(folder)
+        return {"name": _name(folder), **_sizes(folder)}
     except OSError as error:
         raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
 
 
 def _name(folder: Path) -> str:
     """The folder's name, for tables and file names; never that of a model whose files ship with the package."""
-    place = folder.resolve()
-    if place.parent.name == "snapshots":  # in the cache of huggingface_hub: models--OWNER--NAME/snapshots/REVISION
-        place = Path(place.parent.parent.name.rpartition("--")[2])
-    name = re.sub(r"[^\w.+-]", "_", place.name) or FROM_CHECKPOINT
+    path = folder.resolve()
+    name = path.name
+    if path.parent.name == "snapshots":  # in the cache of huggingface_hub: models--OWNER--NAME/snapshots/REVISION
+        name = path.parent.parent.name.rpartition("--")[2]
+    name = re.sub(r"[^\w.+-]", "_", name) or FROM_CHECKPOINT
     return f"{name}-checkpoint" if (PACKAGE_DIR / "model" / name).is_dir() else name
 
 
-def _sizes(folder: Path) -> dict[str, Any]:
+def _sizes(folder: Path) -> Sizes:
     if (folder / WEIGHTS_FILE).is_file():
         metadata = read_safetensors(folder / WEIGHTS_FILE)[1]
         if SIZES_KEY in metadata:
@@ -64,16 +64,16 @@ def _sizes(folder: Path) -> dict[str, Any]:
     raise UserError(f"checkpoint={folder}: there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes")
 
 
-def _meta_sizes(folder: Path) -> dict[str, Any]:
+def _meta_sizes(folder: Path) -> dict[str, float]:
     """Those of params.json, and those that it leaves to the tensors."""
     sizes = meta_sizes(folder / META_PARAMS, LLAMA_3_1_FACTOR)
     tensors = meta_tensors(folder)
-    parts = tensors.get(EMBEDDING, [])
-    if not parts or any(len(part.shape) != 2 for part in parts):
-        raise UserError(f"checkpoint={folder}: there is no {EMBEDDING} in it, or it is no matrix")
+    if EMBEDDING not in tensors:
+        raise UserError(f"checkpoint={folder}: there is no {EMBEDDING} in it")
+    parts = tensors[EMBEDDING]
     by_rows = parts[0].shape[1:] == [sizes["dim"]]
-    sizes.setdefault("vocab_size", sum(part.shape[0] for part in parts) if by_rows else parts[0].shape[0])
-    shape = [sizes["vocab_size"], sizes["dim"]]
+    n_rows = sum(part.shape[0] for part in parts) if by_rows else parts[0].shape[0]
+    shape = [int(sizes.setdefault("vocab_size", n_rows)), int(sizes["dim"])]
     embedding, output = joined(shape, parts), joined(shape, tensors.get(OUTPUT, []))
     # Llama 3.2's small models tie them, and hold two copies.
     tied = OUTPUT not in tensors or (embedding is not None and output is not None and are_equal(embedding, output))
@@ -83,7 +83,7 @@ def _meta_sizes(folder: Path) -> dict[str, Any]:
     return sizes | {"tie_word_embeddings": tied, "max_seq_len": context}
 
 
-def released_context(vocab_size: int, rope_theta: float, rope_factor: float) -> int:
+def released_context(vocab_size: float, rope_theta: float, rope_factor: float) -> int:
     """What the context of a model in Meta's format is taken to be, in tokens: that of the released models like it."""
     if rope_factor != 1:
         return LLAMA_3_1_CONTEXT

@@ -8,7 +8,7 @@ import re
 
 from torch import Tensor
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import UserError
 
 _HF_NAMES = {
     "tok_embeddings": "model.embed_tokens",
@@ -35,14 +35,9 @@ def is_rotated(name: str) -> bool:
 
 def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
     """Reorder the rows of wq or wk [heads * E, D] between Meta's adjacent pairs and Hugging Face's halves."""
-    return permuted_view(weight, n_heads, to_hf).reshape(weight.shape)
-
-
-def permuted_view(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
-    """The same without a copy: [heads, 2, E / 2, D] in Hugging Face's order, [heads, E / 2, 2, D] in Meta's."""
     pairs = (-1, 2) if to_hf else (2, -1)
     heads: Tensor = weight.unflatten(0, (n_heads, *pairs))
-    return heads.transpose(1, 2)
+    return heads.transpose(1, 2).reshape(weight.shape)
 
 
 def hf_name(name: str) -> str:
@@ -63,13 +58,3 @@ def our_name(name: str) -> str | None:
     match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.weight", name)
     ours = {theirs.removeprefix("model."): mine for mine, theirs in _HF_NAMES.items()}
     return f"{match[1] or ''}{ours[match[2]]}.weight" if match and match[2] in ours else None
-
-
-def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The same weights under the names and in the rotary layout of transformers' LlamaForCausalLM."""
-    return {
-        hf_name(name): permute_rotary(tensor, len(tensor) // config.head_dim, to_hf=True)
-        if is_rotated(name)
-        else tensor
-        for name, tensor in state_dict.items()
-    }

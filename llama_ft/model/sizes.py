@@ -2,94 +2,103 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import ModelConfig, UserError
+from llama_ft.files import Json, read_json
+
+Sizes = Mapping[str, str | float | None]  # fields of ModelConfig by name
 
 SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
 HF_CONFIG, META_PARAMS = "config.json", "params.json"
+HOLDS_SIZES = "the model's sizes"
 META_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
 LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
 NO_CHECK = ("max_seq_len",)  # how much of a checkpoint's context is used is the user's choice
 
+_HF_KEYS = {
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+# What no other value is supported of.
+_HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+# How rotary frequencies are scaled, by `rope_type`. (transformers' modeling_rope_utils.py has the keys.)
+_HF_SCALING: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"rope_factor": "factor"},
+    "llama3": {
+        "rope_factor": "factor",
+        "rope_low_freq_factor": "low_freq_factor",
+        "rope_high_freq_factor": "high_freq_factor",
+        "rope_original_context": "original_max_position_embeddings",
+    },
+}
+_META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_theta")
 # ffn_dim_multiplier and multiple_of of the released models.
-_META_WIDTHS = ((None, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
+_META_WIDTHS = ((1.0, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
 
 
-def own_sizes(text: str, file: Path) -> dict[str, Any]:
+def own_sizes(text: str, file: Path) -> Sizes:
     """The sizes in the metadata of a file of ours.
 
     Raises:
         UserError: if it is damaged.
     """
     try:
-        sizes: dict[str, Any] = {key: value for key, value in json.loads(text).items() if key != "name"}
-        if "context" in sizes:  # its name before version 0.2
-            sizes["max_seq_len"] = sizes.pop("context")
-    except (ValueError, AttributeError, RecursionError) as error:
+        sizes = {key: value for key, value in json.loads(text).items() if key != "name"}
+    except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
+    if "context" in sizes:  # its name before version 0.2
+        sizes["max_seq_len"] = sizes.pop("context")
     if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
         raise UserError(f"{file} is damaged: its metadata cannot be read, {min(unknown)} is no size of a model")
     return sizes
 
 
-def hf_sizes(file: Path) -> dict[str, Any]:
-    """The sizes in Hugging Face's `config.json`, under the names of `ModelConfig`.
+def hf_sizes(file: Path) -> Sizes:
+    """The sizes in Hugging Face's `config.json`.
 
     Raises:
         UserError: if the file cannot be read, or describes another architecture than LLaMA's.
     """
-    config = read_json(file)
-    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    for key, value in expected.items():
+    config = read_json(file, HOLDS_SIZES)
+    for key, value in _HF_FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"{file}: {key}={config[key]} is not supported, it must be {value}")
-    tied = _get(config, "tie_word_embeddings", False)
+    tied = config.get("tie_word_embeddings") or False
     if not isinstance(tied, bool):
         raise UserError(f"{file}: tie_word_embeddings={tied} is not supported, it must be true or false")
-    rope = _get(config, "rope_parameters", _get(config, "rope_scaling", {}))  # transformers 5, and before
+    defaults = {"n_kv_heads": config.get("num_attention_heads"), "max_seq_len": 2048, "norm_eps": 1e-6}
+    sizes = _numbers(config, _HF_KEYS, defaults, file) | {"tie_word_embeddings": tied} | _hf_rope(config, file)
+    head_size = _numbers(config, {"head_size": "head_dim"}, {"head_size": 0}, file)["head_size"]
+    is_usual = head_size * sizes["n_heads"] in (0, sizes["dim"])
+    return {**sizes, "head_size": None if is_usual else head_size}
+
+
+def _hf_rope(config: Json, file: Path) -> dict[str, float]:
+    """The rotary embeddings' base, and how their frequencies are scaled."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # of transformers 5, and before
     if not isinstance(rope, dict):
         raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")
-    sizes = _named(
-        file,
-        dim=config.get("hidden_size"),
-        n_layers=config.get("num_hidden_layers"),
-        n_heads=config.get("num_attention_heads"),
-        n_kv_heads=_get(config, "num_key_value_heads", config.get("num_attention_heads")),
-        ffn_dim=config.get("intermediate_size"),
-        vocab_size=config.get("vocab_size"),
-        max_seq_len=_get(config, "max_position_embeddings", 2048),  # the default of transformers
-        norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=_get(rope, "rope_theta", _get(config, "rope_theta", 10000.0)),
-        head_size=_get(config, "head_dim", 0),
-    )
-    if sizes["head_size"] == 0 or sizes["head_size"] * sizes["n_heads"] == sizes["dim"]:
-        sizes["head_size"] = None
-    return sizes | {"tie_word_embeddings": tied} | _hf_scaling(rope, file)
-
-
-def _hf_scaling(rope: dict[str, Any], file: Path) -> dict[str, Any]:
-    """How rotary frequencies are scaled. (transformers' modeling_rope_utils.py has the keys.)"""
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_factor": 1.0}
-    if kind == "linear":
-        return _named(file, rope_factor=rope.get("factor"), rope_original_context=0)
-    if kind == "llama3":
-        return _named(
-            file,
-            rope_factor=rope.get("factor"),
-            rope_low_freq_factor=rope.get("low_freq_factor"),
-            rope_high_freq_factor=rope.get("high_freq_factor"),
-            rope_original_context=rope.get("original_max_position_embeddings"),
-        )
-    raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, only default, linear and llama3")
+    if kind not in _HF_SCALING:
+        allowed = "only default, linear and llama3"
+        raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, {allowed}")
+    fixed = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0.0}}.get(kind, {})
+    theta = {"rope_theta": config.get("rope_theta") or 10000.0}
+    return fixed | _numbers(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
 
 
-def meta_sizes(file: Path, rope_factor: float) -> dict[str, Any]:
-    """The sizes in Meta's `params.json`, under the names of `ModelConfig`; `vocab_size` only where the file has one.
+def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
+    """The sizes in Meta's `params.json`; `vocab_size` only where the file has one.
 
     The width of the feed-forward layer follows from three numbers, as in the model of Meta's repository.
 
@@ -99,77 +108,45 @@ def meta_sizes(file: Path, rope_factor: float) -> dict[str, Any]:
     Raises:
         UserError: if the file cannot be read, or describes another architecture than LLaMA's.
     """
-    params = read_json(file)
-    sizes = _named(
-        file,
-        dim=params.get("dim"),
-        n_layers=params.get("n_layers"),
-        n_heads=params.get("n_heads"),
-        n_kv_heads=_get(params, "n_kv_heads", params.get("n_heads")),
-        norm_eps=params.get("norm_eps", 1e-5),
-        rope_theta=_get(params, "rope_theta", 10000.0),
-        rope_factor=_get(params, "rope_scaling_factor", rope_factor) if params.get("use_scaled_rope") else 1.0,
-    )
+    params = read_json(file, HOLDS_SIZES)
+    defaults = {"n_kv_heads": params.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0}
+    sizes = _numbers(params, {key: key for key in _META_KEYS}, defaults, file) | {"rope_factor": 1.0}
     if params.get("use_scaled_rope"):
-        sizes |= META_SCALING | _named(file, rope_high_freq_factor=_get(params, "rope_high_freq_factor", 4.0))
-    derived = _named(
-        file,
-        ffn_dim_multiplier=_get(params, "ffn_dim_multiplier", 1),
-        multiple_of=params.get("multiple_of", 256),
-        vocab_size=_get(params, "vocab_size", -1),
-    )
-    try:
-        sizes["ffn_dim"] = _ffn_dim(sizes["dim"], derived["ffn_dim_multiplier"], derived["multiple_of"])
-    except (ValueError, ArithmeticError) as error:
-        raise UserError(f"{file} is damaged: no ffn_dim follows from its sizes ({error})") from error
-    if derived["vocab_size"] != -1:  # in LLaMA-2's files -1: the tokenizer's
-        sizes["vocab_size"] = derived["vocab_size"]
+        keys = {"rope_factor": "rope_scaling_factor", "rope_high_freq_factor": "rope_high_freq_factor"}
+        sizes |= META_SCALING | _numbers(params, keys, META_SCALING | {"rope_factor": rope_factor}, file)
+    keys = {key: key for key in ("ffn_dim_multiplier", "multiple_of", "vocab_size")}
+    width = _numbers(params, keys, {"ffn_dim_multiplier": 1.0, "multiple_of": 256, "vocab_size": -1}, file)
+    sizes["ffn_dim"] = _ffn_dim(sizes["dim"], width["ffn_dim_multiplier"], width["multiple_of"])
+    if width["vocab_size"] != -1:  # in LLaMA-2's files -1: the tokenizer's
+        sizes["vocab_size"] = width["vocab_size"]
     return sizes
 
 
-def _ffn_dim(dim: int, multiplier: float | None, multiple_of: int) -> int:
-    width = int(2 * 4 * dim / 3)
-    return math.ceil(int((1 if multiplier is None else multiplier) * width) / multiple_of) * multiple_of
+def _ffn_dim(dim: float, multiplier: float, multiple_of: float) -> int:
+    return int(math.ceil(int(multiplier * int(8 * dim / 3)) / multiple_of) * multiple_of)
 
 
-def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
+def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> Json:
     """What `config.json` holds of a model, in the keys of transformers 4, which 5 and other readers take too."""
-    rope: dict[str, Any] | None = None
-    if config.rope_factor != 1 and config.rope_original_context == 0:
-        rope = {"rope_type": "linear", "factor": config.rope_factor}
-    elif config.rope_factor != 1:
-        rope = {
-            "rope_type": "llama3",
-            "factor": config.rope_factor,
-            "low_freq_factor": config.rope_low_freq_factor,
-            "high_freq_factor": config.rope_high_freq_factor,
-            "original_max_position_embeddings": config.rope_original_context,
-        }
+    rope: Json | None = None
+    if config.rope_factor != 1:
+        kind = "linear" if config.rope_original_context == 0 else "llama3"
+        rope = {"rope_type": kind} | {key: getattr(config, ours) for ours, key in _HF_SCALING[kind].items()}
     return {
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.dim,
-        "intermediate_size": config.ffn_dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
+        **_HF_FIXED,
+        **{key: getattr(config, ours) for ours, key in _HF_KEYS.items()},
         "head_dim": config.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope_theta,
         "rope_scaling": rope,
         "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
         "bos_token_id": bos_id,
         "eos_token_id": eos_id,
         "torch_dtype": dtype,
     }
 
 
-def meta_params(config: ModelConfig) -> dict[str, Any]:
+def meta_params(config: ModelConfig) -> Json:
     """What `params.json` holds of a model.
 
     Raises:
@@ -181,34 +158,20 @@ def meta_params(config: ModelConfig) -> dict[str, Any]:
     for key, value in META_SCALING.items() if scaled else ():
         if key != "rope_high_freq_factor" and getattr(config, key) != value:
             raise UserError(f"Meta's format knows no {key}={getattr(config, key)}, only {value}")
-    multiplier, multiple_of = next(pair for pair in _widths(config) if _ffn_dim(config.dim, *pair) == config.ffn_dim)
-    params: dict[str, Any] = {
-        "dim": config.dim,
-        "n_layers": config.n_layers,
-        "n_heads": config.n_heads,
-        "n_kv_heads": config.n_kv_heads,
-        "vocab_size": config.vocab_size,
-        "multiple_of": multiple_of,
-        "ffn_dim_multiplier": multiplier,
-        "norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "use_scaled_rope": scaled,
-        "rope_scaling_factor": config.rope_factor if scaled else None,
-        "rope_high_freq_factor": config.rope_high_freq_factor if scaled else None,
-    }
+    # The last pair gives any width; the half keeps what is cut to a whole number away from rounding errors.
+    widths = [*_META_WIDTHS, ((config.ffn_dim + 0.5) / int(8 * config.dim / 3), 1)]
+    multiplier, multiple_of = next(pair for pair in widths if _ffn_dim(config.dim, *pair) == config.ffn_dim)
+    params: Json = {key: getattr(config, key) for key in (*_META_KEYS, "vocab_size")} | {"multiple_of": multiple_of}
     # Readers of LLaMA-2's files know no more keys than these have.
-    return {key: value for key, value in params.items() if value not in (None, False)}
+    if multiplier != 1:
+        params["ffn_dim_multiplier"] = multiplier
+    if scaled:
+        params |= {"use_scaled_rope": True, "rope_scaling_factor": config.rope_factor}
+        params["rope_high_freq_factor"] = config.rope_high_freq_factor
+    return params
 
 
-def _widths(config: ModelConfig) -> list[tuple[float | None, int]]:
-    """Pairs of ffn_dim_multiplier and multiple_of, of which at least one gives the width."""
-    multiple_of = math.gcd(config.ffn_dim, 256)
-    # The middle of what is rounded up to the width, between two whole numbers, so that no rounding error matters.
-    middle = config.ffn_dim - multiple_of // 2 + 0.5
-    return [*_META_WIDTHS, (middle / int(2 * 4 * config.dim / 3), multiple_of)]
-
-
-def check_sizes(sizes: dict[str, Any], config: ModelConfig, file: Path) -> None:
+def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
     """Compare a checkpoint's sizes with the model's.
 
     Raises:
@@ -220,30 +183,13 @@ def check_sizes(sizes: dict[str, Any], config: ModelConfig, file: Path) -> None:
         raise UserError(f"{file} does not fit model={config.name}: {differences}")
 
 
-def read_json(file: Path, holds: str = "the model's sizes") -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        UserError: if the file cannot be read, or holds something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): it says {holds}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} must hold a JSON object")
-    return content
-
-
-def _get(content: dict[str, Any], key: str, default: Any) -> Any:
-    """A value; the default where it is missing or null."""
-    value = content.get(key)
-    return default if value is None else value
-
-
-def _named(file: Path, **sizes: Any) -> dict[str, Any]:
-    if missing := [key for key, value in sizes.items() if type(value) not in (int, float)]:
-        raise UserError(f"{file} does not say the model's {missing[0]} as a number")
-    return sizes
+def _numbers(content: Json, keys: Mapping[str, str], defaults: Mapping[str, object], file: Path) -> dict[str, float]:
+    """Numbers by our names for `keys` of theirs; the default where one is missing or null."""
+    numbers = {}
+    for ours, key in keys.items():
+        value = content.get(key)
+        number = defaults.get(ours) if value is None else value
+        if type(number) is not int and type(number) is not float:
+            raise UserError(f"{file} does not say the model's {ours} as a number")
+        numbers[ours] = number
+    return numbers

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,10 +29,6 @@ class Weight:
         """Bytes of the weight."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def as_dtype(self, dtype: torch.dtype) -> "Weight":
-        """The same, rounded to another dtype."""
-        return Weight(self.shape, dtype, lambda rows: ((first, piece.to(dtype)) for first, piece in self.pieces(rows)))
-
 
 def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
     """The weight of a shape that a file's tensor, or those of several shards, make up; None if they do not.
@@ -39,39 +36,33 @@ def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
     Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
     columns, the embeddings by columns (LLaMA 1 and 2) or rows (Llama 3), and norms are repeated. The shapes tell which.
     """
-    if len({part.dtype for part in parts}) != 1:
+    shapes = [part.shape for part in parts]
+    if len({part.dtype for part in parts}) != 1 or any(len(part_shape) != len(shape) for part_shape in shapes):
         return None
-    if all(part.shape == shape for part in parts) and (len(parts) == 1 or len(shape) == 1):
+    if all(part_shape == shape for part_shape in shapes) and (len(parts) == 1 or len(shape) == 1):
         return Weight(shape, parts[0].dtype, parts[0].pieces)
-    for dim in range(len(shape)):
-        sizes = [part.shape[dim] if len(part.shape) == len(shape) else -1 for part in parts]
-        filled = [[*shape[:dim], size, *shape[dim + 1 :]] for size in sizes]
-        if sum(sizes) == shape[dim] and filled == [part.shape for part in parts]:
-            return Weight(shape, parts[0].dtype, _Joined(shape, parts, dim))
+    for dim, size in enumerate(shape):
+        agree = all(s[:dim] + s[dim + 1 :] == shape[:dim] + shape[dim + 1 :] for s in shapes)
+        if agree and sum(s[dim] for s in shapes) == size:
+            return Weight(shape, parts[0].dtype, partial(_joined_pieces, shape, parts, dim))
     return None
 
 
-class _Joined:
-    """The pieces of a weight that lies in several files."""
-
-    def __init__(self, shape: list[int], parts: Sequence[StoredTensor], dim: int) -> None:
-        self.shape, self.parts, self.dim = shape, parts, dim
-
-    def __call__(self, multiple: int) -> Iterator[tuple[int, Tensor]]:
-        step = rows_at_once(self.shape, multiple)
-        for first in range(0, self.shape[0], step):
-            last = min(first + step, self.shape[0])
-            yield first, torch.cat(list(self._rows(first, last)), dim=self.dim)
-
-    def _rows(self, first: int, last: int) -> Iterator[Tensor]:
-        """What each part has of these rows."""
-        start = 0
-        for part in self.parts:
-            if self.dim:
-                yield part.rows(first, last)
+def _joined_pieces(
+    shape: list[int], parts: Sequence[StoredTensor], dim: int, multiple: int
+) -> Iterator[tuple[int, Tensor]]:
+    """The pieces of a weight that lies in several files, split along a dimension."""
+    step = rows_at_once(shape, multiple)
+    for first in range(0, shape[0], step):
+        last = min(first + step, shape[0])
+        rows, start = [], 0  # the first row of each part, where rows are split
+        for part in parts:
+            if dim:
+                rows.append(part.rows(first, last))
             elif first < (stop := start + part.shape[0]) and start < last:
-                yield part.rows(max(first, start) - start, min(last, stop) - start)
+                rows.append(part.rows(max(first, start) - start, min(last, stop) - start))
             start += part.shape[0]
+        yield first, torch.cat(rows, dim=dim)
 
 
 def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
@@ -101,6 +92,9 @@ def are_equal(first: Weight, second: Weight) -> bool:
     if first.shape != second.shape:
         return False
     narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    first, second = first.as_dtype(narrow), second.as_dtype(narrow)
     pairs = zip(first.pieces(1), second.pieces(1), strict=True)
-    return all(torch.equal(rows.view(torch.uint8), others.view(torch.uint8)) for (_, rows), (_, others) in pairs)
+    return all(_same_bits(rows.to(narrow), others.to(narrow)) for (_, rows), (_, others) in pairs)
+
+
+def _same_bits(rows: Tensor, others: Tensor) -> bool:
+    return torch.equal(rows.view(torch.uint8), others.view(torch.uint8))

@@ -3,23 +3,27 @@
 safetensors' own writer takes whole tensors, torch.save a whole file's.
 """
 
-import errno
+import io
 import json
+import math
+import pickle
 import struct
 import zipfile
-import zlib
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llama_ft.model.mapped import SAFETENSORS_DTYPES, StoredTensor, read_pth
+from llama_ft.model.mapped import SAFETENSORS_DTYPES
 from llama_ft.model.stored import Weight
 
 Advance = Callable[[int], None]  # called with how many more bytes are written
+PTH_ALIGNMENT = 64  # bytes, of a tensor's data, as torch.save has it
 
 
 def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advance) -> None:
@@ -36,8 +40,8 @@ def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advanc
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for name, weight in ordered:
-        place = [start, start := start + weight.n_bytes]
-        header[name] = {"dtype": names[weight.dtype], "shape": weight.shape, "data_offsets": place}
+        offsets = [start, start := start + weight.n_bytes]
+        header[name] = {"dtype": names[weight.dtype], "shape": weight.shape, "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
@@ -48,11 +52,46 @@ def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advanc
                 advance(rows.nbytes)
 
 
+@dataclass(frozen=True)
+class _Storage:
+    """Stands for the data of a tensor while the tensor is pickled."""
+
+    persistent_id: tuple[object, ...]
+
+
+class _Tensor:
+    """Pickled as torch.save pickles a tensor. (PyTorch's documentation, "Serialization semantics").
+
+    Args of the constructor:
+        key: the name of its data in the archive.
+    """
+
+    _STORAGES: ClassVar = {
+        torch.float64: torch.DoubleStorage,
+        torch.float32: torch.FloatStorage,
+        torch.float16: torch.HalfStorage,
+        torch.bfloat16: torch.BFloat16Storage,
+    }
+
+    def __init__(self, key: str, shape: list[int], dtype: torch.dtype) -> None:
+        self.storage = _Storage(("storage", self._STORAGES[dtype], key, "cpu", math.prod(shape)))
+        self.shape = tuple(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        stride = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> tuple[object, ...] | None:
+        return value.persistent_id if isinstance(value, _Storage) else None
+
+
 class PthFile:
-    """A file as torch.save writes it, whose tensors are filled in row by row."""
+    """A file as torch.save writes it, whose tensors' data are written one after the other."""
 
     def __init__(self, file: Path, weights: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
-        """Write the file with all that is not data.
+        """Write all that comes before the data.
 
         Args:
             weights: shape and dtype by name.
@@ -60,56 +99,30 @@ class PthFile:
         Raises:
             OSError: if it cannot be written.
         """
-        # torch knows the format and leaves the data out; where in the file they go our reader knows.
-        with FakeTensorMode(), torch.serialization.skip_data(materialize_fake_tensors=True):
-            fake = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in weights.items()}
-            try:
-                torch.save(fake, file)
-            except RuntimeError as error:  # what its writer in C++ makes of a full disk
-                raise OSError(errno.EIO, next(iter(str(error).splitlines()), "torch.save failed")) from error
-        self._places: dict[str, StoredTensor] = read_pth(file)
-        self._checksums = {place.offset: 0 for place in self._places.values()}
-        self._stream = file.open("r+b")
-
-    def write(self, name: str, first: int, rows: Tensor) -> None:
-        """Fill in a tensor's rows from the first on. Those of one tensor must be given in their order.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
-        place, data = self._places[name], as_bytes(rows)
-        self._stream.seek(place.offset + first * place.row_bytes)
-        self._stream.write(data)
-        self._checksums[place.offset] = zlib.crc32(data, self._checksums[place.offset])
+        self._keys = {name: str(index) for index, name in enumerate(weights)}
+        _Pickler(pickled := io.BytesIO(), protocol=2).dump({n: _Tensor(self._keys[n], *weights[n]) for n in weights})
+        self._archive = zipfile.ZipFile(file, "w")
+        for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
+            self._archive.writestr(f"archive/{name}", content)
 
     def close(self) -> None:
-        """Write the checksums: torch does not look at them, readers that unzip the file do.
+        """Write the list of what the file holds, which makes it whole."""
+        self._archive.close()
+
+    @contextmanager
+    def tensor(self, name: str) -> Iterator[IO[bytes]]:
+        """Where a tensor's bytes are written, all before the next tensor's.
 
         Raises:
             OSError: if they cannot be written.
         """
-        with self._stream as stream, zipfile.ZipFile(stream) as archive:
-            entry = archive.start_dir
-            for info in archive.infolist():
-                stream.seek(entry)
-                (n_name, n_extra, n_comment) = struct.unpack("<28x3H", stream.read(34))
-                data = _data_offset(stream, info)
-                if (checksum := self._checksums.get(data)) is not None and info.file_size:
-                    _write_at(stream, entry + 16, struct.pack("<L", checksum))
-                    descriptor = data + info.file_size  # after the data: its signature, then the checksum
-                    _write_at(stream, descriptor + 4, struct.pack("<L", checksum))
-                entry += 46 + n_name + n_extra + n_comment
-
-
-def _data_offset(stream: IO[bytes], info: zipfile.ZipInfo) -> int:
-    stream.seek(info.header_offset)
-    n_name, n_extra = struct.unpack("<26x2H", stream.read(30))
-    return info.header_offset + 30 + int(n_name) + int(n_extra)
-
-
-def _write_at(stream: IO[bytes], offset: int, data: bytes) -> None:
-    stream.seek(offset)
-    stream.write(data)
+        info = zipfile.ZipInfo(f"archive/data/{self._keys[name]}")
+        assert self._archive.fp is not None
+        # Before the data come 30 bytes, the name, 20 bytes for large files, and 4 that say how much is skipped.
+        n_skipped = -(self._archive.fp.tell() + 30 + len(info.filename) + 20 + 4) % PTH_ALIGNMENT
+        info.extra = struct.pack("<2sH", b"FB", n_skipped) + b"Z" * n_skipped
+        with self._archive.open(info, "w", force_zip64=True) as stream:
+            yield stream
 
 
 def as_bytes(rows: Tensor) -> memoryview:

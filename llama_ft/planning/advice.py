@@ -1,40 +1,20 @@
 """What to run on a card: the fastest combination that fits, how far it goes, and what to change if nothing fits."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
 
-from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig, UserError
+from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.planning.gpu_traits import relevant_traits, traits_of, workspace_bytes
-from llama_ft.planning.predict import Lengths, processes
-from llama_ft.planning.search import EXPECTED_TRIES, largest, side_by_side, try_run, uniform
+from llama_ft.planning.lengths import Lengths
+from llama_ft.planning.predict import refusal
+from llama_ft.planning.processes import Progress, side_by_side
+from llama_ft.planning.search import largest, reserved_mib, with_samples, with_tokens
+from llama_ft.records.plan import Advice, PlanRow
 
 # The share of a card that advice leaves free: real runs of others reserved up to 4.3 % more than is planned for them
 # (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.
 SPARE = 0.05
 MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
-Row = dict[str, Any]  # of `plan.json`
-
-
-class Progress(Protocol):
-    """Shows a title and how much of a total is done."""
-
-    def __call__(self, title: str, total: int, /) -> AbstractContextManager[Any]:
-        """What is given is called with how much more is done."""
-        ...
-
-
-@dataclass
-class Advice:
-    """What is advised: `plan["advice"]`."""
-
-    goal: str
-    gpu: str | None  # None where it is for several cards
-    combination: str | None = None
-    longest_sequence: int | None = None  # tokens of a sample; None where none fits or it was not looked for
-    largest_micro_batch: int | None = None  # samples of this data
-    lines: list[str] = field(default_factory=list)  # for people
 
 
 @dataclass(frozen=True)
@@ -48,22 +28,22 @@ class Adviser:
     """
 
     config: PlanConfig
-    rows: Sequence[Row]
+    rows: Sequence[PlanRow]
     gpus: Sequence[GpuConfig]
     profiles: Sequence[GpuConfig]
     lengths: Lengths
     progress: Progress
     time_note: str = "at best"
 
-    def advise(self) -> dict[str, Any]:
-        """The advice that the config's goal asks for, in plain JSON types."""
+    def advise(self) -> Advice:
+        """The advice that the config's goal asks for."""
         if self.config.goal is Goal.cheapest_gpu:
-            return asdict(self._cheapest())
+            return self._cheapest()
         if len(self.gpus) == 1:
-            return asdict(self._for_card(self.gpus[0]))
+            return self._for_card(self.gpus[0])
         advice = Advice("fit", None, lines=[self._in_a_line(gpu) for gpu in self.gpus])
         advice.lines.append("gpu=CARD says of one card how long a sequence and how large a micro-batch still fit")
-        return asdict(advice)
+        return advice
 
     def _for_card(self, gpu: GpuConfig) -> Advice:
         advice = Advice("fit", gpu.name, lines=[self._in_a_line(gpu)])
@@ -71,10 +51,10 @@ class Adviser:
         if not rows:
             return advice
         if best := fastest(rows):
-            advice.combination = best["combination"]
+            advice.combination = best.combination
             self._add_limits(advice, best, gpu)
-        elif gpu.memory_mib is None or rows[0]["required_mib"] is None:
-            advice.combination = smallest(rows)["combination"]
+        elif gpu.memory_mib is None or rows[0].required_mib is None:
+            advice.combination = smallest(rows).combination
             advice.lines.append("gpu=CARD names a card to fit into")
         else:
             self._add_changes(advice, smallest(rows), gpu)
@@ -84,60 +64,54 @@ class Adviser:
         """The smallest card on which something fits."""
         cards = by_size(self.gpus)
         best = [fastest(self._usable(gpu)) for gpu in cards]
-        roomy = [n for n, row in enumerate(best) if row and has_room(row)]
-        place = next(iter(roomy or [n for n, row in enumerate(best) if row]), None)
-        if place is None:
-            advice = self._for_card(cards[-1])
-            advice.goal = "cheapest_gpu"
+        fitting = [n for n, row in enumerate(best) if row]
+        index = next((n for n in fitting if has_room(best[n])), fitting[0] if fitting else None)
+        advice = self._for_card(cards[-1 if index is None else index])
+        advice.goal = "cheapest_gpu"
+        if index is None:
             advice.lines.insert(0, f"no known card is large enough; the largest is {cards[-1].name}")
             return advice
-        advice = self._for_card(cards[place])
-        advice.goal = "cheapest_gpu"
-        advice.lines.insert(0, f"smallest card on which something fits: gpu={cards[place].name}")
-        if place > 0:
-            advice.lines.append(f"one card smaller, {self._in_a_line(cards[place - 1])}")
+        advice.lines.insert(0, f"smallest card on which something fits: gpu={cards[index].name}")
+        if index > 0:
+            advice.lines.append(f"one card smaller, {self._in_a_line(cards[index - 1])}")
         return advice
 
-    @property
-    def _longest(self) -> int:
-        """Tokens of the data's longest sample."""
-        return max(length for length, _ in self.lengths)
-
-    def _usable(self, gpu: GpuConfig) -> list[Row]:
-        return [row for row in self.rows if row["gpu"] == gpu.name and row["error"] is None]
+    def _usable(self, gpu: GpuConfig) -> list[PlanRow]:
+        return [row for row in self.rows if row.gpu == gpu.name and row.error is None]
 
     def _in_a_line(self, gpu: GpuConfig) -> str:
         """The fastest combination on a card, or how much memory is missing for the smallest."""
         rows = self._usable(gpu)
         if not rows:
-            return next(f"{gpu.name}: {row['error']}" for row in self.rows if row["gpu"] == gpu.name)
+            return next(f"{gpu.name}: {row.error}" for row in self.rows if row.gpu == gpu.name)
         if best := fastest(rows):
-            n_unknown = sum(row["fits"] and row["runtime_s"] is None for row in rows)
-            how, time = "smallest", "; no time is known"
-            if best["runtime_s"] is not None:
-                seconds = best["runtime_s"]
-                number = f"{seconds:,.1f}" if seconds >= 1 else f"{seconds:.2g}"
-                how, time = "fastest", f", {number} s {self.time_note}".rstrip()
-                time += f"; {n_unknown} more fit, whose time is not known" if n_unknown else ""
+            how = "smallest" if best.runtime_s is None else "fastest"
             tight = "" if has_room(best) else f"; less than {SPARE:.0%} to spare: it may not fit"
-            return f"{how} that fits {gpu.name}: {typed(best['optim'])} ({_of(best)}{time}){tight}"
-        least = smallest(rows)
-        if least["fits"] is None:
-            need = f"{typed(least['optim'])}, {least['peak_memory_mib']:,.1f} MiB of tensors"
+            return f"{how} that fits {gpu.name}: {_typed(best)} ({_need(best)}{self._time(best, rows)}){tight}"
+        row = smallest(rows)
+        if row.fits is None:
+            need = f"{_typed(row)}, {row.peak_memory_mib:,.1f} MiB of tensors"
             return f"{gpu.name}: how much memory there is is not known; the smallest need is that of {need}"
-        return (
-            f"nothing fits {gpu.name}: the smallest, {typed(least['optim'])}, needs {_of(least)},"
-            f" {-least['margin_mib']:,.0f} MiB too many"
-        )
+        missing = (row.required_mib or 0) - (row.total_memory_mib or 0)
+        return f"nothing fits {gpu.name}: the smallest, {_typed(row)}, needs {_need(row)}, {missing:,.0f} MiB too many"
 
-    def _add_limits(self, advice: Advice, row: Row, gpu: GpuConfig) -> None:
+    def _time(self, row: PlanRow, rows: Sequence[PlanRow]) -> str:
+        """A combination's time, to follow its need."""
+        if row.runtime_s is None:
+            return "; no time is known"
+        n_unknown = sum(bool(other.fits) and other.runtime_s is None for other in rows)
+        number = f"{row.runtime_s:,.1f}" if row.runtime_s >= 1 else f"{row.runtime_s:.2g}"
+        others = f"; {n_unknown} more fit, whose time is not known" if n_unknown else ""
+        return f", {number} s {self.time_note}".rstrip() + others
+
+    def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""
-        context = self.config.model.max_seq_len
-        found = self._largest(row, gpu, most_tokens=context, most_samples=len(self.lengths))
-        tokens, samples = found["tokens"], found["samples"]
+        context, longest, size = self.config.model.max_seq_len, self._longest, self.config.training.micro_batch_size
+        # A micro-batch of the size that is planned fits.
+        tokens, samples = self._largest(
+            row, gpu, range(MIN_TOKENS, context + 1), range(size + 1, len(self.lengths) + 1)
+        )
         advice.largest_micro_batch = samples
-        longest = self._longest
-        size = self.config.training.micro_batch_size
         beside = f", {size} in a micro-batch" if size > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
         if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
@@ -151,96 +125,97 @@ class Adviser:
             f"largest micro-batch of this data that fits{spared}: training.micro_batch_size={samples}{all_of_them}"
         )
 
-    def _add_changes(self, advice: Advice, row: Row, gpu: GpuConfig) -> None:
+    def _add_changes(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """What would let the smallest combination fit: shorter samples, fewer of them, a larger card."""
-        longest, size = self._longest, self.config.training.micro_batch_size
-        found = self._largest(row, gpu, most_tokens=longest - 1, most_samples=size - 1)
-        tokens, samples = found["tokens"], found["samples"]
-        combination = typed(row["optim"])
+        size = self.config.training.micro_batch_size
+        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, self._longest), range(1, size))
         if tokens >= MIN_TOKENS:
-            advice.combination, advice.longest_sequence = row["combination"], tokens
-            advice.lines.append(f"with shorter samples it fits: {combination} data.max_length={tokens}")
+            advice.combination, advice.longest_sequence = row.combination, tokens
+            advice.lines.append(f"with shorter samples it fits: {_typed(row)} data.max_length={tokens}")
         else:
             advice.lines.append("no data.max_length is short enough")
         if samples >= 1:
-            advice.combination, advice.largest_micro_batch = row["combination"], samples
+            advice.combination, advice.largest_micro_batch = row.combination, samples
             advice.lines.append(
-                f"with smaller micro-batches it fits: {combination} training.micro_batch_size={samples}"
+                f"with smaller micro-batches it fits: {_typed(row)} training.micro_batch_size={samples}"
             )
         elif size > 1:
             advice.lines.append("no training.micro_batch_size is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
 
-    def _largest(self, row: Row, gpu: GpuConfig, most_tokens: int, most_samples: int) -> dict[str, int]:
-        """The most tokens of a sample, and samples of a micro-batch; one below the least there can be if none fit."""
-        config = self._config(row)
-        traits, workspace = traits_of(gpu), workspace_bytes(gpu)
+    @property
+    def _longest(self) -> int:
+        """Tokens of the data's longest sample."""
+        return max(length for length, _ in self.lengths)
+
+    def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, samples: range) -> tuple[int, int]:
+        """The most tokens of a sample and samples of a micro-batch that fit, each one below its range if none do."""
         limit_mib = gpu.usable_mib or 0.0
-        if has_room(row) or not row["fits"]:
+        if has_room(row) or not row.fits:
             limit_mib *= 1 - SPARE
-        searches = {
-            "tokens": largest(limit_mib, MIN_TOKENS, most_tokens, self._longest, workspace),
-            "samples": largest(limit_mib, 1, most_samples, config.training.micro_batch_size, workspace),
-        }
-
-        def batch(n_samples: int) -> tuple[Any, ...]:
-            training = replace(config.training, micro_batch_size=n_samples)
-            return replace(config, training=training), self.lengths, traits, workspace
-
-        jobs = {
-            "tokens": lambda n: (config, uniform(n, config, self.lengths), traits, workspace),
-            "samples": batch,
-        }
-        title = "longest sequence, largest micro-batch"
-        with self.progress(title, len(searches) * EXPECTED_TRIES) as advance, processes(len(searches)) as run:
-            return side_by_side(searches, jobs, run, advance)
-
-    def _smallest_card(self, row: Row, gpu: GpuConfig) -> str:
-        """The smallest card that is known on which a combination fits, in a line."""
-        assert gpu.memory_mib is not None
         config = self._config(row)
-        cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > gpu.memory_mib]
+        run = config, self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib
+        jobs = {
+            "tokens": (with_tokens, *run, tokens, self._longest),
+            "samples": (with_samples, *run, samples, config.training.micro_batch_size),
+        }
+        found: dict[str, int] = {}
+        with self.progress("longest sequence, largest micro-batch", len(jobs)) as advance:
+            for name, number in side_by_side(largest, jobs):
+                found[name] = number
+                advance(1)
+        return found["tokens"], found["samples"]
+
+    def _smallest_card(self, row: PlanRow, gpu: GpuConfig) -> str:
+        """The smallest card that is known on which a combination fits, in a line."""
+        config = self._config(row)
+        cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > (gpu.memory_mib or 0)]
         if not cards:
             return "no larger card is known"
-        kinds = {card.name: (relevant_traits(traits_of(card), config), workspace_bytes(card)) for card in cards}
-        jobs = {kind: (config, self.lengths, *kind) for kind in kinds.values()}
-        with self.progress("larger cards", len(jobs)) as advance, processes(len(jobs)) as run:
-            tried = {}
-            for kind, outcome in run(try_run, jobs):
-                tried[kind] = outcome
+        kinds = {
+            card.name: (relevant_traits(traits_of(card), config), workspace_bytes(card))
+            for card in cards
+            if refusal(config, card) is None
+        }
+        needs: dict[object, float] = {}
+        with self.progress("larger cards", len(set(kinds.values()))) as advance:
+            for kind, mib in side_by_side(
+                reserved_mib, {kind: (config, self.lengths, *kind) for kind in kinds.values()}
+            ):
+                needs[kind] = mib
                 advance(1)
         for card in cards:
-            outcome = tried[kinds[card.name]]
-            if not isinstance(outcome, UserError) and outcome.reserved_mib <= (1 - SPARE) * (card.usable_mib or 0):
-                need = f"{outcome.reserved_mib + card.context_mib:,.0f} of {card.memory_mib:,} MiB"
-                return f"smallest known card on which {typed(row['optim'])} fits: gpu={card.name} ({need})"
-        return f"{typed(row['optim'])} fits no card that is known"
+            if card.name in kinds and (mib := needs[kinds[card.name]]) <= (1 - SPARE) * (card.usable_mib or 0):
+                need = f"{mib + card.context_mib:,.0f} of {card.memory_mib:,} MiB"
+                return f"smallest known card on which {_typed(row)} fits: gpu={card.name} ({need})"
+        return f"{_typed(row)} fits no card that is known"
 
-    def _config(self, row: Row) -> PlanConfig:
-        return replace(self.config, optim=OptimConfig(**row["optim"]))
+    def _config(self, row: PlanRow) -> PlanConfig:
+        return replace(self.config, optim=OptimConfig(**row.optim))
 
 
-def has_room(row: Row) -> bool:
+def has_room(row: PlanRow | None) -> bool:
     """Whether a combination fits and leaves enough free to rely on that."""
-    usable = row["total_memory_mib"] - row["context_mib"] if row["fits"] else 0
-    return bool(row["fits"] and row["margin_mib"] >= SPARE * usable)
+    if row is None or not row.fits or row.margin_mib is None:
+        return False
+    return row.margin_mib >= SPARE * ((row.total_memory_mib or 0) - (row.context_mib or 0))
 
 
-def fastest(rows: Sequence[Row]) -> Row | None:
+def fastest(rows: Sequence[PlanRow]) -> PlanRow | None:
     """Of the combinations that fit, with room if there are such, the fastest; where no time is known, the smallest.
 
     None if none fits.
     """
-    fitting = [row for row in rows if has_room(row)] or [row for row in rows if row["fits"]]
-    timed = [row for row in fitting if row["runtime_s"] is not None]
+    fitting = [row for row in rows if has_room(row)] or [row for row in rows if row.fits]
+    timed = [row for row in fitting if row.runtime_s is not None]
     if timed:
-        return min(timed, key=lambda row: (row["runtime_s"], row["required_mib"]))
+        return min(timed, key=lambda row: (row.runtime_s or 0.0, row.required_mib or 0.0))
     return smallest(fitting) if fitting else None
 
 
-def smallest(rows: Sequence[Row]) -> Row:
+def smallest(rows: Sequence[PlanRow]) -> PlanRow:
     """The combination that needs the least memory."""
-    return min(rows, key=lambda row: (row["required_mib"] or row["peak_memory_mib"], row["peak_memory_mib"]))
+    return min(rows, key=lambda row: (row.required_mib or row.peak_memory_mib or 0.0, row.peak_memory_mib or 0.0))
 
 
 def by_size(gpus: Sequence[GpuConfig]) -> list[GpuConfig]:
@@ -249,12 +224,10 @@ def by_size(gpus: Sequence[GpuConfig]) -> list[GpuConfig]:
     return sorted(known, key=lambda gpu: (gpu.memory_mib or 0, gpu.bandwidth_gb_s or 0))
 
 
-def typed(optim: dict[str, bool] | OptimConfig) -> str:
-    """A combination as one types it: the preset without gradient checkpointing, and that beside it."""
-    chosen = optim if isinstance(optim, OptimConfig) else OptimConfig(**optim)
-    preset = replace(chosen, gc=False).combination
-    return f"optim={preset} optim.gc=true" if chosen.gc else f"optim={preset}"
+def _typed(row: PlanRow) -> str:
+    """The combination as one types it."""
+    return OptimConfig(**row.optim).as_typed
 
 
-def _of(row: Row) -> str:
-    return f"{row['required_mib']:,.0f} of {row['total_memory_mib']:,} MiB"
+def _need(row: PlanRow) -> str:
+    return f"{row.required_mib:,.0f} of {row.total_memory_mib:,} MiB"

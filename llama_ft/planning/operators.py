@@ -16,12 +16,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
-# (matrix dtype or empty, FLOPs, bytes, bytes of them in new large blocks): how often. Equal operators are one entry;
-# one that works on each tensor of a list is as many.
-Operators = Counter[tuple[str, float, float, float]]
-# From this size on glibc's malloc takes each block from the system anew and gives it back when it is freed, and the
-# first write to each page costs a fault (mallopt(3): the most that M_MMAP_THRESHOLD grows to by itself, on 64 bits).
-LARGE_BLOCK = 32 * 2**20
+# (matrix dtype or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor of a
+# list is as many.
+Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
 
@@ -76,17 +73,17 @@ class OperatorCounter(TorchDispatchMode):
             flops = 0.0
         outputs = list(_tensors(out)) or list(_tensors(_written(func, args)))
         inputs = [] if packet in GATHERING else list(_tensors((args, kwargs)))
-        if not flops and not _writes(packet) and any(_same_storage(o, i) for o in outputs for i in inputs):
-            return  # a view by another name, such as _unsafe_view
-        moved = sum({id(t): _n_bytes(t) for t in inputs}.values()) + sum(_n_bytes(t) for t in outputs)
+        held = {tensor.untyped_storage()._cdata for tensor in inputs}
+        is_view = any(tensor.untyped_storage()._cdata in held for tensor in outputs)
+        if is_view and not flops and not str(packet).endswith("_"):  # by another name, such as _unsafe_view
+            return
+        moved = sum({id(t): t.nbytes for t in inputs}.values()) + sum(t.nbytes for t in outputs)
         if packet in GATHERING:
             moved *= 2
-        held = {o.untyped_storage()._cdata for o in _tensors((args, kwargs))}
-        mapped = sum(_n_bytes(o) for o in outputs if o.untyped_storage()._cdata not in held and _is_large(o))
         dtype = str(outputs[0].dtype).removeprefix("torch.") if flops and outputs else ""
         works_on_each = bool(args) and isinstance(args[0], list) and not isinstance(out, Tensor)  # unlike cat and stack
         n = len(args[0]) if works_on_each else 1
-        self.operators[dtype, flops / n, moved / n, mapped / n] += n
+        self.operators[dtype, flops / n, moved / n] += n
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -102,23 +99,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
     return [value for each, value in written if each.alias_info and each.alias_info.is_write and each.name != "grads"]
 
 
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _is_large(tensor: Tensor) -> bool:
-    return _n_bytes(tensor) >= LARGE_BLOCK
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-def _writes(packet: Any) -> bool:
-    return str(packet).endswith("_")
-
-
-def times(operators: Operators, factor: float) -> Operators:
+def scale(operators: Operators, factor: float) -> Operators:
     """The same operators, so many times as often; a fraction where it is an average."""
     scaled: Operators = Counter()
     for key, count in operators.items():
@@ -135,25 +116,20 @@ def total(parts: Iterable[Operators]) -> Operators:
     return summed
 
 
-def less(operators: Operators, others: Operators) -> Operators:
+def subtract(operators: Operators, others: Operators) -> Operators:
     """What is left without the others; what they have more of has a negative count."""
-    return total([operators, times(others, -1)])
+    return total([operators, scale(others, -1)])
 
 
 def flops_of(operators: Operators) -> dict[str, float]:
     """FLOPs by dtype."""
     flops: dict[str, float] = {}
-    for (dtype, each, _, _), count in operators.items():
-        if each:
-            flops[dtype] = flops.get(dtype, 0.0) + each * count
+    for (dtype, n_flops, _), count in operators.items():
+        if n_flops:
+            flops[dtype] = flops.get(dtype, 0.0) + n_flops * count
     return flops
 
 
 def bytes_of(operators: Operators) -> float:
     """Bytes moved."""
-    return sum(each * count for (_, _, each, _), count in operators.items())
-
-
-def mapped_bytes_of(operators: Operators) -> float:
-    """Bytes of them that are written to new large blocks."""
-    return sum(each * count for (_, _, _, each), count in operators.items())
+    return sum(n_bytes * count for (_, _, n_bytes), count in operators.items())

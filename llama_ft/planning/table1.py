@@ -6,26 +6,27 @@ of equal length, so that a technique is not credited with, or charged for, the p
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.config import LABELS, TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
+from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.planning.operators import bytes_of, flops_of
-from llama_ft.planning.predict import Lengths, Start, blank_samples, processes
+from llama_ft.planning.predict import refusal
+from llama_ft.planning.processes import Progress, no_progress, side_by_side
 from llama_ft.planning.roofline import GIGA, RATES, TERA
 from llama_ft.planning.run_costs import run_costs
+from llama_ft.records.plan import PlanRow, Table1, Table1Cell, Table1Row
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
 Memory = dict[str, float]  # MiB by category: each one's own maximum
 Key = tuple[str, int, str]
-NAMES = {"ga": "GA", "gc": "GC", "mp": "MP", "lora": "LoRA"}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Contrast:
     """A technique, as it is chosen, and the runs without it and with it."""
 
     technique: str
@@ -45,63 +46,57 @@ class Case:
 
 
 def table1(
-    config: TrainConfig, gpu: GpuConfig, lengths: Lengths, rows: Sequence[dict[str, Any]], start: Start
-) -> dict[str, Any]:
-    """The table for a card, in plain JSON types.
+    config: TrainConfig, gpu: GpuConfig, lengths: Lengths, rows: Sequence[PlanRow], progress: Progress = no_progress
+) -> Table1:
+    """The table for a card. A row that the card cannot run, such as bf16 on one without it, is a note.
 
     Args:
         config: all but techniques and card; `lengths` are its data's.
-        rows: of `plan.json`, for this card and config: their memory is not found again.
-        start: told how many runs there are, gives what is told how many more are done.
-
-    Returns:
-        `baseline` in words; `rows`, in each `technique`, `name`, `choice` and `cells`: for each category of memory and
-        for `computation` the `arrow`, the numbers `before` and `after` in `unit`, and a `note`; `notes`. A row that
-        the card cannot run, such as bf16 on one without it, is a note.
+        rows: of the plan, for this card and config: their memory is not found again.
     """
-    compared, equal = comparisons(config), equal_lengths(config, lengths)
-    cases = _cases(config, gpu, lengths, compared, rows, start)
-    table_rows, failures = [], []
-    for each in compared:
-        known = {"technique": each.technique, "name": NAMES[each.technique], "choice": each.choice}
-        before, after = cases[_key(each.without)], cases[_key(each.using)]
-        if isinstance(before, UserError) or isinstance(after, UserError):
-            failures.append(f"{known['name']}, {each.choice}: {before if isinstance(before, UserError) else after}")
+    all_contrasts, table_rows, failures = contrasts(config), [], []
+    runs = {_key(run): run for each in all_contrasts for run in (each.without, each.using)}
+    refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
+    possible = {key: run for key, run in runs.items() if key not in refusals}
+    cases = _cases(config, gpu, lengths, possible, rows, progress)
+    for each in all_contrasts:
+        label, keys = LABELS[each.technique], (_key(each.without), _key(each.using))
+        if reason := next((refusals[key] for key in keys if key in refusals), None):
+            failures.append(f"{label}, {each.choice}: {reason}")
         else:
-            table_rows.append(known | {"cells": cells(before, after)})
-    notes = [*_notes(config, traits_of(gpu), equal), *failures]
-    return {"baseline": _baseline(config, gpu, equal), "rows": table_rows, "notes": notes}
+            table_rows.append(Table1Row(each.technique, label, each.choice, cells(*(cases[key] for key in keys))))
+    equal = equal_lengths(config, lengths)
+    return Table1(_baseline(config, gpu, equal), table_rows, [*_notes(config, traits_of(gpu), equal), *failures])
 
 
 def _cases(
     config: TrainConfig,
     gpu: GpuConfig,
     lengths: Lengths,
-    compared: Sequence[Comparison],
-    rows: Sequence[dict[str, Any]],
-    start: Start,
-) -> dict[Key, Case | UserError]:
-    """What the compared runs need and compute."""
+    runs: dict[Key, TrainConfig],
+    rows: Sequence[PlanRow],
+    progress: Progress,
+) -> dict[Key, Case]:
+    """What the runs need and compute."""
     equal, known = equal_lengths(config, lengths), {}
     if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
-        known = {_key(replace(config, optim=OptimConfig(**row["optim"]))): row["memory_max_mib"] for row in rows}
+        known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in rows}
     samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
-    runs = {_key(run): run for each in compared for run in (each.without, each.using)}
     jobs = {key: (run, samples, equal, traits_of(gpu), known.get(key)) for key, run in runs.items()}
     longest_first = dict(sorted(jobs.items(), key=lambda job: known.get(job[0]) is not None))
-    cases: dict[Key, Case | UserError] = {}
-    with start(len(jobs)) as advance, processes(len(jobs)) as side_by_side:
+    cases: dict[Key, Case] = {}
+    with progress("table 1", len(jobs)) as advance:
         for key, case in side_by_side(find_case, longest_first):
             cases[key] = case
             advance(1)
     return cases
 
 
-def comparisons(config: TrainConfig) -> list[Comparison]:
+def contrasts(config: TrainConfig) -> list[Contrast]:
     """The rows, those of a technique below each other where its effect depends on a choice."""
     size, steps = config.training.micro_batch_size, config.ga.steps
 
-    def run(micro_batch: int = size, frozen: WeightStorage = config.mp.frozen_weights, **on: bool) -> TrainConfig:
+    def run(micro_batch: int = size, frozen: Dtype = config.mp.frozen_weights, **on: bool) -> TrainConfig:
         training, mp = replace(config.training, micro_batch_size=micro_batch), replace(config.mp, frozen_weights=frozen)
         return replace(config, optim=OptimConfig(**on), training=training, mp=mp)
 
@@ -110,22 +105,24 @@ def comparisons(config: TrainConfig) -> list[Comparison]:
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
     kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
-    masters = config.mp.trainable_weights is WeightStorage.fp32
+    masters = config.mp.trainable_weights is Dtype.fp32
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
-    return [
-        Comparison("ga", held, run(steps * size), run(ga=True)),
-        Comparison("ga", longer, run(), run(ga=True)),
-        Comparison("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
-        Comparison("mp", f"full fine-tuning, {'fp32 masters' if masters else '16-bit weights'}", run(), run(mp=True)),
+    rows = [
+        Contrast("ga", held, run(steps * size), run(ga=True)),
+        Contrast("ga", longer, run(), run(ga=True)),
+        Contrast("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
+        Contrast("mp", f"full fine-tuning, {'fp32 masters' if masters else '16-bit weights'}", run(), run(mp=True)),
         *(
-            Comparison("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
+            Contrast("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
             for frozen, text in (
-                (WeightStorage.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
-                (WeightStorage.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
+                (Dtype.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
+                (Dtype.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
             )
         ),
-        Comparison("lora", adapters, run(), run(lora=True)),
+        Contrast("lora", adapters, run(), run(lora=True)),
     ]
+    others = [each for each in TECHNIQUES if each.name not in {row.technique for row in rows}]
+    return rows + [Contrast(each.name, each.meaning, run(), run(**{each.name: True})) for each in others]
 
 
 def _key(config: TrainConfig) -> Key:
@@ -149,19 +146,19 @@ def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Tra
     """
     once = replace(config, training=replace(config.training, epochs=1))
     costs = run_costs([once], blank_samples(equal), traits)[0]
-    found = memory or fake_run(config, blank_samples(lengths), traits).use.max_mib
-    return Case(found, flops_of(costs.operators), bytes_of(costs.operators), costs.steps)
+    memory = memory or fake_run(config, blank_samples(lengths), traits).use.max_mib
+    return Case(memory, flops_of(costs.operators), bytes_of(costs.operators), costs.steps)
 
 
-def cells(before: Case, after: Case) -> dict[str, dict[str, Any]]:
+def cells(before: Case, after: Case) -> dict[str, Table1Cell]:
     """A row's cells."""
-    found = {name: _cell(before.memory[name], after.memory[name], "MiB", "") for name in MEMORY}
+    made = {name: _cell(before.memory[name], after.memory[name], "MiB", "") for name in MEMORY}
     was, is_now = (sum(case.flops.values()) / TERA for case in (before, after))
-    return found | {"computation": _cell(was, is_now, "TFLOP", _computation_note(before, after))}
+    return made | {"computation": _cell(was, is_now, "TFLOP", _computation_note(before, after))}
 
 
-def _cell(before: float, after: float, unit: str, note: str) -> dict[str, Any]:
-    return {"arrow": arrow(before, after), "before": before, "after": after, "unit": unit, "note": note}
+def _cell(before: float, after: float, unit: str, note: str) -> Table1Cell:
+    return Table1Cell(arrow(before, after), before, after, unit, note)
 
 
 def arrow(before: float, after: float) -> str:
@@ -182,7 +179,7 @@ def _computation_note(before: Case, after: Case) -> str:
 
 
 def _formats(case: Case) -> str:
-    return " and ".join(sorted(RATES[dtype] for dtype in case.flops))
+    return " and ".join(sorted(RATES.get(dtype, dtype) for dtype in case.flops))
 
 
 def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:

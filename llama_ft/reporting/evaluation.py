@@ -1,35 +1,33 @@
 """The table of an evaluation: a column for each model, and for exact match one for the majority answer."""
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from llama_ft.records.evaluation import EvaluatedModel, EvaluatedText, Evaluation, Share
 from llama_ft.reporting.table import Table, markdown
 
 LABELS = {"model": "Model", "base": "Base", "fine_tuned": "Fine-tuned"}
 MAX_NAME_LENGTH = 16  # characters of a model's name in the heading; the notes have it whole
 
 
-def evaluation_table(result: dict[str, Any]) -> Table:
-    """The table of what `evaluate.json` holds."""
-    models = result["models"]
-    majority = result["majority"]
+def evaluation_table(result: Evaluation) -> Table:
+    """The table of an evaluation."""
+    models, majority = result.models, result.majority
     heading = [*(["Majority"] if majority else []), *map(_heading, models)]
     empty = [""] * len(heading)
-    rows = [("Perplexity", empty)]
 
-    def add(name: str, part: str, key: str) -> None:
-        cells = [_figures(model[part][key]) for model in models]
-        rows.append((name, [*(["–"] if majority else []), *cells]))
+    def row(name: str, values: list[float]) -> tuple[str, list[str]]:
+        return name, [*(["–"] if majority else []), *map(_figures, values)]
 
-    add("  responses", "responses", "perplexity")
-    if result["text"]:
-        add("  text", "text", "perplexity")
-        add("  text, bits per byte", "text", "bits_per_byte")
-    if majority:
-        columns = [majority, *(model["exact_match"] for model in models)]
+    rows = [("Perplexity", empty), row("  responses", [model.responses.perplexity for model in models])]
+    if texts := [model.text for model in models if model.text is not None]:
+        rows.append(row("  text", [text.perplexity for text in texts]))
+        rows.append(row("  text, bits per byte", [text.bits_per_byte for text in texts]))
+    if majority is not None:
+        columns = [majority, *(model.exact_match for model in models if model.exact_match is not None)]
         rows += [("Exact match", empty), _accuracy("all", columns)]
-        for task in majority["tasks"]:
-            rows.append(_accuracy(task, [column["tasks"][task] for column in columns]))
+        for task in majority.tasks:
+            rows.append(_accuracy(task, [column.tasks[task] for column in columns]))
     return Table(_title(result), [("", heading)], rows, _notes(result))
 
 
@@ -38,11 +36,11 @@ def evaluation_markdown(table: Table) -> str:
     return markdown(replace(table, rows=[(name.replace("|", r"\|"), cells) for name, cells in table.rows]))
 
 
-def _heading(model: dict[str, Any]) -> str:
-    label, source = LABELS[model["role"]], model["checkpoint"].rstrip("/").rpartition("/")[2]
-    if model["role"] == "fine_tuned" or len(source) > MAX_NAME_LENGTH:
+def _heading(model: EvaluatedModel) -> str:
+    label, source = LABELS[model.role], model.checkpoint.rstrip("/").rpartition("/")[2]
+    if model.role == "fine_tuned" or len(source) > MAX_NAME_LENGTH:
         return label
-    return source if model["role"] == "model" else f"{label}: {source}"
+    return source if model.role == "model" else f"{label}: {source}"
 
 
 def _figures(value: float) -> str:
@@ -50,38 +48,42 @@ def _figures(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
 
 
-def _accuracy(name: str, columns: list[dict[str, Any]]) -> tuple[str, list[str]]:
+def _accuracy(name: str, columns: Sequence[Share]) -> tuple[str, list[str]]:
     label = " ".join(name.split())
-    return f"  {label} ({columns[0]['records']})", [f"{column['accuracy']:.1%}" for column in columns]
+    return f"  {label} ({columns[0].records})", [f"{column.accuracy:.1%}" for column in columns]
 
 
-def _title(result: dict[str, Any]) -> str:
-    data = result["data"]
-    which = "held-out records of" if data["is_held_out"] else "records of"
-    return f"{result['model']}, {data['records']} {which} {data['name']}"
+def _title(result: Evaluation) -> str:
+    which = "held-out records of" if result.data.is_held_out else "records of"
+    return f"{result.model}, {result.data.records} {which} {result.data.name}"
 
 
-def _notes(result: dict[str, Any]) -> list[str]:
-    data, text, models = result["data"], result["text"], result["models"]
-    notes = [*(_what(model) for model in models), f"Computed in {result['dtype']} on {result['device']}."]
-    counts = ("skipped", "bad"), ("dropped", "without room for an answer"), ("truncated", "with an answer cut short")
-    notes += [f"Records of {data['file']} {meaning}: {data[key]}." for key, meaning in counts if data[key]]
-    n_tokens = models[0]["responses"]["tokens"]
+def _notes(result: Evaluation) -> list[str]:
+    data, models = result.data, result.models
+    notes = [*map(_what, models), f"Computed in {result.dtype} on {result.device}."]
+    counts = (
+        (data.skipped, "bad"),
+        (data.dropped, "without room for an answer"),
+        (data.truncated, "with an answer cut short"),
+    )
+    notes += [f"Records of {data.file} {meaning}: {count}." for count, meaning in counts if count]
+    n_tokens = models[0].responses.tokens
     notes.append(f"Responses: exp of the mean loss over their {n_tokens:,} tokens, EOS included, prompts not.")
-    if text:
-        notes += _about_text(text)
-    if result["majority"]:
-        notes.append(f"Exact match: greedy, at most {result['max_new_tokens']} tokens, white space around it aside.")
-        cut = [f"{LABELS[model['role']].lower()} {model['exact_match']['ended_by_length']}" for model in models]
-        if any(model["exact_match"]["ended_by_length"] for model in models):
-            notes.append(f"Answers that had not ended by then: {', '.join(cut)}.")
-        notes.append(f"Majority: the most frequent answer of each task in the {result['majority']['of']}.")
+    if result.text is not None:
+        notes += _about_text(result.text)
+    if result.majority is not None:
+        notes.append(f"Exact match: greedy, at most {result.max_new_tokens} tokens, white space around it aside.")
+        cut = [(LABELS[m.role].lower(), m.exact_match.ended_by_length) for m in models if m.exact_match is not None]
+        if any(count for _, count in cut):
+            counts_text = ", ".join(f"{label} {count}" for label, count in cut)
+            notes.append(f"Answers that had not ended by then: {counts_text}.")
+        notes.append(f"Majority: the most frequent answer of each task in the {result.majority.of}.")
     return notes
 
 
-def _about_text(text: dict[str, Any]) -> list[str]:
-    window, stride, n_tokens = text["window"], text["stride"], text["tokens"]
-    if n_tokens < window:
+def _about_text(text: EvaluatedText) -> list[str]:
+    window, stride = text.window, text.stride
+    if text.tokens < window:
         how = "in one window"
     elif stride == window:
         how = f"in windows of {window:,} side by side; of all but the first the first token does not count"
@@ -89,11 +91,11 @@ def _about_text(text: dict[str, Any]) -> list[str]:
         how = f"in windows of {window:,}, a new one every {stride:,}; each counts once, with {window - stride:,} tokens"
         how += " or more before it once the first window is full"
     return [
-        f"Text: {text['file']}, {n_tokens:,} tokens after BOS, {how}.",
+        f"Text: {text.file}, {text.tokens:,} tokens after BOS, {how}.",
         "Perplexities compare where the tokenizer is the same; bits per byte compare always.",
     ]
 
 
-def _what(model: dict[str, Any]) -> str:
-    adapter = f" with adapter={model['adapter']}" if model["adapter"] else ""
-    return f"{LABELS[model['role']]}: checkpoint={model['checkpoint']}{adapter}."
+def _what(model: EvaluatedModel) -> str:
+    adapter = f" with adapter={model.adapter}" if model.adapter else ""
+    return f"{LABELS[model.role]}: checkpoint={model.checkpoint}{adapter}."

@@ -7,16 +7,13 @@ import torch
 from torch import nn
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_CONFIG_FILE
-from llama_ft.model.sizes import read_json
 from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.lora import LoRALinear
-from llama_ft.techniques.peft import Adapter
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import Adapter, read_adapter
 
 
-def check_base_of(folder: Path, checkpoint: str) -> None:
+def check_base_of(adapter: Adapter, checkpoint: str) -> None:
     """Compare the weights that an adapter was trained on with those that it is to be used with.
 
     Folders may have been moved and are not compared by name, and may hold what is built in; random weights are no
@@ -25,16 +22,15 @@ def check_base_of(folder: Path, checkpoint: str) -> None:
     Raises:
         UserError: if they are surely others.
     """
-    trained_on = read_json(folder / ADAPTER_CONFIG_FILE, "its base").get("base_model_name_or_path")
-    if trained_on not in (None, "", checkpoint) and "random" in (trained_on, checkpoint):
+    if adapter.base not in (None, "", checkpoint) and "random" in (adapter.base, checkpoint):
         raise UserError(
-            f"adapter={folder} was trained on checkpoint={trained_on}, and this is checkpoint={checkpoint}:"
-            f" give checkpoint={trained_on}"
+            f"adapter={adapter.folder} was trained on checkpoint={adapter.base}, and this is checkpoint={checkpoint}:"
+            f" give checkpoint={adapter.base}"
         )
 
 
-def load_adapter(model: Transformer, folder: Path, merge: bool) -> None:
-    """Give a model the adapter in a folder.
+def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
+    """Give a model the adapter in a folder; the model is then in evaluation mode.
 
     Args:
         merge: add it to the weights, which then cost no more than before; else it is computed beside them.
@@ -86,9 +82,9 @@ class Adapters:
     def use(self, name: str | None) -> None:
         """Compute with this adapter from now on; None is the bare model."""
         for layer, linear in self._plain.items():
-            self._put(layer, linear)
+            self._model.set_submodule(layer, linear)
         for layer, adapted in self._adapted[name].items() if name is not None else ():
-            self._put(layer, adapted)
+            self._model.set_submodule(layer, adapted)
         self.used = name
         self._model.eval()
 
@@ -96,10 +92,6 @@ class Adapters:
         linear = self._model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
         return linear
-
-    def _put(self, layer: str, linear: nn.Linear) -> None:
-        parent, _, child = layer.rpartition(".")
-        setattr(self._model.get_submodule(parent), child, linear)
 
 
 def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ft.config import DtypeChoice, MixedPrecisionConfig, TrainConfig, UserError, WeightStorage
+from llama_ft.config import Dtype, MixedPrecisionConfig, TrainConfig, UserError
 from llama_ft.model.storage import Dense, Storage
 
 # oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
@@ -64,11 +64,11 @@ def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bo
     Raises:
         UserError: for bf16 on a device without it, or fp16 without fp32 masters.
     """
-    if config.dtype is DtypeChoice.bf16 and not has_bf16:
+    if config.dtype is Dtype.bf16 and not has_bf16:
         raise UserError("mp.dtype=bf16 is not supported by this GPU: use mp.dtype=fp16 or auto")
-    bf16 = config.dtype is DtypeChoice.bf16 or (config.dtype is DtypeChoice.auto and has_bf16)
-    if not bf16 and config.trainable_weights is WeightStorage.compute:
+    bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and has_bf16)
+    if not bf16 and config.trainable_weights is Dtype.compute:
         raise UserError("mp.trainable_weights=compute needs bf16, and this run computes in fp16: use fp32")
     compute = torch.bfloat16 if bf16 else torch.float16
-    stored = {WeightStorage.fp32: torch.float32, WeightStorage.compute: compute}
+    stored = {Dtype.fp32: torch.float32, Dtype.compute: compute}
     return Precision(device_type, compute, stored[config.trainable_weights], Dense(stored[config.frozen_weights]))

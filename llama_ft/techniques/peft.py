@@ -4,22 +4,60 @@
 the rotary layout of transformers: the rows of lora_B of wq and wk are permuted as those of the weights are.
 """
 
-import json
 import os
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, write_text
-from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
-from llama_ft.model.mapped import StoredTensor
-from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import save_tensors
+from llama_ft.config import ModelConfig, UserError
+from llama_ft.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    WEIGHTS_FILE,
+    Json,
+    read_json,
+    why_no_folder,
+    write_json,
+)
+from llama_ft.model.formats import hf_name, is_rotated, our_name, permute_rotary
+from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
+from llama_ft.model.sizes import SIZES_KEY, check_sizes, own_sizes
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
+from llama_ft.model.weights import build, save_tensors
+from llama_ft.records import parse
 from llama_ft.techniques.lora import lora_layers
 
 PREFIX = "base_model.model."
+PICKLE_FILE = "adapter_model.bin"  # of PEFT before 0.6
+# Keys of adapter_config.json that change nothing here: what was trained, by whom and from where. All others that are no
+# fields of PeftConfig must be off.
+_IGNORED = """
+    auto_mapping corda_config eva_config exclude_modules layers_pattern layers_to_transform loftq_config lora_ga_config
+    megatron_config megatron_core peft_version qalora_group_size revision runtime_config
+""".split()
+_OFF: Json = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}  # which PEFT writes too
+_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others take something out of the base's weights
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What we write into `adapter_config.json`, and read of it."""
+
+    r: int
+    lora_alpha: float
+    target_modules: list[str] | str = field(default_factory=list)
+    base_model_name_or_path: str | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # of layers that have a rank of their own
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    init_lora_weights: bool | str = True
+    inference_mode: bool = True
+    peft_type: str = "LORA"
+    task_type: str = "CAUSAL_LM"
 
 
 @dataclass(frozen=True)
@@ -48,6 +86,7 @@ class Adapter:
     """An adapter on disk, checked against a model."""
 
     folder: Path
+    base: str | None  # the checkpoint that it was trained on, if it says
     factors: dict[str, Factors]  # by our names of the linear layers
     copies: dict[str, StoredTensor]  # of the base's weights, which PEFT adds where the output layer is adapted
 
@@ -57,50 +96,151 @@ class Adapter:
         return {f"{layer}.weight": factors for layer, factors in self.factors.items()}
 
 
-def save_adapter(model: Transformer, folder: Path, base: str | None) -> None:
-    """Write the model's adapter.
+def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> None:
+    """Write the model's adapter into a folder.
 
     Args:
         base: the checkpoint that it was trained on, of which PEFT then knows the place; None names none.
 
     Raises:
-        UserError: if it cannot be written.
+        UserError: if the model has none, or it cannot be written.
     """
     layers = lora_layers(model)
-    one = next(iter(layers.values()))
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base if base in (None, "builtin", "random") else _absolute(str(base)),
-        "r": one.rank,
-        "lora_alpha": one.alpha,
-        "lora_dropout": one.dropout.p,
-        "use_rslora": one.rslora,
-        "target_modules": sorted({peft_name(name).rpartition(".")[2] for name in layers}),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
-    }
+    if not layers:
+        raise UserError("the model has no LoRA adapter to be saved")
+    names = {name: _peft_name(name) for name in layers}
+    layer = next(iter(layers.values()))
+    config = PeftConfig(
+        r=layer.rank,
+        lora_alpha=layer.alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in names.values()}),
+        base_model_name_or_path=base
+        if base in (None, "builtin", "random")
+        else os.path.abspath(os.path.expanduser(base)),
+        lora_dropout=layer.dropout.p,
+        use_rslora=layer.rslora,
+    )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        rotated = is_rotated(f"{name}.weight")
-        n_heads = layer.out_features // model.config.head_dim
-        b = permute_rotary(layer.lora_B.detach(), n_heads, to_hf=True) if rotated else layer.lora_B
-        tensors |= {f"{peft_name(name)}.lora_A.weight": layer.lora_A, f"{peft_name(name)}.lora_B.weight": b}
+        b = layer.lora_B.detach()
+        if is_rotated(f"{name}.weight"):
+            b = permute_rotary(b, layer.out_features // model.config.head_dim, to_hf=True)
+        tensors |= {f"{names[name]}.lora_A.weight": layer.lora_A, f"{names[name]}.lora_B.weight": b}
     file = folder / ADAPTER_CONFIG_FILE
     try:
-        write_text(file, json.dumps(config, indent=2) + "\n")
+        write_json(file, asdict(config) | _OFF)
     except OSError as error:
         raise UserError(f"{file} cannot be written: {error.strerror}") from error
     save_tensors(tensors, folder / ADAPTER_FILE, model.config)
 
 
-def _absolute(folder: str) -> str:
-    return os.path.abspath(os.path.expanduser(folder))
-
-
-def peft_name(layer: str) -> str:
+def _peft_name(layer: str) -> str:
     """PEFT's name of one of our linear layers."""
     return PREFIX + hf_name(f"{layer}.weight").removesuffix(".weight")
+
+
+def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
+    """Find an adapter in a folder and check that it is one of this model. None of its tensors is read.
+
+    Raises:
+        UserError: if there is none, it is damaged, of another model, or of another kind than LoRA.
+    """
+    try:
+        tensors = _open_tensors(folder, model)
+        config_file = folder / ADAPTER_CONFIG_FILE
+        if not config_file.is_file():
+            raise UserError(f"there is no {ADAPTER_CONFIG_FILE} in it, which says how the adapter is scaled")
+        content = read_json(config_file, "how the adapter is scaled")
+        _check_supported(content)
+        known = {key: value for key, value in content.items() if value is not None}
+        return _sorted_out(folder, parse(PeftConfig, known, str(config_file)), tensors, model)
+    except OSError as error:
+        raise UserError(f"adapter={folder} cannot be read: {error.strerror}") from error
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if f"{folder}{os.sep}" in text else f"adapter={folder}: {text}") from error
+
+
+def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
+    """The tensors of an adapter by PEFT's names."""
+    if not folder.is_dir():
+        raise UserError(why_no_folder(folder))
+    file = folder / ADAPTER_FILE
+    if file.is_file():
+        tensors, metadata = read_safetensors(file)
+        if SIZES_KEY in metadata:
+            check_sizes(own_sizes(metadata[SIZES_KEY], file), model, file)
+        return tensors
+    if (folder / PICKLE_FILE).is_file():
+        return read_pth(folder / PICKLE_FILE)
+    hint = "give the folder of a run with LoRA, or of a PEFT adapter"
+    if (folder / WEIGHTS_FILE).is_file():
+        hint = f"its {WEIGHTS_FILE} is a whole model: give checkpoint={folder} and no adapter"
+    raise UserError(f"there is no {ADAPTER_FILE} in it; {hint}")
+
+
+def _check_supported(content: Json) -> None:
+    """Raise a UserError if the adapter is more than products beside linear layers."""
+    kind, init = content.get("peft_type"), content.get("init_lora_weights", True)
+    if kind != "LORA":
+        raise UserError(f"{ADAPTER_CONFIG_FILE} says peft_type={kind}, and only LORA can be used")
+    for key in content.keys() - {*PeftConfig.__dataclass_fields__, *_IGNORED}:
+        if content[key] not in (None, False, "none", "", [], {}):
+            raise UserError(f"{ADAPTER_CONFIG_FILE} says {key}={content[key]}, which is not supported")
+    if init not in _INITS:
+        raise UserError(
+            f"{ADAPTER_CONFIG_FILE} says init_lora_weights={init}: such an adapter belongs to weights that differ"
+            " from the checkpoint's; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
+def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTensor], model: ModelConfig) -> Adapter:
+    """The adapter that the tensors make up."""
+    linears = {name: module for name, module in build(model).named_modules() if isinstance(module, nn.Linear)}
+    pairs: dict[str, dict[str, StoredTensor]] = {}
+    copies: dict[str, StoredTensor] = {}
+    for name, stored in tensors.items():
+        match = re.fullmatch(re.escape(PREFIX) + r"(.+?)(?:\.lora_([AB])(?:\.default)?|\.base_layer)?\.weight", name)
+        ours = our_name(f"{match[1]}.weight") if match else None
+        if match is not None and match[2]:
+            layer = (ours or "").removesuffix(".weight")
+            if layer not in linears:
+                raise UserError(f"{name} in it belongs to no linear layer of model={model.name}")
+            pairs.setdefault(layer, {})[match[2]] = stored
+        elif ours in (EMBEDDING, OUTPUT):
+            copies[ours] = stored
+        else:
+            raise UserError(
+                f"{name} in it is no part of a LoRA adapter of a linear layer, and nothing else is supported"
+            )
+    if not pairs:
+        raise UserError("there is no lora_A or lora_B in it")
+    factors = {layer: _factors(layer, pair, linears[layer], config, model) for layer, pair in pairs.items()}
+    return Adapter(folder, config.base_model_name_or_path, factors, copies)
+
+
+def _factors(
+    layer: str, pair: Mapping[str, StoredTensor], linear: nn.Linear, config: PeftConfig, model: ModelConfig
+) -> Factors:
+    """A layer's pair, if it has the shapes that belong to the layer."""
+    theirs = _peft_name(layer)
+    if missing := {"A", "B"} - pair.keys():
+        raise UserError(f"{theirs} has no lora_{missing.pop()} in it")
+    rank = int(_by_pattern(config.rank_pattern, theirs, config.r))
+    for which, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
+        if pair[which].shape != shape:
+            raise UserError(
+                f"{theirs}.lora_{which} is {pair[which].shape}, and for model={model.name} and r={rank} should"
+                f" be {shape}: it is an adapter of another model, or damaged"
+            )
+    n_heads = linear.out_features // model.head_dim if is_rotated(f"{layer}.weight") else None
+    alpha = _by_pattern(config.alpha_pattern, theirs, config.lora_alpha)
+    return Factors(pair["A"], pair["B"], alpha, config.use_rslora, n_heads)
+
+
+def _by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> float:
+    """A number that may differ by layer; the first pattern that fits the end of its name wins, as in PEFT."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", layer.removeprefix(PREFIX)):
+            return value
+    return default

@@ -17,8 +17,7 @@ from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import read_into, save_tensors
 from llama_ft.techniques.adapter import copy_factors
 from llama_ft.techniques.lora import lora_layers
-from llama_ft.techniques.peft import save_adapter
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import read_adapter, save_adapter
 from llama_ft.training.position import (
     CHECKPOINTS_DIR,
     Position,

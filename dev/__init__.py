@@ -1,0 +1,1 @@
+"""What made the built-in data and model; not part of the package."""

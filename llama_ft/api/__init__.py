@@ -1,0 +1,39 @@
+"""The front door: what a notebook or a script uses, after `import llama_ft as lf`.
+
+Plain functions over PyTorch modules. The commands are made of the same parts.
+"""
+
+from llama_ft.api.models import complete, load, load_adapter, save
+from llama_ft.api.planning import predict
+from llama_ft.api.training import encode, finetune, measure_memory, read_records
+from llama_ft.config import UserError
+from llama_ft.data.dataset import Record, Sample
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.measure.memory import MemoryUse
+from llama_ft.model.transformer import Transformer
+from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.plan import PlanRow
+from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
+from llama_ft.techniques.lora import add_lora
+
+__all__ = [
+    "MemoryUse",
+    "PlanRow",
+    "Record",
+    "Sample",
+    "StepMetrics",
+    "Tokenizer",
+    "Transformer",
+    "UserError",
+    "add_lora",
+    "checkpoint_layers",
+    "complete",
+    "encode",
+    "finetune",
+    "load",
+    "load_adapter",
+    "measure_memory",
+    "predict",
+    "read_records",
+    "save",
+]

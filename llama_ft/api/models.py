@@ -1,0 +1,111 @@
+"""Models: loading, asking and saving them."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+
+from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
+from llama_ft.config.checks import Settings
+from llama_ft.config.presets import preset
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.decoding.generate import generate
+from llama_ft.model.folder import sizes_of
+from llama_ft.model.transformer import Transformer
+from llama_ft.model.weights import load_model
+from llama_ft.techniques.adapter import load_adapter as _load_adapter
+from llama_ft.training.saver import save_trained
+
+DtypeName = Literal["fp32", "bf16", "fp16"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(
+    model: str | Path = "tiny",
+    checkpoint: str | Path | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: DtypeName = "fp32",
+    device: str | torch.device | None = None,
+    seed: int = 0,
+) -> tuple[Transformer, Tokenizer]:
+    """A model and its tokenizer.
+
+    Args:
+        model: a name of `conf/model`, such as `tiny` or `llama2_7b`; or a folder in Meta's, Hugging Face's or our
+            format, whose sizes and weights are taken.
+        checkpoint: the weights: `builtin` (of tiny), `random`, or a folder. None is the folder given as `model`, or
+            builtin.
+        tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the folder, or the built-in one.
+        dtype: of the weights.
+        device: None is the GPU where there is one, else the CPU.
+        seed: of random weights.
+
+    Raises:
+        UserError: if the name is unknown, the weights are not this model's, or there is no tokenizer.
+    """
+    is_folder = Path(os.path.expanduser(model)).is_dir()
+    if is_folder:
+        folder = Path(os.path.expanduser(model))
+        sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
+    elif str(model) == FROM_CHECKPOINT:
+        raise UserError("give the checkpoint's folder as the model: load(FOLDER)")
+    else:
+        sizes = preset("model", str(model), ModelConfig)
+    named = [None if each is None else str(each) for each in (checkpoint, tokenizer)]
+    source = ModelSource(sizes, *named)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_model(source.model, str(source.checkpoint), place, DTYPES[dtype], seed)
+    return loaded, Tokenizer(source.tokenizer_file)
+
+
+def complete(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    instruction: str | None = None,
+    *,
+    input: str = "",
+    prompt: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    seed: int = 0,
+) -> str:
+    """The model's answer to an instruction, put into Alpaca's template, or its continuation of a prompt.
+
+    Args:
+        temperature: None takes the most probable token each time; a number samples.
+
+    Raises:
+        UserError: unless one of instruction and prompt is given, or if the prompt does not fit the model's context.
+    """
+    if (instruction is None) == (prompt is None):
+        raise UserError("give either an instruction or a prompt")
+    text = prompt if prompt is not None else prompt_text(str(instruction), input)
+    sampling = {} if temperature is None else {"sample": True, "temperature": temperature, "top_p": top_p}
+    config = DecodingConfig(max_new_tokens=max_new_tokens, stop=list(stop), seed=seed, **sampling)  # type: ignore[arg-type]
+    return generate(model, tokenizer, [text], config)[0][0].text
+
+
+def save(model: Transformer, folder: str | Path) -> None:
+    """Write what was trained into a folder: the LoRA adapter in PEFT's files, or else all weights.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    place = Path(os.path.expanduser(folder))
+    place.mkdir(parents=True, exist_ok=True)
+    save_trained(model, place)
+
+
+def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False) -> None:
+    """Give a model the LoRA adapter in a folder: beside its weights, or merged into them.
+
+    Raises:
+        UserError: if there is no adapter, it is damaged, or of another model.
+    """
+    _load_adapter(model, Path(os.path.expanduser(folder)), merge)

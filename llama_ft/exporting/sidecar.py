@@ -1,0 +1,127 @@
+"""What lies beside the weights in a checkpoint's folder: its tokenizer and, for transformers, settings."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
+from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
+from llama_ft.data.tokenizer_json import tokenizer_files
+from llama_ft.files import Json, read_json
+from llama_ft.model.folder import LLAMA_3_VOCABULARY
+from llama_ft.model.sizes import HF_CONFIG, HOLDS_SIZES, hf_config
+
+GENERATION_CONFIG = "generation_config.json"
+LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
+# Of a tokenizer in Hugging Face's form: they belong together.
+HF_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class SidecarFiles:
+    """The files that go with the weights, read before anything is written."""
+
+    def __init__(self, config: ConvertConfig, log: Callable[[str], None]) -> None:
+        """Read them.
+
+        Raises:
+            UserError: if the tokenizer that is asked for cannot be read or is not the model's, or settings are damaged.
+        """
+        self._config, self._log = config, log
+        self._source = Path(os.path.expanduser(str(config.checkpoint)))
+        self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
+        self._tokenizer = self._find_tokenizer()
+        self._ids = self._special_ids()
+        if config.to is Format.hf:
+            self.files = self._hf_files()
+        else:  # the tokenizer alone
+            self.files = {} if self._tokenizer is None else {_usual_name(self._tokenizer): _read(self._tokenizer)}
+
+    def _find_tokenizer(self) -> Path | None:
+        """The file of the tokenizer, if there is one that we can read."""
+        config = self._config
+        builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
+        name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
+        if name is None:
+            return None
+        file = Path(os.path.expanduser(name))
+        try:
+            check_vocabulary(Tokenizer(file), file, config.model, config.checkpoint)
+        except UserError as error:
+            if config.tokenizer is not None:
+                raise
+            what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
+            self._log(f"{error}; {what}")
+            return None
+        return file
+
+    def _special_ids(self) -> Json:
+        """BOS and EOS: the tokenizer's, those of the source's settings, or those of the released models like it."""
+        if self._tokenizer is not None:
+            loaded = Tokenizer(self._tokenizer)
+            return {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
+        if self._settings is not None:
+            return {key: self._settings.get(key) for key in ("bos_token_id", "eos_token_id")}
+        bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
+        return {"bos_token_id": bos_id, "eos_token_id": eos_id}
+
+    def _hf_files(self) -> dict[str, bytes]:
+        """The tokenizer in the form that transformers reads, and what the source says of generating."""
+        files: dict[str, bytes] = {}
+        if (self._source / GENERATION_CONFIG).is_file():
+            files[GENERATION_CONFIG] = _read(self._source / GENERATION_CONFIG)
+        elif self._settings is None:
+            files[GENERATION_CONFIG] = _json(self._ids)
+        folder = self._source if self._tokenizer is None else self._tokenizer.parent
+        files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
+        if self._tokenizer is None:
+            unread = self._source / TOKENIZER_FILES[0]
+            return files | ({unread.name: _read(unread)} if unread.is_file() else {})
+        files[_usual_name(self._tokenizer)] = _read(self._tokenizer)
+        is_whole = {"tokenizer.json", "tokenizer_config.json"} <= files.keys()
+        return files if is_whole else self._made(self._tokenizer) | files
+
+    def _made(self, tokenizer: Path) -> dict[str, bytes]:
+        """What is missing of a tokenizer in Hugging Face's form."""
+        if _usual_name(tokenizer) == TOKENIZER_FILES[1]:
+            tokens = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
+            names = {token["id"]: token["content"] for token in tokens}
+            config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+            config |= {key.removesuffix("_id"): names[number] for key, number in self._ids.items()}
+            return {"tokenizer_config.json": _json(config)}
+        try:
+            made = tokenizer_files(tokenizer, llama_3_1=self._config.model.rope_factor != 1)
+        except UserError as error:
+            self._log(f"{error}; transformers may split text otherwise")
+            return {}
+        return {name: _json(content) for name, content in made.items()}
+
+    def hf_config(self, model: ModelConfig, dtype: str) -> Json:
+        """What config.json is to hold: what the source's does, where there is one, with what has changed."""
+        ours = hf_config(model, dtype, self._ids["bos_token_id"], self._ids["eos_token_id"])
+        if self._settings is None:
+            return ours
+        changed = {key: ours[key] for key in ("max_position_embeddings", "tie_word_embeddings")}
+        return self._settings | changed | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
+
+
+def _usual_name(tokenizer: Path) -> str:
+    """The name that a tokenizer's file has beside a checkpoint, by its content."""
+    return TOKENIZER_FILES[1] if JSON_START.match(_read(tokenizer)) else TOKENIZER_FILES[0]
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _json(content: Json) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,60 @@
+"""Planning uses all cores: each job is a function of its arguments, run in a process of its own."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager, contextmanager
+from multiprocessing import active_children, get_context
+from typing import Any, TypeVar
+
+from llama_ft.config import UserError
+
+MAX_PROCESSES = 8
+K = TypeVar("K")
+T = TypeVar("T")
+# Shows a title, and how much of a total is done: what it gives is called with how much more is.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Shows nothing."""
+    yield lambda more: None
+
+
+def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) -> Iterator[tuple[K, T]]:
+    """Call a function with the arguments of each job, one job to a core, and give the results as they come.
+
+    Raises:
+        UserError: the first that a job raises.
+    """
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    n_processes = min(len(jobs), n_cores, MAX_PROCESSES)
+    if n_processes < 2:
+        for key, arguments in jobs.items():
+            yield key, function(*arguments)
+        return
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["llama_ft.planning.worker"])
+    pool = ProcessPoolExecutor(n_processes, context, _begin)
+    try:
+        futures = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BaseException as error:
+        for process in active_children():  # nobody waits for their results
+            process.terminate()
+        if isinstance(error, UserError):
+            raise error from None  # without the other process's traceback
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin() -> None:
+    import signal
+
+    import torch
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then ends us
+    torch.set_num_threads(1)

@@ -1,0 +1,73 @@
+"""Answers, and the lines that they are written as: of `generate prompts=FILE`, and `answers.jsonl` of `evaluate`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_ft.files import Json
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What followed a prompt."""
+
+    text: str
+    n_tokens: int
+    finish: str
+    """What ended it: `eos`, `stop` (one of decoding.stop), or `length`."""
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt of a file with the answers to it."""
+
+    record: Json  # the prompt's own
+    answers: Sequence[Answer]
+    settings_hash: str  # of what they were made with, the prompts included: equal for the lines of a file
+    base_answers: Sequence[str] | None = None  # those of the model that is compared with
+
+    def line(self) -> str:
+        """One line of JSON: the prompt's record with `answer`, or of several `answers`, and with what else is known."""
+        return json.dumps(self.record | self.added(), ensure_ascii=False) + "\n"
+
+    def added(self) -> Json:
+        """What the line has beside the prompt's own keys."""
+        several = len(self.answers) > 1
+        key = "answers" if several else "answer"
+        columns = {
+            f"base_{key}": self.base_answers,
+            key: [answer.text for answer in self.answers],
+            "finish": [answer.finish for answer in self.answers],
+            "n_tokens": [answer.n_tokens for answer in self.answers],
+        }
+        values: Json = {name: list(c) if several else c[0] for name, c in columns.items() if c is not None}
+        return values | {"settings_hash": self.settings_hash}
+
+
+def texts_of_line(line: bytes, settings_hash: str) -> list[str] | None:
+    """The answers' texts in a line that was written with these settings; None if it is another one."""
+    try:
+        content = json.loads(line)
+        if content["settings_hash"] != settings_hash:
+            return None
+        return list(content["answers"]) if "answers" in content else [str(content["answer"])]
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+@dataclass(frozen=True)
+class AnsweredRecord:
+    """A record of an evaluation with the answers to it."""
+
+    instruction: str
+    input: str
+    task: str
+    expected: str
+    answers: dict[str, tuple[str, bool]]  # by role: the text as it came, and whether it is the expected one
+
+    def line(self) -> str:
+        """One line of JSON, with two keys for each role: `base_answer` and `base_correct`."""
+        values: Json = {key: value for key, value in vars(self).items() if key != "answers"}
+        for role, (text, is_correct) in self.answers.items():
+            values |= {f"{role}_answer": text, f"{role}_correct": is_correct}
+        return json.dumps(values, ensure_ascii=False) + "\n"

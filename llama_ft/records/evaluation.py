@@ -1,0 +1,112 @@
+"""`evaluate.json`: what an evaluation found."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from llama_ft.config.checks import Settings
+from llama_ft.records import SCHEMA_VERSION
+
+Role = Literal["model", "base", "fine_tuned"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The mean negative log-likelihood of tokens, and its exponential."""
+
+    perplexity: float
+    nll: float  # in nats
+    tokens: int
+
+
+@dataclass(frozen=True)
+class TextPerplexity(Perplexity):
+    """That of a text, in windows."""
+
+    bits_per_byte: float
+    windows: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """How many of the answers are correct."""
+
+    correct: int
+    records: int
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Accuracy(Share):
+    """The share of all records, and of each task's."""
+
+    tasks: dict[str, Share]  # empty where no record names one
+
+
+@dataclass(frozen=True)
+class ExactMatch(Accuracy):
+    """A model's."""
+
+    ended_by_length: int  # answers that had not ended when `max_new_tokens` did
+
+
+@dataclass(frozen=True)
+class Majority(Accuracy):
+    """What the most frequent answer of each task would come to."""
+
+    of: str  # the records whose most frequent answers they are
+    answers: dict[str, str]  # by task
+
+
+@dataclass(frozen=True)
+class EvaluatedModel:
+    """One of the models. What was not asked for is None."""
+
+    role: Role
+    checkpoint: str
+    adapter: str | None
+    responses: Perplexity
+    text: TextPerplexity | None
+    exact_match: ExactMatch | None
+    runtime_s: float
+
+
+@dataclass(frozen=True)
+class EvaluatedRecords:
+    """The records that were answered."""
+
+    name: str
+    file: str
+    is_held_out: bool  # whether they are the built-in ones that training never sees
+    records: int
+    skipped: int  # bad ones
+    truncated: int  # whose answer was cut at the longest length allowed
+    dropped: int  # whose prompt left no room for an answer
+
+
+@dataclass(frozen=True)
+class EvaluatedText:
+    """The text whose perplexity was measured."""
+
+    file: str
+    bytes: int
+    tokens: int  # after BOS
+    window: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An evaluation."""
+
+    model: str
+    data: EvaluatedRecords
+    text: EvaluatedText | None
+    max_new_tokens: int
+    models: list[EvaluatedModel]
+    majority: Majority | None
+    settings: Settings
+    device: str
+    dtype: str
+    versions: dict[str, str | None]
+    command: str
+    schema_version: int = SCHEMA_VERSION
