@@ -6,38 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from helpers.models import CPU, reference, relative, small_config, small_model
 
-from benchmarks.decode import reference
+from benchmarks.decode import to_hf
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
-from llama_ft.model.formats import permute_rotary, to_hf
-from llama_ft.model.transformer import RMSNorm, Transformer, rotary_frequencies, rotary_table, rotate
+from llama_ft.model.formats import permute_rotary
+from llama_ft.model.transformer import RMSNorm, rotary_frequencies, rotary_table, rotate
 from llama_ft.model.weights import load_model, save_tensors
-
-CPU = torch.device("cpu")
-
-
-def small_config(n_kv_heads: int = 4) -> ModelConfig:
-    return ModelConfig(
-        name="small", dim=64, n_layers=3, n_heads=4, n_kv_heads=n_kv_heads, ffn_dim=96, vocab_size=101, max_seq_len=64
-    )
 
 
 def rotary_config(context: int, head_dim: int) -> ModelConfig:
     return ModelConfig("small", max_seq_len=context, head_size=head_dim)
-
-
-def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
-    model = load_model(small_config(n_kv_heads), "random", CPU, torch.float32, seed)
-    with torch.no_grad():
-        for parameter in model.parameters():  # away from 0.02, so that attention and gains are far from uniform
-            parameter.mul_(5.0) if parameter.dim() == 2 else parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
-    return model
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return ((a - b).abs().max() / b.abs().max()).item()
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
@@ -181,19 +161,6 @@ def test_saved_weights_load_again(tmp_path) -> None:
     again = load_model(model.config, str(tmp_path), CPU, torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS_FILE]
-
-
-def test_weights_of_another_model_are_refused(tmp_path) -> None:
-    save_tensors(small_model(4).state_dict(), tmp_path / WEIGHTS_FILE, small_config(2))
-    with pytest.raises(UserError, match=r"layers\.0\.attention\.wk\.weight is \[64, 64\], and should be \[32, 64\]"):
-        load_model(small_config(2), str(tmp_path), CPU, torch.float32)
-
-
-@pytest.mark.parametrize("content", [b"", b"\x10\x00\x00\x00\x00\x00\x00\x00{", b"not safetensors at all"])
-def test_damaged_weights_are_refused(tmp_path, content: bytes) -> None:
-    (tmp_path / WEIGHTS_FILE).write_bytes(content)
-    with pytest.raises(UserError, match=r"is empty|not a safetensors file"):
-        load_model(small_config(), str(tmp_path), CPU, torch.float32)
 
 
 def test_tiny_fits_8_mb_with_its_tokenizer_in_16_bit(tiny_config) -> None:
