@@ -144,6 +144,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     return bool(OUT_OF_MEMORY_TEXT.search(str(error))) or (unclear and is_near_data_limit())
 
 
+@contextmanager
+def out_of_memory_explained(advice: str) -> Iterator[None]:
+    """Say what needs less, where memory runs out inside.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from error
+
+
 def is_near_data_limit() -> bool:
     """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
