@@ -5,6 +5,8 @@ import platform
 import re
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 

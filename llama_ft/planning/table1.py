@@ -122,7 +122,10 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         Contrast("lora", adapters, run(), run(lora=True)),
     ]
     others = [each for each in TECHNIQUES if each.name not in {row.technique for row in rows}]
-    return rows + [Contrast(each.name, each.meaning, run(), run(**{each.name: True})) for each in others]
+    return rows + [
+        Contrast(each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True})))
+        for each in others
+    ]
 
 
 def _key(config: TrainConfig) -> Key:
