@@ -17,7 +17,7 @@ import torch
 from conftest import CHECKOUT, environment, run
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import read_adapter
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Code, with_odd_values
 from test_convert import Command, Folders, command, folders, ours, peft_adapter, tensors, theirs

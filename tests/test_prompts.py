@@ -305,7 +305,7 @@ def doubled(file: Path) -> None:
         {"damage": lambda file: file.write_text('{"answer": "of other software"}\n')},
         {"damage": doubled},
     ],
-    ids=str,
+    ids=lambda changes: next(iter(changes)),
 )
 def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
     answered(settings(tmp_path), Counting())
