@@ -9,7 +9,6 @@ the same, so the texts are compared too. transformers' generate has its cache on
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
@@ -20,13 +19,13 @@ from typing import Any
 
 import torch
 import transformers
-from omegaconf import OmegaConf
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, config_dir
+from llama_ft.config.presets import preset
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_name
+from llama_ft.device import device_name, versions
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
@@ -61,10 +60,10 @@ def reference(model: Transformer) -> LlamaForCausalLM:
 @torch.inference_mode()
 def ours(model: Transformer, prompt: list[int], n_new: int, kv_cache: bool) -> Tensor:
     """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
-    context = GenerationState(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
     for _ in range(n_new):
-        context.append(context.next_logits().argmax(-1))
-    return context.tokens[:, len(prompt) :]
+        state.append(state.next_logits().argmax(-1))
+    return state.tokens[:, len(prompt) :]
 
 
 @torch.inference_mode()
@@ -72,17 +71,17 @@ def transformers_generate(model: LlamaForCausalLM, prompt: list[int], n_new: int
     """The same by transformers' generate."""
     tokens = torch.tensor([prompt], device=model.device)
     settings: dict[str, Any] = {"min_new_tokens": n_new, "max_new_tokens": n_new, "do_sample": False}
-    found = model.generate(
+    output = model.generate(
         tokens, attention_mask=torch.ones_like(tokens), pad_token_id=0, eos_token_id=None, **settings
     )
-    return found[:, len(prompt) :]  # type: ignore[no-any-return]
+    return output[:, len(prompt) :]  # type: ignore[no-any-return]
 
 
 def seconds(act: Callable[[], Tensor]) -> tuple[float, Tensor]:
     """How long it takes, and what comes of it, read by the host."""
     began = time.perf_counter()
-    found = act().cpu()
-    return time.perf_counter() - began, found
+    tokens = act().cpu()
+    return time.perf_counter() - began, tokens
 
 
 def measure(config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -130,8 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder to write decode.json into")
     arguments = parser.parse_args()
-    sizes: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "model" / f"{arguments.model}.yaml"))
-    config = ModelConfig(**sizes)
+    config = preset("model", arguments.model, ModelConfig)
     n_prompt, n_new = arguments.prompt_tokens, arguments.new_tokens
     if n_prompt < 1 or n_new < 1 or arguments.rounds < 1 or n_prompt + n_new > config.max_seq_len:
         parser.error(f"prompt and new tokens must be at least 1, and together at most {config.max_seq_len}; rounds too")
@@ -139,11 +137,7 @@ def main() -> None:
     about = {
         "date": date.today().isoformat(),
         "command": f"python -m benchmarks.decode {' '.join(sys.argv[1:])}",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "versions": versions() | {"transformers": transformers.__version__},
     }
     text = json.dumps(about | vars(arguments) | result, indent=2, default=str) + "\n"
     print(text, end="")

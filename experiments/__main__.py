@@ -1,19 +1,20 @@
 """`python -m experiments`: all studies, each in a process of its own, and which of their claims hold."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from experiments import STUDIES
-from experiments.study import OUTPUT, Options, parse_options, run_as_command
+from experiments.study import OUTPUT, Options, read_options, run_command
 from llama_ft.cli import FAILED, USAGE_ERROR
 from llama_ft.files import output_folder
 
 
 def run_all(arguments: list[str]) -> int:
-    """Run every study, and print a line for each.
+    """Run every study with the same arguments, each into a folder of its own, and print a line for each.
 
     Returns:
         0 if every claim of every study holds, 1 if one fails, 2 if a study could not be finished.
@@ -21,39 +22,36 @@ def run_all(arguments: list[str]) -> int:
     Raises:
         UserError: if an argument is wrong, or the folder cannot be written to.
     """
-    options = parse_options(arguments, Options)
-    with output_folder(str(options.output or OUTPUT), "experiments", "all") as folder:
-        return _run_each(folder, "true" if options.quick else "false")
-
-
-def _run_each(output: Path, quick: str) -> int:
-    """Run the studies one after the other, each into a folder of its own."""
-    lines, worst = [], 0
-    for name in STUDIES:
-        folder = output / name
-        file = folder / f"{name}.json"
-        earlier = file.stat().st_mtime_ns if file.is_file() else None
-        print(f"{name}: {STUDIES[name]}", flush=True)
-        began = time.monotonic()
-        command = [sys.executable, "-m", f"experiments.{name}", f"quick={quick}", f"output={folder}"]
-        status = subprocess.run(command, check=False).returncode
-        is_new = file.is_file() and file.stat().st_mtime_ns != earlier
-        finished = status in (0, FAILED) and is_new
-        worst = max(worst, status if finished else USAGE_ERROR)
-        lines.append(f"{name}: {outcome(status, file if is_new else None)}, {time.monotonic() - began:.0f} s")
-        print(flush=True)
+    options, lines, worst = read_options(arguments, Options), [], 0
+    # Set by our own command, in which it is no wish for tracebacks.
+    variables = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+    with output_folder(options.output or str(OUTPUT), "experiments", "all") as folder:
+        for name in STUDIES:
+            file = folder / name / f"{name}.json"
+            earlier, began = written_at(file), time.monotonic()
+            print(f"{name}: {STUDIES[name]}", flush=True)
+            command = [sys.executable, "-m", f"experiments.{name}", *arguments, f'output="{file.parent}"']
+            status = subprocess.run(command, check=False, env=variables).returncode
+            finished = status in (0, FAILED) and written_at(file) != earlier
+            worst = max(worst, status if finished else USAGE_ERROR)
+            outcome = claims_held(file) if finished else f"not finished (exit status {status})"
+            lines.append(f"{name}: {outcome}, {time.monotonic() - began:.0f} s")
+            print(flush=True)
     print("\n".join(lines))
     return worst
 
 
-def outcome(status: int, file: Path | None) -> str:
-    """How a study ended, by its exit status and the file of numbers that it left, if any."""
-    if status not in (0, FAILED) or file is None:
-        return f"not finished (exit status {status})"
+def written_at(file: Path) -> int | None:
+    """When a file was written; None if it is not there."""
+    return file.stat().st_mtime_ns if file.is_file() else None
+
+
+def claims_held(file: Path) -> str:
+    """How many of its claims a study's numbers bear out."""
     claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
     return f"{sum(claim['holds'] for claim in claims)} of {len(claims)} claims hold"
 
 
 if __name__ == "__main__":
     purpose = f"All studies ({', '.join(STUDIES)}), each in a process of its own, and which of their claims hold."
-    sys.exit(run_as_command(run_all, "experiments", purpose, Options))
+    run_command(lambda: run_all(sys.argv[1:]), purpose, Options)

@@ -5,18 +5,25 @@ numbers are those of the built-in model on held-out records.
 """
 
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
+
 from experiments.figure import BLUE, GREY, ORANGE, drawn
-from experiments.study import Claim, Numbers, Options, Study, main, table
+from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
+from experiments.study import Claim, Log, Numbers, Options, Study, main, table
+from llama_ft.config import ModelConfig
+from llama_ft.data.dataset import encode_record
+from llama_ft.decoding.beam import beam_search
+from llama_ft.decoding.sampling import Greedy, keep_top_k, keep_top_p
+from llama_ft.decoding.state import GenerationState
+from llama_ft.evaluation.perplexity import perplexity
+from llama_ft.model.transformer import Transformer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from llama_ft.decoding.state import GenerationState
 
 WORDS = ["<eos>", *"The nice dog car woman house guy has runs and is drives turns".split()]
 TREE = {
@@ -30,92 +37,78 @@ BY_HAND = 1e-5  # relative
 MIN_SHOWN = 1e-6  # probability in the figure
 
 
-def tree_context(rows: int) -> "GenerationState":
+def measure(options: Options, log: Log) -> Numbers:
+    """Walk the tree, look at the sets, compute perplexities."""
+    log("the tree, the sets, perplexities")
+    return {"tree": tree(), "sets": sets(64), "perplexity": perplexities(60)}
+
+
+class Tree(Transformer):
+    """A model that looks its next word up."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.config = ModelConfig("tree", vocab_size=len(WORDS))
+        self.output = nn.Linear(1, 1)
+
+    def forward(self, tokens: Tensor, **_: Any) -> Tensor:
+        """Logits of the word that follows each row."""
+        logits = torch.full((len(tokens), len(WORDS)), -math.inf)
+        for row, ids in enumerate(tokens.tolist()):
+            text = " ".join(WORDS[number] for number in ids)
+            for word, probability in TREE.get(text, {"<eos>": 1.0}).items():
+                logits[row, WORDS.index(word)] = math.log(probability)
+        return logits
+
+
+def tree_state(rows: int) -> GenerationState:
     """The sequence "The" in equal rows; what follows is the tree's."""
-    import torch
-    from torch import nn
-
-    from llama_ft.config import ModelConfig
-    from llama_ft.decoding.state import GenerationState
-    from llama_ft.model.transformer import Transformer
-
-    class Tree(Transformer):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-            self.config = ModelConfig("tree", vocab_size=len(WORDS))
-            self.output = nn.Linear(1, 1)
-
-        def forward(self, tokens: torch.Tensor, **_: Any) -> torch.Tensor:
-            logits = torch.full((len(tokens), len(WORDS)), -math.inf)
-            for row, ids in enumerate(tokens.tolist()):
-                text = " ".join(WORDS[number] for number in ids)
-                for word, probability in TREE.get(text, {"<eos>": 1.0}).items():
-                    logits[row, WORDS.index(word)] = math.log(probability)
-            return logits
-
     return GenerationState(Tree(), [[WORDS.index("The")]] * rows, 2, False, torch.float32)
 
 
-def tree() -> dict[str, Any]:
+def tree() -> Numbers:
     """What greedy decoding and two beams find, two words deep, with their probabilities."""
-    import torch
-
-    from llama_ft.decoding.beam import beam_search
-    from llama_ft.decoding.sampling import Greedy
-
-    context, probability = tree_context(1), 1.0
+    state, probability = tree_state(1), 1.0
     for _ in range(2):
-        logits = context.next_logits()
+        logits = state.next_logits()
         chosen = Greedy().choose(logits, torch.zeros_like(logits, dtype=torch.bool))
         probability *= logits.softmax(-1)[0, chosen].item()
-        context.append(chosen)
-    greedy = " ".join(WORDS[number] for number in context.tokens[0].tolist())
-    best, *_ = beam_search(tree_context(2), 2, 2, WORDS.index("<eos>"), length_penalty=0.0)
+        state.append(chosen)
+    greedy = " ".join(WORDS[number] for number in state.tokens[0].tolist())
+    best, *_ = beam_search(tree_state(2), 2, 2, WORDS.index("<eos>"), length_penalty=0.0)
     beam = " ".join(["The", *(WORDS[number] for number in best.tokens)])
     return {"greedy": greedy, "greedy_p": probability, "beam": beam, "beam_p": math.exp(best.score)}
 
 
-def sets(n_contexts: int) -> dict[str, list[Any]]:
-    """Tokens kept by top-k and top-p, and the probability that they have, over places of the held-out records."""
-    import torch
-
-    from experiments.builtin import load_tiny, prompt_source
-    from llama_ft.decoding.sampling import keep_top_k, keep_top_p
-
+def sets(n_positions: int) -> dict[str, list[Any]]:
+    """Tokens kept by top-k and top-p, and the probability that they have, at positions of the held-out records."""
     with torch.inference_mode():
         text = torch.tensor([prompt_source()[:512]])
-        places = torch.linspace(5, 510, n_contexts).long()
-        logits = load_tiny()(text, logits_at=places)
+        logits = load_tiny()(text, logits_at=torch.linspace(5, 510, n_positions).long())
     probabilities = logits.double().softmax(-1)
-    found: dict[str, list[Any]] = {}
+    numbers: dict[str, list[Any]] = {}
     for name, kept in (("top_k", keep_top_k(logits, TOP_K)), ("top_p", keep_top_p(logits, TOP_P))):
-        inside = [row[there] for row, there in zip(probabilities, kept.isfinite(), strict=True)]
-        found[f"{name}_tokens"] = [len(row) for row in inside]
-        found[f"{name}_mass"] = [row.sum().item() for row in inside]
-        found[f"{name}_least"] = [row.min().item() for row in inside]
-    order = sorted(range(n_contexts), key=found["top_p_tokens"].__getitem__)
-    for name, place in (("sure", order[0]), ("unsure", order[-1])):
-        found[name] = probabilities[place].sort(descending=True).values.tolist()
-    return found
+        inside = [row[finite] for row, finite in zip(probabilities, kept.isfinite(), strict=True)]
+        numbers[f"{name}_tokens"] = [len(row) for row in inside]
+        numbers[f"{name}_mass"] = [row.sum().item() for row in inside]
+        numbers[f"{name}_least"] = [row.min().item() for row in inside]
+    order = sorted(range(n_positions), key=numbers["top_p_tokens"].__getitem__)
+    for name, position in (("sure", order[0]), ("unsure", order[-1])):
+        numbers[name] = probabilities[position].sort(descending=True).values.tolist()
+    return numbers
 
 
 def perplexities(n_records: int) -> dict[str, float]:
     """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
-    import torch
-
-    from experiments.builtin import load_tiny, sample_records, tiny_tokenizer
-    from llama_ft.data.dataset import encode_record
-    from llama_ft.evaluation.perplexity import perplexity
-
     model, tokenizer = load_tiny(), tiny_tokenizer()
     samples = [encode_record(record, tokenizer) for record in sample_records("heldout", n_records)]
     nats: list[float] = []
     with torch.inference_mode():
         for sample in samples:
             rows = model(torch.tensor([sample.tokens]))[0].tolist()
-            for place in range(sample.n_prompt, len(sample)):
-                row = rows[place - 1]  # what is said of the token before it
-                nats.append(math.log(sum(math.exp(logit) for logit in row)) - row[sample.tokens[place]])
+            for position in range(sample.n_prompt, len(sample)):
+                row = rows[position - 1]  # the token before it predicts it
+                nats.append(math.log(sum(math.exp(logit) for logit in row)) - row[sample.tokens[position]])
     by_hand = math.exp(math.fsum(nats) / len(nats))
     evaluated = perplexity(model, samples, batch_size=8).perplexity
     with torch.no_grad():
@@ -132,12 +125,14 @@ def perplexities(n_records: int) -> dict[str, float]:
 
 def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
-    walk, kept, measured = numbers["tree"], numbers["sets"], numbers["perplexity"]
-    sizes, without_least = kept["top_p_tokens"], []
-    for mass, least in zip(kept["top_p_mass"], kept["top_p_least"], strict=True):
-        without_least.append(mass - least)
-    smallest = min(kept["top_p_mass"]) >= TOP_P - 1e-6 and max(without_least) < TOP_P
-    apart = abs(measured["evaluated"] / measured["by_hand"] - 1)
+    return [
+        *_tree_claims(numbers["tree"]),
+        *_set_claims(numbers["sets"]),
+        *_perplexity_claims(numbers["perplexity"]),
+    ]
+
+
+def _tree_claims(walk: Numbers) -> list[Claim]:
     return [
         Claim(
             'greedy decoding takes "The nice woman", 0.5 * 0.4',
@@ -149,6 +144,13 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             walk["beam"] == "The dog has" and math.isclose(walk["beam_p"], 0.36, rel_tol=1e-6),
             {"probability": walk["beam_p"]},
         ),
+    ]
+
+
+def _set_claims(kept: Numbers) -> list[Claim]:
+    sizes, masses = kept["top_p_tokens"], kept["top_p_mass"]
+    without_least = [mass - least for mass, least in zip(masses, kept["top_p_least"], strict=True)]
+    return [
         Claim(
             f"top-k keeps {TOP_K} tokens whatever they are worth: their share of the probability differs by 50"
             " percentage points or more",
@@ -157,14 +159,20 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         ),
         Claim(
             f"top-p keeps the smallest set whose probability reaches {TOP_P}: without its least token it has less",
-            smallest,
-            {"with it at least": min(kept["top_p_mass"]), "without it at most": max(without_least)},
+            min(masses) >= TOP_P - 1e-6 and max(without_least) < TOP_P,
+            {"with it at least": min(masses), "without it at most": max(without_least)},
         ),
         Claim(
             "so top-p keeps few tokens where the model is sure, and 10 times as many where it is not",
             max(sizes) >= 10 * min(sizes),
             {"tokens at least": min(sizes), "tokens at most": max(sizes)},
         ),
+    ]
+
+
+def _perplexity_claims(measured: Numbers) -> list[Claim]:
+    apart = abs(measured["evaluated"] / measured["by_hand"] - 1)
+    return [
         Claim(
             "perplexity by hand, exp of the mean of -log p of each token, is what evaluate finds",
             apart <= BY_HAND,
@@ -176,6 +184,17 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             {"perplexity": measured["uniform"], "vocabulary": measured["vocabulary"]},
         ),
     ]
+
+
+def table_of(numbers: Numbers) -> str:
+    """What was found."""
+    walk, kept = numbers["tree"], numbers["sets"]
+    sizes = [
+        [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
+        for name, key in (("top-k", "top_k_tokens"), ("top-p", "top_p_tokens"))
+    ]
+    paths = [["greedy", walk["greedy"], walk["greedy_p"]], ["two beams", walk["beam"], walk["beam_p"]]]
+    return table(("", "found", "probability"), [*paths, *sizes])
 
 
 def draw(numbers: Numbers, file: Path) -> None:
@@ -193,7 +212,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         right.legend(frameon=False, loc="upper left")
 
 
-def _draw_tree(axes: "Axes", walk: dict[str, Any]) -> None:
+def _draw_tree(axes: "Axes", walk: Numbers) -> None:
     """Words from left to right; the paths that were found are coloured."""
     axes.axis("off")
     axes.set(xlim=(-0.25, 2.6), ylim=(-0.6, 8.6))
@@ -218,28 +237,7 @@ def _draw_edge(
     axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=colour, weight="bold" if colours else "normal")
 
 
-def measure(options: Options, log: Callable[[str], None]) -> Numbers:
-    """Walk the tree, look at the sets, compute perplexities."""
-    log("the tree, the sets, perplexities")
-    return {
-        "tree": tree(),
-        "sets": sets(64),
-        "perplexity": perplexities(60),
-    }
-
-
-def table_of(numbers: Numbers) -> str:
-    """What was found."""
-    walk, kept = numbers["tree"], numbers["sets"]
-    sizes = [
-        [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
-        for name, key in (("top-k", "top_k_tokens"), ("top-p", "top_p_tokens"))
-    ]
-    paths = [["greedy", walk["greedy"], walk["greedy_p"]], ["two beams", walk["beam"], walk["beam_p"]]]
-    return table(("", "found", "probability"), [*paths, *sizes])
-
-
 STUDY = Study("decoding", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

@@ -1,5 +1,6 @@
 """The measurements of `experiments.gradient_checkpointing`."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,14 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.builtin import model_config
-from experiments.gradient_checkpointing import SQUARES, WAYS
+from experiments.shared import gradient_of, model_config
+from experiments.study import Log, Numbers
 from llama_ft.config import ModelConfig
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 
+SQUARES = (16, 36, 64, 144, 256)  # numbers of layers that have a square root
+WAYS: dict[str, Callable[[int], int | None]] = {
+    "keep all": lambda n: 0,
+    "keep none": lambda n: None,
+    "one checkpoint": lambda n: n,
+    "every sqrt(n)-th": math.isqrt,
+    "every layer": lambda n: 1,
+}
+"""Of n layers: from how many of them one input is kept; 0 keeps everything, None the first input alone."""
 WIDTH, TOKENS = 64, 32  # of the textbook's layers
 N_BLOCKS, BLOCK_TOKENS = 16, 128  # of the tiny model's shape
 
@@ -23,7 +33,7 @@ def textbook_model(n_layers: int) -> Transformer:
     """The library's model around n linear layers, each of which keeps its input for backward, and no more."""
 
     class Layer(nn.Linear):
-        def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+        def forward(self, x: Tensor, *_: object) -> Tensor:
             return super().forward(x)
 
     torch.manual_seed(0)
@@ -88,7 +98,7 @@ def prepared(model: Transformer, way: str) -> Transformer:
     return model
 
 
-def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, Any]:
+def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, int]:
     """A forward pass, and a backward pass if it trains: the most bytes of activations, forward passes of layers."""
     tokens, n_forward = torch.arange(n_tokens)[None] % model.config.vocab_size, 0
     last = torch.tensor([n_tokens - 1])  # where the head is asked, so that it takes next to nothing
@@ -109,24 +119,27 @@ def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, 
     return {"bytes": round(tracker.result().max_mib["activation"] * MIB), "forwards": n_forward}
 
 
-def textbook(log: Callable[[str], None]) -> dict[str, dict[str, list[int]]]:
-    """Bytes and forward passes by way, for each number of layers; and bytes of inference."""
-    found: dict[str, dict[str, list[int]]] = {}
+def textbook(log: Log) -> Numbers:
+    """Bytes and forward passes by way, for each number of layers; and those of inference."""
+
+    def by_size(way: str, trains: bool) -> dict[str, list[int]]:
+        counts = [passes(prepared(textbook_model(n), way), TOKENS, trains) for n in SQUARES]
+        return {key: [count[key] for count in counts] for key in ("bytes", "forwards")}
+
+    measured = {}
     for way in WAYS:
         log(f"{way} of up to {max(SQUARES)} layers")
-        each = [passes(prepared(textbook_model(n), way), TOKENS) for n in SQUARES]
-        found[way] = {key: [one[key] for one in each] for key in ("bytes", "forwards")}
-    inference = [passes(textbook_model(n), TOKENS, trains=False) for n in SQUARES]
-    return found | {"inference": {key: [one[key] for one in inference] for key in ("bytes", "forwards")}}
+        measured[way] = by_size(way, trains=True)
+    return measured | {"inference": by_size("keep all", trains=False)}
 
 
-def blocks() -> dict[str, Any]:
+def blocks() -> Numbers:
     """LLaMA's block: bytes that it keeps and bytes of its input, and what each way takes for a model of them."""
-    found = {way: passes(prepared(llama_model(N_BLOCKS), way), BLOCK_TOKENS) for way in WAYS}
-    more = passes(prepared(llama_model(2 * N_BLOCKS), "keep all"), BLOCK_TOKENS)["bytes"]
-    kept = (more - found["keep all"]["bytes"]) / N_BLOCKS
-    a_input = BLOCK_TOKENS * llama_model(1).config.dim * 4
-    return {"ways": found, "kept_bytes": kept, "input_bytes": a_input, "times_its_input": kept / a_input}
+    ways = {way: passes(prepared(llama_model(N_BLOCKS), way), BLOCK_TOKENS) for way in WAYS}
+    of_twice_as_many = passes(llama_model(2 * N_BLOCKS), BLOCK_TOKENS)["bytes"]
+    kept = (of_twice_as_many - ways["keep all"]["bytes"]) / N_BLOCKS
+    input_bytes = BLOCK_TOKENS * model_config("tiny").dim * 4
+    return {"ways": ways, "kept_bytes": kept, "input_bytes": input_bytes, "times_its_input": kept / input_bytes}
 
 
 def gradients_apart() -> dict[str, float]:
@@ -135,7 +148,7 @@ def gradients_apart() -> dict[str, float]:
     def gradients(way: str) -> Tensor:
         model = prepared(llama_model(4), way)
         passes(model, TOKENS)
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return gradient_of(model)
 
     plain = gradients("keep all")
     return {way: (gradients(way) - plain).abs().max().item() for way in WAYS if way != "keep all"}

@@ -4,32 +4,50 @@ Cells are batch x prompt length x output length, each with the cache and without
 device, so that both ways agree in all but the last bits.
 """
 
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.kv_cache_figure import draw
-from experiments.kv_cache_report import MIN_EXPONENT_GAP, Line, claims_of, table_of
-from experiments.study import Numbers, Options, Study, main
+import torch
+
+from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
+from experiments.kv_cache_runs import Line, measure_line
+from experiments.shared import load_tiny, prompt_source
+from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.config import DeviceChoice, UserError
-from llama_ft.config.checks import setting
+from llama_ft.config.checks import check, setting
+from llama_ft.system import MIB
 
 if TYPE_CHECKING:
-    import torch
+    from matplotlib.axes import Axes
+
+MIN_SPEED_UP = 5.0
+MIN_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt
+MAX_BYTES_APART = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass
 class KVCacheOptions(Options):
     """What this study can be told."""
 
     complete: bool = setting(False, "every cell: a quarter of an hour for each of the repeats")
     repeats: int = setting(1, "times that everything is timed; the median counts")
-    gpu: DeviceChoice = setting(DeviceChoice.cpu, "where to run: cpu, cuda or auto")
+    device: DeviceChoice = setting(DeviceChoice.cpu, "where to run")
 
     def __post_init__(self) -> None:
+        check(self.repeats >= 1, "repeats", self.repeats, "a whole number, at least 1")
         if self.quick and self.complete:
             raise UserError("quick=true and complete=true are two sizes: give one of them")
+
+    def torch_device(self) -> torch.device:
+        """The device that was asked for.
+
+        Raises:
+            UserError: if it is not there.
+        """
+        has_gpu = torch.cuda.is_available()
+        check(has_gpu or self.device is not DeviceChoice.cuda, "device", "cuda", "cpu: PyTorch sees no CUDA GPU here")
+        return torch.device("cuda" if has_gpu and self.device is not DeviceChoice.cpu else "cpu")
 
 
 @dataclass(frozen=True)
@@ -55,48 +73,143 @@ def plan_of(options: KVCacheOptions) -> Plan:
     return Plan(lines, (32, 128, 512), longest, longest)
 
 
-def device_of(options: KVCacheOptions) -> "torch.device":
-    """The device that was asked for.
-
-    Raises:
-        UserError: if it is not there.
-    """
-    from llama_ft.config import GpuConfig
-    from llama_ft.device import choose_device
-
-    return choose_device(GpuConfig(options.gpu.name, device=options.gpu))
-
-
-def measure(options: KVCacheOptions, log: Callable[[str], None]) -> Numbers:
+def measure(options: KVCacheOptions, log: Log) -> Numbers:
     """Measure what the plan asks for.
 
     Raises:
         UserError: if the device is not there.
     """
-    from experiments.builtin import CHECKPOINT, load_tiny, prompt_source
-    from experiments.kv_cache_lines import measure_line
-
     plan = plan_of(options)
-    model, text, measured = load_tiny(device_of(options)), prompt_source(), []
+    model, text, lines = load_tiny(options.torch_device()), prompt_source(), []
     for line in plan.lines:
         log(f"batch {line.batch}, prompt of {line.prompt} tokens, {line.new} new ones, with the cache and without")
-        measured.append(measure_line(model, text, line, plan.outputs, options.repeats))
+        lines.append(measure_line(model, text, line, plan.outputs, options.repeats))
     return {
         "repeats": options.repeats,
-        "model": {"name": model.config.name, "checkpoint": CHECKPOINT},
+        "model": {"name": model.config.name, "checkpoint": "builtin"},
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-        "texts_compared": sum(one["texts_compared"] for one in measured),
-        "texts_different": sum(one["texts_different"] for one in measured),
-        "fewest_kinds_of_tokens": min(one["fewest_kinds_of_tokens"] for one in measured),
-        "speed": vars(plan.speed),
-        "growth": vars(plan.growth),
+        **{key: sum(line[key] for line in lines) for key in ("texts_compared", "texts_different")},
+        "fewest_kinds_of_tokens": min(line["fewest_kinds_of_tokens"] for line in lines),
+        "speed": asdict(plan.speed),
+        "growth": asdict(plan.growth),
         "exponent_gap": plan.exponent_gap,
-        "cells": [cell for one in measured for cell in one["cells"]],
-        "curves": [curve for one in measured for curve in one["curves"]],
+        **{key: [item for line in lines for item in line[key]] for key in ("cells", "curves")},
     }
 
 
-STUDY = Study("kv_cache", KVCacheOptions, measure, claims_of, table_of, draw, device_of)
+def claims_of(numbers: Numbers) -> list[Claim]:
+    """What the numbers say of each claim."""
+    return [
+        _speed_claim(numbers["speed"], numbers["cells"]),
+        _growth_claim(numbers["growth"], numbers["curves"], numbers["exponent_gap"]),
+        _bytes_claim([cell for cell in numbers["cells"] if cell["kv_cache"]]),
+        _text_claim(numbers),
+    ]
+
+
+def _both(items: list[Numbers], **wanted: int) -> tuple[Numbers, Numbers]:
+    """With the cache and without it: the cells, or curves, that have what is wanted."""
+    matches = [item for item in items if all(item[key] == value for key, value in wanted.items())]
+    with_cache, without = sorted(matches, key=lambda item: not item["kv_cache"])
+    return with_cache, without
+
+
+def _power(curve: Numbers) -> float:
+    """The power with which time grows, from an eighth of the longest output on: a hiccup weighs much in others."""
+    points = [(n, s) for n, s in zip(curve["new"], curve["total_s"], strict=True) if 8 * n >= max(curve["new"])]
+    return exponent(*zip(*points, strict=True))
+
+
+def _speed_claim(line: dict[str, int], cells: list[Numbers]) -> Claim:
+    with_cache, without = (cell["total_s"] for cell in _both(cells, **line))
+    what = f"{line['new']} new tokens after a prompt of {line['prompt']} come at least {MIN_SPEED_UP:g} times as fast"
+    numbers = {"times as fast": without / with_cache, "seconds with": with_cache, "seconds without": without}
+    return Claim(f"{what} with the cache", without >= MIN_SPEED_UP * with_cache, numbers)
+
+
+def _growth_claim(line: dict[str, int], curves: list[Numbers], gap: float) -> Claim:
+    with_cache, without = map(_power, _both(curves, batch=line["batch"], prompt=line["prompt"]))
+    what = "without the cache time grows with a higher power of the output's length"
+    numbers = {"exponent with": with_cache, "exponent without": without}
+    return Claim(f"{what}, by {gap:g} or more", without - with_cache >= gap, numbers)
+
+
+def _bytes_claim(cells: list[Numbers]) -> Claim:
+    worst = max(abs(cell["cache_bytes"] / cell["closed_form_bytes"] - 1) for cell in cells)
+    what = "the cache has the bytes of 2 x layers x kv_heads x head_dim x tokens x bytes x batch"
+    numbers = {"cells": len(cells), "percent apart at most": 100 * worst}
+    return Claim(f"{what}, within {100 * MAX_BYTES_APART:g} percent", worst <= MAX_BYTES_APART, numbers)
+
+
+def _text_claim(numbers: Numbers) -> Claim:
+    compared, different = numbers["texts_compared"], numbers["texts_different"]
+    shown = {"texts": compared, "different": different, "kinds of tokens at least": numbers["fewest_kinds_of_tokens"]}
+    return Claim("the text is the same with the cache and without it", compared > 0 and different == 0, shown)
+
+
+def table_of(numbers: Numbers) -> str:
+    """The cells in Markdown, those with the cache and without it in one row."""
+    cells = numbers["cells"]
+    titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MiB")
+    rows = []
+    for batch, prompt, new in dict.fromkeys((cell["batch"], cell["prompt"], cell["new"]) for cell in cells):
+        with_cache, without = both = _both(cells, batch=batch, prompt=prompt, new=new)
+        rows.append(
+            [
+                *(batch, prompt, new),
+                " / ".join(f"{1000 * cell['first_token_s']:,.0f}" for cell in both),
+                " / ".join(f"{cell['decode_tokens_per_s']:,.0f}" for cell in both),
+                " / ".join(f"{cell['total_s']:,.2f}" for cell in both),
+                f"{without['total_s'] / with_cache['total_s']:.1f}",
+                " / ".join(f"{cell['peak_memory_bytes'] / MIB:,.1f}" for cell in both),
+                *(f"{with_cache[key] / MIB:,.2f}" for key in ("cache_bytes", "closed_form_bytes")),
+            ]
+        )
+    note = "With the cache / without it. Peak: tensors alive at most, weights included."
+    return f"{table((*titles, 'cache, MiB', 'formula, MiB'), rows)}\n{note}\n"
+
+
+def draw(numbers: Numbers, file: Path) -> None:
+    """Time against the length of the output, memory against the number of tokens."""
+    line = numbers["growth"]
+    batch = f", batch {line['batch']}" if line["batch"] > 1 else ""
+    with drawn(file, (f"n tokens after a prompt of {line['prompt']}{batch}", "memory of the cache")) as (time, memory):
+        _draw_time(time, line, numbers["curves"])
+        _draw_memory(memory, [cell for cell in numbers["cells"] if cell["kv_cache"]])
+        for axes in (time, memory):
+            axes.set_xlim(left=0)
+            axes.set_ylim(bottom=0)
+
+
+def _draw_time(axes: "Axes", line: dict[str, int], curves: list[Numbers]) -> None:
+    """The line's time against the length of its output, and the power with which it grows."""
+    both = _both(curves, batch=line["batch"], prompt=line["prompt"])
+    for curve, colour, name in zip(both, (BLUE, ORANGE), ("with the cache", "without the cache"), strict=True):
+        label = f"{name}, as $n^{{{_power(curve):.2f}}}$"
+        axes.plot(curve["new"], curve["total_s"], color=colour, lw=3, label=label)
+    axes.set_xlabel("n, new tokens")
+    axes.set_ylabel("total time, s")
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _draw_memory(axes: "Axes", cells: list[Numbers]) -> None:
+    """The cache's bytes against the number of tokens it has room for, those of the formula as lines."""
+    for colour, batch in zip((GREEN, PINK), sorted({cell["batch"] for cell in cells}), strict=False):
+        ours = {cell["prompt"] + cell["new"]: cell for cell in cells if cell["batch"] == batch}
+        end = max(ours)
+        height = ours[end]["closed_form_bytes"] / MIB
+        axes.plot((0, end), (0, height), color=colour, lw=2)
+        sizes = [cell["cache_bytes"] / MIB for cell in ours.values()]
+        axes.plot(list(ours), sizes, "o", color=colour, ms=9, clip_on=False)
+        axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=colour)
+    axes.plot([], [], "o", color=GREY, ms=9, label="measured")
+    axes.plot([], [], color=GREY, lw=2, label="formula")
+    axes.legend(frameon=False, loc="lower right")
+    axes.set_xlabel("tokens of a text, prompt and new ones")
+    axes.set_ylabel("MiB")
+
+
+STUDY = Study("kv_cache", KVCacheOptions, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

@@ -3,44 +3,42 @@
 The layer is the library's. FLOPs are those that PyTorch counts while the built-in model runs; they repeat.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
-from experiments.study import Claim, Numbers, Options, Study, main, table
-
-if TYPE_CHECKING:
-    from llama_ft.model.transformer import Transformer
+from experiments.lora_costs import LENGTH, ROLES, backward_flops, flops, latency, tiny
+from experiments.shared import model_config, relative_error
+from experiments.study import Claim, Log, Numbers, Options, Study, main, table
+from llama_ft.model.weights import build
+from llama_ft.techniques.lora import LoRALinear, add_lora
 
 SIDE = 64  # of the square layer whose parameters are counted
 RANKS = (4, 8, 16, 32, 64)  # of LLaMA-2-7B's
 TARGETS = {"q, v": ["wq", "wv"], "all linear": ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]}
-ROLES = ("gradients of weights", "gradients of inputs")  # what a backward pass computes
 COURSE_PERCENT = 0.1243  # what PEFT prints for LLaMA-2-7B, r = 16, q and v
-LENGTH = 64  # tokens whose FLOPs are counted
 SWITCHES = 64
 MIN_SLOWDOWN = 1.02
 ROUNDING = {"fp32": 1e-5, "bf16": 1e-3}
 
 
-def tiny(lora: bool) -> "Transformer":
-    """The built-in model, fp32, with the course's adapter or without."""
-
-    from experiments.builtin import load_tiny
-    from llama_ft.techniques.lora import add_lora
-
-    model = load_tiny()
-    if lora:
-        add_lora(model, 16, 32.0, 0.05, ["wq", "wv"])
-    return model.eval()
+def measure(options: Options, log: Log) -> Numbers:
+    """Count, time, merge."""
+    log("parameters, FLOPs, latency, changing tasks")
+    return {
+        "at_the_start": at_the_start(),
+        "factor_parameters": factor_parameters(),
+        "trainable_percent": {name: trainable_percent(targets) for name, targets in TARGETS.items()},
+        "flops": flops(),
+        "backward": {"full": backward_flops(lora=False), "lora": backward_flops(lora=True)},
+        "latency": latency(100 if options.quick else 400),
+        "switching": {"fp32": switching(torch.float32), "bf16": switching(torch.bfloat16)},
+    }
 
 
 def at_the_start() -> float:
     """The largest difference that a fresh adapter makes to the logits."""
-    import torch
-
     tokens = torch.arange(1, LENGTH)[None]
     with torch.inference_mode():
         return float((tiny(lora=True)(tokens) - tiny(lora=False)(tokens)).abs().max())
@@ -48,67 +46,46 @@ def at_the_start() -> float:
 
 def factor_parameters() -> list[int]:
     """Parameters of A and B for a square layer, by rank from 1 to its side."""
-    import torch
-
-    from llama_ft.techniques.lora import LoRALinear
-
     base = torch.nn.Linear(SIDE, SIDE, bias=False)
-    layers = [LoRALinear(base, rank, 1.0, 0.0, torch.float32) for rank in range(1, SIDE + 1)]
+    layers = [LoRALinear(base, rank, 1.0) for rank in range(1, SIDE + 1)]
     return [layer.lora_A.numel() + layer.lora_B.numel() for layer in layers]
 
 
-def trainable_percent() -> dict[str, list[float]]:
-    """Of LLaMA-2-7B, as PEFT counts it: of all parameters, the adapter's included. By targets and rank."""
-    import torch
-
-    from experiments.builtin import model_config
-    from llama_ft.model.transformer import Transformer
-    from llama_ft.techniques.lora import add_lora
-
-    found: dict[str, list[float]] = {}
-    for name, targets in TARGETS.items():
-        found[name] = []
-        for rank in RANKS:
-            with torch.device("meta"):
-                model = Transformer(model_config("llama2_7b"))
-                add_lora(model, rank, 2.0 * rank, 0.0, targets)
-            counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-            found[name].append(100 * sum(n for n, trained in counts if trained) / sum(n for n, _ in counts))
-    return found
+def trainable_percent(targets: list[str]) -> list[float]:
+    """Of LLaMA-2-7B, as PEFT counts it: of all parameters, the adapter's included. By rank."""
+    percents = []
+    for rank in RANKS:
+        model = build(model_config("llama2_7b"))
+        add_lora(model, rank, targets=targets)
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        percents.append(100 * sum(n for n, trained in counts if trained) / sum(n for n, _ in counts))
+    return percents
 
 
-def switching() -> dict[str, list[float]]:
+def switching(dtype: torch.dtype) -> list[float]:
     """Two tasks' adapters merged and taken out in turn: how far the weight is from where it began, relatively."""
-    import torch
-
-    from llama_ft.techniques.lora import LoRALinear
-
-    found: dict[str, list[float]] = {}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        torch.manual_seed(0)
-        base = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
-        before, tasks = base.weight.detach().double().clone(), []
-        for _ in range(2):
-            layer = LoRALinear(base, 16, 32.0, 0.0, torch.float32)
-            torch.nn.init.normal_(layer.lora_B, std=0.02)
-            tasks.append(layer)
-        found[name] = []
-        for number in range(SWITCHES):
-            tasks[number % 2].merge()
-            tasks[number % 2].unmerge()
-            found[name].append(((base.weight.double() - before).norm() / before.norm()).item())
-    return found
+    torch.manual_seed(0)
+    base = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
+    before, tasks, distances = base.weight.detach().double().clone(), [], []
+    for _ in range(2):
+        tasks.append(LoRALinear(base, 16, 32.0))
+        torch.nn.init.normal_(tasks[-1].lora_B, std=0.02)
+    for number in range(SWITCHES):
+        tasks[number % 2].merge()
+        tasks[number % 2].unmerge()
+        distances.append(relative_error(base.weight.double(), before))
+    return distances
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
-    counts, percent, flop = numbers["factor_parameters"], numbers["trainable_percent"], numbers["flops"]
+    return [*_size_claims(numbers), *_cost_claims(numbers), *_switching_claims(**numbers["switching"])]
+
+
+def _size_claims(numbers: Numbers) -> list[Claim]:
+    counts, percents = numbers["factor_parameters"], numbers["trainable_percent"]
     fewer = [rank for rank, count in enumerate(counts, start=1) if count < SIDE * SIDE]
-    course = percent["q, v"][RANKS.index(16)]
-    slower, drift = numbers["latency"]["beside"] / numbers["latency"]["merged"], numbers["switching"]
-    total = {name: {role: sum(each[role].values()) for role in ROLES} for name, each in numbers["backward"].items()}
-    times = {name: sum(each.values()) / numbers["backward"][name]["forward"] for name, each in total.items()}
-    of_weights, of_inputs = (total["lora"][role] / total["full"][role] for role in ROLES)
+    course, all_linear = (percents[name][RANKS.index(16)] for name in TARGETS)
     return [
         Claim(
             "a fresh adapter changes no logit", numbers["at_the_start"] == 0, {"difference": numbers["at_the_start"]}
@@ -121,8 +98,17 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         Claim(
             f"of LLaMA-2-7B with r = 16 on q and v {COURSE_PERCENT} percent of the parameters are trained",
             abs(course - COURSE_PERCENT) < 5e-5,
-            {"percent": course, "all linear, r 16": percent["all linear"][RANKS.index(16)]},
+            {"percent": course, "all linear, r 16": all_linear},
         ),
+    ]
+
+
+def _cost_claims(numbers: Numbers) -> list[Claim]:
+    flop, slower = numbers["flops"], numbers["latency"]["beside"] / numbers["latency"]["merged"]
+    total = {name: {role: sum(flops[role].values()) for role in ROLES} for name, flops in numbers["backward"].items()}
+    times = {name: sum(flops.values()) / numbers["backward"][name]["forward"] for name, flops in total.items()}
+    of_weights, of_inputs = (total["lora"][role] / total["full"][role] for role in ROLES)
+    return [
         Claim(
             "beside the weights the adapter adds FLOPs to the forward pass, merged it adds none",
             flop["forward_merged"] == flop["forward"] < flop["forward_beside"],
@@ -144,18 +130,37 @@ def claims_of(numbers: Numbers) -> list[Claim]:
                 "of inputs'": 100 * of_inputs,
             },
         ),
+    ]
+
+
+def _switching_claims(fp32: list[float], bf16: list[float]) -> list[Claim]:
+    return [
         Claim(
             f"adding and taking out updates {SWITCHES} times leaves an fp32 weight where it was to"
             f" {ROUNDING['fp32']:g}, an error that grows",
-            2 * drift["fp32"][0] <= drift["fp32"][-1] <= ROUNDING["fp32"],
-            {"relative": drift["fp32"][-1], "after the first": drift["fp32"][0]},
+            2 * fp32[0] <= fp32[-1] <= ROUNDING["fp32"],
+            {"relative": fp32[-1], "after the first": fp32[0]},
         ),
         Claim(
             f"a bf16 weight it moves by {ROUNDING['bf16']:g} or more, which grows too",
-            drift["bf16"][-1] >= max(ROUNDING["bf16"], 2 * drift["bf16"][0]),
-            {"relative": drift["bf16"][-1], "after the first": drift["bf16"][0]},
+            bf16[-1] >= max(ROUNDING["bf16"], 2 * bf16[0]),
+            {"relative": bf16[-1], "after the first": bf16[0]},
         ),
     ]
+
+
+def table_of(numbers: Numbers) -> str:
+    """Trained percent by rank and targets; FLOPs of backward by what they are for."""
+    percents, (full, lora) = numbers["trainable_percent"], (numbers["backward"][name] for name in ("full", "lora"))
+    trained = list(zip(RANKS, *(percents[name] for name in TARGETS), strict=True))
+    rows = [["forward", full["forward"] / 1e9, lora["forward"] / 1e9]]
+    rows += [
+        [f"{role}, {operator}", *(flops[role].get(operator, 0) / 1e9 for flops in (full, lora))]
+        for role in ROLES
+        for operator in full[role] | lora[role]
+    ]
+    of_7b = table(("r", *(f"{name}, percent trained of 7B" for name in TARGETS)), trained)
+    return of_7b + "\n" + table(("GFLOP of 7B: forward, then backward", "all weights", "LoRA"), rows)
 
 
 def draw(numbers: Numbers, file: Path) -> None:
@@ -170,8 +175,8 @@ def draw(numbers: Numbers, file: Path) -> None:
         left.minorticks_off()
         left.legend(frameon=False)
         ends, backward = [0.0, 0.0], [numbers["backward"][name] for name in ("full", "lora")]
-        heights = {"forward": [each["forward"] for each in backward]}
-        heights |= {role: [sum(each[role].values()) for each in backward] for role in reversed(ROLES)}
+        heights = {"forward": [flops["forward"] for flops in backward]}
+        heights |= {role: [sum(flops[role].values()) for flops in backward] for role in reversed(ROLES)}
         for (part, flops), colour in zip(heights.items(), (GREY, BLUE, ORANGE), strict=True):
             middle.bar(["all weights", "LoRA"], [n / 1e12 for n in flops], 0.6, bottom=ends, color=colour, label=part)
             ends = [end + n / 1e12 for end, n in zip(ends, flops, strict=True)]
@@ -184,37 +189,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         right.legend(frameon=False, loc="upper left")
 
 
-def measure(options: Options, log: Callable[[str], None]) -> Numbers:
-    """Count, time, merge."""
-    from experiments.lora_costs import backward_flops, flops, latency
-
-    log("parameters, FLOPs, latency, changing tasks")
-    return {
-        "at_the_start": at_the_start(),
-        "factor_parameters": factor_parameters(),
-        "trainable_percent": trainable_percent(),
-        "flops": flops(),
-        "backward": {"full": backward_flops(lora=False), "lora": backward_flops(lora=True)},
-        "latency": latency(100 if options.quick else 400),
-        "switching": switching(),
-    }
-
-
-def table_of(numbers: Numbers) -> str:
-    """Trained percent by rank and targets; FLOPs of backward by what they are for."""
-    percents, backward = numbers["trainable_percent"], numbers["backward"]
-    rows = [[rank, *(percents[name][place] for name in TARGETS)] for place, rank in enumerate(RANKS)]
-    trained = table(("r", *(f"{name}, percent trained of 7B" for name in TARGETS)), rows)
-    rows = [["forward", *(backward[name]["forward"] / 1e9 for name in ("full", "lora"))]]
-    for role in ROLES:
-        for operator in backward["full"][role] | backward["lora"][role]:
-            rows.append(
-                [f"{role}, {operator}", *(backward[name][role].get(operator, 0) / 1e9 for name in ("full", "lora"))]
-            )
-    return trained + "\n" + table(("GFLOP of 7B: forward, then backward", "all weights", "LoRA"), rows)
-
-
 STUDY = Study("lora", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

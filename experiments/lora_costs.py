@@ -11,13 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from experiments.builtin import model_config
-from experiments.lora import LENGTH, ROLES, tiny
+from experiments.shared import load_tiny, model_config
+from experiments.study import Numbers
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.operators import ATTENTION
 from llama_ft.techniques.lora import add_lora, lora_layers
 
-N_TOKENS = 404  # tokens: the longest of Alpaca's first 200 samples
+LENGTH = 64  # tokens whose FLOPs are counted, of tiny
+N_TOKENS = 404  # of 7B: the longest of Alpaca's first 200 samples
+ROLES = ("gradients of weights", "gradients of inputs")  # what a backward pass computes
+
+
+def tiny(lora: bool) -> Transformer:
+    """The built-in model, fp32, with the course's adapter or without."""
+    model = load_tiny()
+    if lora:
+        add_lora(model)  # its defaults are the course's: r = 16, alpha = 32, q and v
+    return model.eval()
 
 
 def flops() -> dict[str, int]:
@@ -30,12 +40,11 @@ def flops() -> dict[str, int]:
         return int(counter.get_total_flops())
 
     bare, adapted = tiny(lora=False), tiny(lora=True)
-    found = {"forward": counted(lambda: bare(tokens)), "forward_beside": counted(lambda: adapted(tokens))}
+    counts = {"forward": counted(lambda: bare(tokens)), "forward_beside": counted(lambda: adapted(tokens))}
     for layer in lora_layers(adapted).values():
         layer.merge()
     with torch.no_grad():
-        found["forward_merged"] = counted(lambda: adapted(tokens))
-    return found
+        return counts | {"forward_merged": counted(lambda: adapted(tokens))}
 
 
 def latency(rounds: int) -> dict[str, float]:
@@ -85,7 +94,7 @@ class FlopsByOperator(TorchDispatchMode):
         return out
 
 
-def backward_flops(lora: bool) -> dict[str, Any]:
+def backward_flops(lora: bool) -> Numbers:
     """FLOPs of a forward pass, and of the backward pass by role and operator; of the adapter, or of all weights.
 
     On fake tensors, counted as the planner counts them.
@@ -93,7 +102,7 @@ def backward_flops(lora: bool) -> dict[str, Any]:
     with FakeTensorMode():
         model = Transformer(model_config("llama2_7b"))
         if lora:
-            add_lora(model, 16, 32.0, 0.0, ["wq", "wv"])
+            add_lora(model)
         counter = FlopsByOperator()
 
         def counted(act: Callable[[], Any]) -> Any:
@@ -104,7 +113,7 @@ def backward_flops(lora: bool) -> dict[str, Any]:
         loss = counted(lambda: model(torch.zeros(1, N_TOKENS, dtype=torch.int64)).logsumexp(-1).sum())
         forward = counter.flops.total()
         counted(lambda: loss.backward())
-    found: dict[str, Any] = {"forward": forward, **{role: {} for role in ROLES}}
+    backward: Numbers = {role: {} for role in ROLES}
     for (operator, role), n in counter.flops.items():
-        found[role][operator] = n
-    return found
+        backward[role][operator] = n
+    return {"forward": forward} | backward

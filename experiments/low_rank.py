@@ -4,18 +4,16 @@ The split is put into the library's LoRA layer: the same product, from factors o
 """
 
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
 
 from experiments.figure import BLUE, GREEN, ORANGE, drawn
-from experiments.study import Claim, Numbers, Options, Study, main, table
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llama_ft.techniques.lora import LoRALinear
+from experiments.shared import largest_error
+from experiments.study import Claim, Log, Numbers, Options, Study, main, table
+from llama_ft.techniques.lora import LoRALinear
 
 SIDE = 128  # of the pictures, pixels
 KEPT = (1, 2, 5, 10, 20)  # singular values of the picture in the figure
@@ -25,73 +23,71 @@ EXACT = 1e-10  # relative, in fp64
 SPREAD = (100.0, 1.0)  # the largest and the smallest singular value of the product that is split
 
 
-def picture() -> "Tensor":
-    """A scene: a sky that gets lighter, hills, a sun, a fence. fp64 [SIDE, SIDE], 0 to 1."""
-    import torch
+def measure(options: Options, log: Log) -> Numbers:
+    """Decompose, truncate, split."""
+    log("a picture, a flat spectrum, two splits")
+    return {
+        "picture": decomposition(picture()),
+        "flat": decomposition(random_orthogonal(SIDE, SIDE, 1)),
+        "product": rank_of_a_product(),
+        "balanced": split(balanced=True),
+        "one_sided": split(balanced=False),
+    }
 
+
+def picture() -> Tensor:
+    """A scene: a sky that gets lighter, hills, a sun, a fence. fp64 [SIDE, SIDE], 0 to 1."""
     across = torch.linspace(0, 1, SIDE, dtype=torch.float64)
     down = across[:, None]
     image = 0.9 - 0.4 * down.expand(SIDE, SIDE)
     sun = (across - 0.75).square() + (down - 0.25).square() < 0.01
-    image = torch.where(sun, torch.ones_like(image), image)
+    image = torch.where(sun, 1.0, image)
     hills = 0.65 + 0.08 * torch.sin(7 * across) + 0.04 * torch.sin(17 * across + 1)
     image = torch.where(down > hills, 0.25 + 0.2 * down, image)
     fence = (across * 16 % 1 < 0.25) & (down > 0.8) & (down < 0.93)
-    scene: Tensor = torch.where(fence, torch.full_like(image, 0.05), image)
-    return scene
+    return torch.where(fence, 0.05, image)
 
 
-def random_orthogonal(rows: int, columns: int, seed: int) -> "Tensor":
+def random_orthogonal(rows: int, columns: int, seed: int) -> Tensor:
     """Columns of length 1, at right angles. fp64 [rows, columns]."""
-    import torch
-
     generator = torch.Generator().manual_seed(seed)
     orthogonal: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
     return orthogonal
 
 
-def decomposition(matrix: "Tensor") -> dict[str, Any]:
+def decomposition(matrix: Tensor) -> Numbers:
     """Orthogonality of the factors, singular values, and the error of each truncation, measured and by its formula."""
-    import torch
-
     u, values, v = torch.linalg.svd(matrix)
-    eye, n = torch.eye(len(matrix), dtype=matrix.dtype), len(values)
-    norm = matrix.norm()
+    eye, norm, sizes = torch.eye(len(matrix), dtype=matrix.dtype), matrix.norm(), range(1, len(values))
     thin = u[:, :RANK]
-    errors = [((u[:, :k] * values[:k]) @ v[:k] - matrix).norm() / norm for k in range(1, n)]
-    formula = [values[k:].norm() / norm for k in range(1, n)]
+    errors = [(((u[:, :k] * values[:k]) @ v[:k] - matrix).norm() / norm).item() for k in sizes]
+    formula = [(values[k:].norm() / norm).item() for k in sizes]
     return {
         "orthogonality_error": max((u @ u.T - eye).abs().max().item(), (v @ v.T - eye).abs().max().item()),
         "thin_columns_error": (thin.T @ thin - eye[:RANK, :RANK]).abs().max().item(),
         "thin_rows_error": (thin @ thin.T - eye).abs().max().item(),
         "values": values.tolist(),
-        "errors": [error.item() for error in errors],
-        "formula_error": max(abs(found - expected).item() for found, expected in zip(errors, formula, strict=True)),
+        "errors": errors,
+        "formula_error": max(abs(error - expected) for error, expected in zip(errors, formula, strict=True)),
     }
 
 
 def rank_of_a_product() -> dict[str, float]:
     """Singular values of B A for factors of rank 8: the 8th and the 9th, relative to the first."""
-    import torch
-
     generator = torch.Generator().manual_seed(2)
     b, a = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((SIDE, RANK), (RANK, SIDE)))
     values = torch.linalg.svdvals(b @ a)
     return {"last_of_rank": (values[RANK - 1] / values[0]).item(), "next": (values[RANK] / values[0]).item()}
 
 
-def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple["LoRALinear", "Tensor"]:
+def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple[LoRALinear, Tensor]:
     """The library's layer, whose update is a given product, split evenly or one-sidedly; and the product."""
-    import torch
-
-    from llama_ft.techniques.lora import LoRALinear
-
     u, v = random_orthogonal(side, rank, 3), random_orthogonal(side, rank, 4)
     values = torch.logspace(math.log10(SPREAD[0]), math.log10(SPREAD[1]), rank, dtype=torch.float64)
     left, right = (values.sqrt(), values.sqrt()) if balanced else (torch.ones_like(values), values)
     base = torch.nn.Linear(side, side, bias=False, dtype=torch.float64)
     torch.nn.init.zeros_(base.weight).requires_grad_(False)
-    layer = LoRALinear(base, rank, float(rank), 0.0, torch.float64)  # a scale of 1
+    layer = LoRALinear(base, rank, float(rank), dtype=torch.float64)  # a scale of 1
     with torch.no_grad():
         layer.lora_B.copy_(u * left)
         layer.lora_A.copy_(right[:, None] * v.T)
@@ -100,22 +96,13 @@ def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple["Lo
 
 def split(balanced: bool) -> dict[str, float]:
     """Conditioning of the factors, and of the loss that has the product as its goal, at that goal or beside it."""
-    import torch
-
     layer, product = split_layer(balanced)
-    inputs = torch.eye(SIDE, dtype=torch.float64)
-    factors = [layer.lora_A, layer.lora_B]
-
-    def loss(goal: "Tensor") -> "Tensor":
-        half: Tensor = (layer(inputs) - goal.T).square().sum() / 2
-        return half
-
-    with torch.no_grad():
-        error = ((layer(inputs) - product.T).abs().max() / product.abs().max()).item()
-    beside = product + random_orthogonal(SIDE, SIDE, 5)  # a goal in all directions
-    to_a, to_b = (gradient.norm().item() for gradient in torch.autograd.grad(loss(beside), factors))
+    output: Tensor = layer(torch.eye(SIDE, dtype=torch.float64))
+    goal = product + random_orthogonal(SIDE, SIDE, 5)  # beside the product, in all directions
+    loss = (output - goal.T).square().sum() / 2
+    to_a, to_b = (gradient.norm().item() for gradient in torch.autograd.grad(loss, [layer.lora_A, layer.lora_B]))
     return {
-        "product_error": error,
+        "product_error": largest_error(output, product.T),
         "condition_a": torch.linalg.cond(layer.lora_A).item(),
         "condition_b": torch.linalg.cond(layer.lora_B).item(),
         "gradient_b_over_a": to_b / to_a,
@@ -128,32 +115,30 @@ def curvature(balanced: bool) -> float:
 
     Of a layer that is small enough for the whole Hessian; its singular values have the same largest and smallest one.
     """
-    import torch
-    from torch.func import functional_call
-
     layer, product = split_layer(balanced, SMALL_SIDE, SMALL_RANK)
     inputs, n = torch.eye(SMALL_SIDE, dtype=torch.float64), layer.lora_A.numel()
 
-    def loss(flat: "Tensor") -> "Tensor":
+    def loss(flat: Tensor) -> Tensor:
         factors = {"lora_A": flat[:n].view_as(layer.lora_A), "lora_B": flat[n:].view_as(layer.lora_B)}
         half: Tensor = (functional_call(layer, factors, (inputs,)) - product.T).square().sum() / 2
         return half
 
-    at = torch.cat([layer.lora_A.detach().flatten(), layer.lora_B.detach().flatten()])
-    hessian = torch.autograd.functional.hessian(loss, at)
+    flat = torch.cat([layer.lora_A.detach().flatten(), layer.lora_B.detach().flatten()])
+    hessian = torch.autograd.functional.hessian(loss, flat)
     return float(torch.linalg.eigvalsh(hessian)[-1])
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
-    image, flat, product = numbers["picture"], numbers["flat"], numbers["product"]
-    even, one_sided = numbers["balanced"], numbers["one_sided"]
-    orthogonality = max(image["orthogonality_error"], flat["orthogonality_error"])
-    formula = max(image["formula_error"], flat["formula_error"])
-    half, most = flat["errors"][SIDE // 2 - 1], SPREAD[0]
-    expected = {"even": 2 * most, "one": most**2 + 1}
-    curvatures = (even["curvature"] / expected["even"], one_sided["curvature"] / expected["one"])
-    ratio = one_sided["gradient_b_over_a"] / even["gradient_b_over_a"]
+    return [
+        *_truncation_claims(numbers["picture"], numbers["flat"], numbers["product"]),
+        *_split_claims(numbers["balanced"], numbers["one_sided"]),
+    ]
+
+
+def _truncation_claims(image: Numbers, flat: Numbers, product: Numbers) -> list[Claim]:
+    orthogonality, formula = (max(image[key], flat[key]) for key in ("orthogonality_error", "formula_error"))
+    half = flat["errors"][SIDE // 2 - 1]
     return [
         Claim(
             "U times its transpose, and V times its, are the identity", orthogonality <= EXACT, {"error": orthogonality}
@@ -184,10 +169,18 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             abs(half - math.sqrt(0.5)) <= 1e-6,
             {"percent with half": 100 * half},
         ),
+    ]
+
+
+def _split_claims(even: Numbers, one_sided: Numbers) -> list[Claim]:
+    error, largest = max(even["product_error"], one_sided["product_error"]), SPREAD[0]
+    ratio = one_sided["gradient_b_over_a"] / even["gradient_b_over_a"]
+    curvatures = (even["curvature"] / (2 * largest), one_sided["curvature"] / (largest**2 + 1))
+    return [
         Claim(
             "B = U S^1/2, A = S^1/2 V^T and B = U, A = S V^T have the same product in the LoRA layer",
-            max(even["product_error"], one_sided["product_error"]) <= EXACT,
-            {"error": max(even["product_error"], one_sided["product_error"])},
+            error <= EXACT,
+            {"error": error},
         ),
         Claim(
             "the balanced factors share the condition number out, the one-sided ones give all of it to A",
@@ -204,24 +197,29 @@ def claims_of(numbers: Numbers) -> list[Claim]:
         Claim(
             "the curvature that bounds the learning rate is 2 s balanced and s^2 + 1 one-sided, s the largest singular"
             " value",
-            all(abs(found - 1) <= 1e-8 for found in curvatures),
+            all(abs(value - 1) <= 1e-8 for value in curvatures),
             {"balanced": even["curvature"], "one-sided": one_sided["curvature"]},
         ),
     ]
 
 
+def table_of(numbers: Numbers) -> str:
+    """The two splits."""
+    keys = list(numbers["balanced"])
+    rows = [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")]
+    return table(("", *(key.replace("_", " ") for key in keys)), rows)
+
+
 def draw(numbers: Numbers, file: Path) -> None:
     """The picture truncated, and the error against what is kept."""
-    import torch
-
     image = picture()
     u, values, v = torch.linalg.svd(image)
     with drawn(file, ("the first k singular values", "error of keeping k of them")) as (left, right):
         panels = {f"k = {k}": (u[:, :k] * values[:k]) @ v[:k] for k in KEPT} | {"the picture": image}
         gap = SIDE + 8
         left.set(xlim=(0, 3 * gap - 8), ylim=(2 * gap + 12, -18))
-        for place, (name, panel) in enumerate(panels.items()):
-            x, y = place % 3 * gap, place // 3 * (gap + 18)
+        for index, (name, panel) in enumerate(panels.items()):
+            x, y = index % 3 * gap, index // 3 * (gap + 18)
             left.imshow(panel.clamp(0, 1).numpy(), cmap="gray", vmin=0, vmax=1, extent=(x, x + SIDE, y + SIDE, y))
             left.text(x, y - 4, name)
         left.axis("off")
@@ -233,26 +231,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         right.legend(frameon=False, loc="center left", bbox_to_anchor=(0.08, 0.35))
 
 
-def measure(options: Options, log: Callable[[str], None]) -> Numbers:
-    """Decompose, truncate, split."""
-    log("a picture, a flat spectrum, two splits")
-    return {
-        "picture": decomposition(picture()),
-        "flat": decomposition(random_orthogonal(SIDE, SIDE, 1)),
-        "product": rank_of_a_product(),
-        "balanced": split(balanced=True),
-        "one_sided": split(balanced=False),
-    }
-
-
-def table_of(numbers: Numbers) -> str:
-    """The two splits."""
-    keys = list(numbers["balanced"])
-    rows = [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")]
-    return table(("", *(key.replace("_", " ") for key in keys)), rows)
-
-
 STUDY = Study("low_rank", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

@@ -3,13 +3,12 @@
 Gradients are those of the built-in model on built-in records, in the library's precisions; memory is the planner's.
 """
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from experiments.figure import BLUE, GREY, ORANGE, drawn
-from experiments.study import Claim, Numbers, Options, Study, main, table
+from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
+from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,17 +25,29 @@ NONE = 1e-6  # percent in the figure
 HALVED = 0.6  # of the memory before, or less
 
 
+def measure(options: Options, log: Log) -> Numbers:
+    """Compute gradients, take steps, plan memory."""
+    losses = underflow(QUICK_SCALES if options.quick else SCALES, log)
+    log("updates, GradScaler")
+    numbers = {"underflow": losses, "updates": updates(), "scaling": scaling()}
+    log("memory, planned")
+    return numbers | {
+        "memory": memory_map(LABELS, MODELS, QUICK_TOKENS if options.quick else TOKENS),
+        "accumulated": memory_map(["full_ga"], ["llama2_7b"], [int(FEW)]),
+    }
+
+
 def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
     return [
-        *_gradient_claims(numbers["underflow"]),
+        *_gradient_claims(**numbers["underflow"]),
         *_step_claims(numbers["updates"], numbers["scaling"]),
         *_memory_claims(numbers["memory"], numbers["accumulated"]["peak"]["full_ga"]["llama2_7b"][FEW]),
     ]
 
 
-def _gradient_claims(found: dict[str, Any]) -> list[Claim]:
-    start, later, first = found["start"], found["later"], str(FIRST_SCALE)
+def _gradient_claims(start: Numbers, later: Numbers) -> list[Claim]:
+    first = str(FIRST_SCALE)
     return [
         Claim(
             "in fp16 without a scaled loss 5 percent or more of the gradient's elements become 0 when the loss has"
@@ -72,7 +83,7 @@ def _gradient_claims(found: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def _step_claims(lost: dict[str, float], scaler: dict[str, Any]) -> list[Claim]:
+def _step_claims(lost: Numbers, scaler: Numbers) -> list[Claim]:
     overflow, growth, first = scaler["overflow_at"], scaler["growth_interval"], scaler["first"]
     shares = {name: lost[name] for name in ("fp16", "bf16", "bf16_run")}
     return [
@@ -95,8 +106,8 @@ def _step_claims(lost: dict[str, float], scaler: dict[str, Any]) -> list[Claim]:
     ]
 
 
-def _memory_claims(found: dict[str, Any], with_ga: float) -> list[Claim]:
-    peak, activation = found["peak"], found["activation"]["full"]
+def _memory_claims(memory: Numbers, with_ga: float) -> list[Claim]:
+    peak, activation = memory["peak"], memory["activation"]["full"]
     full, seven = peak["full"], {setting: models["llama2_7b"] for setting, models in peak.items()}
     multi_head = [model for model in MODELS if model != GROUPED]
     halved = [ratio for model in multi_head for ratio in full[model].values() if ratio <= HALVED]
@@ -132,26 +143,28 @@ def _memory_claims(found: dict[str, Any], with_ga: float) -> list[Claim]:
 
 def table_of(numbers: Numbers) -> str:
     """The map."""
-    tokens = [str(n) for n in numbers["memory"]["tokens"]]
-    rows = [
-        [f"{LABELS[setting]}, {MODELS[model]}", *(f"{100 * ratios[n]:.0f}%" for n in tokens)]
-        for setting, models in numbers["memory"]["peak"].items()
+    memory = numbers["memory"]
+    rows = [[name, *(f"{percent:.0f}%" for percent in percents)] for name, percents in _rows(memory).items()]
+    return table(("peak with MP, of that without, by tokens in a micro-batch", *map(str, memory["tokens"])), rows)
+
+
+def _rows(memory: Numbers) -> dict[str, list[float]]:
+    """Peaks with mixed precision, in percent of those without, by setting and model."""
+    return {
+        f"{LABELS[setting]}, {MODELS[model]}": [100 * ratios[str(n)] for n in memory["tokens"]]
+        for setting, models in memory["peak"].items()
         for model, ratios in models.items()
-    ]
-    return table(("peak with MP, of that without, by tokens in a micro-batch", *tokens), rows)
+    }
 
 
 def draw(numbers: Numbers, file: Path) -> None:
     """What is lost against the loss scale, and the map of memory."""
-    with drawn(file, ("gradient in fp16, percent of its elements", "peak with MP, percent")) as (
-        lost,
-        memory,
-    ):
+    with drawn(file, ("gradient in fp16, percent of its elements", "peak with MP, percent")) as (lost, memory):
         for stage, colour, name in (("start", BLUE, "at the start"), ("later", ORANGE, "loss has fallen")):
-            found = numbers["underflow"][stage]["fp16"]
-            powers = [int(power) for power in found]
+            by_power = numbers["underflow"][stage]["fp16"]
+            powers = [int(power) for power in by_power]
             for key, style, what in (("lost", "o-", "become 0"), ("not_finite", "x--", "overflow")):
-                shares = [max(NONE, 100 * each[key]) for each in found.values()]
+                shares = [max(NONE, 100 * result[key]) for result in by_power.values()]
                 lost.plot(powers, shares, style, color=colour, lw=3, ms=10, mew=3, label=f"{name}, {what}")
         lost.vlines(FIRST_SCALE, 0.5 * NONE, 100, color=GREY, ls=":", lw=3)
         lost.text(FIRST_SCALE - 0.4, 100, "GradScaler's\nfirst scale", color=GREY, va="top", ha="right")
@@ -162,12 +175,9 @@ def draw(numbers: Numbers, file: Path) -> None:
         _draw_map(memory, numbers["memory"])
 
 
-def _draw_map(axes: "Axes", found: dict[str, Any]) -> None:
+def _draw_map(axes: "Axes", memory: Numbers) -> None:
     """Settings and models from top to bottom, tokens from left to right; red is more, blue is less than without."""
-    tokens, rows = [str(n) for n in found["tokens"]], {}
-    for setting, models in found["peak"].items():
-        for model, ratios in models.items():
-            rows[f"{LABELS[setting]}, {MODELS[model]}"] = [100 * ratios[n] for n in tokens]
+    tokens, rows = [str(n) for n in memory["tokens"]], _rows(memory)
     axes.imshow(list(rows.values()), cmap="RdBu_r", vmin=40, vmax=160, aspect="auto")
     for y, row in enumerate(rows.values()):
         for x, ratio in enumerate(row):
@@ -179,21 +189,7 @@ def _draw_map(axes: "Axes", found: dict[str, Any]) -> None:
     axes.set_xlabel("tokens in a micro-batch")
 
 
-def measure(options: Options, log: Callable[[str], None]) -> Numbers:
-    """Compute gradients, take steps, plan memory."""
-    from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
-
-    found = {"underflow": underflow(QUICK_SCALES if options.quick else SCALES, log)}
-    log("updates, GradScaler")
-    found |= {"updates": updates(), "scaling": scaling()}
-    log("memory, planned")
-    return found | {
-        "memory": memory_map(LABELS, MODELS, QUICK_TOKENS if options.quick else TOKENS),
-        "accumulated": memory_map(["full_ga"], ["llama2_7b"], [int(FEW)]),
-    }
-
-
 STUDY = Study("mixed_precision", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

@@ -1,22 +1,23 @@
 """The measurements of `experiments.mixed_precision`."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from experiments.builtin import load_tiny, sample_records, tiny_tokenizer
+from experiments.shared import gradient_of, load_tiny, relative_error, sample_records, tiny_tokenizer
+from experiments.study import Log, Numbers
 from llama_ft.cli import composed_config
 from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import encode_record
+from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits
-from llama_ft.planning.predict import blank_samples, processes
-from llama_ft.techniques import Techniques
+from llama_ft.planning.lengths import blank_samples
+from llama_ft.planning.processes import side_by_side
 from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
 from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep, summed_loss
@@ -47,44 +48,43 @@ def gradient(model: Transformer, batch: Batch, precision: Precision, scale: floa
     with precision.autocast():
         loss = summed_loss(model, batch) / batch.n_targets
     (loss * scale).backward()
-    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    return gradient_of(model)
 
 
-def underflow(scales: Sequence[int], log: Callable[[str], None]) -> dict[str, Any]:
+def underflow(scales: Sequence[int], log: Log) -> Numbers:
     """What fp16 and bf16 make of the gradient, when fine-tuning begins and when the loss has fallen."""
-    model, batch, found = load_tiny().train(), records_batch(), {}
-    for stage in ("start", "later"):
-        if stage == "later":
-            take_steps(model, batch, N_STEPS, STEP_LR)
-        log(f"gradients in 16 bit, {stage}")
-        found[stage] = underflow_of(model, batch, scales)
-    return found
+    model, batch = load_tiny().train(), records_batch()
+    log("gradients in 16 bit, start")
+    start = underflow_of(model, batch, scales)
+    take_steps(model, batch, N_STEPS, STEP_LR)
+    log("gradients in 16 bit, later")
+    return {"start": start, "later": underflow_of(model, batch, scales)}
 
 
-def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> dict[str, Any]:
+def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> Numbers:
     """Shares of the elements that are not 0 in fp32 but in 16 bit, and of those that are not finite; relative error."""
     exact = gradient(model, batch, Precision("cpu"))
-    there = exact != 0
+    nonzero = exact != 0
     with torch.no_grad():
         loss = summed_loss(model, batch).item() / batch.n_targets
-    found: dict[str, Any] = {"loss": loss, "gradient_norm": exact.norm().item()}
+    numbers: Numbers = {"loss": loss, "gradient_norm": exact.norm().item()}
     for name, dtype in FORMATS.items():
-        found[name] = {}
+        numbers[name] = {}
         for power in scales if name == "fp16" else (0,):
             scaled = gradient(model, batch, Precision("cpu", dtype), 2.0**power)
             finite = bool(scaled.isfinite().all())
-            found[name][str(power)] = {
-                "lost": ((scaled == 0) & there).sum().item() / there.sum().item(),
+            numbers[name][str(power)] = {
+                "lost": ((scaled == 0) & nonzero).sum().item() / nonzero.sum().item(),
                 "not_finite": 1 - scaled.isfinite().double().mean().item(),
-                "error": ((scaled / 2.0**power - exact).norm() / exact.norm()).item() if finite else None,
+                "error": relative_error(scaled / 2.0**power, exact) if finite else None,
             }
-    return found
+    return numbers
 
 
 def take_steps(model: Transformer, batch: Batch, n_steps: int, lr: float, precision: Precision | None = None) -> None:
     """Optimizer steps of the library on the same batch."""
     optimizer = make_optimizer(model.parameters(), TrainingConfig(lr=lr))
-    step = TrainStep(model, optimizer, Techniques(1, precision or Precision("cpu")), max_grad_norm=1.0)
+    step = TrainStep(model, optimizer, precision or Precision("cpu"), max_grad_norm=1.0)
     for _ in range(n_steps):
         step([batch])
 
@@ -104,17 +104,17 @@ def updates() -> dict[str, float]:
 
     fp32 = Precision("cpu")
     before, after = (weights(torch.float32, fp32, n) for n in (0, 1))
-    moved, found = before != after, {}
+    moved, left = before != after, {}
     for name, dtype in FORMATS.items():
         rounded = before.to(dtype)
         stays = (rounded.float() + (after - before)).to(dtype) == rounded
-        found[name] = stays[moved].double().mean().item()
+        left[name] = stays[moved].double().mean().item()
     bf16 = FORMATS["bf16"]
-    stays = weights(bf16, Precision("cpu", bf16, bf16, bf16), 1) == before.to(bf16)
-    return found | {"lr": COURSE_LR, "bf16_run": stays[moved].double().mean().item()}
+    stays = weights(bf16, Precision("cpu", bf16, bf16, Dense(bf16)), 1) == before.to(bf16)
+    return left | {"lr": COURSE_LR, "bf16_run": stays[moved].double().mean().item()}
 
 
-def scaling() -> dict[str, Any]:
+def scaling() -> Numbers:
     """The library's GradScaler over steps of one weight, one of which overflows: its scale at the end of each step."""
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
@@ -151,15 +151,14 @@ def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> 
     return {"peak": use.peak_mib, "activation": use.max_mib["activation"]}
 
 
-def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[int]) -> dict[str, Any]:
+def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[int]) -> Numbers:
     """Memory with mixed precision over that without: `peak` and `activation` by setting, model and tokens."""
     cells = list(product(settings, models, tokens))
     pairs = {(s, m, n): [(m, n, *run) for run in SETTINGS[s]] for s, m, n in cells}
     jobs = {run: run for pair in pairs.values() for run in pair}  # settings share some
-    with processes(len(jobs)) as side_by_side:
-        found = dict(side_by_side(planned_memory, jobs))
-    ratios: dict[str, Any] = {"tokens": list(tokens)}
+    memory = dict(side_by_side(planned_memory, jobs))
+    ratios: Numbers = {"tokens": list(tokens)}
     for key, (setting, model, n) in product(("peak", "activation"), cells):
-        without, using = (found[run][key] for run in pairs[setting, model, n])
+        without, using = (memory[run][key] for run in pairs[setting, model, n])
         ratios.setdefault(key, {}).setdefault(setting, {}).setdefault(model, {})[str(n)] = using / without
     return ratios

@@ -3,20 +3,21 @@
 The optimizer and the schedule are the library's; PyTorch's other forms and its Adam stand beside them.
 """
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
-from experiments.study import Claim, Numbers, Options, Study, main, table
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    import torch
-    from torch import nn
+from experiments.study import Claim, Log, Numbers, Options, Study, main, table
+from llama_ft.config import TrainingConfig
+from llama_ft.measure.memory import MemoryTracker
+from llama_ft.system import MIB
+from llama_ft.training.optimizer import make_optimizer, make_schedule
 
 FORMS = ("fused", "foreach", "loop")
 N_LAYERS, WIDTH = 8, 256  # of the network whose step is watched
@@ -26,13 +27,14 @@ DECAY = 0.1
 EXACT = 1e-6
 
 
-def optimizer_of(form: str, parameters: "Iterable[nn.Parameter]") -> "torch.optim.Optimizer":
+def measure(options: Options, log: Log) -> Numbers:
+    """Watch steps, decay weights, follow schedules."""
+    log("steps of three forms, decay, schedules")
+    return {"memory": {form: memory_of(form) for form in FORMS}, "decays": decays(), "schedules": schedules()}
+
+
+def optimizer_of(form: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW: the library's, which is fused, or PyTorch's in another form."""
-    import torch
-
-    from llama_ft.config import TrainingConfig
-    from llama_ft.training.optimizer import make_optimizer
-
     if form == "fused":
         return make_optimizer(parameters, TrainingConfig())
     return torch.optim.AdamW(list(parameters), foreach=form == "foreach")
@@ -40,25 +42,19 @@ def optimizer_of(form: str, parameters: "Iterable[nn.Parameter]") -> "torch.opti
 
 def memory_of(form: str) -> dict[str, float]:
     """Bytes a parameter: AdamW's state, and what else lives at the worst instant of a step."""
-    import torch
-    from torch import nn
-
-    from llama_ft.measure.memory import MemoryTracker
-    from llama_ft.system import MIB
-
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(N_LAYERS)))
-    n_parameters = N_LAYERS * WIDTH * WIDTH
-    optimizer = optimizer_of(form, network.parameters())
-    for parameter in network.parameters():
+    parameters = list(network.parameters())
+    optimizer, n_parameters = optimizer_of(form, parameters), N_LAYERS * WIDTH * WIDTH
+    for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # makes the state
-    state = sum(tensor.nbytes for held in optimizer.state.values() for tensor in held.values())
-    kept = n_parameters * 8 + state  # parameters and gradients too
-    held = [tensor for values in optimizer.state.values() for tensor in values.values()]
-    held += [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    with MemoryTracker(network, optimizer, held) as tracker:
+    states = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    state = sum(tensor.nbytes for tensor in states)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    with MemoryTracker(network, optimizer, [*states, *gradients]) as tracker:
         optimizer.step()
-    return {"state": state / n_parameters, "temporary": (tracker.result().peak_mib * MIB - kept) / n_parameters}
+    more = tracker.result().peak_mib * MIB - state - 8 * n_parameters  # beside parameters and gradients
+    return {"state": state / n_parameters, "temporary": more / n_parameters}
 
 
 def decays() -> dict[str, list[float]]:
@@ -66,61 +62,52 @@ def decays() -> dict[str, list[float]]:
 
     The gradient's sign changes from step to step, so that it moves the weight nowhere; its size is all that differs.
     """
-    import torch
 
-    from llama_ft.config import TrainingConfig
-    from llama_ft.training.optimizer import make_optimizer
+    def after(make: Callable[..., torch.optim.Optimizer], size: float, **options: Any) -> float:
+        weight = nn.Parameter(torch.ones(1))
+        optimizer = make([weight], **options)
+        for step in range(STEPS):
+            weight.grad = torch.full_like(weight, size if step % 2 else -size)
+            optimizer.step()
+        return weight.item()
 
-    found: dict[str, list[float]] = {"AdamW": [], "Adam": []}
-    for name in found:
-        for size in (0.01, 1.0, 100.0):
-            weight = torch.nn.Parameter(torch.ones(1))
-            if name == "AdamW":
-                config = TrainingConfig(lr=LR, weight_decay=DECAY)
-                optimizer: torch.optim.Optimizer = make_optimizer([weight], config)
-            else:
-                optimizer = torch.optim.Adam([weight], lr=LR, weight_decay=DECAY)
-            for step in range(STEPS):
-                weight.grad = torch.full_like(weight, size if step % 2 else -size)
-                optimizer.step()
-            without = torch.nn.Parameter(torch.ones(1))
-            plain = torch.optim.AdamW([without], lr=LR, weight_decay=0.0)
-            for step in range(STEPS):
-                without.grad = torch.full_like(without, size if step % 2 else -size)
-                plain.step()
-            found[name].append((without - weight).item())
-    return found
+    shares: dict[str, list[float]] = {"AdamW": [], "Adam": []}
+    for size in (0.01, 1.0, 100.0):
+        without = after(torch.optim.AdamW, size, lr=LR, weight_decay=0.0)
+        ours = after(make_optimizer, size, config=TrainingConfig(lr=LR, weight_decay=DECAY))
+        shares["AdamW"].append(without - ours)
+        shares["Adam"].append(without - after(torch.optim.Adam, size, lr=LR, weight_decay=DECAY))
+    return shares
 
 
 def schedules() -> dict[str, list[float]]:
     """Learning rates of a run's steps, and of PyTorch's cosine up to twice its T_max."""
-    import torch
 
-    from llama_ft.training.optimizer import make_schedule
-
-    def rates(make: Callable[["torch.optim.Optimizer"], Any], n_steps: int) -> list[float]:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=LR)
-        schedule, found = make(optimizer), []
+    def rates(make: Callable[[torch.optim.Optimizer], Any], n_steps: int) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=LR)
+        schedule, history = make(optimizer), []
         for _ in range(n_steps):
-            found.append(schedule.get_last_lr()[0])
+            history.append(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
-        return found
+        return history
 
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
     return {
         "ours": rates(lambda optimizer: make_schedule(optimizer, STEPS, WARMUP), STEPS),
-        "cosine": rates(lambda optimizer: cosine(optimizer, T_max=STEPS), 2 * STEPS + 1),
+        "cosine": rates(lambda optimizer: CosineAnnealingLR(optimizer, T_max=STEPS), 2 * STEPS + 1),
     }
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
     """What the numbers say of each claim."""
-    memory, decay = numbers["memory"], numbers["decays"]
-    ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
-    expected = 1 - (1 - LR * DECAY) ** STEPS
-    adam = max(decay["Adam"]) / min(decay["Adam"])
-    peak = ours.index(max(ours))
+    return [
+        *_memory_claims(numbers["memory"]),
+        *_decay_claims(numbers["decays"]["AdamW"], numbers["decays"]["Adam"]),
+        *_schedule_claims(**numbers["schedules"]),
+    ]
+
+
+def _memory_claims(memory: Numbers) -> list[Claim]:
     return [
         Claim(
             f"AdamW keeps {STATE_BYTES} bytes a parameter, whatever its form",
@@ -138,16 +125,28 @@ def claims_of(numbers: Numbers) -> list[Claim]:
             abs(memory["loop"]["temporary"] - 12 / N_LAYERS) < 0.01,
             {form: memory[form]["temporary"] for form in ("loop", "foreach")},
         ),
+    ]
+
+
+def _decay_claims(adamw: list[float], adam: list[float]) -> list[Claim]:
+    expected = 1 - (1 - LR * DECAY) ** STEPS
+    return [
         Claim(
             "AdamW decays a weight by lr * decay a step, whatever the size of its gradient",
-            all(abs(share / expected - 1) < 0.01 for share in decay["AdamW"]),
-            {"by formula": expected, "at least": min(decay["AdamW"]), "at most": max(decay["AdamW"])},
+            all(abs(share / expected - 1) < 0.01 for share in adamw),
+            {"by formula": expected, "at least": min(adamw), "at most": max(adamw)},
         ),
         Claim(
             "Adam's decay, which is part of the gradient, is lost where gradients are large: 100 times less, or more",
-            adam >= 100,
-            {"small gradient": decay["Adam"][0], "large gradient": decay["Adam"][-1]},
+            max(adam) / min(adam) >= 100,
+            {"small gradient": adam[0], "large gradient": adam[-1]},
         ),
+    ]
+
+
+def _schedule_claims(ours: list[float], cosine: list[float]) -> list[Claim]:
+    peak = ours.index(max(ours))
+    return [
         Claim(
             f"the run's schedule rises for {100 * WARMUP:g} percent of its steps and falls to nearly 0 at the last one",
             peak == round(WARMUP * STEPS) - 1
@@ -165,15 +164,18 @@ def claims_of(numbers: Numbers) -> list[Claim]:
     ]
 
 
+def table_of(numbers: Numbers) -> str:
+    """Bytes by form."""
+    rows = [[form, numbers["memory"][form]["state"], numbers["memory"][form]["temporary"]] for form in FORMS]
+    return table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
+
+
 def draw(numbers: Numbers, file: Path) -> None:
     """Bytes a parameter by form, and the schedules."""
     with drawn(file, ("AdamW, bytes a parameter", "learning rate, share of the peak")) as (bars, lines):
-        places = range(len(FORMS))
-        state = [numbers["memory"][form]["state"] for form in FORMS]
-        more = [numbers["memory"][form]["temporary"] for form in FORMS]
-        bars.bar(places, state, color=BLUE, label="state")
-        bars.bar(places, more, bottom=state, color=ORANGE, label="more while it steps")
-        bars.set_xticks(list(places), list(FORMS))
+        state, more = ([numbers["memory"][form][key] for form in FORMS] for key in ("state", "temporary"))
+        bars.bar(FORMS, state, color=BLUE, label="state")
+        bars.bar(FORMS, more, bottom=state, color=ORANGE, label="more while it steps")
         bars.set_ylim(top=1.35 * max(one + other for one, other in zip(state, more, strict=True)))
         bars.legend(frameon=False, loc="upper left")
         ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
@@ -185,23 +187,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         lines.legend(frameon=False, loc="upper left")
 
 
-def measure(options: Options, log: Callable[[str], None]) -> Numbers:
-    """Watch steps, decay weights, follow schedules."""
-    log("steps of three forms, decay, schedules")
-    return {
-        "memory": {form: memory_of(form) for form in FORMS},
-        "decays": decays(),
-        "schedules": schedules(),
-    }
-
-
-def table_of(numbers: Numbers) -> str:
-    """Bytes by form."""
-    rows = [[form, numbers["memory"][form]["state"], numbers["memory"][form]["temporary"]] for form in FORMS]
-    return table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
-
-
 STUDY = Study("optimizer", Options, measure, claims_of, table_of, draw)
 
 if __name__ == "__main__":
-    sys.exit(main(STUDY))
+    main(STUDY)

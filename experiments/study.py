@@ -1,19 +1,21 @@
-"""The frame of a study: what it can be told, what it claims, what it leaves, its exit status."""
+"""The frame of a study: its options, what it claims, the files that it leaves, its exit status."""
 
 import json
+import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import date
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from statistics import linear_regression
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
 
 from experiments import STUDIES
-from llama_ft.cli import FAILED, INTERRUPTED, USAGE_ERROR, command_line
-from llama_ft.config import UserError
+from llama_ft import cli
+from llama_ft.config import TrackerConfig
 from llama_ft.config.checks import setting
 from llama_ft.files import output_folder, whole_file
 
@@ -22,14 +24,26 @@ if TYPE_CHECKING:
 
 OUTPUT = Path("outputs") / "experiments"
 SCHEMA_VERSION = 1
+EXIT_STATUS = "Exit status: 0 if every claim holds, 1 if one fails, 2 if it could not be finished, 130 if interrupted."
+
+Numbers = dict[str, Any]  # everything measured, in JSON's types
+Log = Callable[[str], None]  # tells the user how far it is
+T = TypeVar("T", bound="Options")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Options:
     """What every study can be told."""
 
     quick: bool = setting(False, "less of what takes long: it shows that the study works, and is not to be quoted")
-    output: Path | None = setting(None, f"folder of figure, table and numbers; null is {OUTPUT}/NAME")
+    output: str | None = setting(None, f"folder of figure, table and numbers; null is {OUTPUT}/NAME")
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    def torch_device(self) -> "torch.device":
+        """Where the study runs."""
+        import torch
+
+        return torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -44,18 +58,8 @@ class Claim:
 
     def line(self) -> str:
         """For people: HOLDS or FAILS, the claim, the numbers."""
-        found = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.numbers.items())
-        return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({found})"
-
-
-Numbers = dict[str, Any]  # everything measured, in JSON's types
-
-
-def the_cpu(options: Any) -> "torch.device":
-    """Where studies run unless they say otherwise."""
-    import torch
-
-    return torch.device("cpu")
+        numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.numbers.items())
+        return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({numbers})"
 
 
 @dataclass(frozen=True)
@@ -64,94 +68,52 @@ class Study:
 
     name: str
     options: type[Options]
-    measure: Callable[[Any, Callable[[str], None]], Numbers]
-    """Given the options, and a function that tells the user how far it is."""
+    measure: Callable[[Any, Log], Numbers]
+    """Given the options."""
     claims_of: Callable[[Numbers], list[Claim]]
     table_of: Callable[[Numbers], str]
     """The numbers for people, in Markdown."""
     draw: Callable[[Numbers, Path], None]
     """Draws the figure into a PNG file."""
-    device: Callable[[Any], "torch.device"] = the_cpu
-    """Given the options."""
 
 
-Chosen = TypeVar("Chosen", bound=Options)
+@dataclass(frozen=True)
+class StudyUsage(cli.Usage):
+    """`--help` of a study, which is no module of llama_ft's."""
+
+    study: str = ""
+
+    @property
+    def module(self) -> str:
+        """What follows `python -m`."""
+        return f"experiments.{self.study}".rstrip(".")
 
 
-def parse_options(arguments: list[str], schema: type[Chosen]) -> Chosen:
+def main(study: Study) -> None:
+    """Be `python -m experiments.NAME`."""
+    run_command(lambda: conduct(study, sys.argv[1:]), STUDIES[study.name], study.options, study.name)
+
+
+def run_command(function: Callable[[], int], purpose: str, options: type[Options], study: str = "") -> None:
+    """Be `python -m experiments.STUDY`, or `python -m experiments`."""
+    ConfigStore.instance().store(name="study_schema", node=options)  # for --help
+    about, more = f"{purpose} {EXIT_STATUS}", ("--help", "--version")
+    examples = ("quick=true", "output=DIR tracker=wandb")
+    cli.run_command(function, StudyUsage("study", about, "[KEY=VALUE ...]", options, examples, more, study))
+
+
+def read_options(arguments: list[str], schema: type[T]) -> T:
     """The options, from KEY=VALUE arguments.
 
     Raises:
-        UserError: naming the argument that is wrong, and what is allowed.
+        UserError: naming the key that is wrong.
     """
-    kinds, given = get_type_hints(schema), {}
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if not equals:
-            raise UserError(f"{argument}: an argument must be KEY=VALUE")
-        if key in given:
-            raise UserError(f"{key} is given twice")
-        if key not in kinds:
-            raise UserError(f"{key} is not a key: the options are {', '.join(kinds)}")
-        given[key] = _converted(key, value, kinds[key])
-    return schema(**given)
+    ConfigStore.instance().store(name="study_schema", node=schema)  # of conf/study.yaml
+    return cli.composed_config("study", arguments, schema)
 
 
-def _converted(key: str, value: str, kind: Any) -> Any:
-    """The value as the type that the key has."""
-    if kind is bool or (isinstance(kind, type) and issubclass(kind, Enum)):
-        choices: dict[str, Any] = {"true": True, "false": False} if kind is bool else dict(kind.__members__)
-        if value not in choices:
-            raise UserError(f"{key}={value} is not allowed: it must be one of {', '.join(choices)}")
-        return choices[value]
-    if kind is int:
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"{key}={value} is not allowed: it must be a whole number, at least 1")
-        return int(value)
-    if not value:
-        raise UserError(f"{key}= is not allowed: it must be a {'folder' if key == 'output' else 'file'}")
-    return Path(os.path.expanduser(value))
-
-
-def help_text(module: str, purpose: str, schema: type[Options]) -> str:
-    """What `--help` prints."""
-    rows, width = [], max(len(entry.name) for entry in fields(schema))
-    for entry in fields(schema):
-        default = entry.default.name if isinstance(entry.default, Enum) else json.dumps(entry.default)
-        rows.append(f"  {entry.name:<{width}}  {default:<5}  {entry.metadata['meaning']}\n")
-    exits = "Exit status: 0 if every claim holds, 1 if one fails, 2 if it could not be finished, 130 if interrupted."
-    return f"{purpose}\n\n  python -m {module} [KEY=VALUE ...]\n\nKEY: default, meaning\n{''.join(rows)}\n{exits}"
-
-
-def run_as_command(function: Callable[[list[str]], int], module: str, purpose: str, schema: type[Options]) -> int:
-    """Run a command to its exit status: what the user can put right becomes a line on standard error."""
-    arguments = sys.argv[1:]
-    try:
-        if {"--help", "-h"} & set(arguments):
-            print(help_text(module, purpose, schema))
-            return 0
-        return function(arguments)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return USAGE_ERROR
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except OSError as error:
-        print(f"error: {error.filename2 or error.filename or 'the output'}: {error.strerror}", file=sys.stderr)
-    return USAGE_ERROR
-
-
-def main(study: Study) -> int:
-    """Be `python -m experiments.NAME`."""
-    module, purpose = f"experiments.{study.name}", STUDIES[study.name]
-    return run_as_command(lambda arguments: run(study, arguments), module, purpose, study.options)
-
-
-def run(study: Study, arguments: list[str]) -> int:
-    """Conduct the study, print what it claims, and leave NAME.json, NAME.md and NAME.png.
+def conduct(study: Study, arguments: list[str]) -> int:
+    """Run the study, print what it claims, and leave NAME.json, NAME.md and NAME.png.
 
     Returns:
         0 if every claim holds, else 1.
@@ -160,57 +122,56 @@ def run(study: Study, arguments: list[str]) -> int:
         UserError: if an argument is wrong.
         OSError: if the folder cannot be written to.
     """
-    options = parse_options(arguments, study.options)
-    with output_folder(str(options.output or OUTPUT / study.name), "experiments", study.name) as folder:
-        with one_thread():
-            measured = study.measure(options, lambda line: print(line, file=sys.stderr, flush=True))
-            numbers = json.loads(json.dumps(measured))  # as whoever reads the file has them
-            claims, table = study.claims_of(numbers), study.table_of(numbers)
-            record = _record(study, options, claims) | numbers
-        file = folder / f"{study.name}.json"
-        with (  # all three or none
-            whole_file(file) as json_file,
-            whole_file(file.with_suffix(".md")) as md_file,
-            whole_file(file.with_suffix(".png")) as png_file,
-        ):
+    import torch
+
+    options = read_options(arguments, study.options)
+    with output_folder(options.output or str(OUTPUT / study.name), "experiments", study.name) as folder:
+        torch.set_num_threads(1)  # a study's tensors gain little from more, and lose much where a core is taken
+        numbers = json.loads(json.dumps(study.measure(options, _log)))  # as whoever reads the file has them
+        claims, table = study.claims_of(numbers), study.table_of(numbers)
+        record = _record(study, options, claims) | numbers
+        files = [folder / f"{study.name}.{kind}" for kind in ("json", "md", "png")]
+        with whole_file(files[0]) as json_file, whole_file(files[1]) as md_file, whole_file(files[2]) as png_file:
             study.draw(numbers, png_file)
             md_file.write_text(table, encoding="utf-8")
             json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _track(study.name, options.tracker, claims, files)
     print(table)
     for claim in claims:
         print(claim.line())
-    print(file.with_suffix(".png"))
-    return 0 if all(claim.holds for claim in claims) else FAILED
+    print(files[-1])
+    return 0 if all(claim.holds for claim in claims) else cli.FAILED
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute on one thread: tensors of a study's size gain little from more, and lose much where a core is taken."""
-    import torch
+def _log(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
+
+def _track(name: str, tracker: TrackerConfig, claims: Sequence[Claim], files: Sequence[Path]) -> None:
+    """Report the study where runs are reported too."""
+    from llama_ft.tracking import track_files
+
+    numbers: dict[str, float] = {"claims": len(claims), "claims_held": sum(claim.holds for claim in claims)}
+    for n, claim in enumerate(claims, start=1):
+        numbers |= {f"claim_{n}/{key}": value for key, value in claim.numbers.items()}
+    track_files(tracker, name, "study", numbers, files, files[0].parent, _log)
 
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:
     """What the JSON file holds beside the numbers: what they depend on, and what they say."""
     from llama_ft.device import device_name, versions
-    from llama_ft.system import total_memory_bytes
+    from llama_ft.system import MIB, total_memory_bytes
 
-    device = device_name(study.device(options))
+    device, memory_mib = device_name(options.torch_device()), round(total_memory_bytes() / MIB)
     return {
         "schema_version": SCHEMA_VERSION,
         "study": study.name,
         "quick": options.quick,
-        "command": command_line(),
+        "command": cli.command_line(),
         "date": date.today().isoformat(),
-        "hardware": {"device": device, "cores": os.cpu_count(), "memory_mib": round(total_memory_bytes() / 2**20)},
+        "hardware": {"device": device, "cores": os.cpu_count(), "memory_mib": memory_mib},
         "versions": versions(),
-        "claims": [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims],
+        "claims": [asdict(claim) for claim in claims],
     }
 
 
@@ -226,3 +187,8 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def shown(value: Any) -> str:
     """A number for people: four digits of a small one, all before the point of a large one."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of the size with which the values grow: the slope of a line through them on logarithmic axes."""
+    return linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, TrackerConfig, UserError
+from llama_ft.config import ReportConfig, UserError
 from llama_ft.records.plan import is_plan
 from llama_ft.reporting.comparison_report import report_comparison
 from llama_ft.reporting.plan import report_plan
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
-    """Send the runs to W&B, and if the folder is a sweep's the sweep."""
+    """Send the runs to the tracker, and if the folder is a sweep's the sweep."""
 
     def log(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -68,10 +68,10 @@ def send(config: ReportConfig, folder: Path, groups: list[Group], console: Conso
     folder = folder.resolve()  # also where it was given as . or ..
     run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
-    project = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
+    tracker = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
     if is_sweep:
         problems: list[str] = []
-        track_sweep(TrackerConfig(config.tracker.mode, project), folder, *records(groups), FILES, problems.append)
+        track_sweep(tracker, folder, *records(groups), FILES, problems.append)
         if problems:
             raise UserError(problems[0])
 

@@ -1,14 +1,11 @@
 """What several test files share."""
 
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
@@ -63,21 +60,12 @@ def test_data() -> Path:
     return folder
 
 
-def failed(study: ModuleType, numbers: dict[str, Any], **changed: object) -> list[int]:
-    """The claims of a study that do not hold, by their place, when some of its numbers are others."""
-    return [place for place, claim in enumerate(study.claims_of(numbers | changed)) if not claim.holds]
-
-
 @pytest.fixture(scope="module")
 def quick(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The numbers that a quick run of the study leaves which the test's module imports as `study`."""
-    from experiments.study import run
+    from helpers.studies import quick_run
 
-    study, folder = request.module.study.STUDY, tmp_path_factory.mktemp("quick")
-    with redirect_stdout(io.StringIO()):
-        assert run(study, ["quick=true", f"output={folder}"]) == 0
-    assert (folder / f"{study.name}.png").read_bytes().startswith(b"\x89PNG")
-    return json.loads((folder / f"{study.name}.json").read_text())
+    return quick_run(request.module.study.STUDY, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture

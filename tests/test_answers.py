@@ -3,52 +3,18 @@
 import importlib
 import json
 import re
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import pytest
 from conftest import CHECKOUT
+from helpers.studies import ANSWERS, Cited, cited
 
 from experiments import STUDIES
 
-PAGE = CHECKOUT / "docs" / "answers.md"
 RECORDS = CHECKOUT / "benchmarks" / "studies"
 # Numbers that are no results: settings of the studies, a version, models' names and sizes, what Alpaca's page says.
 SETTINGS = {"0.1", "0.9", "4.46", "60 %", "1.2", "3.2", "6.7", "50 GiB"}
-
-
-@dataclass(frozen=True)
-class Cited:
-    """A number of the page, and where it is from."""
-
-    shown: str
-    study: str
-    claim: int  # counted from 1
-    name: str
-
-    def value_in(self, record: dict[str, Any]) -> float:
-        return record["claims"][self.claim - 1]["numbers"][self.name]
-
-    def is_shown(self, value: float, tolerance: float = 0.0) -> bool:
-        """Whether the page shows a value, rounded to the digits that it has; or one that is as near."""
-        digits = len(self.shown.partition(".")[2])
-        if not float(self.shown.replace(",", "")):
-            return value == 0
-        return abs(float(self.shown.replace(",", "")) - value) <= 0.5001 * 10**-digits + tolerance * abs(value)
-
-
-def cited() -> list[Cited]:
-    text = PAGE.read_text(encoding="utf-8")
-    sources = re.findall(
-        r'^\[([\w-]+)\]: \.\./benchmarks/studies/(\w+)/\2\.json "claim (\d+): (.+)"$', text, re.MULTILINE
-    )
-    assert len(sources) == len(re.findall(r"^\[[\w-]+\]: ", text, re.MULTILINE))
-    by_label = {label: (study, int(claim), name) for label, study, claim, name in sources}
-    assert len(by_label) == len(sources)
-    numbers = re.findall(r"\[([^\]]+)\]\s?\[([\w-]+)\]", text)
-    assert {label for _, label in numbers} == set(by_label)
-    return [Cited(shown, *by_label[label]) for shown, label in numbers]
 
 
 @cache
@@ -78,7 +44,7 @@ def test_the_committed_numbers_are_of_a_whole_run_whose_claims_hold(study: str) 
     assert (RECORDS / study / f"{study}.md").read_text(encoding="utf-8") == module.STUDY.table_of(found)
     assert (RECORDS / study / f"{study}.png").read_bytes().startswith(b"\x89PNG")
     picture = f"](../benchmarks/studies/{study}/{study}.png)"
-    assert picture in PAGE.read_text(encoding="utf-8")
+    assert picture in ANSWERS.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -90,7 +56,7 @@ def test_benchmarks_names_the_versions_of_the_numbers(study: str) -> None:
 
 def test_no_result_is_typed() -> None:
     """What has a decimal point or is a percentage is linked, unless it is a setting."""
-    text = PAGE.read_text(encoding="utf-8")
+    text = ANSWERS.read_text(encoding="utf-8")
     text = re.sub(r"```.*?```|`[^`]*`|^\[[\w-]+\]: .*$", "", text, flags=re.MULTILINE | re.DOTALL)
     text = re.sub(r"\[[^\]]*\]\s?(\[[^\]]*\]|\([^)]*\))", "", text)
     typed = re.findall(r"\d[\d,]*\.\d+|\d[\d,.]* ?(?:%|percent|GiB|MiB|kB|times)", text)
@@ -99,7 +65,7 @@ def test_no_result_is_typed() -> None:
 
 def test_a_paper_is_linked_by_its_number() -> None:
     papers = re.findall(
-        r"\[arXiv\s(\d{4}\.\d{5})\]\(https://arxiv\.org/abs/(\d{4}\.\d{5})\)", PAGE.read_text(encoding="utf-8")
+        r"\[arXiv\s(\d{4}\.\d{5})\]\(https://arxiv\.org/abs/(\d{4}\.\d{5})\)", ANSWERS.read_text(encoding="utf-8")
     )
     assert len(papers) >= 20
     assert all(shown == linked for shown, linked in papers)

@@ -25,12 +25,10 @@ from llama_ft.cli.explain import RENAMED, setting_of
 from llama_ft.config import (
     Dtype,
     GenerateConfig,
-    LoraConfig,
     MixedPrecisionConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    TrainingConfig,
     UserError,
 )
 from llama_ft.config.train import read_config
@@ -141,13 +139,6 @@ def test_parameter_count_is_the_published_one(name):
     assert parameter_count(name) == PUBLISHED_PARAMETERS[name]
 
 
-def test_tiny_is_small():
-    count = parameter_count("tiny")
-    tokenizer = checked().tokenizer_file.stat().st_size
-    assert 2.5e6 < count < 3.5e6
-    assert 2 * count + tokenizer < 8e6  # bytes in 16 bit
-
-
 @pytest.mark.parametrize(("name", "context"), [("tiny", 1024), ("llama2_7b", 4096), ("tinyllama_1b", 2048)])
 def test_published_context_and_constants(name, context):
     model = checked(f"model={name}", *TOLD).model
@@ -207,6 +198,7 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_module, "report_sweep", lambda *_: [])
+    monkeypatch.setattr(train_module, "records", lambda _: ([], []))
     monkeypatch.setattr(train_module, "track_sweep", lambda *_: None)
 
     def command(*arguments: str) -> Outcome:
@@ -545,10 +537,6 @@ def test_paths_in_run_names_make_no_folders(train, tmp_path):
 
 
 def test_checks_run_without_hydra_too():
-    with pytest.raises(UserError, match=r"lora\.rank=0"):
-        LoraConfig(rank=0)
-    with pytest.raises(UserError, match=r"training\.seed"):
-        TrainingConfig(seed=-1)
     with pytest.raises(UserError, match="n_heads"):
         ModelConfig(name="odd", dim=100, n_heads=6)
     with pytest.raises(UserError, match=r"mp\.frozen_weights=bf16 is not allowed: it must be one of compute, fp32"):

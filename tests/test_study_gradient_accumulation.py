@@ -1,4 +1,4 @@
-"""The study of gradient accumulation: its claims hold, and fail where the mechanism that they name is broken."""
+"""The study of gradient accumulation: its claims fail where the mechanism that they name is broken."""
 
 import json
 from pathlib import Path
@@ -6,26 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import failed
+from helpers.studies import failed
 
 from experiments import gradient_accumulation as study
-from experiments import gradient_accumulation_norms as of_norms
-from experiments.builtin import ALPACA_LENGTHS
+from experiments import gradient_accumulation_runs as runs
+from experiments.shared import ALPACA_LENGTHS
+from llama_ft.config import OnBadRecord
+from llama_ft.data.dataset import encode_record, read_records
+from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import RMSNorm
-from llama_ft.techniques import gradient_accumulation as technique
 from llama_ft.training import step
 
 
-def test_all_claims_hold(quick: dict[str, Any]) -> None:
-    assert len(quick["claims"]) == 7
-    assert failed(study, quick) == []
-
-
 def test_the_lengths_are_alpacas(test_data: Path) -> None:
-    from llama_ft.config import OnBadRecord
-    from llama_ft.data.dataset import encode_record, read_records
-    from llama_ft.data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")
     records, _ = read_records(test_data / "alpaca_data_200.json", OnBadRecord.error)
     samples = [encode_record(record, tokenizer) for record in records]
@@ -33,20 +26,16 @@ def test_the_lengths_are_alpacas(test_data: Path) -> None:
 
 
 def test_a_division_by_something_else_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(technique, "target_tokens", lambda window: window[0].n_targets)
-    assert failed(study, quick, linear=study.linear_model()) == [0]
+    monkeypatch.setattr(runs, "target_tokens", lambda window: window[0].n_targets)
+    assert failed(study, quick, linear=runs.linear_model()) == [0]
 
 
 def test_a_mean_of_means_in_the_step_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """As the bug of transformers before 4.46 was: the loss of each micro-batch divided by its own tokens."""
     summed = step.summed_loss
-
-    def mean(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        return summed(model, batch) / batch.n_targets
-
-    monkeypatch.setattr(step, "summed_loss", mean)
+    monkeypatch.setattr(step, "summed_loss", lambda model, batch: summed(model, batch) / batch.n_targets)
     monkeypatch.setattr(step, "target_tokens", len)
-    broken = study.language_model(1, lambda line: None)
+    broken = runs.language_model(1, lambda line: None)
     assert failed(study, quick, language_model=broken) == [2]
 
 
@@ -55,12 +44,12 @@ def test_a_norm_over_the_batch_fails(quick: dict[str, Any], monkeypatch: pytest.
         return x * torch.rsqrt(x.square().mean(0, keepdim=True) + self.eps) * self.weight
 
     monkeypatch.setattr(RMSNorm, "forward", forward)
-    assert failed(study, quick, norms=of_norms.norms(quick["micro_batch_sizes"])) == [6]
+    assert failed(study, quick, norms=runs.norms(quick["micro_batch_sizes"])) == [6]
 
 
 def test_statistics_that_are_not_the_micro_batchs_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.BatchNorm1d, "forward", lambda self, x: x)  # the mean stays 0
-    assert failed(study, quick, statistics=of_norms.statistics(quick["micro_batch_sizes"])) == [5]
+    assert failed(study, quick, statistics=runs.statistics(quick["micro_batch_sizes"])) == [5]
 
 
 def test_a_mean_that_moves_away_with_the_size_fails(quick: dict[str, Any]) -> None:

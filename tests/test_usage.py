@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import environment, run
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
+from helpers.commands import single_runs
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -120,16 +119,6 @@ def test_enums_are_listed_with_what_the_key_allows():
     assert documented_keys("train")["gpu.device"][1].endswith("one of auto, cpu, cuda")
 
 
-def one_of(argument: str) -> str:
-    """The argument, or of one that sweeps the first value."""
-    override = OverridesParser.create().parse_override(argument)
-    if isinstance(override.value(), Glob):
-        return f"{override.key_or_group}={min((config_dir() / override.key_or_group).glob('*.yaml')).stem}"
-    if override.is_sweep_override():
-        return f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
-    return argument
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_can_be_copied(command):
     for width in (40, 80, WIDE):
@@ -139,7 +128,7 @@ def test_examples_can_be_copied(command):
     for example in usage_of(command).examples:
         overrides = [argument for argument in shlex.split(example) if "=" in argument]
         overrides = plan.overrides(overrides) if command == "plan" else overrides
-        composed(command, list(map(one_of, overrides)))
+        composed(command, next(single_runs(overrides)))
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

@@ -1,32 +1,32 @@
-"""What studies take from the built-in model and data."""
+"""What several studies share: the built-in model and data, gradients and how far apart they are."""
 
 import json
 from itertools import accumulate
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from torch import Tensor, nn
 
-from llama_ft.config import ModelConfig, OnBadRecord, config_dir
+import llama_ft as lf
+from llama_ft.config import ModelConfig, OnBadRecord
+from llama_ft.config.presets import preset
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import load_model
 
-CHECKPOINT = "builtin"
 ALPACA_LENGTHS = Path(__file__).parent / "alpaca_lengths.json"
 CPU = torch.device("cpu")
 
 
 def model_config(name: str) -> ModelConfig:
     """The sizes of `model=NAME`."""
-    return ModelConfig(**OmegaConf.load(config_dir() / "model" / f"{name}.yaml"))  # type: ignore[arg-type]
+    return preset("model", name, ModelConfig)
 
 
 def load_tiny(device: torch.device = CPU) -> Transformer:
     """The tiny model as it ships, fp32: random weights would soon repeat one token, and their texts prove little."""
-    return load_model(model_config("tiny"), CHECKPOINT, device, torch.float32).eval()
+    return lf.load("tiny", device=device)[0].eval()
 
 
 def tiny_tokenizer() -> Tokenizer:
@@ -51,6 +51,21 @@ def alpaca_samples() -> list[Sample]:
     lengths = json.loads(ALPACA_LENGTHS.read_text(encoding="utf-8"))["lengths"]
     text, starts = prompt_source(), accumulate((n_tokens for _, n_tokens in lengths), initial=0)
     return [
-        Sample([text[place % len(text)] for place in range(start, start + n_tokens)], n_prompt)
+        Sample([text[index % len(text)] for index in range(start, start + n_tokens)], n_prompt)
         for start, (n_prompt, n_tokens) in zip(starts, lengths, strict=False)
     ]
+
+
+def gradient_of(module: nn.Module) -> Tensor:
+    """The gradient of all parameters that have one, flat."""
+    return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to that of what is expected."""
+    return float((value - expected).norm() / expected.norm())
+
+
+def largest_error(value: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest number that is expected."""
+    return ((value - expected).abs().max() / expected.abs().max()).item()
