@@ -9,7 +9,6 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import ReportConfig, UserError
 from llama_ft.records.plan import is_plan
-from llama_ft.reporting.comparison_report import report_comparison
 from llama_ft.reporting.plan import report_plan
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.sweep import FILES, report_sweep
@@ -48,6 +47,8 @@ def main() -> int:
     if len(plans) == 2:
         raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
     if len(folders) == 2:
+        from llama_ft.reporting.comparison_report import report_comparison  # matplotlib takes a second to import
+
         first, second = sorted(folders, key=is_plan)  # a plan second, in whichever order they were given
         report_comparison(first, second, console)
     elif plans:

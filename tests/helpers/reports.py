@@ -21,7 +21,7 @@ from llama_ft.records import CATEGORIES
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.plan import MemoryPoint, Plan, PlannedData, PlannedTime, PlanRow
 from llama_ft.records.result import MemoryItem, Result, write_result
-from llama_ft.reporting import comparison_page, figure, page
+from llama_ft.reporting import comparison_report, figure, page
 from llama_ft.reporting.comparison_report import report_comparison
 from llama_ft.reporting.sweep import report_sweep
 
@@ -116,8 +116,9 @@ def plan_of(rows: list[PlanRow], *cards: dict[str, Any], **values: Any) -> Plan:
 def undrawn():
     """Pictures are left out: drawing takes most of a report's time."""
     with ExitStack() as stack:
-        stack.enter_context(patch.object(figure, "draw_panels", lambda *_, **__: None))
-        for module in (page, comparison_page):
+        for module in (figure, comparison_report):
+            stack.enter_context(patch.object(module, "draw_panels", lambda *_, **__: None))
+        for module in (page, comparison_report):
             stack.enter_context(patch.object(module, "svg_panel", lambda *_, **__: b""))
         yield
 
