@@ -338,6 +338,7 @@ def assert_nothing_but_a_result(cwd: Path, last_line: str) -> None:
         assert last_line == f"error: {result['error']}"
 
 
+@pytest.mark.process
 def test_refused_by_the_command_as_users_start_it(tmp_path):
     ended = run("llama_ft.train", "training.lr=nan", "hydra.run.dir=out", cwd=tmp_path)
     (line,) = ended.stderr.splitlines()
@@ -346,6 +347,7 @@ def test_refused_by_the_command_as_users_start_it(tmp_path):
     assert_nothing_but_a_result(tmp_path, line)
 
 
+@pytest.mark.process
 def test_the_traceback_is_there_for_those_who_ask(tmp_path):
     ended = run("llama_ft.train", "training.lrr=1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
     assert ended.returncode != 0
