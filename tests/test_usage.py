@@ -161,6 +161,7 @@ def test_the_folders_of_output_that_options_name_are_those_of_the_config():
         assert options[f"hydra.{key}.dir=DIR"].endswith(f" {folder}")
 
 
+@pytest.mark.process
 def test_styles_only_where_they_can_be_shown(tmp_path):
     piped = run("llama_ft.report", "--help", cwd=tmp_path)
     assert (piped.returncode, piped.stderr) == (0, "")
@@ -183,6 +184,7 @@ def script(tmp_path) -> Path:
     return file
 
 
+@pytest.mark.process
 def test_the_commands_are_listed(tmp_path):
     done = run("llama_ft", cwd=tmp_path, env={"COLUMNS": "200"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -191,6 +193,7 @@ def test_the_commands_are_listed(tmp_path):
     assert all(len(purpose.split()) > 3 for _, purpose in listed)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["llama_ft", "llama_ft.train"])
 def test_version(tmp_path, module):
     done = run(module, "--version", cwd=tmp_path)
@@ -205,6 +208,7 @@ def test_what_is_not_a_command_is_refused(monkeypatch, capsys, first):
     assert capsys.readouterr().err == f"error: {first} is not a command: it must be one of {', '.join(COMMANDS)}\n"
 
 
+@pytest.mark.process
 def test_a_command_runs_in_each_form(script):
     python = [sys.executable, "-m"]
     for form in ([*python, "llama_ft.report"], [*python, "llama_ft", "report"], [script, "report"]):
@@ -242,6 +246,7 @@ AT_TAB = """
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_tab_completes_commands_groups_choices_and_keys(script):
     presets = sorted(file.stem for file in (config_dir() / "optim").glob("*.yaml"))
