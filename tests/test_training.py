@@ -14,7 +14,7 @@ from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
 from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import train
-from llama_ft.training.metrics import StepMeter, check_finite
+from llama_ft.training.metrics import StepMeter
 from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.step import TrainStep, evaluate_loss
@@ -127,16 +127,10 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     step = made or make_step(small_config, OptimConfig())
     data = Windows.over(load_data(small_config).samples, step, 1, 2)
     assert data.steps_per_epoch == 3
-    schedule, meter = make_schedule(step.optimizer, 3 * epochs, 0.0), StepMeter(3 * epochs, lambda: 1.0)
-    metrics: list[StepMetrics] = []
-    for output in train(step, schedule, data, epochs, Position()):
-        if (before := meter.record(output)) is not None:
-            metrics.append(before)
-            check_finite(before, step.scaler.is_enabled())
-    last = meter.flush()
-    assert last is not None
-    check_finite(last, step.scaler.is_enabled())
-    return [*metrics, last]
+    schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
+    meter = StepMeter(3 * epochs, lambda: 1.0, step.scaler.is_enabled())
+    read = [meter.record(output) for output in train(step, schedule, data, epochs, Position())]
+    return [metrics for metrics in [*read, meter.flush()] if metrics is not None]
 
 
 def test_metrics_have_a_line_for_each_optimizer_step(small_config, tmp_path) -> None:
@@ -164,7 +158,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_step(small_config) -> Non
 def test_a_gradient_that_is_not_finite_stops_a_run_without_loss_scaling(small_config) -> None:
     step = make_step(small_config, OptimConfig())
     step.model.output.weight.register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(UserError, match=r"the gradient's norm at optimizer step 1 is not finite"):
+    with pytest.raises(UserError, match=r"the gradient's norm at optimizer step 1 is (nan|inf)"):
         run_loop(small_config, made=step)
 
 

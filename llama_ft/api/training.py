@@ -19,7 +19,7 @@ from llama_ft.model.transformer import Transformer
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import train
-from llama_ft.training.metrics import StepMeter, check_finite
+from llama_ft.training.metrics import StepMeter
 from llama_ft.training.optimizer import make_optimizer, make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.step import TrainStep
@@ -98,8 +98,8 @@ def finetune(
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers.
 
-    Training goes on as the iterator is consumed: `for metrics in finetune(...)`, or `list(finetune(...))`. A step is
-    yielded when the next one has been started, so that reading its loss does not make a GPU wait.
+    Training goes on as the iterator is consumed. A step is yielded when the next one has been started, so that reading
+    its loss does not make a GPU wait.
 
     Args:
         lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls along a cosine.
@@ -117,13 +117,11 @@ def finetune(
     data = Windows.over(samples, step, micro_batch_size, accumulation_steps, seed)
     total_steps = data.steps_per_epoch * epochs
     schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
-    meter, may_skip = StepMeter(total_steps, lambda: memory_in_use_mib(step.device)), step.scaler.is_enabled()
+    meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled())
     for output in train(step, schedule, data, epochs, Position()):
         if (metrics := meter.record(output)) is not None:
-            check_finite(metrics, may_skip)
             yield metrics
     if (metrics := meter.flush()) is not None:
-        check_finite(metrics, may_skip)
         yield metrics
 
 

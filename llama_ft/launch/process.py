@@ -89,17 +89,7 @@ def run_in_child(
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     kills_before = oom_kills()
-    arguments = [str(run_dir), command, *([CHECK_FIT] if check_fit else [])]
-    with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
-        child = subprocess.Popen(
-            [sys.executable, "-m", "llama_ft.launch.child", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C reaches us alone, and we pass it on
-            pass_fds=(lock,),
-            env=child_environment(),
-        )
+    child = start([str(run_dir), command, *([CHECK_FIT] if check_fit else [])], run_dir / LOG_FILE, lock)
     interrupted: KeyboardInterrupt | None = None
     try:
         seen = watch(child, run_dir, listener)
@@ -120,6 +110,16 @@ def run_in_child(
             listener.message(f"{run_dir}: {result.error}")
         raise interrupted
     return result
+
+
+def start(arguments: list[str], log_file: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
+    command = [sys.executable, "-m", "llama_ft.launch.child", *arguments]
+    pipe, environment = subprocess.PIPE, child_environment()
+    with log_file.open("ab") as log, interrupts_held_back():
+        return subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=(lock,), env=environment
+        )
 
 
 def child_environment() -> dict[str, str]:

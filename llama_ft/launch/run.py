@@ -24,12 +24,12 @@ from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.model.transformer import Transformer
-from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics
+from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import train
-from llama_ft.training.metrics import StepMeter, check_finite
+from llama_ft.training.metrics import StepMeter
 from llama_ft.training.optimizer import make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
@@ -114,29 +114,22 @@ class MeasuredRun:
         fixed: list[Batch],
     ) -> None:
         """Train, from the start or from a checkpoint, to the end or to an interrupt."""
-        training, may_skip = self.config.training, step.scaler.is_enabled()
+        training, total_steps = self.config.training, data.steps_per_epoch * self.config.training.epochs
         saver = Saver(self.run_dir, self.config.hash(), step, schedule, training.save_every)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:
             self.interrupts.hold()
-        total_steps, last = data.steps_per_epoch * training.epochs, file.steps[-1] if file.steps else None
-        meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), last)
-
-        def note(metrics: StepMetrics | None) -> None:
-            if metrics is not None:
-                file.write(metrics)
-                check_finite(metrics, may_skip)
-
+        last = file.steps[-1] if file.steps else None
+        meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled(), last)
         watch.start()
-        meter.restart_clock()
         for output in train(step, schedule, data, training.epochs, position):
-            note(meter.record(output))
+            file.write(meter.record(output))
             stop = self.interrupts.requested()
             if stop or saver.is_due(position):
                 watch.stop()
-                note(meter.flush())
+                file.write(meter.flush())
                 file.sync()
                 position.seconds = watch.seconds
                 saver.save(position)
@@ -147,7 +140,7 @@ class MeasuredRun:
                 watch.start()
                 meter.restart_clock()
         watch.stop()
-        note(meter.flush())
+        file.write(meter.flush())
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""

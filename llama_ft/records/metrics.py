@@ -74,8 +74,10 @@ class MetricsFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stream.close()
 
-    def write(self, metrics: StepMetrics) -> None:
-        """Add a step. Lines reach the disk a few times a second."""
+    def write(self, metrics: StepMetrics | None) -> None:
+        """Add a step, if there is one. Lines reach the disk a few times a second."""
+        if metrics is None:
+            return
         self.steps.append(metrics)
         self._stream.write(metrics.line())
         if (now := time.monotonic()) - self._last_flush > FLUSH_SECONDS:

@@ -18,11 +18,18 @@ class StepMeter:
 
     Args of the constructor:
         memory_mib: reads the memory in use now, without waiting for the device.
+        may_skip: whether a gradient that is not finite skips its step, as under loss scaling, or ends the training.
         last: the step that a resumed run goes on from.
     """
 
-    def __init__(self, total_steps: int, memory_mib: Callable[[], float], last: StepMetrics | None = None) -> None:
-        self._total_steps, self._memory_mib = total_steps, memory_mib
+    def __init__(
+        self,
+        total_steps: int,
+        memory_mib: Callable[[], float],
+        may_skip: bool = False,
+        last: StepMetrics | None = None,
+    ) -> None:
+        self._total_steps, self._memory_mib, self._may_skip = total_steps, memory_mib, may_skip
         self._step = last.step if last else 0
         self._tokens, self._seconds = (last.tokens, last.time_s) if last else (0, 0.0)
         self._pending: tuple[StepMetrics, Tensor, torch.cuda.Event | None] | None = None
@@ -35,7 +42,11 @@ class StepMeter:
         self._clock = time.perf_counter()
 
     def record(self, output: StepOutput) -> StepMetrics | None:
-        """Keep a step's output; returns the step before it, if that has not been read yet."""
+        """Keep a step's output; returns the step before it, if that has not been read yet.
+
+        Raises:
+            UserError: if the loss or the gradient of the step before is not finite.
+        """
         scalars, arrived = self._to_host(torch.stack((output.loss, output.grad_norm.to(output.loss.dtype))))
         before = self.flush()
         now = time.perf_counter()
@@ -59,7 +70,11 @@ class StepMeter:
         return before
 
     def flush(self) -> StepMetrics | None:
-        """The newest step, if it has not been read yet. Waits for the device."""
+        """The newest step, if it has not been read yet. Waits for the device.
+
+        Raises:
+            UserError: if its loss or its gradient is not finite.
+        """
         if self._pending is None:
             return None
         metrics, scalars, arrived = self._pending
@@ -67,7 +82,13 @@ class StepMeter:
         if arrived is not None:
             arrived.synchronize()
         loss, grad_norm = scalars.tolist()
-        return replace(metrics, loss=loss, grad_norm=grad_norm if math.isfinite(grad_norm) else None)
+        is_finite = math.isfinite(grad_norm)
+        wrong = f"loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
+        if not wrong and not is_finite and not self._may_skip:
+            wrong = f"gradient's norm at optimizer step {metrics.step} is {grad_norm}"
+        if wrong:
+            raise UserError(f"the {wrong}: training stopped; lower training.lr, or use bf16 instead of fp16")
+        return replace(metrics, loss=loss, grad_norm=grad_norm if is_finite else None)
 
     def _to_host(self, scalars: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """A copy into pinned memory, which does not wait; the event tells, a step later, that it has arrived."""
@@ -77,19 +98,3 @@ class StepMeter:
         host.copy_(scalars, non_blocking=True)
         arrived.record()
         return host, arrived
-
-
-def check_finite(metrics: StepMetrics, may_skip: bool) -> None:
-    """Refuse to go on from a loss or a gradient that is not finite.
-
-    Args:
-        may_skip: whether such a gradient skips its step, as under loss scaling, instead of ending the training.
-
-    Raises:
-        UserError: naming the step.
-    """
-    hint = "training stopped; lower training.lr, or use bf16 instead of fp16"
-    if not math.isfinite(metrics.loss):
-        raise UserError(f"the loss of optimizer step {metrics.step} is {metrics.loss}: {hint}")
-    if metrics.grad_norm is None and not may_skip:
-        raise UserError(f"the gradient's norm at optimizer step {metrics.step} is not finite: {hint}")
