@@ -63,7 +63,7 @@ def gradient_of(module: nn.Module) -> Tensor:
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to that of what is expected."""
-    return ((value - expected).norm() / expected.norm()).item()
+    return float((value - expected).norm() / expected.norm())
 
 
 def largest_error(value: Tensor, expected: Tensor) -> float:

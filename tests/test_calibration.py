@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 from helpers.planning import CPU_PROFILE, card
 
-from llama_ft.config import MatrixRates, PlanConfig, TrainConfig, UserError
+from llama_ft.config import MatrixRates, TrainConfig, UserError
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.calibration import calibrate, efficiency, errors, measured_runs
-from llama_ft.planning.lengths import DataLengths
-from llama_ft.planning.plan import make_plan
 from llama_ft.planning.predict import predict
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import CONFIG_FILE, Result, new_result, ran_on, write_result
@@ -44,8 +42,9 @@ def test_rows_take_their_work_over_the_efficiency_of_their_dtype(bound_s: float 
     assert time.kind == "calibrated"
     speed = "30% of the bound" if bound_s else "0.6 GFLOP/s"
     error = "each predicted by the others: off by 42% in the mean and +50% at worst"
-    assert time.about.startswith(f"by runs on a device: fp32 at {speed} (2 runs, {error}); fp16 at ")
-    assert time.about.endswith("(by one run, so its error is not known)")
+    assert time.about.startswith(f"by runs on a device: float32 at {speed} (2 runs, {error}); float16 at ")
+    assert "(by one run, so its error is not known)" in time.about
+    assert time.about.endswith("no time where bfloat16 is computed in, which no run did")
 
 
 def write_run(folder: Path, config: TrainConfig, seconds: float, **others: Any) -> Result:
@@ -70,7 +69,7 @@ def test_runs_of_a_folder_are_planned_as_they_were_configured(config: TrainConfi
     with_lora = replace(config, optim=replace(config.optim, lora=True))
     results = [write_run(tmp_path / "sweep" / "a", config, 4.0), write_run(tmp_path / "sweep" / "b", with_lora, 3.0)]
     write_run(tmp_path / "sweep" / "c", config, 1.0, status="oom")
-    runs, device = measured_runs(tmp_path, CPU_PROFILE)
+    runs, device = measured_runs(tmp_path, [CPU_PROFILE])
     lengths = [(len(sample), sample.n_prompt) for sample in load_data(config).samples]
     rows = predict(config, [config.optim, with_lora.optim], [CPU_PROFILE], lengths)
     flops = [row.flops["float32"] for row in rows if row.flops]
@@ -104,20 +103,19 @@ def test_a_folder_that_cannot_be_used_is_said_so(
     write_run(tmp_path / "a", config, 1.0)
     spoil(tmp_path, config)
     with pytest.raises(UserError, match=message):
-        measured_runs(tmp_path, CPU_PROFILE)
+        measured_runs(tmp_path, [CPU_PROFILE])
 
 
 def test_runs_of_another_device_calibrate_nothing(config: TrainConfig, tmp_path: Path) -> None:
     write_run(tmp_path / "a", config, 1.0)
     write_run(tmp_path / "b", config, 1.0, device="NVIDIA H200", peak_memory_reserved_mib=1.0)
-    assert measured_runs(tmp_path, CPU_PROFILE)[1] == PROCESSOR
+    assert measured_runs(tmp_path, [CPU_PROFILE])[1] == PROCESSOR
     with pytest.raises(UserError, match=r"its runs are of A processor, 2 threads, NVIDIA H200.*gpu=a100_40gb"):
-        measured_runs(tmp_path, CARD)
+        measured_runs(tmp_path, [CARD])
     with pytest.raises(UserError, match="no such folder"):
-        measured_runs(tmp_path / "c", CPU_PROFILE)
-    plan_config = PlanConfig(config.model, data=config.data, calibrate=str(tmp_path))
+        measured_runs(tmp_path / "c", [CPU_PROFILE])
     with pytest.raises(UserError, match="one device: name its profile"):
-        make_plan(plan_config, [CPU_PROFILE, CARD], DataLengths([(9, 2)], False, ""), "")
+        measured_runs(tmp_path, [CPU_PROFILE, CARD])
 
 
 @pytest.mark.parametrize(

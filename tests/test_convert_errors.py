@@ -17,7 +17,6 @@ import torch
 from conftest import CHECKOUT, environment, run
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from llama_ft.techniques.peft_reader import read_adapter
 from safetensors.torch import load_file, save_file
 from test_checkpoint import Code, with_odd_values
 from test_convert import Command, Folders, command, folders, ours, peft_adapter, tensors, theirs
@@ -30,6 +29,7 @@ from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import save_tensors
 from llama_ft.techniques.adapter import load_adapter
+from llama_ft.techniques.peft import read_adapter
 
 __all__ = ["command", "folders"]  # fixtures
 INDEX = "model.safetensors.index.json"

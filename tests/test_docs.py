@@ -3,23 +3,21 @@
 import ast
 import csv
 import functools
-import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from helpers.commands import single_runs
 from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
 from llama_ft.cli.compose import SCHEMAS
-from llama_ft.config import GenerateConfig, ModelConfig, TrainConfig, config_dir
+from llama_ft.config import GenerateConfig, ModelConfig, TrainConfig
 from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table import amount
 
@@ -89,26 +87,6 @@ def test_every_line_is_of_a_tool_that_is_tested(page: str, line: str) -> None:
 def test_readme_makes_and_trains() -> None:
     lines = {line for page, line in LINES if page == "README.md"}
     assert {"make sweep", "make test", "python -m llama_ft.train optim=ga_mp_lora"} <= lines
-
-
-def swept_values(override: Override) -> list[str]:
-    """What the sweep puts in the override's place, one at a time."""
-    if isinstance(override.value(), Glob):
-        options = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
-        return override.value().filter(options)
-    return list(override.sweep_string_iterator())
-
-
-def single_runs(overrides: list[str]) -> Iterator[list[str]]:
-    """The overrides of each run."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in swept_values(override)]
-        if override.is_sweep_override()
-        else [override.input_line]
-        for override in parsed
-    ]
-    yield from (list(choice) for choice in itertools.product(*choices))
 
 
 MakeCheckpoints = Callable[[tuple[str, ...]], None]

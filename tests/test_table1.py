@@ -222,6 +222,7 @@ def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.Monke
     config = replace(CONFIG, training=TrainingConfig(micro_batch_size=size), mp=storage)
     memories = {optim.combination: {"parameter": 1.0} for optim in COMBINATIONS}
     rows = [row_of(optim, memories[optim.combination]) for optim in COMBINATIONS]
+    rows += [row_of(optim, {}, "another") for optim in COMBINATIONS]
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(table1, "find_case", lambda *arguments: asked.append(arguments) or STAND_IN)
     table1.table1(config, CARD, RAGGED, rows)
@@ -262,6 +263,6 @@ def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plan, "predict", lambda *_: rows)
     monkeypatch.setattr(plan, "table1", lambda _, gpu, lengths, its_rows, progress: (gpu, lengths, its_rows))
     lengths = DataLengths(RAGGED, False, "")
-    assert plan.make_plan(CONFIG, cards, lengths, "").table1 == (CARD, RAGGED, rows[:1])
+    assert plan.make_plan(CONFIG, cards, lengths, "").table1 == (CARD, RAGGED, rows)
     one = replace(CONFIG, combinations=Combinations.one)
     assert plan.make_plan(one, cards, lengths, "").table1 is None

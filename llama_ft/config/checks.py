@@ -1,10 +1,10 @@
-"""What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
+"""Building blocks of the schema: keys with their meanings, checks of values, and enums."""
 
 import enum
 from dataclasses import field, fields
 from typing import Any
 
-Settings = dict[str, Any]  # a section of the config in JSON's types; what keys it has the schema says
+Settings = dict[str, Any]  # a section of the config in JSON's types, with the schema's keys
 
 
 class UserError(Exception):
@@ -30,7 +30,7 @@ class Format(enum.Enum):
 
 
 class OnBadRecord(enum.Enum):
-    """What a record that cannot be used does: stop the run, or be left out and counted."""
+    """What a record that cannot be used does: stop the run, or be skipped and counted."""
 
     error = "error"
     skip = "skip"

@@ -172,8 +172,10 @@ def _context_note(plan: Plan) -> str:
 
 def time_notes(plan: Plan) -> list[str]:
     """What the runtimes are, and whose are not known."""
-    is_known = any(row.runtime_s is not None for row in plan.rows)
-    notes = [f"Runtime: seconds, {' '.join(plan.time.about.split())}."] if is_known else []
+    about = f"Runtime: seconds, {' '.join(plan.time.about.split())}."
+    if plan.time.kind == "calibrated":
+        return [about]
+    notes = [about] if any(row.runtime_s is not None for row in plan.rows) else []
     without = dict.fromkeys(row.gpu for row in plan.rows if row.runtime_s is None and not row.error)
     return notes + ([f"Runtime is not known where no rates are: gpu={', '.join(without)}."] if without else [])
 
