@@ -29,7 +29,7 @@ class Sides:
     """What the two sides are called."""
 
     names: tuple[str, str]
-    places: tuple[str, str]  # where a setting has its value
+    suffixes: tuple[str, str]  # what follows a value of a setting
     difference: str
     no_number: str  # in place of a difference that is none
 
@@ -59,7 +59,7 @@ class Comparison:
     @property
     def settings_lines(self) -> list[str]:
         """What is not the same, a line each."""
-        in_a, in_b = self.sides.places
+        in_a, in_b = self.sides.suffixes
         return [f"{name}: {a} {in_a}, {b} {in_b}" for name, a, b in self.settings] or [SAME_SETTINGS]
 
     @property

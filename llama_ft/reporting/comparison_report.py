@@ -61,9 +61,11 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
 
 def write_files(comparisons: list[Comparison], about: list[str], names: list[str], folder: Path) -> None:
     """Write all files of a comparison; `names` are those of the sides."""
-    metrics = {run_dir: read_metrics(run_dir) for each in comparisons for run_dir in (*each.a.folders, *each.b.folders)}
-    panels = [pair_panels(each.a, each.b, names) for each in comparisons]
-    titles, heights = [each.title for each in comparisons], [0.56 * len(each.pairs) for each in comparisons]
+    folders = [run_dir for comparison in comparisons for run_dir in (*comparison.a.folders, *comparison.b.folders)]
+    metrics = {run_dir: read_metrics(run_dir) for run_dir in folders}
+    panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
+    titles = [comparison.title for comparison in comparisons]
+    heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
     write_text(folder / "comparison.md", comparison_markdown(comparisons, names + about))
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     draw_panels(panels, titles, heights, folder / "comparison.png")
@@ -73,9 +75,9 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
 def comparison_markdown(comparisons: list[Comparison], about: list[str]) -> str:
     """For `comparison.md`."""
     parts = [*(f"- {line}" for line in about), ""]
-    for each in comparisons:
-        parts += [markdown(each.table), "Not the same:" if each.settings else SAME_SETTINGS, ""]
-        parts += [*(f"- {line}" for line in each.settings_lines), ""] if each.settings else []
+    for comparison in comparisons:
+        parts += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
+        parts += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
     return "\n".join(parts)
 
 
@@ -85,10 +87,10 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
     columns = ["combination", "variant", "model", "data", "device", "gpu", *(f"status.{side}" for side in sides.names)]
     columns += [f"{key}.{part}" for key in keys for part in (*sides.names, sides.difference)]
     rows: list[list[Any]] = []
-    for each in comparisons:
-        for a, b in each.pairs:
-            known = [a.combination, each.a.variant, a.model, a.data, a.device, b.gpu, a.status, b.status]
-            numbers = [(value_of(a, key), value_of(b, key), each.change(a, b, key)) for key in keys]
+    for comparison in comparisons:
+        for a, b in comparison.pairs:
+            known = [a.combination, comparison.a.variant, a.model, a.data, a.device, b.gpu, a.status, b.status]
+            numbers = [(value_of(a, key), value_of(b, key), comparison.change(a, b, key)) for key in keys]
             rows.append([*known, *(number for three in numbers for number in three)])
     return csv_text(columns, rows)
 
@@ -102,14 +104,17 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
     """
     title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
     body = [f"<h1>{text(title)}</h1>", _legend(names), notes(about)]
-    for each in comparisons:
-        sides = each.sides.names
-        body += [f"<h2>{text(each.title)}</h2>", _settings_table(each), _difference_table(each)]
-        body += [f'<p class="notes">{COLOURS_NOTE}</p>'] if each.sides is SWEEPS else []
-        panels = [svg_panel(draw, 5.2, 0.46 * len(each.pairs) + 0.7) for draw in pair_panels(each.a, each.b, sides)]
+    for comparison in comparisons:
+        sides = comparison.sides.names
+        body += [f"<h2>{text(comparison.title)}</h2>", _settings_table(comparison), _difference_table(comparison)]
+        body += [f'<p class="notes">{COLOURS_NOTE}</p>'] if comparison.sides is SWEEPS else []
+        panels = [
+            svg_panel(draw, 5.2, 0.46 * len(comparison.pairs) + 0.7)
+            for draw in pair_panels(comparison.a, comparison.b, sides)
+        ]
         both = " and ".join(sides)
         body += [_legend(sides), pictures(panels, [f"peak memory, {both}", f"runtime, {both}"])]
-        body += [notes(each.table.notes), *_losses(each, metrics)]
+        body += [notes(comparison.table.notes), *_losses(comparison, metrics)]
     return document(f"{title} · llama_ft", body)
 
 
@@ -118,28 +123,31 @@ def _legend(names: Sequence[str]) -> str:
     return legend([(name, colour, False) for name, colour in zip(names, SIDE_COLOURS, strict=True)])
 
 
-def _settings_table(each: Comparison) -> str:
+def _settings_table(comparison: Comparison) -> str:
     """What is not the same, or that all is."""
-    if not each.settings:
+    if not comparison.settings:
         return f'<p class="soft">{SAME_SETTINGS}</p>'
-    rows = [(name, [a, b]) for name, a, b in each.settings]
-    return html_table(Table("What is not the same", [("Not the same", list(each.sides.names))], rows, []), kind="texts")
+    rows = [(name, [a, b]) for name, a, b in comparison.settings]
+    head = [("Not the same", list(comparison.sides.names))]
+    return html_table(Table("What is not the same", head, rows, []), kind="texts")
 
 
-def _difference_table(each: Comparison) -> str:
+def _difference_table(comparison: Comparison) -> str:
     """The table, with differences coloured where they are worth a look."""
     keys, key = {measure.title: measure.key for measure in COMPARED}, ""
-    kinds = {}
-    for number, (name, cells) in enumerate(each.table.rows):
+    classes = {}
+    for number, (name, cells) in enumerate(comparison.table.rows):
         key = keys.get(name, key)
-        if name.strip() == each.sides.difference and each.sides is SWEEPS:
-            kinds[number] = [_mark(each, a, b, key, cell) for (a, b), cell in zip(each.pairs, cells, strict=True)]
-    return html_table(each.table, kinds)
+        if name.strip() == comparison.sides.difference and comparison.sides is SWEEPS:
+            classes[number] = [
+                _mark(comparison, a, b, key, cell) for (a, b), cell in zip(comparison.pairs, cells, strict=True)
+            ]
+    return html_table(comparison.table, classes)
 
 
-def _mark(each: Comparison, a: Result, b: Result, key: str, cell: str) -> str:
+def _mark(comparison: Comparison, a: Result, b: Result, key: str, cell: str) -> str:
     """The class of a difference: `better` or `worse`, whichever way the measure goes."""
-    by = each.change(a, b, key)
+    by = comparison.change(a, b, key)
     if by is None:
         return "changed" if cell == CHANGED else ""
     if abs(by) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS):
@@ -147,13 +155,13 @@ def _mark(each: Comparison, a: Result, b: Result, key: str, cell: str) -> str:
     return "better" if (by < 0) != (key == "tokens_per_s") else "worse"
 
 
-def _losses(each: Comparison, metrics: Metrics) -> list[str]:
+def _losses(comparison: Comparison, metrics: Metrics) -> list[str]:
     """For each combination the loss over the steps, of both sweeps in one picture."""
-    if each.sides is not SWEEPS:
+    if comparison.sides is not SWEEPS:
         return []
     curves = {
         f"{combination_label(result.optim)}: loss": [points_of(metrics[a], "loss"), points_of(metrics[b], "loss")]
-        for result, a, b in zip(each.a.results, each.a.folders, each.b.folders, strict=True)
+        for result, a, b in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
     }
     drawn = {title: lines for title, lines in curves.items() if any(lines)}
-    return ["<h3>Training loss</h3>", _legend(each.sides.names), charts(drawn, SIDE_COLOURS)] if drawn else []
+    return ["<h3>Training loss</h3>", _legend(comparison.sides.names), charts(drawn, SIDE_COLOURS)] if drawn else []

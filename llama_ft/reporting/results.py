@@ -13,7 +13,7 @@ from llama_ft.records.result import RESULT_FILE, Result, read_result
 
 Run = tuple[Result, Path]  # a result and its folder
 Record = TypeVar("Record", Result, PlanRow)
-SHARED = {each.name for each in fields(Result)} & {each.name for each in fields(PlanRow)}
+SHARED = {field.name for field in fields(Result)} & {field.name for field in fields(PlanRow)}
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Group:
 
 def baseline_of(records: Sequence[Record]) -> Record | None:
     """The one with every technique off, if it finished."""
-    return next((each for each in records if each.combination == BASELINE and each.status == "ok"), None)
+    return next((record for record in records if record.combination == BASELINE and record.status == "ok"), None)
 
 
 def value_of(record: Result | PlanRow, key: str) -> Any:

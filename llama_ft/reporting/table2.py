@@ -109,10 +109,10 @@ def _notes(group: Group) -> list[str]:
     return notes + failures(results)
 
 
-def failures(results: Sequence[Result], place: str = "") -> list[str]:
-    """What runs died of that no mark explains; `place` follows a run's name."""
+def failures(results: Sequence[Result], suffix: str = "") -> list[str]:
+    """What runs died of that no mark explains; `suffix` follows a run's name."""
     failed = [r for r in results if r.status in ("killed", "interrupted", "error")]
-    return [f"{r.combination}{place}: {' '.join(str(r.error).split())}" for r in failed]
+    return [f"{r.combination}{suffix}: {' '.join(str(r.error).split())}" for r in failed]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:

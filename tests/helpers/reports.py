@@ -138,17 +138,17 @@ def tables(text: str) -> list[dict[str, list[str]]]:
     """The tables of a Markdown text, each its rows' cells by the row's name: a name given again gets a second mark, a
     name below a row without cells follows that row's.
     """
-    found: list[dict[str, list[str]]] = []
+    result: list[dict[str, list[str]]] = []
     for is_table, lines in itertools.groupby(text.splitlines(), key=lambda line: line.startswith("|")):
         if is_table:
-            found.append({})
+            result.append({})
             section = ""
             for line in lines:
                 name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
                 section = section if any(cells) else name
                 name = f"{section} {name}".strip() if any(cells) else name
-                found[-1][name if name not in found[-1] else f"{name} (2)"] = cells
-    return found
+                result[-1][name if name not in result[-1] else f"{name} (2)"] = cells
+    return result
 
 
 def csv_rows(file: Path) -> list[dict[str, str]]:
