@@ -21,7 +21,7 @@ from llama_ft.plan import overrides
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
-from llama_ft.planning.predict import blank_samples
+from llama_ft.planning.lengths import blank_samples
 from llama_ft.system import MIB
 
 COMMON = "gpu=a100_40gb training=course"

@@ -38,7 +38,7 @@ def print_commands(console: Console) -> None:
     lines = {name: str(importlib.import_module(f"llama_ft.{name}").__doc__).splitlines()[0] for name in SCHEMAS}
     rows = [(f"python -m llama_ft.{name}", line.partition(": ")[2].replace("`", "")) for name, line in lines.items()]
     for line in (
-        *wrapped(str(llama_ft.__doc__), console.width),
+        *wrapped(str(llama_ft.__doc__).splitlines()[0], console.width),
         "\nCommands, each with --help:",
         *table(rows, console.width),
         "",

@@ -5,6 +5,8 @@ import platform
 import re
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -142,6 +144,21 @@ def is_out_of_memory(error: BaseException) -> bool:
     # oneDNN says no more than this, for other reasons too.
     unclear = re.search("could not (create|execute) a primitive", str(error)) is not None
     return bool(OUT_OF_MEMORY_TEXT.search(str(error))) or (unclear and is_near_data_limit())
+
+
+@contextmanager
+def out_of_memory_explained(advice: str) -> Iterator[None]:
+    """Say what needs less, where memory runs out inside.
+
+    Raises:
+        UserError: then.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(f"out of memory: {advice}") from error
 
 
 def is_near_data_limit() -> bool:

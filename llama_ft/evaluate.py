@@ -47,19 +47,15 @@ def main() -> int:
         errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
 
     inputs = load_inputs(config, log)
-    from llama_ft.device import compute_dtype, device_name, device_of_profile, is_out_of_memory, versions
+    from llama_ft.device import compute_dtype, device_name, device_of_profile, out_of_memory_explained, versions
     from llama_ft.evaluation.models import measure_models
     from llama_ft.evaluation.results import answered_records, evaluation
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
-        try:
+        with out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise UserError("out of memory: lower batch_size, data.max_length, or of text=FILE window") from error
-            raise
         dtype_name = str(dtype).removeprefix("torch.")
         result = evaluation(config, inputs, measured, device_name(device), dtype_name, versions(), cli.command_line())
         report(result, answered_records(inputs, measured) if config.exact_match else [], folder, console)

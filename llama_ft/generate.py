@@ -1,26 +1,23 @@
 """`python -m llama_ft.generate`: text from a model, to one prompt, to a file of them, or line by line in a dialogue."""
 
-import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import GenerateConfig, UserError
+from llama_ft.config import GenerateConfig
 from llama_ft.reporting.progress import progress_bar
 
 if TYPE_CHECKING:
     from llama_ft.data.tokenizer import Tokenizer
-    from llama_ft.decoding.generate import GenerateFn
+    from llama_ft.decoding.load import Models
     from llama_ft.decoding.prompts import Prompt
-    from llama_ft.model.transformer import Transformer
     from llama_ft.records.answers import Answer
-    from llama_ft.techniques.adapter import Adapters
 
 USAGE = cli.Usage(
     "generate",
@@ -53,6 +50,8 @@ def main() -> int:
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     prompts = read_asked(config, tokenizer)
+    from llama_ft.decoding.load import Models
+
     models = Models(config, tokenizer, log)
     if config.prompts is not None:
         answer_file(config, prompts, models, errors, log)
@@ -110,7 +109,7 @@ def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None
         models.use(adapters, folder or None)
         log(f"with the adapter in {folder}" if folder else "without an adapter")
 
-    def bare(prompts: "Sequence[str]", on_text: Callable[[str], None]) -> "list[list[Answer]]":
+    def bare(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
         used = adapters.used
         adapters.use(None)
         try:
@@ -125,95 +124,6 @@ def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None
         line_reader(),
         log,
     )
-
-
-class Models:
-    """The model that is asked, and the base that it is compared with, loaded when they are needed."""
-
-    def __init__(self, config: GenerateConfig, tokenizer: "Tokenizer", log: Callable[[str], None]) -> None:
-        """Look at what is to be loaded.
-
-        Raises:
-            UserError: if there is no such device, or weights or adapter are not this model's.
-        """
-        from llama_ft.decoding.load import check_sources
-        from llama_ft.device import compute_dtype, device_of_profile
-
-        self._config, self._tokenizer, self._log = config, tokenizer, log
-        self._device = device_of_profile(config.gpu)
-        self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
-        check_sources(config)
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype of the arithmetic."""
-        return str(self._dtype).removeprefix("torch.")
-
-    def load(self, is_base: bool) -> "GenerateFn":
-        """The base, or the model that is asked.
-
-        Raises:
-            UserError: if it cannot be loaded; when it is asked, if it cannot answer. Also if memory runs out.
-        """
-        from llama_ft.decoding.load import load_base, load_trained
-
-        gc.collect()  # of a model before it, what is held in cycles
-        load = load_base if is_base else load_trained
-        with memory_explained():
-            return self._answerer(load(self._config, self._device, self._dtype, self._log))
-
-    def load_with_adapters(self) -> "tuple[Adapters, GenerateFn]":
-        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
-
-        Raises:
-            UserError: as `load`.
-        """
-        from llama_ft.decoding.load import load_checkpoint
-        from llama_ft.techniques.adapter import Adapters
-
-        with memory_explained():
-            model = load_checkpoint(self._config, self._device, self._dtype, self._log)
-            adapters = Adapters(model)
-            self.use(adapters, self._config.adapter)
-        return adapters, self._answerer(model)
-
-    def use(self, adapters: "Adapters", folder: str | None) -> None:
-        """Compute with the adapter in a folder, which is loaded unless it was before; None is none.
-
-        Raises:
-            UserError: if there is none of this model, or it was trained on other weights.
-        """
-        from llama_ft.techniques.adapter import check_base_of
-        from llama_ft.techniques.peft import read_adapter
-
-        if folder is not None and folder not in adapters:
-            path = Path(os.path.expanduser(folder))
-            check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))
-            adapters.add(folder, path)
-        adapters.use(folder)
-
-    def _answerer(self, model: "Transformer") -> "GenerateFn":
-        from llama_ft.decoding.generate import generate
-
-        def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
-            with memory_explained():
-                return generate(model, self._tokenizer, prompts, self._config.decoding, self._config.kv_cache, on_text)
-
-        return answer
-
-
-@contextmanager
-def memory_explained() -> Iterator[None]:
-    """Say what to do where memory runs out."""
-    from llama_ft.device import is_out_of_memory
-
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        needs = "a smaller batch_size or decoding.max_new_tokens, fewer answers or beams, and dtype=bf16 need less"
-        raise UserError(f"out of memory: {needs}") from error
 
 
 if __name__ == "__main__":

@@ -2,14 +2,12 @@
 
 import sys
 from functools import partial
-from pathlib import Path
-from typing import cast
 
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import TECHNIQUES, DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
+from llama_ft.config.presets import preset
 from llama_ft.files import output_folder
 from llama_ft.reporting.plan import FILES, print_plan, write_plan
 from llama_ft.reporting.progress import progress_bar
@@ -85,14 +83,9 @@ def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
 
 def known_gpus() -> list[GpuConfig]:
     """The profiles of all cards, smallest first."""
-    profiles = [read_profile(file) for file in sorted((config_dir() / "gpu").glob("*.yaml"))]
+    profiles = [preset("gpu", file.stem, GpuConfig) for file in sorted((config_dir() / "gpu").glob("*.yaml"))]
     cards = [profile for profile in profiles if profile.device is DeviceChoice.cuda]
     return sorted(cards, key=lambda card: card.memory_mib or 0)
-
-
-def read_profile(file: Path) -> GpuConfig:
-    """A profile from its file."""
-    return cast(GpuConfig, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(GpuConfig), OmegaConf.load(file))))
 
 
 if __name__ == "__main__":

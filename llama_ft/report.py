@@ -7,9 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, TrackerConfig, UserError
+from llama_ft.config import ReportConfig, UserError
 from llama_ft.records.plan import is_plan
-from llama_ft.reporting.comparison_report import report_comparison
 from llama_ft.reporting.plan import report_plan
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.sweep import FILES, report_sweep
@@ -48,6 +47,8 @@ def main() -> int:
     if len(plans) == 2:
         raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
     if len(folders) == 2:
+        from llama_ft.reporting.comparison_report import report_comparison  # matplotlib takes a second to import
+
         first, second = sorted(folders, key=is_plan)  # a plan second, in whichever order they were given
         report_comparison(first, second, console)
     elif plans:
@@ -60,7 +61,7 @@ def main() -> int:
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
-    """Send the runs to W&B, and if the folder is a sweep's the sweep."""
+    """Send the runs to the tracker, and if the folder is a sweep's the sweep."""
 
     def log(line: str) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -68,10 +69,10 @@ def send(config: ReportConfig, folder: Path, groups: list[Group], console: Conso
     folder = folder.resolve()  # also where it was given as . or ..
     run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
-    project = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
+    tracker = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
     if is_sweep:
         problems: list[str] = []
-        track_sweep(TrackerConfig(config.tracker.mode, project), folder, *records(groups), FILES, problems.append)
+        track_sweep(tracker, folder, *records(groups), FILES, problems.append)
         if problems:
             raise UserError(problems[0])
 

@@ -1,144 +1,97 @@
 """Advice: the search against brute force over real fake runs, the choice of cards and combinations, what is said."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
-import torch
+from helpers.planning import CPU_PROFILE, SHORT, WIDE_HEAD
+from helpers.planning import card as profile
+from helpers.training import COMBINATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ft.config import DataConfig, DeviceChoice, Goal, GpuConfig, ModelConfig, OptimConfig, PlanConfig, UserError
-from llama_ft.measure.memory import Allocation
-from llama_ft.planning import advice as advice_module
-from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest, typed
-from llama_ft.planning.allocator import reserved_bytes
+from llama_ft.config import DataConfig, Goal, GpuConfig, OptimConfig, PlanConfig, UserError
+from llama_ft.planning import search
+from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
-from llama_ft.planning.predict import combinations, predict, row
-from llama_ft.planning.search import EXPECTED_TRIES, Tried, largest, side_by_side, try_run, uniform
+from llama_ft.planning.lengths import Lengths
+from llama_ft.planning.predict import predict
+from llama_ft.planning.processes import no_progress
+from llama_ft.planning.search import largest, reserved_mib, with_samples, with_tokens
+from llama_ft.records.plan import Advice, PlanRow
 
-MIB = 2**20
-CONTEXT = 24
-LENGTHS = [(12, 4), (20, 6), (9, 2), (16, 3), (14, 9)]
-# A wide head over few layers: a fake run is quick, and a token needs enough for pages to differ.
-MODEL = ModelConfig("small", 32, 1, 2, 2, 48, 100_000, CONTEXT)
+CONTEXT = WIDE_HEAD.max_seq_len
 
 
 def card(name: str, memory_mib: int | None, **others: Any) -> GpuConfig:
-    return GpuConfig(name, DeviceChoice.cuda, memory_mib, 10, "8.0", **({"bandwidth_gb_s": 500.0} | others))
+    return profile(name, memory_mib, context_mib=10, **({"bandwidth_gb_s": 500.0} | others))
 
 
 def config_for(goal: Goal = Goal.fit, optim: OptimConfig | None = None) -> PlanConfig:
-    data = DataConfig("sample")
     gpu = card("a", 1000) if goal is Goal.fit else GpuConfig("all")
-    return PlanConfig(MODEL, "random", None, optim or OptimConfig(), data=data, gpu=gpu, goal=goal)
+    return PlanConfig(WIDE_HEAD, "random", None, optim or OptimConfig(), data=DataConfig("sample"), gpu=gpu, goal=goal)
 
 
-def one_by_one(function: Callable[..., Any], jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
-    for key, arguments in jobs.items():
-        try:
-            yield key, function(*arguments)
-        except UserError as error:
-            yield key, error
+def need(config: PlanConfig, lengths: Lengths = SHORT) -> float:
+    return reserved_mib(config, lengths, traits_of(config.gpu), workspace_bytes(config.gpu))
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No processes: they would begin with importing torch."""
-    monkeypatch.setattr(advice_module, "processes", lambda n: nullcontext(one_by_one))
+    """No other processes: they would begin with importing torch."""
+    monkeypatch.setattr("llama_ft.planning.processes.MAX_PROCESSES", 1)
 
 
 # The search
 
 
-def follow(search: Any, need: Callable[[int], Tried]) -> tuple[int, list[int]]:
-    """What a search finds, and the numbers that it tried."""
-    tried: list[int] = []
-    try:
-        number = next(search)
-        while True:
-            tried.append(number)
-            number = search.send(need(number))
-    except StopIteration as end:
-        return end.value, tried
-
-
 @settings(deadline=None, max_examples=150)
 @given(
     highest=st.integers(0, 60),
-    first=st.integers(1, 60),
+    step=st.integers(1, 60),
     limit=st.floats(0, 300),
     needs=st.lists(st.floats(0, 300), min_size=60, max_size=60),
     is_sorted=st.booleans(),
 )
-def test_what_is_found_fits_and_one_more_does_not(highest, first, limit, needs, is_sorted):
+def test_what_is_found_fits_and_one_more_does_not(
+    highest: int, step: int, limit: float, needs: list[float], is_sorted: bool
+) -> None:
     """Whatever the needs are, rising or not: what was found was run, and so was the next, unless it is beyond."""
-    needs = sorted(needs) if is_sorted else needs
-    found, tried = follow(largest(limit, 1, highest, first, 0), lambda n: Tried(needs[n - 1], [n * MIB], [1]))
-    assert 0 <= found <= highest
-    assert found == 0 or (found in tried and needs[found - 1] <= limit)
-    assert found == highest or (found + 1 in tried and needs[found] > limit)
-    assert len(tried) == len(set(tried))
+    needs, tried = sorted(needs) if is_sorted else needs, []
+
+    def reserved(config: PlanConfig, lengths: Lengths, *card: Any) -> float:
+        tried.append(config.training.micro_batch_size)
+        return needs[tried[-1] - 1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "reserved_mib", reserved)
+        traits = traits_of(card("a", 1000))
+        number = largest(with_samples, config_for(), SHORT, traits, 0, limit, range(1, highest + 1), step)
+    assert 0 <= number <= highest
+    assert number == 0 or (number in tried and needs[number - 1] <= limit)
+    assert number == highest or (number + 1 in tried and needs[number] > limit)
+    assert len(tried) == len(set(tried)) <= 14
     if is_sorted:
-        assert found == sum(need <= limit for need in needs[:highest])
+        assert number == sum(each <= limit for each in needs[:highest])
 
 
-@pytest.mark.parametrize("kb_per_token", [100, 1000, 5000])
-def test_few_tries_are_needed_where_sizes_are_on_lines(kb_per_token):
-    """Blocks of a fixed size and others that grow with the number, some of which make room for the next."""
-
-    def need(n: int) -> Tried:
-        sizes = [700 * MIB, *[n * kb_per_token * 1024 // 8] * 8, 5 * MIB, n * kb_per_token * 512]
-        log = [1, 2, 3, 4, 5, -3, 6, -5, 7, 8, 9, 10, 11]
-        storages = [Allocation(size, torch.uint8, "") for size in sizes]
-        events = [(storages[abs(which) - 1], 1 if which > 0 else -1, "") for which in log]
-        return Tried(reserved_bytes(events) / MIB, sizes, log)
-
-    for limit in range(800, 3000, 137):
-        found, tried = follow(largest(limit, 2, 100_000, 405, 0), need)
-        assert need(found).reserved_mib <= limit < need(found + 1).reserved_mib
-        assert len(tried) <= 5
-
-
-def test_search_on_real_fake_runs_equals_brute_force():
+def test_search_on_real_fake_runs_equals_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(optim=OptimConfig(lora=True))
-    traits, workspace = traits_of(config.gpu), workspace_bytes(config.gpu)
-    known = {n: try_run(config, uniform(n, config, LENGTHS), traits, workspace) for n in range(2, CONTEXT + 1)}
-    needs = {n: run.reserved_mib for n, run in known.items()}
-    assert len(set(needs.values())) >= 3
-    for limit in sorted({*needs.values(), *(need - 0.5 for need in needs.values())}):
+    needs = {n: need(*with_tokens(config, SHORT, n)) for n in range(12, CONTEXT + 1)}
+    assert len(set(needs.values())) >= 2
+    monkeypatch.setattr(search, "reserved_mib", lambda _, lengths, *card: needs[lengths[0][0]])
+    for limit in sorted({*needs.values(), *(mib - 0.5 for mib in needs.values())}):
         fitting = [n for n in needs if needs[n] <= limit and needs.get(n + 1, limit + 1) > limit]
-        found, tried = follow(largest(limit, 2, CONTEXT, 20, workspace), known.__getitem__)
-        assert found in (fitting or [1])
-        assert len(tried) <= 8
+        number = largest(with_tokens, config, SHORT, traits_of(config.gpu), 0, limit, range(12, CONTEXT + 1), 5)
+        assert number in (fitting or [11])
 
 
-def test_searches_run_side_by_side_and_progress_adds_up():
-    asked: list[set[str]] = []
-    told: list[int] = []
-    needs = {"a": lambda n: float(n), "b": lambda n: 3.0 * n}
-
-    def run(_: Any, jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
-        asked.append(set(jobs))
-        for name, (n,) in jobs.items():
-            yield name, Tried(needs[name](n), [n], [1])
-
-    searches = {name: largest(30.0, 1, 100, 1, 0) for name in needs} | {"none": largest(30.0, 1, 0, 1, 0)}
-    found = side_by_side(searches, {name: lambda n: (n,) for name in searches}, run, told.append)
-    assert found == {"a": 30, "b": 10, "none": 0}
-    assert asked[0] == {"a", "b"}
-    assert sum(told) == len(searches) * EXPECTED_TRIES
-
-
-def test_a_run_that_cannot_be_tried_ends_the_search():
-    def run(_: Any, jobs: dict[Any, tuple[Any, ...]]) -> Iterator[tuple[Any, Any]]:
-        yield from ((name, UserError("no such layer")) for name in jobs)
-
-    with pytest.raises(UserError, match="no such layer"):
-        side_by_side({"a": largest(1.0, 1, 9, 1, 0)}, {"a": lambda n: (n,)}, run, lambda n: None)
+def test_a_run_that_cannot_begin_ends_the_search() -> None:
+    config = replace(config_for(optim=OptimConfig(lora=True)))
+    config.lora.targets = ["wx"]
+    with pytest.raises(UserError, match="no linear layer"):
+        largest(with_tokens, config, SHORT, traits_of(config.gpu), 0, 1.0, range(2, CONTEXT + 1), 20)
 
 
 # What is advised
@@ -147,151 +100,120 @@ def test_a_run_that_cannot_be_tried_ends_the_search():
 @pytest.fixture(scope="module")
 def needs() -> dict[str, float]:
     """Reserved MiB of the sixteen combinations on a card, workspaces included."""
-    gpu = card("a", 1000)
-    optims = combinations(with_gc=True)
-    traits, workspace = traits_of(gpu), workspace_bytes(gpu)
-    runs = {each.combination: try_run(config_for(optim=each), LENGTHS, traits, workspace) for each in optims}
-    return {combination: run.reserved_mib for combination, run in runs.items()}
+    return {optim.combination: need(config_for(optim=optim)) for optim in COMBINATIONS}
 
 
-def rows_on(gpus: list[GpuConfig], needs: dict[str, float], seconds: dict[str, float | None]) -> list[dict[str, Any]]:
+def rows_on(gpus: list[GpuConfig], needs: dict[str, float], seconds: dict[str, float]) -> list[PlanRow]:
     rows = []
     for gpu in gpus:
-        for optim in combinations(with_gc=True):
-            need = needs[optim.combination] + gpu.context_mib
-            rows.append(
-                {
-                    "optim": {name: getattr(optim, name) for name in ("ga", "mp", "lora", "gc")},
-                    "combination": optim.combination,
-                    "gpu": gpu.name,
-                    "error": None,
-                    "peak_memory_mib": need - 5,
-                    "required_mib": need,
-                    "total_memory_mib": gpu.memory_mib,
-                    "context_mib": gpu.context_mib,
-                    "fits": None if gpu.memory_mib is None else need <= gpu.memory_mib,
-                    "margin_mib": None if gpu.memory_mib is None else gpu.memory_mib - need,
-                    "runtime_s": seconds.get(optim.combination),
-                }
-            )
+        for optim in COMBINATIONS:
+            required, name = needs[optim.combination] + gpu.context_mib, optim.combination
+            row = PlanRow(asdict(optim), name, gpu.name, runtime_s=seconds.get(name), context_mib=gpu.context_mib)
+            row.peak_memory_mib, row.required_mib, row.total_memory_mib = required - 5, required, gpu.memory_mib
+            if gpu.memory_mib is not None:
+                row.fits, row.margin_mib = required <= gpu.memory_mib, gpu.memory_mib - required
+            rows.append(row)
     return rows
 
 
-TIMES: dict[str, float | None] = {
-    optim.combination: 10.0 + 7 * n % 16 for n, optim in enumerate(combinations(with_gc=True))
-}
+TIMES = {optim.combination: 10.0 + 7 * n % 16 for n, optim in enumerate(COMBINATIONS)}
 
 
-@contextmanager
-def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    assert total > 0
-    yield lambda n: None
-
-
-def advise(gpus: list[GpuConfig], rows: list[dict[str, Any]], goal: Goal = Goal.fit, **others: Any) -> dict[str, Any]:
+def advise(gpus: list[GpuConfig], rows: list[PlanRow], goal: Goal = Goal.fit, **others: Any) -> Advice:
     config = others.pop("config", config_for(goal))
-    profiles = others.pop("profiles", gpus)
-    return Adviser(config, rows, gpus, profiles, LENGTHS, no_progress, **others).advise()
-
-
-def test_fastest_that_fits_is_named_with_its_limits(needs):
-    gpu = card("a", int(min(needs.values()) + 60))
-    rows = rows_on([gpu], needs, TIMES)
-    limit = (1 - SPARE) * gpu.usable_mib
-    fitting = {name: TIMES[name] for name, need in needs.items() if need <= limit}
-    assert 0 < len(fitting) < 16
-    found = advise([gpu], rows)
-    best = min(fitting, key=lambda name: fitting[name])
-    assert (found["goal"], found["gpu"], found["combination"]) == ("fit", "a", best)
-    optim = next(optim for optim in combinations(with_gc=True) if optim.combination == best)
-    assert found["lines"][0].startswith(f"fastest that fits a: {typed(optim)} (")
-    assert f"of {gpu.memory_mib:,} MiB, {fitting[best]:,.1f} s at best)" in found["lines"][0]
-    config, traits, workspace = config_for(optim=optim), traits_of(gpu), workspace_bytes(gpu)
-
-    def fit(config: PlanConfig, lengths: list[tuple[int, int]]) -> bool:
-        return try_run(config, lengths, traits, workspace).reserved_mib <= limit
-
-    longest, size = found["longest_sequence"], found["largest_micro_batch"]
-    assert fit(config, uniform(longest, config, LENGTHS))
-    assert longest == CONTEXT or not fit(config, uniform(longest + 1, config, LENGTHS))
-    assert fit(with_size(config, size), LENGTHS)
-    assert size == len(LENGTHS) or not fit(with_size(config, size + 1), LENGTHS)
-    assert f"data.max_length={found['longest_sequence']}" in found["lines"][1]
-    assert f"training.micro_batch_size={found['largest_micro_batch']}" in found["lines"][2]
+    return Adviser(config, rows, gpus, others.pop("profiles", gpus), SHORT, no_progress).advise()
 
 
 def with_size(config: PlanConfig, micro_batch_size: int) -> PlanConfig:
     return replace(config, training=replace(config.training, micro_batch_size=micro_batch_size))
 
 
-def test_time_that_is_not_known_leaves_the_smallest_need(needs):
+def test_fastest_that_fits_is_named_with_its_limits(needs: dict[str, float]) -> None:
+    gpu = card("a", int(min(needs.values()) + 60))
+    limit = (1 - SPARE) * (gpu.usable_mib or 0)
+    fitting = {name: TIMES[name] for name, mib in needs.items() if mib <= limit}
+    assert 0 < len(fitting) < 16
+    advice = advise([gpu], rows_on([gpu], needs, TIMES))
+    best = min(fitting, key=fitting.__getitem__)
+    assert (advice.goal, advice.gpu, advice.combination) == ("fit", "a", best)
+    optim = next(optim for optim in COMBINATIONS if optim.combination == best)
+    assert advice.lines[0].startswith(f"fastest that fits a: {optim.as_typed} (")
+    assert f"of {gpu.memory_mib:,} MiB, {fitting[best]:,.1f} s at best)" in advice.lines[0]
+    config, longest, size = config_for(optim=optim), advice.longest_sequence, advice.largest_micro_batch
+    assert longest is not None
+    assert size is not None
+    assert need(*with_tokens(config, SHORT, longest)) <= limit
+    assert longest == CONTEXT or need(*with_tokens(config, SHORT, longest + 1)) > limit
+    assert need(with_size(config, size)) <= limit
+    assert size == len(SHORT) or need(with_size(config, size + 1)) > limit
+    assert f"data.max_length={longest}" in advice.lines[1]
+    assert f"training.micro_batch_size={size}" in advice.lines[2]
+
+
+def test_time_that_is_not_known_leaves_the_smallest_need(needs: dict[str, float]) -> None:
     rows = rows_on([card("a", 4000)], needs, {})
-    found = advise([card("a", 4000)], rows)
-    assert found["combination"] == smallest(rows)["combination"]
-    assert found["lines"][0].startswith("smallest that fits a: optim=")
-    assert "no time is known" in found["lines"][0]
+    advice = advise([card("a", 4000)], rows)
+    assert advice.combination == smallest(rows).combination
+    assert advice.lines[0].startswith("smallest that fits a: optim=")
+    assert "no time is known" in advice.lines[0]
 
 
-def test_on_the_cpu_there_is_nothing_to_fit_into(needs):
-    cpu = GpuConfig("cpu", DeviceChoice.cpu)
-    rows = rows_on([cpu], needs, TIMES)
-    for each in rows:
-        each["required_mib"] = None
-    found = advise([cpu], rows)
-    assert found["combination"] == smallest(rows)["combination"]
-    assert (found["longest_sequence"], found["largest_micro_batch"]) == (None, None)
-    assert "cpu" in found["lines"][0]
-    assert "gpu=CARD" in found["lines"][1]
+def test_on_the_cpu_there_is_nothing_to_fit_into(needs: dict[str, float]) -> None:
+    rows = rows_on([CPU_PROFILE], needs, TIMES)
+    for row in rows:
+        row.required_mib = None
+    advice = advise([CPU_PROFILE], rows)
+    assert advice.combination == smallest(rows).combination
+    assert (advice.longest_sequence, advice.largest_micro_batch) == (None, None)
+    assert "cpu" in advice.lines[0]
+    assert "gpu=CARD" in advice.lines[1]
 
 
-def test_what_to_change_where_nothing_fits(needs):
-    """Two samples a micro-batch are too many; one, or shorter ones, are not."""
-    config = config_for()
-    config = replace(config, training=replace(config.training, micro_batch_size=3))
-    everything = OptimConfig(lora=True)
-    rows = predict(config, [everything], [card("a", 1000)], LENGTHS)
-    need = rows[0]["required_mib"]
-    one = replace(config, optim=everything, training=replace(config.training, micro_batch_size=1))
-    traits, workspace = traits_of(config.gpu), workspace_bytes(config.gpu)
-    least = try_run(one, LENGTHS, traits, workspace).reserved_mib + 10
-    assert least < need
-    gpu = card("a", int(need - 1))
-    enough = math.ceil((need - 10) / (1 - SPARE)) + 10
+def test_what_to_change_where_nothing_fits() -> None:
+    """Three samples a micro-batch are too many; fewer, or shorter ones, are not."""
+    optim = OptimConfig(lora=True)
+    config = with_size(config_for(), 3)
+    (row,) = predict(config, [optim], [card("a", 1000)], SHORT)
+    required = row.required_mib or 0
+    least = need(with_size(replace(config, optim=optim), 1)) + 10
+    assert least < required
+    gpu, enough = card("a", int(required - 1)), math.ceil((required - 10) / (1 - SPARE)) + 10
     larger = [card("d", 9000), card("b", enough), card("c", enough + 1), card("too_small", enough - 1)]
-    rows = predict(config, [everything], [gpu], LENGTHS)
-    found = advise([gpu], rows, config=config, profiles=larger)
-    text = "\n".join(found["lines"])
+    advice = advise([gpu], predict(config, [optim], [gpu], SHORT), config=config, profiles=larger)
+    text = "\n".join(advice.lines)
     assert (
-        found["lines"][0]
-        == f"nothing fits a: the smallest, optim=lora, needs {need:,.0f} of {need - 1:,.0f} MiB, 1 MiB too many"
+        advice.lines[0]
+        == f"nothing fits a: the smallest, optim=lora, needs {required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too many"
     )
-    assert f"optim=lora data.max_length={found['longest_sequence']}" in text
-    assert f"optim=lora training.micro_batch_size={found['largest_micro_batch']}" in text
-    assert 2 <= found["longest_sequence"] < 20
-    assert found["largest_micro_batch"] in (1, 2)
+    assert f"optim=lora data.max_length={advice.longest_sequence}" in text
+    assert f"optim=lora training.micro_batch_size={advice.largest_micro_batch}" in text
+    assert 2 <= (advice.longest_sequence or 0) < 20
+    assert advice.largest_micro_batch in (1, 2)
     assert "gpu=b (" in text
-    changed = with_size(replace(config, optim=everything), found["largest_micro_batch"])
-    assert try_run(changed, LENGTHS, traits, workspace).reserved_mib <= (1 - SPARE) * gpu.usable_mib
+    changed = with_size(replace(config, optim=optim), advice.largest_micro_batch)
+    assert need(changed) <= (1 - SPARE) * (gpu.usable_mib or 0)
 
 
-def test_nothing_helps_on_a_card_that_holds_no_weights(needs):
+def test_nothing_helps_on_a_card_that_holds_no_weights(needs: dict[str, float]) -> None:
     gpu = card("a", 20)
-    found = advise([gpu], rows_on([gpu], needs, TIMES), profiles=[gpu])
-    assert found["combination"] is None
-    assert found["lines"][1:] == ["no data.max_length is short enough", "no larger card is known"]
+    advice = advise([gpu], rows_on([gpu], needs, TIMES), profiles=[gpu])
+    assert advice.combination is None
+    assert advice.lines[1:] == ["no data.max_length is short enough", "no larger card is known"]
 
 
-def test_several_cards_have_a_line_each(needs):
+def test_several_cards_have_a_line_each(needs: dict[str, float]) -> None:
     gpus = [card("small", 20), card("large", 4000)]
-    found = advise(gpus, rows_on(gpus, needs, TIMES))
-    assert (found["gpu"], found["combination"]) == (None, None)
-    assert found["lines"][0].startswith("nothing fits small: ")
-    assert found["lines"][1].startswith("fastest that fits large: ")
+    advice = advise(gpus, rows_on(gpus, needs, TIMES))
+    assert (advice.gpu, advice.combination) == (None, None)
+    assert advice.lines[0].startswith("nothing fits small: ")
+    assert advice.lines[1].startswith("fastest that fits large: ")
 
 
 @pytest.mark.parametrize("offset", [-1, 0, 1])
-def test_cheapest_card_is_the_smallest_with_a_fitting_row(needs, offset, monkeypatch):
-    monkeypatch.setattr(Adviser, "_largest", lambda *_, **__: {"tokens": 7, "samples": 2})
+def test_cheapest_card_is_the_smallest_with_a_fitting_row(
+    needs: dict[str, float], offset: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Adviser, "_largest", lambda *_: (7, 2))
     edge = math.ceil(min(needs.values()) / (1 - SPARE)) + 10
     gpus = [
         card("huge", 9000),
@@ -300,52 +222,41 @@ def test_cheapest_card_is_the_smallest_with_a_fitting_row(needs, offset, monkeyp
         card("tiny", 20),
     ]
     rows = rows_on(gpus, needs, TIMES)
-    fitting = [gpu for gpu in gpus if any(has_room(row) for row in rows if row["gpu"] == gpu.name)]
-    expected = min(fitting, key=lambda gpu: (gpu.memory_mib, gpu.bandwidth_gb_s)).name
-    assert expected == ("huge" if offset < 0 else "slow")
-    found = advise(gpus, rows, Goal.cheapest_gpu)
-    assert (found["goal"], found["gpu"]) == ("cheapest_gpu", expected)
-    best = fastest([row for row in rows if row["gpu"] == expected])
+    assert any(has_room(row) for row in rows if row.gpu == "slow") == (offset >= 0)
+    expected = "huge" if offset < 0 else "slow"
+    advice = advise(gpus, rows, Goal.cheapest_gpu)
+    assert (advice.goal, advice.gpu) == ("cheapest_gpu", expected)
+    best = fastest([row for row in rows if row.gpu == expected])
     assert best is not None
-    assert found["combination"] == best["combination"]
-    assert found["lines"][0] == f"smallest card on which something fits: gpu={expected}"
+    assert advice.combination == best.combination
+    assert advice.lines[0] == f"smallest card on which something fits: gpu={expected}"
     if offset < 0:
-        assert found["lines"][-1].startswith("one card smaller, fastest that fits quick: ")
-        assert found["lines"][-1].endswith("; less than 5% to spare: it may not fit")
+        assert advice.lines[-1].startswith("one card smaller, fastest that fits quick: ")
+        assert advice.lines[-1].endswith("; less than 5% to spare: it may not fit")
     else:
-        assert found["lines"][-1].startswith("one card smaller, nothing fits tiny: the smallest, optim=")
-        assert found["lines"][-1].endswith(" MiB too many")
+        assert advice.lines[-1].startswith("one card smaller, nothing fits tiny: the smallest, optim=")
+        assert advice.lines[-1].endswith(" MiB too many")
 
 
-def test_no_card_is_large_enough(needs):
+def test_no_card_is_large_enough(needs: dict[str, float]) -> None:
     gpus = [card("a", 20), card("b", 25)]
-    found = advise(gpus, rows_on(gpus, needs, TIMES), Goal.cheapest_gpu)
-    assert (found["gpu"], found["combination"]) == ("b", None)
-    assert found["lines"][0] == "no known card is large enough; the largest is b"
+    advice = advise(gpus, rows_on(gpus, needs, TIMES), Goal.cheapest_gpu)
+    assert (advice.gpu, advice.combination) == ("b", None)
+    assert advice.lines[0] == "no known card is large enough; the largest is b"
 
 
-def test_rows_that_cannot_run_are_passed_over(needs):
-    gpu = card("a", 4000)
+def test_rows_that_cannot_run_are_passed_over(needs: dict[str, float]) -> None:
+    gpu, error = card("a", 4000), "bf16 is not there"
     rows = rows_on([gpu], needs, TIMES)
-    for each in rows:
-        if each["optim"]["mp"]:
-            config = replace(config_for(), optim=OptimConfig(**each["optim"]))
-            each |= row(config, gpu, UserError("bf16 is not there"))
-    found = advise([gpu], rows)
-    assert "mp" not in found["combination"]
-    for each in rows:
-        each["error"] = "bf16 is not there"
-    assert advise([gpu], rows)["lines"] == ["a: bf16 is not there"]
+    some = [replace(row, error=error if row.optim["mp"] else None) for row in rows]
+    assert "mp" not in (advise([gpu], some).combination or "mp")
+    assert advise([gpu], [replace(row, error=error) for row in rows]).lines == [f"a: {error}"]
 
 
-def test_names_are_typed_as_presets():
-    assert typed(OptimConfig()) == "optim=baseline"
-    assert typed(OptimConfig(mp=True, lora=True)) == "optim=mp_lora"
-    assert typed({"ga": True, "mp": False, "lora": True, "gc": True}) == "optim=ga_lora optim.gc=true"
-    assert typed(OptimConfig(gc=True)) == "optim=baseline optim.gc=true"
+def test_cards_whose_memory_is_not_known_are_not_sorted() -> None:
     assert [gpu.name for gpu in by_size([card("b", 3000), card("x", None), card("a", 2000)])] == ["a", "b"]
 
 
-def test_enforcing_is_not_for_plan():
+def test_enforcing_is_not_for_plan() -> None:
     with pytest.raises(UserError, match=r"plan\.enforce=false is for train"):
-        PlanConfig(MODEL, "random", data=DataConfig("sample"), plan=replace(config_for().plan, enforce=False))
+        PlanConfig(WIDE_HEAD, "random", data=DataConfig("sample"), plan=replace(config_for().plan, enforce=False))

@@ -13,6 +13,7 @@ from nbclient import NotebookClient
 
 import llama_ft as lf
 from llama_ft import api
+from llama_ft.config import PACKAGE_DIR
 from llama_ft.records import CATEGORIES
 
 NOTEBOOK = CHECKOUT / "examples" / "quickstart.ipynb"
@@ -71,7 +72,7 @@ def test_a_plan_needs_no_card() -> None:
 def test_weights_in_a_folder_are_a_model(tmp_path: Path) -> None:
     model, tokenizer = lf.load("tiny", "random", seed=1)
     lf.save(model, tmp_path)
-    again, _ = lf.load(tmp_path, tokenizer=api.preset("model", "tiny", api.ModelConfig).builtin_dir / "tokenizer.model")
+    again, _ = lf.load(tmp_path, tokenizer=PACKAGE_DIR / "model" / "tiny" / "tokenizer.model")
     tokens = torch.tensor([tokenizer.encode("the fox", bos=True)])
     assert torch.equal(again(tokens), model(tokens))
 

@@ -16,7 +16,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import pytest
 import torch
 from conftest import CHECKOUT, run
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft import cli
 from llama_ft import train as train_module
@@ -25,12 +27,10 @@ from llama_ft.cli.explain import RENAMED, setting_of
 from llama_ft.config import (
     Dtype,
     GenerateConfig,
-    LoraConfig,
     MixedPrecisionConfig,
     ModelConfig,
     OptimConfig,
     TrainConfig,
-    TrainingConfig,
     UserError,
 )
 from llama_ft.config.train import read_config
@@ -49,6 +49,19 @@ def checked(*overrides: str) -> TrainConfig:
     """What `train` makes of the command line."""
     return cli.composed_config("train", list(overrides), TrainConfig)
 
+
+def leaf_hints(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, type) of every value in the schema, however deep."""
+    hints = get_type_hints(schema)
+    for entry in fields(schema):
+        hint = hints[entry.name]
+        if is_dataclass(hint):
+            yield from leaf_hints(hint, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hint
+
+
+LEAVES = dict(leaf_hints(TrainConfig))
 
 # Every file
 
@@ -131,21 +144,9 @@ def parameter_count(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_every_model_has_a_published_count():
-    models = {option.removeprefix("model/") for option in OPTIONS if option.startswith("model/")}
-    assert models == PUBLISHED_PARAMETERS.keys() | {"tiny", "from_checkpoint"}
-
-
-@pytest.mark.parametrize("name", PUBLISHED_PARAMETERS)
+@pytest.mark.parametrize("name", [o.removeprefix("model/") for o in OPTIONS if re.match("model/(llama|tinyllama)", o)])
 def test_parameter_count_is_the_published_one(name):
     assert parameter_count(name) == PUBLISHED_PARAMETERS[name]
-
-
-def test_tiny_is_small():
-    count = parameter_count("tiny")
-    tokenizer = checked().tokenizer_file.stat().st_size
-    assert 2.5e6 < count < 3.5e6
-    assert 2 * count + tokenizer < 8e6  # bytes in 16 bit
 
 
 @pytest.mark.parametrize(("name", "context"), [("tiny", 1024), ("llama2_7b", 4096), ("tinyllama_1b", 2048)])
@@ -207,6 +208,7 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_module, "report_sweep", lambda *_: [])
+    monkeypatch.setattr(train_module, "records", lambda _: ([], []))
     monkeypatch.setattr(train_module, "track_sweep", lambda *_: None)
 
     def command(*arguments: str) -> Outcome:
@@ -293,26 +295,38 @@ OUT_OF_RANGE = [
     ("mp.dtype=fp16 mp.trainable_weights=compute", "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16"),
     ("model=llama2_7b", "model", "llama2_7b", "checkpoint=DIR & checkpoint=random"),
     ("data=alpaca_200 data.url=null", "data", "alpaca_200", "data.path=FILE"),
-    ("optim.ga=false,true", "optim.ga", "false,true", "several values need -m"),
 ]
-FLOATS = (
-    "lora.alpha lora.dropout training.lr training.warmup_ratio training.weight_decay training.max_grad_norm"
-    " model.norm_eps model.rope_theta model.rope_factor model.rope_low_freq_factor model.rope_high_freq_factor"
-).split()
-NAN = [(f"{key}=nan", key, "nan", "positive|between|at least|0 or more") for key in FLOATS]
+NAN = [
+    (f"{key}=nan", key, "nan", "positive|between|at least|0 or more") for key, hint in LEAVES.items() if hint is float
+]
 GONE = [(old if "=" in old else f"{old}=4", old, "", "no longer exists: use ") for old in RENAMED if "." in old]
 REFUSED = WRONG_KEY + WRONG_CHOICE + WRONG_TYPE + TOO_SMALL + OUT_OF_RANGE + NAN + GONE
 
 
 @pytest.mark.parametrize(("arguments", "key", "value", "allowed"), REFUSED, ids=[case[0] for case in REFUSED])
-def test_refused(train, tmp_path, arguments, key, value, allowed):
-    outcome = train(*arguments.split(), "hydra.run.dir=out")
-    assert outcome.status == 2
-    assert not outcome.folders
-    assert "Traceback" not in outcome.error
-    assert key in outcome.last_line
-    assert value.lower() in outcome.last_line.lower()
-    assert all(re.search(part, outcome.last_line, re.IGNORECASE) for part in allowed.split(" & "))
+def test_refused(arguments, key, value, allowed):
+    with pytest.raises((UserError, HydraException, OmegaConfBaseException)) as error:
+        checked(*arguments.split())
+    line = cli.explain(error.value)
+    assert "\n" not in line
+    assert key in line
+    assert value.lower() in line.lower()
+    assert all(re.search(part, line, re.IGNORECASE) for part in allowed.split(" & "))
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("training.epoch=1", "error: training.epoch is not a key; did you mean epochs? training has lr, "),
+        ("optim.ga=1", "error: optim.ga=1 is not allowed: it must be true or false"),
+        ("training.lr=nan", "error: training.lr=nan is not allowed: it must be positive and finite"),
+        ("optim=lora,mp", "error: optim=lora,mp: several values need -m "),
+    ],
+)
+def test_refused_by_the_command(train, tmp_path, argument, line):
+    outcome = train(argument, "hydra.run.dir=out")
+    assert (outcome.status, outcome.folders, outcome.error.count("\n")) == (2, [], 1)
+    assert outcome.last_line.startswith(line)
     assert_nothing_but_a_result(tmp_path, outcome.last_line)
 
 
@@ -346,28 +360,20 @@ def assert_nothing_but_a_result(cwd: Path, last_line: str) -> None:
         assert last_line == f"error: {result['error']}"
 
 
-def test_refused_by_the_command_as_users_start_it(tmp_path):
-    ended = run("llama_ft.train", "training.lr=nan", "hydra.run.dir=out", cwd=tmp_path)
-    (line,) = ended.stderr.splitlines()
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert line == "error: training.lr=nan is not allowed: it must be positive and finite"
-    assert_nothing_but_a_result(tmp_path, line)
-
-
+@pytest.mark.process
 def test_the_traceback_is_there_for_those_who_ask(tmp_path):
-    ended = run("llama_ft.train", "training.lrr=1", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    plain = run("llama_ft.train", "training.lr=nan", "hydra.run.dir=out", cwd=tmp_path)
+    assert (plain.returncode, plain.stdout) == (2, "")
+    assert plain.stderr == "error: training.lr=nan is not allowed: it must be positive and finite\n"
+    ended = run("llama_ft.train", "training.lr=nan", cwd=tmp_path, env={"HYDRA_FULL_ERROR": "1"})
     assert ended.returncode != 0
     assert "Traceback" in ended.stderr
 
 
-def test_floats_listed_are_all_there_are():
-    assert set(FLOATS) == {key for key, hint in leaf_hints(TrainConfig) if hint is float}
-
-
-def test_the_message_about_clipping_gives_a_spelling_that_works(train):
-    refused = train("training.max_grad_norm=0", "hydra.run.dir=out")
-    spelling = re.search(r"\((\S+) never clips\)", refused.last_line)[1]
-    assert train(f"training.max_grad_norm={spelling}", "hydra.run.dir=out").status == 0
+def test_the_message_about_clipping_gives_a_spelling_that_works():
+    with pytest.raises(UserError, match=r"\(inf never clips\)"):
+        checked("training.max_grad_norm=0")
+    assert checked("training.max_grad_norm=inf").training.max_grad_norm == float("inf")
 
 
 @pytest.mark.parametrize(
@@ -380,24 +386,11 @@ def test_the_message_about_clipping_gives_a_spelling_that_works(train):
         "mp.dtype=fp16 mp.frozen_weights=fp32",
     ],
 )
-def test_the_edges_of_what_is_allowed(train, arguments):
-    outcome = train(*arguments.split(), "hydra.run.dir=out")
-    assert (outcome.status, outcome.error) == (0, "")
-    assert len(outcome.configs) == 1
+def test_the_edges_of_what_is_allowed(arguments):
+    assert checked(*arguments.split())
 
 
 # The hash
-
-
-def leaf_hints(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, type) of every value in the schema, however deep."""
-    hints = get_type_hints(schema)
-    for entry in fields(schema):
-        hint = hints[entry.name]
-        if is_dataclass(hint):
-            yield from leaf_hints(hint, f"{prefix}{entry.name}.")
-        else:
-            yield prefix + entry.name, hint
 
 
 def another(value: Any, hint: Any) -> Any:
@@ -413,9 +406,6 @@ def another(value: Any, hint: Any) -> Any:
     if hint is str:
         return f"{value}_other"
     return {int: 7, float: 0.123}[hint]
-
-
-LEAVES = dict(leaf_hints(TrainConfig))
 
 
 @pytest.fixture
@@ -491,8 +481,8 @@ def test_the_sweep_of_table_2(train, tmp_path, arguments):
 
 
 def test_a_sweep_by_switches(train):
-    outcome = train("-m", *(f"optim.{name}=false,true" for name in ("gc", "lora", "mp", "ga")))
-    assert set(outcome.folders) == PRESETS | {"gc"} | {f"{preset}_gc" for preset in PRESETS - {"baseline"}}
+    outcome = train("-m", "optim.gc=false,true", "optim.ga=false,true")
+    assert outcome.folders == ["baseline", "ga", "gc", "ga_gc"]
     assert outcome.folders == [config.optim.combination for config in outcome.configs]
 
 
@@ -545,10 +535,6 @@ def test_paths_in_run_names_make_no_folders(train, tmp_path):
 
 
 def test_checks_run_without_hydra_too():
-    with pytest.raises(UserError, match=r"lora\.rank=0"):
-        LoraConfig(rank=0)
-    with pytest.raises(UserError, match=r"training\.seed"):
-        TrainingConfig(seed=-1)
     with pytest.raises(UserError, match="n_heads"):
         ModelConfig(name="odd", dim=100, n_heads=6)
     with pytest.raises(UserError, match=r"mp\.frozen_weights=bf16 is not allowed: it must be one of compute, fp32"):

@@ -29,7 +29,7 @@ from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import save_tensors
 from llama_ft.techniques.adapter import load_adapter
-from llama_ft.techniques.peft_reader import read_adapter
+from llama_ft.techniques.peft import read_adapter
 
 __all__ = ["command", "folders"]  # fixtures
 INDEX = "model.safetensors.index.json"

@@ -3,52 +3,35 @@
 import ast
 import csv
 import functools
-import itertools
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import MISSING
 from pathlib import Path
 
 import pytest
 from conftest import CHECKOUT
-from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from helpers.commands import single_runs
 from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
-from llama_ft.config import (
-    ConvertConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    ModelConfig,
-    PlanConfig,
-    ReportConfig,
-    TrainConfig,
-    config_dir,
-)
+from llama_ft.cli.compose import SCHEMAS
+from llama_ft.config import GenerateConfig, ModelConfig, TrainConfig
 from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table import amount
 
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
-SCHEMAS = {
-    "llama_ft.train": TrainConfig,
-    "llama_ft.report": ReportConfig,
-    "llama_ft.generate": GenerateConfig,
-    "llama_ft.evaluate": EvaluateConfig,
-    "llama_ft.plan": PlanConfig,
-    "llama_ft.convert": ConvertConfig,
-}
 # Lines of other tools.
 OTHER_LINES = (
     r"python3 -m venv \.venv",
     r"\.venv/bin/python -m pip install (--constraint requirements\.lock --editable \.|torch==\S+ --index-url \S+)",
-    r'eval "\$\(python -m llama_ft\.train -sc install=bash\)"',  # tests/test_install.py
+    r'eval "\$\(llama-ft -sc install=bash\)"',  # tests/test_usage.py
     r"pip install (lm_eval|\.)",  # tests/test_install.py installs the wheel
     r"source \.venv/bin/activate",
     r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
+    r"pip install '\.\[tensorboard\]'",
+    r"tensorboard --logdir outputs/\S+",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )
 
@@ -67,12 +50,17 @@ def code_lines(page: Path) -> list[str]:
 LINES = [(page.name, line) for page in PAGES for line in code_lines(page)]
 
 
-def commands(module: str) -> list[tuple[str, ...]]:
-    """The arguments of each `python -m MODULE` in the docs, and in the docs' inline code."""
-    inline = [code for page in PAGES for code in re.findall(r"`(python -m [^`\n]+)`", text(page))]
-    words = [shlex.split(line) for line in [*(line for _, line in LINES), *inline]]
-    found = [tuple(line[3:]) for line in words if line[:3] == ["python", "-m", module]]
-    return list(dict.fromkeys(found))
+def command(line: str) -> tuple[str, ...]:
+    """`("train", "optim=ga")` for a line in any of the forms of a command; empty for other lines."""
+    match = re.match(r"(?:python -m llama_ft[. ]|llama-ft )(\w+)(?: |$)(.*)", line)
+    return (match[1], *shlex.split(match[2])) if match else ()
+
+
+def commands(name: str) -> list[tuple[str, ...]]:
+    """The arguments of each `python -m llama_ft.NAME` in the docs' blocks and inline code."""
+    inline = [code for page in PAGES for code in re.findall(r"`((?:python -m|llama-ft) [^`\n]+)`", text(page))]
+    found = [command(line) for line in [*(line for _, line in LINES), *inline]]
+    return list(dict.fromkeys(words[1:] for words in found if words[:1] == (name,)))
 
 
 def make_targets() -> set[str]:
@@ -84,8 +72,10 @@ def test_every_line_is_of_a_tool_that_is_tested(page: str, line: str) -> None:
     words = shlex.split(line)
     if words[0] == "make":
         assert {word for word in words[1:] if "=" not in word} <= make_targets()
+    elif command(line):
+        assert command(line)[0] in SCHEMAS
     elif words[:2] == ["python", "-m"]:
-        assert words[2] in SCHEMAS or words[2].startswith(("benchmarks.", "experiments"))
+        assert words[2].startswith(("benchmarks.", "experiments"))
     elif words[0].endswith("python") and words[1] == "-c":
         ast.parse(words[2])
     elif words[0] == "python":
@@ -97,26 +87,6 @@ def test_every_line_is_of_a_tool_that_is_tested(page: str, line: str) -> None:
 def test_readme_makes_and_trains() -> None:
     lines = {line for page, line in LINES if page == "README.md"}
     assert {"make sweep", "make test", "python -m llama_ft.train optim=ga_mp_lora"} <= lines
-
-
-def swept_values(override: Override) -> list[str]:
-    """What the sweep puts in the override's place, one at a time."""
-    if isinstance(override.value(), Glob):
-        options = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
-        return override.value().filter(options)
-    return list(override.sweep_string_iterator())
-
-
-def single_runs(overrides: list[str]) -> Iterator[list[str]]:
-    """The overrides of each run."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    choices = [
-        [f"{override.get_key_element()}={value}" for value in swept_values(override)]
-        if override.is_sweep_override()
-        else [override.input_line]
-        for override in parsed
-    ]
-    yield from (list(choice) for choice in itertools.product(*choices))
 
 
 MakeCheckpoints = Callable[[tuple[str, ...]], None]
@@ -137,25 +107,23 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCheckpoi
     return make
 
 
-@pytest.mark.parametrize("arguments", commands("llama_ft.train"), ids=" ".join)
+@pytest.mark.parametrize("arguments", commands("train"), ids=" ".join)
 def test_train_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
-    if {"--help", "-sc", "--config-dir"} & set(arguments):
-        return  # tests/test_usage.py, tests/test_install.py; the folder is the reader's
-    cli.register()
+    if {"--help", "--config-dir"} & set(arguments) or "…" in arguments:
+        return  # tests/test_usage.py; the folder is the reader's
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     runs = list(single_runs(overrides))
     checkpoints(arguments)
     assert runs
     assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
-    with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        for single in runs:
-            cli.checked_config(compose(config_name="train", overrides=single), single, TrainConfig)
+    for single in runs:
+        cli.composed_config("train", single, TrainConfig)
 
 
 def test_no_folder_is_used_for_two_configurations() -> None:
     """What is given twice for a folder differs at most in going on."""
     used: dict[str, set[tuple[str, ...]]] = {}
-    for arguments in commands("llama_ft.train"):
+    for arguments in commands("train"):
         folder = next((argument for argument in arguments if argument.startswith("hydra.run.dir=")), None)
         if folder:
             used.setdefault(folder, set()).add(tuple(a for a in arguments if a != "training.resume=true"))
@@ -163,35 +131,18 @@ def test_no_folder_is_used_for_two_configurations() -> None:
     assert [folder for folder, configs in used.items() if len(configs) > 1] == []
 
 
-@pytest.mark.parametrize("arguments", commands("llama_ft.report"), ids=" ".join)
-def test_report_commands_compose(arguments: tuple[str, ...]) -> None:
-    folders = [argument for argument in arguments if "=" not in argument]
-    assert 1 <= len(folders) <= 2
-    cli.composed_config("report", [argument for argument in arguments if "=" in argument], ReportConfig)
-
-
-@pytest.mark.parametrize("arguments", commands("llama_ft.generate"), ids=" ".join)
-def test_generate_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "arguments"), [(name, arguments) for name in SCHEMAS if name != "train" for arguments in commands(name)]
+)
+def test_other_commands_compose(checkpoints: MakeCheckpoints, name: str, arguments: tuple[str, ...]) -> None:
     checkpoints(arguments)
-    cli.composed_config("generate", list(arguments), GenerateConfig)
+    overrides = [argument for argument in arguments if "=" in argument]
+    assert len(arguments) - len(overrides) in ((1, 2) if name == "report" else (0,))  # folders
+    cli.composed_config(name, plan.overrides(overrides) if name == "plan" else overrides, SCHEMAS[name])
 
 
-@pytest.mark.parametrize("arguments", commands("llama_ft.evaluate"), ids=" ".join)
-def test_evaluate_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
-    checkpoints(arguments)
-    cli.composed_config("evaluate", list(arguments), EvaluateConfig)
-
-
-@pytest.mark.parametrize("arguments", commands("llama_ft.plan"), ids=" ".join)
-def test_arguments_of_plan_are_accepted(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
-    checkpoints(arguments)
-    cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
-
-
-@pytest.mark.parametrize("arguments", commands("llama_ft.convert"), ids=" ".join)
-def test_convert_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[str, ...]) -> None:
-    checkpoints(arguments)
-    cli.composed_config("convert", list(arguments), ConvertConfig)
+def test_the_docs_show_every_command() -> None:
+    assert all(commands(name) for name in SCHEMAS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -200,7 +151,7 @@ def test_pictures_and_links_exist(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
 def test_keys_in_the_text_exist(page: Path) -> None:
     """Every `section.key` that is written as code, with or without a value."""
     sections = TrainConfig.__dataclass_fields__

@@ -16,14 +16,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import run
+from helpers.models import SMALL, make_model, reference, trained_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from safetensors.torch import load_file
-from test_generate import SMALL, trained_adapter
-from test_kv_cache import make_model
 
-from benchmarks.decode import reference
 from llama_ft import evaluate
 from llama_ft.config import (
     DataConfig,
@@ -38,20 +35,23 @@ from llama_ft.data.collate import Padding
 from llama_ft.data.dataset import SAMPLE_DIR, Sample
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import Answer, generate
+from llama_ft.decoding.generate import generate
 from llama_ft.evaluation import measures, models
 from llama_ft.evaluation.exact_match import accuracy, greedy_answers, matches
 from llama_ft.evaluation.measures import EvalInputs, measure
-from llama_ft.evaluation.perplexity import perplexity, read_text, text_windows
-from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_questions, majority_answers
+from llama_ft.evaluation.perplexity import bits_per_byte, perplexity, read_text, text_windows
+from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_records, majority_answers
 from llama_ft.files import locked
-from llama_ft.model.formats import hf_name, permute_rotary
 from llama_ft.model.transformer import Transformer
+from llama_ft.records import read_record
+from llama_ft.records.answers import Answer
+from llama_ft.records.evaluation import Accuracy, Evaluation, Share
 from llama_ft.reporting import progress
 from llama_ft.reporting.table import Table, print_table
+from llama_ft.techniques.adapter import load_adapter
 from llama_ft.training.saver import save_trained
 
-SIZES = [f"model.{key}={getattr(SMALL, key)}" for key in "dim n_layers n_heads n_kv_heads ffn_dim context".split()]
+SIZES = [f"model.{key}={getattr(SMALL, key)}" for key in "dim n_layers n_heads n_kv_heads ffn_dim max_seq_len".split()]
 RECORDS = [
     {"instruction": "Name the capital of France.", "output": "Paris", "task": "capital"},
     {"instruction": "Name the capital of Italy.", "input": "", "output": "Rome", "task": "capital"},
@@ -80,8 +80,8 @@ def config_of(model: ModelConfig = SMALL, data: dict[str, Any] | None = None, **
     return EvaluateConfig(model=model, data=DataConfig("sample", **data or {}), **settings)
 
 
-def questions_of(tokenizer: Tokenizer, **settings: Any) -> EvaluationSet:
-    return load_questions(config_of(**settings), tokenizer, lambda line: None)
+def evaluation_set(tokenizer: Tokenizer, **settings: Any) -> EvaluationSet:
+    return load_records(config_of(**settings), tokenizer, lambda line: None)
 
 
 # Perplexity of a text
@@ -159,8 +159,8 @@ def test_a_uniform_models_numbers_are_known(tmp_path: Path, tokenizer: Tokenizer
     assert found.perplexity == pytest.approx(SMALL.vocab_size)
     n_windows = math.ceil(len(text.tokens) / 128)
     assert n_windows > 1
-    assert found.n_tokens == len(text.tokens) - (n_windows if stride == 128 else 1)
-    assert found.bits_per_byte(text) == pytest.approx(11 * (len(text.tokens) - 1) / 400)  # 2**11 pieces
+    assert found.tokens == len(text.tokens) - (n_windows if stride == 128 else 1)
+    assert bits_per_byte(found.nll, text) == pytest.approx(11 * (len(text.tokens) - 1) / 400)  # 2**11 pieces
 
 
 def test_numbers_that_are_none_are_refused() -> None:
@@ -175,7 +175,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tokenizer: Tokenizer) -> None:
     """Every target token weighs the same, however long the answer that it is in."""
-    samples = [question.sample for question in questions_of(tokenizer, max_samples=12).questions]
+    samples = [record.sample for record in evaluation_set(tokenizer, max_samples=12).records]
     samples = [sample for sample in samples if len(sample) <= SMALL.max_seq_len]
     hf, total = reference(model), 0.0
     for sample in samples:
@@ -188,7 +188,7 @@ def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tok
     steps: list[int] = []
     found = perplexity(model, samples, 5, advance=steps.append)
     assert found.perplexity == pytest.approx(math.exp(total / n_tokens), rel=1e-4)
-    assert (found.n_tokens, sum(steps)) == (n_tokens, len(samples))
+    assert (found.tokens, sum(steps)) == (n_tokens, len(samples))
 
 
 # The records
@@ -196,20 +196,20 @@ def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tok
 
 def test_the_built_in_records_are_those_that_training_never_sees(tokenizer: Tokenizer) -> None:
     wide = replace(SMALL, max_seq_len=1024)
-    found = questions_of(tokenizer, model=wide)
+    found = evaluation_set(tokenizer, model=wide)
     held_out, train = (
         [json.loads(line) for line in (SAMPLE_DIR / f"{split}.jsonl").read_text().splitlines()]
         for split in ("heldout", "train")
     )
-    assert [q.record.instruction for q in found.questions] == [record["instruction"] for record in held_out]
-    assert [q.task for q in found.questions] == [record["task"] for record in held_out]
+    assert [record.instruction for record in found.records] == [record["instruction"] for record in held_out]
+    assert [record.task for record in found.records] == [record["task"] for record in held_out]
     assert found.is_held_out
     for task, answer in found.majority.items():
         counts = Counter(record["output"] for record in train if record["task"] == task)
         assert counts[answer] == max(counts.values())
     assert found.majority.keys() == {record["task"] for record in train}
-    first = questions_of(tokenizer, model=wide, max_samples=5, data={"first": 9})
-    assert (first.questions, first.majority) == (found.questions[:5], found.majority)
+    first = evaluation_set(tokenizer, model=wide, max_samples=5, data={"first": 9})
+    assert (first.records, first.majority) == (found.records[:5], found.majority)
 
 
 def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -217,17 +217,17 @@ def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
     cut = {"instruction": "Say much.", "output": "much " * 100}
     file = records_file(tmp_path, [*RECORDS, long, bad, cut])
     with pytest.raises(UserError, match=r"record 5 \(line 6\): output is missing"):
-        questions_of(tokenizer, data={"path": str(file)})
-    found = questions_of(tokenizer, data={"path": str(file), "on_bad_record": OnBadRecord.skip})
-    assert [q.task for q in found.questions] == ["capital", "capital", "say", "a | b", NO_TASK]
+        evaluation_set(tokenizer, data={"path": str(file)})
+    found = evaluation_set(tokenizer, data={"path": str(file), "on_bad_record": OnBadRecord.skip})
+    assert [record.task for record in found.records] == ["capital", "capital", "say", "a | b", NO_TASK]
     assert (found.n_skipped, found.n_dropped, found.n_truncated, found.is_held_out) == (1, 1, 1, False)
     assert found.majority == {"capital": "Paris", "say": "yes", "a | b": "no no", NO_TASK: ("much " * 100).strip()}
-    assert [len(q.sample) for q in found.questions][-1] == SMALL.max_seq_len
-    assert found.questions[3].prompt == prompt_text("Write it twice.", "a longer word than that")
+    assert [len(record.sample) for record in found.records][-1] == SMALL.max_seq_len
+    assert found.records[3].prompt == prompt_text("Write it twice.", "a longer word than that")
     with pytest.raises(UserError, match="no prompt leaves room for an answer"):
-        questions_of(tokenizer, data={"path": str(records_file(tmp_path, [long]))})
+        evaluation_set(tokenizer, data={"path": str(records_file(tmp_path, [long]))})
     with pytest.raises(UserError, match="there are no records"):
-        questions_of(tokenizer, data={"path": str(records_file(tmp_path, []))})
+        evaluation_set(tokenizer, data={"path": str(records_file(tmp_path, []))})
 
 
 def test_majority_answers_by_hand() -> None:
@@ -253,16 +253,8 @@ def test_accuracy_by_hand() -> None:
     assert matches(" yes\n", "yes")
     assert not matches("Yes", "yes")
     found = accuracy(["b", "a", "b", "b"], [True, False, False, True])
-    assert found == {
-        "correct": 2,
-        "records": 4,
-        "accuracy": 0.5,
-        "tasks": {
-            "a": {"correct": 0, "records": 1, "accuracy": 0.0},
-            "b": {"correct": 2, "records": 3, "accuracy": 2 / 3},
-        },
-    }
-    assert accuracy([NO_TASK, NO_TASK], [True, False])["tasks"] == {}
+    assert found == Accuracy(2, 4, 0.5, {"a": Share(0, 1, 0.0), "b": Share(2, 3, 2 / 3)})
+    assert accuracy([NO_TASK, NO_TASK], [True, False]).tasks == {}
 
 
 @contextmanager
@@ -281,16 +273,14 @@ def test_what_a_model_knows_is_counted(
 
     monkeypatch.setattr(measures, "greedy_answers", answer)
     config = config_of(data={"path": str(records_file(tmp_path, RECORDS))})
-    found = measure(model, EvalInputs(tokenizer, load_questions(config, tokenizer, print), None), config, no_bar)
+    inputs = EvalInputs(tokenizer, load_records(config, tokenizer, print), None)
+    found = measure(model, inputs, config, "model", no_bar)
     assert found.correct == [True, False, False, False]
-    values = found.values["exact_match"]
-    assert (values["correct"], values["accuracy"], values["ended_by_length"]) == (1, 0.25, 1)
-    assert {task: share["accuracy"] for task, share in values["tasks"].items()} == {
-        "a | b": 0,
-        "capital": 0.5,
-        "say": 0,
-    }
-    assert found.values["text"] is None
+    match = found.model.exact_match
+    assert match is not None
+    assert (match.correct, match.accuracy, match.ended_by_length) == (1, 0.25, 1)
+    assert {task: share.accuracy for task, share in match.tasks.items()} == {"a | b": 0, "capital": 0.5, "say": 0}
+    assert found.model.text is None
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,19 +325,6 @@ def saved(folder: Path) -> Path:
     return folder
 
 
-def merged(folder: Path) -> Transformer:
-    """The adapter of `trained_adapter` added to the weights by hand."""
-    plain, tensors = make_model(SMALL), load_file(folder / "adapter_model.safetensors")
-    with torch.no_grad():
-        for name, linear in plain.named_modules():
-            if name.endswith(("wq", "w2")):
-                theirs = "base_model.model." + hf_name(f"{name}.weight").removesuffix(".weight")
-                b = tensors[f"{theirs}.lora_B.weight"]
-                b = permute_rotary(b, 4, to_hf=False) if name.endswith("wq") else b
-                linear.weight += 8.0 / 4 * b @ tensors[f"{theirs}.lora_A.weight"]
-    return plain
-
-
 def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], tokenizer: Tokenizer) -> None:
     adapter, weights = trained_adapter(tmp_path / "run"), saved(tmp_path / "weights")
     (tmp_path / "book.txt").write_text("Once upon a time there was a fox. " * 40)
@@ -357,9 +334,12 @@ def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], to
         ("base", str(weights), None),
         ("fine_tuned", str(weights), str(adapter)),
     ]
-    samples = [q.sample for q in questions_of(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).questions]
+    samples = [
+        record.sample for record in evaluation_set(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).records
+    ]
     windows = text_windows(tokenizer.encode((tmp_path / "book.txt").read_text(), bos=True), 100, 50)
-    truths = [make_model(SMALL), merged(adapter)]
+    truths = [make_model(SMALL), make_model(SMALL)]
+    load_adapter(truths[1], adapter)
     for found, truth in zip(result["models"], truths, strict=True):
         assert found["responses"]["perplexity"] == pytest.approx(perplexity(truth, samples, 1).perplexity, rel=1e-4)
         assert found["text"]["perplexity"] == pytest.approx(perplexity(truth, windows, 1).perplexity, rel=1e-4)
@@ -522,7 +502,8 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert f"Written: answers.jsonl, evaluate.md, evaluate.json in {folder.relative_to(tmp_path)}" in done.stdout
     assert sorted(file.name for file in folder.iterdir()) == ["answers.jsonl", "evaluate.json", "evaluate.md"]
     result = json.loads((folder / "evaluate.json").read_text())
-    assert (result["schema_version"], result["model"], result["data"]["records"]) == (1, "tiny", 3)
+    assert (result["schema_version"], result["model"], result["data"]["records"]) == (2, "tiny", 3)
+    assert read_record(Evaluation, folder / "evaluate.json").models[0].checkpoint == "random"
     assert result["command"] == "python -m llama_ft.evaluate max_samples=3 max_new_tokens=2 checkpoint=random"
     assert result["versions"]["torch"] == torch.__version__
     assert [found["checkpoint"] for found in result["models"]] == ["random"]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import run
-from test_kv_cache import make_model
+from helpers.models import SMALL, change_json, make_model, reference, trained_adapter
 
-from benchmarks.decode import reference
 from llama_ft import cli
 from llama_ft import generate as generate_command
-from llama_ft.config import DecodingConfig, GenerateConfig, ModelConfig, ModelSource, TrainConfig, UserError
+from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, TrainConfig, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.chat import chat, line_reader
-from llama_ft.decoding.generate import Answer, GenerateFn, generate
+from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.decoding.show import show_answers
 from llama_ft.model.transformer import Transformer
-from llama_ft.techniques.adapter import check_base_of, load_adapter
+from llama_ft.records.answers import Answer
+from llama_ft.techniques.adapter import check_base_of
 from llama_ft.techniques.lora import add_lora
-from llama_ft.training.saver import save_trained
+from llama_ft.techniques.peft import read_adapter
 
 PROMPTS = ("Hello", "What is the plural of fox?", "Two and two are")
 
@@ -38,10 +40,6 @@ PROMPTS = ("Hello", "What is the plural of fox?", "Two and two are")
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
     return Tokenizer(ModelSource(model=SMALL).tokenizer_file)
-
-
-# Named tiny, so that its tokenizer is the built-in one.
-SMALL = ModelConfig("tiny", dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=2048, max_seq_len=128)
 
 
 @pytest.fixture(scope="module")
@@ -99,62 +97,17 @@ def test_an_answer_ends_where_the_context_does(model: Transformer, tokenizer: To
         generate(model, tokenizer, ["Hello " * 200], DecodingConfig())
 
 
-# Adapters
-
-
-def trained_adapter(folder: Path, rank: int = 4) -> Path:
-    """What a run with LoRA leaves, with an adapter that changes much."""
-    folder.mkdir()
-    adapted = make_model(SMALL)
-    add_lora(adapted, rank, 8.0, 0.0, ["wq", "w2"])
-    torch.manual_seed(3)
-    for name, parameter in adapted.named_parameters():
-        if name.endswith("lora_B"):
+def test_generating_while_training_has_no_dropout(tokenizer: Tokenizer) -> None:
+    model = make_model(SMALL).train()
+    add_lora(model, dropout=0.9)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.3)
-    save_trained(adapted, folder)
-    return folder
-
-
-def change_adapter_config(folder: Path, **values: object) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
-@pytest.mark.parametrize("merge", [True, False])
-def test_an_adapter_changes_the_logits_as_it_did_in_training(tmp_path: Path, merge: bool) -> None:
-    folder, tokens = trained_adapter(tmp_path / "run"), torch.arange(1, 30)[None]
-    adapted, plain, beside = make_model(SMALL), make_model(SMALL), make_model(SMALL)
-    load_adapter(adapted, folder, merge)
-    load_adapter(beside, folder, False)
-    torch.manual_seed(3)
-    expected = make_model(SMALL)
-    with torch.no_grad():
-        a = {n: p for n, p in beside.named_parameters() if "lora" in n}
-        for name, linear in expected.named_modules():
-            if name.endswith(("wq", "w2")):
-                linear.weight += 8.0 / 4 * a[f"{name}.lora_B"] @ a[f"{name}.lora_A"]
-        assert (adapted(tokens) - expected(tokens)).abs().max() <= 1e-4 * expected(tokens).abs().max()
-        assert (adapted(tokens) - plain(tokens)).abs().max() > 0.1
-
-
-def test_what_is_no_adapter_of_this_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"there is no adapter_model\.safetensors in it"):
-        load_adapter(make_model(SMALL), tmp_path, True)
-    folder = trained_adapter(tmp_path / "run")
-    with pytest.raises(UserError, match=r"does not fit model=tiny: model.dim is 32 and there 64"):
-        load_adapter(make_model(replace(SMALL, dim=32)), folder, True)
-    change_adapter_config(folder, r=2)
-    with pytest.raises(UserError, match=r"lora_A is \[4, 96\], and for model=tiny and r=2 should be \[2, 96\]"):
-        load_adapter(make_model(SMALL), folder, True)
-    (folder / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"there is no adapter_config\.json in it"):
-        load_adapter(make_model(SMALL), folder, True)
-
-
-def test_a_whole_model_is_no_adapter(tmp_path: Path) -> None:
-    save_trained(make_model(SMALL), tmp_path)
-    with pytest.raises(UserError, match=rf"is a whole model: give checkpoint={tmp_path} and no adapter"):
-        load_adapter(make_model(SMALL), tmp_path, True)
+    config = DecodingConfig(max_new_tokens=12)
+    while_training = generate(model, tokenizer, ["Hello"], config)
+    assert all(module.training for module in model.modules())
+    assert generate(model.eval(), tokenizer, ["Hello"], config) == while_training
+    assert not model.training
 
 
 # The dialogue
@@ -284,7 +237,7 @@ def asked(*answers: Answer) -> Callable[[bool], GenerateFn]:
 
     def load(is_base: bool) -> GenerateFn:
         def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> list[list[Answer]]:
-            found = [replace(each, text=f"base {each.text}") if is_base else each for each in answers]
+            found = [replace(a, text=f"base {a.text}") if is_base else a for a in answers]
             for word in found[0].text.split(" "):
                 on_text(f"{word} ")
             if found[0].finish == "error":
@@ -404,17 +357,14 @@ def test_a_file_of_prompts_is_answered_as_each_by_itself(tmp_path: Path, command
     assert command("prompts=p.jsonl", *wanted).out == content
     refused = command("prompts=p.jsonl", "output=a.jsonl", *wanted, "decoding.seed=1")
     assert refused.status == 2
-    assert "output=a.jsonl was made with other decoding.seed" in refused.err
+    assert "output=a.jsonl was made with other prompts or settings" in refused.err
     assert (tmp_path / "a.jsonl").read_text() == content
 
 
 def test_a_dialogue_by_a_pipe(
     tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
 ) -> None:
-    adapted = make_model(replace(tiny_config.model, n_layers=1))
-    add_lora(adapted, 4, 8.0, 0.0, ["wq"])
-    (tmp_path / "run").mkdir()
-    save_trained(adapted, tmp_path / "run")
+    trained_adapter(tmp_path / "run", replace(tiny_config.model, n_layers=1))
     lines = f"Two and two\n/raw {'x ' * 2000}\n/raw Hello\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     arguments = ("adapter=run", "compare=true", "decoding.max_new_tokens=5", *TINY)
@@ -430,17 +380,11 @@ def test_a_dialogue_has_each_adapters_answers(
     tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
 ) -> None:
     arguments = ("decoding.max_new_tokens=8", *TINY)
-    for name, targets in (("one", ["wq", "wv"]), ("the other", ["w1", "output"])):
-        adapted = make_model(replace(tiny_config.model, n_layers=1))
-        add_lora(adapted, 4, 64.0, 0.0, targets)
-        torch.manual_seed(len(name))
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.1)
-        (tmp_path / name).mkdir()
-        save_trained(adapted, tmp_path / name)
+    small = replace(tiny_config.model, n_layers=1)
+    trained_adapter(tmp_path / "one", small, ("wq", "wv"), alpha=64.0)
+    trained_adapter(tmp_path / "the other", small, ("w1", "output"), alpha=64.0)
     shutil.copytree(tmp_path / "one", tmp_path / "foreign")
-    change_adapter_config(tmp_path / "foreign", base_model_name_or_path="builtin")
+    change_json(tmp_path / "foreign" / "adapter_config.json", base_model_name_or_path="builtin")
     one, other = "adapter=one", "adapter=the other"
     singles = {chosen: command("prompt=Hello", *chosen, *arguments).out for chosen in ((), (one,), (other,))}
     assert len(set(singles.values())) == 3
@@ -503,25 +447,40 @@ def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch:
     assert re.fullmatch("error: out of memory: a smaller .*\n", done.err)
 
 
-def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("trained_on", "given", "is_refused"),
+    [
+        ("random", "builtin", True),
+        ("random", "weights", True),
+        ("weights", "random", True),
+        ("random", "random", False),
+        ("old/place", "new/place", False),
+        ("builtin", "weights", False),  # a folder may hold what is built in, exported
+        (None, "builtin", False),
+    ],
+)
+def test_an_adapter_of_other_weights_is_refused(
+    tmp_path: Path, trained_on: str | None, given: str, is_refused: bool
+) -> None:
     folder = trained_adapter(tmp_path / "run")
-    for trained_on, given in (("random", "builtin"), ("random", "weights"), ("weights", "random")):
-        change_adapter_config(folder, base_model_name_or_path=trained_on)
-        with pytest.raises(
-            UserError, match=rf"trained on checkpoint={trained_on}, and this is checkpoint={given}: give"
-        ):
-            check_base_of(folder, given)
-    # A folder may hold what is built in, exported.
-    for trained_on, given in (("random", "random"), ("old/place", "new/place"), ("builtin", "weights")):
-        change_adapter_config(folder, base_model_name_or_path=trained_on)
-        check_base_of(folder, given)
-    change_adapter_config(folder, base_model_name_or_path=None)  # it does not say
-    check_base_of(folder, "builtin")
+    change_json(folder / "adapter_config.json", base_model_name_or_path=trained_on)
+    adapter = read_adapter(folder, SMALL)
+    words = f"trained on checkpoint={trained_on}, and this is checkpoint={given}: give checkpoint={trained_on}"
+    with pytest.raises(UserError, match=re.escape(words)) if is_refused else nullcontext():
+        check_base_of(adapter, given)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"temperature": math.nan}, "decoding.temperature=nan is not allowed: it must be at least 1e-6 and finite"),
+        ({"top_k": -1}, "decoding.top_k=-1"),
+        ({"top_p": 1.01}, "decoding.top_p=1.01"),
+        ({"repetition_penalty": 0.0}, "decoding.repetition_penalty=0.0"),
+        ({"length_penalty": math.nan}, "decoding.length_penalty=nan"),
+        ({"n_beams": 0}, "decoding.n_beams=0"),
+        ({"num_return_sequences": 3, "n_beams": 2}, "decoding.num_return_sequences=3"),
+        ({"max_new_tokens": 0}, "decoding.max_new_tokens=0"),
         ({"temperature": 5.0}, "decoding.temperature is for sampling"),
         ({"top_k": 3}, "decoding.top_k is for sampling"),
         ({"top_p": 0.5}, "decoding.top_p is for sampling"),

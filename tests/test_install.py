@@ -15,7 +15,10 @@ from conftest import CHECKOUT, environment
 from packaging.requirements import Requirement
 from test_project import project, tracked_files
 
-from llama_ft.cli.usage import COMMANDS
+from llama_ft import __version__
+from llama_ft.cli.compose import SCHEMAS
+
+pytestmark = pytest.mark.process
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,11 @@ class Installation:
     cwd: Path
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
-        """Run `python -m ARGS` in the empty folder, with the installed package and without the checkout."""
+        """Run `llama-ft ARGS` in the empty folder, with the installed package and without the checkout."""
         variables = environment() | {"PYTHONPATH": str(self.site), "COLUMNS": "200"}
         for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"):  # bytecode shows which modules were used
             variables.pop(name, None)
-        command = [sys.executable, "-m", *args]
+        command = [sys.executable, str(self.site / "bin" / "llama-ft"), *args]
         return subprocess.run(command, cwd=self.cwd, env=variables, capture_output=True, text=True, timeout=120)
 
 
@@ -65,11 +68,8 @@ def packaged_files() -> set[str]:
 def test_wheel_has_the_package_and_the_configs_and_nothing_else(installed):
     with zipfile.ZipFile(installed.wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        assert names == packaged_files()
-        assert {"llama_ft/conf/train.yaml", "llama_ft/model/tiny/tokenizer.model"} <= names
-        for name in names:
-            source = CHECKOUT / (name.removeprefix("llama_ft/") if name.startswith("llama_ft/conf/") else name)
-            assert archive.read(name) == source.read_bytes()
+    assert names == packaged_files()
+    assert {"llama_ft/conf/train.yaml", "llama_ft/model/tiny/tokenizer.model", "llama_ft/py.typed"} <= names
 
 
 def test_wheel_says_what_pyproject_says(installed):
@@ -77,8 +77,7 @@ def test_wheel_says_what_pyproject_says(installed):
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = email.message_from_bytes(archive.read(name))
         assert [name for name in archive.namelist() if name.endswith(".dist-info/licenses/LICENSE")]
-    (version,) = re.findall(r'^__version__ = "(.+)"$', (CHECKOUT / "llama_ft/__init__.py").read_text(), re.MULTILINE)
-    assert (metadata["Name"], metadata["Version"]) == ("llama_ft", version)
+    assert (metadata["Name"], metadata["Version"]) == ("llama_ft", __version__)
     assert metadata["Requires-Python"] == project()["requires-python"]
     assert set(metadata.get_all("Provides-Extra")) == set(project()["optional-dependencies"])
     needed = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
@@ -94,14 +93,13 @@ def test_source_distribution_has_what_the_wheel_is_made_of(tmp_path):
 
 
 def test_commands_and_their_help_are_there(installed):
-    listed = installed.run("llama_ft", "--help")
+    listed = installed.run()
     assert (listed.returncode, listed.stderr) == (0, "")
-    assert installed.run("llama_ft", "--version").stdout == f"llama_ft {installed.wheel.name.split('-')[1]}\n"
-    available = [name for name in COMMANDS if (CHECKOUT / "llama_ft" / f"{name}.py").exists()]
-    assert re.findall(r"llama_ft\.(\w+)", listed.stdout) == available
+    assert re.findall(r"^  python -m llama_ft\.(\w+)", listed.stdout, re.MULTILINE) == list(SCHEMAS)
+    assert installed.run("--version").stdout == f"llama_ft {__version__}\n"
     explained: set[str] = set()
-    for name in available:
-        done = installed.run(f"llama_ft.{name}", "--help")
+    for name in SCHEMAS:
+        done = installed.run(name, "--help")
         assert (done.returncode, done.stderr) == (0, "")
         explained |= set(re.findall(r"\w+", done.stdout))
     assert {file.stem for file in (CHECKOUT / "conf").glob("*/*.yaml")} <= explained
@@ -109,13 +107,14 @@ def test_commands_and_their_help_are_there(installed):
 
 
 def test_it_trains_and_reports_from_an_empty_folder(installed):
-    done = installed.run("llama_ft.train", "optim=lora", "training.max_samples=2", "tracker=disabled")
+    done = installed.run("train", "optim=lora", "training.max_samples=2", "tracker=disabled")
     assert (done.returncode, done.stderr) == (0, "")
     assert [path.name for path in installed.cwd.iterdir()] == ["outputs"]
     (file,) = installed.cwd.glob("outputs/runs/*/result.json")
     result = json.loads(file.read_text())
     assert (result["status"], result["samples"], result["combination"]) == ("ok", 2, "lora")
-    reported = installed.run("llama_ft.report", str(file.parent.relative_to(installed.cwd)))
+    assert result["command"] == "llama-ft train optim=lora training.max_samples=2 tracker=disabled"
+    reported = installed.run("report", str(file.parent.relative_to(installed.cwd)))
     assert (reported.returncode, reported.stderr) == (0, "")
     assert "lora" in reported.stdout
     assert {"table2.md", "table2.csv", "table2.png"} <= {path.name for path in file.parent.iterdir()}

@@ -1,9 +1,7 @@
 """`python -m llama_ft.plan` as a user meets it."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import run
@@ -11,53 +9,54 @@ from conftest import run
 from llama_ft import cli, plan
 from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
 from llama_ft.planning.lengths import data_lengths
+from llama_ft.planning.plan import make_plan, planned_combinations
+from llama_ft.records.plan import read_plan_file
 
 
 def planned(*arguments: str) -> PlanConfig:
     return cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-
-
 def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> None:
     done = run("llama_ft.plan", "output=here", "data.first=20", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = read(tmp_path / "here")
-    assert [row["combination"] for row in found["rows"]] == [
+    made = read_plan_file(tmp_path / "here")
+    assert [row.combination for row in made.rows] == [
         *("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")
     ]
-    assert not found["data"]["is_stand_in"]
-    assert found["data"]["samples"] == 20
+    assert not made.data.is_stand_in
+    assert made.data.samples == 20
     written = re.search(r"^Written: (.*) in here$", done.stdout, re.MULTILINE)
     assert written
     assert set(written[1].split(", ")) == {path.name for path in (tmp_path / "here").iterdir()}
 
 
-def test_a_model_of_full_size_on_every_card(tmp_path: Path) -> None:
+def test_a_model_of_full_size_on_every_card() -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
-    arguments = ("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course", "output=7b")
-    done = run("llama_ft.plan", *arguments, cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
-    rows = {row["gpu"]: row for row in read(tmp_path / "7b")["rows"]}
+    config = planned("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course")
+    made = make_plan(config, plan.planned_gpus(config.gpu), data_lengths(config, print), "the command")
+    rows = {row.gpu: row for row in made.rows}
     assert len(rows) == 9
-    assert {row["trainable_params"] for row in rows.values()} == {8_388_608}
-    assert {row["total_params"] for row in rows.values()} == {6_746_804_224}
+    assert {row.trainable_params for row in rows.values()} == {8_388_608}
+    assert {row.total_params for row in rows.values()} == {6_746_804_224}
     weights = 2 * 6_738_415_616 / 2**20  # 16 bit, without the adapter
     for row in rows.values():
-        assert weights < row["peak_memory_mib"] < 1.25 * weights
-        assert row["fits"] == (row["required_mib"] <= row["total_memory_mib"])
-    assert not rows["t4_16gb"]["fits"]
-    assert rows["a100_40gb"]["fits"]
-    assert rows["t4_16gb"]["breakdown"] != rows["a100_40gb"]["breakdown"]  # fp16 against bf16
+        assert weights < (row.peak_memory_mib or 0) < 1.25 * weights
+        assert row.fits == ((row.required_mib or 0) <= (row.total_memory_mib or 0))
+    assert not rows["t4_16gb"].fits
+    assert rows["a100_40gb"].fits
+    assert rows["t4_16gb"].breakdown != rows["a100_40gb"].breakdown  # fp16 against bf16
+    assert set(made.techniques) == {"ga", "mp", "lora", "gc"}
+    assert made.table1 is None
 
 
 def test_techniques_that_are_named_leave_one_combination() -> None:
-    assert planned().combinations is Combinations.eight
-    assert planned("gc=both").combinations is Combinations.sixteen
-    assert planned("optim=mp_lora").combinations is Combinations.one
-    assert planned("optim.gc=true").combinations is Combinations.one
+    assert len(planned_combinations(planned())) == 8
+    assert len(planned_combinations(planned("gc=both"))) == 16
+    for one in ("optim=mp_lora", "optim.gc=true"):
+        assert planned(one).combinations is Combinations.one
+    (optim,) = planned_combinations(planned("optim=mp_lora", "optim.gc=true"))
+    assert optim.combination == "mp_lora_gc"
 
 
 def test_without_a_tokenizer_the_longest_length_stands_in() -> None:
@@ -90,12 +89,13 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
             "model=llama2_7b",
         ): r"data\.max_length=5000 is not allowed: .* at most model\.max_seq_len",
         ("optim=lora", "goal=fit"): r"goal compares combinations",
-        ("optim=lora", "gc=both"): r"gc=both plans sixteen combinations, and optim names one",
+        ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
+        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, such as \[gc\]",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
         ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",
         ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu looks at all cards",
         ("data.path=missing.json",): r"missing\.json cannot be read",
-        ("combinations=nine",): r"combinations=nine is not allowed: it must be one of eight, sixteen, one",
+        ("combinations=nine",): r"combinations=nine is not allowed: it must be one of all, one",
     }.items(),
 )
 def test_what_is_wrong_is_said(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:

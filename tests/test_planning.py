@@ -15,17 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.planning import (
-    CPU_PROFILE,
-    ON_CPU,
-    ON_CUDA,
-    RAGGED,
-    SIXTEEN,
-    card,
-    combination_of,
-    ragged_samples,
-    small_config,
-)
+from helpers.planning import CPU_PROFILE, ON_CPU, ON_CUDA, SHORT, card, small_config
+from helpers.training import COMBINATIONS, name, ragged_samples
 
 from llama_ft.config import Dtype, MatrixRates, OptimConfig, Technique, TrainConfig, UserError
 from llama_ft.data.collate import collate
@@ -58,7 +49,7 @@ def measured(config: TrainConfig, samples: list[Sample]) -> MemoryUse:
 # Memory: the fake run against the real one
 
 
-@pytest.mark.parametrize("optim", SIXTEEN, ids=combination_of)
+@pytest.mark.parametrize("optim", COMBINATIONS, ids=name)
 def test_a_fake_run_needs_what_the_real_one_needs(optim: OptimConfig) -> None:
     config = replace(small_config(), optim=optim)
     config.ga.steps = 3
@@ -115,7 +106,7 @@ def comings_and_goings(events: list[Event]) -> list[list[int]]:
     return [each if sign > 0 else sorted(each) for sign, each in sizes]
 
 
-@pytest.mark.parametrize("optim", [optim for optim in SIXTEEN if not optim.ga], ids=combination_of)
+@pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if not optim.ga], ids=name)
 def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimConfig) -> None:
     """With gradient accumulation the micro-batches before the last are left out, which leave nothing but gradients."""
     config, samples = replace(small_config(), optim=optim), [Sample([1] * 33, 20)] * 3
@@ -131,7 +122,7 @@ def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimCo
     assert comings_and_goings(planned) == comings_and_goings(tracker.events)
 
 
-@pytest.mark.parametrize("optim", [SIXTEEN[0], SIXTEEN[-1]], ids=combination_of)
+@pytest.mark.parametrize("optim", [COMBINATIONS[0], COMBINATIONS[-1]], ids=name)
 def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(optim: OptimConfig) -> None:
     config = replace(small_config(), optim=optim)
     config.ga.steps = 2
@@ -370,5 +361,5 @@ def test_an_error_of_a_job_is_passed_on_without_the_other_processs_traceback() -
     config = small_config(lora=True)
     config.lora.targets = ["wx"]
     with pytest.raises(UserError, match="no linear layer is named wx") as caught:
-        predict.predict(config, [OptimConfig(lora=True), OptimConfig(lora=True, gc=True)], [card()], RAGGED)
+        predict.predict(config, [OptimConfig(lora=True), OptimConfig(lora=True, gc=True)], [card()], SHORT)
     assert caught.value.__cause__ is None

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_generate import SMALL, trained_adapter
-from test_kv_cache import make_model
+from helpers.models import SMALL, make_model, trained_adapter
 
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import Answer, GenerateFn, generate, ignore
-from llama_ft.decoding.prompt_file import PromptFile, result_keys
+from llama_ft.decoding.generate import GenerateFn, generate, ignore
+from llama_ft.decoding.prompt_file import answer_keys, answer_prompts, settings_hash
 from llama_ft.decoding.prompts import Prompt, prompt_of, read_prompts
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.answers import Answer
 from llama_ft.techniques.adapter import load_adapter
 
 TEXTS = ["Hello", "What is the plural of fox? " * 3, "Two", "One and two and three are"]
@@ -120,9 +120,6 @@ BAD: dict[str, tuple[Any, str]] = {
     "taken": ({"prompt": "a", "answer": "b"}, "answer is what the answer will be under"),
     "long": ({"prompt": "Hello " * 200}, "tokens, and the model's context is 128"),
     "surrogate": ('{"prompt": "\\ud800"}\n', "prompt is not text"),
-    "hidden surrogate": ('{"prompt": "a", "b": "\\ud800"}\n', "half of a surrogate pair"),
-    "nan": ('{"prompt": "a", "b": NaN}\n', "no JSON: NaN"),
-    "infinity": ('{"prompt": "a", "b": [1e999]}\n', "an infinity"),
 }
 
 
@@ -156,7 +153,7 @@ def test_a_file_without_records_is_refused(tmp_path: Path, tokenizer: Tokenizer,
         read_prompts(file, [], tokenizer, 128)
 
 
-# Results
+# Answers
 
 
 @contextmanager
@@ -186,65 +183,62 @@ class Counting:
 
 
 def settings(tmp_path: Path, **changes: Any) -> GenerateConfig:
-    values = {
-        "model": SMALL,
-        "checkpoint": "random",
-        "batch_size": 2,
-        "prompts": "p",
-        "output": str(tmp_path / "a.jsonl"),
-    }
-    return GenerateConfig(**(values | changes))
+    values = {"model": SMALL, "checkpoint": "random", "batch_size": 2, "prompts": "p"}
+    return GenerateConfig(**(values | {"output": str(tmp_path / "a.jsonl")} | changes))
 
 
-def answer_file(
+def prompts_of(records: list[dict[str, Any]] = RECORDS) -> list[Prompt]:
+    return [Prompt(prompt_of(record), record) for record in records]
+
+
+def answered(
     config: GenerateConfig, asked: Counting, records: list[dict[str, Any]] = RECORDS, dtype: str = "float32"
 ) -> list[str]:
-    """What is said of it."""
-    said: list[str] = []
-    prompts = [Prompt(prompt_of(record), record) for record in records]
-    PromptFile(config, prompts, dtype, asked.load, no_progress, said.append).answer()
-    return said
+    """What is logged of answering the records' prompts."""
+    logged: list[str] = []
+    answer_prompts(config, prompts_of(records), dtype, asked.load, no_progress, logged.append)
+    return logged
 
 
-def results(file: Path) -> list[dict[str, Any]]:
+def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_bytes().decode().split("\n")[:-1]]
 
 
-def test_results_are_the_records_with_their_answers_in_their_order(tmp_path: Path) -> None:
-    asked = Counting()
-    said = answer_file(settings(tmp_path, batch_size=3), asked)
+def test_lines_are_the_records_with_their_answers_in_their_order(tmp_path: Path) -> None:
+    asked, config = Counting(), settings(tmp_path, batch_size=3)
+    logged = answered(config, asked)
     texts = [prompt_of(record) for record in RECORDS]
-    expected = [
-        record | {"answer": f"model 0 to {text}\n\u2028ü", "finish": "eos", "n_tokens": 0}
-        for record, text in zip(RECORDS, texts, strict=True)
+    added = {"finish": "eos", "n_tokens": 0, "settings_hash": settings_hash(config, "float32", prompts_of())}
+    assert lines_of(tmp_path / "a.jsonl") == [
+        record | {"answer": f"model 0 to {text}\n\u2028ü"} | added for record, text in zip(RECORDS, texts, strict=True)
     ]
-    assert results(tmp_path / "a.jsonl") == expected
     assert asked.batches == [texts[:3], texts[3:]]
-    assert said == [f"4 of 4 prompts are answered in {tmp_path / 'a.jsonl'}"]
-    assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "a.jsonl.settings.json"}
+    assert logged == [f"4 of 4 prompts are answered in {tmp_path / 'a.jsonl'}"]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_several_answers_are_lists(tmp_path: Path) -> None:
     decoding = DecodingConfig(sample=True, num_return_sequences=2)
     config = settings(tmp_path, decoding=decoding, compare=True, base="random")
-    answer_file(config, Counting(n_answers=2), RECORDS[:1])
-    (found,) = results(tmp_path / "a.jsonl")
-    assert found == RECORDS[0] | {
+    answered(config, Counting(n_answers=2), RECORDS[:1])
+    (line,) = lines_of(tmp_path / "a.jsonl")
+    assert line == RECORDS[0] | {
         "answers": ["model 0 to Hello\n\u2028ü", "model 1 to Hello\n\u2028ü"],
         "base_answers": ["base 0 to Hello\n\u2028ü", "base 1 to Hello\n\u2028ü"],
         "finish": ["eos", "eos"],
         "n_tokens": [0, 1],
+        "settings_hash": settings_hash(config, "float32", prompts_of(RECORDS[:1])),
     }
-    assert found.keys() - RECORDS[0].keys() == set(result_keys(config))
+    assert line.keys() - RECORDS[0].keys() == answer_keys(config)
 
 
-def test_without_a_file_results_are_printed_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    answer_file(settings(tmp_path, compare=True, base="random"), Counting())
-    answer_file(settings(tmp_path, compare=True, base="random", output=None), Counting())
+def test_without_a_file_lines_are_printed_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answered(settings(tmp_path, compare=True, base="random"), Counting())
+    answered(settings(tmp_path, compare=True, base="random", output=None), Counting())
     printed = capsys.readouterr().out
     assert printed.encode() == (tmp_path / "a.jsonl").read_bytes()
     with pytest.raises(UserError, match="here"):
-        answer_file(settings(tmp_path, output=None), Counting(fail_at=3))
+        answered(settings(tmp_path, output=None), Counting(fail_at=3))
     assert capsys.readouterr().out.count("\n") == 2
 
 
@@ -255,13 +249,13 @@ def test_without_a_file_results_are_printed_as_they_come(tmp_path: Path, capsys:
 def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(tmp_path: Path, compare: bool) -> None:
     config = settings(tmp_path, compare=compare, base="random" if compare else None)
     file = tmp_path / "a.jsonl"
-    answer_file(config, Counting())
+    answered(config, Counting())
     whole = file.read_bytes()
     ends = [index for index, byte in enumerate(whole, start=1) if byte == ord("\n")]
     for cut in [0, 1, *(end + shift for end in ends[:-1] for shift in (-1, 0, 1)), len(whole) - 1, len(whole)]:
         file.write_bytes(whole[:cut])
         asked = Counting()
-        answer_file(replace(config, batch_size=3), asked)
+        answered(replace(config, batch_size=3), asked)
         assert file.read_bytes() == whole
         n_missing = len(RECORDS) - sum(end <= cut for end in ends)
         assert sum(map(len, asked.batches)) == n_missing + (len(RECORDS) if compare and n_missing else 0)
@@ -271,121 +265,93 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(tmp_path: Path, compare: 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
 def test_an_interrupted_comparison_goes_on_in_either_half(tmp_path: Path, error: type[BaseException]) -> None:
     config = settings(tmp_path, compare=True, base="random")
-    answer_file(replace(config, output=str(tmp_path / "whole.jsonl")), Counting())
+    answered(replace(config, output=str(tmp_path / "whole.jsonl")), Counting())
     first, second, third = (Counting(fail_at=n, error=error) for n in (2, 4, 9))
     for asked in (first, second):
         with pytest.raises(error, match="here"):
-            answer_file(config, asked)
-    assert not (tmp_path / "a.jsonl").exists() or results(tmp_path / "a.jsonl")
-    answer_file(config, third)
+            answered(config, asked)
+    answered(config, third)
     assert (first.loaded, second.loaded, third.loaded) == ([True], [True, False], [False])
     assert [sum(map(len, asked.batches)) for asked in (first, second, third)] == [2, 4, 2]
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    names = {file.name for file in tmp_path.iterdir()}
-    assert names == {f"{name}.jsonl{end}" for name in ("a", "whole") for end in ("", ".settings.json")}
+    assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "whole.jsonl"}
 
 
 def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
     for fail in (Counting(fail_at=0), Counting(fail_at=0, error=KeyboardInterrupt)):
         with pytest.raises(fail.error):
-            answer_file(settings(tmp_path, compare=True, base="random"), fail)
+            answered(settings(tmp_path, compare=True, base="random"), fail)
         assert list(tmp_path.iterdir()) == []
-    answer_file(settings(tmp_path, output=str(tmp_path / "new" / "folder" / "a.jsonl")), Counting())
-    assert len(results(tmp_path / "new" / "folder" / "a.jsonl")) == 4
+    answered(settings(tmp_path, output=str(tmp_path / "new" / "folder" / "a.jsonl")), Counting())
+    assert len(lines_of(tmp_path / "new" / "folder" / "a.jsonl")) == 4
 
 
-OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "decoding": (
-        {"decoding": DecodingConfig(repetition_penalty=1.5, seed=2)},
-        "decoding.repetition_penalty, decoding.seed",
-    ),
-    "model": ({"model": replace(SMALL, n_layers=3)}, "model.n_layers"),
-    "compare": ({"compare": True, "base": "random"}, "base, compare"),
-}
+def doubled(file: Path) -> None:
+    file.write_bytes(file.read_bytes() * 2)
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_file_of_other_settings_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    changes, named = OTHERS[name]
-    answer_file(settings(tmp_path), Counting())
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    asked = Counting()
-    with pytest.raises(UserError, match=rf"a\.jsonl was made with other {named} \("):
-        answer_file(settings(tmp_path, **changes), asked)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoding": DecodingConfig(repetition_penalty=1.5)},
+        {"decoding": DecodingConfig(seed=2)},
+        {"model": replace(SMALL, n_layers=3)},
+        {"compare": True, "base": "random"},
+        {"dtype": "bfloat16"},
+        {"records": RECORDS[:2]},
+        {"records": RECORDS[::-1]},
+        {"records": [*RECORDS, {"prompt": "More"}]},
+        {"damage": lambda file: file.write_text("hello\n")},
+        {"damage": lambda file: file.write_text('{"answer": "of other software"}\n')},
+        {"damage": doubled},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
+    answered(settings(tmp_path), Counting())
+    file, asked = tmp_path / "a.jsonl", Counting()
+    config_changes = {key: changes[key] for key in changes.keys() - {"records", "dtype", "damage"}}
+    others = {key: changes[key] for key in changes.keys() & {"records", "dtype"}}
+    changes.get("damage", ignore)(file)
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"a\.jsonl was made with other prompts or settings: name another output"):
+        answered(settings(tmp_path, **config_changes), asked, **others)
     assert asked.loaded == []
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert file.read_bytes() == before
 
 
 def test_what_changes_no_answer_is_no_other_setting(tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     shutil.copytree(trained_adapter(folders[0]), folders[1])
     config = settings(tmp_path, adapter=str(folders[0]))
-    answer_file(config, Counting(), RECORDS)
+    answered(config, Counting())
     moved = replace(config, adapter=str(folders[1]), batch_size=1, kv_cache=False, merge=False)
-    assert answer_file(moved, Counting(fail_at=0)) == [f"4 of 4 prompts are answered in {config.output}"]
-    with pytest.raises(UserError, match="with other dtype"):
-        answer_file(moved, Counting(), dtype="bfloat16")
+    assert answered(moved, Counting(fail_at=0)) == [f"4 of 4 prompts are answered in {config.output}"]
     (folders[1] / "adapter_model.safetensors").write_bytes(b"other")
-    with pytest.raises(UserError, match="with other adapter"):
-        answer_file(moved, Counting())
-
-
-FOREIGN = {
-    "no settings": (lambda file: file.with_name("a.jsonl.settings.json").unlink(), "which tells what it is, does not"),
-    "damaged settings": (lambda file: file.with_name("a.jsonl.settings.json").write_text("["), "tells what it is"),
-    "a line of text": (lambda file: file.write_text("hello\n"), "something else than the result of prompt 1"),
-    "a line too many": (lambda file: file.write_bytes(file.read_bytes() * 2), "result of prompt 5 in line 5"),
-    "an edited line": (lambda file: file.write_bytes(file.read_bytes().replace(b'"id": 7', b'"id": 8')), "in line 1"),
-    "a key too many": (lambda file: file.write_bytes(file.read_bytes().replace(b"}", b', "x": 1}', 1)), "in line 1"),
-    "no JSON object": (lambda file: file.write_bytes(b"3\n"), "in line 1"),
-    "zeros": (lambda file: file.write_bytes(bytes(9) + b"\n"), "in line 1"),
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_that_holds_something_else_is_refused_and_left_alone(tmp_path: Path, name: str) -> None:
-    answer_file(settings(tmp_path), Counting())
-    change, problem = FOREIGN[name]
-    change(tmp_path / "a.jsonl")
-    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
-    asked = Counting()
-    with pytest.raises(UserError, match=problem):
-        answer_file(settings(tmp_path), asked)
-    assert asked.loaded == []
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
-
-
-def test_other_prompts_are_refused(tmp_path: Path) -> None:
-    answer_file(settings(tmp_path), Counting())
-    for records in (RECORDS[:2], RECORDS[::-1], [*RECORDS, {"prompt": "More"}]):
-        with pytest.raises(UserError, match="was made with other prompts"):
-            answer_file(settings(tmp_path), Counting(), records)
+    with pytest.raises(UserError, match="other prompts or settings"):
+        answered(moved, Counting())
 
 
 def test_a_file_that_another_process_writes_into_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "a.jsonl").open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing into it"):
-            answer_file(settings(tmp_path), Counting())
-    answer_file(settings(tmp_path), Counting())  # a file that is empty can be taken
+            answered(settings(tmp_path), Counting())
+    answered(settings(tmp_path), Counting())  # a file that is empty can be taken
 
 
 def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path: Path) -> None:
-    answer_file(settings(tmp_path, output=str(tmp_path / "whole.jsonl")), Counting())
-    whole = (tmp_path / "whole.jsonl").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    record = RECORDS[0] | {"long": "x" * 1500}
     try:
-        # Room for the settings, and for a part of the results.
-        record = RECORDS[0] | {"long": "x" * 1500}
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
         with pytest.raises(UserError, match=r"output=.*a\.jsonl cannot be written: File too large"):
-            answer_file(settings(tmp_path), Counting(), [record] * 4)
+            answered(settings(tmp_path), Counting(), [record] * 4)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (tmp_path / "a.jsonl").stat().st_size == 4000
-    answer_file(settings(tmp_path), Counting(), [record] * 4)
-    assert len(results(tmp_path / "a.jsonl")) == 4
-    assert (tmp_path / "whole.jsonl").read_bytes() == whole
+    answered(settings(tmp_path), Counting(), [record] * 4)
+    assert len(lines_of(tmp_path / "a.jsonl")) == 4
 
 
 @pytest.mark.parametrize("place", ["folder", "file/a.jsonl", "/dev/null"])
@@ -396,7 +362,7 @@ def test_an_output_that_cannot_be_one_is_refused(tmp_path: Path, place: str) -> 
     with pytest.raises(
         UserError, match=r"output=.*(it must be a file|cannot be written: (Not a directory|File exists))"
     ):
-        answer_file(settings(tmp_path, output=str(tmp_path / place)), asked)
+        answered(settings(tmp_path, output=str(tmp_path / place)), asked)
     assert asked.loaded == []
 
 
@@ -407,22 +373,17 @@ def test_a_comparison_has_the_answers_of_both_models(tmp_path: Path, tokenizer: 
     decoding = DecodingConfig(max_new_tokens=8)
     folder = trained_adapter(tmp_path / "run")
     tuned, plain = make_model(SMALL), make_model(SMALL)
-    load_adapter(tuned, folder, True)
-    asked: dict[bool, Transformer] = {True: plain, False: tuned}
+    load_adapter(tuned, folder)
+    models: dict[bool, Transformer] = {True: plain, False: tuned}
 
     def load(is_base: bool) -> GenerateFn:
-        return lambda prompts, on_text: generate(asked[is_base], tokenizer, prompts, decoding)
+        return lambda prompts, on_text: generate(models[is_base], tokenizer, prompts, decoding)
 
     config = settings(tmp_path, decoding=decoding, adapter=str(folder), compare=True)
     prompts = [Prompt(text, {"prompt": text}) for text in TEXTS]
-    PromptFile(config, prompts, "float32", load, no_progress, ignore).answer()
-    for text, found in zip(TEXTS, results(tmp_path / "a.jsonl"), strict=True):
-        ((base,),), ((answer,),) = (generate(each, tokenizer, [text], decoding) for each in (plain, tuned))
-        assert found == {
-            "prompt": text,
-            "base_answer": base.text,
-            "answer": answer.text,
-            "finish": answer.finish,
-            "n_tokens": answer.n_tokens,
-        }
+    answer_prompts(config, prompts, "float32", load, no_progress, ignore)
+    for text, line in zip(TEXTS, lines_of(tmp_path / "a.jsonl"), strict=True):
+        ((base,),), ((answer,),) = (generate(model, tokenizer, [text], decoding) for model in (plain, tuned))
+        assert (line["base_answer"], line["answer"]) == (base.text, answer.text)
+        assert (line["finish"], line["n_tokens"]) == (answer.finish, answer.n_tokens)
         assert base.text != answer.text

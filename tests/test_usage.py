@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import environment, run
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob
+from helpers.commands import single_runs
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -120,16 +119,6 @@ def test_enums_are_listed_with_what_the_key_allows():
     assert documented_keys("train")["gpu.device"][1].endswith("one of auto, cpu, cuda")
 
 
-def one_of(argument: str) -> str:
-    """The argument, or of one that sweeps the first value."""
-    override = OverridesParser.create().parse_override(argument)
-    if isinstance(override.value(), Glob):
-        return f"{override.key_or_group}={min((config_dir() / override.key_or_group).glob('*.yaml')).stem}"
-    if override.is_sweep_override():
-        return f"{override.key_or_group}={next(iter(override.sweep_string_iterator()))}"
-    return argument
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_can_be_copied(command):
     for width in (40, 80, WIDE):
@@ -139,7 +128,7 @@ def test_examples_can_be_copied(command):
     for example in usage_of(command).examples:
         overrides = [argument for argument in shlex.split(example) if "=" in argument]
         overrides = plan.overrides(overrides) if command == "plan" else overrides
-        composed(command, list(map(one_of, overrides)))
+        composed(command, next(single_runs(overrides)))
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])
@@ -172,6 +161,7 @@ def test_the_folders_of_output_that_options_name_are_those_of_the_config():
         assert options[f"hydra.{key}.dir=DIR"].endswith(f" {folder}")
 
 
+@pytest.mark.process
 def test_styles_only_where_they_can_be_shown(tmp_path):
     piped = run("llama_ft.report", "--help", cwd=tmp_path)
     assert (piped.returncode, piped.stderr) == (0, "")
@@ -194,6 +184,7 @@ def script(tmp_path) -> Path:
     return file
 
 
+@pytest.mark.process
 def test_the_commands_are_listed(tmp_path):
     done = run("llama_ft", cwd=tmp_path, env={"COLUMNS": "200"})
     assert (done.returncode, done.stderr) == (0, "")
@@ -202,6 +193,7 @@ def test_the_commands_are_listed(tmp_path):
     assert all(len(purpose.split()) > 3 for _, purpose in listed)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["llama_ft", "llama_ft.train"])
 def test_version(tmp_path, module):
     done = run(module, "--version", cwd=tmp_path)
@@ -216,6 +208,7 @@ def test_what_is_not_a_command_is_refused(monkeypatch, capsys, first):
     assert capsys.readouterr().err == f"error: {first} is not a command: it must be one of {', '.join(COMMANDS)}\n"
 
 
+@pytest.mark.process
 def test_a_command_runs_in_each_form(script):
     python = [sys.executable, "-m"]
     for form in ([*python, "llama_ft.report"], [*python, "llama_ft", "report"], [script, "report"]):
@@ -253,6 +246,7 @@ AT_TAB = """
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 def test_tab_completes_commands_groups_choices_and_keys(script):
     presets = sorted(file.stem for file in (config_dir() / "optim").glob("*.yaml"))

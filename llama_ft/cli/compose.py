@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,12 +42,13 @@ SCHEMAS = {
 }
 
 
+@cache
 def register() -> None:
-    """Tell Hydra the schemas, and OmegaConf how runs are named."""
+    """Tell Hydra the schemas, and OmegaConf how runs are named; once is enough."""
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    OmegaConf.register_new_resolver("combination", _combination, replace=True)
-    OmegaConf.register_new_resolver("run_name", run_name, replace=True)
+    OmegaConf.register_new_resolver("combination", _combination)
+    OmegaConf.register_new_resolver("run_name", run_name)
 
 
 def _combination(optim: DictConfig) -> str:

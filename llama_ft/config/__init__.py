@@ -11,7 +11,6 @@ from llama_ft.config.checks import (
     Format,
     Goal,
     OnBadRecord,
-    TrackerMode,
     UserError,
 )
 from llama_ft.config.convert import ConvertConfig
@@ -41,7 +40,7 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.tracker import TrackerConfig
+from llama_ft.config.tracker import TrackerConfig, TrackerKind, TrackerMode
 from llama_ft.config.train import TrainConfig
 
 __all__ = [
@@ -77,6 +76,7 @@ __all__ = [
     "ReportConfig",
     "Technique",
     "TrackerConfig",
+    "TrackerKind",
     "TrackerMode",
     "TrainConfig",
     "TrainedSource",

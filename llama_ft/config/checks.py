@@ -1,14 +1,10 @@
-"""What the schema is made of: keys with their meanings, checks of values, and the choices that some of them have."""
+"""Building blocks of the schema: keys with their meanings, checks of values, and enums."""
 
 import enum
-import re
 from dataclasses import field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
-Settings = dict[str, Any]  # a section of the config in JSON's types; what keys it has the schema says
+Settings = dict[str, Any]  # a section of the config in JSON's types, with the schema's keys
 
 
 class UserError(Exception):
@@ -34,7 +30,7 @@ class Format(enum.Enum):
 
 
 class OnBadRecord(enum.Enum):
-    """What a record that cannot be used does: stop the run, or be left out and counted."""
+    """What a record that cannot be used does: stop the run, or be skipped and counted."""
 
     error = "error"
     skip = "skip"
@@ -46,15 +42,6 @@ class DeviceChoice(enum.Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class TrackerMode(enum.Enum):
-    """W&B's mode; `auto` is online where an API key is configured, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
-    disabled = "disabled"
 
 
 class Combinations(enum.Enum):
@@ -86,16 +73,10 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
 
 
-def check_choices(section: "DataclassInstance", prefix: str = "") -> None:
+def check_choices(section: Any, prefix: str = "") -> None:
     """Raise a UserError for a key of the section that has a choice other than its `setting` allows."""
     for entry in fields(section):
         allowed, value = entry.metadata.get("allowed"), getattr(section, entry.name)
         if allowed:
             names = ", ".join(choice.name for choice in allowed)
             check(value in allowed, f"{prefix}{entry.name}", value.name, f"one of {names}")
-
-
-def check_project(name: str) -> None:
-    """Raise a UserError unless W&B takes the name for a project."""
-    holds = re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None
-    check(holds, "tracker.project", name, "1 to 128 characters without / \\ # ? % :")

@@ -1,4 +1,4 @@
-"""What identifies the files that a config names: their content, wherever they lie."""
+"""Hashes of the files that a config names: a file is the same wherever it lies."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
 CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|pth)|(adapter_)?config\.json|params\.json|model\.safetensors\.index\.json|adapter_model\.bin"
 )
-N_PIECES, PIECE_BYTES = 64, 2**16  # of larger ones, so much is read at evenly spaced places, both ends among them
+N_PIECES, PIECE_BYTES = 64, 2**16  # read of larger files, evenly spaced and both ends included
 
 
 def content_hash(name: str) -> str:
@@ -25,7 +25,7 @@ def content_hash(name: str) -> str:
                 _add(digest, file)
         else:
             return name
-    except (OSError, RuntimeError):  # whoever needs the file says so, better than we could here
+    except (OSError, RuntimeError):  # the code that needs the file has the better message
         return name
     return digest.hexdigest()
 

@@ -27,7 +27,9 @@ class DecodingConfig:
     seed: int = setting(0, "of the random numbers")
 
     def __post_init__(self) -> None:
-        check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, "positive and finite")
+        # The bounds keep what is computed of logits and scores within the range of fp32.
+        allowed = "at least 1e-6 and finite (decoding=greedy takes the most probable token)"
+        check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, allowed)
         check(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
         check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1")
         penalty = self.repetition_penalty
@@ -80,7 +82,7 @@ class GenerateConfig(TrainedSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         asked = (self.prompt, self.instruction, self.prompts, self.interactive or None)
-        if sum(each is not None for each in asked) != 1:
+        if sum(value is not None for value in asked) != 1:
             one_of = 'prompt="…", instruction="…", prompts=FILE and interactive=true'
             raise UserError(f"give one of {one_of}; --help says more")
         if self.instruction is not None and not self.instruction.strip():

@@ -12,17 +12,17 @@ from llama_ft.config.model import ModelConfig
 class TrainingConfig:
     """The loop and its optimizer."""
 
-    lr: float = setting(1e-5, "highest learning rate; it rises, then falls along a cosine")
+    lr: float = setting(1e-5, "peak learning rate; it warms up, then decays along a cosine")
     epochs: int = setting(1, "passes over the data")
     micro_batch_size: int = setting(1, "samples in a micro-batch")
     max_samples: int | None = setting(None, "train on the first n samples only; null is all")
-    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate rises")
+    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
-    max_grad_norm: float = setting(1.0, "gradients are scaled down to this norm; inf never")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
     seed: int = setting(0, "seeds the order of the data, dropout and random weights")
     save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
-    save_every: int | None = setting(None, "optimizer steps between checkpoints; null saves none but at Ctrl-C")
-    resume: bool = setting(False, "go on from the newest checkpoint in the run's folder")
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null saves one at Ctrl-C only")
+    resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
 
     def __post_init__(self) -> None:
         for key in ("epochs", "micro_batch_size"):
@@ -57,7 +57,7 @@ class DataConfig:
     first: int | None = setting(None, "the data set is the first n records of the file; null is all")
     max_length: int | None = setting(None, "longer samples are truncated; null is the model's context")
     on_bad_record: OnBadRecord = setting(
-        OnBadRecord.error, "what a record that cannot be used does: stop the run, or be left out and counted"
+        OnBadRecord.error, "a record that cannot be used stops the run, or is skipped and counted"
     )
 
     def __post_init__(self) -> None:
@@ -75,8 +75,8 @@ class DataConfig:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
         if self.path is None and self.url is None and not self.is_builtin:
             raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
-        most, length = model.max_seq_len, self.max_length or model.max_seq_len
-        check(length <= most, "data.max_length", length, f"at most model.max_seq_len={most}")
+        limit, length = model.max_seq_len, self.max_length or model.max_seq_len
+        check(length <= limit, "data.max_length", length, f"at most model.max_seq_len={limit}")
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 from llama_ft.config.checks import check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
-MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # of any size that a model has been given, and to spare; what is more is a mistake
-FROM_CHECKPOINT = "from_checkpoint"  # the choice whose sizes are those that a checkpoint's folder says
+MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # beyond any model that exists: a larger value is a mistake
+FROM_CHECKPOINT = "from_checkpoint"  # the choice that takes its sizes from the checkpoint's folder
 
 
 @dataclass
@@ -25,19 +25,17 @@ class ModelConfig:
     max_seq_len: int = setting(4096, "longest sequence in tokens")
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
-    rope_factor: float = setting(1.0, "Llama 3.1: slow rotary frequencies are divided by this; 1 is as they are")
-    rope_low_freq_factor: float = setting(1.0, "divided are those that turn at most so often in rope_original_context")
-    rope_high_freq_factor: float = setting(4.0, "as they are: those that turn so often; between the two, in between")
-    rope_original_context: int = setting(8192, "tokens; 0 divides all frequencies, which is linear scaling")
+    rope_factor: float = setting(1.0, "Llama 3.1: slow rotary frequencies are divided by this; 1 leaves them unchanged")
+    rope_low_freq_factor: float = setting(1.0, "at most this many turns in rope_original_context: slow")
+    rope_high_freq_factor: float = setting(4.0, "at least this many turns: unchanged; blended in between")
+    rope_original_context: int = setting(8192, "context of the pretraining, in tokens; 0: all frequencies are slow")
     tie_word_embeddings: bool = setting(False, "the output layer's weight is the embedding's")
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
-            most = MAX_LAYERS if key == "n_layers" else MAX_SIZE
-            check(
-                1 <= getattr(self, key) <= most, f"model.{key}", getattr(self, key), f"at least 1 and at most {most:,}"
-            )
+            value, limit = getattr(self, key), MAX_LAYERS if key == "n_layers" else MAX_SIZE
+            check(1 <= value <= limit, f"model.{key}", value, f"at least 1 and at most {limit:,}")
         check(0 < self.norm_eps < 1, "model.norm_eps", self.norm_eps, "between 0 and 1")
         if self.head_size is None:
             check(self.dim % self.n_heads == 0, "model.dim", self.dim, f"a multiple of model.n_heads={self.n_heads}")
@@ -46,7 +44,7 @@ class ModelConfig:
             holds = 0 < self.head_size <= MAX_SIZE and self.head_size % 2 == 0
             check(holds, "model.head_size", self.head_size, "positive and even (rotary pairs), or null")
             if self.head_size * self.n_heads == self.dim:
-                self.head_size = None  # so that equal sizes are said alike
+                self.head_size = None  # equal sizes make equal configs
         check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
         self._check_rotary()
 

@@ -2,20 +2,15 @@
 
 from dataclasses import dataclass, field
 
-from llama_ft.config.checks import TrackerMode, check_project, setting
+from llama_ft.config.checks import setting
+from llama_ft.config.tracker import TrackerConfig
 
 
 @dataclass
-class UploadConfig:
-    """Weights & Biases, for runs that are over."""
+class UploadConfig(TrackerConfig):
+    """The tracker for runs that are over. What is not given is as each run was told."""
 
-    mode: TrackerMode = setting(TrackerMode.auto, "auto is online where an API key is configured, else offline")
-    project: str | None = setting(None, "the W&B project; null is the one that each run was told")
-    upload: bool = setting(False, "send every run, and the sweep, to W&B again from the local files")
-
-    def __post_init__(self) -> None:
-        if self.project is not None:
-            check_project(self.project)
+    upload: bool = setting(False, "send every run, and the sweep, to the tracker again from the local files")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Where a model comes from, and what it runs on: the same keys for every command that loads one."""
+"""Where a model comes from, and what it runs on: keys that every command which loads one shares."""
 
 import os
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLa
 
 
 def found_tokenizer(model: ModelConfig, checkpoint: str | None) -> str | None:
-    """The tokenizer that lies in a checkpoint's folder; None where there is none, or the model has its own."""
+    """The tokenizer in a checkpoint's folder; None if it has none, or if the model has its own."""
     if model.is_builtin or checkpoint in (None, "builtin", "random"):
         return None
     files = [Path(os.path.expanduser(str(checkpoint))) / name for name in TOKENIZER_FILES]
@@ -56,11 +56,11 @@ class TrainedSource(ModelSource):
 
     gpu: GpuConfig = field(default_factory=GpuConfig)
     adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
-    merge: bool = setting(True, "add the adapter to the weights; false, and a dialogue, keep it beside them")
+    merge: bool = setting(True, "merge the adapter into the weights; a dialogue, and false, keep it apart")
     base: str | None = setting(
         None, "weights to compare with: builtin, random or a folder; null is the checkpoint without its adapter"
     )
-    kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false computes them anew each time")
+    kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false recomputes them each time")
     dtype: Dtype = setting(
         Dtype.auto,
         "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU",

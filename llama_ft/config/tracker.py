@@ -1,16 +1,44 @@
 """Where a run is tracked."""
 
+import enum
+import re
 from dataclasses import dataclass
 
-from llama_ft.config.checks import TrackerMode, check_project, setting
+from llama_ft.config.checks import check, setting
+
+
+class TrackerKind(enum.Enum):
+    """What tracks runs; chosen as a group."""
+
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+    disabled = "disabled"
+
+
+class TrackerMode(enum.Enum):
+    """W&B's mode; `auto` is online where an API key is configured, else offline."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
 
 
 @dataclass
 class TrackerConfig:
-    """Weights & Biases. Local files are written in any case."""
+    """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
-    mode: TrackerMode = setting(TrackerMode.auto, "auto is online where an API key is configured, else offline")
-    project: str = setting("llama_ft", "the W&B project")
+    kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
+    mode: TrackerMode = setting(
+        TrackerMode.auto, "W&B's mode; auto is WANDB_MODE, else online where an API key is configured, else offline"
+    )
+    project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft")
+    entity: str | None = setting(None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own")
+    group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder")
+    tags: list[str] = setting(
+        [], "W&B tags beside those of techniques, model and card; without any those of WANDB_TAGS"
+    )
+    notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES")
 
     def __post_init__(self) -> None:
-        check_project(self.project)
+        holds = self.project is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.project) is not None
+        check(holds, "tracker.project", self.project, "1 to 128 characters without / \\ # ? % :")

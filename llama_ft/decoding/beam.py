@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama_ft.config.checks import check
 from llama_ft.decoding.sampling import require_distribution
 from llama_ft.decoding.state import GenerationState
 
@@ -60,9 +59,8 @@ def beam_search(
         n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.
 
     Raises:
-        UserError: if a number is out of range, or the logits are no distribution (NaN, infinite).
+        UserError: if the logits are no distribution (NaN, infinite).
     """
-    _check(n_beams, max_new_tokens, length_penalty, n_return)
     # The rows are equal, so the first alone begins.
     running = [_Beam(row, [], -math.inf if row else 0.0) for row in range(n_beams)]
     finished: list[Hypothesis] = []
@@ -100,12 +98,3 @@ def _advance(state: GenerationState, running: list[_Beam]) -> None:
     device = state.tokens.device
     state.reorder(torch.tensor([beam.row for beam in running], device=device))
     state.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))
-
-
-def _check(n_beams: int, max_new_tokens: int, length_penalty: float, n_return: int) -> None:
-    check(n_beams >= 1, "decoding.n_beams", n_beams, "at least 1")
-    check(max_new_tokens >= 1, "decoding.max_new_tokens", max_new_tokens, "at least 1")
-    allowed = f"between 1 and decoding.n_beams={n_beams}"
-    check(1 <= n_return <= n_beams, "decoding.num_return_sequences", n_return, allowed)
-    # Beyond them length ** length_penalty may leave the range of a float.
-    check(-10 <= length_penalty <= 10, "decoding.length_penalty", length_penalty, "between -10 and 10")

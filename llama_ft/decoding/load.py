@@ -1,17 +1,25 @@
 """A model to generate with or to evaluate: its weights, and the adapter trained on them."""
 
+import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-from llama_ft.config import TrainedSource, UserError
+from llama_ft.config import GenerateConfig, TrainedSource, UserError
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.decoding.generate import GenerateFn, generate
+from llama_ft.device import compute_dtype, device_of_profile, out_of_memory_explained
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, load_model
-from llama_ft.techniques.adapter import check_base_of, load_adapter
+from llama_ft.records.answers import Answer
+from llama_ft.techniques.adapter import Adapters, check_base_of, load_adapter
 from llama_ft.techniques.peft import read_adapter
+
+Log = Callable[[str], None]
+NEEDS_LESS = "a smaller batch_size or decoding.max_new_tokens, fewer answers or beams, and dtype=bf16 need less"
 
 
 def check_sources(source: TrainedSource) -> None:
@@ -20,20 +28,17 @@ def check_sources(source: TrainedSource) -> None:
     Raises:
         UserError: if what is in them is not this model's.
     """
-    model = build(source.model)
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
-                open_checkpoint(Path(os.path.expanduser(str(weights))), model)
+                open_checkpoint(Path(os.path.expanduser(str(weights))), build(source.model))
             except UserError as error:
                 raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
     if source.adapter is not None:
         check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
 
 
-def load_checkpoint(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
-) -> Transformer:
+def load_checkpoint(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
     """The model that is asked for without its adapter, in evaluation mode.
 
     Raises:
@@ -42,9 +47,7 @@ def load_checkpoint(
     return load_model(source.model, str(source.checkpoint), device, dtype, log=log).eval()
 
 
-def load_trained(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
-) -> Transformer:
+def load_trained(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
     """The model that is asked for, in evaluation mode.
 
     Raises:
@@ -56,12 +59,68 @@ def load_trained(
     return model
 
 
-def load_base(
-    source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Callable[[str], None]
-) -> Transformer:
+def load_base(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
     """What it is compared with: `source.base`, else the checkpoint without its adapter.
 
     Raises:
         UserError: if the weights are not this model's.
     """
     return load_model(source.model, source.base or str(source.checkpoint), device, dtype, log=log).eval()
+
+
+class Models:
+    """The model that is asked, and the base that it is compared with, loaded when they are needed."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, log: Log) -> None:
+        """Look at what is to be loaded.
+
+        Raises:
+            UserError: if there is no such device, or weights or adapter are not this model's.
+        """
+        self._config, self._tokenizer, self._log = config, tokenizer, log
+        self._device = device_of_profile(config.gpu)
+        self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
+        self.dtype_name = str(self._dtype).removeprefix("torch.")
+        check_sources(config)
+
+    def load(self, is_base: bool) -> GenerateFn:
+        """The base, or the model that is asked.
+
+        Raises:
+            UserError: if it cannot be loaded; when it is asked, if it cannot answer. Also if memory runs out.
+        """
+        gc.collect()  # of a model before it, what is held in cycles
+        load = load_base if is_base else load_trained
+        with out_of_memory_explained(NEEDS_LESS):
+            return self._generate_fn(load(self._config, self._device, self._dtype, self._log))
+
+    def load_with_adapters(self) -> tuple[Adapters, GenerateFn]:
+        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
+
+        Raises:
+            UserError: as `load`.
+        """
+        with out_of_memory_explained(NEEDS_LESS):
+            model = load_checkpoint(self._config, self._device, self._dtype, self._log)
+            adapters = Adapters(model)
+            self.use(adapters, self._config.adapter)
+        return adapters, self._generate_fn(model)
+
+    def use(self, adapters: Adapters, folder: str | None) -> None:
+        """Compute with the adapter in a folder, which is loaded unless it was before; None is none.
+
+        Raises:
+            UserError: if there is none of this model, or it was trained on other weights.
+        """
+        if folder is not None and folder not in adapters:
+            path = Path(os.path.expanduser(folder))
+            check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))
+            adapters.add(folder, path)
+        adapters.use(folder)
+
+    def _generate_fn(self, model: Transformer) -> GenerateFn:
+        def answer(prompts: Sequence[str], on_text: Callable[[str], None]) -> list[list[Answer]]:
+            with out_of_memory_explained(NEEDS_LESS):
+                return generate(model, self._tokenizer, prompts, self._config.decoding, self._config.kv_cache, on_text)
+
+        return answer

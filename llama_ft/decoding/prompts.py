@@ -1,6 +1,5 @@
 """What a model is asked: from records to prompts, checked before anything is generated."""
 
-import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -86,16 +85,11 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
 
 
 def _checked(value: Any, reserved: Collection[str]) -> Prompt:
-    """The prompt of a value, which can be written again as it is."""
+    """The prompt of a value that a file holds."""
     if isinstance(value, Exception):
         raise UserError(f"not valid JSON: {value}")
     if not isinstance(value, dict):
         raise UserError(f"a record must be an object with prompt or instruction, not {type(value).__name__}")
     if taken := sorted(value.keys() & set(reserved)):
         raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
-    text = prompt_of(value)
-    try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:
-        raise UserError("it holds what is no JSON: NaN, an infinity or half of a surrogate pair") from error
-    return Prompt(text, value)
+    return Prompt(prompt_of(value), value)

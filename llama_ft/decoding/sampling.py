@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
-from llama_ft.config.checks import check
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -25,11 +24,6 @@ def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
         penalty: positive.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-
-
-def temperature(logits: Tensor, value: float) -> Tensor:
-    """Divide the logits, fp32 [B, V], by a positive number: below 1 sharpens the distribution, above 1 flattens it."""
-    return logits / value
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
@@ -79,9 +73,6 @@ class Greedy:
 
     repetition_penalty: float = 1.0
 
-    def __post_init__(self) -> None:
-        _check_penalty(self.repetition_penalty)
-
     def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """The next token of each row, int64 [B]. Nothing is random, so the generators are left alone.
 
@@ -102,19 +93,10 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self) -> None:
-        # The bounds keep logits / temperature and the penalised logits finite in fp32.
-        allowed = "at least 1e-6 and finite (decoding=greedy takes the most probable token)"
-        check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, allowed)
-        check(self.top_k >= 0, "decoding.top_k", self.top_k, "at least 1, or 0 for all tokens")
-        check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1, which is all tokens")
-        _check_penalty(self.repetition_penalty)
-
     def process(self, logits: Tensor, seen: Tensor) -> Tensor:
         """The logits, fp32 [B, V], of the distribution that is drawn from; `seen` is bool [B, V]."""
         logits = repetition_penalty(logits, seen, self.repetition_penalty)
-        logits = temperature(logits, self.temperature)
-        return keep_top_p(keep_top_k(logits, self.top_k), self.top_p)
+        return keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
 
     def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, int64 [B].
@@ -141,7 +123,3 @@ class Sampling:
         for rows, generator in zip(noise.chunk(len(generators)), generators, strict=True):
             rows.exponential_(generator=generator)
         return (logits.softmax(-1) / noise).argmax(-1)
-
-
-def _check_penalty(penalty: float) -> None:
-    check(0.01 <= penalty <= 100, "decoding.repetition_penalty", penalty, "between 0.01 and 100; 1 is none")

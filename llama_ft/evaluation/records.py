@@ -14,11 +14,10 @@ HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
 NO_TASK = "no task"  # of records that name none
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalRecord(Record):
-    """A record to be answered."""
+    """A record to be answered, with its task."""
 
-    task: str
     sample: Sample  # cut to the longest length allowed
 
     @property
@@ -51,24 +50,24 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     """
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
-    pairs, n_skipped = _read(file, config.data)
-    pairs = pairs[: config.max_samples]
+    read, n_skipped = _read(file, config.data)
+    read = read[: config.max_samples]
     records, n_truncated = [], 0
-    for record, task in pairs:
+    for record in read:
         whole = encode_record(record, tokenizer)
         sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
-        eval_record = EvalRecord(**vars(record), task=task, sample=sample)
+        eval_record = EvalRecord(**vars(record), sample=sample)
         if sample.n_targets > 0 and len(tokenizer.encode(eval_record.prompt, bos=True)) < config.model.max_seq_len:
             records.append(eval_record)
             n_truncated += len(sample) < len(whole)
     if not records:
-        reason = "no prompt leaves room for an answer" if pairs else "there are no records"
+        reason = "no prompt leaves room for an answer" if read else "there are no records"
         raise UserError(f"{file}: {reason}")
     known = [(record.task, record.output) for record in records]
     if builtin:
         train, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
-        known = [(task, record.output) for record, task in train]
-    n_dropped = len(pairs) - len(records)
+        known = [(record.task, record.output) for record in train]
+    n_dropped = len(read) - len(records)
     return EvaluationSet(file, records, n_skipped, n_truncated, n_dropped, majority_answers(known), builtin)
 
 
@@ -80,7 +79,7 @@ def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
     return {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
 
 
-def _read(file: Path, config: DataConfig) -> tuple[list[tuple[Record, str]], int]:
-    """The records with their tasks, and how many bad ones were skipped."""
+def _read(file: Path, config: DataConfig) -> tuple[list[Record], int]:
+    """The records, each with a task, and how many bad ones were skipped."""
     records, n_skipped = read_records(file, config.on_bad_record, config.first)
-    return [(record, record.task or NO_TASK) for record in records], n_skipped
+    return [replace(record, task=record.task or NO_TASK) for record in records], n_skipped

@@ -14,7 +14,7 @@ from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.lengths import Lengths, blank_samples, lengths_of
 from llama_ft.planning.operators import flops_of
 from llama_ft.planning.processes import side_by_side
-from llama_ft.planning.roofline import RATES, bound_by_resource
+from llama_ft.planning.roofline import GIGA, bound_by_resource
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
 from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result, ran_on, read_result
@@ -22,12 +22,15 @@ from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result, ran_on, re
 Runs = dict[str, list[tuple[float, float]]]  # by dtype, of each run its work, as `work_of` has it, and its seconds
 
 
-def measured_runs(folder: Path, gpu: GpuConfig) -> tuple[Runs, str]:
+def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
     """The runs in a folder that a device is calibrated by, and the device's name.
 
     Raises:
-        UserError: if there are none that ended well on this device, or one's config or data cannot be read.
+        UserError: if there are none that ended well on the one device, or one's config or data cannot be read.
     """
+    if len(gpus) != 1:
+        raise UserError("calibrate=DIR holds runs of one device: name its profile with gpu=NAME")
+    (gpu,) = gpus
     if not folder.is_dir():
         raise UserError(f"calibrate={folder}: there is no such folder")
     files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
@@ -55,9 +58,7 @@ def _data(run_dir: Path, result: Result) -> tuple[TrainConfig, Lengths]:
         raise UserError(f"{run_dir} needs its data, to be planned: {error}") from error
     tokens = sum(length for length, _ in lengths) * config.training.epochs
     if tokens != result.tokens:
-        raise UserError(
-            f"{run_dir}: its data has {tokens:,} tokens now, and had {result.tokens:,} when it was measured"
-        )
+        raise UserError(f"{run_dir}: its data has {tokens} tokens now, and had {result.tokens} when it was measured")
     return config, lengths
 
 
@@ -70,16 +71,18 @@ def work_of(config: TrainConfig, lengths: Lengths, gpu: GpuConfig) -> float:
 
 def calibrate(rows: Sequence[PlanRow], runs: Runs, device: str) -> PlannedTime:
     """Put estimates in place of the rows' bounds; a row gets no time whose dtype none of the runs computed in."""
+    unknown: dict[str, None] = {}
     for row in rows:
         if row.flops:
-            work = row.bound_runtime_s or sum(row.flops.values())
-            known = runs.get(max(row.flops, key=row.flops.__getitem__))
-            row.runtime_s = work / efficiency(known) if known else None
+            work, dtype = row.bound_runtime_s or sum(row.flops.values()), max(row.flops, key=row.flops.__getitem__)
+            row.runtime_s = work / efficiency(runs[dtype]) if dtype in runs else None
             row.tokens_per_s = (row.tokens or 0) / row.runtime_s if row.runtime_s else None
+            if dtype not in runs:
+                unknown[dtype] = None
     is_share = any(row.bound_runtime_s for row in rows)
-    return PlannedTime(
-        "calibrated", f"by runs on {device}: " + "; ".join(_about(*item, is_share) for item in runs.items())
-    )
+    about = [_about(dtype, same, is_share) for dtype, same in runs.items()]
+    about += [f"no time where {dtype} is computed in, which no run did" for dtype in unknown]
+    return PlannedTime("calibrated", f"by runs on {device}: {'; '.join(about)}")
 
 
 def efficiency(runs: Sequence[tuple[float, float]]) -> float:
@@ -96,10 +99,10 @@ def errors(runs: Sequence[tuple[float, float]]) -> list[float]:
 def _about(dtype: str, runs: Sequence[tuple[float, float]], is_share: bool) -> str:
     """An efficiency and its error, for people."""
     reached = efficiency(runs)
-    speed = f"{reached:.0%} of the bound" if is_share else f"{reached / 1e9:,.3g} GFLOP/s"
+    speed = f"{reached:.0%} of the bound" if is_share else f"{reached / GIGA:,.3g} GFLOP/s"
     if len(runs) == 1:
-        return f"{RATES[dtype]} at {speed} (by one run, so its error is not known)"
+        return f"{dtype} at {speed} (by one run, so its error is not known)"
     off = errors(runs)
     mean, worst = fmean(map(abs, off)), max(off, key=abs)
     error = f"off by {mean:.0%} in the mean and {worst:+.0%} at worst"
-    return f"{RATES[dtype]} at {speed} ({len(runs)} runs, each predicted by the others: {error})"
+    return f"{dtype} at {speed} ({len(runs)} runs, each predicted by the others: {error})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_ft.config import DeviceChoice, OptimConfig, TrainConfig, UserError
+from llama_ft.config import OptimConfig, TrainConfig, UserError
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, profile_here, traits_of, workspace_bytes
@@ -34,10 +34,9 @@ class Capacity:
 def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
     """Why a run would not fit on the GPU that is here, and what would; None if there is nothing against it.
 
-    None too where there is no GPU, where the answer is not to be enforced, and for a run that cannot begin at all:
-    that meets its error by itself.
+    None too where there is no GPU, and for a run that cannot begin at all: it meets its error by itself.
     """
-    if not config.plan.enforce or config.gpu.device is DeviceChoice.cpu or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return None
     free, _ = torch.cuda.mem_get_info()
     real = profile_here(config.gpu)

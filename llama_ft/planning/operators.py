@@ -73,9 +73,11 @@ class OperatorCounter(TorchDispatchMode):
             flops = 0.0
         outputs = list(_tensors(out)) or list(_tensors(_written(func, args)))
         inputs = [] if packet in GATHERING else list(_tensors((args, kwargs)))
-        if not flops and not _writes(packet) and any(_same_storage(o, i) for o in outputs for i in inputs):
-            return  # a view by another name, such as _unsafe_view
-        moved = sum({id(t): _n_bytes(t) for t in inputs}.values()) + sum(_n_bytes(t) for t in outputs)
+        held = {tensor.untyped_storage()._cdata for tensor in inputs}
+        is_view = any(tensor.untyped_storage()._cdata in held for tensor in outputs)
+        if is_view and not flops and not str(packet).endswith("_"):  # by another name, such as _unsafe_view
+            return
+        moved = sum({id(t): t.nbytes for t in inputs}.values()) + sum(t.nbytes for t in outputs)
         if packet in GATHERING:
             moved *= 2
         dtype = str(outputs[0].dtype).removeprefix("torch.") if flops and outputs else ""
@@ -95,18 +97,6 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
     """
     written = zip(func._schema.arguments, args, strict=False)
     return [value for each, value in written if each.alias_info and each.alias_info.is_write and each.name != "grads"]
-
-
-def _n_bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
-
-
-def _writes(packet: Any) -> bool:
-    return str(packet).endswith("_")
 
 
 def scale(operators: Operators, factor: float) -> Operators:

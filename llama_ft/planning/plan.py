@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig, UserError
+from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.config.techniques import combinations
 from llama_ft.device import versions
 from llama_ft.planning.advice import Adviser
@@ -35,16 +35,12 @@ def make_plan(
     Raises:
         UserError: if what is asked for can run nowhere.
     """
-    if config.calibrate and len(gpus) != 1:
-        raise UserError("calibrate=DIR holds runs of one device: name its profile with gpu=NAME")
-    measured = measured_runs(Path(config.calibrate), gpus[0]) if config.calibrate else None
+    measured = measured_runs(Path(config.calibrate), gpus) if config.calibrate else None
     settings, optims = config.to_dict(), planned_combinations(config)
-    # No micro-batch is larger than the data.
-    size = min(config.training.micro_batch_size, len(lengths.pairs))
+    size = min(config.training.micro_batch_size, len(lengths.pairs))  # no micro-batch is larger than the data
     config = replace(config, training=replace(config.training, micro_batch_size=size))
     compared = list(combinations(each.name for each in TECHNIQUES if not each.in_course)) if config.goal else optims
     all_rows = predict(config, compared, gpus, lengths.pairs, progress)
-    rows = [row for row in all_rows if OptimConfig(**row.optim) in optims]
     plan = Plan(
         command=command,
         versions=versions(),
@@ -54,13 +50,13 @@ def make_plan(
         training=settings["training"],
         gpus=[asdict(gpu) | {"device": gpu.device.name} for gpu in gpus],
         time=calibrate(all_rows, *measured) if measured else AT_BEST,
-        rows=rows,
+        rows=[row for row in all_rows if OptimConfig(**row.optim) in optims],
     )
     if config.combinations is Combinations.all:
-        plan.table1 = table1(config, gpus[0], lengths.pairs, [row for row in rows if row.gpu == gpus[0].name], progress)
+        plan.table1 = table1(config, gpus[0], lengths.pairs, plan.rows, progress)
     if config.goal:
-        note = "" if measured else "at best"
-        plan.advice = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress, note).advise()
+        adviser = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress, "" if measured else "at best")
+        plan.advice = adviser.advise()
     return plan
 
 

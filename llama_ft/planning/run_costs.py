@@ -31,14 +31,6 @@ class RunCosts:
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """The micro-batches of one epoch."""
-
-    widths: list[int]  # padded
-    targets: list[int]
-
-
-@dataclass(frozen=True)
 class StepOperators:
     """The operators of parts of a step."""
 
@@ -55,26 +47,34 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
         UserError: as `fake_step` does.
     """
     config, epochs = configs[0], configs[0].training.epochs
-    shapes, layers = shapes_of(config, samples, traits), depths(config)
+    widths, targets = shapes(config, samples, traits)
+    layers = depths(config)
     accumulates = any(each.accumulation_steps > 1 for each in configs)
-    steps = [step_operators(config, n, shapes, traits, accumulates) for n in layers]
+    steps = [
+        # Targets concern the head alone.
+        step_operators(config, n, knots(widths), knots(targets) if n == min(layers) else [], traits, accumulates)
+        for n in layers
+    ]
     tokens = sum(len(sample) for sample in samples)
     costs = []
     for accumulation in (each.accumulation_steps for each in configs):
-        epoch_at = [_epoch(step, shapes, accumulation) for step in steps]
+        n_steps = -(-len(widths) // accumulation)
+        epoch_at = [_epoch(step, widths, n_steps) for step in steps]
         epoch = total(scale(operators, n) for operators, n in zip(epoch_at, layers.values(), strict=True))
-        epoch = total([epoch, _at_knots(steps[0].by_targets, shapes.targets)])
-        n_steps = -(-len(shapes.widths) // accumulation) * epochs
-        costs.append(RunCosts(scale(epoch, epochs), n_steps, len(samples) * epochs, tokens * epochs))
+        epoch = total([epoch, _at_knots(steps[0].by_targets, targets)])
+        costs.append(RunCosts(scale(epoch, epochs), n_steps * epochs, len(samples) * epochs, tokens * epochs))
     return costs
 
 
-def shapes_of(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> Shapes:
-    """Those of the first epoch; the others' differ where a micro-batch has several samples, and only there."""
+def shapes(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> tuple[list[int], list[int]]:
+    """Padded widths and numbers of targets of the first epoch's micro-batches.
+
+    Those of other epochs differ where a micro-batch has several samples, and only there.
+    """
     training = config.training
     batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding_of(config, traits))
     pairs = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
-    return Shapes([width for width, _ in pairs], [n_targets for _, n_targets in pairs])
+    return [width for width, _ in pairs], [n_targets for _, n_targets in pairs]
 
 
 def depths(config: TrainConfig) -> dict[int, float]:
@@ -86,11 +86,15 @@ def depths(config: TrainConfig) -> dict[int, float]:
 
 
 def step_operators(
-    config: TrainConfig, n_layers: int, shapes: Shapes, traits: Traits, accumulates: bool
+    config: TrainConfig,
+    n_layers: int,
+    widths: Sequence[int],
+    targets: Sequence[int],
+    traits: Traits,
+    accumulates: bool,
 ) -> StepOperators:
-    """Run the steps; numbers of targets, which concern the head alone, at the smallest number of layers."""
+    """Run steps of these widths, and of these numbers of targets in a micro-batch."""
     size = config.training.micro_batch_size
-    widths, targets = knots(shapes.widths), knots(shapes.targets) if n_layers == min(depths(config)) else []
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:
 
@@ -150,9 +154,7 @@ def _at_knots(operators: dict[int, Operators], values: Sequence[int]) -> Operato
     return total(scale(each, weight) for each, weight in zip(operators.values(), weights, strict=True))
 
 
-def _epoch(step: StepOperators, shapes: Shapes, accumulation: int) -> Operators:
+def _epoch(step: StepOperators, widths: Sequence[int], n_steps: int) -> Operators:
     """The operators of an epoch whose micro-batches have one target each."""
-    n_micro_batches = len(shapes.widths)
-    n_steps = -(-n_micro_batches // accumulation)
-    micro_batches = _at_knots(step.by_width, shapes.widths)
-    return total([micro_batches, scale(step.accumulated, n_micro_batches - n_steps), scale(step.update, n_steps)])
+    accumulated = scale(step.accumulated, len(widths) - n_steps)
+    return total([_at_knots(step.by_width, widths), accumulated, scale(step.update, n_steps)])

@@ -52,7 +52,7 @@ def table1(
 
     Args:
         config: all but techniques and card; `lengths` are its data's.
-        rows: of the plan, for this card and config: their memory is not found again.
+        rows: of the plan, for this config: the memory of this card's is not found again.
     """
     all_contrasts, table_rows, failures = contrasts(config), [], []
     runs = {_key(run): run for each in all_contrasts for run in (each.without, each.using)}
@@ -80,7 +80,8 @@ def _cases(
     """What the runs need and compute."""
     equal, known = equal_lengths(config, lengths), {}
     if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
-        known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in rows}
+        own = [row for row in rows if row.gpu == gpu.name]
+        known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in own}
     samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
     jobs = {key: (run, samples, equal, traits_of(gpu), known.get(key)) for key, run in runs.items()}
     longest_first = dict(sorted(jobs.items(), key=lambda job: known.get(job[0]) is not None))
@@ -122,7 +123,10 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         Contrast("lora", adapters, run(), run(lora=True)),
     ]
     others = [each for each in TECHNIQUES if each.name not in {row.technique for row in rows}]
-    return rows + [Contrast(each.name, each.meaning, run(), run(**{each.name: True})) for each in others]
+    return rows + [
+        Contrast(each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True})))
+        for each in others
+    ]
 
 
 def _key(config: TrainConfig) -> Key:

@@ -14,7 +14,7 @@ from llama_ft.records.plan import Plan
 from llama_ft.records.result import Result
 from llama_ft.reporting.matching import is_device, match_plan, match_sweeps, subject
 from llama_ft.reporting.results import Group, value_of
-from llama_ft.reporting.settings import Difference, differing_settings, group_settings, plan_settings
+from llama_ft.reporting.settings import Difference, differing_settings, group_settings
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
 from llama_ft.reporting.table2 import MEASURES, cell, failures
 
@@ -118,9 +118,8 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
         if isinstance(match, str):
             left_out.append(f"Left out: {match}")
             continue
-        a, b, gpu, notes = match
+        a, b, gpu, settings, notes = match
         title = f"{group.title} · measured and predicted for {gpu['name']}"
-        settings = differing_settings(group_settings(a), plan_settings(plan, gpu))
         not_alike, why = _not_alike(a, b, gpu)
         is_bound = plan.time.kind == "bound" and any(row.runtime_s is not None for row in b.results)
         comparison = Comparison(title, a, b, SWEEP_AND_PLAN, settings, [], not_alike, is_bound)

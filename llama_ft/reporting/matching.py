@@ -1,10 +1,12 @@
 """Which runs are compared: of two sweeps, and of a sweep and the plan that predicts it."""
 
+from typing import NamedTuple
+
 from llama_ft.config.checks import Settings
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import Result, ran_on
 from llama_ft.reporting.results import Group, planned_group
-from llama_ft.reporting.settings import flat
+from llama_ft.reporting.settings import Difference, differing_settings, group_settings, plan_settings
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
@@ -61,38 +63,47 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     return cut[0], cut[1]
 
 
-def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[str]] | str:
-    """A group, the rows that predict it, their card, and notes on what one side alone has; or why none predicts it."""
+class PlannedPair(NamedTuple):
+    """A sweep's group and the rows of the card that predict it."""
+
+    measured: Group
+    planned: Group
+    gpu: Settings
+    settings: list[Difference]  # that are not the same
+    notes: list[str]  # on what is left out
+
+
+def match_plan(plan: Plan, group: Group) -> PlannedPair | str:
+    """A group and the rows that predict it, or why none do."""
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
     if gpu is None:
         return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
     rows = planned_group(plan, gpu, group.variant)
+    settings = differing_settings(group_settings(group), plan_settings(plan, gpu))
     sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
     notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
     other: dict[str, list[str]] = {}  # combinations by reason
     for a, b in zip(*(side.results for side in common(group, rows)), strict=True):
-        if reason := _other_run(a, b):
+        if reason := _other_run(a, b, settings):
             other.setdefault(reason, []).append(a.combination)
     notes += [f"Left out, since {reason}: {', '.join(names)}." for reason, names in other.items()]
     measured, planned = common(group, rows, without=[name for names in other.values() for name in names])
-    return (measured, planned, gpu, notes) if measured.results else f"{group.title}: {' '.join(notes)}"
+    if not measured.results:
+        return f"{group.title}: {' '.join(notes)}"
+    return PlannedPair(measured, planned, gpu, settings, notes)
 
 
-def _other_run(measured: Result, planned: Result) -> str | None:
+def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
     """Why a row does not predict a run of the same combination, if it does not."""
     sizes = measured.total_params, planned.total_params
     if None not in sizes and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"
-    on = [name for name, is_on in planned.optim.items() if is_on]
-    a, b = (
-        flat({"training": {"micro_batch_size": r.micro_batch_size}} | {name: r.techniques.get(name, {}) for name in on})
-        for r in (measured, planned)
-    )
-    for key in (key for key in a if key in b):
-        if a[key] != b[key] and "auto" not in (a[key], b[key]):
-            return f"{key} is {a[key]} in the sweep, {b[key]} in the plan"
+    for key, a, b in settings:
+        is_of_run = key == "training.micro_batch_size" or planned.optim.get(key.partition(".")[0])
+        if is_of_run and "auto" not in (a, b):
+            return f"{key} is {a} in the sweep, {b} in the plan"
     return None
 
 

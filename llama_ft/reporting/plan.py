@@ -21,8 +21,7 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
     Raises:
         UserError: if one cannot be written.
     """
-    from llama_ft.reporting.plan_figure import draw_plan  # matplotlib takes a second to import
-    from llama_ft.reporting.plan_page import plan_page
+    from llama_ft.reporting.plan_page import draw_plan, plan_page  # matplotlib takes a second to import
 
     try:
         if with_json:

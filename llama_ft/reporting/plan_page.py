@@ -1,17 +1,34 @@
-"""A plan as one HTML page that needs nothing but itself, to be sent to whom it concerns."""
+"""A plan as a picture and as one HTML page that needs nothing but itself, to be sent to whom it concerns."""
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+
+from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_label
+from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Advice, Plan, PlanRow
-from llama_ft.reporting.figure import LIMIT_COLOUR, RESERVED_COLOUR, UNUSED, limit_in_picture
+from llama_ft.reporting.figure import (
+    COLOURS,
+    LIMIT_COLOUR,
+    RESERVED_COLOUR,
+    UNUSED,
+    Panel,
+    draw_panels,
+    limit_in_picture,
+    memory_panel,
+    runtime_panel,
+    svg_panel,
+)
 from llama_ft.reporting.markup import document, facts, html_table, legend, notes, pictures, text
 from llama_ft.reporting.page import breakdown_table, category_colours, memory_table
-from llama_ft.reporting.plan_figure import USABLE, heat_map_picture, panel_pictures, timeline_picture
-from llama_ft.reporting.plan_tables import advice_title, cards, tables_of, title
+from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import Group, baseline_of, planned_group
 from llama_ft.reporting.settings import flat
-from llama_ft.reporting.table import Table
+from llama_ft.reporting.table import MARKS, UNKNOWN, Table
 
 LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
 TIMELINE_NOTE = (
@@ -19,6 +36,90 @@ TIMELINE_NOTE = (
     " last one. The step starts with parameters and optimizer state; activations grow in the forward pass and go in the"
     " backward pass, which leaves gradients."
 )
+USABLE = "usable memory of the card"
+INSTANT_COLOUR = "#777777"
+MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
+FAR_ABOVE = 2  # a limit beyond so many times the highest point would press a timeline down
+HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange for what does not fit, as far as twice what there is
+DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard to read on
+
+
+def draw_plan(plan: Plan, file: Path) -> None:
+    """Write one picture: for one card memory and runtime, for several the memory of each."""
+    n_combinations = len(plan.rows) // len(plan.gpus)
+    panels = plan_panels(plan)
+    rows = [panels[start : start + MAX_SIDE_BY_SIDE] for start in range(0, len(panels), MAX_SIDE_BY_SIDE)]
+    heights, one_card = [0.4 * n_combinations] * len(rows), len(plan.gpus) == 1
+    ratios = (3, 2) if one_card else None
+    draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
+
+
+def plan_panels(plan: Plan) -> list[Panel]:
+    """For one card memory and runtime, where a runtime is known; for several the memory of each."""
+    several = len(plan.gpus) > 1
+    panels: list[Panel] = []
+    for gpu in plan.gpus:
+        group = planned_group(plan, gpu)
+        key = "peak_memory_reserved_mib" if group.on_cuda else "peak_memory_mib"
+        name = gpu["name"] if several else ""
+        panels.append(partial(memory_panel, group=group, title=name, limit_name=USABLE, key=key))
+    if not several and any(row.runtime_s is not None for row in plan.rows):
+        xlabel = "runtime, s, at best" if is_at_best(plan) else "runtime, s"
+        panels.append(partial(runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
+    return panels
+
+
+def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
+    """Areas by category over the step's allocations, and which part of the step they belong to."""
+    points = row.timeline
+    events = list(range(len(points)))
+    stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
+    highest = max(sum(point.memory_mib.values()) for point in points)
+    axes.stackplot(events, *stacks, colors=[COLOURS[category] for category in CATEGORIES], linewidth=0)
+    if limit is not None and limit <= FAR_ABOVE * highest:
+        axes.axhline(limit, color=LIMIT_COLOUR, linestyle="--")
+        highest = max(highest, limit)
+    starts = [n for n in events if n == 0 or points[n].phase != points[n - 1].phase]
+    for start in starts[1:]:
+        axes.axvline(start, color=INSTANT_COLOUR, linewidth=0.8)
+    middles = [(start + end) / 2 for start, end in zip(starts, [*starts[1:], events[-1]], strict=True)]
+    axes.set_xticks(middles, [points[start].phase for start in starts])
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(0, max(1, events[-1]))
+    axes.set_ylim(0, 1.05 * highest)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_ylabel("MiB")
+    axes.set_title(combination_label(row.optim), loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
+    """Cells of required / available, in per cent, marked where that is more than there is."""
+    columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
+    shares = [[_share(row) for row in alike] for alike in zip(*columns, strict=True)]
+    values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
+    axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
+    for y, line in enumerate(shares):
+        for x, share in enumerate(line):
+            row = columns[x][y]
+            text = MARKS["error"] if row.error else UNKNOWN if share is None else f"{share:.0%}"
+            text += f" {MARKS['oom']}" if row.fits is False else ""
+            is_dark = share is not None and not DARK_BELOW < share < DARK_ABOVE
+            axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if is_dark else "black")
+    axes.set_yticks(range(len(shares)), [combination_label(row.optim) for row in columns[0]])
+    names = [f"{gpu['name']}\n{gpu['memory_mib']:,} MiB" for gpu in gpus]
+    axes.set_xticks(range(len(gpus)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=9)
+    axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
+    axes.set_xticks([x - 0.5 for x in range(1, len(gpus))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(shares))], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="minor", length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _share(row: PlanRow) -> float | None:
+    """Required of available memory."""
+    return None if row.required_mib is None or not row.total_memory_mib else row.required_mib / row.total_memory_mib
 
 
 def plan_page(plan: Plan) -> str:
@@ -73,12 +174,15 @@ def _bars(plan: Plan) -> list[str]:
         entries.append((UNUSED, RESERVED_COLOUR, False))
     if any(limit_in_picture(group) is not None for group in groups):
         entries.append((f"{USABLE}: all but the CUDA context", LIMIT_COLOUR, True))
-    panels = panel_pictures(plan)
+    height = 0.31 * len(plan.rows) / len(plan.gpus)
+    panels = [svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
     names = [f"memory by category, {gpu['name']}" for gpu in plan.gpus] + ["runtime"]
     body = [legend(entries), pictures(panels, names[: len(panels)])]
-    if heat := heat_map_picture(plan):
-        body.insert(0, "<p>Memory needed, of what each card has:</p>")
-        body.insert(1, pictures([heat], ["memory needed by card"], "whole"))
+    known = [gpu for gpu in plan.gpus if gpu["memory_mib"]]
+    if len(known) > 1:
+        heat = svg_panel(partial(heat_map, plan=plan, gpus=known), 1.9 + 0.85 * len(known), height + 1.3)
+        needed = pictures([heat], ["memory needed by card"], "whole")
+        body = [f"<p>Memory needed, of what each card has:</p>{needed}", *body]
     return body
 
 
@@ -103,7 +207,7 @@ def _needed(row: PlanRow) -> float:
 
 
 def _drawn(rows: list[PlanRow], limit: float | None, size: tuple[float, float]) -> str:
-    panels = [timeline_picture(row, limit, *size) for row in rows]
+    panels = [svg_panel(partial(timeline, row=row, limit=limit), *size) for row in rows]
     return pictures(panels, [f"memory over a step, {combination_label(row.optim)}" for row in rows])
 
 

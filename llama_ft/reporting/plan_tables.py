@@ -8,13 +8,8 @@ from llama_ft.records.plan import Advice, Plan, Table1, Table1Cell, Table1Row
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, csv_text, record_table, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
-# What runs when memory peaks, short enough for eight columns beside each other, and in words.
-INSTANTS = {
-    "load": ("load", "loading the weights"),
-    "forward": ("fwd", "the forward pass"),
-    "backward": ("bwd", "the backward pass"),
-    "optimizer step": ("step", "the optimizer step"),
-}
+# What runs when memory peaks, short enough for eight columns beside each other.
+INSTANTS = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
 TABLE1_COLUMNS = (*CATEGORIES[:-1], "computation")
 MAX_CHOICE_LENGTH = 28
 
@@ -46,7 +41,7 @@ def card_table(plan: Plan) -> Table:
     runtime = "Runtime, at best" if is_at_best(plan) else "Runtime, s"
     measures = (
         Measure("Peak memory, MiB", "peak_memory_mib", always=True, relative=True),
-        Measure("  during", "peak_phase", lambda phase: INSTANTS.get(phase, (phase,))[0]),
+        Measure("  during", "peak_phase", lambda phase: INSTANTS.get(phase, phase)),
         Measure("Reserved, MiB", "reserved_mib"),
         Measure("Needed, MiB", "required_mib"),
         Measure("Fits", "fits", lambda fits: "yes" if fits else MARKS["oom"], always=True),
@@ -161,8 +156,7 @@ def _memory_notes(plan: Plan) -> list[str]:
         notes.append("–: not known, since no profile says how much memory there is.")
     if len(gpus) == 1:
         during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in INSTANTS)
-        words = [f"{short} is {long}" for short, long in map(INSTANTS.__getitem__, during) if short != "load"]
-        notes += [f"During: {', '.join(words)}."] if words else []
+        notes += [f"During: {', '.join(f'{INSTANTS[phase]} is {phase}' for phase in during)}."] if during else []
     return notes
 
 
@@ -178,8 +172,10 @@ def _context_note(plan: Plan) -> str:
 
 def time_notes(plan: Plan) -> list[str]:
     """What the runtimes are, and whose are not known."""
-    is_known = any(row.runtime_s is not None for row in plan.rows)
-    notes = [f"Runtime: seconds, {' '.join(plan.time.about.split())}."] if is_known else []
+    about = f"Runtime: seconds, {' '.join(plan.time.about.split())}."
+    if plan.time.kind == "calibrated":
+        return [about]
+    notes = [about] if any(row.runtime_s is not None for row in plan.rows) else []
     without = dict.fromkeys(row.gpu for row in plan.rows if row.runtime_s is None and not row.error)
     return notes + ([f"Runtime is not known where no rates are: gpu={', '.join(without)}."] if without else [])
 

@@ -3,11 +3,9 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.result import Result
@@ -16,36 +14,23 @@ from llama_ft.reporting.table import amount
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
 
 
-class RunProgress:
+class RunProgress(Progress):
     """Listens to one run."""
 
     def __init__(self, console: Console, title: str) -> None:
-        self._console = console
-        self._plain = not console.is_terminal
-        self._last_plain = time.monotonic()
-        self._progress = Progress(
+        columns = (
             TextColumn("  {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(compact=True),
-            console=console,
-            transient=True,
-            disable=self._plain,
-            expand=True,
         )
-        self._task: TaskID | None = None
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
+        self._last_plain = time.monotonic()
         console.print(title, style="bold", highlight=False, markup=False)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._progress.stop()
 
     def message(self, line: str) -> None:
         """Print a line of the run."""
-        self._console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
     def step(self, metrics: StepMetrics) -> None:
         """Move the bar."""
@@ -53,12 +38,11 @@ class RunProgress:
             f"loss {metrics.loss:.3f}  lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s"
             f"  {metrics.memory_mib:,.0f} MiB"
         )
-        step, total = metrics.step, metrics.total_steps
-        if self._task is None:
-            self._task = self._progress.add_task("", total=total, numbers=numbers)
-        self._progress.update(self._task, completed=step, numbers=numbers)
-        if self._plain and time.monotonic() - self._last_plain > PLAIN_SECONDS:
-            self.message(f"{step}/{total}  {numbers}")
+        if not self.task_ids:
+            self.add_task("", total=metrics.total_steps, numbers=numbers)
+        self.update(self.task_ids[0], completed=metrics.step, numbers=numbers)
+        if self.disable and time.monotonic() - self._last_plain > PLAIN_SECONDS:
+            self.message(f"{metrics.step}/{metrics.total_steps}  {numbers}")
             self._last_plain = time.monotonic()
 
 
@@ -66,12 +50,8 @@ def ending(result: Result) -> str:
     """One line for a run that is over."""
     if result.status != "ok":
         return f"{result.status}: {result.error}"
-    units = (
-        ("peak {} MiB", result.peak_memory_mib),
-        ("{} s", result.runtime_s),
-        ("{} tokens/s", result.tokens_per_s),
-    )
-    parts = [unit.format(amount(value)) for unit, value in units if value is not None]
+    figures = {"peak {} MiB": result.peak_memory_mib, "{} s": result.runtime_s, "{} tokens/s": result.tokens_per_s}
+    parts = [form.format(amount(value)) for form, value in figures.items() if value is not None]
     if result.train_loss_before is not None and result.train_loss_after is not None:
         parts.append(f"loss {result.train_loss_before:.3f} before, {result.train_loss_after:.3f} after")
     return f"ok: {', '.join(parts)}"

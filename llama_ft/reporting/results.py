@@ -95,7 +95,7 @@ def _group(variant: str, runs: list[Run]) -> Group:
 
 def _by_device(runs: list[Run]) -> list[list[Run]]:
     """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
-    devices = list(dict.fromkeys(result.device for result, _ in runs if result.device)) or [None]
+    devices: list[str | None] = list(dict.fromkeys(result.device for result, _ in runs if result.device)) or [None]
     return [[run for run in runs if (run[0].device or devices[0]) == device] for device in devices]
 
 

@@ -1,5 +1,6 @@
 """Tables of text: on a terminal, as Markdown, as CSV; and what stands in their cells."""
 
+import codecs
 import csv
 import io
 import re
@@ -19,9 +20,11 @@ from llama_ft.records.result import Result
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
 CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
+# For terminals whose encoding lacks them.
+SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 UNESCAPED, BAR = re.compile(r"(?<!\\)\|"), r"\\|"  # in a cell of Markdown
-NOT_IN_CSV = ("optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
+NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 
@@ -98,12 +101,22 @@ def _colour(cell: str) -> str:
 def print_table(table: Table, console: Console) -> None:
     """The table with its title and notes. Lines are broken at a terminal's width; in a file each stays whole."""
     if isinstance(console.file, io.TextIOWrapper):
-        console.file.reconfigure(errors="replace")  # an encoding may lack ×
+        console.file.reconfigure(errors="llama_ft.plain")
     console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=not console.is_terminal)
     for view in terminal(table, console.width):
         console.print(view)
         console.print()
     print_notes(table.notes, console)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Other letters in place of those that an encoding lacks."""
+    assert isinstance(error, UnicodeEncodeError)
+    lacking = error.object[error.start : error.end].translate(SUBSTITUTES)
+    return lacking.encode("ascii", "replace").decode(), error.end
+
+
+codecs.register_error("llama_ft.plain", _plain)
 
 
 def print_notes(lines: list[str], console: Console) -> None:

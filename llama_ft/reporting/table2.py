@@ -7,7 +7,7 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
-from llama_ft.reporting.results import Group, baseline_of, value_of
+from llama_ft.reporting.results import Group, Record, baseline_of, value_of
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, record_table, technique_rows
 
 
@@ -38,7 +38,7 @@ def table2(group: Group) -> Table:
     return Table(group.title, head, measure_rows(group.results, MEASURES), _notes(group))
 
 
-def measure_rows(records: Sequence[Result] | Sequence[PlanRow], measures: Iterable[Measure]) -> Rows:
+def measure_rows(records: Sequence[Record], measures: Iterable[Measure]) -> Rows:
     """A row for each measure that a record has a value of, and a cell for each record."""
     rows: Rows = []
     for title, key, form, always, relative in measures:

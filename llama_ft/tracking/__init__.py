@@ -4,50 +4,34 @@ The local files (`metrics.jsonl`, `result.json`) are the truth and are written b
 them on, and can send them again later. Tracking that fails says so in a sentence and lets the run go on.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from llama_ft.config import TrackerConfig, TrackerMode
+from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode
+from llama_ft.config.checks import Settings
+from llama_ft.config.techniques import combination_name
+from llama_ft.tracking.base import Subject, Tracker
 
-
-class Tracker(Protocol):
-    """Receives a run."""
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        """A line of metrics.jsonl."""
-        ...
-
-    def finish(self, result: dict[str, Any] | None) -> None:
-        """The end of the run, with its result; None if there is none. Always called."""
-        ...
-
-
-class NoTracker:
-    """Tracking switched off."""
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        """Nothing."""
-
-    def finish(self, result: dict[str, Any] | None) -> None:
-        """Nothing."""
+__all__ = ["Tracker", "start_tracker", "track_files", "track_sweep"]
 
 
 def start_tracker(
-    config: TrackerConfig, run_dir: Path, settings: dict[str, Any], group: str | None, warn: Callable[[str], None]
+    config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Callable[[str], None]
 ) -> Tracker:
-    """The tracker that the config asks for.
+    """The tracker of a run: then `step` for each optimizer step, and in any case `finish`.
 
     Args:
         settings: the run's resolved config, stored with the run.
         group: name of the sweep that the run belongs to.
-        warn: told, in a sentence, when tracking fails.
+        log: told, in a sentence, when tracking fails.
     """
-    if config.mode is TrackerMode.disabled:
-        return NoTracker()
-    from llama_ft.tracking.wandb_run import start_run  # wandb takes a second to import
-
-    return start_run(config, run_dir, settings, group, warn)
+    combination = combination_name(settings["optim"])
+    techniques = [name for name, on in settings["optim"].items() if on] or [combination]
+    tags = (*techniques, settings["model"]["name"], settings["gpu"]["name"])
+    subject = Subject(run_dir.name, "train", run_dir, settings | {"combination": combination}, group, tags)
+    return _tracker(config, subject, log)
 
 
 def track_sweep(
@@ -56,7 +40,7 @@ def track_sweep(
     columns: list[str],
     rows: list[list[Any]],
     files: Sequence[str],
-    warn: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Report a sweep as a whole, beside its runs.
 
@@ -64,7 +48,44 @@ def track_sweep(
         rows: one for each run, a value for each column; the first two name the run.
         files: of the report, in the sweep's folder.
     """
-    if config.mode is not TrackerMode.disabled:
-        from llama_ft.tracking.wandb_sweep import send_sweep
+    name = sweep_dir.absolute().name
+    about = {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")}
+    subject = Subject(f"{name}: table", "sweep", sweep_dir, about, name, ("sweep",))
+    _tracker(config, subject, log).send({}, {file: sweep_dir / file for file in files}, (columns, rows))
 
-        send_sweep(config, sweep_dir, columns, rows, [sweep_dir / name for name in files], warn)
+
+def track_files(
+    config: TrackerConfig,
+    name: str,
+    job_type: str,
+    numbers: dict[str, float],
+    files: Sequence[Path],
+    folder: Path,
+    log: Callable[[str], None],
+) -> None:
+    """Report something that is neither a run nor a sweep, such as a study.
+
+    Args:
+        job_type: what it is, for a dashboard to filter by.
+        numbers: its figures by name.
+        files: kept with it; pictures are shown.
+        folder: where the tracker puts its own files.
+    """
+    subject = Subject(name, job_type, folder, tags=(job_type,))
+    _tracker(config, subject, log).send(numbers, {file.name: file for file in files})
+
+
+def _tracker(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Tracker:
+    is_off = config.mode is TrackerMode.auto and os.environ.get("WANDB_MODE") == "disabled"
+    if config.kind is TrackerKind.wandb and not is_off:
+        from llama_ft.tracking.wandb_run import WandbRun  # wandb takes a second to import
+
+        return WandbRun(config, subject, log)
+    if config.kind is TrackerKind.tensorboard:
+        try:
+            from llama_ft.tracking.tensorboard_run import TensorBoardRun
+
+            return TensorBoardRun(config, subject, log)
+        except ModuleNotFoundError:
+            log("tracker=tensorboard needs a package, and nothing is tracked: pip install tensorboard")
+    return Tracker(config, subject, log)
