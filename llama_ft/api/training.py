@@ -98,8 +98,7 @@ def finetune(
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers.
 
-    Training goes on as the iterator is consumed. A step is yielded when the next one has been started, so that reading
-    its loss does not make a GPU wait.
+    Training goes on as the iterator is consumed. A step is yielded one step late: reading its loss delays no GPU.
 
     Args:
         lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls along a cosine.
