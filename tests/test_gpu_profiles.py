@@ -1,14 +1,16 @@
 """The GPU profiles: each is complete and plausible, has its sources beside it, and the manual says the same."""
 
 import re
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
 import yaml
 from conftest import CHECKOUT
-from test_config import checked, composed
+from helpers.planning import small_config
 
 from llama_ft.config import GpuConfig
+from llama_ft.config.presets import preset
 
 FOLDER = CHECKOUT / "conf" / "gpu"
 # A card's total is less than its name says, and not much less.
@@ -32,7 +34,7 @@ FIGURES = {"memory_mib", "context_mib", "compute_capability", "bandwidth_gb_s", 
 @cache
 def profile(card: str) -> GpuConfig:
     """The checked profile, as a command sees it."""
-    return checked(f"gpu={card}").gpu
+    return preset("gpu", card, GpuConfig)
 
 
 def manual() -> dict[str, dict[str, str]]:
@@ -60,7 +62,7 @@ def test_profile_is_complete(card):
     assert set(values) == {"name", "device", "tflops"} | FIGURES - {"fp32", "tf32", "fp16", "bf16"}
     assert set(values["tflops"]) == {"fp32", "tf32", "fp16", "bf16"}
     assert (values["name"], values["device"]) == (card, "cuda")
-    assert composed(f"gpu={card}").gpu == values | {"device": composed(f"gpu={card}").gpu.device}
+    assert asdict(profile(card)) == values | {"device": profile(card).device}
 
 
 @pytest.mark.parametrize("card", CARDS)
@@ -71,7 +73,7 @@ def test_memory(card):
     assert low * 1024 <= gpu.memory_mib < high * 1024 <= nominal * 1024
     assert 100 <= gpu.context_mib <= 1024
     assert gpu.usable_mib == gpu.memory_mib - gpu.context_mib < nominal * 1024
-    assert checked(f"gpu={card}").memory_limit_mib == gpu.usable_mib
+    assert replace(small_config(), gpu=gpu).memory_limit_mib == gpu.usable_mib
 
 
 @pytest.mark.parametrize("card", CARDS)

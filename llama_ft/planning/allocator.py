@@ -34,16 +34,16 @@ class Pool:
 
     def allocate(self, size: int) -> int:
         """The start of a block of so many bytes, taken from the free ones or from new pages."""
-        place = bisect_left(self._free, (size, -1))
-        if place == len(self._free):
+        index = bisect_left(self._free, (size, -1))
+        if index == len(self._free):
             self._grow(size)
-            place = bisect_left(self._free, (size, -1))
-        if sum(self._free[place]) == self.reserved and place + 1 < len(self._free):
-            place += 1  # at the end of what is mapped, it counts as large as it could become
-        found, start = self._free[place]
-        self._remove(start, found)
-        if found > size:
-            self._add(start + size, found - size)
+            index = bisect_left(self._free, (size, -1))
+        if sum(self._free[index]) == self.reserved and index + 1 < len(self._free):
+            index += 1  # at the end of what is mapped, it counts as large as it could become
+        free, start = self._free[index]
+        self._remove(start, free)
+        if free > size:
+            self._add(start + size, free - size)
         return start
 
     def release(self, start: int, size: int) -> None:

@@ -55,12 +55,12 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
         device: the real card's name.
     """
     gpu, limit = config.gpu, config.measure.memory_limit_mib
-    found = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
+    capacity = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
     if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib:
-        found = Capacity(gpu.memory_mib, gpu.context_mib, f"{gpu.name} has {gpu.memory_mib:,}")
-    if limit is not None and limit < found.usable_mib:
+        capacity = Capacity(gpu.memory_mib, gpu.context_mib, f"{gpu.name} has {gpu.memory_mib:,}")
+    if limit is not None and limit < capacity.usable_mib:
         return Capacity(limit, 0, f"measure.memory_limit_mib allows {limit:,}")
-    return found
+    return capacity
 
 
 def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int) -> str | None:

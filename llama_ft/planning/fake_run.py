@@ -133,7 +133,7 @@ def with_state_made_last(events: list[Event], first: int, second: int, last: int
         if (copy := copies.get(id(allocation))) is not None:
             step.append((copy, sign, phase))
     state = [event for event in events[first:second] if event[0].category != "gradient"]
-    update = 1 + max(place for place, (_, _, phase) in enumerate(step) if phase == "backward")
+    update = 1 + max(index for index, (_, _, phase) in enumerate(step) if phase == "backward")
     return [*events[:first], *step[:update], *state, *step[update:], *events[second:]]
 
 

@@ -15,7 +15,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = tuple[Any, ...]
-# For each output: the place of an input that it is, or shares its storage with, or None; then shape, stride, dtype and
+# For each output: the index of an input that it is, or shares its storage with, or None; then shape, stride, dtype and
 # offset, or None where it is the input itself.
 Recipe = list[tuple[int | None, tuple[Any, ...] | None]]
 
@@ -35,29 +35,29 @@ class ShapeCache(TorchDispatchMode):
         inputs: list[Tensor] = []
         key = (func, _key(args, inputs), _key(tuple((kwargs or {}).items()), inputs))
         try:
-            found = self._recipes.get(key, ())
+            known = self._recipes.get(key, ())
         except TypeError:  # something that has no hash
             return func(*args, **(kwargs or {}))
-        if not found:
+        if not known:
             out = func(*args, **(kwargs or {}))
-            if found == ():
+            if known == ():
                 changes_inputs = torch.Tag.inplace_view in func.tags  # their shapes, each time anew
                 self._recipes[key] = None if changes_inputs else _recipe(out, inputs)
             return out
-        kind, recipe = found
+        kind, recipe = known
         with no_dispatch():
-            made = [self._make(inputs, place, sizes) for place, sizes in recipe]
+            made = [self._make(inputs, index, sizes) for index, sizes in recipe]
         return made[0] if kind is Tensor else kind(made)
 
-    def _make(self, inputs: Sequence[Tensor], place: int | None, sizes: tuple[Any, ...] | None) -> Tensor:
+    def _make(self, inputs: Sequence[Tensor], index: int | None, sizes: tuple[Any, ...] | None) -> Tensor:
         if sizes is None:
-            return inputs[place or 0]
+            return inputs[index or 0]
         shape, stride, dtype, offset = sizes
-        if place is None:
+        if index is None:
             plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
         else:
             plain = torch.empty(0, dtype=dtype, device="meta")
-            plain.set_(inputs[place].untyped_storage(), offset, shape, stride)
+            plain.set_(inputs[index].untyped_storage(), offset, shape, stride)
         return FakeTensor(self._fake, plain, torch.device("cpu"))
 
 
@@ -78,9 +78,9 @@ def _recipe(out: Any, inputs: Sequence[Tensor]) -> tuple[Any, Recipe] | None:
     if not outputs or not all(isinstance(each, FakeTensor) and each.fake_device.type == "cpu" for each in outputs):
         return None
     recipe: Recipe = []
-    storages = {tensor.untyped_storage()._cdata: place for place, tensor in reversed(list(enumerate(inputs)))}
+    storages = {tensor.untyped_storage()._cdata: index for index, tensor in reversed(list(enumerate(inputs)))}
     for each in outputs:
-        same = next((place for place, tensor in enumerate(inputs) if tensor is each), None)
+        same = next((index for index, tensor in enumerate(inputs) if tensor is each), None)
         sizes = tuple(each.shape), each.stride(), each.dtype, each.storage_offset()
         recipe.append((same, None) if same is not None else (storages.get(each.untyped_storage()._cdata), sizes))
     return kind, recipe
