@@ -61,6 +61,7 @@ def gradient_of(module: nn.Module) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
 
 
+@torch.no_grad()
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """The norm of the difference, relative to that of what is expected."""
     return float((value - expected).norm() / expected.norm())
