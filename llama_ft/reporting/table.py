@@ -77,11 +77,7 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         view = RichTable(
             box=box.SIMPLE, show_header=False, show_edge=False, padding=(0, 0, 0, table.gap - 1), pad_edge=False
         )
-        view.add_column(
-            no_wrap=not breaks_names,
-            overflow="fold" if breaks_names else "ellipsis",
-            width=name_width if breaks_names else None,
-        )
+        view.add_column(no_wrap=not breaks_names, overflow="fold", width=name_width if breaks_names else None)
         for _ in table.head[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
         for name, cells in table.head:
