@@ -1,0 +1,25 @@
+"""Commands in this process."""
+
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from llama_ft import convert
+from llama_ft.cli.explain import use_schema
+from llama_ft.config import TrainConfig
+
+Converted = Callable[..., str]  # of arguments to what is printed
+
+
+@pytest.fixture
+def converted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Converted]:
+    """`python -m llama_ft.convert ARGUMENTS`; what it printed."""
+
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        assert convert.main() == 0
+        return "".join(capsys.readouterr())
+
+    yield call
+    use_schema(TrainConfig)
