@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llama_ft import cli
-from llama_ft.cli.explain import use_schema
 from llama_ft.config import ConvertConfig, ModelConfig, UserError
 from llama_ft.model import writing
 from llama_ft.model.weights import build, save_tensors
@@ -232,10 +231,9 @@ def test_the_likeliest_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Converted, arguments: str, message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    use_schema(ConvertConfig)
     with pytest.raises((UserError, HydraException)) as caught:
         converted(*arguments.split())
-    explained = cli.explain(caught.value)
+    explained = cli.explain(caught.value, ConvertConfig)
     assert message in explained
     assert explained.count(message.rpartition(": ")[2]) == 1
     assert list(tmp_path.iterdir()) == []
