@@ -422,7 +422,7 @@ CASES |= {
         "hydra.run.dir=file/run", ("file/run: Not a directory", "hydra.run.dir=DIR"), 2, None, files={"file": ""}
     ),
     "folder: with a result of another version": Case(
-        "", ("run/result.json is not a result",), 2, None, files={"run/result.json": '{"schema_version": 99}'}
+        "", ("run/result.json has schema_version 99, and this version reads 2",), 2, None, files={"run/result.json": '{"schema_version": 99}'}
     ),
     "folder: with the weights to start from": Case(
         "checkpoint=run",

@@ -137,11 +137,11 @@ def test_memory_by_category_sums_to_the_peak(ok_run: Any) -> None:
     assert all(at_peak[category] <= result["memory_max_mib"][category] + 1e-9 for category in CATEGORIES)
 
 
-def test_ledger_itemises_the_peak(ok_run: Any) -> None:
+def test_the_breakdown_itemises_the_peak(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
-    assert all(line.keys() >= {"category", "dtype", "mb"} for line in result["breakdown"])
+    assert all(line.keys() >= {"category", "dtype", "mib"} for line in result["breakdown"])
     for category in CATEGORIES:
-        lines = [line["mb"] for line in result["breakdown"] if line["category"] == category]
+        lines = [line["mib"] for line in result["breakdown"] if line["category"] == category]
         assert sum(lines) == pytest.approx(result["memory_mib"][category], rel=1e-9), category
     assert all(line.get("item") for line in result["breakdown"] if line["category"] == "other")
 
