@@ -58,12 +58,13 @@ def main() -> int:
     gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
     from llama_ft.planning.lengths import data_lengths
 
-    lengths = data_lengths(config, log)
-    log(f"data: {lengths.about}")
+    lengths, data = data_lengths(config, log)
+    log(f"data: {data.about}")
     with output_folder(config.output, "plans", config.model.name) as folder:
         from llama_ft.planning.plan import make_plan
 
-        plan = make_plan(config, gpus, lengths, cli.command_line(), partial(progress_bar, errors), known_gpus())
+        progress = partial(progress_bar, errors)
+        plan = make_plan(config, gpus, lengths, data, cli.command_line(), progress, known_gpus())
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -34,7 +34,7 @@ def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> Non
 def test_a_model_of_full_size_on_every_card() -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
     config = planned("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course")
-    made = make_plan(config, plan.planned_gpus(config.gpu), data_lengths(config, print), "the command")
+    made = make_plan(config, plan.planned_gpus(config.gpu), *data_lengths(config, print), "the command")
     rows = {row.gpu: row for row in made.rows}
     assert len(rows) == 9
     assert {row.trainable_params for row in rows.values()} == {8_388_608}
@@ -61,21 +61,19 @@ def test_techniques_that_are_named_leave_one_combination() -> None:
 
 def test_without_a_tokenizer_the_longest_length_stands_in() -> None:
     config = planned("model=llama2_7b", "data=alpaca_200")
-    found = data_lengths(config, print)
-    assert found.is_stand_in
-    assert set(found.pairs) == {(512, 1)}
-    assert len(found.pairs) == 200
-    assert "tokenizer=FILE" in found.about
-    assert data_lengths(planned("model=llama2_7b", "data.max_length=64", "training.max_samples=3"), print).pairs == [
-        *[(64, 1)] * 3
-    ]
+    lengths, data = data_lengths(config, print)
+    assert lengths == [(512, 1)] * 200
+    assert (data.is_stand_in, data.samples, data.longest, data.tokens) == (True, 200, 512, 200 * 512)
+    assert "tokenizer=FILE" in data.about
+    shorter = planned("model=llama2_7b", "data.max_length=64", "training.max_samples=3")
+    assert data_lengths(shorter, print)[0] == [(64, 1)] * 3
 
 
 def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None:
     files = [f"tokenizer={test_data}/llama2_tokenizer.model", f"data.path={test_data}/alpaca_data_200.json"]
-    found = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)
-    assert (len(found.pairs), found.longest, sum(length for length, _ in found.pairs)) == (200, 405, 24_200)
-    assert not found.is_stand_in
+    lengths, data = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)
+    assert (len(lengths), data.longest, data.tokens) == (200, 405, 24_200)
+    assert not data.is_stand_in
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from llama_ft.config import (
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning import plan, table1
 from llama_ft.planning.gpu_traits import traits_of
-from llama_ft.planning.lengths import DataLengths, Lengths
+from llama_ft.planning.lengths import Lengths, planned_data
 from llama_ft.planning.predict import predict
 from llama_ft.records.plan import PlanRow, Table1, Table1Cell
 
@@ -262,7 +262,7 @@ def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch)
     rows = [row_of(OptimConfig(), {}, gpu) for gpu in ("card", "other")]
     monkeypatch.setattr(plan, "predict", lambda *_: rows)
     monkeypatch.setattr(plan, "table1", lambda _, gpu, lengths, its_rows, progress: (gpu, lengths, its_rows))
-    lengths = DataLengths(RAGGED, False, "")
-    assert plan.make_plan(CONFIG, cards, lengths, "").table1 == (CARD, RAGGED, rows)
+    data = planned_data(CONFIG, RAGGED, "")
+    assert plan.make_plan(CONFIG, cards, RAGGED, data, "").table1 == (CARD, RAGGED, rows)
     one = replace(CONFIG, combinations=Combinations.one)
-    assert plan.make_plan(one, cards, lengths, "").table1 is None
+    assert plan.make_plan(one, cards, RAGGED, data, "").table1 is None

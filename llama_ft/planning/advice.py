@@ -1,5 +1,6 @@
 """What to run on a card: the fastest combination that fits, how far it goes, and what to change if nothing fits."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -172,20 +173,12 @@ class Adviser:
         cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > (gpu.memory_mib or 0)]
         if not cards:
             return "no larger card is known"
-        kinds = {
-            card.name: (relevant_traits(traits_of(card), config), workspace_bytes(card))
-            for card in cards
-            if refusal(config, card) is None
-        }
         needs: dict[object, float] = {}
-        with self.progress("larger cards", len(set(kinds.values()))) as advance:
-            for kind, mib in side_by_side(
-                reserved_mib, {kind: (config, self.lengths, *kind) for kind in kinds.values()}
-            ):
-                needs[kind] = mib
-                advance(1)
         for card in cards:
-            if card.name in kinds and (mib := needs[kinds[card.name]]) <= (1 - SPARE) * (card.usable_mib or 0):
+            kind = relevant_traits(traits_of(card), config), workspace_bytes(card)
+            if refusal(config, card) is None and kind not in needs:
+                needs[kind] = reserved_mib(config, self.lengths, *kind)
+            if (mib := needs.get(kind, math.inf)) <= (1 - SPARE) * (card.usable_mib or 0):
                 need = f"{mib + card.context_mib:,.0f} of {card.memory_mib:,} MiB"
                 return f"smallest known card on which {_typed(row)} fits: gpu={card.name} ({need})"
         return f"{_typed(row)} fits no card that is known"

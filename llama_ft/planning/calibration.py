@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llama_ft.config import GpuConfig, TrainConfig, UserError
+from llama_ft.config import GpuConfig, UserError
 from llama_ft.config.train import read_config
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.gpu_traits import traits_of
-from llama_ft.planning.lengths import Lengths, blank_samples, lengths_of
 from llama_ft.planning.operators import flops_of
 from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.roofline import GIGA, bound_by_resource
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
-from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result, ran_on, read_result
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, ran_on, read_result
 
 Runs = dict[str, list[tuple[float, float]]]  # by dtype, of each run its work, as `work_of` has it, and its seconds
 
@@ -44,27 +43,25 @@ def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
     if len(devices) > 1:
         raise UserError(f"calibrate={folder}: its runs are of {' and '.join(devices)}: name the folder of one device")
     runs: Runs = {}
-    for run, work in side_by_side(work_of, {run: (*_data(run, result), gpu) for run, result in here.items()}):
+    for run, work in side_by_side(work_of, {run: (run, result.tokens, gpu) for run, result in here.items()}):
         runs.setdefault(str(here[run].compute_dtype), []).append((work, here[run].runtime_s or 0.0))
     return runs, devices[0]
 
 
-def _data(run_dir: Path, result: Result) -> tuple[TrainConfig, Lengths]:
-    """A run's config, and the lengths of its samples."""
+def work_of(run_dir: Path, tokens: int | None, gpu: GpuConfig) -> float:
+    """Seconds of a run's bound on a device, or its FLOPs where there is none.
+
+    Raises:
+        UserError: if its config or data cannot be read, or the data has not the tokens that were measured.
+    """
     config = read_config(run_dir / CONFIG_FILE)
     try:
-        lengths = lengths_of(load_data(config).samples)
+        samples = load_data(config).samples
     except UserError as error:
         raise UserError(f"{run_dir} needs its data, to be planned: {error}") from error
-    tokens = sum(length for length, _ in lengths) * config.training.epochs
-    if tokens != result.tokens:
-        raise UserError(f"{run_dir}: its data has {tokens} tokens now, and had {result.tokens} when it was measured")
-    return config, lengths
-
-
-def work_of(config: TrainConfig, lengths: Lengths, gpu: GpuConfig) -> float:
-    """Seconds of a run's bound on a card, or its FLOPs where there is none."""
-    (costs,) = run_costs([config], blank_samples(lengths), traits_of(gpu))
+    (costs,) = run_costs([config], samples, traits_of(gpu))
+    if costs.tokens != tokens:
+        raise UserError(f"{run_dir}: its data has {costs.tokens} tokens now, and had {tokens} when it was measured")
     bound_s = bound_by_resource(costs.operators, gpu)
     return sum(bound_s.values()) if bound_s else sum(flops_of(costs.operators).values())
 

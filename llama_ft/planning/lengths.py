@@ -1,7 +1,6 @@
 """How long the samples are that a plan is made for."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from llama_ft.config import PlanConfig
@@ -12,26 +11,7 @@ from llama_ft.records.plan import PlannedData
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
 
 
-@dataclass(frozen=True)
-class DataLengths:
-    """Lengths of samples, and where they come from."""
-
-    pairs: Lengths
-    is_stand_in: bool  # whether they are made up, of the longest length allowed
-    about: str  # a line for people
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(length for length, _ in self.pairs)
-
-    def record(self, name: str) -> PlannedData:
-        """What a plan says of this data."""
-        tokens = sum(length for length, _ in self.pairs)
-        return PlannedData(name, self.about, self.is_stand_in, len(self.pairs), self.longest, tokens)
-
-
-def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> DataLengths:
+def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData]:
     """The lengths of the run's samples; without a tokenizer, samples of the longest length that is allowed.
 
     Args:
@@ -41,17 +21,23 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> DataLengths:
         UserError: if the data or the tokenizer cannot be read.
     """
     if config.has_lengths:
-        pairs = lengths_of(load_data(config, log).samples)
-        lengths = [length for length, _ in pairs]
-        about = f"{len(pairs):,} samples of {config.data.name}, {sum(lengths):,} tokens (median {median(lengths):g},"
-        return DataLengths(pairs, False, f"{about} longest {max(lengths)})")
+        lengths = lengths_of(load_data(config, log).samples)
+        middle, tokens = median(n for n, _ in lengths), sum(n for n, _ in lengths)
+        about = f"{len(lengths):,} samples of {config.data.name}, {tokens:,} tokens (median {middle:g},"
+        return lengths, planned_data(config, lengths, f"{about} longest {max(n for n, _ in lengths)})")
     n_samples = config.training.max_samples or config.data.first or STAND_IN_SAMPLES
-    length = config.max_length
     about = (
-        f"no tokenizer is given: {n_samples:,} samples of {length} tokens stand in for {config.data.name}"
+        f"no tokenizer is given: {n_samples:,} samples of {config.max_length} tokens stand in for {config.data.name}"
         " (tokenizer=FILE takes the real lengths; data.max_length=N another one, and makes train cut longer samples)"
     )
-    return DataLengths([(length, 1)] * n_samples, True, about)  # all but BOS are trained on: the most that can be
+    lengths = [(config.max_length, 1)] * n_samples  # all but BOS are trained on: the most that can be
+    return lengths, planned_data(config, lengths, about, is_stand_in=True)
+
+
+def planned_data(config: PlanConfig, lengths: Lengths, about: str, is_stand_in: bool = False) -> PlannedData:
+    """What a plan says of its data; `about` is for people."""
+    tokens = [n_tokens for n_tokens, _ in lengths]
+    return PlannedData(config.data.name, about, is_stand_in, len(tokens), max(tokens), sum(tokens))
 
 
 def lengths_of(samples: Sequence[Sample]) -> Lengths:

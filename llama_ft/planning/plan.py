@@ -9,11 +9,11 @@ from llama_ft.config.techniques import combinations
 from llama_ft.device import versions
 from llama_ft.planning.advice import Adviser
 from llama_ft.planning.calibration import calibrate, measured_runs
-from llama_ft.planning.lengths import DataLengths
+from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
 from llama_ft.planning.processes import Progress, no_progress
 from llama_ft.planning.table1 import table1
-from llama_ft.records.plan import Plan, PlannedTime
+from llama_ft.records.plan import Plan, PlannedData, PlannedTime
 
 AT_BEST = PlannedTime("bound", "at best: each operator at the full rate of the card's matrix units or memory")
 
@@ -21,7 +21,8 @@ AT_BEST = PlannedTime("bound", "at best: each operator at the full rate of the c
 def make_plan(
     config: PlanConfig,
     gpus: list[GpuConfig],
-    lengths: DataLengths,
+    lengths: Lengths,
+    data: PlannedData,
     command: str,
     progress: Progress = no_progress,
     profiles: Sequence[GpuConfig] = (),
@@ -29,6 +30,7 @@ def make_plan(
     """Plan what is asked for.
 
     Args:
+        data: of which `lengths` are.
         command: what the user typed.
         profiles: all cards that are known, for advice.
 
@@ -37,15 +39,15 @@ def make_plan(
     """
     measured = measured_runs(Path(config.calibrate), gpus) if config.calibrate else None
     settings, optims = config.to_dict(), planned_combinations(config)
-    size = min(config.training.micro_batch_size, len(lengths.pairs))  # no micro-batch is larger than the data
+    size = min(config.training.micro_batch_size, len(lengths))  # no micro-batch is larger than the data
     config = replace(config, training=replace(config.training, micro_batch_size=size))
     compared = list(combinations(each.name for each in TECHNIQUES if not each.in_course)) if config.goal else optims
-    all_rows = predict(config, compared, gpus, lengths.pairs, progress)
+    all_rows = predict(config, compared, gpus, lengths, progress)
     plan = Plan(
         command=command,
         versions=versions(),
         model=config.model.name,
-        data=lengths.record(config.data.name),
+        data=data,
         techniques={each.name: settings[each.name] for each in TECHNIQUES},
         training=settings["training"],
         gpus=[asdict(gpu) | {"device": gpu.device.name} for gpu in gpus],
@@ -53,9 +55,9 @@ def make_plan(
         rows=[row for row in all_rows if OptimConfig(**row.optim) in optims],
     )
     if config.combinations is Combinations.all:
-        plan.table1 = table1(config, gpus[0], lengths.pairs, plan.rows, progress)
+        plan.table1 = table1(config, gpus[0], lengths, plan.rows, progress)
     if config.goal:
-        adviser = Adviser(config, all_rows, gpus, profiles, lengths.pairs, progress, "" if measured else "at best")
+        adviser = Adviser(config, all_rows, gpus, profiles, lengths, progress, "" if measured else "at best")
         plan.advice = adviser.advise()
     return plan
 
