@@ -229,6 +229,7 @@ def write_large(folder: Path, kind: str, config: ModelConfig) -> dict[str, Tenso
     return weights
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["sharded", "meta", "own"])
 def test_loading_needs_the_model_and_a_tenth_at_most(tmp_path: Path, kind: str) -> None:

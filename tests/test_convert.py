@@ -355,6 +355,7 @@ def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path: Path) -> None:
     assert len(hashes) == 1
 
 
+@pytest.mark.process
 def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path: Path, files: Files) -> None:
     """Trained by the command, its adapter loaded by PEFT; the tokenizer is the one in the folder."""
     scaling = LLAMA_3_1 | {"factor": 32.0, "original_max_position_embeddings": 8192}

@@ -305,6 +305,7 @@ cli.run_command(convert.main, convert.USAGE)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
     child = subprocess.Popen(
@@ -338,6 +339,7 @@ for arguments in sys.argv[1:]:
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_more_than_pieces_is_in_memory(tmp_path: Path) -> None:
     """Three tenths of the model, at most, beside what the process needs for a small one; benchmarks/ has 2 GiB."""
@@ -364,6 +366,7 @@ def test_no_more_than_pieces_is_in_memory(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / name)  # pytest would keep them
 
 
+@pytest.mark.process
 def test_the_command_says_what_it_does(tmp_path: Path) -> None:
     done = run("llama_ft.convert", "model=tiny", "to=meta", "output=meta", "shards=2", cwd=tmp_path)
     assert done.returncode == 0

@@ -466,6 +466,7 @@ def test_windows_and_strides_that_are_allowed() -> None:
 # The command, by itself
 
 
+@pytest.mark.process
 def test_the_whole_command(tmp_path: Path) -> None:
     done = run("llama_ft.evaluate", "max_samples=3", "max_new_tokens=2", "checkpoint=random", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
