@@ -10,7 +10,6 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.reporting.figure import svg_panel
-from llama_ft.reporting.markup import pictures
 
 CURVES = {
     "loss": "loss",
@@ -33,22 +32,21 @@ def points_of(metrics: list[StepMetrics], key: str) -> Points:
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
-def run_charts(metrics: list[StepMetrics]) -> str:
-    """A picture for each of CURVES, all over the same steps."""
+def run_charts(metrics: list[StepMetrics]) -> dict[str, bytes]:
+    """A picture for each of CURVES, all over the same steps, by what is read aloud of it."""
     curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()}
     return charts(curves, ("#0072B2",), [line.step for line in metrics])
 
 
-def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> str:
+def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
     """A picture for each title, of its curves in their colours, over axes that take in `steps`."""
-    panels, words = [], []
+    pictures = {}
     for title, lines in curves.items():
         draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
-        panels.append(svg_panel(draw, WIDTH, HEIGHT, INSIDE))
         points = [point for line in lines for point in line]
         ends = [f"{value:.4g} at step {step}" for step, value in (min(points), max(points))] if points else []
-        words.append(f"{title}: {', '.join(ends) or 'no values'}")
-    return pictures(panels, words, "charts")
+        pictures[f"{title}: {', '.join(ends) or 'no values'}"] = svg_panel(draw, WIDTH, HEIGHT, INSIDE)
+    return pictures
 
 
 def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
