@@ -12,9 +12,16 @@ from typing import Any
 from llama_ft.config.checks import Settings
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import Result
-from llama_ft.reporting.matching import is_device, match_plan, match_sweeps, subject
+from llama_ft.reporting.matching import (
+    Difference,
+    differing_settings,
+    group_settings,
+    is_device,
+    match_plan,
+    match_sweeps,
+    subject,
+)
 from llama_ft.reporting.results import Group, value_of
-from llama_ft.reporting.settings import Difference, differing_settings, group_settings
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
 from llama_ft.reporting.table2 import MEASURES, cell, failures
 

@@ -13,8 +13,7 @@ from llama_ft.records.plan import PLAN_FILE, is_plan, read_plan_file
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
 from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.markup import render
-from llama_ft.reporting.page import Metrics
+from llama_ft.reporting.page import Metrics, render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
 

@@ -23,10 +23,10 @@ from llama_ft.reporting.figure import (
     runtime_panel,
     svg_panel,
 )
-from llama_ft.reporting.markup import CATEGORY_COLOURS, memory_table, render
+from llama_ft.reporting.matching import flat
+from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
 from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import baseline_of, planned_group
-from llama_ft.reporting.settings import flat
 from llama_ft.reporting.table import MARKS, UNKNOWN
 
 LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
