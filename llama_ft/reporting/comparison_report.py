@@ -59,19 +59,14 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
-    write_text(folder / "comparison.md", comparison_markdown(comparisons, names + about))
+    text = [*(f"- {line}" for line in names + about), ""]
+    for comparison in comparisons:
+        text += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
+        text += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
+    write_text(folder / "comparison.md", "\n".join(text))
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     draw_panels(panels, titles, heights, folder / "comparison.png")
     write_text(folder / "comparison.html", comparison_page(comparisons, about, names, metrics))
-
-
-def comparison_markdown(comparisons: list[Comparison], about: list[str]) -> str:
-    """For `comparison.md`."""
-    parts = [*(f"- {line}" for line in about), ""]
-    for comparison in comparisons:
-        parts += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
-        parts += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
-    return "\n".join(parts)
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
@@ -89,41 +84,30 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
 
 
 def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str], metrics: Metrics) -> str:
-    """For each pair of groups the settings that differ, the table, the picture and the loss.
-
-    Args:
-        about: notes on both folders as a whole.
-        names: of the sides, with their folders.
-    """
+    """For each pair of groups the settings that differ, the table, the picture and the loss."""
     title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
     sections: list[dict[str, Any]] = []
     for comparison in comparisons:
-        sides, of_sweeps = comparison.sides.names, comparison.sides is SWEEPS
+        sides, is_of_sweeps = comparison.sides.names, comparison.sides is SWEEPS
         height = 0.46 * len(comparison.pairs) + 0.7
-        panels = [svg_panel(draw, 5.2, height) for draw in pair_panels(comparison.a, comparison.b, sides)]
-        bars = {
-            f"{what}, {' and '.join(sides)}": svg for what, svg in zip(("peak memory", "runtime"), panels, strict=True)
-        }
+        memory, runtime = (svg_panel(draw, 5.2, height) for draw in pair_panels(comparison.a, comparison.b, sides))
+        both = " and ".join(sides)
         settings = [(name, [a, b]) for name, a, b in comparison.settings]
-        sections.append(
-            {
-                "comparison": comparison,
-                "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
-                "marks": _marks(comparison) if of_sweeps else {},
-                "bars": bars,
-                "losses": _losses(comparison, metrics) if of_sweeps else {},
-                "is_of_sweeps": of_sweeps,
-            }
-        )
-    return render(
-        "comparison.html.jinja",
-        title=title,
-        names=names,
-        about=about,
-        sections=sections,
-        SAME_SETTINGS=SAME_SETTINGS,
-        side_colours=lambda names: dict(zip(names, SIDE_COLOURS, strict=True)),
-    )
+        section = {
+            "comparison": comparison,
+            "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
+            "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
+            "is_of_sweeps": is_of_sweeps,
+            "marks": _marks(comparison) if is_of_sweeps else {},
+            "losses": _losses(comparison, metrics) if is_of_sweeps else {},
+        }
+        sections.append(section)
+
+    def side_colours(names: tuple[str, str]) -> dict[str, str]:
+        return dict(zip(names, SIDE_COLOURS, strict=True))
+
+    values = {"names": names, "about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
+    return render("comparison.html.jinja", title=title, side_colours=side_colours, **values)
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:

@@ -1,7 +1,7 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -71,18 +71,10 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     return cut[0], cut[1]
 
 
-class PlannedPair(NamedTuple):
-    """A sweep's group and the rows of the card that predict it."""
-
-    measured: Group
-    planned: Group
-    gpu: Settings
-    settings: list[Difference]  # that are not the same
-    notes: list[str]  # on what is left out
-
-
-def match_plan(plan: Plan, group: Group) -> PlannedPair | str:
-    """A group and the rows that predict it, or why none do."""
+def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[Difference], list[str]] | str:
+    """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
+    and notes on what is left out.
+    """
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
@@ -102,7 +94,7 @@ def match_plan(plan: Plan, group: Group) -> PlannedPair | str:
     measured, planned = common(group, rows, without=[name for names in other.values() for name in names])
     if not measured.results:
         return f"{group.title}: {' '.join(notes)}"
-    return PlannedPair(measured, planned, gpu, settings, notes)
+    return measured, planned, gpu, settings, notes
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:

@@ -81,14 +81,11 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: 
         runs = []
         for result, run_dir in zip(group.results, group.folders, strict=True):
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
-            runs.append(_run(result, run_dir, shown_dir.as_posix(), metrics[run_dir]))
+            config, steps = run_dir / CONFIG_FILE, metrics[run_dir]
+            run = {"result": result, "folder": shown_dir.as_posix(), "ending": ending(result)}
+            run["charts"] = run_charts(steps) if steps else {}
+            run["config"] = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
+            runs.append(run)
         section = {"table": table, "bars": bars, "limit": f"limit {limit:,} MiB" if limit is not None else ""}
         sections.append({**section, "memory": memory_table(group.results), "runs": runs})
     return render("sweep.html.jinja", title=title, endings=endings, sections=sections, max_points=MAX_POINTS)
-
-
-def _run(result: Result, run_dir: Path, shown_dir: str, metrics: list[StepMetrics]) -> dict[str, Any]:
-    file = run_dir / CONFIG_FILE
-    config = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else None
-    charts = run_charts(metrics) if metrics else {}
-    return {"result": result, "folder": shown_dir, "ending": ending(result), "charts": charts, "config": config}

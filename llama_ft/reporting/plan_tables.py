@@ -5,7 +5,7 @@ from collections.abc import Callable
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Advice, Plan, Table1, Table1Cell
-from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, csv_text, record_table, technique_rows
+from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
 # What runs when memory peaks, short enough for eight columns beside each other.
@@ -107,12 +107,6 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 def advice_title(advice: Advice) -> str:
     """What was asked for."""
     return f"goal={advice.goal}" + (f", gpu={advice.gpu}" if advice.gpu else "")
-
-
-def plan_csv(plan: Plan) -> str:
-    """For `plan.csv`: a row for each combination on each card, numbers unrounded."""
-    leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
-    return csv_text(*record_table(plan.rows, leading))
 
 
 def plan_notes(plan: Plan) -> list[str]:
