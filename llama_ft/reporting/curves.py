@@ -58,10 +58,10 @@ def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], s
         n = min(len(points), MAX_POINTS)
         parts = [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
         middles = [fmean(step for step, _ in part) for part in parts]
-        values = [[value for _, value in part] for part in parts]
+        heights = [[value for _, value in part] for part in parts]
         if n < len(points):
-            axes.fill_between(middles, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.25, lw=0)
-        axes.plot(middles, list(map(fmean, values)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
+            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
+        axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -72,14 +72,11 @@ def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], s
         return
     shown = [*steps, *(step for step, _ in points)]
     axes.set_xlim(min(shown), max(shown) if min(shown) < max(shown) else None)
-    axes.set_ylim(*_widened([value for _, value in points]))
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    middle, half = (low + high) / 2, 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
+    axes.set_ylim(middle - half, middle + half)
     for axis, locator in ((axes.xaxis, MaxNLocator(4, integer=True)), (axes.yaxis, MaxNLocator(4))):
         axis.set_major_locator(locator)
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel("optimizer step", loc="right", fontsize=8)
-
-
-def _widened(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    half = 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
-    return (low + high) / 2 - half, (low + high) / 2 + half

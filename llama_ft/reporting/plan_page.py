@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -11,18 +10,7 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Plan, PlanRow
-from llama_ft.reporting.figure import (
-    COLOURS,
-    LIMIT_COLOUR,
-    RESERVED_COLOUR,
-    UNUSED,
-    Panel,
-    draw_panels,
-    limit_in_picture,
-    memory_panel,
-    runtime_panel,
-    svg_panel,
-)
+from llama_ft.reporting import figure
 from llama_ft.reporting.matching import flat
 from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
 from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
@@ -45,21 +33,21 @@ def draw_plan(plan: Plan, file: Path) -> None:
     rows = [panels[start : start + MAX_SIDE_BY_SIDE] for start in range(0, len(panels), MAX_SIDE_BY_SIDE)]
     heights, one_card = [0.4 * n_combinations] * len(rows), len(plan.gpus) == 1
     ratios = (3, 2) if one_card else None
-    draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
+    figure.draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
 
 
-def plan_panels(plan: Plan) -> list[Panel]:
+def plan_panels(plan: Plan) -> list[figure.Panel]:
     """For one card memory and runtime, where a runtime is known; for several the memory of each."""
     several = len(plan.gpus) > 1
-    panels: list[Panel] = []
+    panels: list[figure.Panel] = []
     for gpu in plan.gpus:
         group = planned_group(plan, gpu)
         key = "peak_memory_reserved_mib" if group.on_cuda else "peak_memory_mib"
         name = gpu["name"] if several else ""
-        panels.append(partial(memory_panel, group=group, title=name, limit_name=USABLE, key=key))
+        panels.append(partial(figure.memory_panel, group=group, title=name, limit_name=USABLE, key=key))
     if not several and any(row.runtime_s is not None for row in plan.rows):
         xlabel = "runtime, s, at best" if is_at_best(plan) else "runtime, s"
-        panels.append(partial(runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
+        panels.append(partial(figure.runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
     return panels
 
 
@@ -69,9 +57,9 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     events = list(range(len(points)))
     stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
     highest = max(sum(point.memory_mib.values()) for point in points)
-    axes.stackplot(events, *stacks, colors=[COLOURS[category] for category in CATEGORIES], linewidth=0)
+    axes.stackplot(events, *stacks, colors=[figure.COLOURS[category] for category in CATEGORIES], linewidth=0)
     if limit is not None and limit <= FAR_ABOVE * highest:
-        axes.axhline(limit, color=LIMIT_COLOUR, linestyle="--")
+        axes.axhline(limit, color=figure.LIMIT_COLOUR, linestyle="--")
         highest = max(highest, limit)
     starts = [n for n in events if n == 0 or points[n].phase != points[n - 1].phase]
     for start in starts[1:]:
@@ -90,7 +78,13 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
     columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
-    shares = [[_share(row) for row in alike] for alike in zip(*columns, strict=True)]
+    shares = [
+        [
+            row.required_mib / row.total_memory_mib if row.required_mib and row.total_memory_mib else None
+            for row in alike
+        ]
+        for alike in zip(*columns, strict=True)
+    ]
     values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
     axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(shares):
@@ -111,11 +105,6 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _share(row: PlanRow) -> float | None:
-    """Required of available memory."""
-    return None if row.required_mib is None or not row.total_memory_mib else row.required_mib / row.total_memory_mib
-
-
 def plan_page(plan: Plan) -> str:
     """What was planned; advice; Table 2 with its pictures; memory over a step; Table 1; the tensors at each peak."""
     tables = tables_of(plan)
@@ -123,16 +112,20 @@ def plan_page(plan: Plan) -> str:
     groups = [planned_group(plan, gpu) for gpu in plan.gpus]
     colours = dict(CATEGORY_COLOURS)
     if any(group.on_cuda for group in groups):
-        colours[UNUSED] = RESERVED_COLOUR
-    has_limit = any(limit_in_picture(group) is not None for group in groups)
+        colours[figure.UNUSED] = figure.RESERVED_COLOUR
+    has_limit = any(figure.limit_in_picture(group) is not None for group in groups)
     height = 0.31 * len(plan.rows) / len(plan.gpus)
-    panels = [svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
+    panels = [figure.svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
     names = [f"memory by category, {gpu['name']}" for gpu in plan.gpus] + ["runtime"]
     known = [gpu for gpu in plan.gpus if gpu["memory_mib"]]
     heat = {}
     if len(known) > 1:
         draw = partial(heat_map, plan=plan, gpus=known)
-        heat["memory needed by card"] = svg_panel(draw, 1.9 + 0.85 * len(known), height + 1.3)
+        heat["memory needed by card"] = figure.svg_panel(draw, 1.9 + 0.85 * len(known), height + 1.3)
+    techniques = {
+        name: f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+        for name, value in flat(plan.techniques).items()
+    }
     limit, rows = groups[0].memory_limit_mib, plan.rows_on(plan.gpus[0]["name"])
     timelines, other_timelines = _timelines(rows, limit)
     return render(
@@ -140,7 +133,7 @@ def plan_page(plan: Plan) -> str:
         plan=plan,
         title=title(plan),
         cards=cards(plan),
-        techniques=", ".join(f"{name}={_value(value)}" for name, value in flat(plan.techniques).items()),
+        techniques=", ".join(f"{name}={value}" for name, value in techniques.items()),
         advice_title=advice_title(plan.advice) if plan.advice else "",
         tables=tables,
         table1=table1,
@@ -156,10 +149,6 @@ def plan_page(plan: Plan) -> str:
     )
 
 
-def _value(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
 def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """The baseline's and the smallest's large, and the others' small."""
     drawn = [row for row in rows if not row.error and len(row.timeline) > 1]
@@ -170,6 +159,6 @@ def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, byte
     small: dict[str, bytes] = {}
     for row in drawn:
         pictures, size = (large, LARGE) if row.combination in names else (small, SMALL)
-        panel = svg_panel(partial(timeline, row=row, limit=limit), *size)
+        panel = figure.svg_panel(partial(timeline, row=row, limit=limit), *size)
         pictures[f"memory over a step, {combination_label(row.optim)}"] = panel
     return large, small

@@ -135,10 +135,19 @@ def _memory_notes(plan: Plan) -> list[str]:
         notes = [
             "Peak memory: tensors, each rounded up as the CUDA allocator does, and cuBLAS workspaces.",
             "Reserved: found by a model of PyTorch's allocator with expandable segments, fed with the step's tensors.",
-            _context_note(plan),
         ]
-        if len(gpus) == 1 and gpus[0]["memory_mib"]:
-            notes[-1] = f"{notes[-1][:-1]}; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB."
+        sizes = sorted({gpu["context_mib"] for gpu in gpus if gpu["context_mib"]})
+        unknown = [gpu["name"] for gpu in gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
+        if sizes:
+            context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
+            without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
+            needed = f"reserved, and {context} for the CUDA context and its libraries{without}"
+        else:
+            needed = "reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)"
+        has = (
+            f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB" if len(gpus) == 1 and gpus[0]["memory_mib"] else ""
+        )
+        notes.append(f"Needed: {needed}{has}.")
     if any(row.fits is False for row in rows):
         notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):
@@ -147,16 +156,6 @@ def _memory_notes(plan: Plan) -> list[str]:
         during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in INSTANTS)
         notes += [f"During: {', '.join(f'{INSTANTS[phase]} is {phase}' for phase in during)}."] if during else []
     return notes
-
-
-def _context_note(plan: Plan) -> str:
-    sizes = sorted({gpu["context_mib"] for gpu in plan.gpus if gpu["context_mib"]})
-    unknown = [gpu["name"] for gpu in plan.gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
-    if not sizes:
-        return "Needed: reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)."
-    context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
-    without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
-    return f"Needed: reserved, and {context} for the CUDA context and its libraries{without}."
 
 
 def time_notes(plan: Plan) -> list[str]:
