@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -22,12 +23,7 @@ USAGE = cli.Usage(
     " side by side.",
     "DIR [DIR2] [KEY=VALUE ...]",
     ReportConfig,
-    (
-        "outputs/table2",
-        "outputs/table2 outputs/other",
-        "outputs/table2 outputs/plan",
-        "outputs/table2 tracker.upload=true",
-    ),
+    tuple(f"outputs/table2{more}" for more in ("", " outputs/other", " outputs/plan", " tracker.upload=true")),
     ("--help", "--version"),
 )
 
@@ -62,13 +58,10 @@ def main() -> int:
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
     """Send the runs to the tracker, and if the folder is a sweep's the sweep."""
-
-    def log(line: str) -> None:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
-
     folder = folder.resolve()  # also where it was given as . or ..
     run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
+    log = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     tracker = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
     if is_sweep:
         problems: list[str] = []

@@ -7,25 +7,23 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 from llama_ft.config.checks import Settings
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import Result
-from llama_ft.reporting.matching import is_device, match_plan, match_sweeps, subject
+from llama_ft.reporting import matching
 from llama_ft.reporting.results import Group, value_of
-from llama_ft.reporting.settings import Difference, differing_settings, group_settings
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
 from llama_ft.reporting.table2 import MEASURES, cell, failures
 
 LOSS = "train_loss_after"  # compared by its difference, not as a share
 COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
 PREDICTED = [measure for measure in COMPARED if measure.key not in (LOSS, "tokens_per_s")]
-SAME, SAME_SETTINGS = "=", "Settings, device and versions are the same."
+SAME_SETTINGS = "Settings, device and versions are the same."
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(NamedTuple):
     """What the two sides are called."""
 
     names: tuple[str, str]
@@ -46,7 +44,7 @@ class Comparison:
     a: Group
     b: Group
     sides: Sides
-    settings: list[Difference]  # and devices and versions
+    settings: list[matching.Difference]  # and devices and versions
     notes: list[str] = field(default_factory=list)
     not_alike: tuple[str, ...] = ()  # the measures whose difference would say nothing
     is_bound: bool = False  # whether B's runtimes are
@@ -80,7 +78,7 @@ class Comparison:
         if key in self.not_alike:
             return UNKNOWN
         if cell(a, key, form) == cell(b, key, form):
-            return SAME
+            return "="
         number = self.change(a, b, key)
         if number is None:
             return self.sides.no_number
@@ -98,15 +96,15 @@ class Comparison:
 
 def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Comparison], list[str]]:
     """Each pair of groups that can be compared, and notes on what one side alone has."""
-    pairs, alone = match_sweeps(first, second)
+    pairs, alone = matching.match_sweeps(first, second)
     comparisons = []
     for a, b in pairs:
         notes = ["Difference: of B from A, in percent of A; of the loss, B less A."]
         if any(result.status == "oom" for result in (*a.results, *b.results)):
             notes.append("×: out of memory.")
         notes += failures(a.results, " in A") + failures(b.results, " in B")
-        settings = differing_settings(group_settings(a), group_settings(b))
-        comparisons.append(Comparison(f"{subject(a)}: A and B", a, b, SWEEPS, settings, notes))
+        settings = matching.differing_settings(matching.group_settings(a), matching.group_settings(b))
+        comparisons.append(Comparison(f"{matching.subject(a)}: A and B", a, b, SWEEPS, settings, notes))
     return comparisons, alone
 
 
@@ -114,7 +112,7 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
     """Each group of a sweep with the rows of a plan that predict it, and why others are left out."""
     comparisons, left_out = [], []
     for group in groups:
-        match = match_plan(plan, group)
+        match = matching.match_plan(plan, group)
         if isinstance(match, str):
             left_out.append(f"Left out: {match}")
             continue
@@ -139,9 +137,9 @@ def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[st
             " errors are left out; to have them, give plan the sweep's arguments (model, data, tokenizer, training)."
         )
         return tuple(measure.key for measure in PREDICTED), [why]
-    if is_device(gpu, measured) and all(a.tokens == b.tokens for a, b in pairs):
+    if matching.is_device(gpu, measured) and all(a.tokens == b.tokens for a, b in pairs):
         return (), []
-    why = "other numbers of tokens" if is_device(gpu, measured) else f"{measured.device} and of {gpu['name']}"
+    why = "other numbers of tokens" if matching.is_device(gpu, measured) else f"{measured.device} and of {gpu['name']}"
     return ("runtime_s",), [f"Runtimes are of {why}, so their errors are left out."]
 
 

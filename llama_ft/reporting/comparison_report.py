@@ -1,6 +1,5 @@
 """The report of a comparison: printed, and as Markdown, numbers, a picture and a page in the second folder."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,10 @@ from llama_ft.config.techniques import combination_label
 from llama_ft.files import write_text
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, is_plan, read_plan_file
-from llama_ft.records.result import Result
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
 from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.markup import document, html_table, legend, notes, pictures, text
-from llama_ft.reporting.page import Metrics
+from llama_ft.reporting.page import Metrics, render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
 
@@ -24,10 +21,6 @@ FILES = ("comparison.md", "comparison.csv", "comparison.png", "comparison.html")
 # From which change on a difference is coloured; times differ by a few percent from run to run.
 NOTEWORTHY = {"runtime_s": 0.05, "tokens_per_s": 0.05, "peak_memory_mib": 0.005, "peak_memory_reserved_mib": 0.005}
 NOTEWORTHY_LOSS = 0.005
-COLOURS_NOTE = (
-    "Blue: B is better; orange: worse; yellow: one of the two failed. Coloured from 0.5 % of memory, 5 % of time and"
-    " 0.005 of loss on."
-)
 
 
 def report_comparison(first: Path, second: Path, console: Console) -> None:
@@ -66,19 +59,14 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
-    write_text(folder / "comparison.md", comparison_markdown(comparisons, names + about))
+    text = [*(f"- {line}" for line in names + about), ""]
+    for comparison in comparisons:
+        text += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
+        text += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
+    write_text(folder / "comparison.md", "\n".join(text))
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     draw_panels(panels, titles, heights, folder / "comparison.png")
     write_text(folder / "comparison.html", comparison_page(comparisons, about, names, metrics))
-
-
-def comparison_markdown(comparisons: list[Comparison], about: list[str]) -> str:
-    """For `comparison.md`."""
-    parts = [*(f"- {line}" for line in about), ""]
-    for comparison in comparisons:
-        parts += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
-        parts += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
-    return "\n".join(parts)
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
@@ -96,72 +84,59 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
 
 
 def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str], metrics: Metrics) -> str:
-    """For each pair of groups the settings that differ, the table, the picture and the loss.
-
-    Args:
-        about: notes on both folders as a whole.
-        names: of the sides, with their folders.
-    """
+    """For each pair of groups the settings that differ, the table, the picture and the loss."""
     title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
-    body = [f"<h1>{text(title)}</h1>", _legend(names), notes(about)]
+    sections: list[dict[str, Any]] = []
     for comparison in comparisons:
-        sides = comparison.sides.names
-        body += [f"<h2>{text(comparison.title)}</h2>", _settings_table(comparison), _difference_table(comparison)]
-        body += [f'<p class="notes">{COLOURS_NOTE}</p>'] if comparison.sides is SWEEPS else []
-        panels = [
-            svg_panel(draw, 5.2, 0.46 * len(comparison.pairs) + 0.7)
-            for draw in pair_panels(comparison.a, comparison.b, sides)
-        ]
+        sides, is_of_sweeps = comparison.sides.names, comparison.sides is SWEEPS
+        height = 0.46 * len(comparison.pairs) + 0.7
+        memory, runtime = (svg_panel(draw, 5.2, height) for draw in pair_panels(comparison.a, comparison.b, sides))
         both = " and ".join(sides)
-        body += [_legend(sides), pictures(panels, [f"peak memory, {both}", f"runtime, {both}"])]
-        body += [notes(comparison.table.notes), *_losses(comparison, metrics)]
-    return document(f"{title} · llama_ft", body)
+        settings = [(name, [a, b]) for name, a, b in comparison.settings]
+        section = {
+            "comparison": comparison,
+            "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
+            "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
+            "is_of_sweeps": is_of_sweeps,
+            "marks": _marks(comparison) if is_of_sweeps else {},
+            "losses": _losses(comparison, metrics) if is_of_sweeps else {},
+        }
+        sections.append(section)
+
+    def side_colours(names: tuple[str, str]) -> dict[str, str]:
+        return dict(zip(names, SIDE_COLOURS, strict=True))
+
+    values = {"names": names, "about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
+    return render("comparison.html.jinja", title=title, side_colours=side_colours, **values)
 
 
-def _legend(names: Sequence[str]) -> str:
-    """Which colour is which side's."""
-    return legend([(name, colour, False) for name, colour in zip(names, SIDE_COLOURS, strict=True)])
-
-
-def _settings_table(comparison: Comparison) -> str:
-    """What is not the same, or that all is."""
-    if not comparison.settings:
-        return f'<p class="soft">{SAME_SETTINGS}</p>'
-    rows = [(name, [a, b]) for name, a, b in comparison.settings]
-    head = [("Not the same", list(comparison.sides.names))]
-    return html_table(Table("What is not the same", head, rows, []), kind="texts")
-
-
-def _difference_table(comparison: Comparison) -> str:
-    """The table, with differences coloured where they are worth a look."""
+def _marks(comparison: Comparison) -> dict[int, list[str]]:
+    """The classes of the table's differences, by the number of their row, coloured where they are worth a look."""
     keys, key = {measure.title: measure.key for measure in COMPARED}, ""
-    classes = {}
+    marks = {}
     for number, (name, cells) in enumerate(comparison.table.rows):
         key = keys.get(name, key)
-        if name.strip() == comparison.sides.difference and comparison.sides is SWEEPS:
-            classes[number] = [
-                _mark(comparison, a, b, key, cell) for (a, b), cell in zip(comparison.pairs, cells, strict=True)
+        if name.strip() == comparison.sides.difference:
+            marks[number] = [
+                _mark(comparison.change(a, b, key), key, cell)
+                for (a, b), cell in zip(comparison.pairs, cells, strict=True)
             ]
-    return html_table(comparison.table, classes)
+    return marks
 
 
-def _mark(comparison: Comparison, a: Result, b: Result, key: str, cell: str) -> str:
-    """The class of a difference: `better` or `worse`, whichever way the measure goes."""
-    by = comparison.change(a, b, key)
-    if by is None:
+def _mark(change: float | None, key: str, cell: str) -> str:
+    """`better` or `worse`, whichever way the measure goes."""
+    if change is None:
         return "changed" if cell == CHANGED else ""
-    if abs(by) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS):
+    if abs(change) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS):
         return ""
-    return "better" if (by < 0) != (key == "tokens_per_s") else "worse"
+    return "better" if (change < 0) != (key == "tokens_per_s") else "worse"
 
 
-def _losses(comparison: Comparison, metrics: Metrics) -> list[str]:
+def _losses(comparison: Comparison, metrics: Metrics) -> dict[str, bytes]:
     """For each combination the loss over the steps, of both sweeps in one picture."""
-    if comparison.sides is not SWEEPS:
-        return []
     curves = {
         f"{combination_label(result.optim)}: loss": [points_of(metrics[a], "loss"), points_of(metrics[b], "loss")]
         for result, a, b in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
     }
-    drawn = {title: lines for title, lines in curves.items() if any(lines)}
-    return ["<h3>Training loss</h3>", _legend(comparison.sides.names), charts(drawn, SIDE_COLOURS)] if drawn else []
+    return charts({title: lines for title, lines in curves.items() if any(lines)}, SIDE_COLOURS)

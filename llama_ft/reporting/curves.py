@@ -10,7 +10,6 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.reporting.figure import svg_panel
-from llama_ft.reporting.markup import pictures
 
 CURVES = {
     "loss": "loss",
@@ -33,22 +32,21 @@ def points_of(metrics: list[StepMetrics], key: str) -> Points:
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
-def run_charts(metrics: list[StepMetrics]) -> str:
-    """A picture for each of CURVES, all over the same steps."""
+def run_charts(metrics: list[StepMetrics]) -> dict[str, bytes]:
+    """A picture for each of CURVES, all over the same steps, by what is read aloud of it."""
     curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()}
     return charts(curves, ("#0072B2",), [line.step for line in metrics])
 
 
-def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> str:
+def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
     """A picture for each title, of its curves in their colours, over axes that take in `steps`."""
-    panels, words = [], []
+    pictures = {}
     for title, lines in curves.items():
         draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
-        panels.append(svg_panel(draw, WIDTH, HEIGHT, INSIDE))
         points = [point for line in lines for point in line]
         ends = [f"{value:.4g} at step {step}" for step, value in (min(points), max(points))] if points else []
-        words.append(f"{title}: {', '.join(ends) or 'no values'}")
-    return pictures(panels, words, "charts")
+        pictures[f"{title}: {', '.join(ends) or 'no values'}"] = svg_panel(draw, WIDTH, HEIGHT, INSIDE)
+    return pictures
 
 
 def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
@@ -60,10 +58,10 @@ def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], s
         n = min(len(points), MAX_POINTS)
         parts = [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
         middles = [fmean(step for step, _ in part) for part in parts]
-        values = [[value for _, value in part] for part in parts]
+        heights = [[value for _, value in part] for part in parts]
         if n < len(points):
-            axes.fill_between(middles, list(map(min, values)), list(map(max, values)), color=colour, alpha=0.25, lw=0)
-        axes.plot(middles, list(map(fmean, values)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
+            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
+        axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -74,14 +72,11 @@ def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], s
         return
     shown = [*steps, *(step for step, _ in points)]
     axes.set_xlim(min(shown), max(shown) if min(shown) < max(shown) else None)
-    axes.set_ylim(*_widened([value for _, value in points]))
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    middle, half = (low + high) / 2, 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
+    axes.set_ylim(middle - half, middle + half)
     for axis, locator in ((axes.xaxis, MaxNLocator(4, integer=True)), (axes.yaxis, MaxNLocator(4))):
         axis.set_major_locator(locator)
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel("optimizer step", loc="right", fontsize=8)
-
-
-def _widened(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    half = 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
-    return (low + high) / 2 - half, (low + high) / 2 + half

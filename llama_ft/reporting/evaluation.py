@@ -28,7 +28,9 @@ def evaluation_table(result: Evaluation) -> Table:
         rows += [("Exact match", empty), _accuracy("all", columns)]
         for task in majority.tasks:
             rows.append(_accuracy(task, [column.tasks[task] for column in columns]))
-    return Table(_title(result), [("", heading)], rows, _notes(result))
+    which = "held-out records of" if result.data.is_held_out else "records of"
+    title = f"{result.model}, {result.data.records} {which} {result.data.name}"
+    return Table(title, [("", heading)], rows, _notes(result))
 
 
 def evaluation_markdown(table: Table) -> str:
@@ -53,14 +55,13 @@ def _accuracy(name: str, columns: Sequence[Share]) -> tuple[str, list[str]]:
     return f"  {label} ({columns[0].records})", [f"{column.accuracy:.1%}" for column in columns]
 
 
-def _title(result: Evaluation) -> str:
-    which = "held-out records of" if result.data.is_held_out else "records of"
-    return f"{result.model}, {result.data.records} {which} {result.data.name}"
-
-
 def _notes(result: Evaluation) -> list[str]:
     data, models = result.data, result.models
-    notes = [*map(_what, models), f"Computed in {result.dtype} on {result.device}."]
+    notes = []
+    for model in models:
+        adapter = f" with adapter={model.adapter}" if model.adapter else ""
+        notes.append(f"{LABELS[model.role]}: checkpoint={model.checkpoint}{adapter}.")
+    notes.append(f"Computed in {result.dtype} on {result.device}.")
     counts = (
         (data.skipped, "bad"),
         (data.dropped, "without room for an answer"),
@@ -94,8 +95,3 @@ def _about_text(text: EvaluatedText) -> list[str]:
         f"Text: {text.file}, {text.tokens:,} tokens after BOS, {how}.",
         "Perplexities compare where the tokenizer is the same; bits per byte compare always.",
     ]
-
-
-def _what(model: EvaluatedModel) -> str:
-    adapter = f" with adapter={model.adapter}" if model.adapter else ""
-    return f"{LABELS[model.role]}: checkpoint={model.checkpoint}{adapter}."

@@ -1,12 +1,20 @@
-"""Which runs are compared: of two sweeps, and of a sweep and the plan that predicts it."""
+"""Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
-from typing import NamedTuple
+import json
+from typing import Any
 
+from omegaconf import OmegaConf
+
+from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
 from llama_ft.records.plan import Plan
-from llama_ft.records.result import Result, ran_on
+from llama_ft.records.result import CONFIG_FILE, Result, ran_on
 from llama_ft.reporting.results import Group, planned_group
-from llama_ft.reporting.settings import Difference, differing_settings, group_settings, plan_settings
+
+# The combination is the table's column; the others are how a run is kept, watched and supplied, not what is run.
+NOT_COMPARED = ("optim.", "tracker.", "data.cache_dir", "training.save_every", "training.resume", "hydra.")
+
+Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
@@ -63,25 +71,19 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     return cut[0], cut[1]
 
 
-class PlannedPair(NamedTuple):
-    """A sweep's group and the rows of the card that predict it."""
-
-    measured: Group
-    planned: Group
-    gpu: Settings
-    settings: list[Difference]  # that are not the same
-    notes: list[str]  # on what is left out
-
-
-def match_plan(plan: Plan, group: Group) -> PlannedPair | str:
-    """A group and the rows that predict it, or why none do."""
+def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[Difference], list[str]] | str:
+    """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
+    and notes on what is left out.
+    """
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
     if gpu is None:
         return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
     rows = planned_group(plan, gpu, group.variant)
-    settings = differing_settings(group_settings(group), plan_settings(plan, gpu))
+    # Of a plan's versions PyTorch's alone matters.
+    planned_settings = {**plan.techniques, "training": plan.training, "gpu": gpu, "torch": plan.versions.get("torch")}
+    settings = differing_settings(group_settings(group), flat(planned_settings))
     sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
     notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
     other: dict[str, list[str]] = {}  # combinations by reason
@@ -92,7 +94,7 @@ def match_plan(plan: Plan, group: Group) -> PlannedPair | str:
     measured, planned = common(group, rows, without=[name for names in other.values() for name in names])
     if not measured.results:
         return f"{group.title}: {' '.join(notes)}"
-    return PlannedPair(measured, planned, gpu, settings, notes)
+    return measured, planned, gpu, settings, notes
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
@@ -125,3 +127,40 @@ def is_device(gpu: Settings, group: Group) -> bool:
     """
     on_cuda = gpu["device"] == "cuda"
     return any(ran_on(result, gpu["name"], on_cuda) for result in group.results if result.status == "ok")
+
+
+def differing_settings(a: Settings, b: Settings) -> list[Difference]:
+    """Each setting that both have and that differs, in the order of their names."""
+    keys = sorted(key for key in a.keys() & b.keys() if a[key] != b[key] and not key.startswith(NOT_COMPARED))
+    if "gpu.name" in keys:  # what a card has is in its profile's name already
+        keys = [key for key in keys if not key.startswith("gpu.") or key == "gpu.name"]
+    # As in a YAML file: null, true, [wq, wv]; texts without quotes.
+    shown = [[v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in (a[k], b[k])] for k in keys]
+    return [(key, of_a, of_b) for key, (of_a, of_b) in zip(keys, shown, strict=True)]
+
+
+def group_settings(group: Group) -> Settings:
+    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them.
+
+    The runs' settings differ in their techniques alone.
+    """
+    versions = next((result.versions for result in group.results if result.versions), {})
+    environment = {"device": group.device} | versions
+    file = next((folder / CONFIG_FILE for folder in group.folders if (folder / CONFIG_FILE).is_file()), None)
+    if file is None:
+        result = group.results[0]
+        known = {"training": {"micro_batch_size": result.micro_batch_size}, "gpu": {"name": result.gpu}}
+        limit = {"measure": {"memory_limit_mib": group.memory_limit_mib}}
+        return flat({**result.techniques, **known, **limit}) | environment
+    try:
+        return flat(OmegaConf.to_container(OmegaConf.load(file))) | environment
+    except Exception as error:  # whatever a damaged file makes the parser say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} cannot be read: {reason}") from error
+
+
+def flat(settings: Any, prefix: str = "") -> Settings:
+    """Nested settings by full name: `{"lora": {"rank": 16}}` as `{"lora.rank": 16}`."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    return {k: v for key, value in settings.items() for k, v in flat(value, f"{prefix}{key}.").items()}

@@ -8,8 +8,8 @@ from rich.text import Text
 from llama_ft.config import UserError
 from llama_ft.files import write_text
 from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file, write_plan_file
-from llama_ft.reporting.plan_tables import advice_title, plan_csv, tables_of
-from llama_ft.reporting.table import markdown, print_table
+from llama_ft.reporting.plan_tables import advice_title, tables_of
+from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
 
 SHOWN = ("plan.md", "plan.csv", "plan.png", "plan.html")
 FILES = (PLAN_FILE, *SHOWN)
@@ -23,11 +23,15 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
     """
     from llama_ft.reporting.plan_page import draw_plan, plan_page  # matplotlib takes a second to import
 
+    text = [markdown(table) for table in tables_of(plan)]
+    if plan.advice:
+        text += [f"### {advice_title(plan.advice)}", "", *(f"- {line}" for line in plan.advice.lines), ""]
     try:
         if with_json:
             write_plan_file(plan, folder)
-        write_text(folder / "plan.md", plan_markdown(plan))
-        write_text(folder / "plan.csv", plan_csv(plan))
+        write_text(folder / "plan.md", "\n".join([*text, f"`{plan.command}`", ""]))
+        leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
+        write_text(folder / "plan.csv", csv_text(*record_table(plan.rows, leading)))
         draw_plan(plan, folder / "plan.png")
         write_text(folder / "plan.html", plan_page(plan))
     except OSError as error:
@@ -54,11 +58,3 @@ def print_plan(plan: Plan, console: Console) -> None:
         console.print(f"\n{advice_title(plan.advice)}\n", style="bold", highlight=False, markup=False)
         for line in plan.advice.lines:
             console.print(Text(f"  {line}"), soft_wrap=not console.is_terminal)
-
-
-def plan_markdown(plan: Plan) -> str:
-    """For `plan.md`."""
-    parts = [markdown(table) for table in tables_of(plan)]
-    if plan.advice:
-        parts += [f"### {advice_title(plan.advice)}", "", *(f"- {line}" for line in plan.advice.lines), ""]
-    return "\n".join([*parts, f"`{plan.command}`", ""])

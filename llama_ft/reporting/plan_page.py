@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -10,32 +9,15 @@ from matplotlib.colors import TwoSlopeNorm
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, PlanRow
-from llama_ft.reporting.figure import (
-    COLOURS,
-    LIMIT_COLOUR,
-    RESERVED_COLOUR,
-    UNUSED,
-    Panel,
-    draw_panels,
-    limit_in_picture,
-    memory_panel,
-    runtime_panel,
-    svg_panel,
-)
-from llama_ft.reporting.markup import document, facts, html_table, legend, notes, pictures, text
-from llama_ft.reporting.page import breakdown_table, category_colours, memory_table
+from llama_ft.records.plan import Plan, PlanRow
+from llama_ft.reporting import figure
+from llama_ft.reporting.matching import flat
+from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
 from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
-from llama_ft.reporting.results import Group, baseline_of, planned_group
-from llama_ft.reporting.settings import flat
-from llama_ft.reporting.table import MARKS, UNKNOWN, Table
+from llama_ft.reporting.results import baseline_of, planned_group
+from llama_ft.reporting.table import MARKS, UNKNOWN
 
 LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
-TIMELINE_NOTE = (
-    "Tensors over one optimizer step, from its first allocation to its last; of several micro-batches, the"
-    " last one. The step starts with parameters and optimizer state; activations grow in the forward pass and go in the"
-    " backward pass, which leaves gradients."
-)
 USABLE = "usable memory of the card"
 INSTANT_COLOUR = "#777777"
 MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
@@ -51,21 +33,21 @@ def draw_plan(plan: Plan, file: Path) -> None:
     rows = [panels[start : start + MAX_SIDE_BY_SIDE] for start in range(0, len(panels), MAX_SIDE_BY_SIDE)]
     heights, one_card = [0.4 * n_combinations] * len(rows), len(plan.gpus) == 1
     ratios = (3, 2) if one_card else None
-    draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
+    figure.draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
 
 
-def plan_panels(plan: Plan) -> list[Panel]:
+def plan_panels(plan: Plan) -> list[figure.Panel]:
     """For one card memory and runtime, where a runtime is known; for several the memory of each."""
     several = len(plan.gpus) > 1
-    panels: list[Panel] = []
+    panels: list[figure.Panel] = []
     for gpu in plan.gpus:
         group = planned_group(plan, gpu)
         key = "peak_memory_reserved_mib" if group.on_cuda else "peak_memory_mib"
         name = gpu["name"] if several else ""
-        panels.append(partial(memory_panel, group=group, title=name, limit_name=USABLE, key=key))
+        panels.append(partial(figure.memory_panel, group=group, title=name, limit_name=USABLE, key=key))
     if not several and any(row.runtime_s is not None for row in plan.rows):
         xlabel = "runtime, s, at best" if is_at_best(plan) else "runtime, s"
-        panels.append(partial(runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
+        panels.append(partial(figure.runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
     return panels
 
 
@@ -75,9 +57,9 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     events = list(range(len(points)))
     stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
     highest = max(sum(point.memory_mib.values()) for point in points)
-    axes.stackplot(events, *stacks, colors=[COLOURS[category] for category in CATEGORIES], linewidth=0)
+    axes.stackplot(events, *stacks, colors=[figure.COLOURS[category] for category in CATEGORIES], linewidth=0)
     if limit is not None and limit <= FAR_ABOVE * highest:
-        axes.axhline(limit, color=LIMIT_COLOUR, linestyle="--")
+        axes.axhline(limit, color=figure.LIMIT_COLOUR, linestyle="--")
         highest = max(highest, limit)
     starts = [n for n in events if n == 0 or points[n].phase != points[n - 1].phase]
     for start in starts[1:]:
@@ -96,7 +78,13 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
     columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
-    shares = [[_share(row) for row in alike] for alike in zip(*columns, strict=True)]
+    shares = [
+        [
+            row.required_mib / row.total_memory_mib if row.required_mib and row.total_memory_mib else None
+            for row in alike
+        ]
+        for alike in zip(*columns, strict=True)
+    ]
     values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
     axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(shares):
@@ -117,100 +105,60 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _share(row: PlanRow) -> float | None:
-    """Required of available memory."""
-    return None if row.required_mib is None or not row.total_memory_mib else row.required_mib / row.total_memory_mib
-
-
 def plan_page(plan: Plan) -> str:
     """What was planned; advice; Table 2 with its pictures; memory over a step; Table 1; the tensors at each peak."""
     tables = tables_of(plan)
-    first, rows = planned_group(plan, plan.gpus[0]), plan.rows_on(plan.gpus[0]["name"])
-    body = [f"<h1>{text(plan.model)} on {text(cards(plan))}</h1>"]
-    body += ['<p class="soft">Plan of llama_ft: nothing was run</p>', facts(_facts(plan)), *_advice(plan.advice)]
-    of_table1 = [tables.pop()] if plan.table1 else []
-    body += [part for table in tables for part in _section(table)]
-    body += ["<h2>Memory by category</h2>", *_bars(plan)]
-    body += _timelines(rows, first.memory_limit_mib)
-    body += [part for table in of_table1 for part in _section(table)]
-    body += [f"<h2>Memory at the peak, MiB: {text(plan.gpus[0]['name'])}</h2>", memory_table(first.results)]
-    body += [_breakdown(row) for row in rows if row.breakdown]
-    return document(f"{title(plan)} · llama_ft", body)
-
-
-def _facts(plan: Plan) -> list[tuple[str, str]]:
-    data, training = plan.data, plan.training
-    versions = ", ".join(f"{name} {version}" for name, version in plan.versions.items() if version)
-    samples = f"{data.samples:,} samples, {data.tokens:,} tokens, the longest {data.longest:,}"
-    techniques = ", ".join(f"{name}={_value(value)}" for name, value in flat(plan.techniques).items())
-    return [
-        ("Command", f"<code>{text(plan.command)}</code>"),
-        ("Versions", text(versions)),
-        ("Data", text(f"{data.name}: {samples}")),
-        ("Training", text(f"micro_batch_size={training['micro_batch_size']}, epochs={training['epochs']}")),
-        ("Techniques", text(techniques)),
-    ]
-
-
-def _value(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def _advice(advice: Advice | None) -> list[str]:
-    if not advice:
-        return []
-    lines = "".join(f"<li>{text(line)}</li>" for line in advice.lines)
-    return [f"<h2>{text(advice_title(advice))}</h2>", f"<ul>{lines}</ul>"]
-
-
-def _section(table: Table) -> list[str]:
-    return [f"<h2>{text(table.title)}</h2>", html_table(table), notes(table.notes)]
-
-
-def _bars(plan: Plan) -> list[str]:
-    groups: list[Group] = [planned_group(plan, gpu) for gpu in plan.gpus]
-    entries = category_colours()
+    table1 = tables.pop() if plan.table1 else None
+    groups = [planned_group(plan, gpu) for gpu in plan.gpus]
+    colours = dict(CATEGORY_COLOURS)
     if any(group.on_cuda for group in groups):
-        entries.append((UNUSED, RESERVED_COLOUR, False))
-    if any(limit_in_picture(group) is not None for group in groups):
-        entries.append((f"{USABLE}: all but the CUDA context", LIMIT_COLOUR, True))
+        colours[figure.UNUSED] = figure.RESERVED_COLOUR
+    has_limit = any(figure.limit_in_picture(group) is not None for group in groups)
     height = 0.31 * len(plan.rows) / len(plan.gpus)
-    panels = [svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
+    panels = [figure.svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
     names = [f"memory by category, {gpu['name']}" for gpu in plan.gpus] + ["runtime"]
-    body = [legend(entries), pictures(panels, names[: len(panels)])]
     known = [gpu for gpu in plan.gpus if gpu["memory_mib"]]
+    heat = {}
     if len(known) > 1:
-        heat = svg_panel(partial(heat_map, plan=plan, gpus=known), 1.9 + 0.85 * len(known), height + 1.3)
-        needed = pictures([heat], ["memory needed by card"], "whole")
-        body = [f"<p>Memory needed, of what each card has:</p>{needed}", *body]
-    return body
+        draw = partial(heat_map, plan=plan, gpus=known)
+        heat["memory needed by card"] = figure.svg_panel(draw, 1.9 + 0.85 * len(known), height + 1.3)
+    techniques = {
+        name: f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+        for name, value in flat(plan.techniques).items()
+    }
+    limit, rows = groups[0].memory_limit_mib, plan.rows_on(plan.gpus[0]["name"])
+    timelines, other_timelines = _timelines(rows, limit)
+    return render(
+        "plan.html.jinja",
+        plan=plan,
+        title=title(plan),
+        cards=cards(plan),
+        techniques=", ".join(f"{name}={value}" for name, value in techniques.items()),
+        advice_title=advice_title(plan.advice) if plan.advice else "",
+        tables=tables,
+        table1=table1,
+        heat_map=heat,
+        bars=dict(zip(names, panels, strict=False)),  # of several cards, or without rates, no runtime
+        bar_colours=colours,
+        bar_limit=f"{USABLE}: all but the CUDA context" if has_limit else "",
+        timelines=timelines,
+        other_timelines=other_timelines,
+        timeline_limit=USABLE if limit is not None else "",
+        memory=memory_table(groups[0].results),
+        rows=rows,
+    )
 
 
-def _timelines(rows: list[PlanRow], limit: float | None) -> list[str]:
-    """The baseline's and the smallest's large, the others' folded."""
+def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The baseline's and the smallest's large, and the others' small."""
     drawn = [row for row in rows if not row.error and len(row.timeline) > 1]
-    if not drawn:
-        return []
-    smallest = min((row for row in drawn if row.fits is not False), key=_needed, default=drawn[0])
+    fitting = [row for row in drawn if row.fits is not False] or drawn[:1]
+    smallest = min(fitting, key=lambda row: row.required_mib or row.peak_memory_mib or 0.0, default=None)
     names = {row.combination for row in (baseline_of(drawn), smallest) if row is not None}
-    large = [row for row in drawn if row.combination in names]
-    others = [row for row in drawn if row.combination not in names]
-    limits = [(USABLE, LIMIT_COLOUR, True)] if limit is not None else []
-    body = ["<h2>Memory over one step</h2>", legend(category_colours() + limits), _drawn(large, limit, LARGE)]
-    if others:
-        body.append(f"<details><summary>The other combinations</summary>{_drawn(others, limit, SMALL)}</details>")
-    return [*body, notes([TIMELINE_NOTE])]
-
-
-def _needed(row: PlanRow) -> float:
-    return row.required_mib or row.peak_memory_mib or 0.0
-
-
-def _drawn(rows: list[PlanRow], limit: float | None, size: tuple[float, float]) -> str:
-    panels = [svg_panel(partial(timeline, row=row, limit=limit), *size) for row in rows]
-    return pictures(panels, [f"memory over a step, {combination_label(row.optim)}" for row in rows])
-
-
-def _breakdown(row: PlanRow) -> str:
-    name = text(combination_label(row.optim))
-    return f"<details><summary>Tensors at the peak: {name}</summary>{breakdown_table(row.breakdown)}</details>"
+    large: dict[str, bytes] = {}
+    small: dict[str, bytes] = {}
+    for row in drawn:
+        pictures, size = (large, LARGE) if row.combination in names else (small, SMALL)
+        panel = figure.svg_panel(partial(timeline, row=row, limit=limit), *size)
+        pictures[f"memory over a step, {combination_label(row.optim)}"] = panel
+    return large, small

@@ -4,19 +4,28 @@ from collections.abc import Callable
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, Table1, Table1Cell, Table1Row
-from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, csv_text, record_table, technique_rows
+from llama_ft.records.plan import Advice, Plan, Table1, Table1Cell
+from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
 # What runs when memory peaks, short enough for eight columns beside each other.
 INSTANTS = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
 TABLE1_COLUMNS = (*CATEGORIES[:-1], "computation")
 MAX_CHOICE_LENGTH = 28
+TOO_LARGE = "×: needs more memory than the card has."
 
 
 def tables_of(plan: Plan) -> list[Table]:
     """All tables, in the order in which they are shown."""
-    tables = [card_table(plan)] if len(plan.gpus) == 1 else [needed_table(plan), runtime_table(plan)]
+    if len(plan.gpus) == 1:
+        tables = [card_table(plan)]
+    else:
+        runtime = "runtime, s at best" if plan.time.kind == "bound" else "runtime, s"
+        notes = [TOO_LARGE] if any(row.fits is False for row in plan.rows) else []
+        tables = [
+            _cards_table(plan, "MiB needed", "required_mib", plan_notes(plan)),
+            _cards_table(plan, runtime, "runtime_s", notes + time_notes(plan)),
+        ]
     return tables + ([table1(plan.table1)] if plan.table1 else [])
 
 
@@ -54,19 +63,8 @@ def card_table(plan: Plan) -> Table:
     return Table(title(plan), head, measure_rows(plan.rows, measures), plan_notes(plan))
 
 
-def needed_table(plan: Plan) -> Table:
-    """What each combination needs on each card, marked where that is more than the card has."""
-    return _cards_table(plan, "MiB needed", "required_mib", plan_notes(plan))
-
-
-def runtime_table(plan: Plan) -> Table:
-    """How long each combination takes on each card, marked where it does not fit."""
-    notes = ["×: needs more memory than the card has."] if any(row.fits is False for row in plan.rows) else []
-    about = "runtime, s at best" if plan.time.kind == "bound" else "runtime, s"
-    return _cards_table(plan, about, "runtime_s", notes + time_notes(plan))
-
-
 def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
+    """A column for each card, marked where a combination does not fit."""
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
@@ -82,21 +80,18 @@ def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
 
 def table1(content: Table1) -> Table:
     """Table 1: how much each technique adds to, or takes from, each part of memory and the computation."""
-    units = {name: _unit(content.rows, name) for name in TABLE1_COLUMNS}
+    units: dict[str, str | None] = {}  # of a column, if all its cells have one in common
+    for name in TABLE1_COLUMNS:
+        all_units = {row.cells[name].unit for row in content.rows}
+        units[name] = all_units.pop() if len(all_units) == 1 else None
     heading = [name.replace("_", " ").capitalize() + (f", {unit}" if unit else "") for name, unit in units.items()]
     rows: Rows = []
     for row in content.rows:
         cells = [_change(row.cells[name], with_unit=unit is None) for name, unit in units.items()]
         rows.append((f"{row.name}: {row.choice}" if row.choice else row.name, cells))
     notes = [f"Baseline: {content.baseline}", *content.notes]
-    name = "What each technique changes, computed"
-    return Table(name, [("", heading)], rows, notes, max_name_length=MAX_CHOICE_LENGTH, gap=3)
-
-
-def _unit(rows: list[Table1Row], column: str) -> str | None:
-    """The unit of all cells of a column, if they have one in common."""
-    units = {row.cells[column].unit for row in rows}
-    return units.pop() if len(units) == 1 else None
+    title = "What each technique changes, computed"
+    return Table(title, [("", heading)], rows, notes, max_name_length=MAX_CHOICE_LENGTH, gap=3)
 
 
 def _change(change: Table1Cell, with_unit: bool) -> str:
@@ -112,12 +107,6 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 def advice_title(advice: Advice) -> str:
     """What was asked for."""
     return f"goal={advice.goal}" + (f", gpu={advice.gpu}" if advice.gpu else "")
-
-
-def plan_csv(plan: Plan) -> str:
-    """For `plan.csv`: a row for each combination on each card, numbers unrounded."""
-    leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
-    return csv_text(*record_table(plan.rows, leading))
 
 
 def plan_notes(plan: Plan) -> list[str]:
@@ -146,28 +135,27 @@ def _memory_notes(plan: Plan) -> list[str]:
         notes = [
             "Peak memory: tensors, each rounded up as the CUDA allocator does, and cuBLAS workspaces.",
             "Reserved: found by a model of PyTorch's allocator with expandable segments, fed with the step's tensors.",
-            _context_note(plan),
         ]
-        if len(gpus) == 1 and gpus[0]["memory_mib"]:
-            notes[-1] = f"{notes[-1][:-1]}; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB."
+        sizes = sorted({gpu["context_mib"] for gpu in gpus if gpu["context_mib"]})
+        unknown = [gpu["name"] for gpu in gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
+        if sizes:
+            context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
+            without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
+            needed = f"reserved, and {context} for the CUDA context and its libraries{without}"
+        else:
+            needed = "reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)"
+        has = (
+            f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB" if len(gpus) == 1 and gpus[0]["memory_mib"] else ""
+        )
+        notes.append(f"Needed: {needed}{has}.")
     if any(row.fits is False for row in rows):
-        notes.append("×: needs more memory than the card has.")
+        notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):
         notes.append("–: not known, since no profile says how much memory there is.")
     if len(gpus) == 1:
         during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in INSTANTS)
         notes += [f"During: {', '.join(f'{INSTANTS[phase]} is {phase}' for phase in during)}."] if during else []
     return notes
-
-
-def _context_note(plan: Plan) -> str:
-    sizes = sorted({gpu["context_mib"] for gpu in plan.gpus if gpu["context_mib"]})
-    unknown = [gpu["name"] for gpu in plan.gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
-    if not sizes:
-        return "Needed: reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)."
-    context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
-    without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
-    return f"Needed: reserved, and {context} for the CUDA context and its libraries{without}."
 
 
 def time_notes(plan: Plan) -> list[str]:

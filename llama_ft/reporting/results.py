@@ -85,12 +85,11 @@ def read_groups(folder: Path) -> list[Group]:
     for subject, result, run_dir in runs:
         settings = result.settings_hash if result.config_hash else began.get(subject)
         groups.setdefault((*subject, settings), []).append((result, run_dir))
-    return [_group(key[0], part) for key, alike in groups.items() for part in _by_device(alike)]
-
-
-def _group(variant: str, runs: list[Run]) -> Group:
-    runs = sorted(runs, key=lambda run: table_order(run[0].optim))
-    return Group(variant, [result for result, _ in runs], [folder for _, folder in runs])
+    return [
+        Group(key[0], [result for result, _ in part], [run_dir for _, run_dir in part])
+        for key, alike in groups.items()
+        for part in _by_device(sorted(alike, key=lambda run: table_order(run[0].optim)))
+    ]
 
 
 def _by_device(runs: list[Run]) -> list[list[Run]]:

@@ -85,13 +85,10 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         view.add_section()
         for name, cells in table.rows:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
-            view.add_row(Text(name), *(Text(cell, _colour(cell)) for cell in cells[columns]), style=style)
+            colours = ["red" if is_failure(cell) else "yellow" if cell == CHANGED else "" for cell in cells[columns]]
+            view.add_row(Text(name), *map(Text, cells[columns], colours), style=style)
         parts.append(view)
     return parts
-
-
-def _colour(cell: str) -> str:
-    return "red" if is_failure(cell) else "yellow" if cell == CHANGED else ""
 
 
 def print_table(table: Table, console: Console) -> None:
