@@ -18,11 +18,9 @@ Difference = tuple[str, str, str]  # a setting, its value in the one and in the 
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
-    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has.
-
-    A group is compared with one other: of several, with that whose settings and device are the same.
-    """
+    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has."""
     pairs = [(a, b) for a in first for b in second if subject(a) == subject(b) and _names(a).keys() & _names(b)]
+    # Of several, a group is compared with the one whose settings and device are the same.
     pairs.sort(key=lambda pair: _likeness(*pair), reverse=True)
     partners: dict[int, Group] = {}  # by the id of a group, on both sides
     for a, b in pairs:
@@ -140,10 +138,7 @@ def differing_settings(a: Settings, b: Settings) -> list[Difference]:
 
 
 def group_settings(group: Group) -> Settings:
-    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them.
-
-    The runs' settings differ in their techniques alone.
-    """
+    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
     versions = next((result.versions for result in group.results if result.versions), {})
     environment = {"device": group.device} | versions
     file = next((folder / CONFIG_FILE for folder in group.folders if (folder / CONFIG_FILE).is_file()), None)

@@ -78,13 +78,11 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
     columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
-    shares = [
-        [
-            row.required_mib / row.total_memory_mib if row.required_mib and row.total_memory_mib else None
-            for row in alike
-        ]
-        for alike in zip(*columns, strict=True)
-    ]
+    shares: list[list[float | None]] = [[None] * len(gpus) for _ in columns[0]]
+    for x, column in enumerate(columns):
+        for y, row in enumerate(column):
+            if row.required_mib is not None and row.total_memory_mib:
+                shares[y][x] = row.required_mib / row.total_memory_mib
     values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
     axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(shares):
