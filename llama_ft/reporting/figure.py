@@ -113,11 +113,8 @@ def svg_panel(
 
 
 def limit_in_picture(group: Group) -> int | None:
-    """The limit that the memory panel shows.
-
-    None where it would say nothing: on the CPU it is one on the whole process, not on its tensors; and far off it
-    would press the bars into a corner.
-    """
+    """The limit that the memory panel shows, if it says something and leaves room for the bars."""
+    # On the CPU it is one on the whole process, not on its tensors.
     limit = group.memory_limit_mib
     largest = max(value_of(result, "peak_memory_mib") or 0.0 for result in group.results)
     return limit if limit is not None and group.on_cuda and limit <= FAR_LIMIT * largest else None
