@@ -28,12 +28,10 @@ DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard
 
 def draw_plan(plan: Plan, file: Path) -> None:
     """Write one picture: for one card memory and runtime, for several the memory of each."""
-    n_combinations = len(plan.rows) // len(plan.gpus)
-    panels = plan_panels(plan)
+    panels, one_card = plan_panels(plan), len(plan.gpus) == 1
     rows = [panels[start : start + MAX_SIDE_BY_SIDE] for start in range(0, len(panels), MAX_SIDE_BY_SIDE)]
-    heights, one_card = [0.4 * n_combinations] * len(rows), len(plan.gpus) == 1
-    ratios = (3, 2) if one_card else None
-    figure.draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
+    heights = [0.4 * len(plan.rows) / len(plan.gpus)] * len(rows)
+    figure.draw_panels(rows, [title(plan)], heights, file, (3, 2) if one_card else None, same_labels=one_card)
 
 
 def plan_panels(plan: Plan) -> list[figure.Panel]:
