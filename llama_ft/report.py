@@ -23,7 +23,12 @@ USAGE = cli.Usage(
     " side by side.",
     "DIR [DIR2] [KEY=VALUE ...]",
     ReportConfig,
-    tuple(f"outputs/table2{more}" for more in ("", " outputs/other", " outputs/plan", " tracker.upload=true")),
+    (
+        "outputs/table2",
+        "outputs/table2 outputs/other",
+        "outputs/table2 outputs/plan",
+        "outputs/table2 tracker.upload=true",
+    ),
     ("--help", "--version"),
 )
 

@@ -1,7 +1,4 @@
-"""Two groups of the same combinations side by side: each measure on both sides, and how far they are apart.
-
-The sides are two sweeps, or a sweep and the rows of a plan that predict it.
-"""
+"""Two sweeps, or a sweep and the plan that predicts it, side by side: each measure, and how far they are apart."""
 
 import math
 from collections.abc import Callable

@@ -24,12 +24,7 @@ NOTEWORTHY_LOSS = 0.005
 
 
 def report_comparison(first: Path, second: Path, console: Console) -> None:
-    """Print and write the comparison of a sweep with a second one, or with a plan, into the second folder.
-
-    Raises:
-        UserError: if a folder holds no results or plan, a file is damaged, there is nothing to compare, or the second
-            folder cannot be written to.
-    """
+    """Print and write the comparison of a sweep with a second one, or with a plan, into the second folder."""
     groups = read_groups(first)
     if is_plan(second):
         comparisons, alone = compare_plan(groups, read_plan_file(second))
@@ -70,7 +65,7 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
-    """For `comparison.csv`: a row for each pair, numbers unrounded; a difference is a share, of the loss in itself."""
+    """A row for each pair, numbers unrounded; a difference is a share, of the loss in itself."""
     sides, keys = comparisons[0].sides, [measure.key for measure in COMPARED]
     columns = ["combination", "variant", "model", "data", "device", "gpu", *(f"status.{side}" for side in sides.names)]
     columns += [f"{key}.{part}" for key in keys for part in (*sides.names, sides.difference)]
@@ -117,10 +112,8 @@ def _marks(comparison: Comparison) -> dict[int, list[str]]:
     for number, (name, cells) in enumerate(comparison.table.rows):
         key = keys.get(name, key)
         if name.strip() == comparison.sides.difference:
-            marks[number] = [
-                _mark(comparison.change(a, b, key), key, cell)
-                for (a, b), cell in zip(comparison.pairs, cells, strict=True)
-            ]
+            changes = [comparison.change(a, b, key) for a, b in comparison.pairs]
+            marks[number] = [_mark(change, key, cell) for change, cell in zip(changes, cells, strict=True)]
     return marks
 
 

@@ -50,10 +50,7 @@ def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Seque
 
 
 def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
-    """Curves over the optimizer step.
-
-    Each is a line through the means of stretches; where they hold several steps, over a band from minimum to maximum.
-    """
+    """Lines through the means of stretches of steps; where those hold several, over a band from minimum to maximum."""
     for points, colour in zip(lines, colours, strict=True):
         n = min(len(points), MAX_POINTS)
         parts = [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]

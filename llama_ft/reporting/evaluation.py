@@ -17,7 +17,9 @@ def evaluation_table(result: Evaluation) -> Table:
     empty = [""] * len(heading)
 
     def row(name: str, values: list[float]) -> tuple[str, list[str]]:
-        return name, [*(["–"] if majority else []), *map(_figures, values)]
+        # Four figures at least, thousands marked.
+        figures = [f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" for value in values]
+        return name, ["–", *figures] if majority else figures
 
     rows = [("Perplexity", empty), row("  responses", [model.responses.perplexity for model in models])]
     if texts := [model.text for model in models if model.text is not None]:
@@ -45,11 +47,6 @@ def _heading(model: EvaluatedModel) -> str:
     return source if model.role == "model" else f"{label}: {source}"
 
 
-def _figures(value: float) -> str:
-    """Four figures at least, thousands marked."""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}"
-
-
 def _accuracy(name: str, columns: Sequence[Share]) -> tuple[str, list[str]]:
     label = " ".join(name.split())
     return f"  {label} ({columns[0].records})", [f"{column.accuracy:.1%}" for column in columns]
@@ -62,12 +59,12 @@ def _notes(result: Evaluation) -> list[str]:
         adapter = f" with adapter={model.adapter}" if model.adapter else ""
         notes.append(f"{LABELS[model.role]}: checkpoint={model.checkpoint}{adapter}.")
     notes.append(f"Computed in {result.dtype} on {result.device}.")
-    counts = (
-        (data.skipped, "bad"),
-        (data.dropped, "without room for an answer"),
-        (data.truncated, "with an answer cut short"),
-    )
-    notes += [f"Records of {data.file} {meaning}: {count}." for count, meaning in counts if count]
+    counts = {
+        "bad": data.skipped,
+        "without room for an answer": data.dropped,
+        "with an answer cut short": data.truncated,
+    }
+    notes += [f"Records of {data.file} {meaning}: {count}." for meaning, count in counts.items() if count]
     n_tokens = models[0].responses.tokens
     notes.append(f"Responses: exp of the mean loss over their {n_tokens:,} tokens, EOS included, prompts not.")
     if result.text is not None:

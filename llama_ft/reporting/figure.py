@@ -1,7 +1,4 @@
-"""Pictures: memory stacked by category with its limit, and runtime; of a comparison, both sides' bars below each other.
-
-As PNG files with the panels beside each other, and for a page each panel by itself as SVG.
-"""
+"""Pictures of memory and runtime: PNG files with the panels beside each other; for a page each by itself as SVG."""
 
 import io
 import re
@@ -57,25 +54,20 @@ def group_panels(group: Group) -> list[Panel]:
 
 def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
     """Memory and runtime of two groups of the same combinations."""
+    sides = list(zip((a.results, b.results), SIDE_COLOURS, names, strict=True))
     measures = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
-    return [partial(pair_panel, pair=(a, b), names=names, key=key, xlabel=xlabel) for key, xlabel in measures]
+    return [partial(bars, sides=sides, key=key, xlabel=xlabel) for key, xlabel in measures]
 
 
 def draw_panels(
     rows: Sequence[Sequence[Panel]],
-    titles: Sequence[str],
-    heights: Sequence[float],
+    titles: Sequence[str],  # of the rows, or one of the whole picture
+    heights: Sequence[float],  # of the rows' bars, in inches
     file: Path,
     width_ratios: Sequence[float] | None = None,
-    same_labels: bool = True,
+    same_labels: bool = True,  # whether the panels of a row share the names beside the first
 ) -> None:
-    """Write one picture with rows of panels, and one legend for all.
-
-    Args:
-        titles: of the rows, or one of the whole picture.
-        heights: of the rows' bars, in inches.
-        same_labels: whether the panels of a row share the names beside the first.
-    """
+    """Write one picture with rows of panels, and one legend for all."""
     n_columns = max(2, *map(len, rows))
     with drawing():
         size = 10 if n_columns == 2 else 5 * n_columns, sum(heights) + 0.9 * len(rows) + 0.5
@@ -108,9 +100,7 @@ def svg_panel(
 ) -> bytes:
     """A panel in a picture of so many inches, as SVG.
 
-    Args:
-        inside: where the axes are: left, bottom, width and height as shares of the picture's. None fits them to their
-            texts, which takes longer.
+    The axes are `inside` (left, bottom, width, height as shares), or fitted to their texts, which takes longer.
     """
     with drawing():
         figure = Figure(figsize=(width, height), layout=None if inside else "constrained")
@@ -123,11 +113,8 @@ def svg_panel(
 
 
 def limit_in_picture(group: Group) -> int | None:
-    """The limit that the memory panel shows.
-
-    None where it would say nothing: on the CPU it is one on the whole process, not on its tensors; and far off it
-    would press the bars into a corner.
-    """
+    """The limit that the memory panel shows, if it says something and leaves room for the bars."""
+    # On the CPU it is one on the whole process, not on its tensors.
     limit = group.memory_limit_mib
     largest = max(value_of(result, "peak_memory_mib") or 0.0 for result in group.results)
     return limit if limit is not None and group.on_cuda and limit <= FAR_LIMIT * largest else None
@@ -159,20 +146,17 @@ def memory_panel(
 
 def runtime_panel(axes: Axes, results: list[Result], xlabel: str = "runtime, s") -> None:
     """Runtimes as bars."""
-    seconds = [value_of(result, "runtime_s") or 0.0 for result in results]
-    axes.barh(range(len(results)), seconds, color=RUNTIME_COLOUR, height=0.7)
-    annotate(axes, results, "runtime_s")
-    finish(axes, results, xlabel)
+    bars(axes, [(results, RUNTIME_COLOUR, None)], "runtime_s", xlabel)
 
 
-def pair_panel(axes: Axes, pair: tuple[Group, Group], names: Sequence[str], key: str, xlabel: str) -> None:
-    """Two bars for each combination, one of each side."""
-    for offset, colour, name, group in zip((-0.2, 0.2), SIDE_COLOURS, names, pair, strict=True):
-        values = [value_of(result, key) or 0.0 for result in group.results]
-        positions = [position + offset for position in range(len(values))]
-        axes.barh(positions, values, color=colour, height=0.38, label=name)
-        annotate(axes, group.results, key, offset)
-    finish(axes, pair[0].results, xlabel)
+def bars(axes: Axes, sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str) -> None:
+    """A bar for each combination, or two below each other: of one side or two, each its results, colour and name."""
+    offsets, height = ((0.0,), 0.7) if len(sides) == 1 else ((-0.2, 0.2), 0.38)
+    for offset, (results, colour, name) in zip(offsets, sides, strict=True):
+        positions = [position + offset for position in range(len(results))]
+        axes.barh(positions, [value_of(r, key) or 0.0 for r in results], color=colour, height=height, label=name)
+        annotate(axes, results, key, offset)
+    finish(axes, sides[0][0], xlabel)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:

@@ -14,16 +14,16 @@ from llama_ft.reporting.results import Group, planned_group
 # The combination is the table's column; the others are how a run is kept, watched and supplied, not what is run.
 NOT_COMPARED = ("optim.", "tracker.", "data.cache_dir", "training.save_every", "training.resume", "hydra.")
 
+ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
+
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
-    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has.
-
-    A group is compared with one other: of several, with that whose settings and device are the same.
-    """
+    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has."""
     pairs = [(a, b) for a in first for b in second if subject(a) == subject(b) and _names(a).keys() & _names(b)]
-    pairs.sort(key=lambda pair: _likeness(*pair), reverse=True)
+    # Of several, a group is compared with the one whose settings and device are the same.
+    pairs.sort(key=_likeness, reverse=True)
     partners: dict[int, Group] = {}  # by the id of a group, on both sides
     for a, b in pairs:
         if id(a) not in partners and id(b) not in partners:
@@ -42,12 +42,9 @@ def subject(group: Group) -> str:
     return " · ".join(filter(None, (group.results[0].model, group.results[0].data, group.variant)))
 
 
-def _likeness(a: Group, b: Group) -> tuple[bool, ...]:
-    def shares(key: str) -> bool:
-        values = [{getattr(result, key) for result in group.results} - {None} for group in (a, b)]
-        return bool(values[0] & values[1])
-
-    return tuple(map(shares, ("settings_hash", "device", "gpu")))
+def _likeness(pair: tuple[Group, Group]) -> list[bool]:
+    sides = [[{getattr(r, key) for r in group.results} - {None} for key in ALIKE] for group in pair]
+    return [bool(a & b) for a, b in zip(*sides, strict=True)]
 
 
 def _names(group: Group) -> dict[str, int]:
@@ -121,10 +118,7 @@ def card_of(plan: Plan, group: Group) -> Settings | None:
 
 
 def is_device(gpu: Settings, group: Group) -> bool:
-    """Whether a profile is of the very device that a group ran on.
-
-    A run with a smaller card's profile has that card's memory and this device's times.
-    """
+    """Whether a profile is of the very device that a group ran on, whose times a run with a smaller card's has too."""
     on_cuda = gpu["device"] == "cuda"
     return any(ran_on(result, gpu["name"], on_cuda) for result in group.results if result.status == "ok")
 
@@ -140,10 +134,7 @@ def differing_settings(a: Settings, b: Settings) -> list[Difference]:
 
 
 def group_settings(group: Group) -> Settings:
-    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them.
-
-    The runs' settings differ in their techniques alone.
-    """
+    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
     versions = next((result.versions for result in group.results if result.versions), {})
     environment = {"device": group.device} | versions
     file = next((folder / CONFIG_FILE for folder in group.folders if (folder / CONFIG_FILE).is_file()), None)

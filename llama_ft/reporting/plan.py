@@ -16,11 +16,7 @@ FILES = (PLAN_FILE, *SHOWN)
 
 
 def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
-    """Write the files of a plan; `with_json=False` those alone that follow from `plan.json`.
-
-    Raises:
-        UserError: if one cannot be written.
-    """
+    """Write the files of a plan; `with_json=False` those alone that follow from `plan.json`."""
     from llama_ft.reporting.plan_page import draw_plan, plan_page  # matplotlib takes a second to import
 
     text = [markdown(table) for table in tables_of(plan)]
@@ -39,11 +35,7 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
 
 
 def report_plan(folder: Path, console: Console) -> None:
-    """Print a plan again from its `plan.json`, and write anew what follows from it.
-
-    Raises:
-        UserError: if the file is damaged, or the folder cannot be written to.
-    """
+    """Print a plan again from its `plan.json`, and write anew what follows from it."""
     plan = read_plan_file(folder)
     write_plan(plan, folder, with_json=False)
     print_plan(plan, console)

@@ -28,12 +28,10 @@ DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard
 
 def draw_plan(plan: Plan, file: Path) -> None:
     """Write one picture: for one card memory and runtime, for several the memory of each."""
-    n_combinations = len(plan.rows) // len(plan.gpus)
-    panels = plan_panels(plan)
+    panels, one_card = plan_panels(plan), len(plan.gpus) == 1
     rows = [panels[start : start + MAX_SIDE_BY_SIDE] for start in range(0, len(panels), MAX_SIDE_BY_SIDE)]
-    heights, one_card = [0.4 * n_combinations] * len(rows), len(plan.gpus) == 1
-    ratios = (3, 2) if one_card else None
-    figure.draw_panels(rows, [title(plan)], heights, file, width_ratios=ratios, same_labels=one_card)
+    heights = [0.4 * len(plan.rows) / len(plan.gpus)] * len(rows)
+    figure.draw_panels(rows, [title(plan)], heights, file, (3, 2) if one_card else None, same_labels=one_card)
 
 
 def plan_panels(plan: Plan) -> list[figure.Panel]:
@@ -78,13 +76,11 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
     columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
-    shares = [
-        [
-            row.required_mib / row.total_memory_mib if row.required_mib and row.total_memory_mib else None
-            for row in alike
-        ]
-        for alike in zip(*columns, strict=True)
-    ]
+    shares: list[list[float | None]] = [[None] * len(gpus) for _ in columns[0]]
+    for x, column in enumerate(columns):
+        for y, row in enumerate(column):
+            if row.required_mib is not None and row.total_memory_mib:
+                shares[y][x] = row.required_mib / row.total_memory_mib
     values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
     axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(shares):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, Table1, Table1Cell
+from llama_ft.records.plan import Advice, Plan, PlanRow, Table1, Table1Cell
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
@@ -124,7 +124,15 @@ def plan_notes(plan: Plan) -> list[str]:
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)
-    return notes + _errors(plan)
+    reasons: dict[str, list[PlanRow]] = {}  # rows that failed by why they did
+    for row in plan.rows:
+        if row.error:
+            reasons.setdefault(" ".join(row.error.split()), []).append(row)
+    for why, rows in reasons.items():
+        names = ", ".join(dict.fromkeys(row.combination for row in rows))
+        gpus = ", ".join(dict.fromkeys(row.gpu for row in rows))
+        notes.append(f"{names} on {gpus}: {why}" if len(plan.gpus) > 1 else f"{names}: {why}")
+    return notes
 
 
 def _memory_notes(plan: Plan) -> list[str]:
@@ -166,14 +174,3 @@ def time_notes(plan: Plan) -> list[str]:
     notes = [about] if any(row.runtime_s is not None for row in plan.rows) else []
     without = dict.fromkeys(row.gpu for row in plan.rows if row.runtime_s is None and not row.error)
     return notes + ([f"Runtime is not known where no rates are: gpu={', '.join(without)}."] if without else [])
-
-
-def _errors(plan: Plan) -> list[str]:
-    """Why rows failed, each reason once."""
-    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}  # combinations and cards by reason
-    for row in plan.rows:
-        if row.error:
-            names, gpus = reasons.setdefault(" ".join(row.error.split()), ({}, {}))
-            names[row.combination] = gpus[row.gpu] = None
-    on = " on {}" if len(plan.gpus) > 1 else ""
-    return [f"{', '.join(names)}{on.format(', '.join(gpus))}: {why}" for why, (names, gpus) in reasons.items()]

@@ -15,11 +15,7 @@ FILES = ("table2.md", "table2.csv", "table2.png", "report.html")
 
 
 def report_sweep(folder: Path, console: Console) -> list[Group]:
-    """Print and write the report, and return what it is about.
-
-    Raises:
-        UserError: if the folder holds no results, one is damaged, or it cannot be written to.
-    """
+    """Print and write the report, and return what it is about."""
     groups = read_groups(folder)
     metrics = {run_dir: read_metrics(run_dir) for group in groups for run_dir in group.folders}
     tables = [table2(group) for group in groups]

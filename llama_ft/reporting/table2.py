@@ -65,12 +65,7 @@ def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount
 
 
 def technique_notes(optims: Sequence[dict[str, bool]], settings: dict[str, Settings], batch: int) -> list[str]:
-    """What the techniques do in a table's columns, and which are off in all of them.
-
-    Args:
-        settings: of the techniques, by technique.
-        batch: samples of a micro-batch.
-    """
+    """What the techniques do in a table's columns, and which are off in all; `batch` is a micro-batch's samples."""
     notes = []
     if any(optim.get("ga") for optim in optims):
         steps = settings["ga"]["steps"]
