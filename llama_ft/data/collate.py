@@ -51,13 +51,11 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU does not make the host wait."""
-        tokens, positions, targets = (tensor.pin_memory() for tensor in self.tensors)
-        return Batch(tokens, positions, targets, self.n_tokens)
+        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.n_tokens)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, without waiting for the device if it is pinned."""
-        tokens, positions, targets = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
-        return Batch(tokens, positions, targets, self.n_tokens)
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.n_tokens)
 
 
 def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
@@ -75,10 +73,7 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
 
 
 def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -> list[list[int]]:
-    """The indices of each micro-batch's samples, in an order that depends on seed and epoch alone.
-
-    The last micro-batch may be smaller.
-    """
+    """The indices of each micro-batch's samples, in an order that depends on seed and epoch alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(n_samples, generator=generator).tolist()
     return [order[start : start + micro_batch_size] for start in range(0, n_samples, micro_batch_size)]

@@ -23,8 +23,8 @@ def start_tracker(
     """The tracker of a run: then `step` for each optimizer step, and in any case `finish`.
 
     Args:
-        settings: the run's resolved config, stored with the run.
-        group: name of the sweep that the run belongs to.
+        settings: the run's resolved config.
+        group: name of the sweep.
         log: told, in a sentence, when tracking fails.
     """
     combination = combination_name(settings["optim"])
@@ -63,12 +63,10 @@ def track_files(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Report something that is neither a run nor a sweep, such as a study.
+    """Report something that is neither a run nor a sweep, such as a study: its figures, and files kept with it.
 
     Args:
         job_type: what it is, for a dashboard to filter by.
-        numbers: its figures by name.
-        files: kept with it; pictures are shown.
         folder: where the tracker puts its own files.
     """
     subject = Subject(name, job_type, folder, tags=(job_type,))

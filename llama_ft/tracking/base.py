@@ -99,8 +99,7 @@ def in_time(seconds: float, action: Callable[[], None]) -> None:
 
     def act() -> None:
         try:
-            action()
-            future.set_result(None)
+            future.set_result(action())
         except BaseException as error:
             future.set_exception(error)
 
