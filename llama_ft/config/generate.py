@@ -45,21 +45,17 @@ class DecodingConfig:
             if "\\n" in text or "\\t" in text:
                 typed = "$'decoding.stop=[\"\\n\"]'"
                 raise UserError(f"decoding.stop has a backslash; for a line break type, in bash, {typed}")
-        self._check_unused()
-        if self.n_beams > 1 and (self.sample or penalty != 1):
-            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
-        most = self.n_beams if not self.sample else math.inf
-        answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
-        check(answers <= most, "decoding.num_return_sequences", answers, allowed)
-
-    def _check_unused(self) -> None:
-        """Refuse what would change nothing."""
         for key, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
             if not self.sample and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for sampling: give decoding=top_p, or decoding.sample=true too")
         for key, default in (("length_penalty", 1.0), ("early_stopping", False)):
             if self.n_beams == 1 and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for a beam search: give decoding=beam, or decoding.n_beams too")
+        if self.n_beams > 1 and (self.sample or penalty != 1):
+            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
+        most = self.n_beams if not self.sample else math.inf
+        answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
+        check(answers <= most, "decoding.num_return_sequences", answers, allowed)
 
 
 @dataclass
@@ -71,9 +67,7 @@ class GenerateConfig(TrainedSource):
     instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
     prompts: str | None = setting(None, "many: a JSON or JSONL file of records with prompt, or instruction and input")
-    output: str | None = setting(
-        None, "of prompts: JSONL file of answers, resumed if it exists; null is standard output"
-    )
+    output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
     batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1)
     interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")
     compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")

@@ -49,9 +49,7 @@ class DataConfig:
     cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
     first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
     max_length: int | None = setting(None, "longer samples are truncated; null is the model's context", at_least=2)
-    on_bad_record: OnBadRecord = setting(
-        OnBadRecord.error, "an unusable record stops the run, or is skipped and counted"
-    )
+    on_bad_record: OnBadRecord = setting(OnBadRecord.error, "a bad record stops the run, or is skipped and counted")
 
     def __post_init__(self) -> None:
         check_settings(self, "data.")
@@ -134,7 +132,7 @@ class MeasureConfig:
     """What is measured, and under which limit."""
 
     memory_limit_mib: int | None = setting(
-        None, "MiB a run may use: CPU data segment, CUDA allocator; null is no limit", at_least=1
+        None, "MiB that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit", at_least=1
     )
 
     def __post_init__(self) -> None:

@@ -26,7 +26,7 @@ class ModelSource:
     model: ModelConfig = field(default_factory=ModelConfig)
     checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
     tokenizer: str | None = setting(
-        None, "tokenizer.model or Llama 3's tokenizer.json; null is the model's or checkpoint's"
+        None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own, or the one in the checkpoint"
     )
 
     def __post_init__(self) -> None:
@@ -53,12 +53,10 @@ class TrainedSource(ModelSource):
     gpu: GpuConfig = field(default_factory=GpuConfig)
     adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
     merge: bool = setting(True, "merge the adapter into the weights; a dialogue, and false, keep it apart")
-    base: str | None = setting(
-        None, "weights to compare with: builtin, random or a folder; null is without the adapter"
-    )
+    base: str | None = setting(None, "weights to compare with: builtin, random, a folder; null is without the adapter")
     kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false recomputes them each time")
     dtype: Dtype = setting(
-        Dtype.auto, "of weights and arithmetic; auto is 16 bit on CUDA, else fp32", "auto fp32 bf16 fp16"
+        Dtype.auto, "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU", "auto fp32 bf16 fp16"
     )
 
     def __post_init__(self) -> None:

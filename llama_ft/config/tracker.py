@@ -17,9 +17,7 @@ class TrackerConfig:
     """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
     kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
-    mode: TrackerMode = setting(
-        TrackerMode.auto, "W&B's; auto is WANDB_MODE, else online with an API key, else offline"
-    )
+    mode: TrackerMode = setting(TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline")
     project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft")
     entity: str | None = setting(None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own")
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder")

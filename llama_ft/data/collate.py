@@ -51,11 +51,13 @@ class Batch:
 
     def pinned(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU does not make the host wait."""
-        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.n_tokens)
+        tokens, positions, targets = (tensor.pin_memory() for tensor in self.tensors)
+        return Batch(tokens, positions, targets, self.n_tokens)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, without waiting for the device if it is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.n_tokens)
+        tokens, positions, targets = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
+        return Batch(tokens, positions, targets, self.n_tokens)
 
 
 def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:

@@ -27,10 +27,9 @@ LLAMA_3_1_NAMES = LLAMA_3_NAMES | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|
 
 
 def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
-    """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`.
+    """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`, LLaMA-2's or Llama 3's.
 
     Args:
-        file: LLaMA-2's SentencePiece model, or Meta's file for Llama 3.
         llama_3_1: whether special tokens have the names of Llama 3.1, and later, rather than 3.
 
     Raises:
