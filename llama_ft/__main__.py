@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+import textwrap
+from functools import partial
 
 import hydra
 from rich.console import Console
@@ -10,7 +12,7 @@ from rich.console import Console
 import llama_ft
 from llama_ft import cli
 from llama_ft.cli.compose import SCHEMAS
-from llama_ft.cli.usage import table, wrapped
+from llama_ft.cli.usage import table
 from llama_ft.config import config_dir
 
 
@@ -37,15 +39,16 @@ def print_commands(console: Console) -> None:
     """What `llama-ft` and `python -m llama_ft` print."""
     lines = {name: str(importlib.import_module(f"llama_ft.{name}").__doc__).splitlines()[0] for name in SCHEMAS}
     rows = [(f"python -m llama_ft.{name}", line.partition(": ")[2].replace("`", "")) for name, line in lines.items()]
-    for line in (
-        *wrapped(str(llama_ft.__doc__).splitlines()[0], console.width),
+    wrapped = partial(textwrap.fill, width=console.width, break_on_hyphens=False)
+    for text in (
+        wrapped(str(llama_ft.__doc__).splitlines()[0]),
         "\nCommands, each with --help:",
         *table(rows, console.width),
         "",
-        *wrapped("llama-ft NAME is the same. In bash, this lets Tab complete its keys and choices:", console.width),
+        wrapped("llama-ft NAME is the same. In bash, this lets Tab complete its keys and choices:"),
         '  eval "$(llama-ft -sc install=bash)"',
     ):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def complete() -> None:

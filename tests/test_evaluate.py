@@ -445,7 +445,7 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
         ({"stride": 129}, "between 1 and the window of 128, or null"),
         ({"batch_size": 0}, "at least 1"),
         ({"max_new_tokens": 0}, "at least 1"),
-        ({"max_samples": 0}, "at least 1, or null for all"),
+        ({"max_samples": 0}, "at least 1, or null"),
         ({"data": {"max_length": 200}}, r"at most model\.max_seq_len=128"),
     ],
 )

@@ -17,19 +17,6 @@ from llama_ft.cli.explain import explain
 from llama_ft.cli.usage import Usage, print_help
 from llama_ft.config import UserError
 
-__all__ = [
-    "FAILED",
-    "INTERRUPTED",
-    "USAGE_ERROR",
-    "Stop",
-    "Usage",
-    "checked_config",
-    "command_line",
-    "composed_config",
-    "explain",
-    "register",
-    "run_command",
-]
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
@@ -55,9 +42,9 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
     if "--version" in sys.argv[1:]:
         print(f"llama_ft {__version__}")
         sys.exit(0)
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
-        signal.signal(signal.SIGHUP, _terminate)
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on to us
     try:
@@ -75,7 +62,3 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
         if not isinstance(error, EXPECTED):
             print("this looks like a bug of ours; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)
         sys.exit(USAGE_ERROR)
-
-
-def _terminate(*_: object) -> None:
-    raise KeyboardInterrupt

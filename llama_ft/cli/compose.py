@@ -5,10 +5,10 @@ import os
 import re
 import shlex
 import sys
-from dataclasses import asdict, is_dataclass
+from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -77,27 +77,17 @@ def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> Di
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The checked config of a command that is not a Hydra application itself.
-
-    Raises:
-        UserError: naming the key that is wrong.
-    """
+    """The checked config of a command that is not a Hydra application itself; a UserError names a wrong key."""
     return checked_config(composed(name, overrides), overrides, schema)
 
 
 def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) -> T:
-    """The config as checked dataclasses.
-
-    Raises:
-        UserError: naming the key that is wrong.
-    """
+    """The config as checked dataclasses; a UserError names a wrong key."""
     parsed = _parsed(overrides)
     for override in parsed:
         _check_value(schema, override)
     checked = OmegaConf.to_object(_with_sizes(config, {override.key_or_group for override in parsed}))
     assert isinstance(checked, schema)
-    if added := _keys(OmegaConf.to_container(config)) - _keys(asdict(checked)):  # type: ignore[call-overload]
-        raise UserError(no_such_key(schema, min(added)))
     return checked
 
 
@@ -107,7 +97,10 @@ def _parsed(overrides: list[str]) -> list[Override]:
 
 def _check_value(schema: type, override: Override) -> None:
     """Refuse what Hydra and OmegaConf would take for something else than what was meant."""
-    key, value, expected = override.key_or_group, override.value(), setting_of(schema, override.key_or_group)[1]
+    key, value = override.key_or_group, override.value()
+    entry, expected = setting_of(schema, key)
+    if entry is None and (override.is_add() or override.is_force_add()):  # Hydra adds any key
+        raise UserError(no_such_key(schema, key))
     if (
         (expected is bool and not isinstance(value, bool))  # OmegaConf takes 1 for true
         or (is_dataclass(expected) and not isinstance(value, str))  # of a list of presets the last would win
@@ -117,9 +110,8 @@ def _check_value(schema: type, override: Override) -> None:
     typed = str(override.input_line).partition("=")[2]
     if expected in TEXTS and isinstance(value, bool | int | float) and str(value) != typed:
         quoted = shlex.quote(f'{key}="{typed}"')
-        raise UserError(
-            f"{key}={typed} would be read as {value}: a text that looks like a number needs quotes, {quoted}"
-        )
+        advice = f"a text that looks like a number needs quotes, {quoted}"
+        raise UserError(f"{key}={typed} would be read as {value}: {advice}")
 
 
 def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
@@ -139,10 +131,3 @@ def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
-
-
-def _keys(settings: Any, prefix: str = "") -> set[str]:
-    """Full names of all keys of a nested dictionary."""
-    if not isinstance(settings, dict):
-        return set()
-    return {f"{prefix}{key}" for key in settings}.union(*(_keys(v, f"{prefix}{k}.") for k, v in settings.items()))

@@ -36,29 +36,26 @@ def setting_of(schema: type, key: str) -> tuple[Field[Any] | None, Any]:
 def choices(entry: Field[Any], kind: Any) -> list[str]:
     """What a key of an enum type may be; empty for other types."""
     enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, enum.Enum)]
-    return [choice.name for part in enums for choice in entry.metadata["allowed"] or part]
-
-
-def _allowed(schema: type, key: str) -> str:
-    """What a key may be, in words, from the choices in conf/ and the types of the schema."""
-    if files := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
-        return f"one of {', '.join(files)}"
-    entry, expected = setting_of(schema, key)
-    null = ", or null" if isinstance(expected, UnionType) else ""
-    kind = get_args(expected)[0] if isinstance(expected, UnionType) else expected
-    if is_dataclass(kind):
-        return f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
-    if entry and (names := choices(entry, kind)):
-        return f"one of {', '.join(names)}{null}"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
-    return words.get(kind, "a list, such as [a,b]") + null
+    return entry.metadata["allowed"] or [choice.name for part in enums for choice in part]
 
 
 def not_allowed(schema: type, key: str, value: str) -> str:
-    """A value that a key cannot have, and what it can."""
+    """A value that a key cannot have, and what it can, from the choices in conf/ and the types of the schema."""
     if instead := RENAMED.get(f"{key}={value}"):
         return f"{key}={value} no longer exists: {instead}"
-    return f"{key}={value} is not allowed: it must be {_allowed(schema, key)}"
+    entry, expected = setting_of(schema, key)
+    null = ", or null" if isinstance(expected, UnionType) else ""
+    kind = get_args(expected)[0] if isinstance(expected, UnionType) else expected
+    if names := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
+        allowed = f"one of {', '.join(names)}"
+    elif is_dataclass(kind):
+        allowed = f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
+    elif entry and (names := choices(entry, kind)):
+        allowed = f"one of {', '.join(names)}{null}"
+    else:
+        words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+        allowed = words.get(kind, "a list, such as [a,b]") + null
+    return f"{key}={value} is not allowed: it must be {allowed}"
 
 
 def no_such_key(schema: type, key: str) -> str:
@@ -86,11 +83,7 @@ def _unreadable(schema: type, override: str) -> str:
 
 
 def explain(error: BaseException, schema: type = TrainConfig) -> str:
-    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part.
-
-    Args:
-        schema: the command's, whose keys are meant.
-    """
+    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part."""
     text = str(error)
     if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
         return not_allowed(schema, match[1], match[2])

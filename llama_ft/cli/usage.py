@@ -5,6 +5,7 @@ Read from the schema and from `conf/`, so that it cannot differ from what the co
 """
 
 import json
+import re
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
@@ -45,21 +46,16 @@ class Usage:
     examples: tuple[str, ...]
     options: tuple[str, ...] = tuple(OPTIONS)
 
-    @property
-    def module(self) -> str:
-        """What follows `python -m`."""
-        return f"llama_ft.{self.name}"
-
 
 def print_help(usage: Usage, console: Console) -> None:
     """What `--help` prints."""
-    config = composed(usage.name, [], with_hydra=True)
+    config, command = composed(usage.name, [], with_hydra=True), f"  python -m llama_ft.{usage.name}"
     groups = {name: choice for name, choice in config.hydra.runtime.choices.items() if not name.startswith("hydra/")}
     rows = [row for group in reversed(groups) for row in group_rows(group, groups[group])]
-    text = Text("\n".join(wrapped(usage.purpose, console.width)))
-    text.append(f"\n\n  python -m {usage.module} {usage.arguments}\n")
+    purpose = textwrap.fill(usage.purpose, console.width, break_on_hyphens=False)
+    text = Text(f"{purpose}\n\n{command} {usage.arguments}\n")
     for title, lines in (
-        ("Examples", [f"  python -m {usage.module} {example}" for example in usage.examples]),
+        ("Examples", [f"{command} {example}" for example in usage.examples]),
         ("GROUP=CHOICE, the default first", table(rows, console.width)),
         ("KEY=VALUE: default, meaning", table(keys(usage.schema, config), console.width)),
         ("Options", table([(option, OPTIONS[option]) for option in usage.options], console.width)),
@@ -70,24 +66,16 @@ def print_help(usage: Usage, console: Console) -> None:
     console.print(text, soft_wrap=True)  # what is to be copied is neither cut nor broken
 
 
-def wrapped(text: str, width: int, first: str = "", others: str = "") -> list[str]:
-    """The text in lines of the width, in characters, with what each begins with."""
-    lines = textwrap.wrap(
-        text, width, initial_indent=first, subsequent_indent=others, break_long_words=False, break_on_hyphens=False
-    )
-    return lines or [first.rstrip()]
-
-
 def table(rows: Iterable[Row], width: int) -> Iterator[str]:
     """The lines of a table; the last column, which is text, is wrapped to the width in characters."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     margin = sum(column + 2 for column in widths) + 2
+    wrapper = textwrap.TextWrapper(max(width, margin + MIN_WIDTH), break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = " " * margin
     for *cells, text in rows:
-        start = "  " + "".join(f"{cell:<{column}}  " for cell, column in zip(cells, widths, strict=True))
-        for line in text.splitlines() or [""]:
-            yield from wrapped(line, max(width, margin + MIN_WIDTH), start, " " * margin)
-            start = " " * margin
+        wrapper.initial_indent = "  " + "".join(f"{cell:<{w}}  " for cell, w in zip(cells, widths, strict=True))
+        yield from wrapper.wrap(text) or [wrapper.initial_indent.rstrip()]
 
 
 def group_rows(group: str, default: str | None) -> Iterator[Row]:
@@ -102,9 +90,8 @@ def group_rows(group: str, default: str | None) -> Iterator[Row]:
 
 
 def _comment(file: Path) -> str:
-    lines = file.read_text(encoding="utf-8").splitlines()
-    comments = [line.removeprefix("# ") for line in lines if line.startswith("# ")]
-    return next((line for line in comments if not line.startswith(("@package", "python -m"))), "")
+    comment = re.search(r"^# (?!@package|python -m)(.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return comment[1] if comment else ""
 
 
 def keys(schema: type, config: DictConfig, prefix: str = "") -> Iterator[Row]:

@@ -4,26 +4,11 @@ Plain dataclasses that know nothing of Hydra. `OmegaConf.to_object` runs `__post
 each check names the key, the value it got and what is allowed.
 """
 
-from llama_ft.config.checks import (
-    Combinations,
-    DeviceChoice,
-    Dtype,
-    Format,
-    Goal,
-    OnBadRecord,
-    UserError,
-)
+from llama_ft.config.checks import Combinations, DeviceChoice, Dtype, Format, Goal, OnBadRecord, UserError
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
-from llama_ft.config.groups import (
-    DataConfig,
-    GpuConfig,
-    MatrixRates,
-    MeasureConfig,
-    PlanCheckConfig,
-    TrainingConfig,
-)
+from llama_ft.config.groups import DataConfig, GpuConfig, MatrixRates, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
@@ -33,7 +18,6 @@ from llama_ft.config.techniques import (
     COURSE,
     LABELS,
     TECHNIQUES,
-    GradientAccumulationConfig,
     GradientCheckpointingConfig,
     LoraConfig,
     MixedPrecisionConfig,
@@ -42,47 +26,3 @@ from llama_ft.config.techniques import (
 )
 from llama_ft.config.tracker import TrackerConfig, TrackerKind, TrackerMode
 from llama_ft.config.train import TrainConfig
-
-__all__ = [
-    "COURSE",
-    "FROM_CHECKPOINT",
-    "LABELS",
-    "PACKAGE_DIR",
-    "TECHNIQUES",
-    "TOKENIZER_FILES",
-    "Combinations",
-    "ConvertConfig",
-    "DataConfig",
-    "DecodingConfig",
-    "DeviceChoice",
-    "Dtype",
-    "EvaluateConfig",
-    "Format",
-    "GenerateConfig",
-    "Goal",
-    "GpuConfig",
-    "GradientAccumulationConfig",
-    "GradientCheckpointingConfig",
-    "LoraConfig",
-    "MatrixRates",
-    "MeasureConfig",
-    "MixedPrecisionConfig",
-    "ModelConfig",
-    "ModelSource",
-    "OnBadRecord",
-    "OptimConfig",
-    "PlanCheckConfig",
-    "PlanConfig",
-    "ReportConfig",
-    "Technique",
-    "TrackerConfig",
-    "TrackerKind",
-    "TrackerMode",
-    "TrainConfig",
-    "TrainedSource",
-    "TrainingConfig",
-    "UploadConfig",
-    "UserError",
-    "config_dir",
-    "found_tokenizer",
-]

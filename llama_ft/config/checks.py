@@ -11,56 +11,23 @@ class UserError(Exception):
     """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
 
 
-class Dtype(enum.Enum):
-    """A floating-point format, or how one is chosen. Each key says which of these it allows."""
-
-    auto = "auto"
-    keep = "keep"
-    compute = "compute"
-    fp32 = "fp32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-
-class Format(enum.Enum):
-    """Whose format a checkpoint has."""
-
-    hf = "hf"
-    meta = "meta"
+# A floating-point format, or how one is chosen. Each key says which of these it allows.
+Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16"])
+# Whose format a checkpoint has.
+Format = enum.Enum("Format", ["hf", "meta"])
+# What a record that cannot be used does: stop the run, or be skipped and counted.
+OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
+# Where to run; `auto` is CUDA where there is a GPU, else the CPU.
+DeviceChoice = enum.Enum("DeviceChoice", ["auto", "cpu", "cuda"])
+# Which combinations are planned: all of the techniques', or the one that is asked for.
+Combinations = enum.Enum("Combinations", ["all", "one"])
+# What advice is asked for.
+Goal = enum.Enum("Goal", ["fit", "cheapest_gpu"])
 
 
-class OnBadRecord(enum.Enum):
-    """What a record that cannot be used does: stop the run, or be skipped and counted."""
-
-    error = "error"
-    skip = "skip"
-
-
-class DeviceChoice(enum.Enum):
-    """Where to run; `auto` is CUDA where there is a GPU, else the CPU."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Combinations(enum.Enum):
-    """Which combinations are planned: all of the techniques', or the one that is asked for."""
-
-    all = "all"
-    one = "one"
-
-
-class Goal(enum.Enum):
-    """What advice is asked for."""
-
-    fit = "fit"
-    cheapest_gpu = "cheapest_gpu"
-
-
-def setting(default: Any, meaning: str, allowed: tuple[enum.Enum, ...] = ()) -> Any:
-    """A field of the schema: its default, what it is in a few words, for `--help`, and its choices if not all."""
-    metadata = {"meaning": meaning, "allowed": allowed}
+def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None = None) -> Any:
+    """A field of the schema: its default, what it is, for `--help`, its choices if not all, and its smallest number."""
+    metadata = {"meaning": meaning, "allowed": allowed.split(), "at_least": at_least}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -73,10 +40,12 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
 
 
-def check_choices(section: Any, prefix: str = "") -> None:
-    """Raise a UserError for a key of the section that has a choice other than its `setting` allows."""
+def check_settings(section: Any, prefix: str = "") -> None:
+    """Raise a UserError for a key of the section that has another value than its `setting` allows."""
     for entry in fields(section):
-        allowed, value = entry.metadata.get("allowed"), getattr(section, entry.name)
-        if allowed:
-            names = ", ".join(choice.name for choice in allowed)
-            check(value in allowed, f"{prefix}{entry.name}", value.name, f"one of {names}")
+        key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
+        if names := entry.metadata.get("allowed"):
+            check(value.name in names, key, value.name, f"one of {', '.join(names)}")
+        least = entry.metadata.get("at_least")
+        if least is not None and value is not None:
+            check(value >= least, key, value, f"at least {least}{', or null' if entry.default is None else ''}")

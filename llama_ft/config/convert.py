@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from llama_ft.config.checks import Dtype, Format, UserError, check, check_choices, setting
+from llama_ft.config.checks import Dtype, Format, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
 
@@ -14,21 +14,13 @@ class ConvertConfig:
     checkpoint: str | None = setting(None, "the folder to read, of Meta, Hugging Face or a run; builtin is tiny's")
     to: Format | None = setting(None, "the format to write: Hugging Face's, for transformers, or Meta's")
     output: str | None = setting(None, "the folder to write, which must not be there yet, or be empty")
-    adapter: str | None = setting(
-        None, "folder of a run with LoRA, or of a PEFT adapter, to be merged into the weights"
-    )
-    dtype: Dtype = setting(
-        Dtype.keep,
-        "of the weights written; keep is each weight's own",
-        (Dtype.keep, Dtype.fp32, Dtype.bf16, Dtype.fp16),
-    )
-    shards: int | None = setting(
-        None, "files to write; null is one for every 5 GB in Hugging Face's format, and one in Meta's"
-    )
+    adapter: str | None = setting(None, "folder of a run with LoRA or of a PEFT adapter, merged into the weights")
+    dtype: Dtype = setting(Dtype.keep, "of the weights written; keep is each weight's own", "keep fp32 bf16 fp16")
+    shards: int | None = setting(None, "files to write; null is one per 5 GB in Hugging Face's format, one in Meta's")
     tokenizer: str | None = setting(None, "a tokenizer to put beside the weights; null is the one in the checkpoint")
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        check_settings(self)
         if self.checkpoint is None and self.model.is_builtin:
             self.checkpoint = "builtin"
         if self.checkpoint is None:

@@ -14,14 +14,12 @@ class EvaluateConfig(TrainedSource):
     """Everything `python -m llama_ft.evaluate` can be told."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    max_samples: int | None = setting(None, "evaluate on the first n records only; null is all")
-    batch_size: int = setting(16, "records computed at once")
+    max_samples: int | None = setting(None, "evaluate on the first n records only; null is all", at_least=1)
+    batch_size: int = setting(16, "records computed at once", at_least=1)
     exact_match: bool = setting(True, "let the model answer each record, and compare; false measures perplexity alone")
-    max_new_tokens: int = setting(64, "an answer ends after so many tokens")
+    max_new_tokens: int = setting(64, "an answer ends after so many tokens", at_least=1)
     text: str | None = setting(None, "a UTF-8 text file whose perplexity is measured beside that of the responses")
-    window: int | None = setting(
-        None, "tokens of the text that the model sees at once; null is its context, 4096 at most"
-    )
+    window: int | None = setting(None, "tokens of the text seen at once; null is the model's context, 4096 at most")
     stride: int | None = setting(None, "tokens from the start of one window to the next; null is half a window")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/evaluations")
 
@@ -29,10 +27,6 @@ class EvaluateConfig(TrainedSource):
         super().__post_init__()
         self.data.check_for(self.model)
         most = self.model.max_seq_len
-        for key in ("batch_size", "max_new_tokens"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        if self.max_samples is not None:
-            check(self.max_samples >= 1, "max_samples", self.max_samples, "at least 1, or null for all")
         if self.window is not None:
             check(2 <= self.window <= most, "window", self.window, f"between 2 and model.max_seq_len={most}, or null")
         if self.stride is not None:

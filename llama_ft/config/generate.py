@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-from llama_ft.config.checks import UserError, check, setting
+from llama_ft.config.checks import UserError, check, check_settings, setting
 from llama_ft.config.source import TrainedSource
 
 MAX_ROWS = 1024  # beams of a search, answers to a prompt
@@ -15,28 +15,27 @@ class DecodingConfig:
 
     sample: bool = setting(False, "draw the next token at random; false takes the most probable one")
     temperature: float = setting(1.0, "sampling: below 1 sharpens the distribution, above 1 flattens it")
-    top_k: int = setting(0, "sampling: only the k most probable tokens; 0 is all")
+    top_k: int = setting(0, "sampling: only the k most probable tokens; 0 is all", at_least=0)
     top_p: float = setting(1.0, "sampling: only the smallest set of tokens that reaches this probability; 1 is all")
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that have occurred less probable")
     n_beams: int = setting(1, "beams of a beam search; 1 is none")
     length_penalty: float = setting(1.0, "beam search: exponent of the length that a score is divided by")
     early_stopping: bool = setting(False, "beam search: end as soon as n_beams texts are finished")
-    max_new_tokens: int = setting(128, "a text ends after so many tokens")
+    max_new_tokens: int = setting(128, "a text ends after so many tokens", at_least=1)
     num_return_sequences: int = setting(1, "answers to a prompt")
     stop: list[str] = setting([], "strings that end a text, beside EOS")
     seed: int = setting(0, "of the random numbers")
 
     def __post_init__(self) -> None:
+        check_settings(self, "decoding.")
         # The bounds keep what is computed of logits and scores within the range of fp32.
         allowed = "at least 1e-6 and finite (decoding=greedy takes the most probable token)"
         check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, allowed)
-        check(self.top_k >= 0, "decoding.top_k", self.top_k, "0 or more")
         check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1")
         penalty = self.repetition_penalty
         check(0.01 <= penalty <= 100, "decoding.repetition_penalty", penalty, "between 0.01 and 100")
         length = self.length_penalty
         check(-10 <= length <= 10, "decoding.length_penalty", length, "between -10 and 10")
-        check(self.max_new_tokens >= 1, "decoding.max_new_tokens", self.max_new_tokens, "at least 1")
         for key in ("n_beams", "num_return_sequences"):
             number = getattr(self, key)
             check(1 <= number <= MAX_ROWS, f"decoding.{key}", number, f"between 1 and {MAX_ROWS}")
@@ -46,21 +45,17 @@ class DecodingConfig:
             if "\\n" in text or "\\t" in text:
                 typed = "$'decoding.stop=[\"\\n\"]'"
                 raise UserError(f"decoding.stop has a backslash; for a line break type, in bash, {typed}")
-        self._check_unused()
-        if self.n_beams > 1 and (self.sample or penalty != 1):
-            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
-        most = self.n_beams if not self.sample else math.inf
-        answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
-        check(answers <= most, "decoding.num_return_sequences", answers, allowed)
-
-    def _check_unused(self) -> None:
-        """Refuse what would change nothing."""
         for key, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
             if not self.sample and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for sampling: give decoding=top_p, or decoding.sample=true too")
         for key, default in (("length_penalty", 1.0), ("early_stopping", False)):
             if self.n_beams == 1 and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for a beam search: give decoding=beam, or decoding.n_beams too")
+        if self.n_beams > 1 and (self.sample or penalty != 1):
+            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
+        most = self.n_beams if not self.sample else math.inf
+        answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
+        check(answers <= most, "decoding.num_return_sequences", answers, allowed)
 
 
 @dataclass
@@ -72,10 +67,8 @@ class GenerateConfig(TrainedSource):
     instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
     prompts: str | None = setting(None, "many: a JSON or JSONL file of records with prompt, or instruction and input")
-    output: str | None = setting(
-        None, "of prompts: the JSONL file for their answers, which goes on where it stops; null is standard output"
-    )
-    batch_size: int = setting(8, "prompts of a file that are answered side by side")
+    output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
+    batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1)
     interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")
     compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")
 
@@ -91,7 +84,6 @@ class GenerateConfig(TrainedSource):
             raise UserError("input belongs to an instruction, and there is none")
         if self.output is not None and self.prompts is None:
             raise UserError("output is for the answers to prompts=FILE; a single answer goes to standard output")
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         if self.compare and self.adapter is None and self.base is None:
             raise UserError("compare=true needs two models: give adapter=DIR, or base=DIR beside the checkpoint")
         if self.base is not None and not self.compare:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import asdict, dataclass, field
 
-from llama_ft.config.checks import DeviceChoice, OnBadRecord, UserError, check, setting
+from llama_ft.config.checks import DeviceChoice, OnBadRecord, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
 
@@ -13,24 +13,19 @@ class TrainingConfig:
     """The loop and its optimizer."""
 
     lr: float = setting(1e-5, "peak learning rate; it warms up, then decays along a cosine")
-    epochs: int = setting(1, "passes over the data")
-    micro_batch_size: int = setting(1, "samples in a micro-batch")
-    max_samples: int | None = setting(None, "train on the first n samples only; null is all")
+    epochs: int = setting(1, "passes over the data", at_least=1)
+    micro_batch_size: int = setting(1, "samples in a micro-batch", at_least=1)
+    max_samples: int | None = setting(None, "train on the first n samples only; null is all", at_least=1)
     warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
     seed: int = setting(0, "seeds the order of the data, dropout and random weights")
     save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
-    save_every: int | None = setting(None, "optimizer steps between checkpoints; null saves one at Ctrl-C only")
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
     resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "micro_batch_size"):
-            check(getattr(self, key) >= 1, f"training.{key}", getattr(self, key), "at least 1")
-        if self.max_samples is not None:
-            check(self.max_samples >= 1, "training.max_samples", self.max_samples, "at least 1, or null for all")
-        if self.save_every is not None:
-            check(self.save_every >= 1, "training.save_every", self.save_every, "at least 1, or null")
+        check_settings(self, "training.")
         check(0 < self.lr < math.inf, "training.lr", self.lr, "positive and finite")
         check(0 <= self.warmup_ratio <= 1, "training.warmup_ratio", self.warmup_ratio, "between 0 and 1")
         check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more, and finite")
@@ -50,21 +45,14 @@ class DataConfig:
     name: str = setting("???", "which data this is")
     path: str | None = setting(None, "a JSON or JSONL file of {instruction, input, output}")
     url: str | None = setting(None, "where the file is downloaded from if data.path names none")
-    git_blob_id: str | None = setting(
-        None, "git blob id of the downloaded file, as git hash-object prints it; null accepts any"
-    )
+    git_blob_id: str | None = setting(None, "id of the download as git hash-object prints it; null accepts any file")
     cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
-    first: int | None = setting(None, "the data set is the first n records of the file; null is all")
-    max_length: int | None = setting(None, "longer samples are truncated; null is the model's context")
-    on_bad_record: OnBadRecord = setting(
-        OnBadRecord.error, "a record that cannot be used stops the run, or is skipped and counted"
-    )
+    first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
+    max_length: int | None = setting(None, "longer samples are truncated; null is the model's context", at_least=2)
+    on_bad_record: OnBadRecord = setting(OnBadRecord.error, "a bad record stops the run, or is skipped and counted")
 
     def __post_init__(self) -> None:
-        if self.first is not None:
-            check(self.first >= 1, "data.first", self.first, "at least 1, or null for all")
-        if self.max_length is not None:
-            check(self.max_length >= 2, "data.max_length", self.max_length, "at least 2 tokens, or null")
+        check_settings(self, "data.")
 
     @property
     def is_builtin(self) -> bool:
@@ -99,18 +87,15 @@ class GpuConfig:
 
     name: str = setting("???", "which card this is")
     device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
-    memory_mib: int | None = setting(None, "MiB that PyTorch reports as the card's total memory")
-    context_mib: int = setting(
-        0, "MiB of that memory that the CUDA context and its libraries take before the first tensor"
-    )
+    memory_mib: int | None = setting(None, "MiB that PyTorch reports as the card's total memory", at_least=1)
+    context_mib: int = setting(0, "MiB of it that the CUDA context and its libraries take before the first tensor")
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
 
     def __post_init__(self) -> None:
-        memory, bandwidth = self.memory_mib, self.bandwidth_gb_s
-        check(memory is None or memory >= 1, "gpu.memory_mib", memory, "at least 1, or null")
-        below = math.inf if memory is None else memory
+        check_settings(self, "gpu.")
+        below, bandwidth = self.memory_mib or math.inf, self.bandwidth_gb_s
         check(0 <= self.context_mib < below, "gpu.context_mib", self.context_mib, "at least 0 and below gpu.memory_mib")
         version = self.compute_capability
         holds = version is None or re.fullmatch(r"\d+\.\d", version) is not None
@@ -139,9 +124,7 @@ class GpuConfig:
 class PlanCheckConfig:
     """What `train` does with the plan of its run, which it makes first where there is a GPU."""
 
-    enforce: bool = setting(
-        True, "a run that would not fit on the GPU is not started; in a sweep it is measured all the same"
-    )
+    enforce: bool = setting(True, "do not start a run that would not fit on the GPU; a sweep measures it all the same")
 
 
 @dataclass
@@ -149,9 +132,8 @@ class MeasureConfig:
     """What is measured, and under which limit."""
 
     memory_limit_mib: int | None = setting(
-        None, "MiB that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit"
+        None, "MiB that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit", at_least=1
     )
 
     def __post_init__(self) -> None:
-        if self.memory_limit_mib is not None:
-            check(self.memory_limit_mib >= 1, "measure.memory_limit_mib", self.memory_limit_mib, "at least 1, or null")
+        check_settings(self, "measure.")

@@ -46,9 +46,6 @@ class ModelConfig:
             if self.head_size * self.n_heads == self.dim:
                 self.head_size = None  # equal sizes make equal configs
         check(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads}")
-        self._check_rotary()
-
-    def _check_rotary(self) -> None:
         for key in ("rope_theta", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
             check(0 < getattr(self, key) < math.inf, f"model.{key}", getattr(self, key), "positive and finite")
         low, high, original = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_original_context

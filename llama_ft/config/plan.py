@@ -15,45 +15,34 @@ STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
 class PlanConfig(TrainConfig):
     """Everything `python -m llama_ft.plan` can be told: what `train` can, so that its arguments fit here too."""
 
-    combinations: Combinations = setting(
-        Combinations.all, "all those of GA, MP and LoRA, and of the techniques in both; one is optim's"
-    )
+    combinations: Combinations = setting(Combinations.all, "all of GA, MP, LoRA and techniques in both; one is optim's")
     both: list[str] = setting([], "other techniques to plan both off and on, as [gc]; gc=both says the same")
-    goal: Goal | None = setting(
-        None, "advice too: what is fastest and fits, or the smallest card on which something fits"
-    )
+    goal: Goal | None = setting(None, "advice too: the fastest that fits, or the smallest card on which anything fits")
     calibrate: str | None = setting(None, "folder of measured runs on this device, which say how fast it really is")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
 
     def __post_init__(self) -> None:
         if not self.plan.enforce:
             raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
-        self._check_unused()
+        allowed = [each.name for each in TECHNIQUES if not each.in_course]
+        check(set(self.both) <= set(allowed), "both", self.both, f"of {', '.join(allowed)}, such as [{allowed[0]}]")
+        if self.measure.memory_limit_mib is not None:
+            raise UserError("measure.memory_limit_mib is for train: gpu.memory_mib=N is another limit for a plan")
+        if self.gpu.name == "all" and self.gpu != GpuConfig(name="all"):
+            raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
+        if self.goal is Goal.cheapest_gpu and self.gpu.name not in ("auto", "all"):
+            raise UserError(f"goal=cheapest_gpu looks at all cards, and gpu={self.gpu.name} names one: leave one out")
         longest = self.model.max_seq_len
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
-            check(
-                self.max_length <= longest, "data.max_length", self.max_length, f"at most model.max_seq_len={longest}"
-            )
+            length = self.max_length
+            check(length <= longest, "data.max_length", length, f"at most model.max_seq_len={longest}")
         else:
             self.data.check_for(self.model)
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
-
-    def _check_unused(self) -> None:
-        """Refuse what would change nothing."""
-        allowed = [each.name for each in TECHNIQUES if not each.in_course]
-        check(set(self.both) <= set(allowed), "both", self.both, f"of {', '.join(allowed)}, such as [{allowed[0]}]")
-        if self.measure.memory_limit_mib is not None:
-            raise UserError(
-                "measure.memory_limit_mib is for train: a plan's limit is its card's; gpu.memory_mib=N is another"
-            )
-        if self.gpu.name == "all" and self.gpu != GpuConfig(name="all"):
-            raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
-        if self.goal is Goal.cheapest_gpu and self.gpu.name not in ("auto", "all"):
-            raise UserError(f"goal=cheapest_gpu looks at all cards, and gpu={self.gpu.name} names one: leave one out")
 
     @property
     def has_lengths(self) -> bool:

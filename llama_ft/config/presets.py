@@ -18,10 +18,7 @@ def config_dir() -> Path:
 
 
 def preset(group: str, name: str, schema: type[T], **changes: Any) -> T:
-    """A choice of a config group, such as `preset("model", "llama2_7b", ModelConfig)`.
-
-    Args:
-        changes: keys that get another value.
+    """A choice of a config group, with some keys changed: `preset("model", "llama2_7b", ModelConfig, max_seq_len=512)`.
 
     Raises:
         UserError: if there is no such choice, naming those that there are.

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import Dtype, UserError, check_choices, setting
+from llama_ft.config.checks import Dtype, UserError, check_settings, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.model import ModelConfig
 
@@ -37,17 +37,13 @@ class ModelSource:
             raise UserError(f"model={name} has no built-in weights: give checkpoint=DIR, or checkpoint=random")
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
-            raise UserError(
-                f"model={name} has no built-in tokenizer, and checkpoint={self.checkpoint} holds none: give"
-                " tokenizer=FILE (its tokenizer.model)"
-            )
+            where = f"model={name} has no built-in tokenizer, and checkpoint={self.checkpoint} holds none"
+            raise UserError(f"{where}: give tokenizer=FILE (its tokenizer.model)")
 
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
-        return (
-            Path(os.path.expanduser(self.tokenizer)) if self.tokenizer else self.model.builtin_dir / "tokenizer.model"
-        )
+        return Path(os.path.expanduser(self.tokenizer or self.model.builtin_dir / "tokenizer.model"))
 
 
 @dataclass
@@ -57,19 +53,15 @@ class TrainedSource(ModelSource):
     gpu: GpuConfig = field(default_factory=GpuConfig)
     adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
     merge: bool = setting(True, "merge the adapter into the weights; a dialogue, and false, keep it apart")
-    base: str | None = setting(
-        None, "weights to compare with: builtin, random or a folder; null is the checkpoint without its adapter"
-    )
+    base: str | None = setting(None, "weights to compare with: builtin, random, a folder; null is without the adapter")
     kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false recomputes them each time")
     dtype: Dtype = setting(
-        Dtype.auto,
-        "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU",
-        (Dtype.auto, Dtype.fp32, Dtype.bf16, Dtype.fp16),
+        Dtype.auto, "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU", "auto fp32 bf16 fp16"
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self)
+        check_settings(self)
         self.gpu.check_is_one()
         if not self.merge and self.adapter is None:
             raise UserError("merge=false keeps an adapter beside the weights, and there is none: give adapter=DIR")

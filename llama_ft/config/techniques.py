@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass, replac
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from llama_ft.config.checks import Dtype, check, check_choices, setting
+from llama_ft.config.checks import Dtype, check, check_settings, setting
 
 BASELINE = "baseline"  # the combination with every technique off
-FORMATS_16_BIT = (Dtype.auto, Dtype.bf16, Dtype.fp16)
-STORED = (Dtype.compute, Dtype.fp32)
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,14 @@ class Technique:
     name: str
     label: str
     meaning: str
-    apply: str | None
-    changes_operators: bool
-    in_course: bool
+    apply: str | None = None
+    changes_operators: bool = True
+    in_course: bool = False
 
 
-def technique(
-    section: type,
-    label: str,
-    meaning: str,
-    apply: str | None = None,
-    *,
-    changes_operators: bool = True,
-    in_course: bool = False,
-) -> Any:
+def technique(section: type, label: str, meaning: str, **about: Any) -> Any:
     """A field of `TechniqueConfigs`: a technique's numbers, and what `Technique` says of it."""
-    about = {"label": label, "meaning": meaning, "apply": apply, "changes_operators": changes_operators}
-    return field(default_factory=section, metadata=about | {"in_course": in_course})
+    return field(default_factory=section, metadata={"label": label, "meaning": meaning, **about})
 
 
 @dataclass
@@ -68,18 +57,12 @@ class GradientAccumulationConfig:
 class MixedPrecisionConfig:
     """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
 
-    dtype: Dtype = setting(
-        Dtype.auto, "the 16-bit format; auto is bf16 where the device has it, else fp16", FORMATS_16_BIT
-    )
-    frozen_weights: Dtype = setting(
-        Dtype.compute, "how frozen weights are stored: in the compute dtype, or in fp32 (the plain AMP)", STORED
-    )
-    trainable_weights: Dtype = setting(
-        Dtype.fp32, "how trainable weights are stored: fp32 (masters), or in the compute dtype", STORED
-    )
+    dtype: Dtype = setting(Dtype.auto, "16-bit format; auto is bf16 if the device has it, else fp16", "auto bf16 fp16")
+    frozen_weights: Dtype = setting(Dtype.compute, "storage of frozen weights; fp32 is the plain AMP", "compute fp32")
+    trainable_weights: Dtype = setting(Dtype.fp32, "storage of trainable weights; fp32 is masters", "compute fp32")
 
     def __post_init__(self) -> None:
-        check_choices(self, "mp.")
+        check_settings(self, "mp.")
         fp16_masters = self.dtype is not Dtype.fp16 or self.trainable_weights is Dtype.fp32
         check(fp16_masters, "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16 (gradients cannot be unscaled)")
 
@@ -122,12 +105,12 @@ class TechniqueConfigs:
         GradientAccumulationConfig, "GA", "gradient accumulation", changes_operators=False, in_course=True
     )
     mp: MixedPrecisionConfig = technique(MixedPrecisionConfig, "MP", "mixed precision", in_course=True)
-    lora: LoraConfig = technique(LoraConfig, "LoRA", "LoRA", "llama_ft.techniques.lora:apply", in_course=True)
+    lora: LoraConfig = technique(LoraConfig, "LoRA", "LoRA", apply="llama_ft.techniques.lora:apply", in_course=True)
     gc: GradientCheckpointingConfig = technique(
         GradientCheckpointingConfig,
         "GC",
         "gradient checkpointing",
-        "llama_ft.techniques.gradient_checkpointing:apply",
+        apply="llama_ft.techniques.gradient_checkpointing:apply",
     )
 
 

@@ -6,21 +6,10 @@ from dataclasses import dataclass
 
 from llama_ft.config.checks import check, setting
 
-
-class TrackerKind(enum.Enum):
-    """What tracks runs; chosen as a group."""
-
-    wandb = "wandb"
-    tensorboard = "tensorboard"
-    disabled = "disabled"
-
-
-class TrackerMode(enum.Enum):
-    """W&B's mode; `auto` is online where an API key is configured, else offline."""
-
-    auto = "auto"
-    online = "online"
-    offline = "offline"
+# What tracks runs; chosen as a group.
+TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
+# W&B's mode; `auto` is online where an API key is configured, else offline.
+TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
 
 
 @dataclass
@@ -28,15 +17,11 @@ class TrackerConfig:
     """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
     kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
-    mode: TrackerMode = setting(
-        TrackerMode.auto, "W&B's mode; auto is WANDB_MODE, else online where an API key is configured, else offline"
-    )
+    mode: TrackerMode = setting(TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline")
     project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft")
     entity: str | None = setting(None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own")
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder")
-    tags: list[str] = setting(
-        [], "W&B tags beside those of techniques, model and card; without any those of WANDB_TAGS"
-    )
+    tags: list[str] = setting([], "W&B tags beside those of techniques, model and card; [] is those of WANDB_TAGS")
     notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES")
 
     def __post_init__(self) -> None:

@@ -16,11 +16,7 @@ from llama_ft.config.tracker import TrackerConfig
 
 
 def read_config(file: Path) -> "TrainConfig":
-    """The config in a run's `config.yaml`, checked again.
-
-    Raises:
-        UserError: naming the file, if it is damaged or of another version.
-    """
+    """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
     from omegaconf import OmegaConf
 
     try:

@@ -75,10 +75,7 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
 
 
 def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -> list[list[int]]:
-    """The indices of each micro-batch's samples, in an order that depends on seed and epoch alone.
-
-    The last micro-batch may be smaller.
-    """
+    """The indices of each micro-batch's samples, in an order that depends on seed and epoch alone."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(n_samples, generator=generator).tolist()
     return [order[start : start + micro_batch_size] for start in range(0, n_samples, micro_batch_size)]

@@ -66,11 +66,7 @@ def silent(line: str) -> None:
 
 
 def load_data(config: TrainConfig, log: Callable[[str], None] = silent) -> Dataset:
-    """The run's samples.
-
-    Raises:
-        UserError: also if the tokenizer is not the model's.
-    """
+    """The run's samples; a UserError also if the tokenizer is not the model's."""
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log)
@@ -84,9 +80,6 @@ def load_dataset(
     log: Callable[[str], None] = silent,
 ) -> Dataset:
     """Read, check and tokenize the records of a run, downloaded first where that is needed.
-
-    Args:
-        log: receives lines about a download.
 
     Raises:
         UserError: if a file or record is bad or cannot be had, or no sample is left.
@@ -104,11 +97,7 @@ def load_dataset(
 
 
 def records_file(config: DataConfig, log: Callable[[str], None] = silent) -> Path:
-    """The file of a data set: the user's own if one is given, else the download if there is a URL, else the built-in.
-
-    Raises:
-        UserError: if it cannot be downloaded.
-    """
+    """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in."""
     if config.path:
         return Path(os.path.expanduser(config.path))
     if config.url:
@@ -148,11 +137,7 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
 
 
 def as_record(value: object) -> Record:
-    """The record in a JSON value.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
+    """The record in a JSON value; a ValueError says what is wrong with it."""
     if isinstance(value, ValueError):
         raise ValueError(f"not valid JSON: {value}")
     if not isinstance(value, dict):

@@ -23,7 +23,6 @@ def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Callable[[str]
     Args:
         git_blob_id: what `git hash-object FILE` prints for it, 40 hex digits; None accepts any content.
         cache_dir: the folder; the file's name is the last part of the URL's path.
-        log: receives lines about the progress.
 
     Raises:
         UserError: if the URL, the network, the content or the folder is at fault. Nothing half-written stays.

@@ -11,10 +11,8 @@ from llama_ft.config import UserError
 def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     """(where, value) of each record; a JSON file is one array, anything else is read as one record a line.
 
-    A value that is not valid JSON is the exception that says why.
-
-    Args:
-        keys: a JSON object that has one of them is a record by itself.
+    A value that is not valid JSON is the exception that says why. A file that is one object with one of the keys is
+    one record.
 
     Raises:
         UserError: if the file cannot be read, or is neither.

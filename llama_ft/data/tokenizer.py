@@ -28,7 +28,16 @@ class Tokenizer:
         if not file.is_file():
             what = "is a folder: give the tokenizer.model in it" if file.is_dir() else "there is no such file"
             raise UserError(f"tokenizer={file}: {what}")
-        self._format = _format(file)
+        try:
+            with file.open("rb") as stream:
+                start = stream.read(1024)
+        except OSError as error:
+            raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+        self._format: _HuggingFace | Tiktoken | _SentencePiece
+        if JSON_START.match(start):
+            self._format = _HuggingFace(file)
+        else:
+            self._format = Tiktoken(file) if Tiktoken.LINE.match(start) else _SentencePiece(file)
         self.vocab_size: int = self._format.vocab_size
         self.bos_id: int = self._format.bos_id
         self.eos_id: int = self._format.eos_id
@@ -45,31 +54,15 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, checkpoint: str | None) -> None:
-    """Make sure that a tokenizer is the model's.
+    """Raise a UserError unless a tokenizer is the model's.
 
     One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number.
-
-    Raises:
-        UserError: if it is not.
     """
     beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
     padded = beside and tokenizer.vocab_size < model.vocab_size
     if tokenizer.vocab_size != model.vocab_size and not padded:
-        raise UserError(
-            f"tokenizer={file} has {tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary"
-            f" of {model.vocab_size}: give the tokenizer that belongs to the model"
-        )
-
-
-def _format(file: Path) -> "_SentencePiece | _HuggingFace | Tiktoken":
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(1024)
-    except OSError as error:
-        raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
-    if JSON_START.match(start):
-        return _HuggingFace(file)
-    return Tiktoken(file) if Tiktoken.LINE.match(start) else _SentencePiece(file)
+        sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
+        raise UserError(f"tokenizer={file} has {sizes}: give the tokenizer that belongs to the model")
 
 
 class _SentencePiece:
@@ -85,8 +78,7 @@ class _SentencePiece:
         self.eos_id: int = self._processor.eos_id()
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
-        return ids
+        return list(self._processor.encode(text))
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode(ids))
@@ -119,8 +111,7 @@ class _HuggingFace:
         self.bos_id, self.eos_id = special[self.BOS], special[self.EOS]
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))

@@ -27,10 +27,9 @@ LLAMA_3_1_NAMES = LLAMA_3_NAMES | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|
 
 
 def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
-    """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`.
+    """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`, LLaMA-2's or Llama 3's.
 
     Args:
-        file: LLaMA-2's SentencePiece model, or Meta's file for Llama 3.
         llama_3_1: whether special tokens have the names of Llama 3.1, and later, rather than 3.
 
     Raises:
@@ -40,25 +39,22 @@ def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
     special, parts = _from_ranks(file, llama_3_1) if is_ranks else _from_sentencepiece(file)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     added = [{"id": number, "content": name, **flags} for name, number in sorted(special, key=lambda token: token[1])]
+    (bos, bos_id), (eos, _), *_ = special
+    single, second = (  # BOS before every text, as LLaMA has it
+        [{"SpecialToken": {"id": bos, "type_id": index}}, {"Sequence": {"id": text, "type_id": index}}]
+        for index, text in enumerate("AB")
+    )
+    tokens = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+    template = {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": tokens}
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
-    content["post_processor"] = _with_bos(*special[0])
+    content["post_processor"] = template
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": special[0][0],
-        "eos_token": special[1][0],
+        "bos_token": bos,
+        "eos_token": eos,
         "clean_up_tokenization_spaces": False,
     }
     return {"tokenizer.json": content, "tokenizer_config.json": config}
-
-
-def _with_bos(name: str, number: int) -> Json:
-    """BOS before every text, as LLaMA has it."""
-    first, second = (
-        [{"SpecialToken": {"id": name, "type_id": index}}, {"Sequence": {"id": text, "type_id": index}}]
-        for index, text in enumerate("AB")
-    )
-    tokens = {name: {"id": name, "ids": [number], "tokens": [name]}}
-    return {"type": "TemplateProcessing", "single": first, "pair": first + second, "special_tokens": tokens}
 
 
 def _from_sentencepiece(file: Path) -> tuple[Special, Json]:
@@ -98,7 +94,10 @@ def _from_ranks(file: Path, llama_3_1: bool) -> tuple[Special, Json]:
     names = LLAMA_3_1_NAMES if llama_3_1 else LLAMA_3_NAMES
     reserved = (f"<|reserved_special_token_{number}|>" for number in count())
     special = [(names.get(index) or next(reserved), len(ranks) + index) for index in range(Tiktoken.N_SPECIAL)]
-    letters = _byte_letters()
+    # Each byte is a letter in byte-level vocabularies: itself where it can be seen.
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = count(256)
+    letters = [chr(value if value in visible else next(others)) for value in range(256)]
     vocabulary = {"".join(letters[value] for value in token): rank for token, rank in ranks.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     split = {"type": "Split", "pattern": {"Regex": Tiktoken.PATTERN}, "behavior": "Isolated", "invert": False}
@@ -113,6 +112,13 @@ def _from_ranks(file: Path, llama_3_1: bool) -> tuple[Special, Json]:
 def _bpe(vocabulary: Mapping[str, int], rank_of: Mapping[str, float], unknown: str | None) -> Json:
     """The model. Where it has a piece for the unknown, that is SentencePiece's, which spells the rest in bytes."""
     is_sentencepiece = unknown is not None
+    # Every pair of pieces that make up a piece, in the order of merging: the lowest rank of the whole comes first.
+    pairs = [
+        (rank_of[piece], rank_of[piece[:cut]], rank_of[piece[cut:]], piece[:cut], piece[cut:])
+        for piece in rank_of
+        for cut in range(1, len(piece))
+        if piece[:cut] in rank_of and piece[cut:] in rank_of
+    ]
     return {
         "type": "BPE",
         "dropout": None,
@@ -123,23 +129,5 @@ def _bpe(vocabulary: Mapping[str, int], rank_of: Mapping[str, float], unknown: s
         "byte_fallback": is_sentencepiece,
         "ignore_merges": not is_sentencepiece,  # Llama 3: a word that is a token is that token
         "vocab": dict(vocabulary),
-        "merges": _merges(rank_of),
+        "merges": [[left, right] for *_, left, right in sorted(pairs)],
     }
-
-
-def _merges(rank_of: Mapping[str, float]) -> list[list[str]]:
-    """Every pair of pieces that make up a piece, in the order of merging: the lowest rank of the whole comes first."""
-    pairs = [
-        (rank_of[piece], rank_of[piece[:cut]], rank_of[piece[cut:]], piece[:cut], piece[cut:])
-        for piece in rank_of
-        for cut in range(1, len(piece))
-        if piece[:cut] in rank_of and piece[cut:] in rank_of
-    ]
-    return [[left, right] for *_, left, right in sorted(pairs)]
-
-
-def _byte_letters() -> list[str]:
-    """The letters that stand for the bytes 0 to 255 in byte-level vocabularies: themselves where they can be seen."""
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = count(256)
-    return [chr(value if value in visible else next(others)) for value in range(256)]

@@ -20,13 +20,7 @@ __all__ = ["Tracker", "start_tracker", "track_files", "track_sweep"]
 def start_tracker(
     config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Callable[[str], None]
 ) -> Tracker:
-    """The tracker of a run: then `step` for each optimizer step, and in any case `finish`.
-
-    Args:
-        settings: the run's resolved config, stored with the run.
-        group: name of the sweep that the run belongs to.
-        log: told, in a sentence, when tracking fails.
-    """
+    """The tracker of a run in the sweep `group`: then `step` for each optimizer step, and in any case `finish`."""
     combination = combination_name(settings["optim"])
     techniques = [name for name, on in settings["optim"].items() if on] or [combination]
     tags = (*techniques, settings["model"]["name"], settings["gpu"]["name"])
@@ -42,12 +36,7 @@ def track_sweep(
     files: Sequence[str],
     log: Callable[[str], None],
 ) -> None:
-    """Report a sweep as a whole, beside its runs.
-
-    Args:
-        rows: one for each run, a value for each column; the first two name the run.
-        files: of the report, in the sweep's folder.
-    """
+    """Report a sweep as a whole, beside its runs: its table, and the files of its report in its folder."""
     name = sweep_dir.absolute().name
     about = {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")}
     subject = Subject(f"{name}: table", "sweep", sweep_dir, about, name, ("sweep",))
@@ -63,14 +52,7 @@ def track_files(
     folder: Path,
     log: Callable[[str], None],
 ) -> None:
-    """Report something that is neither a run nor a sweep, such as a study.
-
-    Args:
-        job_type: what it is, for a dashboard to filter by.
-        numbers: its figures by name.
-        files: kept with it; pictures are shown.
-        folder: where the tracker puts its own files.
-    """
+    """Report something that is neither a run nor a sweep, such as a study; dashboards filter by `job_type`."""
     subject = Subject(name, job_type, folder, tags=(job_type,))
     _tracker(config, subject, log).send(numbers, {file.name: file for file in files})
 

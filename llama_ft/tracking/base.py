@@ -83,18 +83,12 @@ class Tracker:
             kind, subject = self._config.kind.name, self._subject
             send = f"python -m llama_ft.report {shlex.quote(str(subject.folder))} tracker={kind} tracker.upload=true"
             again = f": {send} sends it" if subject.job_type in ("train", "sweep") else ""
-            self._log(
-                f"tracker={kind}: {subject.name} is not tracked in full ({reason(error)})."
-                f" The local files hold everything{again}."
-            )
+            problem = f"tracker={kind}: {subject.name} is not tracked in full ({reason(error)})"
+            self._log(f"{problem}. The local files hold everything{again}.")
 
 
 def in_time(seconds: float, action: Callable[[], None]) -> None:
-    """Do something; where it takes longer than that, it is left behind in its thread.
-
-    Raises:
-        TimeoutError: if it takes longer; else whatever the action raises.
-    """
+    """Do something; where it takes longer than that, raise a TimeoutError and leave it behind in its thread."""
     future: Future[None] = Future()
 
     def act() -> None:

@@ -11,6 +11,7 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from llama_ft.config.checks import Settings
+from llama_ft.reporting.settings import flat
 from llama_ft.tracking.base import Table, Tracker
 
 SECONDS_TO_FLUSH = 5  # TensorBoard is behind a run by so much at most
@@ -26,7 +27,8 @@ class TensorBoardRun(Tracker):
         self._writer = EventFileWriter(str(folder), flush_secs=SECONDS_TO_FLUSH)
         self.place = f"`tensorboard --logdir {folder}` shows it"
         if settings:
-            self._add(hparams_pb(flat(settings)))
+            known = {key: value for key, value in flat(settings).items() if value is not None}
+            self._add(hparams_pb({k: v if isinstance(v, int | float) else str(v) for k, v in known.items()}))
             self._add(text_pb("config", f"```json\n{json.dumps(settings, indent=2)}\n```"))
 
     def _step(self, step: int, values: Settings) -> None:
@@ -51,14 +53,3 @@ class TensorBoardRun(Tracker):
 
     def _add(self, summary: Summary) -> None:
         self._writer.add_event(Event(wall_time=time.time(), step=self._n_steps, summary=summary))
-
-
-def flat(settings: Settings, prefix: str = "") -> dict[str, bool | int | float | str]:
-    """The values of nested sections, null left out, by their dotted keys."""
-    values: dict[str, bool | int | float | str] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            values[prefix + key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return values

@@ -14,13 +14,10 @@ from llama_ft.tracking import start_tracker
 def upload_runs(
     config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Callable[[str], None]
 ) -> TrackerConfig:
-    """Send each run as if it took place now, in place of what the tracker has of it.
+    """Send each run as if it took place now, in place of what the tracker has of it. Returns the last run's tracker.
 
     Args:
         sweep: the name to group the runs by; None for a run by itself.
-
-    Returns:
-        The tracker of the last run.
 
     Raises:
         UserError: if a file is damaged, or the tracker fails; the runs after that one are not sent.

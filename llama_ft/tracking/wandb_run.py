@@ -105,7 +105,7 @@ def session(mode: TrackerMode) -> wandb.Settings:
         finish_timeout_raises=True,
     )
     if mode is not TrackerMode.auto:
-        settings.mode = mode.value
+        settings.mode = "online" if mode is TrackerMode.online else "offline"
     return wandb.setup(settings).settings
 
 
