@@ -20,6 +20,7 @@ NOTEBOOK = CHECKOUT / "examples" / "quickstart.ipynb"
 RECORDS = [{"instruction": f"Repeat the word {word}.", "output": word} for word in ("fox", "pond", "tree", "owl")]
 
 
+@pytest.mark.process
 def test_importing_it_imports_no_torch_and_offers_what_api_lists() -> None:
     code = "import sys, llama_ft; print('torch' in sys.modules, sorted(dir(llama_ft)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)

@@ -192,6 +192,7 @@ def test_nobody_reads_the_lines(server, cache):
         fetch(f"{server}/records.json", ID, str(cache), unittest.mock.Mock(side_effect=BrokenPipeError))
 
 
+@pytest.mark.process
 def test_processes_at_once_leave_one_whole_file(server, cache):
     code = "import sys; from llama_ft.data.download import fetch; print(fetch(*sys.argv[1:], log=lambda line: None))"
     command = [sys.executable, "-c", code, f"{server}/records.json", ID, str(cache)]

@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,13 @@ from llama_ft.data.dataset import SAMPLE_DIR, Sample
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
-from llama_ft.evaluation import measures, models
+from llama_ft.evaluation import models
 from llama_ft.evaluation.exact_match import accuracy, greedy_answers, matches
-from llama_ft.evaluation.measures import EvalInputs, measure
 from llama_ft.evaluation.perplexity import bits_per_byte, perplexity, read_text, text_windows
 from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_records, majority_answers
 from llama_ft.files import locked
 from llama_ft.model.transformer import Transformer
 from llama_ft.records import read_record
-from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import Accuracy, Evaluation, Share
 from llama_ft.reporting import progress
 from llama_ft.reporting.table import Table, print_table
@@ -257,32 +254,6 @@ def test_accuracy_by_hand() -> None:
     assert accuracy([NO_TASK, NO_TASK], [True, False]).tasks == {}
 
 
-@contextmanager
-def no_bar(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield lambda count: None
-
-
-def test_what_a_model_knows_is_counted(
-    tmp_path: Path, model: Transformer, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    known = {"Name the capital of France.": (" Paris\n", "eos"), "Say yes.": ("yes it is", "length")}
-
-    def answer(_: Transformer, __: Tokenizer, prompts: list[str], *___: Any) -> list[Answer]:
-        found = [next((known[key] for key in known if key in prompt), ("?", "eos")) for prompt in prompts]
-        return [Answer(text, 1, finish) for text, finish in found]
-
-    monkeypatch.setattr(measures, "greedy_answers", answer)
-    config = config_of(data={"path": str(records_file(tmp_path, RECORDS))})
-    inputs = EvalInputs(tokenizer, load_records(config, tokenizer, print), None)
-    found = measure(model, inputs, config, "model", no_bar)
-    assert found.correct == [True, False, False, False]
-    match = found.model.exact_match
-    assert match is not None
-    assert (match.correct, match.accuracy, match.ended_by_length) == (1, 0.25, 1)
-    assert {task: share.accuracy for task, share in match.tasks.items()} == {"a | b": 0, "capital": 0.5, "say": 0}
-    assert found.model.text is None
-
-
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     written = io.StringIO()
     monkeypatch.setattr(progress, "PLAIN_SECONDS", -1)
@@ -364,6 +335,8 @@ def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], to
         answers = greedy_answers(truth, tokenizer, prompts, 6, 1)
         assert [line[f"{role}_answer"] for line in lines] == [answer.text for answer in answers]
         assert sum(line[f"{role}_correct"] for line in lines) == found["exact_match"]["correct"]
+        n_cut = sum(answer.finish == "length" for answer in answers)
+        assert found["exact_match"]["ended_by_length"] == n_cut > 0
     majority = result["majority"]
     assert (majority["accuracy"], majority["tasks"]["capital"]["accuracy"]) == (0.75, 0.5)
     assert majority["answers"] == {"capital": "Paris", "say": "yes", "a | b": "no no"}
@@ -493,6 +466,7 @@ def test_windows_and_strides_that_are_allowed() -> None:
 # The command, by itself
 
 
+@pytest.mark.process
 def test_the_whole_command(tmp_path: Path) -> None:
     done = run("llama_ft.evaluate", "max_samples=3", "max_new_tokens=2", "checkpoint=random", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

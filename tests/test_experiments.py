@@ -97,6 +97,7 @@ def test_a_wrong_option_is_named(monkeypatch: pytest.MonkeyPatch, arguments: str
         read_options(arguments.split(), KVCacheOptions).torch_device()
 
 
+@pytest.mark.process
 def test_a_wrong_key_is_said_in_a_line(tmp_path: Path) -> None:
     done = run("experiments.kv_cache", "quik=true", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
@@ -134,6 +135,7 @@ def test_every_study_is_registered() -> None:
         assert importlib.import_module(f"experiments.{name}").STUDY.name == name
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("status", "writes"), [(0, True), (1, True), (1, False), (-9, False)])
 def test_all_studies_end_with_what_became_of_each(
     monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path, status: int, writes: bool

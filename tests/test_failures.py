@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from test_process import is_alive, read_json
 from test_resume import saved_steps
 
+pytestmark = pytest.mark.process  # real commands
+
 CHILD = "llama_ft.launch.child"
 DIM, FFN, VOCABULARY = 64, 96, 2048
 SMALL = (
@@ -422,7 +424,11 @@ CASES |= {
         "hydra.run.dir=file/run", ("file/run: Not a directory", "hydra.run.dir=DIR"), 2, None, files={"file": ""}
     ),
     "folder: with a result of another version": Case(
-        "", ("run/result.json is not a result",), 2, None, files={"run/result.json": '{"schema_version": 99}'}
+        "",
+        ("run/result.json has schema_version 99, and this version reads 2",),
+        2,
+        None,
+        files={"run/result.json": '{"schema_version": 99}'},
     ),
     "folder: with the weights to start from": Case(
         "checkpoint=run",

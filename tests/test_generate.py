@@ -330,6 +330,7 @@ def command(
 TINY = ("checkpoint=random", "model.n_layers=1", "gpu=cpu")
 
 
+@pytest.mark.process
 def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(
     tmp_path: Path, command: Callable[..., Done]
 ) -> None:

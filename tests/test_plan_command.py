@@ -17,6 +17,7 @@ def planned(*arguments: str) -> PlanConfig:
     return cli.composed_config("plan", plan.overrides(list(arguments)), PlanConfig)
 
 
+@pytest.mark.process
 def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> None:
     done = run("llama_ft.plan", "output=here", "data.first=20", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -421,6 +421,7 @@ def test_the_command_tells_plans_from_sweeps(
             reported(*folders, "tracker.upload=true")
 
 
+@pytest.mark.process
 def test_a_damaged_plan_ends_the_command_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"schema_version": 2}')
     done = run("llama_ft.report", str(tmp_path), cwd=tmp_path)

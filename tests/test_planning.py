@@ -35,8 +35,8 @@ from llama_ft.planning.run_costs import interpolation_weights, knots, run_costs
 from llama_ft.planning.timeline import timeline
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training.loop import Windows
 from llama_ft.training.setup import set_up
-from llama_ft.training.windows import Windows
 
 
 def measured(config: TrainConfig, samples: list[Sample]) -> MemoryUse:

@@ -85,6 +85,7 @@ def ok_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complet
     return run("llama_ft.train", *SMALL, *overrides, cwd=cwd), cwd / "place" / "of my own"
 
 
+@pytest.mark.process
 def test_ok_exits_with_0_and_says_what_it_trains(ok_run: Any) -> None:
     done, _ = ok_run
     assert done.returncode == 0, done.stdout + done.stderr
@@ -93,6 +94,7 @@ def test_ok_exits_with_0_and_says_what_it_trains(ok_run: Any) -> None:
     assert done.stderr == ""
 
 
+@pytest.mark.process
 def test_ok_leaves_these_files_and_no_others(ok_run: Any) -> None:
     _, run_dir = ok_run
     expected = {
@@ -107,6 +109,7 @@ def test_ok_leaves_these_files_and_no_others(ok_run: Any) -> None:
     assert {path.name for path in run_dir.parent.parent.iterdir()} == {"place"}
 
 
+@pytest.mark.process
 def test_result_has_every_key_of_the_contract_in_its_type(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
     assert not CONTRACT.keys() - result.keys()
@@ -119,6 +122,7 @@ def test_result_has_every_key_of_the_contract_in_its_type(ok_run: Any) -> None:
     assert result["command"].startswith("python -m llama_ft.train training.micro_batch_size=1 training.max_samples=8 ")
 
 
+@pytest.mark.process
 def test_result_counts_what_was_trained(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
     assert result["trainable_params"] == LORA_PARAMETERS
@@ -128,6 +132,7 @@ def test_result_counts_what_was_trained(ok_run: Any) -> None:
     assert result["tokens_per_s"] == pytest.approx(result["tokens"] / result["runtime_s"])
 
 
+@pytest.mark.process
 def test_memory_by_category_sums_to_the_peak(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
     at_peak, peak = result["memory_mib"], result["peak_memory_mib"]
@@ -137,15 +142,17 @@ def test_memory_by_category_sums_to_the_peak(ok_run: Any) -> None:
     assert all(at_peak[category] <= result["memory_max_mib"][category] + 1e-9 for category in CATEGORIES)
 
 
-def test_ledger_itemises_the_peak(ok_run: Any) -> None:
+@pytest.mark.process
+def test_the_breakdown_itemises_the_peak(ok_run: Any) -> None:
     result = read_json(ok_run[1] / "result.json")
-    assert all(line.keys() >= {"category", "dtype", "mb"} for line in result["breakdown"])
+    assert all(line.keys() >= {"category", "dtype", "mib"} for line in result["breakdown"])
     for category in CATEGORIES:
-        lines = [line["mb"] for line in result["breakdown"] if line["category"] == category]
+        lines = [line["mib"] for line in result["breakdown"] if line["category"] == category]
         assert sum(lines) == pytest.approx(result["memory_mib"][category], rel=1e-9), category
     assert all(line.get("item") for line in result["breakdown"] if line["category"] == "other")
 
 
+@pytest.mark.process
 def test_metrics_have_a_line_for_each_optimizer_step(ok_run: Any) -> None:
     metrics, result = read_metrics(ok_run[1]), read_json(ok_run[1] / "result.json")
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
@@ -155,6 +162,7 @@ def test_metrics_have_a_line_for_each_optimizer_step(ok_run: Any) -> None:
     assert metrics[-1]["time_s"] <= result["runtime_s"] + 1.0
 
 
+@pytest.mark.process
 def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
     assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
@@ -165,6 +173,7 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     assert config["model"]["name"] == "tiny"
 
 
+@pytest.mark.process
 def test_adapter_loads_and_has_learned(ok_run: Any) -> None:
     adapter = load_file(ok_run[1] / "adapter_model.safetensors")
     layers = [f"base_model.model.model.layers.{n}.self_attn.{w}_proj" for n in range(6) for w in "qv"]
@@ -178,6 +187,7 @@ def test_adapter_loads_and_has_learned(ok_run: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------- oom
 
 
+@pytest.mark.process
 def test_a_run_beyond_its_memory_limit_is_out_of_memory(limited_sweep: Sweep) -> None:
     result = limited_sweep.results()["baseline"]
     assert result["status"] == "oom", limited_sweep.process.stdout
@@ -189,6 +199,7 @@ def test_a_run_beyond_its_memory_limit_is_out_of_memory(limited_sweep: Sweep) ->
     assert "oom: out of memory" in limited_sweep.process.stdout
 
 
+@pytest.mark.process
 def test_pythons_own_memory_error_is_out_of_memory_and_no_failure(tmp_path: Path) -> None:
     code = "import torch\ndef fail(*_, **__): raise MemoryError()\ntorch.optim.AdamW.step = fail"
     env = injected(tmp_path / "inject", into=CHILD, code=code)
@@ -200,6 +211,7 @@ def test_pythons_own_memory_error_is_out_of_memory_and_no_failure(tmp_path: Path
 # ------------------------------------------------------------------------------------------------------ error, input
 
 
+@pytest.mark.process
 def test_an_unexpected_exception_is_an_error_with_its_traceback_in_the_log(tmp_path: Path) -> None:
     code = "import torch\ndef fail(*_, **__): raise ValueError('a fault of ours')\ntorch.optim.AdamW.step = fail"
     env = injected(tmp_path / "inject", into=CHILD, code=code)
@@ -225,6 +237,7 @@ WRONG = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_explained_in_a_few_lines(tmp_path: Path, case: str) -> None:
     overrides, explained = WRONG[case]
@@ -312,6 +325,7 @@ def running(tmp_path: Path) -> Iterator[Running]:
     command.process.wait()
 
 
+@pytest.mark.process
 def test_a_killed_run_is_killed_not_out_of_memory(running: Running) -> None:
     running.wait_until("training")
     os.kill(running.child(), signal.SIGKILL)
@@ -326,6 +340,7 @@ def test_a_killed_run_is_killed_not_out_of_memory(running: Running) -> None:
 STAGES = {"start": ("start-up", "reading the data"), "training": ("training",)}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("sent", "moment"), [(signal.SIGINT, "training"), (signal.SIGTERM, "start")])
 def test_an_interrupted_run_stops_its_process_and_says_so(running: Running, sent: signal.Signals, moment: str) -> None:
     running.wait_until(moment)
@@ -341,6 +356,7 @@ def test_an_interrupted_run_stops_its_process_and_says_so(running: Running, sent
         assert [line["step"] for line in read_metrics(running.run_dir)][:2] == [1, 2]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("moment", ["start", "training"])
 def test_a_run_ends_with_its_command_however_that_dies(running: Running, moment: str) -> None:
     running.wait_until(moment)

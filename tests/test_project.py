@@ -285,6 +285,7 @@ def tracked_files() -> list[Path]:
     return [CHECKOUT / name for name in listed.split("\0") if name and (CHECKOUT / name).is_file()]
 
 
+@pytest.mark.process
 def test_no_paths_of_a_machine_in_the_repository():
     path = re.compile(rb"(?<![\w.~$}/-])/(?:home|root|Users|work|workspace|mnt|tmp|scratch)/[\w.]")
     found = []
@@ -295,6 +296,7 @@ def test_no_paths_of_a_machine_in_the_repository():
     assert found == []
 
 
+@pytest.mark.process
 def test_nothing_large_or_generated_is_tracked():
     kept = {CHECKOUT / "llama_ft" / "model" / "tiny" / "model.safetensors", CHECKOUT / "outputs" / "README.md"}
     files = set(tracked_files()) - kept

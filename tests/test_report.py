@@ -34,6 +34,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return run("llama_ft.report", str(folder), cwd=folder.parent), folder
 
 
+@pytest.mark.process
 def test_rows_are_in_the_order_of_the_course_and_each_ending_has_its_mark(reported: Any) -> None:
     assert (reported[0].returncode, reported[0].stderr) == (0, "")
     assert str(reported[1]) in reported[0].stdout
@@ -49,6 +50,7 @@ def test_rows_are_in_the_order_of_the_course_and_each_ending_has_its_mark(report
     assert table["Peak RSS, MiB"][:2] == ["500", "125"]
 
 
+@pytest.mark.process
 def test_notes_say_why_rows_failed_and_what_the_table_means(reported: Any) -> None:
     text = (reported[1] / "table2.md").read_text()
     for combination, status in (("mp_lora", "killed"), ("ga_lora", "error"), ("ga_mp", "interrupted")):
@@ -58,6 +60,7 @@ def test_notes_say_why_rows_failed_and_what_the_table_means(reported: Any) -> No
     assert "GC is off." in text
 
 
+@pytest.mark.process
 def test_csv_holds_every_number_unrounded(reported: Any) -> None:
     rows = csv_rows(reported[1] / "table2.csv")
     assert {row["combination"] for row in rows} == {*EIGHT} - {"ga_mp_lora"}
@@ -72,6 +75,7 @@ def test_csv_holds_every_number_unrounded(reported: Any) -> None:
 PARTS = list(itertools.product(("memory_mib", "memory_max_mib"), CATEGORIES))
 
 
+@pytest.mark.process
 def test_picture_is_an_image_with_something_in_it(reported: Any) -> None:
     with Image.open(reported[1] / "table2.png") as image:
         assert image.format == "PNG"
@@ -80,6 +84,7 @@ def test_picture_is_an_image_with_something_in_it(reported: Any) -> None:
     assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colours  # the bars of parameters and gradients
 
 
+@pytest.mark.process
 def test_a_report_changes_nothing_but_its_own_files(reported: Any) -> None:
     folder = reported[1]
     before = {file: file.read_bytes() for file in folder.rglob("*.json*")}
@@ -243,6 +248,7 @@ def test_a_folder_that_is_missing_or_empty_is_named(tmp_path: Path) -> None:
         assert reason in done.stderr
 
 
+@pytest.mark.process
 def test_a_folder_is_asked_for(tmp_path: Path) -> None:
     done = run("llama_ft.report", cwd=tmp_path)
     assert done.returncode == 2

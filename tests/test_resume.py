@@ -16,6 +16,8 @@ from conftest import environment, injected, run
 from safetensors.numpy import load_file
 from test_process import CHILD, is_alive, read_json, read_metrics
 
+pytestmark = pytest.mark.process  # real commands
+
 # Each test is given this many random moments; more of them make a longer, more thorough test.
 N_KILLS = int(os.environ.get("LLAMA_FT_KILLS", "2"))
 SIZES = (

@@ -10,6 +10,8 @@ import pytest
 from conftest import Sweep, injected, run, run_sweep
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.process  # real commands
+
 COURSE_ORDER = ["baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora"]
 CHILD = "llama_ft.launch.child"
 SMALL = (

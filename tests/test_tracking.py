@@ -59,6 +59,7 @@ def test_a_run_without_a_result_has_failed(run_dir: Path) -> None:
     assert read_wandb(run_dir).exit_code == 1
 
 
+@pytest.mark.process
 def test_the_runs_of_a_sweep_are_tracked_while_they_go_on(limited_sweep: Sweep) -> None:
     for name in ("baseline", "lora"):
         assert_is_the_local_run(limited_sweep.folder / name, "limited")

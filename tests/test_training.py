@@ -13,12 +13,11 @@ from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
 from llama_ft.techniques.lora import LoRALinear
-from llama_ft.training.loop import train
+from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
 from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.step import TrainStep, evaluate_loss
-from llama_ft.training.windows import Windows
 
 
 def parameters(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -50,7 +49,7 @@ def test_every_combination_overfits_one_batch(small_config, optim) -> None:
 
 def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[list[float], dict]:
     step = make_step(config, optim)
-    epoch = list(Windows.over(load_data(config).samples, step, 1, config.accumulation_steps)(0))
+    epoch = list(Windows.over(load_data(config).samples, step, 1, config.accumulation_steps).epoch(0))
     if dry_run:
         step.dry_run(epoch[-1])
         step.dry_run(epoch[-1])
@@ -166,10 +165,10 @@ def test_windows_are_counted_by_arithmetic_and_can_begin_anywhere(small_config) 
     step, samples = make_step(small_config, OptimConfig()), ragged_samples()
     for size, accumulation in itertools.product((1, 3, 8, 20), (1, 2, 5)):
         data = Windows.over(samples, step, size, accumulation, seed=3)
-        whole = list(data(1))
+        whole = list(data.epoch(1))
         assert len(whole) == data.steps_per_epoch
         assert sum(batch.n_tokens for window in whole for batch in window) == sum(map(len, samples))
-        later = list(data(1, 1))
+        later = list(data.epoch(1, 1))
         assert [[b.tokens.tolist() for b in w] for w in later] == [[b.tokens.tolist() for b in w] for w in whole[1:]]
 
 

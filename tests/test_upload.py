@@ -52,6 +52,7 @@ def upload(folder: Path, *names: str, config: UploadConfig = OFFLINE, sweep: str
     return said
 
 
+@pytest.mark.process
 def test_the_command_makes_wandb_runs_of_a_sweep_that_was_not_tracked(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "sweep")
     arguments = ("tracker.upload=true", "tracker.mode=offline")
@@ -75,6 +76,7 @@ def test_a_run_sent_again_is_the_same_one(sweep: Path) -> None:
     assert (len(files), len({file.name for file in files})) == (3, 1)
 
 
+@pytest.mark.process
 def test_a_row_sent_by_itself_stays_in_its_sweep_and_project(sweep: Path) -> None:
     upload(sweep, "lora", sweep=None, config=UploadConfig(mode=TrackerMode.offline, project="other"))
     (sweep / "table2.csv").touch()

@@ -41,7 +41,11 @@ def chat(
     """
     log("an instruction a line; /help says more, /quit ends")
     about = ""
-    while (line := _next(read_line)) is not None:
+    while True:
+        try:
+            line = read_line()
+        except (EOFError, KeyboardInterrupt):
+            break
         command, text = _parts(line)
         if command == "quit":
             break
@@ -50,22 +54,14 @@ def chat(
         elif command == "input":
             about = text.strip()
         elif command == "raw":
-            _try_to_answer({"prompt": text}, answer, log)
+            _try(partial(_answer, answer, prompt=text), log)
         elif command == "adapter":
             _try(partial(use_adapter, text.strip()), log)
         elif command:
             log(f"error: /{command} is no command; /help lists them")
         elif text:
-            _try_to_answer({"instruction": text, "input": about}, answer, log)
+            _try(partial(_answer, answer, instruction=text, input=about), log)
             about = ""
-
-
-def _next(read_line: Callable[[], str]) -> str | None:
-    """The next line; None at the end."""
-    try:
-        return read_line()
-    except (EOFError, KeyboardInterrupt):
-        return None
 
 
 def _parts(line: str) -> tuple[str, str]:
@@ -74,13 +70,10 @@ def _parts(line: str) -> tuple[str, str]:
     return (match[1], match[2] or "") if match else ("", line.strip())
 
 
-def _try_to_answer(record: dict[str, str], answer: Callable[[str], None], log: Callable[[str], None]) -> None:
-    def answer_stoppably() -> None:
-        prompt = prompt_of(record)
-        with _stoppable():
-            answer(prompt)
-
-    _try(answer_stoppably, log)
+def _answer(answer: Callable[[str], None], **record: str) -> None:
+    prompt = prompt_of(record)
+    with _stoppable():
+        answer(prompt)
 
 
 def _try(action: Callable[[], None], log: Callable[[str], None]) -> None:

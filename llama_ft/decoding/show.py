@@ -1,9 +1,8 @@
 """Answers to a prompt on standard output: the text alone, or those of two models beside each other."""
 
 import time
-from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
@@ -33,8 +32,8 @@ def show_answers(prompt: str, load: Load, config: GenerateConfig, log: Callable[
             compared.append(answers)
         print_comparison(*compared)
     elif config.decoding.num_return_sequences == 1:
-        with StreamedLine() as line:
-            _, summary = _ask(load(False), prompt, line.write, config)
+        with streamed_line() as write:
+            _, summary = _ask(load(False), prompt, write, config)
         log(summary)
     else:
         answers, summary = _ask(load(False), prompt, ignore, config)
@@ -55,23 +54,22 @@ def _ask(
     return answers, f"{n_tokens} tokens in {seconds:.2f} s, {cached} a KV cache; ended by {answers[0].finish}"
 
 
-class StreamedLine:
-    """A text on standard output that comes piece by piece, and whose line is ended also where it breaks off."""
+@contextmanager
+def streamed_line() -> Iterator[Callable[[str], None]]:
+    """Prints a line that comes piece by piece, and ends it also where it breaks off."""
+    is_begun = False
 
-    def __init__(self) -> None:
-        self._is_begun = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is None or self._is_begun:
-            print(flush=True)
-
-    def write(self, text: str) -> None:
-        """Print a piece."""
-        self._is_begun = True
+    def write(text: str) -> None:
+        nonlocal is_begun
+        is_begun = True
         print(text, end="", flush=True)
+
+    try:
+        yield write
+        is_begun = True
+    finally:
+        if is_begun:
+            print(flush=True)
 
 
 def print_comparison(base: Sequence[Answer], fine_tuned: Sequence[Answer]) -> None:

@@ -28,14 +28,13 @@ from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
-from llama_ft.training.loop import train
+from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
 from llama_ft.training.optimizer import make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
 from llama_ft.training.setup import set_up
 from llama_ft.training.step import TrainStep, evaluate_loss
-from llama_ft.training.windows import Windows
 
 N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
 

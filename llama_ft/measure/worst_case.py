@@ -8,8 +8,8 @@ import torch
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
+from llama_ft.training.loop import Windows
 from llama_ft.training.step import TrainStep, Window
-from llama_ft.training.windows import Windows
 
 
 def measure_worst_case(step: TrainStep, data: Windows) -> MemoryUse:

@@ -95,9 +95,13 @@ def _open(folder: Path, model: Transformer) -> _Stored:
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
-        return _open_single(folder, model)
+        tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
+        if SIZES_KEY not in metadata:
+            return _open_hf(folder, tensors, 1, model)
+        check_sizes(own_sizes(metadata[SIZES_KEY], folder / WEIGHTS_FILE), model.config, folder / WEIGHTS_FILE)
+        return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
     if (folder / INDEX_FILE).is_file():
-        return _open_hf(folder, *_read_index(folder), model)
+        return _open_hf(folder, *_read_indexed(folder), model)
     if _meta_files(folder):
         return _open_meta(folder, model)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
@@ -107,31 +111,16 @@ def _open(folder: Path, model: Transformer) -> _Stored:
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
 
 
-def _open_single(folder: Path, model: Transformer) -> _Stored:
-    file = folder / WEIGHTS_FILE
-    tensors, metadata = read_safetensors(file)
-    if SIZES_KEY not in metadata:
-        return _open_hf(folder, {WEIGHTS_FILE: tensors}, dict.fromkeys(tensors, WEIGHTS_FILE), model)
-    check_sizes(own_sizes(metadata[SIZES_KEY], file), model.config, file)
-    return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
-
-
-def _open_hf(
-    folder: Path, files: dict[str, dict[str, StoredTensor]], weight_map: dict[str, str], model: Transformer
-) -> _Stored:
+def _open_hf(folder: Path, tensors: dict[str, StoredTensor], n_files: int, model: Transformer) -> _Stored:
     check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
     ours = {hf_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    shards: Shards = {}
-    for name, file in weight_map.items():
-        if name not in files[file]:
-            raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
-        # In Meta's layout under our names it would be taken for Hugging Face's: such names are unknown here.
-        shards[ours.get(name, f"{file}: {name}")] = [files[file][name]]
-    return _Stored("Hugging Face", len(files), shards, True)
+    # In Meta's layout under our names a tensor would be taken for Hugging Face's: such names must stay unknown.
+    shards = {ours.get(name, f"Hugging Face's {name}"): [stored] for name, stored in tensors.items()}
+    return _Stored("Hugging Face", n_files, shards, True)
 
 
-def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, str]]:
-    """The tensors of the files that the index names, all of which must be there, and its map from tensors to files."""
+def _read_indexed(folder: Path) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors that the index names, and the number of their files."""
     index = folder / INDEX_FILE
     weight_map = read_json(index, "which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -141,7 +130,11 @@ def _read_index(folder: Path) -> tuple[dict[str, dict[str, StoredTensor]], dict[
         raise UserError(f"{index}: weight_map must name files of its own folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
-    return {name: read_safetensors(folder / name)[0] for name in names}, weight_map
+    files = {name: read_safetensors(folder / name)[0] for name in names}
+    for name, file in weight_map.items():
+        if name not in files[file]:
+            raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
+    return {name: files[file][name] for name, file in weight_map.items()}, len(files)
 
 
 def _open_meta(folder: Path, model: Transformer) -> _Stored:

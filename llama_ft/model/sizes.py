@@ -92,9 +92,9 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
     if kind not in _HF_SCALING:
         allowed = "only default, linear and llama3"
         raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, {allowed}")
-    fixed = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0.0}}.get(kind, {})
+    fixed: dict[str, dict[str, float]] = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0}}
     theta = {"rope_theta": config.get("rope_theta") or 10000.0}
-    return fixed | _numbers(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
+    return fixed.get(kind, {}) | _numbers(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
 
 
 def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:

@@ -38,15 +38,14 @@ def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
     Raises:
         UserError: if there is no adapter, it is damaged, or of another model.
     """
-    if not merge:
-        adapters = Adapters(model)
-        adapters.add(str(folder), folder)
-        adapters.use(str(folder))
-        return
     adapter = read_adapter(folder, model.config)
-    model.untie(adapter.weights.keys())
-    for layer in adapted_layers(model, adapter, torch.float32).values():
-        layer.merge()
+    if merge:
+        model.untie(adapter.weights.keys())
+    for name, layer in adapted_layers(model, adapter, torch.float32 if merge else model.norm.weight.dtype).items():
+        if merge:
+            layer.merge()
+        else:
+            model.set_submodule(name, layer)
     model.eval()
 
 
@@ -58,7 +57,7 @@ class Adapters:
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._plain: dict[str, nn.Linear] = {}  # what adapted layers stand in for
+        self._plain: dict[str, nn.Module] = {}  # what adapted layers stand in for
         self._adapted: dict[str, dict[str, LoRALinear]] = {}  # by adapter and layer
         self.used: str | None = None
 
@@ -74,8 +73,8 @@ class Adapters:
         adapter, used = read_adapter(folder, self._model.config), self.used
         self.use(None)
         try:
-            self._adapted[name] = adapted_layers(self._model, adapter, self._model.tok_embeddings.weight.dtype)
-            self._plain |= {layer: self._linear(layer) for layer in self._adapted[name]}
+            self._adapted[name] = adapted_layers(self._model, adapter, self._model.norm.weight.dtype)
+            self._plain |= {layer: self._model.get_submodule(layer) for layer in self._adapted[name]}
         finally:
             self.use(used)
 
@@ -87,11 +86,6 @@ class Adapters:
             self._model.set_submodule(layer, adapted)
         self.used = name
         self._model.eval()
-
-    def _linear(self, layer: str) -> nn.Linear:
-        linear = self._model.get_submodule(layer)
-        assert isinstance(linear, nn.Linear)
-        return linear
 
 
 def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:

@@ -83,11 +83,11 @@ class StepMeter:
             arrived.synchronize()
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
-        wrong = f"loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
+        wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
         if not wrong and not is_finite and not self._may_skip:
-            wrong = f"gradient's norm at optimizer step {metrics.step} is {grad_norm}"
+            wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
         if wrong:
-            raise UserError(f"the {wrong}: training stopped; lower training.lr, or use bf16 instead of fp16")
+            raise UserError(f"{wrong}: training stopped; lower training.lr, or use bf16 instead of fp16")
         return replace(metrics, loss=loss, grad_norm=grad_norm if is_finite else None)
 
     def _to_host(self, scalars: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
