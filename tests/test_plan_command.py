@@ -94,6 +94,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",
         ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu looks at all cards",
         ("data.path=missing.json",): r"missing\.json cannot be read",
+        ("combinations=sixteen",): r"combinations=sixteen no longer exists: use gc=both",
         ("combinations=nine",): r"combinations=nine is not allowed: it must be one of all, one",
     }.items(),
 )

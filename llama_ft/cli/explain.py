@@ -20,6 +20,8 @@ RENAMED = {  # keys, and values of keys, that no longer exist: what to do instea
     "gpu.context_mb": "use gpu.context_mib",
     "measure.memory_limit_mb": "use measure.memory_limit_mib",
     "tracker.mode=disabled": "use tracker=disabled",
+    "combinations=eight": "use combinations=all",
+    "combinations=sixteen": "use gc=both",
     "probe": "leave it out",
 }
 

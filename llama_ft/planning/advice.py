@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.planning.gpu_traits import relevant_traits, traits_of, workspace_bytes
@@ -25,7 +26,7 @@ class Adviser:
     Args:
         rows: all combinations on the cards of `gpus`.
         profiles: every card that is known.
-        time_note: what follows a time, such as "at best".
+        time_kind: what the rows' times are, as `PlannedTime` has it.
     """
 
     config: PlanConfig
@@ -34,7 +35,7 @@ class Adviser:
     profiles: Sequence[GpuConfig]
     lengths: Lengths
     progress: Progress
-    time_note: str = "at best"
+    time_kind: Literal["bound", "calibrated"] = "bound"
 
     def advise(self) -> Advice:
         """The advice that the config's goal asks for."""
@@ -103,7 +104,7 @@ class Adviser:
         n_unknown = sum(bool(other.fits) and other.runtime_s is None for other in rows)
         number = f"{row.runtime_s:,.1f}" if row.runtime_s >= 1 else f"{row.runtime_s:.2g}"
         others = f"; {n_unknown} more fit, whose time is not known" if n_unknown else ""
-        return f", {number} s {self.time_note}".rstrip() + others
+        return f", {number} s{' at best' if self.time_kind == 'bound' else ''}{others}"
 
     def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""

@@ -30,7 +30,6 @@ def make_plan(
     """Plan what is asked for.
 
     Args:
-        data: of which `lengths` are.
         command: what the user typed.
         profiles: all cards that are known, for advice.
 
@@ -57,8 +56,7 @@ def make_plan(
     if config.combinations is Combinations.all:
         plan.table1 = table1(config, gpus[0], lengths, plan.rows, progress)
     if config.goal:
-        adviser = Adviser(config, all_rows, gpus, profiles, lengths, progress, "" if measured else "at best")
-        plan.advice = adviser.advise()
+        plan.advice = Adviser(config, all_rows, gpus, profiles, lengths, progress, plan.time.kind).advise()
     return plan
 
 
