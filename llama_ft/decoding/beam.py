@@ -44,24 +44,19 @@ def beam_search(
 ) -> list[Hypothesis]:
     """Continue one prompt along its `n_beams` best beams, and return the best hypotheses, best first.
 
-    Each step looks at the 2 * n_beams best candidates. Those of the first n_beams that end in EOS become hypotheses, of
-    which the best n_beams are kept; the best n_beams candidates that do not end run on.
+    Each step looks at the 2 * n_beams best candidates. Those of the first n_beams that end in EOS, or all at
+    max_new_tokens, become hypotheses, of which the best are kept; the best n_beams that do not end run on.
 
     Args:
-        state: the prompt in n_beams equal rows, with room for max_new_tokens. It is left somewhere in the search.
+        state: the prompt in n_beams equal rows, of which the first alone begins, with room for max_new_tokens.
         n_beams: running beams, and hypotheses that are kept; 1 is greedy decoding.
-        max_new_tokens: where beams that have not met EOS end.
-        eos_id: the token that ends a hypothesis.
         length_penalty: exponent of the length that totals are divided by; above 0 favours longer continuations.
-        early_stopping: end as soon as n_beams hypotheses are finished. Otherwise the search ends when the best running
-            beam, divided by its present length's penalty, does not beat the worst of them; with a length penalty above
-            0 it might later have done so.
+        early_stopping: end once n_beams hypotheses are finished; else when no running beam's present score beats them.
         n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.
 
     Raises:
         UserError: if the logits are no distribution (NaN, infinite).
     """
-    # The rows are equal, so the first alone begins.
     running = [_Beam(row, [], -math.inf if row else 0.0) for row in range(n_beams)]
     finished: list[Hypothesis] = []
     for length in range(1, max_new_tokens + 1):
@@ -70,11 +65,11 @@ def beam_search(
         ended = [beam for beam in candidates[:n_beams] if is_last or beam.tokens[-1] == eos_id]
         # -inf is a continuation that cannot be, or a copy of the row that began.
         finished += [Hypothesis(beam.tokens, beam.total / divisor) for beam in ended if beam.total > -math.inf]
-        finished = sorted(finished, key=lambda hypothesis: hypothesis.score, reverse=True)[:n_beams]
+        finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:n_beams]
         # EOS follows each beam at most once, so that n_beams of twice as many candidates run on.
         running = [beam for beam in candidates if beam.tokens[-1] != eos_id][:n_beams]
-        is_full = len(finished) == n_beams
-        if is_last or (is_full and (early_stopping or running[0].total / divisor <= finished[-1].score)):
+        is_settled = len(finished) == n_beams and (early_stopping or running[0].total / divisor <= finished[-1].score)
+        if is_last or is_settled:
             break
         _advance(state, running)
     return finished[:n_return]

@@ -20,6 +20,7 @@ from llama_ft.files import try_lock
 from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
+Load = Callable[[bool], GenerateFn]  # the base if it is given True, else the model that is asked
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:
@@ -109,16 +110,11 @@ def answer_prompts(
     config: GenerateConfig,
     prompts: Sequence[Prompt],
     dtype: str,
-    load: Callable[[bool], GenerateFn],
+    load: Load,
     progress: Progress,
     log: Callable[[str], None],
 ) -> None:
     """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
-
-    Args:
-        dtype: that of the arithmetic, `auto` resolved.
-        load: gives the base if it is given True, else the model that is asked.
-        progress: shows a title and how much of a total is done.
 
     Raises:
         UserError: before anything is generated, if the output is of other prompts or settings.
