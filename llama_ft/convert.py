@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,7 @@ def main() -> int:
     """Convert what is asked for."""
     config = cli.composed_config("convert", sys.argv[1:], ConvertConfig)
     console, errors = Console(), Console(stderr=True)
-
-    def log(line: str) -> None:
-        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
-
+    log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
     check_free(output, config)
     from llama_ft.exporting.sidecar import SidecarFiles
@@ -68,21 +66,15 @@ def main() -> int:
 def check_free(output: Path, config: ConvertConfig) -> None:
     """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
     try:
-        free = not os.path.lexists(output) or (
-            output.is_dir() and not output.is_symlink() and not any(output.iterdir())
-        )
+        is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     except OSError as error:
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
-    if not free:
+    if os.path.lexists(output) and not is_empty:
         raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
 
 
 def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
-    """Bytes of the weights to be written.
-
-    Raises:
-        UserError: if the disk lacks them, or the model cannot be split among the shards.
-    """
+    """Bytes of the weights to be written; a UserError if the disk lacks them, or the shards cannot be made."""
     from llama_ft.model.export import check_meta_shards
     from llama_ft.model.sizes import meta_params
     from llama_ft.model.transformer import EMBEDDING
@@ -97,9 +89,8 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
         raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the model's tensors")
     free = shutil.disk_usage(next(folder for folder in output.parents if folder.is_dir())).free
     if n_bytes > free:
-        raise UserError(
-            f"output={config.output}: {n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
-        )
+        room = f"{n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
+        raise UserError(f"output={config.output}: {room}")
     return n_bytes
 
 
@@ -117,18 +108,9 @@ def in_mib(advance: Callable[[int], None]) -> Callable[[int], None]:
 
 
 def write(
-    source: "Source",
-    sidecar: "SidecarFiles",
-    config: ConvertConfig,
-    folder: Path,
-    advance: Callable[[int], None],
+    source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, folder: Path, advance: Callable[[int], None]
 ) -> None:
-    """Write the weights and what goes with them.
-
-    Raises:
-        UserError: if a number is beyond the range of the dtype that is asked for.
-        OSError: if the folder cannot be written to.
-    """
+    """Write the weights and what goes with them; a UserError if a number is beyond the range of `dtype`."""
     from llama_ft.model.export import write_hf, write_meta
 
     for name, content in sidecar.files.items():

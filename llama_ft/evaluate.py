@@ -42,10 +42,7 @@ def main() -> int:
     """Evaluate what is asked for."""
     config = cli.composed_config("evaluate", sys.argv[1:], EvaluateConfig)
     console, errors = Console(), Console(stderr=True)
-
-    def log(line: str) -> None:
-        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
-
+    log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     inputs = load_inputs(config, log)
     from llama_ft.device import compute_dtype, device_name, device_of_profile, out_of_memory_explained, versions
     from llama_ft.evaluation.models import measure_models
@@ -63,11 +60,7 @@ def main() -> int:
 
 
 def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInputs":
-    """What the models are measured on.
-
-    Raises:
-        UserError: if the tokenizer, the records or the text cannot be had, or the tokenizer is not the model's.
-    """
+    """What the models are measured on; a UserError if it cannot be had, or the tokenizer is not the model's."""
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
     from llama_ft.evaluation.measures import EvalInputs
     from llama_ft.evaluation.perplexity import read_text
@@ -80,11 +73,7 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
 
 
 def report(result: "Evaluation", answered: "list[AnsweredRecord]", folder: Path, console: Console) -> None:
-    """Print the table, and write it, the numbers and the answers.
-
-    Raises:
-        UserError: if the folder cannot be written to.
-    """
+    """Print the table, and write it, the numbers and the answers."""
     table = evaluation_table(result)
     names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answered else [TABLE_FILE, JSON_FILE]
     try:

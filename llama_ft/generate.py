@@ -3,7 +3,8 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,7 @@ def main() -> int:
     """Generate what is asked for."""
     config = cli.composed_config("generate", sys.argv[1:], GenerateConfig)
     errors = Console(stderr=True)
-
-    def log(line: str) -> None:
-        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
-
+    log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
     tokenizer = Tokenizer(config.tokenizer_file)
@@ -54,7 +52,12 @@ def main() -> int:
 
     models = Models(config, tokenizer, log)
     if config.prompts is not None:
-        answer_file(config, prompts, models, errors, log)
+        from llama_ft.decoding.generate import ignore
+        from llama_ft.decoding.prompt_file import answer_prompts
+
+        # A bar where the answers go into a file; printed, they themselves are progress.
+        progress = partial(progress_bar, errors) if config.output is not None else lambda *_: nullcontext(ignore)
+        answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
     elif config.interactive:
         converse(config, models, log)
     else:
@@ -65,11 +68,7 @@ def main() -> int:
 
 
 def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]":
-    """The prompts, as far as they are known at the start, checked before a model is loaded, which may take long.
-
-    Raises:
-        UserError: if one is bad, or leaves no room for an answer.
-    """
+    """The prompts, as far as they are known at the start, checked before a model is loaded, which may take long."""
     from llama_ft.decoding.prompts import Prompt, encode_prompt, prompt_of, read_prompts
 
     if config.prompts is not None:
@@ -83,19 +82,6 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]"
     prompt = Prompt(prompt_of(record), record)
     encode_prompt(tokenizer, prompt.text, config.model.max_seq_len)
     return [prompt]
-
-
-def answer_file(
-    config: GenerateConfig, prompts: "list[Prompt]", models: "Models", errors: Console, log: Callable[[str], None]
-) -> None:
-    """Answer a file of prompts, with a bar where the results go into a file; printed, they themselves are progress."""
-    from llama_ft.decoding.generate import ignore
-    from llama_ft.decoding.prompt_file import answer_prompts
-
-    def progress(title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return nullcontext(ignore) if config.output is None else progress_bar(errors, title, total)
-
-    answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
 
 
 def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None]) -> None:
@@ -118,12 +104,11 @@ def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None
             adapters.use(used)
 
     base = models.load(True) if config.base is not None else bare
-    chat(
-        lambda prompt: show_answers(prompt, lambda is_base: base if is_base else answer, config, log),
-        use,
-        line_reader(),
-        log,
-    )
+
+    def show(prompt: str) -> None:
+        show_answers(prompt, lambda is_base: base if is_base else answer, config, log)
+
+    chat(show, use, line_reader(), log)
 
 
 if __name__ == "__main__":

@@ -23,11 +23,7 @@ NEEDS_LESS = "a smaller batch_size or decoding.max_new_tokens, fewer answers or 
 
 
 def check_sources(source: TrainedSource) -> None:
-    """Look into the folders of weights and adapter before anything long begins.
-
-    Raises:
-        UserError: if what is in them is not this model's.
-    """
+    """Before anything long begins, raise a UserError if weights or adapter are not this model's."""
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
@@ -38,33 +34,16 @@ def check_sources(source: TrainedSource) -> None:
         check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
 
 
-def load_checkpoint(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
-    """The model that is asked for without its adapter, in evaluation mode.
-
-    Raises:
-        UserError: if the weights are not this model's.
-    """
-    return load_model(source.model, str(source.checkpoint), device, dtype, log=log).eval()
-
-
 def load_trained(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
-    """The model that is asked for, in evaluation mode.
-
-    Raises:
-        UserError: if weights or adapter are not this model's.
-    """
-    model = load_checkpoint(source, device, dtype, log)
+    """The model that is asked for, in evaluation mode; a UserError if weights or adapter are not this model's."""
+    model = load_model(source.model, str(source.checkpoint), device, dtype, log=log).eval()
     if source.adapter is not None:
         load_adapter(model, Path(os.path.expanduser(source.adapter)), source.merge)
     return model
 
 
 def load_base(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
-    """What it is compared with: `source.base`, else the checkpoint without its adapter.
-
-    Raises:
-        UserError: if the weights are not this model's.
-    """
+    """What it is compared with: `source.base`, else the checkpoint without its adapter."""
     return load_model(source.model, source.base or str(source.checkpoint), device, dtype, log=log).eval()
 
 
@@ -72,11 +51,7 @@ class Models:
     """The model that is asked, and the base that it is compared with, loaded when they are needed."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, log: Log) -> None:
-        """Look at what is to be loaded.
-
-        Raises:
-            UserError: if there is no such device, or weights or adapter are not this model's.
-        """
+        """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = device_of_profile(config.gpu)
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
@@ -84,34 +59,23 @@ class Models:
         check_sources(config)
 
     def load(self, is_base: bool) -> GenerateFn:
-        """The base, or the model that is asked.
-
-        Raises:
-            UserError: if it cannot be loaded; when it is asked, if it cannot answer. Also if memory runs out.
-        """
+        """The base, or the model that is asked; a UserError if memory runs out, now or when it is asked."""
         gc.collect()  # of a model before it, what is held in cycles
         load = load_base if is_base else load_trained
         with out_of_memory_explained(NEEDS_LESS):
             return self._generate_fn(load(self._config, self._device, self._dtype, self._log))
 
     def load_with_adapters(self) -> tuple[Adapters, GenerateFn]:
-        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed.
-
-        Raises:
-            UserError: as `load`.
-        """
+        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed."""
         with out_of_memory_explained(NEEDS_LESS):
-            model = load_checkpoint(self._config, self._device, self._dtype, self._log)
+            checkpoint = str(self._config.checkpoint)
+            model = load_model(self._config.model, checkpoint, self._device, self._dtype, log=self._log)
             adapters = Adapters(model)
             self.use(adapters, self._config.adapter)
         return adapters, self._generate_fn(model)
 
     def use(self, adapters: Adapters, folder: str | None) -> None:
-        """Compute with the adapter in a folder, which is loaded unless it was before; None is none.
-
-        Raises:
-            UserError: if there is none of this model, or it was trained on other weights.
-        """
+        """Compute with the adapter in a folder, which is loaded unless it was before; None is none."""
         if folder is not None and folder not in adapters:
             path = Path(os.path.expanduser(folder))
             check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))

@@ -20,15 +20,7 @@ def greedy_answers(
     kv_cache: bool = True,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Answer]:
-    """The most probable continuation of each prompt, token by token, to EOS or to `max_new_tokens`.
-
-    Args:
-        batch_size: prompts answered at once; those of similar length together.
-        advance: told how many prompts have been answered since it was told last.
-
-    Raises:
-        UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
-    """
+    """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
     decoding = DecodingConfig(max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}

@@ -40,12 +40,7 @@ class Measured:
 def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role: Role, progress: Progress) -> Measured:
     """Perplexity of the responses and of the text, if there is one; answers, if they are asked for.
 
-    Args:
-        model: in evaluation mode.
-        progress: shows a title and how much of a total is done.
-
-    Raises:
-        UserError: if losses or logits are not finite.
+    The model is in evaluation mode. Losses or logits that are not finite are a UserError.
     """
     began = time.monotonic()
     weight = model.output.weight

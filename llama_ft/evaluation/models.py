@@ -6,28 +6,18 @@ from collections.abc import Callable
 import torch
 
 from llama_ft.config import EvaluateConfig
-from llama_ft.decoding.load import check_sources, load_base, load_trained
+from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
 from llama_ft.evaluation.measures import EvalInputs, Measured, Progress, measure
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.evaluation import Role
 
 
 def measure_models(
-    config: EvaluateConfig,
-    inputs: EvalInputs,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress,
-    log: Callable[[str], None],
+    config: EvaluateConfig, inputs: EvalInputs, device: torch.device, dtype: torch.dtype, progress: Progress, log: Log
 ) -> list[Measured]:
     """The model, or base and fine-tuned, in this order; one of them is in memory at a time.
 
-    Args:
-        progress: shows a title and how much of a total is done.
-        log: told of what is loaded.
-
-    Raises:
-        UserError: if weights or adapter are not this model's, or give no finite numbers.
+    Weights or adapter that are not this model's, or give no finite numbers, are a UserError.
     """
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:

@@ -28,11 +28,7 @@ class Text:
 
 
 def read_text(file: Path, tokenizer: Tokenizer) -> Text:
-    """Read a UTF-8 file and tokenize it as one text, line ends as they are, with BOS before it and no EOS.
-
-    Raises:
-        UserError: if it cannot be read, is not UTF-8 or is empty.
-    """
+    """Read a UTF-8 file and tokenize it as one text, line ends as they are, with BOS before it and no EOS."""
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -55,7 +51,7 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
     Args:
         tokens: the text, BOS first; at least two.
         window: most tokens in a window, at least 2.
-        stride: tokens from the start of one window to that of the next, between 1 and the window.
+        stride: tokens from the start of one window to that of the next, at most the window.
     """
     samples: list[Sample] = []
     for start in range(0, len(tokens), stride):
@@ -69,12 +65,9 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
 
 
 def bits_per_byte(nll: float, text: Text) -> float:
-    """What a text costs, for comparisons of models with different tokenizers.
+    """What a text costs by its mean nll in nats, for comparisons of models with different tokenizers.
 
     The few tokens that did not count (see `text_windows`) cost as much as the others.
-
-    Args:
-        nll: mean over the text's tokens, in nats.
     """
     return nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
 
@@ -89,12 +82,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of all target tokens of the samples together; the head and the loss run at those alone.
 
-    Args:
-        samples: with a target or more each. They are computed in the order of their lengths, which spares padding.
-        advance: told how many samples have been computed since it was told last.
-
-    Raises:
-        UserError: if the loss is not finite.
+    Samples are computed in the order of their lengths, which spares padding. A loss that is not finite is a UserError.
     """
     device = model.output.weight.device
     ordered = sorted(samples, key=len, reverse=True)  # so that out of memory shows at once

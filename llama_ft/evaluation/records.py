@@ -42,11 +42,7 @@ class EvaluationSet:
 def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
-    Args:
-        log: told of a download.
-
-    Raises:
-        UserError: if a file or record is bad or cannot be had, or none is left.
+    A file or record that is bad or cannot be had is a UserError, and so is it if none is left.
     """
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
