@@ -118,10 +118,6 @@ def plan_page(plan: Plan) -> str:
     if len(known) > 1:
         draw = partial(heat_map, plan=plan, gpus=known)
         heat["memory needed by card"] = figure.svg_panel(draw, 1.9 + 0.85 * len(known), height + 1.3)
-    techniques = {
-        name: f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-        for name, value in flat(plan.techniques).items()
-    }
     limit, rows = groups[0].memory_limit_mib, plan.rows_on(plan.gpus[0]["name"])
     timelines, other_timelines = _timelines(rows, limit)
     return render(
@@ -129,7 +125,7 @@ def plan_page(plan: Plan) -> str:
         plan=plan,
         title=title(plan),
         cards=cards(plan),
-        techniques=", ".join(f"{name}={value}" for name, value in techniques.items()),
+        techniques=_settings_line(plan),
         advice_title=advice_title(plan.advice) if plan.advice else "",
         tables=tables,
         table1=table1,
@@ -143,6 +139,15 @@ def plan_page(plan: Plan) -> str:
         memory=memory_table(groups[0].results),
         rows=rows,
     )
+
+
+def _settings_line(plan: Plan) -> str:
+    """The techniques' numbers, as one types them."""
+    parts = []
+    for key, value in flat(plan.techniques).items():
+        text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
+        parts.append(f"{key}={text}")
+    return ", ".join(parts)
 
 
 def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
