@@ -30,6 +30,7 @@ from llama_ft.config import (
     MixedPrecisionConfig,
     ModelConfig,
     OptimConfig,
+    PlanConfig,
     TrainConfig,
     UserError,
 )
@@ -348,7 +349,7 @@ def test_special_characters_need_the_quotes_that_the_error_gives(train, typed, r
 def test_keys_that_are_gone_have_keys_in_their_place():
     for instead in RENAMED.values():
         key = instead.removeprefix("use ").partition("=")[0]
-        assert instead == "leave it out" or setting_of(TrainConfig, key)[1]
+        assert instead == "leave it out" or setting_of(PlanConfig, key)[1]
 
 
 def assert_nothing_but_a_result(cwd: Path, last_line: str) -> None:

@@ -38,9 +38,9 @@ class Technique:
     in_course: bool = False
 
 
-def technique(section: type, label: str, meaning: str, **about: Any) -> Any:
+def technique(section: type, label: str, meaning: str, apply: str | None = None, **about: Any) -> Any:
     """A field of `TechniqueConfigs`: a technique's numbers, and what `Technique` says of it."""
-    return field(default_factory=section, metadata={"label": label, "meaning": meaning, **about})
+    return field(default_factory=section, metadata={"label": label, "meaning": meaning, **about, "apply": apply})
 
 
 @dataclass
