@@ -28,11 +28,9 @@ from llama_ft.planning.allocator import ROUNDING
 from llama_ft.planning.cuda_kernels import FlashAttentionMemory
 from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
-from llama_ft.planning.operators import OperatorCounter, Operators, bytes_of, flops_of
+from llama_ft.planning.operators import OperatorCounter, Operators, bound_by_resource, bytes_of, flops_of
 from llama_ft.planning.processes import side_by_side
-from llama_ft.planning.roofline import bound_by_resource
 from llama_ft.planning.run_costs import interpolation_weights, knots, run_costs
-from llama_ft.planning.timeline import timeline
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows
@@ -127,7 +125,7 @@ def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(optim: OptimConf
     config = replace(small_config(), optim=optim)
     config.ga.steps = 2
     run = fake_run(config, [Sample([1] * 33, 5)] * 4, ON_CPU)
-    points = timeline(run.events, run.last_step)
+    points = predict.timeline(run.events, run.last_step)
     assert max(sum(point.memory_mib.values()) for point in points) == pytest.approx(run.use.peak_mib)
     assert list(dict.fromkeys(point.phase for point in points)) == ["forward", "backward", "optimizer step"]
     last = points[-1].memory_mib

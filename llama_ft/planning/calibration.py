@@ -11,9 +11,8 @@ from llama_ft.config import GpuConfig, UserError
 from llama_ft.config.train import read_config
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.gpu_traits import traits_of
-from llama_ft.planning.operators import flops_of
+from llama_ft.planning.operators import GIGA, bound_by_resource, flops_of
 from llama_ft.planning.processes import side_by_side
-from llama_ft.planning.roofline import GIGA, bound_by_resource
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
 from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, ran_on, read_result

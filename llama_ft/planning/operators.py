@@ -5,8 +5,8 @@ causal attention's square of scores only half and the diagonal, where the kernel
 of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before.
 """
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,11 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from llama_ft.config import GpuConfig
+
 aten = torch.ops.aten
 # (matrix dtype or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor of a
 # list is as many.
 Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
+TERA, GIGA = 1e12, 1e9
+RATES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch multiplies fp32 in fp32, not in TF32
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
 
 
@@ -57,22 +61,20 @@ class OperatorCounter(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.prim.device.default or func.is_view:
             return out
-        packet = func._overloadpacket
-        if packet not in EMPTY:
+        if func._overloadpacket not in EMPTY:
             self._count(func, args, kwargs or {}, out)
         return out
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet = func._overloadpacket
-        formula = ATTENTION.get(packet)
-        if formula is not None:
-            flops = float(formula(*args, **kwargs))
+        if packet in ATTENTION:
+            flops = ATTENTION[packet](*args, **kwargs)
         elif packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
         else:
             flops = 0.0
-        outputs = list(_tensors(out)) or list(_tensors(_written(func, args)))
-        inputs = [] if packet in GATHERING else list(_tensors((args, kwargs)))
+        outputs = _tensors(out) or _tensors(_written(func, args))
+        inputs = [] if packet in GATHERING else _tensors((args, kwargs))
         held = {tensor.untyped_storage()._cdata for tensor in inputs}
         is_view = any(tensor.untyped_storage()._cdata in held for tensor in outputs)
         if is_view and not flops and not str(packet).endswith("_"):  # by another name, such as _unsafe_view
@@ -86,8 +88,8 @@ class OperatorCounter(TorchDispatchMode):
         self.operators[dtype, flops / n, moved / n] += n
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in tree_leaves(values) if isinstance(value, Tensor))
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
@@ -101,10 +103,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
 
 def scale(operators: Operators, factor: float) -> Operators:
     """The same operators, so many times as often; a fraction where it is an average."""
-    scaled: Operators = Counter()
-    for key, count in operators.items():
-        scaled[key] = count * factor  # type: ignore[assignment]
-    return scaled
+    return Counter({key: count * factor for key, count in operators.items()})  # type: ignore[misc]
 
 
 def total(parts: Iterable[Operators]) -> Operators:
@@ -123,13 +122,35 @@ def subtract(operators: Operators, others: Operators) -> Operators:
 
 def flops_of(operators: Operators) -> dict[str, float]:
     """FLOPs by dtype."""
-    flops: dict[str, float] = {}
+    flops: dict[str, float] = defaultdict(float)
     for (dtype, n_flops, _), count in operators.items():
         if n_flops:
-            flops[dtype] = flops.get(dtype, 0.0) + n_flops * count
-    return flops
+            flops[dtype] += n_flops * count
+    return dict(flops)
 
 
 def bytes_of(operators: Operators) -> float:
     """Bytes moved."""
     return sum(n_bytes * count for (_, _, n_bytes), count in operators.items())
+
+
+def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] | None:
+    """The least seconds on a card, by what binds: `memory`, or matrix products in a format.
+
+    Each operator runs at the rate of the matrix units or of the memory, after the roofline model (Williams, Waterman
+    and Patterson 2009, doi.org/10.1145/1498765.1498785). No kernel reaches it, so it is shown as a bound; what share
+    of it a card reaches is measured (`calibration.py`). None where a rate is not known.
+    """
+    if gpu.bandwidth_gb_s is None:
+        return None
+    seconds_by: dict[str, float] = {"memory": 0.0}
+    for (dtype, flops, n_bytes), count in operators.items():
+        resource, seconds = "memory", n_bytes / (gpu.bandwidth_gb_s * GIGA)
+        if flops:
+            rate = getattr(gpu.tflops, RATES.get(dtype, ""), None)
+            if rate is None:
+                return None
+            if (computing := flops / (rate * TERA)) > seconds:
+                resource, seconds = RATES[dtype], computing
+        seconds_by[resource] = seconds_by.get(resource, 0.0) + seconds * count
+    return seconds_by

@@ -6,20 +6,20 @@ from dataclasses import asdict, dataclass, replace
 from itertools import product
 
 from llama_ft.config import TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError
-from llama_ft.measure.memory import MemoryUse
+from llama_ft.measure.memory import Event, MemoryUse
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
-from llama_ft.planning.operators import bytes_of, flops_of
+from llama_ft.planning.operators import bound_by_resource, bytes_of, flops_of
 from llama_ft.planning.processes import Progress, no_progress, side_by_side
-from llama_ft.planning.roofline import bound_by_resource
 from llama_ft.planning.run_costs import RunCosts, run_costs
-from llama_ft.planning.timeline import timeline
+from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import MemoryPoint, PlanRow
 from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB
 
+MAX_POINTS = 200  # of a timeline: few enough to draw
 Key = tuple[tuple[bool, ...], Traits]
 
 
@@ -103,47 +103,67 @@ def needs_of(
     return needs
 
 
+def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
+    """The step whose events begin at the index `start`; of each few in a row the one with most memory, by category.
+
+    Fused AdamW allocates nothing in a step whose state is there: its point is what is alive when it runs.
+    """
+    now: dict[str, int] = defaultdict(int)
+
+    def apply(event: Event) -> None:
+        now[event[0].category] += event[1] * event[0].nbytes
+
+    def point(number: int, phase: str) -> MemoryPoint:
+        return MemoryPoint(number, phase, {name: now[name] / MIB for name in CATEGORIES})
+
+    begin = next(number for number in range(start, len(events)) if events[number][2] == "forward")
+    end = next((n for n in range(begin, len(events)) if events[n][2] == "after the step"), len(events))
+    for event in events[:begin]:  # accumulated gradients included
+        apply(event)
+    width = max(1, -(-(end - begin) // MAX_POINTS))
+    points: list[MemoryPoint] = []
+    highest = 0
+    for number, event in enumerate(events[begin:end]):
+        apply(event)
+        if number % width == 0 or points[-1].phase != event[2]:
+            points.append(point(number, event[2]))
+            highest = sum(now.values())
+        elif (total := sum(now.values())) > highest:
+            highest, points[-1] = total, point(number, event[2])
+    return [*points, point(end - begin, "optimizer step")]
+
+
 def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
-    """A combination's row, from what it needs; None where the card cannot run it."""
+    """A combination's row, from what it needs and what the card adds; `needs` is None where the card cannot run it."""
     row = PlanRow(asdict(config.optim), config.optim.combination, gpu.name)
     if needs is None:
         row.error = refusal(config, gpu)
         return row
+    use, costs, workspace_mib = needs.use, needs.costs, workspace_bytes(gpu) / MIB
+
+    def with_workspace(memory: dict[str, float]) -> dict[str, float]:
+        return memory | {"other": memory["other"] + workspace_mib}
+
     row.trainable_params, row.total_params = needs.trainable_params, needs.total_params
-    _note_memory(row, gpu, needs)
-    _note_time(row, gpu, needs.costs)
-    return row
-
-
-def _note_memory(row: PlanRow, gpu: GpuConfig, needs: Needs) -> None:
-    """Memory, with what the card adds: workspaces and context."""
-    use, workspace = needs.use, workspace_bytes(gpu)
-    workspace_mib = workspace / MIB
     row.peak_memory_mib, row.peak_phase = use.peak_mib + workspace_mib, use.phase
-    row.memory_mib = use.at_peak_mib | {"other": use.at_peak_mib["other"] + workspace_mib}
-    row.memory_max_mib = use.max_mib | {"other": use.max_mib["other"] + workspace_mib}
+    row.memory_mib, row.memory_max_mib = with_workspace(use.at_peak_mib), with_workspace(use.max_mib)
     row.breakdown = list(use.breakdown)
     for point in needs.timeline:  # in tenths of a MiB: it is there to be drawn
-        memory = point.memory_mib | {"other": point.memory_mib["other"] + workspace_mib}
-        rounded = {category: round(mib, 1) for category, mib in memory.items()}
+        rounded = {category: round(mib, 1) for category, mib in with_workspace(point.memory_mib).items()}
         row.timeline.append(replace(point, memory_mib=rounded))
     row.context_mib, row.total_memory_mib = gpu.context_mib, gpu.memory_mib
-    if workspace:
+    if workspace_mib:
         row.breakdown.append(MemoryItem("other", "-", workspace_mib, "cuBLAS workspaces"))
-        row.reserved_mib = needs.reserved_mib[workspace]
+        row.reserved_mib = needs.reserved_mib[workspace_bytes(gpu)]
         row.required_mib = row.reserved_mib + gpu.context_mib
         if gpu.memory_mib is not None:
             row.margin_mib = gpu.memory_mib - row.required_mib
             row.fits = row.margin_mib >= 0
-
-
-def _note_time(row: PlanRow, gpu: GpuConfig, costs: RunCosts) -> None:
-    """What the run computes, and its time at the full rate of the card."""
     row.steps, row.samples, row.tokens = costs.steps, costs.samples, costs.tokens
     row.flops, row.bytes_moved = flops_of(costs.operators), bytes_of(costs.operators)
     row.operators = sum(costs.operators.values())
-    row.bound_s = bound_by_resource(costs.operators, gpu)
-    if row.bound_s:
-        row.runtime_s = row.bound_runtime_s = sum(row.bound_s.values())
+    if bound_s := bound_by_resource(costs.operators, gpu):
+        row.bound_s, row.binds = bound_s, max(bound_s, key=bound_s.__getitem__)
+        row.runtime_s = row.bound_runtime_s = sum(bound_s.values())
         row.tokens_per_s = costs.tokens / row.runtime_s
-        row.binds = max(row.bound_s, key=row.bound_s.__getitem__)
+    return row

@@ -12,10 +12,9 @@ from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
 from llama_ft.planning.lengths import Lengths, blank_samples
-from llama_ft.planning.operators import bytes_of, flops_of
+from llama_ft.planning.operators import GIGA, RATES, TERA, bytes_of, flops_of
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import Progress, no_progress, side_by_side
-from llama_ft.planning.roofline import GIGA, RATES, TERA
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlanRow, Table1, Table1Cell, Table1Row
 
