@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
-from llama_ft.planning.gpu_traits import relevant_traits, traits_of, workspace_bytes
+from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import Progress, side_by_side
@@ -49,8 +49,7 @@ class Adviser:
 
     def _for_card(self, gpu: GpuConfig) -> Advice:
         advice = Advice("fit", gpu.name, lines=[self._in_a_line(gpu)])
-        rows = self._usable(gpu)
-        if not rows:
+        if not (rows := self._usable(gpu)):
             return advice
         if best := fastest(rows):
             advice.combination = best.combination
@@ -66,14 +65,14 @@ class Adviser:
         """The smallest card on which something fits."""
         cards = by_size(self.gpus)
         best = [fastest(self._usable(gpu)) for gpu in cards]
-        fitting = [n for n, row in enumerate(best) if row]
-        index = next((n for n in fitting if has_room(best[n])), fitting[0] if fitting else None)
-        advice = self._for_card(cards[-1 if index is None else index])
+        fitting = [index for index, row in enumerate(best) if row]
+        index = next((index for index in fitting if has_room(best[index])), fitting[0] if fitting else -1)
+        advice = self._for_card(cards[index])
         advice.goal = "cheapest_gpu"
-        if index is None:
-            advice.lines.insert(0, f"no known card is large enough; the largest is {cards[-1].name}")
-            return advice
-        advice.lines.insert(0, f"smallest card on which something fits: gpu={cards[index].name}")
+        if fitting:
+            advice.lines.insert(0, f"smallest card on which something fits: gpu={cards[index].name}")
+        else:
+            advice.lines.insert(0, f"no known card is large enough; the largest is {cards[index].name}")
         if index > 0:
             advice.lines.append(f"one card smaller, {self._in_a_line(cards[index - 1])}")
         return advice
@@ -83,8 +82,7 @@ class Adviser:
 
     def _in_a_line(self, gpu: GpuConfig) -> str:
         """The fastest combination on a card, or how much memory is missing for the smallest."""
-        rows = self._usable(gpu)
-        if not rows:
+        if not (rows := self._usable(gpu)):
             return next(f"{gpu.name}: {row.error}" for row in self.rows if row.gpu == gpu.name)
         if best := fastest(rows):
             how = "smallest" if best.runtime_s is None else "fastest"
@@ -108,29 +106,29 @@ class Adviser:
 
     def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""
-        context, longest, size = self.config.model.max_seq_len, self._longest, self.config.training.micro_batch_size
-        # A micro-batch of the size that is planned fits.
-        tokens, samples = self._largest(
-            row, gpu, range(MIN_TOKENS, context + 1), range(size + 1, len(self.lengths) + 1)
+        context, n_samples, size = (
+            self.config.model.max_seq_len,
+            len(self.lengths),
+            self.config.training.micro_batch_size,
         )
+        # A micro-batch of the size that is planned fits.
+        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size + 1, n_samples + 1))
         advice.largest_micro_batch = samples
         beside = f", {size} in a micro-batch" if size > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
         if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
-            if tokens < longest:
+            if tokens < (longest := max(self.lengths)[0]):
                 note = f"; those of this data, of up to {longest}, fit since their prompts are not trained on"
             advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
-        all_of_them = ", all of the data" if samples == len(self.lengths) else ""
-        advice.lines.append(
-            f"largest micro-batch of this data that fits{spared}: training.micro_batch_size={samples}{all_of_them}"
-        )
+        number = f"training.micro_batch_size={samples}{', all of the data' if samples == n_samples else ''}"
+        advice.lines.append(f"largest micro-batch of this data that fits{spared}: {number}")
 
     def _add_changes(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """What would let the smallest combination fit: shorter samples, fewer of them, a larger card."""
-        size = self.config.training.micro_batch_size
-        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, self._longest), range(1, size))
+        size, longest = self.config.training.micro_batch_size, max(self.lengths)[0]
+        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, longest), range(1, size))
         if tokens >= MIN_TOKENS:
             advice.combination, advice.longest_sequence = row.combination, tokens
             advice.lines.append(f"with shorter samples it fits: {_typed(row)} data.max_length={tokens}")
@@ -138,43 +136,37 @@ class Adviser:
             advice.lines.append("no data.max_length is short enough")
         if samples >= 1:
             advice.combination, advice.largest_micro_batch = row.combination, samples
-            advice.lines.append(
-                f"with smaller micro-batches it fits: {_typed(row)} training.micro_batch_size={samples}"
-            )
+            number = f"training.micro_batch_size={samples}"
+            advice.lines.append(f"with smaller micro-batches it fits: {_typed(row)} {number}")
         elif size > 1:
             advice.lines.append("no training.micro_batch_size is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
-
-    @property
-    def _longest(self) -> int:
-        """Tokens of the data's longest sample."""
-        return max(length for length, _ in self.lengths)
 
     def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, samples: range) -> tuple[int, int]:
         """The most tokens of a sample and samples of a micro-batch that fit, each one below its range if none do."""
         limit_mib = gpu.usable_mib or 0.0
         if has_room(row) or not row.fits:
             limit_mib *= 1 - SPARE
-        config = self._config(row)
+        config = replace(self.config, optim=OptimConfig(**row.optim))
         run = config, self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib
         jobs = {
-            "tokens": (with_tokens, *run, tokens, self._longest),
+            "tokens": (with_tokens, *run, tokens, max(self.lengths)[0]),
             "samples": (with_samples, *run, samples, config.training.micro_batch_size),
         }
-        found: dict[str, int] = {}
+        numbers: dict[str, int] = {}
         with self.progress("longest sequence, largest micro-batch", len(jobs)) as advance:
             for name, number in side_by_side(largest, jobs):
-                found[name] = number
+                numbers[name] = number
                 advance(1)
-        return found["tokens"], found["samples"]
+        return numbers["tokens"], numbers["samples"]
 
     def _smallest_card(self, row: PlanRow, gpu: GpuConfig) -> str:
-        """The smallest card that is known on which a combination fits, in a line."""
-        config = self._config(row)
+        """The smallest known card on which a combination fits, in a line."""
+        config = replace(self.config, optim=OptimConfig(**row.optim))
         cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > (gpu.memory_mib or 0)]
         if not cards:
             return "no larger card is known"
-        needs: dict[object, float] = {}
+        needs: dict[tuple[Traits, int], float] = {}
         for card in cards:
             kind = relevant_traits(traits_of(card), config), workspace_bytes(card)
             if refusal(config, card) is None and kind not in needs:
@@ -184,25 +176,18 @@ class Adviser:
                 return f"smallest known card on which {_typed(row)} fits: gpu={card.name} ({need})"
         return f"{_typed(row)} fits no card that is known"
 
-    def _config(self, row: PlanRow) -> PlanConfig:
-        return replace(self.config, optim=OptimConfig(**row.optim))
-
 
 def has_room(row: PlanRow | None) -> bool:
     """Whether a combination fits and leaves enough free to rely on that."""
-    if row is None or not row.fits or row.margin_mib is None:
+    if row is None or not row.fits:
         return False
-    return row.margin_mib >= SPARE * ((row.total_memory_mib or 0) - (row.context_mib or 0))
+    return (row.margin_mib or 0) >= SPARE * ((row.total_memory_mib or 0) - (row.context_mib or 0))
 
 
 def fastest(rows: Sequence[PlanRow]) -> PlanRow | None:
-    """Of the combinations that fit, with room if there are such, the fastest; where no time is known, the smallest.
-
-    None if none fits.
-    """
+    """Of the combinations that fit, with room if there are such, the fastest, or without times the smallest."""
     fitting = [row for row in rows if has_room(row)] or [row for row in rows if row.fits]
-    timed = [row for row in fitting if row.runtime_s is not None]
-    if timed:
+    if timed := [row for row in fitting if row.runtime_s is not None]:
         return min(timed, key=lambda row: (row.runtime_s or 0.0, row.required_mib or 0.0))
     return smallest(fitting) if fitting else None
 

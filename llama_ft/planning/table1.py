@@ -22,16 +22,9 @@ MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
 Memory = dict[str, float]  # MiB by category: each one's own maximum
 Key = tuple[str, int, str]
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """A technique, as it is chosen, and the runs without it and with it."""
-
-    technique: str
-    choice: str
-    without: TrainConfig
-    using: TrainConfig
+Contrast = tuple[
+    str, str, TrainConfig, TrainConfig
+]  # a technique, as it is chosen, and the runs without it and with it
 
 
 @dataclass(frozen=True)
@@ -53,19 +46,19 @@ def table1(
         config: all but techniques and card; `lengths` are its data's.
         rows: of the plan, for this config: the memory of this card's is not found again.
     """
-    all_contrasts, table_rows, failures = contrasts(config), [], []
-    runs = {_key(run): run for each in all_contrasts for run in (each.without, each.using)}
+    equal = equal_lengths(config, lengths)
+    all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
+    runs = {_key(run): run for _, _, *pair in all_contrasts for run in pair}
     refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
     possible = {key: run for key, run in runs.items() if key not in refusals}
     cases = _cases(config, gpu, lengths, possible, rows, progress)
-    for each in all_contrasts:
-        label, keys = LABELS[each.technique], (_key(each.without), _key(each.using))
+    for technique, choice, without, using in all_contrasts:
+        label, keys = LABELS[technique], (_key(without), _key(using))
         if reason := next((refusals[key] for key in keys if key in refusals), None):
-            failures.append(f"{label}, {each.choice}: {reason}")
+            notes.append(f"{label}, {choice}: {reason}")
         else:
-            table_rows.append(Table1Row(each.technique, label, each.choice, cells(*(cases[key] for key in keys))))
-    equal = equal_lengths(config, lengths)
-    return Table1(_baseline(config, gpu, equal), table_rows, [*_notes(config, traits_of(gpu), equal), *failures])
+            table_rows.append(Table1Row(technique, label, choice, _cells(*(cases[key] for key in keys))))
+    return Table1(_baseline(config, gpu, equal), table_rows, notes)
 
 
 def _cases(
@@ -105,27 +98,23 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
     kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
-    masters = config.mp.trainable_weights is Dtype.fp32
+    masters = "fp32 masters" if config.mp.trainable_weights is Dtype.fp32 else "16-bit weights"
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
-    rows = [
-        Contrast("ga", held, run(steps * size), run(ga=True)),
-        Contrast("ga", longer, run(), run(ga=True)),
-        Contrast("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
-        Contrast("mp", f"full fine-tuning, {'fp32 masters' if masters else '16-bit weights'}", run(), run(mp=True)),
-        *(
-            Contrast("mp", f"on LoRA, {text}", run(lora=True), run(frozen=frozen, mp=True, lora=True))
-            for frozen, text in (
-                (Dtype.compute, "frozen weights in 16 bit (mp.frozen_weights=compute)"),
-                (Dtype.fp32, "frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"),
-            )
-        ),
-        Contrast("lora", adapters, run(), run(lora=True)),
+    frozen_16bit = "on LoRA, frozen weights in 16 bit (mp.frozen_weights=compute)"
+    frozen_fp32 = "on LoRA, frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"
+    rows: list[Contrast] = [
+        ("ga", held, run(steps * size), run(ga=True)),
+        ("ga", longer, run(), run(ga=True)),
+        ("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
+        ("mp", f"full fine-tuning, {masters}", run(), run(mp=True)),
+        ("mp", frozen_16bit, run(lora=True), run(frozen=Dtype.compute, mp=True, lora=True)),
+        ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),
+        ("lora", adapters, run(), run(lora=True)),
     ]
-    others = [each for each in TECHNIQUES if each.name not in {row.technique for row in rows}]
-    return rows + [
-        Contrast(each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True})))
-        for each in others
-    ]
+    others = [each for each in TECHNIQUES if each.name not in {row[0] for row in rows}]
+    for each in others:
+        rows.append((each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True}))))
+    return rows
 
 
 def _key(config: TrainConfig) -> Key:
@@ -153,15 +142,22 @@ def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Tra
     return Case(memory, flops_of(costs.operators), bytes_of(costs.operators), costs.steps)
 
 
-def cells(before: Case, after: Case) -> dict[str, Table1Cell]:
-    """A row's cells."""
-    made = {name: _cell(before.memory[name], after.memory[name], "MiB", "") for name in MEMORY}
-    was, is_now = (sum(case.flops.values()) / TERA for case in (before, after))
-    return made | {"computation": _cell(was, is_now, "TFLOP", _computation_note(before, after))}
+def _cells(before: Case, after: Case) -> dict[str, Table1Cell]:
+    """A row's cells; that of computation has a note of what FLOPs alone do not tell."""
 
+    def cell(was: float, is_now: float, unit: str, note: str = "") -> Table1Cell:
+        return Table1Cell(arrow(was, is_now), was, is_now, unit, note)
 
-def _cell(before: float, after: float, unit: str, note: str) -> Table1Cell:
-    return Table1Cell(arrow(before, after), before, after, unit, note)
+    def facts(case: Case) -> dict[str, str]:
+        formats = " and ".join(sorted(RATES.get(dtype, dtype) for dtype in case.flops))
+        moved = f"{case.bytes_moved / GIGA:,.1f}"
+        return {"matrix products in": formats, "optimizer steps": str(case.steps), "GB moved": moved}
+
+    pairs = zip(facts(before).items(), facts(after).values(), strict=True)
+    note = "; ".join(f"{name} {was} → {is_now}" for (name, was), is_now in pairs if was != is_now)
+    tflop_before, tflop_after = (sum(case.flops.values()) / TERA for case in (before, after))
+    memory = {name: cell(before.memory[name], after.memory[name], "MiB") for name in MEMORY}
+    return memory | {"computation": cell(tflop_before, tflop_after, "TFLOP", note)}
 
 
 def arrow(before: float, after: float) -> str:
@@ -169,20 +165,6 @@ def arrow(before: float, after: float) -> str:
     if abs(after - before) <= SAME * abs(before):
         return "–"
     return "↑" if after > before else "↓"
-
-
-def _computation_note(before: Case, after: Case) -> str:
-    """What FLOPs alone do not tell."""
-    pairs = [
-        ("matrix products in", _formats(before), _formats(after)),
-        ("optimizer steps", before.steps, after.steps),
-        ("GB moved", f"{before.bytes_moved / GIGA:,.1f}", f"{after.bytes_moved / GIGA:,.1f}"),
-    ]
-    return "; ".join(f"{name} {a} → {b}" for name, a, b in pairs if a != b)
-
-
-def _formats(case: Case) -> str:
-    return " and ".join(sorted(RATES.get(dtype, dtype) for dtype in case.flops))
 
 
 def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:
