@@ -21,21 +21,15 @@ MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
 
 @dataclass(frozen=True)
 class Adviser:
-    """Advises from a plan's rows, and from further fake runs.
-
-    Args:
-        rows: all combinations on the cards of `gpus`.
-        profiles: every card that is known.
-        time_kind: what the rows' times are, as `PlannedTime` has it.
-    """
+    """Advises from a plan's rows, and from further fake runs."""
 
     config: PlanConfig
-    rows: Sequence[PlanRow]
+    rows: Sequence[PlanRow]  # of all combinations on the cards of `gpus`
     gpus: Sequence[GpuConfig]
-    profiles: Sequence[GpuConfig]
+    profiles: Sequence[GpuConfig]  # all cards that are known
     lengths: Lengths
     progress: Progress
-    time_kind: Literal["bound", "calibrated"] = "bound"
+    time_kind: Literal["bound", "calibrated"] = "bound"  # of the rows' times, as `PlannedTime` has it
 
     def advise(self) -> Advice:
         """The advice that the config's goal asks for."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from llama_ft.measure.memory import Event
 
-ROUNDING = 512
+ROUNDING = 512  # bytes: each block is a multiple of it (kMinBlockSize, CUDACachingAllocator.h)
 SMALL_SIZE = 2**20  # the largest request of the small pool
 SMALL_PAGE, LARGE_PAGE = 2 * 2**20, 20 * 2**20
 

@@ -28,7 +28,7 @@ def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
     """
     if len(gpus) != 1:
         raise UserError("calibrate=DIR holds runs of one device: name its profile with gpu=NAME")
-    (gpu,) = gpus
+    gpu = gpus[0]
     if not folder.is_dir():
         raise UserError(f"calibrate={folder}: there is no such folder")
     files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
@@ -67,14 +67,14 @@ def work_of(run_dir: Path, tokens: int | None, gpu: GpuConfig) -> float:
 
 def calibrate(rows: Sequence[PlanRow], runs: Runs, device: str) -> PlannedTime:
     """Put estimates in place of the rows' bounds; a row gets no time whose dtype none of the runs computed in."""
-    unknown: dict[str, None] = {}
+    unknown: list[str] = []
     for row in rows:
         if row.flops:
             work, dtype = row.bound_runtime_s or sum(row.flops.values()), max(row.flops, key=row.flops.__getitem__)
             row.runtime_s = work / efficiency(runs[dtype]) if dtype in runs else None
             row.tokens_per_s = (row.tokens or 0) / row.runtime_s if row.runtime_s else None
-            if dtype not in runs:
-                unknown[dtype] = None
+            if dtype not in runs and dtype not in unknown:
+                unknown.append(dtype)
     is_share = any(row.bound_runtime_s for row in rows)
     about = [_about(dtype, same, is_share) for dtype, same in runs.items()]
     about += [f"no time where {dtype} is computed in, which no run did" for dtype in unknown]
@@ -99,6 +99,5 @@ def _about(dtype: str, runs: Sequence[tuple[float, float]], is_share: bool) -> s
     if len(runs) == 1:
         return f"{dtype} at {speed} (by one run, so its error is not known)"
     off = errors(runs)
-    mean, worst = fmean(map(abs, off)), max(off, key=abs)
-    error = f"off by {mean:.0%} in the mean and {worst:+.0%} at worst"
+    error = f"off by {fmean(map(abs, off)):.0%} in the mean and {max(off, key=abs):+.0%} at worst"
     return f"{dtype} at {speed} ({len(runs)} runs, each predicted by the others: {error})"

@@ -48,12 +48,7 @@ def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
 
 
 def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
-    """What a run may use: what is free on the real card; less if its profile's card or a limit says so.
-
-    Args:
-        free_mib: MiB free on the real card, when the context is there.
-        device: the real card's name.
-    """
+    """What a run may use: what is free on the device beside the context; less if its profile or a limit says so."""
     gpu, limit = config.gpu, config.measure.memory_limit_mib
     capacity = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
     if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib:
@@ -64,18 +59,14 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
 
 
 def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int) -> str | None:
-    """Why a run would not fit, and what would; None if it fits.
-
-    Args:
-        workspace: bytes of cuBLAS workspaces.
+    """Why a run would not fit beside the bytes of cuBLAS workspaces, and what would; None if it fits.
 
     Raises:
         UserError: if the run cannot begin at all.
     """
     run = fake_run(config, blank_samples(lengths), traits)
     need = reserved_bytes(run.events, workspace) / MIB + capacity.context_mib
-    missing = need - capacity.mib
-    if missing <= 0:
+    if (missing := need - capacity.mib) <= 0:
         return None
     larger = f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu names a card that is large enough"
     hint = larger
@@ -94,14 +85,7 @@ def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits:
 
 
 def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimConfig]:
-    """Other combinations to try, the smallest change first, the smallest need last.
-
-    Args:
-        activations_suffice: whether there are more of them than memory is missing, so that checkpointing may do.
-    """
+    """Other combinations to try, the smallest change first; GC alone may do if more activations than is missing go."""
     first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
-    others: list[OptimConfig] = []
-    for other in (first, optim.switched(mp=True, lora=True, gc=True)):
-        if other != optim and other not in others:
-            others.append(other)
-    return others
+    last = optim.switched(mp=True, lora=True, gc=True)
+    return [other for other in ([first] if first == last else [first, last]) if other != optim]

@@ -43,10 +43,7 @@ class FlashAttentionMemory(TorchDispatchMode):
 def _taken(q: Tensor, k: Tensor) -> list[Tensor]:
     """Tensors of that size. Queries are [B, heads, S, head_dim], keys [B, kv heads, S, head_dim]."""
     n_rows, heads, length, size = q.shape
-    length, size = _rounded(length, ROW_BLOCK), _rounded(size, HEAD_BLOCK if size <= 128 else 2 * HEAD_BLOCK)
+    head_block = HEAD_BLOCK if size <= 128 else 2 * HEAD_BLOCK
+    length, size = -(-length // ROW_BLOCK) * ROW_BLOCK, -(-size // head_block) * head_block
     sums = [torch.empty(n_rows, heads, length), torch.empty(n_rows, heads, length, size)]
     return sums if k.shape[1] == heads else [*sums, torch.empty_like(q), torch.empty_like(q)]
-
-
-def _rounded(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

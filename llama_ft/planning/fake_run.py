@@ -82,9 +82,6 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
     The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
 
-    Args:
-        samples: only their lengths and numbers of targets matter.
-
     Raises:
         UserError: as `fake_step` does.
     """
@@ -106,24 +103,17 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
                     tracker.claim_gradients(give_gradients(step))
                 step(window[-1:])
         events = with_state_made_last(tracker.events, first_step, second_step, last_step)
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in step.model.parameters()]
-    return FakeRun(
-        tracker.result(),
-        events,
-        len(events) - len(tracker.events) + last_step,
-        sum(count for count, trainable in counts if trainable),
-        sum(count for count, _ in counts),
-    )
+        parameters = list(step.model.parameters())
+    last_step += len(events) - len(tracker.events)
+    n_trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return FakeRun(tracker.result(), events, last_step, n_trainable, sum(each.numel() for each in parameters))
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:
     """The events of a real run, whose first step makes the optimizer's state after its backward pass.
 
-    That step is taken to be like the last one.
-
-    Args:
-        first, second, last: index of the first event of a step without a micro-batch, that made the state; of the step
-            after it; of the last one.
+    That step is taken to be like the last one. `first`, `second` and `last` are indices of the first event of a step
+    without a micro-batch, that made the state; of the step after it; of the last one.
     """
     copies: dict[int, Allocation] = {}
     step: list[Event] = []

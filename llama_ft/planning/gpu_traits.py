@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 
 from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, TrainConfig
+from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
-CUDA_ROUNDING = 512  # bytes: each block of the allocator is a multiple of it (kMinBlockSize, CUDACachingAllocator.h)
 # cuBLAS's own memory, from PyTorch's allocator, once for each thread that multiplies: the forward pass's and the
 # backward pass's (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; pytorch/pytorch#89027).
 WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES, N_WORKSPACES = 4096 * 2 * 1024 + 16 * 8 * 1024, 32 * 2**20, 2
@@ -22,7 +22,7 @@ class Traits:
     @property
     def rounding(self) -> int:
         """Bytes whose multiples a storage takes."""
-        return CUDA_ROUNDING if self.on_cuda else 1
+        return ROUNDING if self.on_cuda else 1
 
     def precision(self, config: TrainConfig) -> Precision:
         """The dtypes of a run there.
@@ -77,11 +77,5 @@ def profile_here(gpu: GpuConfig) -> GpuConfig:
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     capability = f"{properties.major}.{properties.minor}"
     free, memory = (n_bytes // 2**20 for n_bytes in torch.cuda.mem_get_info())
-    return replace(
-        gpu,
-        name=properties.name,
-        device=DeviceChoice.cuda,
-        memory_mib=memory,
-        context_mib=memory - free,
-        compute_capability=capability,
-    )
+    sizes = {"memory_mib": memory, "context_mib": memory - free}
+    return replace(gpu, name=properties.name, device=DeviceChoice.cuda, compute_capability=capability, **sizes)

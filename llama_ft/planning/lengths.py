@@ -14,14 +14,11 @@ Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of t
 def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData]:
     """The lengths of the run's samples; without a tokenizer, samples of the longest length that is allowed.
 
-    Args:
-        log: called with lines for people about a download.
-
     Raises:
         UserError: if the data or the tokenizer cannot be read.
     """
     if config.has_lengths:
-        lengths = lengths_of(load_data(config, log).samples)
+        lengths = [(len(sample), sample.n_prompt) for sample in load_data(config, log).samples]
         middle, tokens = median(n for n, _ in lengths), sum(n for n, _ in lengths)
         about = f"{len(lengths):,} samples of {config.data.name}, {tokens:,} tokens (median {middle:g},"
         return lengths, planned_data(config, lengths, f"{about} longest {max(n for n, _ in lengths)})")
@@ -38,11 +35,6 @@ def planned_data(config: PlanConfig, lengths: Lengths, about: str, is_stand_in: 
     """What a plan says of its data; `about` is for people."""
     tokens = [n_tokens for n_tokens, _ in lengths]
     return PlannedData(config.data.name, about, is_stand_in, len(tokens), max(tokens), sum(tokens))
-
-
-def lengths_of(samples: Sequence[Sample]) -> Lengths:
-    """The lengths of samples."""
-    return [(len(sample), sample.n_prompt) for sample in samples]
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:

@@ -44,9 +44,6 @@ def predict(
 ) -> list[PlanRow]:
     """A row for each combination on each card, in this order: cards, then combinations.
 
-    Args:
-        config: all but technique and card; `lengths` are its data's.
-
     Raises:
         UserError: if a combination can run nowhere, as with a LoRA target that there is not.
     """
@@ -88,8 +85,7 @@ def needs_of(
 ) -> list[Needs]:
     """Run combinations on fake tensors; they differ only in techniques which do not change a micro-batch's operators.
 
-    Args:
-        workspaces: bytes of cuBLAS workspaces, for each of which reserved memory is found.
+    Reserved memory is found for each size of `workspaces`, bytes of cuBLAS's.
 
     Raises:
         UserError: if the combinations cannot run on such a card.

@@ -46,8 +46,11 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
     Raises:
         UserError: as `fake_step` does.
     """
-    config, epochs = configs[0], configs[0].training.epochs
-    widths, targets = shapes(config, samples, traits)
+    config, training = configs[0], configs[0].training
+    batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding_of(config, traits))
+    # Other epochs' widths and targets differ where a micro-batch has several samples, and only there.
+    shapes = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
+    widths, targets = [width for width, _ in shapes], [n_targets for _, n_targets in shapes]
     layers = depths(config)
     accumulates = any(each.accumulation_steps > 1 for each in configs)
     steps = [
@@ -55,26 +58,17 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
         step_operators(config, n, knots(widths), knots(targets) if n == min(layers) else [], traits, accumulates)
         for n in layers
     ]
-    tokens = sum(len(sample) for sample in samples)
     costs = []
-    for accumulation in (each.accumulation_steps for each in configs):
-        n_steps = -(-len(widths) // accumulation)
-        epoch_at = [_epoch(step, widths, n_steps) for step in steps]
-        epoch = total(scale(operators, n) for operators, n in zip(epoch_at, layers.values(), strict=True))
-        epoch = total([epoch, _at_knots(steps[0].by_targets, targets)])
-        costs.append(RunCosts(scale(epoch, epochs), n_steps * epochs, len(samples) * epochs, tokens * epochs))
+    for each in configs:
+        n_steps = -(-len(widths) // each.accumulation_steps)
+        parts = [_at_knots(steps[0].by_targets, targets)]
+        for step, share in zip(steps, layers.values(), strict=True):
+            added = scale(step.accumulated, len(widths) - n_steps)
+            epoch = total([_at_knots(step.by_width, widths), added, scale(step.update, n_steps)])
+            parts.append(scale(epoch, share))
+        n_tokens, epochs = sum(len(sample) for sample in samples), training.epochs
+        costs.append(RunCosts(scale(total(parts), epochs), n_steps * epochs, len(samples) * epochs, n_tokens * epochs))
     return costs
-
-
-def shapes(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> tuple[list[int], list[int]]:
-    """Padded widths and numbers of targets of the first epoch's micro-batches.
-
-    Those of other epochs differ where a micro-batch has several samples, and only there.
-    """
-    training = config.training
-    batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding_of(config, traits))
-    pairs = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
-    return [width for width, _ in pairs], [n_targets for _, n_targets in pairs]
 
 
 def depths(config: TrainConfig) -> dict[int, float]:
@@ -86,12 +80,7 @@ def depths(config: TrainConfig) -> dict[int, float]:
 
 
 def step_operators(
-    config: TrainConfig,
-    n_layers: int,
-    widths: Sequence[int],
-    targets: Sequence[int],
-    traits: Traits,
-    accumulates: bool,
+    config: TrainConfig, n_layers: int, widths: Sequence[int], targets: Sequence[int], traits: Traits, accumulates: bool
 ) -> StepOperators:
     """Run steps of these widths, and of these numbers of targets in a micro-batch."""
     size = config.training.micro_batch_size
@@ -152,9 +141,3 @@ def _at_knots(operators: dict[int, Operators], values: Sequence[int]) -> Operato
     """The operators of all values, from those at knots."""
     weights = interpolation_weights(values, list(operators))
     return total(scale(each, weight) for each, weight in zip(operators.values(), weights, strict=True))
-
-
-def _epoch(step: StepOperators, widths: Sequence[int], n_steps: int) -> Operators:
-    """The operators of an epoch whose micro-batches have one target each."""
-    accumulated = scale(step.accumulated, len(widths) - n_steps)
-    return total([_at_knots(step.by_width, widths), accumulated, scale(step.update, n_steps)])

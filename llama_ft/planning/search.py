@@ -17,10 +17,7 @@ from llama_ft.system import MIB
 
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
-    """What a run would reserve on CUDA, from a fake run for its memory alone.
-
-    Args:
-        workspace: bytes of cuBLAS workspaces.
+    """What a run would reserve on CUDA beside the bytes of cuBLAS workspaces, from a fake run for its memory alone.
 
     Raises:
         UserError: if the run cannot begin on such a card.
@@ -55,9 +52,6 @@ def largest(
         vary: changes a run to one with such a number.
         limit_mib: what may be reserved at most.
         step: of the first try above the numbers' start; it doubles while runs fit. Then the range is bisected.
-
-    Raises:
-        UserError: if a run cannot begin.
     """
 
     def is_too_large(number: int) -> bool:
