@@ -148,11 +148,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def out_of_memory_explained(advice: str) -> Iterator[None]:
-    """Say what needs less, where memory runs out inside.
-
-    Raises:
-        UserError: then.
-    """
+    """Raise a UserError that says what needs less, where memory runs out inside."""
     try:
         yield
     except Exception as error:

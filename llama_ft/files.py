@@ -20,10 +20,7 @@ Json = dict[str, Any]  # an object whose keys others choose: a record of the use
 
 
 def read_json(file: Path, holds: str) -> Json:
-    """A JSON object.
-
-    Args:
-        holds: what the file says, for the error if it is not there.
+    """A JSON object; `holds` says for people what a file holds that cannot be read.
 
     Raises:
         UserError: if the file cannot be read, or holds something else.
@@ -128,7 +125,7 @@ def try_lock(file: int | IO[bytes]) -> bool:
     except BlockingIOError:
         return False
     except OSError:  # a file system without locks, such as some network drives: nothing to hold, nothing to wait for
-        return True
+        pass
     return True
 
 
@@ -136,8 +133,7 @@ def try_lock(file: int | IO[bytes]) -> bool:
 def output_folder(output: str | None, kind: str, name: str) -> Iterator[Path]:
     """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
 
-    Args:
-        output: as the user named it; None is a new one, `outputs/KIND/TIME_NAME`.
+    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`.
 
     Raises:
         UserError: if it cannot be made or written into, or another process writes into it.
@@ -150,18 +146,12 @@ def output_folder(output: str | None, kind: str, name: str) -> Iterator[Path]:
         raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
     try:
         with locked(folder):
-            _check_writable(folder)
+            try:  # before anything long begins
+                TemporaryFile(dir=folder).close()
+            except OSError as error:
+                raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
             yield folder
     finally:
         with suppress(OSError):
             for each in made:
                 each.rmdir()  # fails where something is in it
-
-
-def _check_writable(folder: Path) -> None:
-    """Find out before anything long begins."""
-    try:
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error

@@ -99,11 +99,10 @@ class MemoryTracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and note the storages that it made."""
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
-            return out
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor, self._category(func, args))
+        if func is not torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor, self._category(func, args))
         return out
 
     def _at(self, phase: str) -> Callable[..., None]:
@@ -138,8 +137,7 @@ class MemoryTracker(TorchDispatchMode):
         self.events.append((allocation, +1, self._instant))
 
     def _claim_gradient(self, gradient: Tensor) -> None:
-        known = self._live.get(gradient.untyped_storage()._cdata)
-        if known is not None:
+        if (known := self._live.get(gradient.untyped_storage()._cdata)) is not None:
             known[1].category = "gradient"
 
     def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
@@ -158,20 +156,11 @@ class MemoryTracker(TorchDispatchMode):
             most[allocation.category] = max(most[allocation.category], now[allocation.category])
             if total > peak:
                 peak, peak_event, phase = total, number, when
-        alive: dict[Allocation, None] = {}
+        alive: dict[tuple[str, str, str], int] = defaultdict(int)  # bytes at the peak
         for allocation, sign, _ in self.events[: peak_event + 1]:
-            if sign > 0:
-                alive[allocation] = None
-            else:
-                del alive[allocation]
-        breakdown: dict[tuple[str, str, str], int] = defaultdict(int)
-        for allocation in alive:
-            breakdown[allocation.category, str(allocation.dtype).removeprefix("torch."), allocation.item] += (
-                allocation.nbytes
-            )
-        at_peak = {name: sum(b for (c, _, _), b in breakdown.items() if c == name) / MIB for name in CATEGORIES}
-        items = [
-            MemoryItem(category, dtype, nbytes / MIB, item or None)
-            for (category, dtype, item), nbytes in sorted(breakdown.items())
-        ]
+            dtype = str(allocation.dtype).removeprefix("torch.")
+            alive[allocation.category, dtype, allocation.item] += sign * allocation.nbytes
+        parts = sorted((key, nbytes) for key, nbytes in alive.items() if nbytes)
+        at_peak = {name: sum(nbytes for key, nbytes in parts if key[0] == name) / MIB for name in CATEGORIES}
+        items = [MemoryItem(category, dtype, n / MIB, item or None) for (category, dtype, item), n in parts]
         return MemoryUse(peak / MIB, phase, at_peak, {name: most[name] / MIB for name in CATEGORIES}, items)

@@ -62,19 +62,17 @@ def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padd
     size = min(micro_batch_size, len(by_length))
     best: dict[int, tuple[int, int]] = {}  # by width: most targets, and which sample is then the longest one
     others: list[int] = []  # a heap: the most targets that size - 1 of the samples so far have
-    for place, sample in enumerate(by_length):
-        if place >= size - 1:
+    for index, sample in enumerate(by_length):
+        if index >= size - 1:
             width = padding.width(len(sample) - 1)
-            best[width] = max(best.get(width, (0, 0)), (sample.n_targets + sum(others), place))
+            best[width] = max(best.get(width, (0, 0)), (sample.n_targets + sum(others), index))
         if len(others) < size - 1:
             heappush(others, sample.n_targets)
         elif others:
             heappushpop(others, sample.n_targets)
     corners = hull([(width, n_targets) for width, (n_targets, _) in best.items()])
-    places = [best[width][1] for width, _ in corners]
-    return [
-        [by_length[place], *nlargest(size - 1, by_length[:place], key=lambda each: each.n_targets)] for place in places
-    ]
+    longest = [best[width][1] for width, _ in corners]
+    return [[by_length[i], *nlargest(size - 1, by_length[:i], key=lambda each: each.n_targets)] for i in longest]
 
 
 def hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -83,12 +81,10 @@ def hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
     for x, y in sorted(points, reverse=True):
         if corners and y <= corners[-1][1]:
             continue  # another point has as much of both
-        while len(corners) > 1 and not _is_corner(corners[-2], corners[-1], (x, y)):
+        while len(corners) > 1:
+            (right, low), (middle, high) = corners[-2:]
+            if (middle - right) * (y - low) > (high - low) * (x - right):
+                break  # the last corner lies beyond the line between its neighbours
             corners.pop()
         corners.append((x, y))
     return corners
-
-
-def _is_corner(right: tuple[int, int], point: tuple[int, int], left: tuple[int, int]) -> bool:
-    """Whether a point lies beyond the line between two others."""
-    return (point[0] - right[0]) * (left[1] - right[1]) > (point[1] - right[1]) * (left[0] - right[0])

@@ -26,17 +26,14 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:
-    """A record from JSON's types.
-
-    Args:
-        where: the file, and the line in it, for the error.
+    """A record from JSON's types; `where` is the file, and the line in it, for the error.
 
     Raises:
         UserError: naming the first field that is missing or of another type, or another schema version.
     """
-    if isinstance(content, dict) and "schema_version" in content and content["schema_version"] != SCHEMA_VERSION:
-        found = content["schema_version"]
-        raise UserError(f"{where} has schema_version {found}, and this version reads {SCHEMA_VERSION}: run it again")
+    version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
+    if version != SCHEMA_VERSION:
+        raise UserError(f"{where} has schema_version {version}, and this version reads {SCHEMA_VERSION}: run it again")
     try:
         record: R = _adapter(kind).validate_python(content)  # type: ignore[arg-type]
     except ValidationError as error:

@@ -1,7 +1,7 @@
 """`result.json`: what a run leaves behind, however it ends."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -81,9 +81,7 @@ def new_result(config: TrainConfig, command: str) -> Result:
 
 def refused_result(settings: Settings, command: str, error: str) -> Result:
     """The result of a run that never began, since a value in its config is not allowed."""
-    result = _from_settings(settings, command)
-    result.error = error
-    return result
+    return replace(_from_settings(settings, command), error=error)
 
 
 def _from_settings(settings: Settings, command: str) -> Result:
@@ -117,10 +115,6 @@ def read_result(run_dir: Path) -> Result | None:
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
     """Whether a run was on a profile's device: any CPU is `cpu`; a card has its name, as `NVIDIA A100` `a100_40gb`."""
     is_on_cuda = result.peak_memory_reserved_mib is not None
-    model = _letters(re.sub(r"_\d+gb$", "", gpu.lower()))
-    return is_on_cuda == on_cuda and (not on_cuda or model in _letters(result.device or ""))
-
-
-def _letters(name: str) -> str:
-    """A name without what people write differently."""
-    return re.sub(r"[^a-z0-9]", "", name.lower())
+    model = re.sub(r"_\d+gb$", "", gpu.lower())
+    model, device = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (model, result.device or ""))
+    return is_on_cuda == on_cuda and (not on_cuda or model in device)
