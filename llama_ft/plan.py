@@ -29,11 +29,7 @@ USAGE = cli.Usage(
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """What Hydra is told.
-
-    `NAME=both` plans a technique off and on that is not one of the course's three, and a technique that is named leaves
-    one combination.
-    """
+    """What Hydra is told: `NAME=both` goes into `both`, and a technique that is named leaves one combination."""
     short = {f"{each.name}=both": each.name for each in TECHNIQUES if not each.in_course}
     both = [argument for argument in arguments if argument in short]
     names_optim = any(argument.startswith(("optim=", "optim.")) for argument in arguments)
@@ -51,10 +47,7 @@ def main() -> int:
     """Plan what is asked for."""
     config = cli.composed_config("plan", overrides(sys.argv[1:]), PlanConfig)
     console, errors = Console(), Console(stderr=True)
-
-    def log(line: str) -> None:
-        errors.print(line, highlight=False, markup=False, soft_wrap=True, style="dim")
-
+    log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
     from llama_ft.planning.lengths import data_lengths
 

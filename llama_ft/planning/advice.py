@@ -100,11 +100,8 @@ class Adviser:
 
     def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
         """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""
-        context, n_samples, size = (
-            self.config.model.max_seq_len,
-            len(self.lengths),
-            self.config.training.micro_batch_size,
-        )
+        context, size = self.config.model.max_seq_len, self.config.training.micro_batch_size
+        n_samples, (longest, _) = len(self.lengths), max(self.lengths)
         # A micro-batch of the size that is planned fits.
         tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size + 1, n_samples + 1))
         advice.largest_micro_batch = samples
@@ -113,7 +110,7 @@ class Adviser:
         if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
-            if tokens < (longest := max(self.lengths)[0]):
+            if tokens < longest:
                 note = f"; those of this data, of up to {longest}, fit since their prompts are not trained on"
             advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
         number = f"training.micro_batch_size={samples}{', all of the data' if samples == n_samples else ''}"

@@ -35,8 +35,11 @@ class Pool:
     def allocate(self, size: int) -> int:
         """The start of a block of so many bytes, taken from the free ones or from new pages."""
         index = bisect_left(self._free, (size, -1))
-        if index == len(self._free):
-            self._grow(size)
+        if index == len(self._free):  # map pages at the end, as many as it needs beside what is free there
+            missing = size - (self.reserved - self._ends.get(self.reserved, self.reserved))
+            new = -(-missing // self.page) * self.page
+            self.reserved += new
+            self.release(self.reserved - new, new)
             index = bisect_left(self._free, (size, -1))
         if sum(self._free[index]) == self.reserved and index + 1 < len(self._free):
             index += 1  # at the end of what is mapped, it counts as large as it could become
@@ -56,14 +59,6 @@ class Pool:
             self._remove(start + size, length_after)
             size += length_after
         self._add(start, size)
-
-    def _grow(self, size: int) -> None:
-        """Map pages at the end, as many as a request needs beside what is free there."""
-        tail = self._ends.get(self.reserved)
-        missing = size - (self.reserved - tail if tail is not None else 0)
-        new = -(-missing // self.page) * self.page
-        start, self.reserved = self.reserved, self.reserved + new
-        self.release(start, new)
 
     def _add(self, start: int, size: int) -> None:
         insort(self._free, (size, start))

@@ -59,7 +59,7 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
 
 
 def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int) -> str | None:
-    """Why a run would not fit beside the bytes of cuBLAS workspaces, and what would; None if it fits.
+    """Why a run would not fit, the bytes of cuBLAS workspaces too, and what would; None if it fits.
 
     Raises:
         UserError: if the run cannot begin at all.

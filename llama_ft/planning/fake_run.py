@@ -81,9 +81,6 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
     The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
-
-    Raises:
-        UserError: as `fake_step` does.
     """
     padding = padding_of(config, traits)
     hardest = hardest_windows(list(samples), config.training.micro_batch_size, config.accumulation_steps, padding)

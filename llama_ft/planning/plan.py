@@ -27,11 +27,7 @@ def make_plan(
     progress: Progress = no_progress,
     profiles: Sequence[GpuConfig] = (),
 ) -> Plan:
-    """Plan what is asked for.
-
-    Args:
-        command: what the user typed.
-        profiles: all cards that are known, for advice.
+    """Plan what is asked for; `command` is what the user typed, `profiles` all known cards, for advice.
 
     Raises:
         UserError: if what is asked for can run nowhere.

@@ -86,9 +86,6 @@ def needs_of(
     """Run combinations on fake tensors; they differ only in techniques which do not change a micro-batch's operators.
 
     Reserved memory is found for each size of `workspaces`, bytes of cuBLAS's.
-
-    Raises:
-        UserError: if the combinations cannot run on such a card.
     """
     samples, needs = blank_samples(lengths), []
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):

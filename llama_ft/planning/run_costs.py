@@ -41,11 +41,7 @@ class StepOperators:
 
 
 def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits: Traits) -> list[RunCosts]:
-    """The operators of whole runs; they differ only in techniques which do not change those of a micro-batch.
-
-    Raises:
-        UserError: as `fake_step` does.
-    """
+    """The operators of whole runs; they differ only in techniques which do not change those of a micro-batch."""
     config, training = configs[0], configs[0].training
     batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding_of(config, traits))
     # Other epochs' widths and targets differ where a micro-batch has several samples, and only there.
@@ -98,13 +94,13 @@ def step_operators(
         one = {width: count(width) for width in widths}
         per_sample = sorted({min(max(1, round(n / size)), widths[-1]) for n in targets})
         shortest, longest = one[widths[0]], one[widths[-1]]
+        accumulated: Operators = Counter()
+        if accumulates:  # two micro-batches and an update, less twice one with its update, and an update again
+            accumulated = total([count(widths[0], 1, 2), scale(shortest, -2), after])
         return StepOperators(
             {width: subtract(operators, after) for width, operators in one.items()},
             {n * size: subtract(count(widths[-1], n), longest) for n in per_sample},
-            # Two micro-batches and an update, less twice one with its update, and an update again.
-            total([subtract(subtract(count(widths[0], 1, 2), shortest), shortest), after])
-            if accumulates
-            else Counter(),
+            accumulated,
             after,
         )
 
@@ -119,17 +115,15 @@ def _counted(run: Callable[[], object]) -> Operators:
 def knots(values: Sequence[int]) -> list[int]:
     """A few of the values, the smallest and the largest among them, with about as many values between each two."""
     ordered = sorted(values)
-    last = len(ordered) - 1
-    return sorted({ordered[last * index // (N_KNOTS - 1)] for index in range(N_KNOTS)})
+    return sorted({ordered[(len(values) - 1) * index // (N_KNOTS - 1)] for index in range(N_KNOTS)})
 
 
 def interpolation_weights(values: Sequence[int], at: Sequence[int]) -> list[float]:
     """How much of each knot the values are together, by lines between the knots, and beyond the last two."""
+    if len(at) == 1:
+        return [float(len(values))]
     sums = [0.0] * len(at)
     for value in values:
-        if len(at) == 1:
-            sums[0] += 1
-            continue
         left = min(max(bisect_right(at, value) - 1, 0), len(at) - 2)
         share = (value - at[left]) / (at[left + 1] - at[left])
         sums[left] += 1 - share

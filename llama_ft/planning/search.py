@@ -17,11 +17,7 @@ from llama_ft.system import MIB
 
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
-    """What a run would reserve on CUDA beside the bytes of cuBLAS workspaces, from a fake run for its memory alone.
-
-    Raises:
-        UserError: if the run cannot begin on such a card.
-    """
+    """What a run would reserve on CUDA, the bytes of cuBLAS workspaces too, from a fake run for its memory alone."""
     return reserved_bytes(fake_run(config, blank_samples(lengths), traits).events, workspace) / MIB
 
 

@@ -73,8 +73,7 @@ def _key(value: Any, inputs: list[Tensor]) -> Any:
 
 def _recipe(out: Any, inputs: Sequence[Tensor]) -> tuple[Any, Recipe] | None:
     """How to make such outputs again; None if they are not plain tensors on the CPU."""
-    kind = type(out) if isinstance(out, list | tuple) else Tensor
-    outputs = list(out) if isinstance(out, list | tuple) else [out]
+    kind, outputs = (type(out), list(out)) if isinstance(out, list | tuple) else (Tensor, [out])
     if not outputs or not all(isinstance(each, FakeTensor) and each.fake_device.type == "cpu" for each in outputs):
         return None
     recipe: Recipe = []

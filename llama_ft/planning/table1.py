@@ -42,9 +42,7 @@ def table1(
 ) -> Table1:
     """The table for a card. A row that the card cannot run, such as bf16 on one without it, is a note.
 
-    Args:
-        config: all but techniques and card; `lengths` are its data's.
-        rows: of the plan, for this config: the memory of this card's is not found again.
+    Memory that the plan's `rows` have for this card is not found again.
     """
     equal = equal_lengths(config, lengths)
     all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
@@ -131,11 +129,7 @@ def equal_lengths(config: TrainConfig, lengths: Lengths) -> Lengths:
 
 
 def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: Memory | None) -> Case:
-    """A run's memory, unless it is known, at its data's hardest micro-batches, and the computation of equal samples.
-
-    Raises:
-        UserError: as `fake_step` does.
-    """
+    """A run's memory, unless it is known, at its data's hardest micro-batches, and the computation of equal samples."""
     once = replace(config, training=replace(config.training, epochs=1))
     costs = run_costs([once], blank_samples(equal), traits)[0]
     memory = memory or fake_run(config, blank_samples(lengths), traits).use.max_mib
