@@ -58,11 +58,7 @@ def use_kernels_of(gpu: GpuConfig) -> None:
 
 
 def device_of_profile(gpu: GpuConfig) -> torch.device:
-    """The device to run on, with the profile's memory and kernels: on a bigger card it behaves as the profile's.
-
-    Raises:
-        UserError: as `choose_device` does.
-    """
+    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's."""
     device = choose_device(gpu)
     if gpu.usable_mib is not None:
         limit_memory(device, gpu.usable_mib)

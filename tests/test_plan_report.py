@@ -17,9 +17,8 @@ from rich.console import Console
 
 from llama_ft import cli, report
 from llama_ft.config import UserError
-from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row, read_plan_file
-from llama_ft.records.plan import write_plan_file as write_json
+from llama_ft.records import CATEGORIES, write_record
+from llama_ft.records.plan import PLAN_FILE, Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row, read_plan_file
 from llama_ft.reporting import matching
 from llama_ft.reporting.comparison_report import FILES as COMPARISON_FILES
 from llama_ft.reporting.comparison_report import report_comparison
@@ -288,7 +287,7 @@ def sweep_and_plan(tmp_path: Path) -> tuple[Path, Path]:
     write(sweep, "ga_mp_lora", "killed", device="NVIDIA H200")
     planned = {"baseline": 99_960.0, "lora": 20_800.0, "mp": 90_000.0, "ga_mp_lora": 9_000.0, "mp_lora": 9_000.0}
     folder.mkdir()
-    write_json(plan_of([row(name, card, size) for name, size in planned.items()], card), folder)
+    write_record(plan_of([row(name, card, size) for name, size in planned.items()], card), folder / PLAN_FILE)
     return sweep, folder
 
 

@@ -1,6 +1,5 @@
 """What kernels on CUDA keep or take that those of fake CPU tensors do not."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,13 +12,9 @@ ROW_BLOCK, HEAD_BLOCK = 128, 32  # to whose multiples FlashAttention rounds leng
 
 def use_fused_dropout(model: nn.Module) -> None:
     """Keep a mask of one byte a value, as the kernel on CUDA does; on the CPU the mask has the values' dtype."""
-
-    def fused(p: float) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.native_dropout(x, p, True)[0]
-
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p > 0:
-            module.forward = fused(module.p)  # type: ignore[method-assign, assignment]
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
 
 
 class FlashAttentionMemory(TorchDispatchMode):

@@ -59,9 +59,7 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and count it."""
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.prim.device.default or func.is_view:
-            return out
-        if func._overloadpacket not in EMPTY:
+        if func is not torch.ops.prim.device.default and not func.is_view and func._overloadpacket not in EMPTY:
             self._count(func, args, kwargs or {}, out)
         return out
 
@@ -113,11 +111,6 @@ def total(parts: Iterable[Operators]) -> Operators:
         for key, count in part.items():
             summed[key] += count
     return summed
-
-
-def subtract(operators: Operators, others: Operators) -> Operators:
-    """What is left without the others; what they have more of has a negative count."""
-    return total([operators, scale(others, -1)])
 
 
 def flops_of(operators: Operators) -> dict[str, float]:

@@ -15,7 +15,7 @@ from llama_ft.data.collate import epoch_batches
 from llama_ft.data.dataset import Sample
 from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, padding_of, update
 from llama_ft.planning.gpu_traits import Traits
-from llama_ft.planning.operators import OperatorCounter, Operators, scale, subtract, total
+from llama_ft.planning.operators import OperatorCounter, Operators, scale, total
 
 N_KNOTS = 3  # widths, and numbers of targets, at which steps are run
 
@@ -98,8 +98,8 @@ def step_operators(
         if accumulates:  # two micro-batches and an update, less twice one with its update, and an update again
             accumulated = total([count(widths[0], 1, 2), scale(shortest, -2), after])
         return StepOperators(
-            {width: subtract(operators, after) for width, operators in one.items()},
-            {n * size: subtract(count(widths[-1], n), longest) for n in per_sample},
+            {width: total([operators, scale(after, -1)]) for width, operators in one.items()},
+            {n * size: total([count(widths[-1], n), scale(longest, -1)]) for n in per_sample},
             accumulated,
             after,
         )

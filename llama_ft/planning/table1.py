@@ -48,8 +48,19 @@ def table1(
     all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
     runs = {_key(run): run for _, _, *pair in all_contrasts for run in pair}
     refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
-    possible = {key: run for key, run in runs.items() if key not in refusals}
-    cases = _cases(config, gpu, lengths, possible, rows, progress)
+    known = {}
+    if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
+        own = [row for row in rows if row.gpu == gpu.name]
+        known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in own}
+    samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
+    possible = [key for key in runs if key not in refusals]
+    possible.sort(key=lambda key: known.get(key) is not None)  # those that take longest first
+    jobs = {key: (runs[key], samples, equal, traits_of(gpu), known.get(key)) for key in possible}
+    cases: dict[Key, Case] = {}
+    with progress("table 1", len(jobs)) as advance:
+        for key, case in side_by_side(find_case, jobs):
+            cases[key] = case
+            advance(1)
     for technique, choice, without, using in all_contrasts:
         label, keys = LABELS[technique], (_key(without), _key(using))
         if reason := next((refusals[key] for key in keys if key in refusals), None):
@@ -57,30 +68,6 @@ def table1(
         else:
             table_rows.append(Table1Row(technique, label, choice, _cells(*(cases[key] for key in keys))))
     return Table1(_baseline(config, gpu, equal), table_rows, notes)
-
-
-def _cases(
-    config: TrainConfig,
-    gpu: GpuConfig,
-    lengths: Lengths,
-    runs: dict[Key, TrainConfig],
-    rows: Sequence[PlanRow],
-    progress: Progress,
-) -> dict[Key, Case]:
-    """What the runs need and compute."""
-    equal, known = equal_lengths(config, lengths), {}
-    if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
-        own = [row for row in rows if row.gpu == gpu.name]
-        known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in own}
-    samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
-    jobs = {key: (run, samples, equal, traits_of(gpu), known.get(key)) for key, run in runs.items()}
-    longest_first = dict(sorted(jobs.items(), key=lambda job: known.get(job[0]) is not None))
-    cases: dict[Key, Case] = {}
-    with progress("table 1", len(jobs)) as advance:
-        for key, case in side_by_side(find_case, longest_first):
-            cases[key] = case
-            advance(1)
-    return cases
 
 
 def contrasts(config: TrainConfig) -> list[Contrast]:

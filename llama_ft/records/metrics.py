@@ -34,11 +34,7 @@ class StepMetrics:
 
 
 def parse_line(text: bytes | str, where: str) -> StepMetrics:
-    """A step from its line.
-
-    Raises:
-        UserError: if the line is damaged.
-    """
+    """A step from its line; a UserError says that it is damaged."""
     try:
         content = json.loads(text)
     except ValueError:

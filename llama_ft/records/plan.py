@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_ft.config.checks import Settings
-from llama_ft.records import SCHEMA_VERSION, read_record, write_record
+from llama_ft.records import SCHEMA_VERSION, read_record
 from llama_ft.records.result import RESULT_FILE, MemoryItem, Status
 
 PLAN_FILE = "plan.json"
@@ -154,11 +154,6 @@ class Plan:
 def is_plan(folder: Path) -> bool:
     """Whether a folder is a plan's: it has `plan.json`, and no run in it or below it."""
     return (folder / PLAN_FILE).is_file() and next(folder.rglob(RESULT_FILE), None) is None
-
-
-def write_plan_file(plan: Plan, folder: Path) -> None:
-    """Write `plan.json` atomically."""
-    write_record(plan, folder / PLAN_FILE)
 
 
 def read_plan_file(folder: Path) -> Plan:

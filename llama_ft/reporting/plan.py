@@ -7,7 +7,8 @@ from rich.text import Text
 
 from llama_ft.config import UserError
 from llama_ft.files import write_text
-from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file, write_plan_file
+from llama_ft.records import write_record
+from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file
 from llama_ft.reporting.plan_tables import advice_title, tables_of
 from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
 
@@ -24,7 +25,7 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
         text += [f"### {advice_title(plan.advice)}", "", *(f"- {line}" for line in plan.advice.lines), ""]
     try:
         if with_json:
-            write_plan_file(plan, folder)
+            write_record(plan, folder / PLAN_FILE)
         write_text(folder / "plan.md", "\n".join([*text, f"`{plan.command}`", ""]))
         leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
         write_text(folder / "plan.csv", csv_text(*record_table(plan.rows, leading)))
