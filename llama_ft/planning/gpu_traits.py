@@ -75,7 +75,6 @@ def profile_here(gpu: GpuConfig) -> GpuConfig:
     if not torch.cuda.is_available():
         return replace(gpu, name="cpu", device=DeviceChoice.cpu)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    capability = f"{properties.major}.{properties.minor}"
+    card = replace(gpu, device=DeviceChoice.cuda, compute_capability=f"{properties.major}.{properties.minor}")
     free, memory = (n_bytes // 2**20 for n_bytes in torch.cuda.mem_get_info())
-    sizes = {"memory_mib": memory, "context_mib": memory - free}
-    return replace(gpu, name=properties.name, device=DeviceChoice.cuda, compute_capability=capability, **sizes)
+    return replace(card, name=properties.name, memory_mib=memory, context_mib=memory - free)

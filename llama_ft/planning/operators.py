@@ -101,7 +101,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
 
 def scale(operators: Operators, factor: float) -> Operators:
     """The same operators, so many times as often; a fraction where it is an average."""
-    return Counter({key: count * factor for key, count in operators.items()})  # type: ignore[misc]
+    return Counter({key: count * factor for key, count in operators.items()})
 
 
 def total(parts: Iterable[Operators]) -> Operators:
