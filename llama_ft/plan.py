@@ -78,7 +78,7 @@ def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
 def known_gpus() -> list[GpuConfig]:
     """The profiles of all cards, smallest first."""
     profiles = [preset("gpu", file.stem, GpuConfig) for file in sorted((config_dir() / "gpu").glob("*.yaml"))]
-    cards = [profile for profile in profiles if profile.device is DeviceChoice.cuda]
+    cards = (profile for profile in profiles if profile.device is DeviceChoice.cuda)
     return sorted(cards, key=lambda card: card.memory_mib or 0)
 
 

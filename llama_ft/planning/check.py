@@ -59,7 +59,7 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
 
 
 def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int) -> str | None:
-    """Why a run would not fit, the bytes of cuBLAS workspaces too, and what would; None if it fits.
+    """Why a run would not fit, with so many bytes of cuBLAS workspaces, and what would; None if it fits.
 
     Raises:
         UserError: if the run cannot begin at all.
@@ -88,4 +88,5 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
     """Other combinations to try, the smallest change first; GC alone may do if more activations than is missing go."""
     first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
     last = optim.switched(mp=True, lora=True, gc=True)
-    return [other for other in ([first] if first == last else [first, last]) if other != optim]
+    others = [first] if first == last else [first, last]
+    return [other for other in others if other != optim]

@@ -83,7 +83,7 @@ def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
 def needs_of(
     configs: Sequence[TrainConfig], lengths: Lengths, traits: Traits, workspaces: Sequence[int]
 ) -> list[Needs]:
-    """Run combinations on fake tensors; they differ only in techniques which do not change a micro-batch's operators."""
+    """Fake runs of combinations that differ only in techniques which do not change a micro-batch's operators."""
     samples, needs = blank_samples(lengths), []
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):
         run = fake_run(config, samples, traits)

@@ -17,7 +17,7 @@ from llama_ft.system import MIB
 
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
-    """What a run would reserve on CUDA, the bytes of cuBLAS workspaces too, from a fake run for its memory alone."""
+    """What a run would reserve on CUDA, with so many bytes of cuBLAS workspaces, from a fake run for its memory."""
     return reserved_bytes(fake_run(config, blank_samples(lengths), traits).events, workspace) / MIB
 
 

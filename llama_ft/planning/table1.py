@@ -20,18 +20,16 @@ from llama_ft.records.plan import PlanRow, Table1, Table1Cell, Table1Row
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
-Memory = dict[str, float]  # MiB by category: each one's own maximum
 Key = tuple[str, int, str]
-Contrast = tuple[
-    str, str, TrainConfig, TrainConfig
-]  # a technique, as it is chosen, and the runs without it and with it
+# A technique, as it is chosen, and the runs without it and with it.
+Contrast = tuple[str, str, TrainConfig, TrainConfig]
 
 
 @dataclass(frozen=True)
 class Case:
     """What a run needs and computes."""
 
-    memory: Memory
+    memory: dict[str, float]  # MiB by category: each one's own maximum
     flops: dict[str, float]  # by dtype, of the samples of equal length
     bytes_moved: float
     steps: int  # optimizer steps for them
@@ -115,7 +113,9 @@ def equal_lengths(config: TrainConfig, lengths: Lengths) -> Lengths:
     return [longest] * (config.ga.steps * config.training.micro_batch_size)
 
 
-def find_case(config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: Memory | None) -> Case:
+def find_case(
+    config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: dict[str, float] | None
+) -> Case:
     """A run's memory, unless it is known, at its data's hardest micro-batches, and the computation of equal samples."""
     once = replace(config, training=replace(config.training, epochs=1))
     costs = run_costs([once], blank_samples(equal), traits)[0]
