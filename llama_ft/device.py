@@ -88,17 +88,16 @@ class Stopwatch:
 
     def start(self) -> None:
         """Begin a part."""
-        self._synchronize()
-        self._start = time.perf_counter()
+        self._start = self._now()
 
     def stop(self) -> None:
         """End the part."""
-        self._synchronize()
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += self._now() - self._start
 
-    def _synchronize(self) -> None:
+    def _now(self) -> float:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
 
 def memory_in_use_mib(device: torch.device) -> float:

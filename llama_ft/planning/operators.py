@@ -64,13 +64,11 @@ class OperatorCounter(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        packet = func._overloadpacket
+        packet, flops = func._overloadpacket, 0.0
         if packet in ATTENTION:
             flops = ATTENTION[packet](*args, **kwargs)
         elif packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-        else:
-            flops = 0.0
         outputs = _tensors(out) or _tensors(_written(func, args))
         inputs = [] if packet in GATHERING else _tensors((args, kwargs))
         held = {tensor.untyped_storage()._cdata for tensor in inputs}
