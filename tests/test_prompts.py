@@ -88,7 +88,7 @@ def write_lines(file: Path, *records: Any) -> Path:
 
 
 RECORDS: list[dict[str, Any]] = [
-    {"prompt": "Hello", "id": 7},
+    {"prompt": "Hello", "id": 7, "answers": ["of the record"]},
     {"instruction": "Sum up.", "input": "One and one.", "output": "2", "task": "ü\u2028", "score": 0.1},
     {"instruction": "Go on.", "input": None},
     {"prompt": " ", "instruction": None, "nested": {"a": [1, None]}},
@@ -220,16 +220,17 @@ def test_lines_are_the_records_with_their_answers_in_their_order(tmp_path: Path)
 def test_several_answers_are_lists(tmp_path: Path) -> None:
     decoding = DecodingConfig(sample=True, num_return_sequences=2)
     config = settings(tmp_path, decoding=decoding, compare=True, base="random")
-    answered(config, Counting(n_answers=2), RECORDS[:1])
+    answered(config, Counting(n_answers=2), RECORDS[1:2])
+    prompt = prompt_of(RECORDS[1])
     (line,) = lines_of(tmp_path / "a.jsonl")
-    assert line == RECORDS[0] | {
-        "answers": ["model 0 to Hello\n\u2028ü", "model 1 to Hello\n\u2028ü"],
-        "base_answers": ["base 0 to Hello\n\u2028ü", "base 1 to Hello\n\u2028ü"],
+    assert line == RECORDS[1] | {
+        "answers": [f"model 0 to {prompt}\n\u2028ü", f"model 1 to {prompt}\n\u2028ü"],
+        "base_answers": [f"base 0 to {prompt}\n\u2028ü", f"base 1 to {prompt}\n\u2028ü"],
         "finish": ["eos", "eos"],
         "n_tokens": [0, 1],
-        "settings_hash": settings_hash(config, "float32", prompts_of(RECORDS[:1])),
+        "settings_hash": settings_hash(config, "float32", prompts_of(RECORDS[1:2])),
     }
-    assert line.keys() - RECORDS[0].keys() == answer_keys(config)
+    assert line.keys() - RECORDS[1].keys() == answer_keys(config)
 
 
 def test_without_a_file_lines_are_printed_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

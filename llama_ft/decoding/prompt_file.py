@@ -59,7 +59,7 @@ class Lines:
 
 
 @contextmanager
-def lines_of_file(file: Path, made_with: str, n_prompts: int) -> Iterator[Lines]:
+def lines_of_file(name: str, made_with: str, n_prompts: int, n_answers: int) -> Iterator[Lines]:
     """Open a file, to go on from its last whole line. One process at a time writes into it; an empty one is removed.
 
     Args:
@@ -68,6 +68,7 @@ def lines_of_file(file: Path, made_with: str, n_prompts: int) -> Iterator[Lines]
     Raises:
         UserError: if it cannot be written, another process writes into it, or it is of other prompts or settings.
     """
+    file = Path(os.path.expanduser(name))
     if file.exists() and not file.is_file():
         raise UserError(f"output={file}: it must be a file")
     with _explained(file):
@@ -85,7 +86,7 @@ def lines_of_file(file: Path, made_with: str, n_prompts: int) -> Iterator[Lines]
             raise UserError(f"output={file}: another process is writing into it")
         lines, (*whole, rest) = Lines(write), file.read_bytes().split(b"\n")
         for line in whole:
-            texts = texts_of_line(line, made_with)
+            texts = texts_of_line(line, n_answers, made_with)
             if texts is None or len(whole) > n_prompts:
                 reason = f"output={file} was made with other prompts or settings"
                 raise UserError(f"{reason}: name another output, or remove that one")
@@ -124,7 +125,7 @@ def answer_prompts(
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
         if config.output is None:
             return nullcontext(Lines(ignore if suffix else partial(print, end="", flush=True)))
-        return lines_of_file(Path(os.path.expanduser(config.output + suffix)), made_with, len(prompts))
+        return lines_of_file(config.output + suffix, made_with, len(prompts), config.decoding.num_return_sequences)
 
     def fill(lines: Lines, is_base: bool, base_texts: Sequence[list[str]] | None = None) -> None:
         if not (rest := prompts[len(lines.texts) :]):

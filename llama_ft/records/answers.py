@@ -44,13 +44,13 @@ class AnsweredPrompt:
         return values | {"settings_hash": self.settings_hash}
 
 
-def texts_of_line(line: bytes, settings_hash: str) -> list[str] | None:
+def texts_of_line(line: bytes, n_answers: int, settings_hash: str) -> list[str] | None:
     """The answers' texts in a line that was written with these settings; None if it is another one."""
     try:
         content = json.loads(line)
         if content["settings_hash"] != settings_hash:
             return None
-        return list(content["answers"]) if "answers" in content else [str(content["answer"])]
+        return list(content["answers"]) if n_answers > 1 else [str(content["answer"])]
     except (ValueError, TypeError, KeyError):
         return None
 
