@@ -13,14 +13,14 @@ from llama_ft import cli
 from llama_ft.config import EvaluateConfig, UserError
 from llama_ft.files import output_folder, write_text
 from llama_ft.records import write_record
-from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
+from llama_ft.records.answers import AnsweredRecord
+from llama_ft.records.evaluation import EvaluatedText, Evaluation
+from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.reporting.table import print_table
+from llama_ft.reporting.table import markdown, print_table
 
 if TYPE_CHECKING:
-    from llama_ft.evaluation.measures import EvalInputs
-    from llama_ft.records.answers import AnsweredRecord
-    from llama_ft.records.evaluation import Evaluation
+    from llama_ft.evaluation.measures import EvalInputs, Measured
 
 USAGE = cli.Usage(
     "evaluate",
@@ -45,16 +45,30 @@ def main() -> int:
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     inputs = load_inputs(config, log)
     from llama_ft.device import compute_dtype, device_name, device_of_profile, out_of_memory_explained, versions
-    from llama_ft.evaluation.models import measure_models
-    from llama_ft.evaluation.results import answered_records, evaluation
+    from llama_ft.evaluation.measures import measure_models
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
         with out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
-        dtype_name = str(dtype).removeprefix("torch.")
-        result = evaluation(config, inputs, measured, device_name(device), dtype_name, versions(), cli.command_line())
+        text = None
+        if inputs.text is not None:
+            size = inputs.text.n_bytes, len(inputs.text.tokens) - 1
+            text = EvaluatedText(str(inputs.text.file), *size, config.window_tokens, config.stride_tokens)
+        result = Evaluation(
+            model=config.model.name,
+            data=inputs.data.about,
+            text=text,
+            max_new_tokens=config.max_new_tokens,
+            models=[each.model for each in measured],
+            majority=inputs.data.majority if config.exact_match else None,
+            settings=config.to_dict(),
+            device=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            versions=versions(),
+            command=cli.command_line(),
+        )
         report(result, answered_records(inputs, measured) if config.exact_match else [], folder, console)
     return 0
 
@@ -72,7 +86,16 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
     return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 
 
-def report(result: "Evaluation", answered: "list[AnsweredRecord]", folder: Path, console: Console) -> None:
+def answered_records(inputs: "EvalInputs", measured: "list[Measured]") -> list[AnsweredRecord]:
+    """Each record with the answers to it, as they came, and whether they are correct."""
+    answered = []
+    for index, record in enumerate(inputs.data.records):
+        answers = {each.model.role: (each.answers[index].text, each.correct[index]) for each in measured}
+        answered.append(AnsweredRecord(record.instruction, record.input, record.task, record.output, answers))
+    return answered
+
+
+def report(result: Evaluation, answered: list[AnsweredRecord], folder: Path, console: Console) -> None:
     """Print the table, and write it, the numbers and the answers."""
     table = evaluation_table(result)
     names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answered else [TABLE_FILE, JSON_FILE]
@@ -81,7 +104,7 @@ def report(result: "Evaluation", answered: "list[AnsweredRecord]", folder: Path,
             write_text(folder / ANSWERS_FILE, "".join(record.line() for record in answered))
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
-        write_text(folder / TABLE_FILE, evaluation_markdown(table))
+        write_text(folder / TABLE_FILE, markdown(table))
         write_record(result, folder / JSON_FILE)  # last: where it is, all is
     except OSError as error:
         raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
