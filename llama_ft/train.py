@@ -28,7 +28,7 @@ from llama_ft.records.result import (
     write_result,
 )
 from llama_ft.reporting.progress import RunProgress, ending
-from llama_ft.reporting.sweep import FILES, report_sweep
+from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.system import may_have_gpu
 from llama_ft.tracking import Tracker, start_tracker, track_sweep
@@ -167,7 +167,7 @@ class TrainCommand:
             raise
         if self.sweep_dir is not None:
             groups = report_sweep(self.sweep_dir, self.console)
-            track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.log)
+            track_sweep(self.tracker, self.sweep_dir, records(groups), SWEEP_FILES, self.log)
         failed = {name: result for name, result in self.results.items() if result.status not in FINISHED}
         if failed and self.sweep_dir is None:
             print(ending(*failed.values()), file=sys.stderr)

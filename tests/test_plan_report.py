@@ -20,9 +20,8 @@ from llama_ft.config import UserError
 from llama_ft.records import CATEGORIES, write_record
 from llama_ft.records.plan import PLAN_FILE, Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row, read_plan_file
 from llama_ft.reporting import matching
-from llama_ft.reporting.comparison_report import FILES as COMPARISON_FILES
-from llama_ft.reporting.comparison_report import report_comparison
-from llama_ft.reporting.plan import FILES, SHOWN, print_plan, report_plan, write_plan
+from llama_ft.reporting.comparison_report import FILES, report_comparison
+from llama_ft.reporting.reports import PLAN_FILES, PLAN_REPORT, print_plan, report_plan, write_plan
 from llama_ft.reporting.results import read_groups
 
 A100 = gpu("a100_40gb")
@@ -53,7 +52,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_all_files_are_written_and_the_plan_is_read_as_it_was(written: Path) -> None:
-    assert sorted(file.name for file in written.iterdir()) == sorted(FILES)
+    assert sorted(file.name for file in written.iterdir()) == sorted(PLAN_FILES)
     with Image.open(written / "plan.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 20
     assert read_plan_file(written) == one_card()
@@ -407,12 +406,12 @@ def test_the_command_tells_plans_from_sweeps(
     sweep, folder = sweep_and_plan
     for order in ((sweep, folder), (folder, sweep)):
         assert reported(*order) == 0
-        written = f"Written: {', '.join(COMPARISON_FILES)} in {folder}"
+        written = f"Written: {', '.join(FILES)} in {folder}"
         assert written in capsys.readouterr().out.replace("\n", "")
     assert reported(sweep, sweep) == 0
-    assert f"Written: {', '.join(COMPARISON_FILES)} in {sweep}" in capsys.readouterr().out.replace("\n", "")
+    assert f"Written: {', '.join(FILES)} in {sweep}" in capsys.readouterr().out.replace("\n", "")
     assert reported(folder) == 0
-    assert f"Written: {', '.join(SHOWN)} in {folder}" in capsys.readouterr().out
+    assert f"Written: {', '.join(PLAN_REPORT)} in {folder}" in capsys.readouterr().out
     with pytest.raises(UserError, match="are plans"):
         reported(folder, folder)
     for folders in ((folder,), (sweep, folder)):

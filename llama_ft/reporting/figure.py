@@ -49,7 +49,12 @@ def drawing() -> Iterator[None]:
 
 def group_panels(group: Group) -> list[Panel]:
     """Memory and runtime of a group."""
-    return [partial(memory_panel, group=group), partial(runtime_panel, results=group.results)]
+    return [partial(memory_panel, group=group), runtime_panel(group)]
+
+
+def runtime_panel(group: Group, xlabel: str = "runtime, s") -> Panel:
+    """Runtimes as bars."""
+    return partial(bars, sides=[(group.results, RUNTIME_COLOUR, None)], key="runtime_s", xlabel=xlabel)
 
 
 def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
@@ -142,11 +147,6 @@ def memory_panel(
     annotate(axes, results, key)
     finish(axes, results, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
     axes.set_title(title, loc="left", fontsize=11)
-
-
-def runtime_panel(axes: Axes, results: list[Result], xlabel: str = "runtime, s") -> None:
-    """Runtimes as bars."""
-    bars(axes, [(results, RUNTIME_COLOUR, None)], "runtime_s", xlabel)
 
 
 def bars(axes: Axes, sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str) -> None:

@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +22,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-UNESCAPED, BAR = re.compile(r"(?<!\\)\|"), r"\\|"  # in a cell of Markdown
+ESCAPED = r"\|"  # in a cell of Markdown
 NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -124,7 +123,7 @@ def print_notes(lines: list[str], console: Console) -> None:
 def markdown(table: Table) -> str:
     """A table with its title and notes, for a file such as `table2.md`."""
     lines = [[name.strip(), *cells] for name, cells in (*table.head, *table.rows)]
-    rows = [f"| {' | '.join(re.sub(UNESCAPED, BAR, cell) for cell in line)} |" for line in lines]
+    rows = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in line)} |" for line in lines]
     rule = "|---|" + "---:|" * len(table.head[0][1])
     return "\n".join(
         [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]
