@@ -1,5 +1,6 @@
 """`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,9 +12,8 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import EvaluateConfig, UserError
-from llama_ft.files import output_folder, write_text
+from llama_ft.files import Json, output_folder, write_text
 from llama_ft.records import write_record
-from llama_ft.records.answers import AnsweredRecord
 from llama_ft.records.evaluation import EvaluatedText, Evaluation
 from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
@@ -61,7 +61,7 @@ def main() -> int:
             data=inputs.data.about,
             text=text,
             max_new_tokens=config.max_new_tokens,
-            models=[each.model for each in measured],
+            models=[model for model, _ in measured],
             majority=inputs.data.majority if config.exact_match else None,
             settings=config.to_dict(),
             device=device_name(device),
@@ -69,7 +69,7 @@ def main() -> int:
             versions=versions(),
             command=cli.command_line(),
         )
-        report(result, answered_records(inputs, measured) if config.exact_match else [], folder, console)
+        report(result, answer_lines(inputs, measured) if config.exact_match else "", folder, console)
     return 0
 
 
@@ -86,22 +86,28 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
     return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 
 
-def answered_records(inputs: "EvalInputs", measured: "list[Measured]") -> list[AnsweredRecord]:
-    """Each record with the answers to it, as they came, and whether they are correct."""
-    answered = []
+def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:
+    """`answers.jsonl`: each record with the answers to it, as they came, and whether they are correct."""
+    from llama_ft.evaluation.records import matches
+
+    lines = []
     for index, record in enumerate(inputs.data.records):
-        answers = {each.model.role: (each.answers[index].text, each.correct[index]) for each in measured}
-        answered.append(AnsweredRecord(record.instruction, record.input, record.task, record.output, answers))
-    return answered
+        line: Json = {"instruction": record.instruction, "input": record.input, "task": record.task}
+        line["expected"] = record.output
+        for model, answers in measured:
+            text = answers[index].text
+            line |= {f"{model.role}_answer": text, f"{model.role}_correct": matches(text, record.output)}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
 
 
-def report(result: Evaluation, answered: list[AnsweredRecord], folder: Path, console: Console) -> None:
+def report(result: Evaluation, answers: str, folder: Path, console: Console) -> None:
     """Print the table, and write it, the numbers and the answers."""
     table = evaluation_table(result)
-    names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answered else [TABLE_FILE, JSON_FILE]
+    names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answers else [TABLE_FILE, JSON_FILE]
     try:
-        if answered:
-            write_text(folder / ANSWERS_FILE, "".join(record.line() for record in answered))
+        if answers:
+            write_text(folder / ANSWERS_FILE, answers)
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
         write_text(folder / TABLE_FILE, markdown(table))

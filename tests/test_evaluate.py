@@ -172,7 +172,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tokenizer: Tokenizer) -> None:
     """Every target token weighs the same, however long the answer that it is in."""
-    samples = [record.sample for record in evaluation_set(tokenizer, max_samples=12).records]
+    samples = evaluation_set(tokenizer, max_samples=12).samples
     samples = [sample for sample in samples if len(sample) <= SMALL.max_seq_len]
     hf, total = reference(model), 0.0
     for sample in samples:
@@ -225,8 +225,7 @@ def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "a | b": "no no",
         NO_TASK: ("much " * 100).strip(),
     }
-    assert [len(record.sample) for record in found.records][-1] == SMALL.max_seq_len
-    assert found.records[3].prompt == prompt_text("Write it twice.", "a longer word than that")
+    assert len(found.samples[-1]) == SMALL.max_seq_len
     with pytest.raises(UserError, match="no prompt leaves room for an answer"):
         evaluation_set(tokenizer, data={"path": str(records_file(tmp_path, [long]))})
     with pytest.raises(UserError, match="there are no records"):
@@ -314,9 +313,7 @@ def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], to
         ("base", str(weights), None),
         ("fine_tuned", str(weights), str(adapter)),
     ]
-    samples = [
-        record.sample for record in evaluation_set(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).records
-    ]
+    samples = evaluation_set(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).samples
     windows = text_windows(tokenizer.encode((tmp_path / "book.txt").read_text(), bos=True), 100, 50)
     truths = [make_model(SMALL), make_model(SMALL)]
     load_adapter(truths[1], adapter)

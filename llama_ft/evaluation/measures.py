@@ -10,6 +10,7 @@ import torch
 
 from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
+from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
@@ -21,6 +22,7 @@ from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPe
 from llama_ft.techniques.mixed_precision import Precision
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
+Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,10 @@ class EvalInputs:
     text: Text | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One model's figures, and its answers, if they were asked for."""
-
-    model: EvaluatedModel
-    answers: list[Answer]
-    correct: list[bool]
-
-
 def measure_models(
     config: EvaluateConfig, inputs: EvalInputs, device: torch.device, dtype: torch.dtype, progress: Progress, log: Log
 ) -> list[Measured]:
-    """The model, or base and fine-tuned, in this order; one of them is in memory at a time.
+    """The model's figures and answers, or base's and fine-tuned's, in this order; one is in memory at a time.
 
     Weights or adapter that are not this model's, or give no finite numbers, are a UserError.
     """
@@ -66,7 +59,7 @@ def measure_models(
 
 
 def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role: Role, progress: Progress) -> Measured:
-    """Perplexity of the responses and of the text, if there is one; answers, if they are asked for.
+    """Perplexity of the responses and of the text, if there is one; exact match and answers, if they are asked for.
 
     The model is in evaluation mode. Losses or logits that are not finite are a UserError.
     """
@@ -74,13 +67,12 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     weight, records = model.output.weight, inputs.data.records
     padding = Padding(Precision(weight.device.type, weight.dtype).pad_multiple, config.model.max_seq_len)
     with progress("perplexity of the responses", len(records)) as advance:
-        responses = perplexity(model, [record.sample for record in records], config.batch_size, padding, advance)
+        responses = perplexity(model, inputs.data.samples, config.batch_size, padding, advance)
     text = _text_perplexity(model, inputs.text, config, padding, progress) if inputs.text is not None else None
     answers: list[Answer] = []
-    correct: list[bool] = []
     exact_match = None
     if config.exact_match:
-        prompts = [record.prompt for record in records]
+        prompts = [prompt_text(record.instruction, record.input) for record in records]
         with progress("answers", len(prompts)) as advance:
             answers = greedy_answers(
                 model, inputs.tokenizer, prompts, config.max_new_tokens, config.batch_size, config.kv_cache, advance
@@ -92,7 +84,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     checkpoint = str((is_base and config.base) or config.checkpoint)
     adapter = None if is_base else config.adapter
     runtime = time.monotonic() - began
-    return Measured(EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers, correct)
+    return EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers
 
 
 def _text_perplexity(

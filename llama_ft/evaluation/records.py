@@ -15,24 +15,13 @@ HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
 NO_TASK = "no task"  # of records that name none
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalRecord(Record):
-    """A record to be answered, with its task."""
-
-    sample: Sample  # cut to the longest length allowed
-
-    @property
-    def prompt(self) -> str:
-        """What the model is given."""
-        return prompt_text(self.instruction, self.input)
-
-
 @dataclass(frozen=True)
 class EvaluationSet:
     """What a model is asked, and how far one would get that knew only the task."""
 
     about: EvaluatedRecords
-    records: list[EvalRecord]
+    records: list[Record]
+    samples: list[Sample]  # the records', cut to the longest length allowed
     majority: Majority
 
 
@@ -45,13 +34,14 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     file = HELD_OUT if builtin else records_file(config.data, log)
     read, n_skipped = _read(file, config.data)
     read = read[: config.max_samples]
-    records, n_truncated = [], 0
+    records, samples, n_truncated = list[Record](), list[Sample](), 0
     for record in read:
         whole = encode_record(record, tokenizer)
         sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
-        eval_record = EvalRecord(**vars(record), sample=sample)
-        if sample.n_targets > 0 and len(tokenizer.encode(eval_record.prompt, bos=True)) < config.model.max_seq_len:
-            records.append(eval_record)
+        prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
+        if sample.n_targets > 0 and len(prompt) < config.model.max_seq_len:
+            records.append(record)
+            samples.append(sample)
             n_truncated += len(sample) < len(whole)
     if not records:
         reason = "no prompt leaves room for an answer" if read else "there are no records"
@@ -65,10 +55,9 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
         truncated=n_truncated,
         dropped=len(read) - len(records),
     )
-    known: Sequence[Record] = records
-    if builtin:
-        known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
-    return EvaluationSet(about, records, majority_of(records, known, "training split" if builtin else "same records"))
+    known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None)) if builtin else (records, 0)
+    majority = majority_of(records, known, "training split" if builtin else "same records")
+    return EvaluationSet(about, records, samples, majority)
 
 
 def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -> Majority:

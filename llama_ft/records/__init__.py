@@ -20,9 +20,7 @@ CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 R = TypeVar("R")
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)  # making one takes milliseconds
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:
