@@ -102,6 +102,11 @@ class Advice:
     largest_micro_batch: int | None = None  # samples of this data
     lines: list[str] = field(default_factory=list)  # for people
 
+    @property
+    def title(self) -> str:
+        """What was asked for."""
+        return f"goal={self.goal}" + (f", gpu={self.gpu}" if self.gpu else "")
+
 
 @dataclass(frozen=True)
 class PlannedData:

@@ -93,27 +93,22 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
             "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
             "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
             "is_of_sweeps": is_of_sweeps,
+            "legend": dict(zip(sides, SIDE_COLOURS, strict=True)),
             "marks": _marks(comparison) if is_of_sweeps else {},
             "losses": _losses(comparison, metrics) if is_of_sweeps else {},
         }
         sections.append(section)
 
-    def side_colours(names: tuple[str, str]) -> dict[str, str]:
-        return dict(zip(names, SIDE_COLOURS, strict=True))
-
-    values = {"names": names, "about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
-    return render("comparison.html.jinja", title=title, side_colours=side_colours, **values)
+    values = {"about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
+    return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLOURS, strict=True)), **values)
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:
     """The classes of the table's differences, by the number of their row, coloured where they are worth a look."""
-    keys, key = {measure.title: measure.key for measure in COMPARED}, ""
-    marks = {}
-    for number, (name, cells) in enumerate(comparison.table.rows):
-        key = keys.get(name, key)
-        if name.strip() == comparison.sides.difference:
-            changes = [comparison.change(a, b, key) for a, b in comparison.pairs]
-            marks[number] = [_mark(change, key, cell) for change, cell in zip(changes, cells, strict=True)]
+    rows, marks = comparison.table.rows, {}
+    for number, (_, key, *_) in enumerate(comparison.measures):
+        changes, row = [comparison.change(a, b, key) for a, b in comparison.pairs], 4 * number + 3
+        marks[row] = [_mark(change, key, cell) for change, cell in zip(changes, rows[row][1], strict=True)]
     return marks
 
 

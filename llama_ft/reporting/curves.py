@@ -60,7 +60,6 @@ def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], s
             axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
         axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     points = [point for line in lines for point in line]
     if not points:

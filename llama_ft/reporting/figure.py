@@ -43,6 +43,7 @@ def drawing() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcParams |= {"text.parse_math": False, "font.sans-serif": ["DejaVu Sans"]}
         matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llama_ft"}
+        matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
@@ -186,4 +187,3 @@ def finish(axes: Axes, results: list[Result], xlabel: str) -> None:
         axes.set(xlim=(0, 1), xticks=[])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel(xlabel)
-    axes.spines[["top", "right"]].set_visible(False)

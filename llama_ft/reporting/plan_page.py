@@ -14,7 +14,7 @@ from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
 from llama_ft.reporting.matching import flat
 from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
-from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
+from llama_ft.reporting.plan_tables import cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import baseline_of, planned_group
 from llama_ft.reporting.table import MARKS, UNKNOWN
 
@@ -71,7 +71,6 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylabel("MiB")
     axes.set_title(combination_label(row.optim), loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
@@ -121,7 +120,6 @@ def plan_page(plan: Plan) -> str:
         title=title(plan),
         cards=cards(plan),
         techniques=", ".join(f"{key}={value}".replace("'", "") for key, value in flat(plan.techniques).items()),
-        advice_title=advice_title(plan.advice) if plan.advice else "",
         tables=tables,
         table1=table1,
         heat_map=heat,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, PlanRow, Table1, Table1Cell
+from llama_ft.records.plan import Plan, PlanRow, Table1, Table1Cell
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
@@ -102,11 +102,6 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
     forms: list[Callable[[float], str]] = [amount, *(f"{{:,.{n}f}}".format for n in (1, 2, 3))]
     form = next((form for form in forms if form(before) != form(after)), "{:,.6g}".format)
     return f"{change.arrow} {form(before)} → {form(after)}{unit}"
-
-
-def advice_title(advice: Advice) -> str:
-    """What was asked for."""
-    return f"goal={advice.goal}" + (f", gpu={advice.gpu}" if advice.gpu else "")
 
 
 def plan_notes(plan: Plan) -> list[str]:

@@ -10,7 +10,7 @@ from llama_ft.files import write_text
 from llama_ft.records import write_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file
-from llama_ft.reporting.plan_tables import advice_title, tables_of
+from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
 from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
@@ -56,7 +56,7 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
 
     text = [markdown(table) for table in tables_of(plan)]
     if plan.advice:
-        text += [f"### {advice_title(plan.advice)}", "", *(f"- {line}" for line in plan.advice.lines), ""]
+        text += [f"### {plan.advice.title}", "", *(f"- {line}" for line in plan.advice.lines), ""]
     try:
         if with_json:
             write_record(plan, folder / PLAN_FILE)
@@ -74,6 +74,6 @@ def print_plan(plan: Plan, console: Console) -> None:
     for table in tables_of(plan):
         print_table(table, console)
     if plan.advice:
-        console.print(f"\n{advice_title(plan.advice)}\n", style="bold", highlight=False, markup=False)
+        console.print(f"\n{plan.advice.title}\n", style="bold", highlight=False, markup=False)
         for line in plan.advice.lines:
             console.print(Text(f"  {line}"), soft_wrap=not console.is_terminal)

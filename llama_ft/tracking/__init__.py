@@ -57,9 +57,15 @@ def upload_runs(
         sweep: the name to group the runs by; None for a run by itself.
 
     Raises:
-        UserError: if a file is damaged, or the tracker fails; the runs after that one are not sent.
+        UserError: if nothing would be sent, a file is damaged, or the tracker fails; later runs are then not sent.
     """
-    tracker_config, problems = _sending(config), list[str]()
+    if config.kind is TrackerKind.disabled:
+        raise UserError("tracker.upload=true with tracker=disabled sends nothing: leave one of them out")
+    mode, is_auto = os.environ.get("WANDB_MODE", "online"), config.mode is TrackerMode.auto
+    if config.kind is TrackerKind.wandb and is_auto and mode != "online":
+        raise UserError(f"W&B gets nothing, WANDB_MODE={mode} keeps it from it; tracker.mode=online sends the runs")
+    tracker_config = TrackerConfig(config.kind, TrackerMode.online if is_auto else config.mode)
+    problems: list[str] = []
     for run_dir in run_dirs:
         if not (run_dir / CONFIG_FILE).exists():  # it was refused before it began
             log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
@@ -76,16 +82,6 @@ def upload_runs(
             raise UserError(problems[0])
         log(f"{run_dir.name}: {tracker.place}")
     return tracker_config
-
-
-def _sending(config: UploadConfig) -> TrackerConfig:
-    """A tracker that does send something: W&B online, unless offline is asked for."""
-    if config.kind is TrackerKind.disabled:
-        raise UserError("tracker.upload=true with tracker=disabled sends nothing: leave one of them out")
-    mode = os.environ.get("WANDB_MODE", "online")
-    if config.kind is TrackerKind.wandb and config.mode is TrackerMode.auto and mode != "online":
-        raise UserError(f"W&B gets nothing, WANDB_MODE={mode} keeps it from it; tracker.mode=online sends the runs")
-    return TrackerConfig(config.kind, TrackerMode.online if config.mode is TrackerMode.auto else config.mode)
 
 
 def _tracker(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Tracker:
