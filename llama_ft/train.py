@@ -24,7 +24,7 @@ from llama_ft.records.result import (
     Result,
     new_result,
     read_result,
-    refused_result,
+    unmeasured_result,
     write_result,
 )
 from llama_ft.reporting.progress import RunProgress, ending
@@ -106,7 +106,7 @@ class TrainCommand:
 
     def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
-        result = refused_result(settings, cli.command_line(), reason)
+        result = unmeasured_result(settings, cli.command_line(), reason)
         if not (run_dir / RESULT_FILE).exists():
             write_result(run_dir, result)
         if not go_on:

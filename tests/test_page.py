@@ -29,7 +29,7 @@ from llama_ft.records.metrics import read_metrics
 from llama_ft.records.result import MemoryItem
 from llama_ft.reporting.comparison import SAME_SETTINGS
 from llama_ft.reporting.comparison_report import FILES
-from llama_ft.reporting.curves import MAX_POINTS
+from llama_ft.reporting.page import MAX_POINTS
 
 COMMAND = "python -m llama_ft.train experiment=table2 training.lr=1e-4"
 VERSIONS = {"llama_ft": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "cuda": None}

@@ -17,8 +17,8 @@ from rich.console import Console
 
 from llama_ft import cli, report
 from llama_ft.config import UserError
-from llama_ft.records import CATEGORIES, write_record
-from llama_ft.records.plan import PLAN_FILE, Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row, read_plan_file
+from llama_ft.records import CATEGORIES, read_record, write_record
+from llama_ft.records.plan import PLAN_FILE, Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row
 from llama_ft.reporting import matching
 from llama_ft.reporting.comparison_report import FILES, report_comparison
 from llama_ft.reporting.reports import PLAN_FILES, PLAN_REPORT, print_plan, report_plan, write_plan
@@ -55,7 +55,7 @@ def test_all_files_are_written_and_the_plan_is_read_as_it_was(written: Path) -> 
     assert sorted(file.name for file in written.iterdir()) == sorted(PLAN_FILES)
     with Image.open(written / "plan.png") as image:
         assert len(image.convert("RGB").getcolors(2**24)) > 20
-    assert read_plan_file(written) == one_card()
+    assert read_record(Plan, written / PLAN_FILE) == one_card()
 
 
 def test_numbers_in_are_numbers_shown(written: Path) -> None:

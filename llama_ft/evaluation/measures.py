@@ -68,7 +68,16 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     padding = Padding(Precision(weight.device.type, weight.dtype).pad_multiple, config.model.max_seq_len)
     with progress("perplexity of the responses", len(records)) as advance:
         responses = perplexity(model, inputs.data.samples, config.batch_size, padding, advance)
-    text = _text_perplexity(model, inputs.text, config, padding, progress) if inputs.text is not None else None
+    text = None
+    if inputs.text is not None:
+        windows = text_windows(inputs.text.tokens, config.window_tokens, config.stride_tokens)
+        # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
+        at_once = max(1, config.model.max_seq_len // config.window_tokens)
+        with progress("perplexity of the text", len(windows)) as advance:
+            result = perplexity(model, windows, at_once, padding, advance)
+        text = TextPerplexity(
+            **vars(result), bits_per_byte=bits_per_byte(result.nll, inputs.text), windows=len(windows)
+        )
     answers: list[Answer] = []
     exact_match = None
     if config.exact_match:
@@ -85,17 +94,6 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     adapter = None if is_base else config.adapter
     runtime = time.monotonic() - began
     return EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers
-
-
-def _text_perplexity(
-    model: Transformer, text: Text, config: EvaluateConfig, padding: Padding, progress: Progress
-) -> TextPerplexity:
-    windows = text_windows(text.tokens, config.window_tokens, config.stride_tokens)
-    # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
-    at_once = max(1, config.model.max_seq_len // config.window_tokens)
-    with progress("perplexity of the text", len(windows)) as advance:
-        result = perplexity(model, windows, at_once, padding, advance)
-    return TextPerplexity(**vars(result), bits_per_byte=bits_per_byte(result.nll, text), windows=len(windows))
 
 
 def greedy_answers(

@@ -61,11 +61,7 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
 
 
 def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -> Majority:
-    """How far the most frequent answer of each task goes; of equally frequent ones the first.
-
-    Args:
-        known: the records whose most frequent answers they are; `name` is what they are called.
-    """
+    """How far each task's most frequent answer in `known`, called `name`, goes; of equally frequent ones the first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in known:
         counts[record.task][record.output.strip()] += 1

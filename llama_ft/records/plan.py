@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_ft.config.checks import Settings
-from llama_ft.records import SCHEMA_VERSION, read_record
+from llama_ft.records import SCHEMA_VERSION
 from llama_ft.records.result import RESULT_FILE, MemoryItem, Status
 
 PLAN_FILE = "plan.json"
@@ -159,12 +159,3 @@ class Plan:
 def is_plan(folder: Path) -> bool:
     """Whether a folder is a plan's: it has `plan.json`, and no run in it or below it."""
     return (folder / PLAN_FILE).is_file() and next(folder.rglob(RESULT_FILE), None) is None
-
-
-def read_plan_file(folder: Path) -> Plan:
-    """A folder's plan.
-
-    Raises:
-        UserError: if there is none, or the file is no plan that this version writes.
-    """
-    return read_record(Plan, folder / PLAN_FILE)

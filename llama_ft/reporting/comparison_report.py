@@ -8,12 +8,12 @@ from rich.console import Console
 from llama_ft.config import UserError
 from llama_ft.config.techniques import combination_label
 from llama_ft.files import write_text
+from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
-from llama_ft.records.plan import PLAN_FILE, is_plan, read_plan_file
+from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
-from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.page import Metrics, render
+from llama_ft.reporting.page import Metrics, charts, points_of, render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
 
@@ -27,7 +27,7 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
     """Print and write the comparison of a sweep with a second one, or with a plan, into the second folder."""
     groups = read_groups(first)
     if is_plan(second):
-        comparisons, alone = compare_plan(groups, read_plan_file(second))
+        comparisons, alone = compare_plan(groups, read_record(Plan, second / PLAN_FILE))
         refusal = f"{second / PLAN_FILE} predicts no run of {first}: {'; '.join(alone)}"
     else:
         comparisons, alone = compare_sweeps(groups, read_groups(second))

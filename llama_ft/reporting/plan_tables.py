@@ -68,13 +68,10 @@ def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
-    rows = [
-        (
-            combination_label(alike[0].optim),
-            [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike],
-        )
-        for alike in zip(*columns, strict=True)
-    ]
+    rows: Rows = []
+    for alike in zip(*columns, strict=True):
+        cells = [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike]
+        rows.append((combination_label(alike[0].optim), cells))
     return Table(f"{title(plan)}: {what}", head, rows, notes, max_columns=len(plan.gpus))
 
 
@@ -147,10 +144,9 @@ def _memory_notes(plan: Plan) -> list[str]:
             needed = f"reserved, and {context} for the CUDA context and its libraries{without}"
         else:
             needed = "reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)"
-        has = (
-            f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB" if len(gpus) == 1 and gpus[0]["memory_mib"] else ""
-        )
-        notes.append(f"Needed: {needed}{has}.")
+        if len(gpus) == 1 and gpus[0]["memory_mib"]:
+            needed += f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB"
+        notes.append(f"Needed: {needed}.")
     if any(row.fits is False for row in rows):
         notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):

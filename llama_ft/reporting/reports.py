@@ -7,9 +7,9 @@ from rich.text import Text
 
 from llama_ft.config import UserError
 from llama_ft.files import write_text
-from llama_ft.records import write_record
+from llama_ft.records import read_record, write_record
 from llama_ft.records.metrics import read_metrics
-from llama_ft.records.plan import PLAN_FILE, Plan, read_plan_file
+from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
 from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
@@ -44,7 +44,7 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
 
 def report_plan(folder: Path, console: Console) -> None:
     """Print a plan again from its `plan.json`, and write anew what follows from it."""
-    plan = read_plan_file(folder)
+    plan = read_record(Plan, folder / PLAN_FILE)
     write_plan(plan, folder, with_json=False)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(PLAN_REPORT)} in {folder}", highlight=False, markup=False, soft_wrap=True)

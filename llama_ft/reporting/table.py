@@ -64,18 +64,15 @@ def is_failure(cell: str) -> bool:
 def terminal(table: Table, width: int) -> list[RichTable]:
     """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
     rows = [*table.head, *table.rows]
-    name_width = max(len(name) for name, _ in rows)
-    breaks_names = table.max_name_length is not None and name_width > table.max_name_length
-    if breaks_names:
-        name_width = table.max_name_length or 0
+    longest_name = max(len(name) for name, _ in rows)
+    name_width = min(longest_name, table.max_name_length or longest_name)
+    breaks_names = name_width < longest_name
     column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
     n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
-    parts = []
+    parts, padding = [], (0, 0, 0, table.gap - 1)
     for start in range(0, len(table.head[0][1]), n_fitting):
         columns = slice(start, start + n_fitting)
-        view = RichTable(
-            box=box.SIMPLE, show_header=False, show_edge=False, padding=(0, 0, 0, table.gap - 1), pad_edge=False
-        )
+        view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=padding, pad_edge=False)
         view.add_column(no_wrap=not breaks_names, overflow="fold", width=name_width if breaks_names else None)
         for _ in table.head[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
