@@ -21,15 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llama_ft import evaluate
-from llama_ft.config import (
-    DataConfig,
-    DecodingConfig,
-    EvaluateConfig,
-    ModelConfig,
-    ModelSource,
-    OnBadRecord,
-    UserError,
-)
+from llama_ft.config import DataConfig, DecodingConfig, EvaluateConfig, ModelConfig, ModelSource, OnBadRecord, UserError
 from llama_ft.data.collate import Padding
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample
 from llama_ft.data.prompt import prompt_text

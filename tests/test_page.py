@@ -236,13 +236,6 @@ def test_equal_sweeps_are_equal_everywhere(tmp_path: Path) -> None:
     assert marks(tmp_path) == []
 
 
-def test_a_sweep_is_equal_to_itself(tmp_path: Path) -> None:
-    write(tmp_path / "a", "baseline")
-    write(tmp_path / "a", "mp", "oom")
-    assert SAME_SETTINGS in report(tmp_path / "a", tmp_path / "a").stdout
-    assert {file.name for file in (tmp_path / "a").iterdir() if file.is_file()} == set(FILES)
-
-
 def test_changes_are_given_in_percent_and_marked(tmp_path: Path) -> None:
     a = {"peak_memory_mib": 200.0, "runtime_s": 10.0, "tokens_per_s": 1_000.0, "train_loss_after": 6.0}
     b = {"peak_memory_mib": 150.0, "runtime_s": 12.5, "tokens_per_s": 800.0, "train_loss_after": 6.25}

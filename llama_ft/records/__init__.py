@@ -1,7 +1,4 @@
-"""What runs and plans leave behind: each record a dataclass, written and read in one place.
-
-Knows nothing of torch, so that any command can read a record.
-"""
+"""What runs and plans leave behind: each record a dataclass, written and read in one place, without torch."""
 
 import json
 from dataclasses import asdict

@@ -13,7 +13,7 @@ from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.page import Metrics, charts, points_of, render
+from llama_ft.reporting.page import charts, points_of, render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
 
@@ -49,8 +49,7 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
 
 def write_files(comparisons: list[Comparison], about: list[str], names: list[str], folder: Path) -> None:
     """Write all files of a comparison; `names` are those of the sides."""
-    folders = [run_dir for comparison in comparisons for run_dir in (*comparison.a.folders, *comparison.b.folders)]
-    metrics = {run_dir: read_metrics(run_dir) for run_dir in folders}
+    page = comparison_page(comparisons, about, names)  # before a file is written: it reads files that may be damaged
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
@@ -61,7 +60,7 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     write_text(folder / "comparison.md", "\n".join(text))
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     draw_panels(panels, titles, heights, folder / "comparison.png")
-    write_text(folder / "comparison.html", comparison_page(comparisons, about, names, metrics))
+    write_text(folder / "comparison.html", page)
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
@@ -78,7 +77,7 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
     return csv_text(columns, rows)
 
 
-def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str], metrics: Metrics) -> str:
+def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str]) -> str:
     """For each pair of groups the settings that differ, the table, the picture and the loss."""
     title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
     sections: list[dict[str, Any]] = []
@@ -92,13 +91,11 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
             "comparison": comparison,
             "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
             "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
-            "is_of_sweeps": is_of_sweeps,
             "legend": dict(zip(sides, SIDE_COLOURS, strict=True)),
             "marks": _marks(comparison) if is_of_sweeps else {},
-            "losses": _losses(comparison, metrics) if is_of_sweeps else {},
+            "losses": _losses(comparison) if is_of_sweeps else {},
         }
         sections.append(section)
-
     values = {"about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
     return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLOURS, strict=True)), **values)
 
@@ -121,10 +118,10 @@ def _mark(change: float | None, key: str, cell: str) -> str:
     return "better" if (change < 0) != (key == "tokens_per_s") else "worse"
 
 
-def _losses(comparison: Comparison, metrics: Metrics) -> dict[str, bytes]:
+def _losses(comparison: Comparison) -> dict[str, bytes]:
     """For each combination the loss over the steps, of both sweeps in one picture."""
     curves = {
-        f"{combination_label(result.optim)}: loss": [points_of(metrics[a], "loss"), points_of(metrics[b], "loss")]
-        for result, a, b in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
+        f"{combination_label(result.optim)}: loss": [points_of(read_metrics(folder), "loss") for folder in folders]
+        for result, *folders in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
     }
     return charts({title: lines for title, lines in curves.items() if any(lines)}, SIDE_COLOURS)

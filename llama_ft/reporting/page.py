@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.metrics import StepMetrics, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem, Result
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
 from llama_ft.reporting.progress import ending
@@ -38,7 +38,6 @@ INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
 MIN_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
 
 Points = list[tuple[int, float]]  # optimizer step, value
-Metrics = dict[Path, list[StepMetrics]]  # the steps of each run, by its folder
 
 
 def render(template: str, **values: Any) -> str:
@@ -83,7 +82,7 @@ def breakdown_table(breakdown: list[MemoryItem]) -> Table:
     return Table("Tensors at the peak", [("", ["dtype", "MiB"])], rows, [])
 
 
-def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: Metrics) -> str:
+def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
     """For each group its table and picture, memory by category, and each run with all that is known of it."""
     title = folder.resolve().name
     statuses = [result.status for group in groups for result in group.results]
@@ -97,7 +96,7 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table], metrics: 
         runs = []
         for result, run_dir in zip(group.results, group.folders, strict=True):
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
-            config, steps = run_dir / CONFIG_FILE, metrics[run_dir]
+            config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir)
             run = {"result": result, "folder": shown_dir.as_posix(), "ending": ending(result)}
             run["charts"] = run_charts(steps) if steps else {}
             run["config"] = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None

@@ -8,7 +8,6 @@ from rich.text import Text
 from llama_ft.config import UserError
 from llama_ft.files import write_text
 from llama_ft.records import read_record, write_record
-from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
@@ -23,19 +22,19 @@ PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 def report_sweep(folder: Path, console: Console) -> list[Group]:
     """Print and write the report, and return what it is about."""
     groups = read_groups(folder)
-    metrics = {run_dir: read_metrics(run_dir) for group in groups for run_dir in group.folders}
     tables = [table2(group) for group in groups]
     for table in tables:
         print_table(table, console)
     from llama_ft.reporting.figure import draw_panels, group_panels  # matplotlib takes a second to import
     from llama_ft.reporting.page import sweep_page
 
+    page = sweep_page(folder, groups, tables)  # before a file is written: it reads files that may be damaged
     try:
         write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
         write_text(folder / "table2.csv", csv_text(*records(groups)))
         panels, heights = [group_panels(group) for group in groups], [0.42 * len(group.results) for group in groups]
         draw_panels(panels, [group.title for group in groups], heights, folder / "table2.png", width_ratios=(3, 2))
-        write_text(folder / "report.html", sweep_page(folder, groups, tables, metrics))
+        write_text(folder / "report.html", page)
     except OSError as error:
         raise UserError(f"the report cannot be written into {folder}: {error.strerror}") from error
     console.print(f"\nWritten: {', '.join(SWEEP_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -1,8 +1,4 @@
-"""Where a run's progress is reported to, behind one small interface: a run's steps, then its result.
-
-The local files (`metrics.jsonl`, `result.json`) are the truth and are written by the run itself; what is here sends
-them on, and can send them again later. Tracking that fails says so in a sentence and lets the run go on.
-"""
+"""Where runs, sweeps and studies are reported to. The local files are the truth: they are sent on, or again later."""
 
 import os
 from collections.abc import Callable, Sequence
