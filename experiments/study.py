@@ -149,12 +149,12 @@ def _log(line: str) -> None:
 
 def _track(name: str, tracker: TrackerConfig, claims: Sequence[Claim], files: Sequence[Path]) -> None:
     """Report the study where runs are reported too."""
-    from llama_ft.tracking import track_files
+    from llama_ft.tracking import track_study
 
     numbers: dict[str, float] = {"claims": len(claims), "claims_held": sum(claim.holds for claim in claims)}
     for n, claim in enumerate(claims, start=1):
         numbers |= {f"claim_{n}/{key}": value for key, value in claim.numbers.items()}
-    track_files(tracker, name, "study", numbers, files, files[0].parent, _log)
+    track_study(tracker, name, numbers, files, _log)
 
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,16 +12,15 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import EvaluateConfig, UserError
-from llama_ft.files import output_folder, write_text
+from llama_ft.files import Json, output_folder, write_text
 from llama_ft.records import write_record
-from llama_ft.reporting.evaluation import evaluation_markdown, evaluation_table
+from llama_ft.records.evaluation import EvaluatedText, Evaluation
+from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.reporting.table import print_table
+from llama_ft.reporting.table import markdown, print_table
 
 if TYPE_CHECKING:
-    from llama_ft.evaluation.measures import EvalInputs
-    from llama_ft.records.answers import AnsweredRecord
-    from llama_ft.records.evaluation import Evaluation
+    from llama_ft.evaluation.measures import EvalInputs, Measured
 
 USAGE = cli.Usage(
     "evaluate",
@@ -45,17 +45,31 @@ def main() -> int:
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     inputs = load_inputs(config, log)
     from llama_ft.device import compute_dtype, device_name, device_of_profile, out_of_memory_explained, versions
-    from llama_ft.evaluation.models import measure_models
-    from llama_ft.evaluation.results import answered_records, evaluation
+    from llama_ft.evaluation.measures import measure_models
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
         with out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
-        dtype_name = str(dtype).removeprefix("torch.")
-        result = evaluation(config, inputs, measured, device_name(device), dtype_name, versions(), cli.command_line())
-        report(result, answered_records(inputs, measured) if config.exact_match else [], folder, console)
+        text = None
+        if inputs.text is not None:
+            size = inputs.text.n_bytes, len(inputs.text.tokens) - 1
+            text = EvaluatedText(str(inputs.text.file), *size, config.window_tokens, config.stride_tokens)
+        result = Evaluation(
+            model=config.model.name,
+            data=inputs.data.about,
+            text=text,
+            max_new_tokens=config.max_new_tokens,
+            models=[model for model, _ in measured],
+            majority=inputs.data.majority if config.exact_match else None,
+            settings=config.to_dict(),
+            device=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            versions=versions(),
+            command=cli.command_line(),
+        )
+        report(result, answer_lines(inputs, measured) if config.exact_match else "", folder, console)
     return 0
 
 
@@ -72,16 +86,31 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
     return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 
 
-def report(result: "Evaluation", answered: "list[AnsweredRecord]", folder: Path, console: Console) -> None:
+def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:
+    """`answers.jsonl`: each record with the answers to it, as they came, and whether they are correct."""
+    from llama_ft.evaluation.records import matches
+
+    lines = []
+    for index, record in enumerate(inputs.data.records):
+        line: Json = {"instruction": record.instruction, "input": record.input, "task": record.task}
+        line["expected"] = record.output
+        for model, answers in measured:
+            text = answers[index].text
+            line |= {f"{model.role}_answer": text, f"{model.role}_correct": matches(text, record.output)}
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    return "".join(lines)
+
+
+def report(result: Evaluation, answers: str, folder: Path, console: Console) -> None:
     """Print the table, and write it, the numbers and the answers."""
     table = evaluation_table(result)
-    names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answered else [TABLE_FILE, JSON_FILE]
+    names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answers else [TABLE_FILE, JSON_FILE]
     try:
-        if answered:
-            write_text(folder / ANSWERS_FILE, "".join(record.line() for record in answered))
+        if answers:
+            write_text(folder / ANSWERS_FILE, answers)
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
-        write_text(folder / TABLE_FILE, evaluation_markdown(table))
+        write_text(folder / TABLE_FILE, markdown(table))
         write_record(result, folder / JSON_FILE)  # last: where it is, all is
     except OSError as error:
         raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error

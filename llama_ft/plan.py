@@ -9,8 +9,8 @@ from llama_ft import cli
 from llama_ft.config import TECHNIQUES, DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
 from llama_ft.config.presets import preset
 from llama_ft.files import output_folder
-from llama_ft.reporting.plan import FILES, print_plan, write_plan
 from llama_ft.reporting.progress import progress_bar
+from llama_ft.reporting.reports import PLAN_FILES, print_plan, write_plan
 
 USAGE = cli.Usage(
     "plan",
@@ -60,7 +60,7 @@ def main() -> int:
         plan = make_plan(config, gpus, lengths, data, cli.command_line(), progress, known_gpus())
         write_plan(plan, folder)
     print_plan(plan, console)
-    console.print(f"\nWritten: {', '.join(FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nWritten: {', '.join(PLAN_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

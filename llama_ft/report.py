@@ -10,12 +10,10 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import ReportConfig, UserError
 from llama_ft.records.plan import is_plan
-from llama_ft.reporting.plan import report_plan
+from llama_ft.reporting.reports import SWEEP_FILES, report_plan, report_sweep
 from llama_ft.reporting.results import Group
-from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
-from llama_ft.tracking import track_sweep
-from llama_ft.tracking.upload import upload_runs
+from llama_ft.tracking import track_sweep, upload_runs
 
 USAGE = cli.Usage(
     "report",
@@ -70,7 +68,7 @@ def send(config: ReportConfig, folder: Path, groups: list[Group], console: Conso
     tracker = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)
     if is_sweep:
         problems: list[str] = []
-        track_sweep(tracker, folder, *records(groups), FILES, problems.append)
+        track_sweep(tracker, folder, records(groups), SWEEP_FILES, problems.append)
         if problems:
             raise UserError(problems[0])
 

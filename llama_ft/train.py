@@ -24,11 +24,11 @@ from llama_ft.records.result import (
     Result,
     new_result,
     read_result,
-    refused_result,
+    unmeasured_result,
     write_result,
 )
 from llama_ft.reporting.progress import RunProgress, ending
-from llama_ft.reporting.sweep import FILES, report_sweep
+from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.system import may_have_gpu
 from llama_ft.tracking import Tracker, start_tracker, track_sweep
@@ -106,7 +106,7 @@ class TrainCommand:
 
     def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
-        result = refused_result(settings, cli.command_line(), reason)
+        result = unmeasured_result(settings, cli.command_line(), reason)
         if not (run_dir / RESULT_FILE).exists():
             write_result(run_dir, result)
         if not go_on:
@@ -167,7 +167,7 @@ class TrainCommand:
             raise
         if self.sweep_dir is not None:
             groups = report_sweep(self.sweep_dir, self.console)
-            track_sweep(self.tracker, self.sweep_dir, *records(groups), FILES, self.log)
+            track_sweep(self.tracker, self.sweep_dir, records(groups), SWEEP_FILES, self.log)
         failed = {name: result for name, result in self.results.items() if result.status not in FINISHED}
         if failed and self.sweep_dir is None:
             print(ending(*failed.values()), file=sys.stderr)

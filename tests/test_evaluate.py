@@ -21,24 +21,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from llama_ft import evaluate
-from llama_ft.config import (
-    DataConfig,
-    DecodingConfig,
-    EvaluateConfig,
-    ModelConfig,
-    ModelSource,
-    OnBadRecord,
-    UserError,
-)
+from llama_ft.config import DataConfig, DecodingConfig, EvaluateConfig, ModelConfig, ModelSource, OnBadRecord, UserError
 from llama_ft.data.collate import Padding
-from llama_ft.data.dataset import SAMPLE_DIR, Sample
+from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
-from llama_ft.evaluation import models
-from llama_ft.evaluation.exact_match import accuracy, greedy_answers, matches
+from llama_ft.evaluation import measures
+from llama_ft.evaluation.measures import greedy_answers
 from llama_ft.evaluation.perplexity import bits_per_byte, perplexity, read_text, text_windows
-from llama_ft.evaluation.records import NO_TASK, EvaluationSet, load_records, majority_answers
+from llama_ft.evaluation.records import NO_TASK, EvaluationSet, accuracy, load_records, majority_of, matches
 from llama_ft.files import locked
 from llama_ft.model.transformer import Transformer
 from llama_ft.records import read_record
@@ -172,7 +164,7 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 def test_perplexity_of_responses_is_that_of_transformers(model: Transformer, tokenizer: Tokenizer) -> None:
     """Every target token weighs the same, however long the answer that it is in."""
-    samples = [record.sample for record in evaluation_set(tokenizer, max_samples=12).records]
+    samples = evaluation_set(tokenizer, max_samples=12).samples
     samples = [sample for sample in samples if len(sample) <= SMALL.max_seq_len]
     hf, total = reference(model), 0.0
     for sample in samples:
@@ -200,13 +192,13 @@ def test_the_built_in_records_are_those_that_training_never_sees(tokenizer: Toke
     )
     assert [record.instruction for record in found.records] == [record["instruction"] for record in held_out]
     assert [record.task for record in found.records] == [record["task"] for record in held_out]
-    assert found.is_held_out
-    for task, answer in found.majority.items():
+    assert found.about.is_held_out
+    for task, answer in found.majority.answers.items():
         counts = Counter(record["output"] for record in train if record["task"] == task)
         assert counts[answer] == max(counts.values())
-    assert found.majority.keys() == {record["task"] for record in train}
+    assert found.majority.answers.keys() == {record["task"] for record in train}
     first = evaluation_set(tokenizer, model=wide, max_samples=5, data={"first": 9})
-    assert (first.records, first.majority) == (found.records[:5], found.majority)
+    assert (first.records, first.majority.answers) == (found.records[:5], found.majority.answers)
 
 
 def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -217,10 +209,15 @@ def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
         evaluation_set(tokenizer, data={"path": str(file)})
     found = evaluation_set(tokenizer, data={"path": str(file), "on_bad_record": OnBadRecord.skip})
     assert [record.task for record in found.records] == ["capital", "capital", "say", "a | b", NO_TASK]
-    assert (found.n_skipped, found.n_dropped, found.n_truncated, found.is_held_out) == (1, 1, 1, False)
-    assert found.majority == {"capital": "Paris", "say": "yes", "a | b": "no no", NO_TASK: ("much " * 100).strip()}
-    assert [len(record.sample) for record in found.records][-1] == SMALL.max_seq_len
-    assert found.records[3].prompt == prompt_text("Write it twice.", "a longer word than that")
+    about = found.about
+    assert (about.skipped, about.dropped, about.truncated, about.is_held_out) == (1, 1, 1, False)
+    assert found.majority.answers == {
+        "capital": "Paris",
+        "say": "yes",
+        "a | b": "no no",
+        NO_TASK: ("much " * 100).strip(),
+    }
+    assert len(found.samples[-1]) == SMALL.max_seq_len
     with pytest.raises(UserError, match="no prompt leaves room for an answer"):
         evaluation_set(tokenizer, data={"path": str(records_file(tmp_path, [long]))})
     with pytest.raises(UserError, match="there are no records"):
@@ -229,7 +226,10 @@ def test_records_of_ones_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 def test_majority_answers_by_hand() -> None:
     answers = [("a", "x"), ("a", "y"), ("b", "z"), ("a", "y "), ("b", "w"), ("c", "only")]
-    assert majority_answers(answers) == {"a": "y", "b": "z", "c": "only"}
+    records = [Record("", "", output, task) for task, output in answers]
+    majority = majority_of(records, records, "same records")
+    assert majority.answers == {"a": "y", "b": "z", "c": "only"}
+    assert (majority.correct, majority.tasks["a"]) == (4, Share(2, 3, 2 / 3))
 
 
 # Exact match
@@ -305,9 +305,7 @@ def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], to
         ("base", str(weights), None),
         ("fine_tuned", str(weights), str(adapter)),
     ]
-    samples = [
-        record.sample for record in evaluation_set(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).records
-    ]
+    samples = evaluation_set(tokenizer, data={"path": str(tmp_path / "records.jsonl")}).samples
     windows = text_windows(tokenizer.encode((tmp_path / "book.txt").read_text(), bos=True), 100, 50)
     truths = [make_model(SMALL), make_model(SMALL)]
     load_adapter(truths[1], adapter)
@@ -369,8 +367,8 @@ def test_one_model_is_in_memory_at_a_time(command: Callable[..., Any], monkeypat
 
         return loading
 
-    monkeypatch.setattr(models, "load_trained", watched(models.load_trained))
-    monkeypatch.setattr(models, "load_base", watched(models.load_base))
+    monkeypatch.setattr(measures, "load_trained", watched(measures.load_trained))
+    monkeypatch.setattr(measures, "load_base", watched(measures.load_base))
     command("base=random", "max_new_tokens=2")
     assert len(earlier) == 2
 
@@ -390,7 +388,7 @@ def test_a_folder_is_used_again_and_not_by_two(
     def full(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(models, "measure_models", full)
+    monkeypatch.setattr(measures, "measure_models", full)
     with pytest.raises(UserError, match="out of memory: lower batch_size"):
         command("output=a/b/c")
     assert [path.name for path in Path().iterdir()] == ["results"]

@@ -66,10 +66,10 @@ def test_a_study_whose_picture_cannot_be_written_leaves_no_numbers(tmp_path: Pat
 
 def test_a_study_is_tracked_like_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tracked: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(tracking, "track_files", lambda *arguments: tracked.append(arguments))
+    monkeypatch.setattr(tracking, "track_study", lambda *arguments: tracked.append(arguments))
     conduct(a_study(False), [f"output={tmp_path}", "tracker=wandb", "tracker.project=studies"])
-    ((config, name, job_type, numbers, files, folder, _),) = tracked
-    assert (config.project, name, job_type, folder) == ("studies", "kv_cache", "study", tmp_path)
+    ((config, name, numbers, files, _),) = tracked
+    assert (config.project, name) == ("studies", "kv_cache")
     figures = {"claim_1/one": 1, "claim_1/two": 2, "claim_2/drops": 1234.5}
     assert numbers == {"claims": 2, "claims_held": 1} | figures
     assert files == [tmp_path / f"kv_cache.{kind}" for kind in ("json", "md", "png")]

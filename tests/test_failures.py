@@ -70,21 +70,20 @@ TRAINED = {  # by file: the names of the tensors in it
 }
 
 
-def write_hf(folder: Path, dim: int = DIM) -> Path:
+def write_hf(folder: Path) -> Path:
     folder.mkdir()
-    sizes = {"hidden_size": dim, "intermediate_size": FFN, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": DIM, "intermediate_size": FFN, "num_hidden_layers": 2, "num_attention_heads": 4}
     sizes |= {"vocab_size": VOCABULARY, "rms_norm_eps": 1e-5, "model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(sizes))
-    save_file(weights(dim, hf=True), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(hf=True), folder / "model.safetensors", metadata={"format": "pt"})
     return folder / "model.safetensors"
 
 
-def write_meta(folder: Path, dim: int = DIM) -> Path:
+def write_meta(folder: Path) -> Path:
     folder.mkdir()
-    sizes = {"dim": dim, "n_layers": 2, "n_heads": 4, "vocab_size": -1, "norm_eps": 1e-5}
+    sizes = {"dim": DIM, "n_layers": 2, "n_heads": 4, "vocab_size": -1, "norm_eps": 1e-5}
     sizes |= {"multiple_of": 32, "ffn_dim_multiplier": 0.5}  # 4 * 64 * 2/3 * 0.5 = 85, rounded up to 96
     (folder / "params.json").write_text(json.dumps(sizes))
-    torch.save(weights(dim), folder / "consolidated.00.pth")
     return folder / "consolidated.00.pth"
 
 
@@ -94,15 +93,6 @@ def write_own(folder: Path, dim: int = DIM) -> Path:
     metadata = {"format": "pt", "llama_ft.model": json.dumps(sizes | {"norm_eps": 1e-5, "rope_theta": 1e4})}
     save_file(weights(dim), folder / "model.safetensors", metadata=metadata)
     return folder / "model.safetensors"
-
-
-def write_first_shard(folder: Path) -> None:
-    write_hf(folder).unlink()
-    tensors = weights(hf=True)
-    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    first = next(iter(files.values()))
-    save_file({name: tensor for name, tensor in tensors.items() if files[name] == first}, folder / first)
 
 
 class Code:
@@ -293,27 +283,10 @@ def assert_as_expected(case: Case, ended: Ended) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-DAMAGED = {
-    "HF, empty": (lambda folder: os.truncate(write_hf(folder), 0), "model.safetensors is empty"),
+DAMAGED = {  # one of each kind; test_checkpoint.py has them all
     "HF, cut short": (lambda folder: os.truncate(write_hf(folder), 10**6), "not downloaded or copied completely"),
-    "HF, another size": (lambda folder: write_hf(folder, dim=32), "model.dim is 64 and there 32"),
-    "HF, a shard missing": (write_first_shard, "1 of 2 files are missing: model-00002-of-00002.safetensors"),
     "own, another size": (lambda folder: write_own(folder, dim=32), "model.dim is 64 and there 32"),
-    "Meta, empty": (lambda folder: os.truncate(write_meta(folder), 0), "consolidated.00.pth is empty"),
-    "Meta, cut short": (
-        lambda folder: os.truncate(write_meta(folder), 10**6),
-        "consolidated.00.pth is damaged or cut short",
-    ),
-    "Meta, another size": (lambda folder: write_meta(folder, dim=32), "model.dim is 64 and there 32"),
-    "Meta, a shard missing": (
-        lambda folder: write_meta(folder).rename(folder / "consolidated.01.pth"),
-        "consolidated.00.pth is missing",
-    ),
     "no folder": (lambda folder: None, "there is no such folder"),
-    "pytorch_model.bin alone": (
-        lambda folder: write_meta(folder).rename(folder / "pytorch_model.bin"),
-        "pytorch_model*.bin is not read, convert it to safetensors",
-    ),
     "code in it": (
         lambda folder: torch.save(weights() | {"norm.weight": Code()}, write_meta(folder)),
         "consolidated.00.pth is not loaded: it holds",
@@ -327,14 +300,10 @@ CASES = {
 # --------------------------------------------------------------------------------------------------- data and tokenizer
 
 RECORD = '{"instruction": "Say one.", "output": "one"}\n'
-RECORDS = {  # what the file holds, and what is said of it
+RECORDS = {  # what the file holds, and what is said of it; test_data.py has more
     "empty": ("", "there are no records"),
-    "an empty array": ("[]", "there are no records"),
-    "broken JSON": ('[{"instruction": "Say one.", "output": "one"}, {', "is not valid JSON"),
     "a broken line": (RECORD + '{"instruction": "Say\n' + RECORD, "record 1 (line 2): not valid JSON"),
-    "a record without output": (RECORD + '{"instruction": "Say one."}', "line 2): output is missing"),
     "a record that is a list": ("[[1, 2]]", "record 0: a record must be an object"),
-    "not UTF-8": (b'[{"instruction": "Caf\xe9", "output": "x"}]', "not UTF-8"),
 }
 
 
@@ -351,9 +320,6 @@ CASES |= {
     for name, (content, said) in RECORDS.items()
 }
 CASES |= {
-    "data: nothing left of bad records": Case(
-        "data.path=data data.on_bad_record=skip", ("data: there are no records",), files={"data": "[1, 2]"}
-    ),
     "data: samples longer than allowed, and the user's own files in the run's folder": Case(
         "data.max_length=56",
         ("3 truncated", "longest 56"),
@@ -362,11 +328,7 @@ CASES |= {
         files={"run/checkpoints/other/notes.txt": "mine"},
         then=the_files_are_still_there,
     ),
-    "data: samples of which nothing is left": Case("data.max_length=9", ("max_length=9 leaves no answer to train on",)),
     "tokenizer: missing": Case("tokenizer=t.model", ("tokenizer=t.model: there is no such file",)),
-    "tokenizer: something else": Case(
-        "tokenizer=t.model", ("tokenizer=t.model is not a SentencePiece model",), files={"t.model": "Once upon a time"}
-    ),
     "tokenizer: another vocabulary": Case("model.vocab_size=999", ("has 2048 pieces", "a vocabulary of 999")),
 }
 
@@ -508,12 +470,7 @@ CASES |= {
         then=resumes,
     ),
     "Ctrl-C: while the weights are saved": interrupted(
-        "",
-        (),
-        status="ok",
-        inject=SLOW_SAVING.format(when="True", how=""),
-        signals=(INT,),
-        then=has_its_weights,
+        "", (), status="ok", inject=SLOW_SAVING.format(when="True", how=""), signals=(INT,), then=has_its_weights
     ),
     "Ctrl-C: twice while a checkpoint is saved": interrupted(
         EVERY_STEP,
@@ -600,15 +557,6 @@ def test_what_a_killed_command_was_saving_is_not_lost_to_the_next(tmp_path: Path
     assert read_json(second.run_dir / "result.json")["status"] == "ok"
     assert_nothing_left(second)
     assert_whole(second.run_dir)
-
-
-def test_a_folder_that_must_not_be_written_to(tmp_path: Path) -> None:
-    if os.geteuid() == 0:
-        pytest.skip("root may write anywhere")
-    (tmp_path / "closed").mkdir(mode=0o500)
-    ended = end(start(tmp_path, "hydra.run.dir=closed/run"), tmp_path)
-    assert_as_expected(Case("", ("closed/run: Permission denied", "hydra.run.dir=DIR"), 2, None), ended)
-    assert_nothing_left(ended)
 
 
 def test_a_file_system_without_space(tmp_path: Path) -> None:

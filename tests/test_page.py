@@ -29,7 +29,7 @@ from llama_ft.records.metrics import read_metrics
 from llama_ft.records.result import MemoryItem
 from llama_ft.reporting.comparison import SAME_SETTINGS
 from llama_ft.reporting.comparison_report import FILES
-from llama_ft.reporting.curves import MAX_POINTS
+from llama_ft.reporting.page import MAX_POINTS
 
 COMMAND = "python -m llama_ft.train experiment=table2 training.lr=1e-4"
 VERSIONS = {"llama_ft": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "cuda": None}
@@ -234,13 +234,6 @@ def test_equal_sweeps_are_equal_everywhere(tmp_path: Path) -> None:
     assert SAME_SETTINGS in text
     assert SAME_SETTINGS in page_of(tmp_path).text
     assert marks(tmp_path) == []
-
-
-def test_a_sweep_is_equal_to_itself(tmp_path: Path) -> None:
-    write(tmp_path / "a", "baseline")
-    write(tmp_path / "a", "mp", "oom")
-    assert SAME_SETTINGS in report(tmp_path / "a", tmp_path / "a").stdout
-    assert {file.name for file in (tmp_path / "a").iterdir() if file.is_file()} == set(FILES)
 
 
 def test_changes_are_given_in_percent_and_marked(tmp_path: Path) -> None:

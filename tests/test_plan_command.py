@@ -10,7 +10,8 @@ from llama_ft import cli, plan
 from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
 from llama_ft.planning.lengths import data_lengths
 from llama_ft.planning.plan import make_plan, planned_combinations
-from llama_ft.records.plan import read_plan_file
+from llama_ft.records import read_record
+from llama_ft.records.plan import Plan
 
 
 def planned(*arguments: str) -> PlanConfig:
@@ -21,7 +22,7 @@ def planned(*arguments: str) -> PlanConfig:
 def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> None:
     done = run("llama_ft.plan", "output=here", "data.first=20", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
-    made = read_plan_file(tmp_path / "here")
+    made = read_record(Plan, tmp_path / "here" / "plan.json")
     assert [row.combination for row in made.rows] == [
         *("baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora")
     ]

@@ -13,7 +13,7 @@ from PIL import Image
 from llama_ft.config import techniques
 from llama_ft.records.result import Result, read_result, write_result
 from llama_ft.reporting import figure, results, table, table2
-from llama_ft.reporting.sweep import FILES
+from llama_ft.reporting.reports import SWEEP_FILES
 
 # -------------------------------------------------------------------------------- one sweep with every ending in it
 
@@ -90,7 +90,7 @@ def test_a_report_changes_nothing_but_its_own_files(reported: Any) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*.json*")}
     assert report(folder).returncode == 0
     assert {file: file.read_bytes() for file in folder.rglob("*.json*")} == before
-    assert {file.name for file in folder.iterdir() if file.is_file()} == set(FILES)
+    assert {file.name for file in folder.iterdir() if file.is_file()} == set(SWEEP_FILES)
 
 
 # --------------------------------------------------------------------------------------------------- other sweeps

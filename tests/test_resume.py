@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ STEPS = (
     *SIZES,
 )
 N_STEPS = 2 * 7
+THREE = ("training.micro_batch_size=1", "training.max_samples=3", "tracker=disabled")
 # So that the run is still on its way when the first line of its metrics is seen.
 SLOW_STEPS = """
 import time, torch
@@ -59,6 +61,13 @@ def start(cwd: Path, arguments: list[str], env: dict[str, str] | None = None) ->
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def children(pid: int) -> list[int]:
@@ -129,10 +138,7 @@ def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) 
                 os.kill(victim, signal.SIGKILL)
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output, output
-        deadline = time.monotonic() + 30
-        while any(is_alive(orphan) for orphan in orphans):
-            assert time.monotonic() < deadline, "an orphan lives on"
-            time.sleep(0.05)
+        wait_until(lambda orphans=orphans: not any(map(is_alive, orphans)), 30)
     done = run(*arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_end(tmp_path / "run", reference)
@@ -145,10 +151,7 @@ def test_ctrl_c_saves_the_step_and_resuming_goes_on_from_it(undisturbed: Any, tm
     run_dir = tmp_path / "run"
     process = start(tmp_path, command(run_dir, *overrides), injected(tmp_path / "inject", into=CHILD, code=SLOW_STEPS))
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
@@ -197,10 +200,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused_while_the_first_runs(tmp_p
     folder = tmp_path / "sweep"
     arguments = ["llama_ft.train", "-m", "optim=ga,lora", f"hydra.sweep.dir={folder}", *STEPS]
     first = start(tmp_path, arguments)
-    deadline = time.monotonic() + 60
-    while not (folder / "ga").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until((folder / "ga").exists)
     second = run(*arguments, cwd=tmp_path)
     assert second.returncode == 2
     assert second.stderr == f"error: another run is writing into {folder}: wait for its end, or name another folder\n"
@@ -217,18 +217,18 @@ def test_a_resume_without_a_folder_says_which_key_is_missing(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run with a checkpoint after its only step but one."""
+    """A finished run with a checkpoint after its last step but one."""
     cwd = tmp_path_factory.mktemp("saved")
-    overrides = (
-        "training.micro_batch_size=1",
-        "training.max_samples=3",
-        "training.save_every=2",
-        "tracker=disabled",
-        f"hydra.run.dir={cwd / 'run'}",
-    )
-    done = run("llama_ft.train", *overrides, cwd=cwd)
+    done = run("llama_ft.train", *THREE, "training.save_every=2", f"hydra.run.dir={cwd / 'run'}", cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return cwd / "run"
+
+
+def unfinished(saved: Path, folder: Path) -> Path:
+    """A copy of the run, as it was before it ended."""
+    shutil.copytree(saved, folder / "run")
+    (folder / "run" / "result.json").unlink()
+    return folder / "run"
 
 
 BREAK = {
@@ -247,19 +247,10 @@ BREAK = {
 
 @pytest.mark.parametrize("how", BREAK)
 def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, tmp_path: Path, how: str) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(saved, run_dir)
-    (run_dir / "result.json").unlink()
+    run_dir = unfinished(saved, tmp_path)
     (folder,) = (run_dir / "checkpoints").iterdir()
     BREAK[how](folder)
-    overrides = (
-        "training.micro_batch_size=1",
-        "training.max_samples=3",
-        "training.resume=true",
-        "tracker=disabled",
-        f"hydra.run.dir={run_dir}",
-    )
-    done = run("llama_ft.train", *overrides, cwd=tmp_path)
+    done = run("llama_ft.train", *THREE, "training.resume=true", f"hydra.run.dir={run_dir}", cwd=tmp_path)
     assert done.returncode in (1, 2)
     last = done.stderr.strip().splitlines()[-1]
     assert str(run_dir / "metrics.jsonl" if "metrics" in how else folder) in last
@@ -268,18 +259,10 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved: Path, tmp_path: Path, ho
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(saved: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(saved, run_dir)
-    (run_dir / "result.json").unlink()
+    run_dir = unfinished(saved, tmp_path)
     before = (run_dir / "metrics.jsonl").read_bytes()
-    changed = (
-        "training.micro_batch_size=1",
-        "training.max_samples=3",
-        "training.lr=0.5",
-        "training.resume=true",
-        f"hydra.run.dir={run_dir}",
-    )
-    done = run("llama_ft.train", *changed, "tracker=disabled", cwd=tmp_path)
+    changed = ("training.lr=0.5", "training.resume=true", f"hydra.run.dir={run_dir}")
+    done = run("llama_ft.train", *THREE, *changed, cwd=tmp_path)
     assert done.returncode == 2
     assert "another configuration" in done.stderr
     assert (run_dir / "metrics.jsonl").read_bytes() == before

@@ -1,25 +1,20 @@
 """Sweeps through the real command: Hydra's multirun, one process a run, the table at the end."""
 
 import csv
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Sweep, injected, run, run_sweep
+from helpers.reports import EIGHT, SIXTEEN, SWITCHES
 from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.process  # real commands
 
-COURSE_ORDER = ["baseline", "lora", "mp", "mp_lora", "ga", "ga_lora", "ga_mp", "ga_mp_lora"]
 CHILD = "llama_ft.launch.child"
-SMALL = (
-    "training.micro_batch_size=1",
-    "training.max_samples=9",
-    "tracker=disabled",
-)  # with GA two optimizer steps, the second of one sample
 FAST = ("training.micro_batch_size=1", "training.max_samples=4", "tracker=disabled")
+SMALL = (*FAST, "training.max_samples=9")  # with GA two optimizer steps, the second of one sample
 PARAMETERS = 3_443_136
 LORA_PARAMETERS = 73_728
 MIB = 2**20
@@ -47,10 +42,10 @@ def contents(folder: Path) -> dict[Path, bytes]:
 
 def test_table2_measures_eight_combinations_in_folders_named_after_them(table2: Sweep) -> None:
     assert table2.process.returncode == 0, table2.process.stdout + table2.process.stderr
-    assert {path.name for path in table2.folder.iterdir() if path.is_dir()} == set(COURSE_ORDER)
+    assert {path.name for path in table2.folder.iterdir() if path.is_dir()} == set(EIGHT)
     results = table2.results()
     assert {result["status"] for result in results.values()} == {"ok"}
-    assert {name: result["combination"] for name, result in results.items()} == {name: name for name in COURSE_ORDER}
+    assert {name: result["combination"] for name, result in results.items()} == {name: name for name in EIGHT}
     for name, result in results.items():
         assert {key for key, on in result["optim"].items() if on} == set(name.split("_")) - {"baseline"}
 
@@ -63,7 +58,7 @@ def test_the_table_is_written_and_printed(table2: Sweep) -> None:
     assert [line.split() for line in lines if line.strip().startswith("GA ")] == [["GA"] + ["OFF"] * 4 + ["ON"] * 4]
     assert [line.split() for line in lines if line.strip().startswith("LoRA ")] == [["LoRA"] + ["OFF", "ON"] * 4]
     rows = list(csv.DictReader((table2.folder / "table2.csv").open()))
-    assert [row["combination"] for row in rows] == COURSE_ORDER
+    assert [row["combination"] for row in rows] == EIGHT
     peaks = {name: result["peak_memory_mib"] for name, result in table2.results().items()}
     assert {row["combination"]: float(row["peak_memory_mib"]) for row in rows} == peaks
 
@@ -80,7 +75,7 @@ def test_rows_differ_only_in_what_is_swept(table2: Sweep) -> None:
 
 
 def test_optimizer_steps_follow_the_accumulation(table2: Sweep) -> None:
-    for name in COURSE_ORDER:
+    for name in EIGHT:
         steps = [json.loads(line)["step"] for line in (table2.folder / name / "metrics.jsonl").open()]
         assert steps == list(range(1, 3 if "ga" in name.split("_") else 10)), name
 
@@ -100,7 +95,7 @@ def test_memory_is_what_arithmetic_says(table2: Sweep) -> None:
     # 16-bit frozen weights, A and B in fp32; autocast's 16-bit copies of A and B come and go.
     fewest, most_bytes = 2 * PARAMETERS + 4 * LORA_PARAMETERS, 2 * PARAMETERS + 6 * LORA_PARAMETERS
     assert fewest <= table2.results()["mp_lora"]["memory_mib"]["parameter"] * MIB <= most_bytes
-    for name in COURSE_ORDER:
+    for name in EIGHT:
         trainable = LORA_PARAMETERS if "lora" in name else PARAMETERS
         assert most[name]["optimizer_state"] == pytest.approx(2 * 4 * trainable / MIB, rel=0.01), name
         assert most[name]["gradient"] == pytest.approx(4 * trainable / MIB, rel=0.25), name
@@ -114,7 +109,7 @@ def test_lora_shrinks_gradients_and_optimizer_state_below_a_tenth(table2: Sweep)
 
 
 def test_weights_or_adapter_are_saved(table2: Sweep) -> None:
-    for name in COURSE_ORDER:
+    for name in EIGHT:
         file, size = ("adapter_model", LORA_PARAMETERS) if "lora" in name else ("model", PARAMETERS)
         tensors = load_file(table2.folder / name / f"{file}.safetensors")
         assert sum(tensor.size for tensor in tensors.values()) == size, name
@@ -123,10 +118,7 @@ def test_weights_or_adapter_are_saved(table2: Sweep) -> None:
 # ---------------------------------------------------------------------------------------- the other forms, and resuming
 
 
-FORMS = [
-    ("-m", "optim=glob(*)"),
-    ("-m", "optim.ga=false,true", "optim.mp=false,true", "optim.lora=false,true"),
-]
+FORMS = [("-m", "optim=glob(*)"), ("-m", "optim.ga=false,true", "optim.mp=false,true", "optim.lora=false,true")]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=" ".join)
@@ -137,7 +129,7 @@ def test_all_forms_of_the_sweep_are_the_same_eight_runs_and_finished_ones_are_sk
     done = again(table2, *form, *SMALL, "tracker.project=elsewhere")  # tracking does not change what is measured
     assert done.returncode == 0, done.stdout + done.stderr
     skipped = {line.partition(":")[0] for line in done.stdout.splitlines() if "done before (ok)" in line}
-    assert skipped == set(COURSE_ORDER)
+    assert skipped == set(EIGHT)
     assert contents(table2.folder) == before
 
 
@@ -237,6 +229,7 @@ NAMES = {
     ("data=sample,alpaca_200", "training.lr=1e-3,1e-4"): {
         f"baseline,data={data},training.lr={lr}" for data in ("sample", "alpaca_200") for lr in ("0.001", "0.0001")
     },
+    tuple(f"optim.{name}=false,true" for name in SWITCHES): set(SIXTEEN),
     ("lora.targets=[wq],[wq,wv]", "optim.lora=true"): {"lora,lora.targets=_wq_", "lora,lora.targets=_wq_wv_"},
 }
 
@@ -250,17 +243,6 @@ def test_folders_are_named_after_the_combination_and_what_else_varies(
     assert len(names) == len(NAMES[swept]), f"{names}\n{done.stdout}{done.stderr}"
     assert {name.replace("1e-3", "0.001").replace("1e-4", "0.0001") for name in names} == NAMES[swept]
     assert f"{len(names)} of {len(names)} runs failed" in done.stdout + done.stderr
-
-
-def test_sixteen_combinations_with_gc(tmp_path: Path, no_training: dict[str, str]) -> None:
-    toggles = [f"optim.{name}=false,true" for name in ("ga", "mp", "lora", "gc")]
-    done = run("llama_ft.train", "-m", *toggles, *FAST, "hydra.sweep.dir=all", cwd=tmp_path, env=no_training)
-    names = {
-        "_".join(name for name, on in zip(("ga", "mp", "lora", "gc"), switches, strict=True) if on) or "baseline"
-        for switches in itertools.product((False, True), repeat=4)
-    }
-    assert {path.name for path in (tmp_path / "all").iterdir() if path.is_dir()} == names
-    assert "16 of 16 runs failed" in done.stdout + done.stderr
 
 
 def test_results_go_where_the_user_says_and_nowhere_else(tmp_path: Path, no_training: dict[str, str]) -> None:

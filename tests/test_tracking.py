@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -26,7 +27,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode
-from llama_ft.tracking import base, track_files, track_sweep, wandb_run
+from llama_ft.tracking import base, track_study, track_sweep, wandb_run
 
 ONLINE, TENSORBOARD = TrackerConfig(mode=TrackerMode.online), TrackerConfig(TrackerKind.tensorboard)
 PICTURE = Path(__file__).parent.parent / "docs" / "table2.png"
@@ -76,7 +77,7 @@ def test_a_sweep_has_a_run_with_table_charts_pictures_and_files(run_dir: Path) -
     sweep = run_dir.parent
     (sweep / "table2.png").write_bytes(PICTURE.read_bytes())
     said: list[str] = []
-    track_sweep(OFFLINE, sweep, columns, rows, ["table2.png", "absent.md"], said.append)
+    track_sweep(OFFLINE, sweep, (columns, rows), ["table2.png", "absent.md"], said.append)
     kept = read_wandb(sweep)
     table = kept.json("media/table/table2_*.table.json")
     assert (said, table["columns"], table["data"]) == ([], columns, rows)
@@ -91,7 +92,7 @@ def test_a_sweep_has_a_run_with_table_charts_pictures_and_files(run_dir: Path) -
 
 
 def test_a_study_has_a_run_with_its_numbers(run_dir: Path) -> None:
-    track_files(OFFLINE, "kv_cache", "study", {"speedup": 2.5}, [PICTURE], run_dir, pytest.fail)
+    track_study(OFFLINE, "kv_cache", {"speedup": 2.5}, [Path(shutil.copy(PICTURE, run_dir))], pytest.fail)
     kept = read_wandb(run_dir)
     assert (kept.run.display_name, kept.run.job_type, kept.summary["speedup"]) == ("kv_cache", "study", 2.5)
     assert "table2.png" in kept.files
@@ -304,9 +305,7 @@ def test_tensorboard_has_the_steps_the_config_and_the_result(run_dir: Path) -> N
 
 def test_tensorboard_has_a_studys_numbers_and_pictures(tmp_path: Path) -> None:
     (tmp_path / "kv_cache.md").write_text("| a table |")
-    track_files(
-        TENSORBOARD, "kv_cache", "study", {"speedup": 2.5}, [PICTURE, tmp_path / "kv_cache.md"], tmp_path, print
-    )
+    track_study(TENSORBOARD, "kv_cache", {"speedup": 2.5}, [tmp_path / "kv_cache.md", PICTURE], print)
     kept = events(tmp_path)
     assert kept.Scalars("result/speedup")[0].value == 2.5
     assert kept.Images("table2.png")[0].encoded_image_string == PICTURE.read_bytes()

@@ -22,9 +22,8 @@ from helpers.tracked import (
 )
 
 from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfig, UserError
-from llama_ft.tracking import wandb_run
+from llama_ft.tracking import upload_runs, wandb_run
 from llama_ft.tracking.base import RUN_FILES
-from llama_ft.tracking.upload import upload_runs
 
 KEY = "5ec2e75ec2e75ec2e75ec2e75ec2e75ec2e7abcd"
 OFFLINE = UploadConfig(mode=TrackerMode.offline)

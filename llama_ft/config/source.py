@@ -1,10 +1,12 @@
 """Where a model comes from, and what it runs on: keys that every command which loads one shares."""
 
+import enum
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from llama_ft.config.checks import Dtype, UserError, check_settings, setting
+from llama_ft.config.checks import Dtype, Settings, UserError, check_settings, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.model import ModelConfig
 
@@ -44,6 +46,14 @@ class ModelSource:
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
         return Path(os.path.expanduser(self.tokenizer or self.model.builtin_dir / "tokenizer.model"))
+
+    def to_dict(self) -> Settings:
+        """Plain JSON types, enums by name."""
+
+        def plain(items: list[tuple[str, Any]]) -> Settings:
+            return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
+
+        return asdict(self, dict_factory=plain)
 
 
 @dataclass

@@ -1,13 +1,12 @@
 """What `python -m llama_ft.train` can be told."""
 
-import enum
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from llama_ft.config.checks import Settings, UserError
+from llama_ft.config.checks import UserError
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
@@ -60,14 +59,6 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
     def max_length(self) -> int:
         """Longest sample in tokens."""
         return self.data.max_length or self.model.max_seq_len
-
-    def to_dict(self) -> Settings:
-        """Plain JSON types, enums by name."""
-
-        def plain(items: list[tuple[str, Any]]) -> Settings:
-            return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
-
-        return asdict(self, dict_factory=plain)
 
     def to_yaml(self) -> str:
         """The resolved config, for `config.yaml`; `read_config` reads it."""

@@ -1,22 +1,28 @@
-"""All that is measured of one model."""
+"""All that is measured of a model, and of a base and a fine-tuned model one after the other."""
 
+import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from llama_ft.config import EvaluateConfig
+import torch
+
+from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
+from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.evaluation.exact_match import accuracy, greedy_answers, matches
+from llama_ft.decoding.generate import generate
+from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
-from llama_ft.evaluation.records import EvaluationSet
+from llama_ft.evaluation.records import EvaluationSet, accuracy, matches
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
 from llama_ft.techniques.mixed_precision import Precision
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
+Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 
 @dataclass(frozen=True)
@@ -28,58 +34,84 @@ class EvalInputs:
     text: Text | None
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One model's figures, and its answers, if they were asked for."""
+def measure_models(
+    config: EvaluateConfig, inputs: EvalInputs, device: torch.device, dtype: torch.dtype, progress: Progress, log: Log
+) -> list[Measured]:
+    """The model's figures and answers, or base's and fine-tuned's, in this order; one is in memory at a time.
 
-    model: EvaluatedModel
-    answers: list[Answer]
-    correct: list[bool]
+    Weights or adapter that are not this model's, or give no finite numbers, are a UserError.
+    """
+
+    def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
+        model, name = load(config, device, dtype, log), role.replace("_", "-")
+        result = measure(model, inputs, config, role, lambda title, total: progress(f"{name}, {title}", total))
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        return result
+
+    check_sources(config)
+    if not config.has_base:
+        return [measured("model", load_trained)]
+    fine_tuned = measured("fine_tuned", load_trained)  # first, since most can be wrong with it
+    return [measured("base", load_base), fine_tuned]
 
 
 def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role: Role, progress: Progress) -> Measured:
-    """Perplexity of the responses and of the text, if there is one; answers, if they are asked for.
+    """Perplexity of the responses and of the text, if there is one; exact match and answers, if they are asked for.
 
     The model is in evaluation mode. Losses or logits that are not finite are a UserError.
     """
     began = time.monotonic()
-    weight = model.output.weight
+    weight, records = model.output.weight, inputs.data.records
     padding = Padding(Precision(weight.device.type, weight.dtype).pad_multiple, config.model.max_seq_len)
-    samples = [record.sample for record in inputs.data.records]
-    with progress("perplexity of the responses", len(samples)) as advance:
-        responses = perplexity(model, samples, config.batch_size, padding, advance)
-    text = _text_perplexity(model, inputs.text, config, padding, progress) if inputs.text is not None else None
-    answers, correct = _answer(model, inputs, config, progress) if config.exact_match else ([], [])
+    with progress("perplexity of the responses", len(records)) as advance:
+        responses = perplexity(model, inputs.data.samples, config.batch_size, padding, advance)
+    text = None
+    if inputs.text is not None:
+        windows = text_windows(inputs.text.tokens, config.window_tokens, config.stride_tokens)
+        # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
+        at_once = max(1, config.model.max_seq_len // config.window_tokens)
+        with progress("perplexity of the text", len(windows)) as advance:
+            result = perplexity(model, windows, at_once, padding, advance)
+        text = TextPerplexity(
+            **vars(result), bits_per_byte=bits_per_byte(result.nll, inputs.text), windows=len(windows)
+        )
+    answers: list[Answer] = []
     exact_match = None
     if config.exact_match:
-        share = accuracy([record.task for record in inputs.data.records], correct)
+        prompts = [prompt_text(record.instruction, record.input) for record in records]
+        with progress("answers", len(prompts)) as advance:
+            answers = greedy_answers(
+                model, inputs.tokenizer, prompts, config.max_new_tokens, config.batch_size, config.kv_cache, advance
+            )
+        correct = [matches(answer.text, record.output) for answer, record in zip(answers, records, strict=True)]
+        share = accuracy([record.task for record in records], correct)
         exact_match = ExactMatch(**vars(share), ended_by_length=sum(answer.finish == "length" for answer in answers))
     is_base = role == "base"
     checkpoint = str((is_base and config.base) or config.checkpoint)
     adapter = None if is_base else config.adapter
     runtime = time.monotonic() - began
-    return Measured(EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers, correct)
+    return EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers
 
 
-def _text_perplexity(
-    model: Transformer, text: Text, config: EvaluateConfig, padding: Padding, progress: Progress
-) -> TextPerplexity:
-    windows = text_windows(text.tokens, config.window_tokens, config.stride_tokens)
-    # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
-    at_once = max(1, config.model.max_seq_len // config.window_tokens)
-    with progress("perplexity of the text", len(windows)) as advance:
-        found = perplexity(model, windows, at_once, padding, advance)
-    return TextPerplexity(**vars(found), bits_per_byte=bits_per_byte(found.nll, text), windows=len(windows))
-
-
-def _answer(
-    model: Transformer, inputs: EvalInputs, config: EvaluateConfig, progress: Progress
-) -> tuple[list[Answer], list[bool]]:
-    """The answers to all records, and which are correct."""
-    prompts = [record.prompt for record in inputs.data.records]
-    with progress("answers", len(prompts)) as advance:
-        answers = greedy_answers(
-            model, inputs.tokenizer, prompts, config.max_new_tokens, config.batch_size, config.kv_cache, advance
-        )
-    pairs = zip(answers, inputs.data.records, strict=True)
-    return answers, [matches(answer.text, record.output) for answer, record in pairs]
+def greedy_answers(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int,
+    kv_cache: bool = True,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Answer]:
+    """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
+    decoding = DecodingConfig(max_new_tokens=max_new_tokens)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        results = generate(model, tokenizer, [prompts[index] for index in batch], decoding, kv_cache)
+        answers |= {index: first for index, (first, *_) in zip(batch, results, strict=True)}
+        advance(len(batch))
+    return [answers[index] for index in range(len(prompts))]

@@ -45,13 +45,8 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
 
     This is Hugging Face's way to measure models of a fixed context
     (https://huggingface.co/docs/transformers/perplexity): each token counts once, and beyond the first window it has at
-    least window - stride tokens before it. The first token of a window has none, and so cannot count: in the first
-    window that is BOS, and with stride = window the first token of every window.
-
-    Args:
-        tokens: the text, BOS first; at least two.
-        window: most tokens in a window, at least 2.
-        stride: tokens from the start of one window to that of the next, at most the window.
+    least window - stride tokens before it. A window's first token has none, and does not count: in the first window
+    that is BOS, and with stride = window that of every window. There are at least 2 tokens, and window >= stride.
     """
     samples: list[Sample] = []
     for start in range(0, len(tokens), stride):

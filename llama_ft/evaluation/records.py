@@ -1,7 +1,7 @@
-"""The records that a model is evaluated on, with their tasks, and the majority baseline."""
+"""The records that a model is evaluated on, the majority baseline, and how many of the answers are correct."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,34 +9,20 @@ from llama_ft.config import DataConfig, EvaluateConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, read_records, records_file
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
 
 HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
 NO_TASK = "no task"  # of records that name none
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalRecord(Record):
-    """A record to be answered, with its task."""
-
-    sample: Sample  # cut to the longest length allowed
-
-    @property
-    def prompt(self) -> str:
-        """What the model is given."""
-        return prompt_text(self.instruction, self.input)
-
-
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What a model is asked, and what one would answer that knew only the task."""
+    """What a model is asked, and how far one would get that knew only the task."""
 
-    file: Path
-    records: list[EvalRecord]
-    n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
-    n_truncated: int  # whose answer was cut at the longest length allowed
-    n_dropped: int  # whose prompt left no room for an answer
-    majority: dict[str, str]  # by task, the most frequent answer
-    is_held_out: bool  # whether they are the built-in ones that training never sees; the majority is then training's
+    about: EvaluatedRecords
+    records: list[Record]
+    samples: list[Sample]  # the records', cut to the longest length allowed
+    majority: Majority
 
 
 def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
@@ -48,31 +34,59 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     file = HELD_OUT if builtin else records_file(config.data, log)
     read, n_skipped = _read(file, config.data)
     read = read[: config.max_samples]
-    records, n_truncated = [], 0
+    records, samples, n_truncated = list[Record](), list[Sample](), 0
     for record in read:
         whole = encode_record(record, tokenizer)
         sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
-        eval_record = EvalRecord(**vars(record), sample=sample)
-        if sample.n_targets > 0 and len(tokenizer.encode(eval_record.prompt, bos=True)) < config.model.max_seq_len:
-            records.append(eval_record)
+        prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
+        if sample.n_targets > 0 and len(prompt) < config.model.max_seq_len:
+            records.append(record)
+            samples.append(sample)
             n_truncated += len(sample) < len(whole)
     if not records:
         reason = "no prompt leaves room for an answer" if read else "there are no records"
         raise UserError(f"{file}: {reason}")
-    known = [(record.task, record.output) for record in records]
-    if builtin:
-        train, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None))
-        known = [(record.task, record.output) for record in train]
-    n_dropped = len(read) - len(records)
-    return EvaluationSet(file, records, n_skipped, n_truncated, n_dropped, majority_answers(known), builtin)
+    about = EvaluatedRecords(
+        name=file.name if config.data.path else config.data.name,
+        file=file.name if builtin else str(file),  # the package's place says nothing
+        is_held_out=builtin,
+        records=len(records),
+        skipped=n_skipped,
+        truncated=n_truncated,
+        dropped=len(read) - len(records),
+    )
+    known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None)) if builtin else (records, 0)
+    majority = majority_of(records, known, "training split" if builtin else "same records")
+    return EvaluationSet(about, records, samples, majority)
 
 
-def majority_answers(answers: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """From (task, answer) the most frequent answer of each task; of equally frequent ones the first."""
+def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -> Majority:
+    """How far each task's most frequent answer in `known`, called `name`, goes; of equally frequent ones the first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for task, answer in answers:
-        counts[task][answer.strip()] += 1
-    return {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
+    for record in known:
+        counts[record.task][record.output.strip()] += 1
+    answers = {task: counter.most_common(1)[0][0] for task, counter in counts.items()}
+    correct = [matches(answers.get(record.task, ""), record.output) for record in records]
+    share = accuracy([record.task for record in records], correct)
+    return Majority(**vars(share), of=name, answers=answers)
+
+
+def matches(answer: str, expected: str) -> bool:
+    """Whether two texts are equal but for white space around them."""
+    return answer.strip() == expected.strip()
+
+
+def accuracy(tasks: Sequence[str], correct: Sequence[bool]) -> Accuracy:
+    """How many of the answers are correct, in all and by task."""
+    by_task: dict[str, list[bool]] = {}
+    for task, is_correct in zip(tasks, correct, strict=True):
+        by_task.setdefault(task, []).append(is_correct)
+    named = {task: Share(*_share(by_task[task])) for task in sorted(by_task)} if by_task.keys() != {NO_TASK} else {}
+    return Accuracy(*_share(correct), named)
+
+
+def _share(correct: Sequence[bool]) -> tuple[int, int, float]:
+    return sum(correct), len(correct), sum(correct) / len(correct)
 
 
 def _read(file: Path, config: DataConfig) -> tuple[list[Record], int]:

@@ -1,7 +1,4 @@
-"""What runs and plans leave behind: each record a dataclass, written and read in one place.
-
-Knows nothing of torch, so that any command can read a record.
-"""
+"""What runs and plans leave behind: each record a dataclass, written and read in one place, without torch."""
 
 import json
 from dataclasses import asdict
@@ -20,9 +17,7 @@ CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")
 R = TypeVar("R")
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapter = cache(TypeAdapter)  # making one takes milliseconds
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:

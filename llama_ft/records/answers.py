@@ -1,4 +1,4 @@
-"""Answers, and the lines that they are written as: of `generate prompts=FILE`, and `answers.jsonl` of `evaluate`."""
+"""Answers, and the lines that `generate prompts=FILE` writes them as."""
 
 import json
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ class Answer:
 
     text: str
     n_tokens: int
-    finish: str
-    """What ended it: `eos`, `stop` (one of decoding.stop), or `length`."""
+    finish: str  # what ended it: `eos`, `stop` (one of decoding.stop), or `length`
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,3 @@ def texts_of_line(line: bytes, n_answers: int, settings_hash: str) -> list[str] 
         return list(content["answers"]) if n_answers > 1 else [str(content["answer"])]
     except (ValueError, TypeError, KeyError):
         return None
-
-
-@dataclass(frozen=True)
-class AnsweredRecord:
-    """A record of an evaluation with the answers to it."""
-
-    instruction: str
-    input: str
-    task: str
-    expected: str
-    answers: dict[str, tuple[str, bool]]  # by role: the text as it came, and whether it is the expected one
-
-    def line(self) -> str:
-        """One line of JSON, with two keys for each role: `base_answer` and `base_correct`."""
-        values: Json = {key: value for key, value in vars(self).items() if key != "answers"}
-        for role, (text, is_correct) in self.answers.items():
-            values |= {f"{role}_answer": text, f"{role}_correct": is_correct}
-        return json.dumps(values, ensure_ascii=False) + "\n"

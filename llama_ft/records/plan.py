@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from llama_ft.config.checks import Settings
-from llama_ft.records import SCHEMA_VERSION, read_record
+from llama_ft.records import SCHEMA_VERSION
 from llama_ft.records.result import RESULT_FILE, MemoryItem, Status
 
 PLAN_FILE = "plan.json"
@@ -102,6 +102,11 @@ class Advice:
     largest_micro_batch: int | None = None  # samples of this data
     lines: list[str] = field(default_factory=list)  # for people
 
+    @property
+    def title(self) -> str:
+        """What was asked for."""
+        return f"goal={self.goal}" + (f", gpu={self.gpu}" if self.gpu else "")
+
 
 @dataclass(frozen=True)
 class PlannedData:
@@ -154,12 +159,3 @@ class Plan:
 def is_plan(folder: Path) -> bool:
     """Whether a folder is a plan's: it has `plan.json`, and no run in it or below it."""
     return (folder / PLAN_FILE).is_file() and next(folder.rglob(RESULT_FILE), None) is None
-
-
-def read_plan_file(folder: Path) -> Plan:
-    """A folder's plan.
-
-    Raises:
-        UserError: if there is none, or the file is no plan that this version writes.
-    """
-    return read_record(Plan, folder / PLAN_FILE)

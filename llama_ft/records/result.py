@@ -1,7 +1,7 @@
 """`result.json`: what a run leaves behind, however it ends."""
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -73,18 +73,14 @@ class Result:
 
 def new_result(config: TrainConfig, command: str) -> Result:
     """The result of a run that is about to begin."""
-    result = _from_settings(config.to_dict(), command)
+    result = unmeasured_result(config.to_dict(), command)
     result.config_hash, result.settings_hash = config.hash(), config.hash(without=("optim",))
     result.memory_limit_mib = config.memory_limit_mib
     return result
 
 
-def refused_result(settings: Settings, command: str, error: str) -> Result:
-    """The result of a run that never began, since a value in its config is not allowed."""
-    return replace(_from_settings(settings, command), error=error)
-
-
-def _from_settings(settings: Settings, command: str) -> Result:
+def unmeasured_result(settings: Settings, command: str, error: str | None = None) -> Result:
+    """The result of a run by its settings alone, and why it never began if a value in them is not allowed."""
     return Result(
         combination=combination_name(settings["optim"]),
         model=settings["model"]["name"],
@@ -94,6 +90,7 @@ def _from_settings(settings: Settings, command: str) -> Result:
         techniques={name: settings[name] for name in settings["optim"]},
         micro_batch_size=settings["training"]["micro_batch_size"],
         command=command,
+        error=error,
     )
 
 

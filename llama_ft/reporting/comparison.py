@@ -12,7 +12,7 @@ from llama_ft.records.result import Result
 from llama_ft.reporting import matching
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
-from llama_ft.reporting.table2 import MEASURES, cell, failures
+from llama_ft.reporting.table2 import MEASURES, Measure, cell, failures
 
 LOSS = "train_loss_after"  # compared by its difference, not as a share
 COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
@@ -58,17 +58,22 @@ class Comparison:
         return [f"{name}: {a} {in_a}, {b} {in_b}" for name, a, b in self.settings] or [SAME_SETTINGS]
 
     @property
+    def measures(self) -> list[Measure]:
+        """Those that are shown: of which a run on either side has a value, or always."""
+        results, compared = [*self.a.results, *self.b.results], COMPARED if self.sides is SWEEPS else PREDICTED
+        return [m for m in compared if m.always or any(getattr(result, m.key) is not None for result in results)]
+
+    @property
     def table(self) -> Table:
         """Each measure on both sides, and the difference, for every combination."""
         rows: Rows = []
         name_a, name_b = self.sides.names
-        for title, key, form, always, _ in COMPARED if self.sides is SWEEPS else PREDICTED:
-            if always or any(getattr(result, key) is not None for pair in self.pairs for result in pair):
-                of_b = "at best" if self.is_bound and key == "runtime_s" else name_b
-                rows.append((title, [""] * len(self.pairs)))
-                rows.append((f"  {name_a}", [cell(a, key, form) for a in self.a.results]))
-                rows.append((f"  {of_b}", [cell(b, key, form) for b in self.b.results]))
-                rows.append((f"  {self.sides.difference}", [self._difference(a, b, key, form) for a, b in self.pairs]))
+        for title, key, form, *_ in self.measures:
+            of_b = "at best" if self.is_bound and key == "runtime_s" else name_b
+            rows.append((title, [""] * len(self.pairs)))
+            rows.append((f"  {name_a}", [cell(a, key, form) for a in self.a.results]))
+            rows.append((f"  {of_b}", [cell(b, key, form) for b in self.b.results]))
+            rows.append((f"  {self.sides.difference}", [self._difference(a, b, key, form) for a, b in self.pairs]))
         return Table(self.title, technique_rows(a.optim for a in self.a.results), rows, self.notes)
 
     def _difference(self, a: Result, b: Result, key: str, form: Callable[[Any], str]) -> str:

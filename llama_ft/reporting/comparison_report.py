@@ -8,12 +8,12 @@ from rich.console import Console
 from llama_ft.config import UserError
 from llama_ft.config.techniques import combination_label
 from llama_ft.files import write_text
+from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
-from llama_ft.records.plan import PLAN_FILE, is_plan, read_plan_file
+from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
-from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.page import Metrics, render
+from llama_ft.reporting.page import charts, points_of, render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
 
@@ -27,7 +27,7 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
     """Print and write the comparison of a sweep with a second one, or with a plan, into the second folder."""
     groups = read_groups(first)
     if is_plan(second):
-        comparisons, alone = compare_plan(groups, read_plan_file(second))
+        comparisons, alone = compare_plan(groups, read_record(Plan, second / PLAN_FILE))
         refusal = f"{second / PLAN_FILE} predicts no run of {first}: {'; '.join(alone)}"
     else:
         comparisons, alone = compare_sweeps(groups, read_groups(second))
@@ -49,8 +49,7 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
 
 def write_files(comparisons: list[Comparison], about: list[str], names: list[str], folder: Path) -> None:
     """Write all files of a comparison; `names` are those of the sides."""
-    folders = [run_dir for comparison in comparisons for run_dir in (*comparison.a.folders, *comparison.b.folders)]
-    metrics = {run_dir: read_metrics(run_dir) for run_dir in folders}
+    page = comparison_page(comparisons, about, names)  # before a file is written: it reads files that may be damaged
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
@@ -61,7 +60,7 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     write_text(folder / "comparison.md", "\n".join(text))
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     draw_panels(panels, titles, heights, folder / "comparison.png")
-    write_text(folder / "comparison.html", comparison_page(comparisons, about, names, metrics))
+    write_text(folder / "comparison.html", page)
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
@@ -78,7 +77,7 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
     return csv_text(columns, rows)
 
 
-def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str], metrics: Metrics) -> str:
+def comparison_page(comparisons: list[Comparison], about: list[str], names: list[str]) -> str:
     """For each pair of groups the settings that differ, the table, the picture and the loss."""
     title = " and ".join(Path(name.partition(": ")[2]).resolve().name for name in names)
     sections: list[dict[str, Any]] = []
@@ -92,28 +91,21 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
             "comparison": comparison,
             "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
             "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
-            "is_of_sweeps": is_of_sweeps,
+            "legend": dict(zip(sides, SIDE_COLOURS, strict=True)),
             "marks": _marks(comparison) if is_of_sweeps else {},
-            "losses": _losses(comparison, metrics) if is_of_sweeps else {},
+            "losses": _losses(comparison) if is_of_sweeps else {},
         }
         sections.append(section)
-
-    def side_colours(names: tuple[str, str]) -> dict[str, str]:
-        return dict(zip(names, SIDE_COLOURS, strict=True))
-
-    values = {"names": names, "about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
-    return render("comparison.html.jinja", title=title, side_colours=side_colours, **values)
+    values = {"about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
+    return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLOURS, strict=True)), **values)
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:
     """The classes of the table's differences, by the number of their row, coloured where they are worth a look."""
-    keys, key = {measure.title: measure.key for measure in COMPARED}, ""
-    marks = {}
-    for number, (name, cells) in enumerate(comparison.table.rows):
-        key = keys.get(name, key)
-        if name.strip() == comparison.sides.difference:
-            changes = [comparison.change(a, b, key) for a, b in comparison.pairs]
-            marks[number] = [_mark(change, key, cell) for change, cell in zip(changes, cells, strict=True)]
+    rows, marks = comparison.table.rows, {}
+    for number, (_, key, *_) in enumerate(comparison.measures):
+        changes, row = [comparison.change(a, b, key) for a, b in comparison.pairs], 4 * number + 3
+        marks[row] = [_mark(change, key, cell) for change, cell in zip(changes, rows[row][1], strict=True)]
     return marks
 
 
@@ -126,10 +118,10 @@ def _mark(change: float | None, key: str, cell: str) -> str:
     return "better" if (change < 0) != (key == "tokens_per_s") else "worse"
 
 
-def _losses(comparison: Comparison, metrics: Metrics) -> dict[str, bytes]:
+def _losses(comparison: Comparison) -> dict[str, bytes]:
     """For each combination the loss over the steps, of both sweeps in one picture."""
     curves = {
-        f"{combination_label(result.optim)}: loss": [points_of(metrics[a], "loss"), points_of(metrics[b], "loss")]
-        for result, a, b in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
+        f"{combination_label(result.optim)}: loss": [points_of(read_metrics(folder), "loss") for folder in folders]
+        for result, *folders in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
     }
     return charts({title: lines for title, lines in curves.items() if any(lines)}, SIDE_COLOURS)

@@ -1,10 +1,9 @@
 """The table of an evaluation: a column for each model, and for exact match one for the majority answer."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from llama_ft.records.evaluation import EvaluatedModel, EvaluatedText, Evaluation, Share
-from llama_ft.reporting.table import Table, markdown
+from llama_ft.reporting.table import Table
 
 LABELS = {"model": "Model", "base": "Base", "fine_tuned": "Fine-tuned"}
 MAX_NAME_LENGTH = 16  # characters of a model's name in the heading; the notes have it whole
@@ -33,11 +32,6 @@ def evaluation_table(result: Evaluation) -> Table:
     which = "held-out records of" if result.data.is_held_out else "records of"
     title = f"{result.model}, {result.data.records} {which} {result.data.name}"
     return Table(title, [("", heading)], rows, _notes(result))
-
-
-def evaluation_markdown(table: Table) -> str:
-    """For `evaluate.md`."""
-    return markdown(replace(table, rows=[(name.replace("|", r"\|"), cells) for name, cells in table.rows]))
 
 
 def _heading(model: EvaluatedModel) -> str:

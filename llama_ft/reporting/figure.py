@@ -43,13 +43,19 @@ def drawing() -> Iterator[None]:
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcParams |= {"text.parse_math": False, "font.sans-serif": ["DejaVu Sans"]}
         matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llama_ft"}
+        matplotlib.rcParams |= {"axes.spines.top": False, "axes.spines.right": False}
         warnings.filterwarnings("ignore", message="Glyph")
         yield
 
 
 def group_panels(group: Group) -> list[Panel]:
     """Memory and runtime of a group."""
-    return [partial(memory_panel, group=group), partial(runtime_panel, results=group.results)]
+    return [partial(memory_panel, group=group), runtime_panel(group)]
+
+
+def runtime_panel(group: Group, xlabel: str = "runtime, s") -> Panel:
+    """Runtimes as bars."""
+    return partial(bars, sides=[(group.results, RUNTIME_COLOUR, None)], key="runtime_s", xlabel=xlabel)
 
 
 def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
@@ -144,11 +150,6 @@ def memory_panel(
     axes.set_title(title, loc="left", fontsize=11)
 
 
-def runtime_panel(axes: Axes, results: list[Result], xlabel: str = "runtime, s") -> None:
-    """Runtimes as bars."""
-    bars(axes, [(results, RUNTIME_COLOUR, None)], "runtime_s", xlabel)
-
-
 def bars(axes: Axes, sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str) -> None:
     """A bar for each combination, or two below each other: of one side or two, each its results, colour and name."""
     offsets, height = ((0.0,), 0.7) if len(sides) == 1 else ((-0.2, 0.2), 0.38)
@@ -186,4 +187,3 @@ def finish(axes: Axes, results: list[Result], xlabel: str) -> None:
         axes.set(xlim=(0, 1), xticks=[])
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel(xlabel)
-    axes.spines[["top", "right"]].set_visible(False)

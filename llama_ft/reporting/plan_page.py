@@ -1,5 +1,6 @@
 """A plan as a picture and as one HTML page that needs nothing but itself, to be sent to whom it concerns."""
 
+import math
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
 from llama_ft.reporting.matching import flat
 from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
-from llama_ft.reporting.plan_tables import advice_title, cards, is_at_best, tables_of, title
+from llama_ft.reporting.plan_tables import cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import baseline_of, planned_group
 from llama_ft.reporting.table import MARKS, UNKNOWN
 
@@ -45,7 +46,7 @@ def plan_panels(plan: Plan) -> list[figure.Panel]:
         panels.append(partial(figure.memory_panel, group=group, title=name, limit_name=USABLE, key=key))
     if not several and any(row.runtime_s is not None for row in plan.rows):
         xlabel = "runtime, s, at best" if is_at_best(plan) else "runtime, s"
-        panels.append(partial(figure.runtime_panel, results=planned_group(plan, plan.gpus[0]).results, xlabel=xlabel))
+        panels.append(figure.runtime_panel(planned_group(plan, plan.gpus[0]), xlabel))
     return panels
 
 
@@ -70,32 +71,25 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylabel("MiB")
     axes.set_title(combination_label(row.optim), loc="left", fontsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Cells of required / available, in per cent, marked where that is more than there is."""
-    columns = [plan.rows_on(gpu["name"]) for gpu in gpus]
-    shares: list[list[float | None]] = [[None] * len(gpus) for _ in columns[0]]
-    for x, column in enumerate(columns):
-        for y, row in enumerate(column):
-            if row.required_mib is not None and row.total_memory_mib:
-                shares[y][x] = row.required_mib / row.total_memory_mib
-    values = [[float("nan") if share is None else min(share, MAX_SHARE) for share in line] for line in shares]
-    axes.imshow(values, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
-    for y, line in enumerate(shares):
-        for x, share in enumerate(line):
-            row = columns[x][y]
-            text = MARKS["error"] if row.error else UNKNOWN if share is None else f"{share:.0%}"
+    lines = list(zip(*(plan.rows_on(gpu["name"]) for gpu in gpus), strict=True))
+    shares = [[(row.required_mib or math.nan) / (row.total_memory_mib or math.nan) for row in line] for line in lines]
+    axes.imshow(shares, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
+    for y, line in enumerate(lines):
+        for x, (row, share) in enumerate(zip(line, shares[y], strict=True)):
+            text = MARKS["error"] if row.error else UNKNOWN if math.isnan(share) else f"{share:.0%}"
             text += f" {MARKS['oom']}" if row.fits is False else ""
-            is_dark = share is not None and not DARK_BELOW < share < DARK_ABOVE
+            is_dark = share <= DARK_BELOW or share >= DARK_ABOVE
             axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if is_dark else "black")
-    axes.set_yticks(range(len(shares)), [combination_label(row.optim) for row in columns[0]])
+    axes.set_yticks(range(len(lines)), [combination_label(first.optim) for first, *_ in lines])
     names = [f"{gpu['name']}\n{gpu['memory_mib']:,} MiB" for gpu in gpus]
     axes.set_xticks(range(len(gpus)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=9)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     axes.set_xticks([x - 0.5 for x in range(1, len(gpus))], minor=True)
-    axes.set_yticks([y - 0.5 for y in range(1, len(shares))], minor=True)
+    axes.set_yticks([y - 0.5 for y in range(1, len(lines))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
@@ -125,8 +119,7 @@ def plan_page(plan: Plan) -> str:
         plan=plan,
         title=title(plan),
         cards=cards(plan),
-        techniques=_settings_line(plan),
-        advice_title=advice_title(plan.advice) if plan.advice else "",
+        techniques=", ".join(f"{key}={value}".replace("'", "") for key, value in flat(plan.techniques).items()),
         tables=tables,
         table1=table1,
         heat_map=heat,
@@ -141,25 +134,15 @@ def plan_page(plan: Plan) -> str:
     )
 
 
-def _settings_line(plan: Plan) -> str:
-    """The techniques' numbers, as one types them."""
-    parts = []
-    for key, value in flat(plan.techniques).items():
-        text = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else value
-        parts.append(f"{key}={text}")
-    return ", ".join(parts)
-
-
 def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """The baseline's and the smallest's large, and the others' small."""
     drawn = [row for row in rows if not row.error and len(row.timeline) > 1]
     fitting = [row for row in drawn if row.fits is not False] or drawn[:1]
     smallest = min(fitting, key=lambda row: row.required_mib or row.peak_memory_mib or 0.0, default=None)
     names = {row.combination for row in (baseline_of(drawn), smallest) if row is not None}
-    large: dict[str, bytes] = {}
-    small: dict[str, bytes] = {}
+    pictures: tuple[dict[str, bytes], dict[str, bytes]] = {}, {}
     for row in drawn:
-        pictures, size = (large, LARGE) if row.combination in names else (small, SMALL)
-        panel = figure.svg_panel(partial(timeline, row=row, limit=limit), *size)
-        pictures[f"memory over a step, {combination_label(row.optim)}"] = panel
-    return large, small
+        is_small = row.combination not in names
+        panel = figure.svg_panel(partial(timeline, row=row, limit=limit), *(SMALL if is_small else LARGE))
+        pictures[is_small][f"memory over a step, {combination_label(row.optim)}"] = panel
+    return pictures

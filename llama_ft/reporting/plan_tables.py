@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Advice, Plan, PlanRow, Table1, Table1Cell
+from llama_ft.records.plan import Plan, PlanRow, Table1, Table1Cell
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
@@ -68,13 +68,10 @@ def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
-    rows = [
-        (
-            combination_label(alike[0].optim),
-            [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike],
-        )
-        for alike in zip(*columns, strict=True)
-    ]
+    rows: Rows = []
+    for alike in zip(*columns, strict=True):
+        cells = [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike]
+        rows.append((combination_label(alike[0].optim), cells))
     return Table(f"{title(plan)}: {what}", head, rows, notes, max_columns=len(plan.gpus))
 
 
@@ -102,11 +99,6 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
     forms: list[Callable[[float], str]] = [amount, *(f"{{:,.{n}f}}".format for n in (1, 2, 3))]
     form = next((form for form in forms if form(before) != form(after)), "{:,.6g}".format)
     return f"{change.arrow} {form(before)} → {form(after)}{unit}"
-
-
-def advice_title(advice: Advice) -> str:
-    """What was asked for."""
-    return f"goal={advice.goal}" + (f", gpu={advice.gpu}" if advice.gpu else "")
 
 
 def plan_notes(plan: Plan) -> list[str]:
@@ -152,10 +144,9 @@ def _memory_notes(plan: Plan) -> list[str]:
             needed = f"reserved, and {context} for the CUDA context and its libraries{without}"
         else:
             needed = "reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)"
-        has = (
-            f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB" if len(gpus) == 1 and gpus[0]["memory_mib"] else ""
-        )
-        notes.append(f"Needed: {needed}{has}.")
+        if len(gpus) == 1 and gpus[0]["memory_mib"]:
+            needed += f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB"
+        notes.append(f"Needed: {needed}.")
     if any(row.fits is False for row in rows):
         notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):

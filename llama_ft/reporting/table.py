@@ -3,7 +3,6 @@
 import codecs
 import csv
 import io
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,7 +22,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-UNESCAPED, BAR = re.compile(r"(?<!\\)\|"), r"\\|"  # in a cell of Markdown
+ESCAPED = r"\|"  # in a cell of Markdown
 NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -65,18 +64,15 @@ def is_failure(cell: str) -> bool:
 def terminal(table: Table, width: int) -> list[RichTable]:
     """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
     rows = [*table.head, *table.rows]
-    name_width = max(len(name) for name, _ in rows)
-    breaks_names = table.max_name_length is not None and name_width > table.max_name_length
-    if breaks_names:
-        name_width = table.max_name_length or 0
+    longest_name = max(len(name) for name, _ in rows)
+    name_width = min(longest_name, table.max_name_length or longest_name)
+    breaks_names = name_width < longest_name
     column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
     n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
-    parts = []
+    parts, padding = [], (0, 0, 0, table.gap - 1)
     for start in range(0, len(table.head[0][1]), n_fitting):
         columns = slice(start, start + n_fitting)
-        view = RichTable(
-            box=box.SIMPLE, show_header=False, show_edge=False, padding=(0, 0, 0, table.gap - 1), pad_edge=False
-        )
+        view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=padding, pad_edge=False)
         view.add_column(no_wrap=not breaks_names, overflow="fold", width=name_width if breaks_names else None)
         for _ in table.head[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
@@ -124,7 +120,7 @@ def print_notes(lines: list[str], console: Console) -> None:
 def markdown(table: Table) -> str:
     """A table with its title and notes, for a file such as `table2.md`."""
     lines = [[name.strip(), *cells] for name, cells in (*table.head, *table.rows)]
-    rows = [f"| {' | '.join(re.sub(UNESCAPED, BAR, cell) for cell in line)} |" for line in lines]
+    rows = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in line)} |" for line in lines]
     rule = "|---|" + "---:|" * len(table.head[0][1])
     return "\n".join(
         [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]

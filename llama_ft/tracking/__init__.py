@@ -1,20 +1,18 @@
-"""Where a run's progress is reported to, behind one small interface: a run's steps, then its result.
-
-The local files (`metrics.jsonl`, `result.json`) are the truth and are written by the run itself; what is here sends
-them on, and can send them again later. Tracking that fails says so in a sentence and lets the run go on.
-"""
+"""Where runs, sweeps and studies are reported to. The local files are the truth: they are sent on, or again later."""
 
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode
+from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
-from llama_ft.tracking.base import Subject, Tracker
+from llama_ft.config.train import read_config
+from llama_ft.records.metrics import read_metrics
+from llama_ft.records.result import CONFIG_FILE, read_result
+from llama_ft.tracking.base import Subject, Table, Tracker
 
-__all__ = ["Tracker", "start_tracker", "track_files", "track_sweep"]
+__all__ = ["Tracker", "start_tracker", "track_study", "track_sweep", "upload_runs"]
 
 
 def start_tracker(
@@ -29,32 +27,57 @@ def start_tracker(
 
 
 def track_sweep(
-    config: TrackerConfig,
-    sweep_dir: Path,
-    columns: list[str],
-    rows: list[list[Any]],
-    files: Sequence[str],
-    log: Callable[[str], None],
+    config: TrackerConfig, sweep_dir: Path, table: Table, files: Sequence[str], log: Callable[[str], None]
 ) -> None:
     """Report a sweep as a whole, beside its runs: its table, and the files of its report in its folder."""
-    name = sweep_dir.absolute().name
+    name, (columns, rows) = sweep_dir.absolute().name, table
     about = {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")}
     subject = Subject(f"{name}: table", "sweep", sweep_dir, about, name, ("sweep",))
-    _tracker(config, subject, log).send({}, {file: sweep_dir / file for file in files}, (columns, rows))
+    _tracker(config, subject, log).send({}, {file: sweep_dir / file for file in files}, table)
 
 
-def track_files(
-    config: TrackerConfig,
-    name: str,
-    job_type: str,
-    numbers: dict[str, float],
-    files: Sequence[Path],
-    folder: Path,
-    log: Callable[[str], None],
+def track_study(
+    config: TrackerConfig, name: str, numbers: dict[str, float], files: Sequence[Path], log: Callable[[str], None]
 ) -> None:
-    """Report something that is neither a run nor a sweep, such as a study; dashboards filter by `job_type`."""
-    subject = Subject(name, job_type, folder, tags=(job_type,))
+    """Report a study: its numbers, and its files, in whose folder the tracker puts its own."""
+    subject = Subject(name, "study", files[0].parent, tags=("study",))
     _tracker(config, subject, log).send(numbers, {file.name: file for file in files})
+
+
+def upload_runs(
+    config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Callable[[str], None]
+) -> TrackerConfig:
+    """Send each run as if it took place now, in place of what the tracker has of it. Returns the last run's tracker.
+
+    Args:
+        sweep: the name to group the runs by; None for a run by itself.
+
+    Raises:
+        UserError: if nothing would be sent, a file is damaged, or the tracker fails; later runs are then not sent.
+    """
+    if config.kind is TrackerKind.disabled:
+        raise UserError("tracker.upload=true with tracker=disabled sends nothing: leave one of them out")
+    mode, is_auto = os.environ.get("WANDB_MODE", "online"), config.mode is TrackerMode.auto
+    if config.kind is TrackerKind.wandb and is_auto and mode != "online":
+        raise UserError(f"W&B gets nothing, WANDB_MODE={mode} keeps it from it; tracker.mode=online sends the runs")
+    tracker_config = TrackerConfig(config.kind, TrackerMode.online if is_auto else config.mode)
+    problems: list[str] = []
+    for run_dir in run_dirs:
+        if not (run_dir / CONFIG_FILE).exists():  # it was refused before it began
+            log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
+            continue
+        run = read_config(run_dir / CONFIG_FILE)
+        for key in ("project", "entity", "group", "tags", "notes"):
+            setattr(tracker_config, key, getattr(config, key) or getattr(run.tracker, key))
+        group = sweep or (run_dir.parent.name if (run_dir.parent / "table2.csv").exists() else None)
+        tracker = start_tracker(tracker_config, run_dir, run.to_dict(), group, problems.append)
+        for metrics in read_metrics(run_dir):
+            tracker.step(metrics)
+        tracker.finish(read_result(run_dir))
+        if problems:
+            raise UserError(problems[0])
+        log(f"{run_dir.name}: {tracker.place}")
+    return tracker_config
 
 
 def _tracker(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Tracker:

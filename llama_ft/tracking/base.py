@@ -36,10 +36,7 @@ class Subject:
 
 
 class Tracker:
-    """Sends a subject on, in its subclasses; this one is for `tracker=disabled`.
-
-    A tracker that fails says so in a sentence, and does nothing from then on.
-    """
+    """Sends a subject on, in its subclasses. One that fails says so once and is silent. This is `tracker=disabled`."""
 
     place = ""  # where to look at the subject, for people
 
@@ -69,8 +66,7 @@ class Tracker:
 
     def _finish(self, figures: Settings, files: dict[str, Path], table: Table | None, ok: bool) -> None: ...
 
-    def _stop(self) -> None:
-        """Let go of what is left."""
+    def _stop(self) -> None: ...
 
     def _guard(self, seconds: float, action: Callable[[], None]) -> None:
         if self._has_failed:

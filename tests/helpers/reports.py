@@ -23,7 +23,7 @@ from llama_ft.records.plan import MemoryPoint, Plan, PlannedData, PlannedTime, P
 from llama_ft.records.result import MemoryItem, Result, write_result
 from llama_ft.reporting import comparison_report, figure, page
 from llama_ft.reporting.comparison_report import report_comparison
-from llama_ft.reporting.sweep import report_sweep
+from llama_ft.reporting.reports import report_sweep
 
 EVIL = "<script>alert('&\"')</script>"
 SWITCHES = ("ga", "mp", "lora", "gc")

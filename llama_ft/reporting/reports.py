@@ -1,0 +1,78 @@
+"""The reports of a sweep and of a plan: tables on the terminal; in the folder tables, numbers, a picture and a page."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from llama_ft.config import UserError
+from llama_ft.files import write_text
+from llama_ft.records import read_record, write_record
+from llama_ft.records.plan import PLAN_FILE, Plan
+from llama_ft.reporting.plan_tables import tables_of
+from llama_ft.reporting.results import Group, read_groups
+from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
+from llama_ft.reporting.table2 import records, table2
+
+SWEEP_FILES = ("table2.md", "table2.csv", "table2.png", "report.html")
+PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # follows from plan.json
+PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
+
+
+def report_sweep(folder: Path, console: Console) -> list[Group]:
+    """Print and write the report, and return what it is about."""
+    groups = read_groups(folder)
+    tables = [table2(group) for group in groups]
+    for table in tables:
+        print_table(table, console)
+    from llama_ft.reporting.figure import draw_panels, group_panels  # matplotlib takes a second to import
+    from llama_ft.reporting.page import sweep_page
+
+    page = sweep_page(folder, groups, tables)  # before a file is written: it reads files that may be damaged
+    try:
+        write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
+        write_text(folder / "table2.csv", csv_text(*records(groups)))
+        panels, heights = [group_panels(group) for group in groups], [0.42 * len(group.results) for group in groups]
+        draw_panels(panels, [group.title for group in groups], heights, folder / "table2.png", width_ratios=(3, 2))
+        write_text(folder / "report.html", page)
+    except OSError as error:
+        raise UserError(f"the report cannot be written into {folder}: {error.strerror}") from error
+    console.print(f"\nWritten: {', '.join(SWEEP_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    return groups
+
+
+def report_plan(folder: Path, console: Console) -> None:
+    """Print a plan again from its `plan.json`, and write anew what follows from it."""
+    plan = read_record(Plan, folder / PLAN_FILE)
+    write_plan(plan, folder, with_json=False)
+    print_plan(plan, console)
+    console.print(f"\nWritten: {', '.join(PLAN_REPORT)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
+    """Write the files of a plan; `with_json=False` those alone that follow from `plan.json`."""
+    from llama_ft.reporting.plan_page import draw_plan, plan_page  # matplotlib takes a second to import
+
+    text = [markdown(table) for table in tables_of(plan)]
+    if plan.advice:
+        text += [f"### {plan.advice.title}", "", *(f"- {line}" for line in plan.advice.lines), ""]
+    try:
+        if with_json:
+            write_record(plan, folder / PLAN_FILE)
+        write_text(folder / "plan.md", "\n".join([*text, f"`{plan.command}`", ""]))
+        leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
+        write_text(folder / "plan.csv", csv_text(*record_table(plan.rows, leading)))
+        draw_plan(plan, folder / "plan.png")
+        write_text(folder / "plan.html", plan_page(plan))
+    except OSError as error:
+        raise UserError(f"the plan cannot be written into {folder}: {error.strerror}") from error
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the tables, and the advice if it was asked for."""
+    for table in tables_of(plan):
+        print_table(table, console)
+    if plan.advice:
+        console.print(f"\n{plan.advice.title}\n", style="bold", highlight=False, markup=False)
+        for line in plan.advice.lines:
+            console.print(Text(f"  {line}"), soft_wrap=not console.is_terminal)
