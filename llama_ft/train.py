@@ -15,42 +15,16 @@ from llama_ft import cli
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import locked
-from llama_ft.launch import process
 from llama_ft.launch.folder import clear
+from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import StepMetrics
-from llama_ft.records.result import (
-    FINISHED,
-    RESULT_FILE,
-    Result,
-    new_result,
-    read_result,
-    refused_result,
-    write_result,
-)
+from llama_ft.records.result import FINISHED, RESULT_FILE, Result, new_result, read_result, refused_result, write_result
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.system import may_have_gpu
-from llama_ft.tracking import Tracker, start_tracker, track_sweep
+from llama_ft.tracking import start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
-
-
-class ProgressRelay:
-    """Passes a run's progress on to the terminal and to the tracker."""
-
-    def __init__(self, display: RunProgress, tracker: Tracker, seen_messages: set[str]) -> None:
-        self._display, self._tracker, self._seen_messages = display, tracker, seen_messages
-
-    def message(self, line: str) -> None:
-        """A line that the run printed; what an earlier run of the sweep printed too is not repeated."""
-        if line not in self._seen_messages:
-            self._seen_messages.add(line)
-            self._display.message(line)
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A step of the run."""
-        self._display.step(metrics)
-        self._tracker.step(metrics)
 
 
 class TrainCommand:
@@ -74,7 +48,7 @@ class TrainCommand:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
-            with locked(run_dir, process.SECONDS_FOR_THE_LAST) as lock:
+            with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
                 self.results[run_dir.name] = self.run_locked(config, run_dir, sweeping, lock)
         except UserError as error:
             raise cli.Stop(str(error)) from error
@@ -134,13 +108,22 @@ class TrainCommand:
         group = self.sweep_dir.name if sweeping and self.sweep_dir else None
         with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
+
+            def log(line: str) -> None:  # what an earlier run of the sweep printed too is not repeated
+                if line not in self.seen_messages:
+                    self.seen_messages.add(line)
+                    display.message(line)
+
+            def on_step(metrics: StepMetrics) -> None:
+                display.step(metrics)
+                tracker.step(metrics)
+
+            # Of a sweep, a row that runs out of memory is a result too.
+            check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
+            check_fit = check_fit and may_have_gpu()
             result = None
             try:
-                relay = ProgressRelay(display, tracker, self.seen_messages)
-                # Of a sweep, a row that runs out of memory is a result too.
-                check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
-                check_fit = check_fit and may_have_gpu()
-                result = process.run_in_child(config, run_dir, cli.command_line(), relay, lock, check_fit)
+                result = run_in_child(config, run_dir, cli.command_line(), lock, check_fit, log, on_step)
             finally:
                 tracker.finish(result or read_result(run_dir))
             if sweeping or result.status in FINISHED:

@@ -397,26 +397,20 @@ def test_without_a_limit_none_is_near() -> None:
     ],
 )
 def test_a_signal_9_needs_evidence_to_be_out_of_memory(
-    code: int,
-    log: str,
-    resident: int,
-    was_oom_kill: bool,
-    status: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    code: int, log: str, resident: int, was_oom_kill: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "total_memory_bytes", lambda: 100.0)
     (tmp_path / "train.log").write_text(log)
-    ended = process.Ended(code, process.Seen(resident), was_oom_kill, was_interrupted=False)
-    found, error = process.ending_of_killed(ended, None, tmp_path / "train.log")
+    seen = process.Seen(resident, was_oom_kill=was_oom_kill)
+    found, error = process.ending_of_killed(code, seen, None, tmp_path / "train.log")
     assert found == status
     assert error
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
 def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
-    ended = process.Ended(-signal.SIGSEGV, process.Seen(0, int(share * 400 * 2**20)), False, False)
-    assert process.ending_of_killed(ended, 400, tmp_path / "train.log")[0] == status
+    seen = process.Seen(data_bytes=int(share * 400 * 2**20))
+    assert process.ending_of_killed(-signal.SIGSEGV, seen, 400, tmp_path / "train.log")[0] == status
 
 
 # -------------------------------------------------------------------------------------------------- whole or not at all

@@ -14,9 +14,9 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import UserError
 from llama_ft.config.train import read_config
-from llama_ft.data.dataset import Dataset, load_data
+from llama_ft.data.dataset import load_data
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
@@ -85,7 +85,11 @@ def main() -> None:
             from llama_ft.launch.run import MeasuredRun
         if check_fit:
             stage = "planning"
-            refuse_unless_it_fits(config, dataset)
+            from llama_ft.planning.check import objection_here
+
+            # It takes seconds where loading weights takes minutes.
+            if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
+                raise UserError(reason)
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         run.execute()
         result.status = "ok"
@@ -93,17 +97,6 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
         result.status, result.error = failure(error, run.stage if run else stage)
     write_result(run_dir, result)
-
-
-def refuse_unless_it_fits(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise a UserError that says what would fit, where a plan of the run says that it would not fit on the GPU here.
-
-    It takes seconds where loading weights takes minutes.
-    """
-    from llama_ft.planning.check import objection_here
-
-    if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
-        raise UserError(reason)
 
 
 if __name__ == "__main__":

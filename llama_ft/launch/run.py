@@ -1,10 +1,10 @@
 """One run, measured: set-up, the dry run, the timed training, what is left behind."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, collate
@@ -39,21 +39,17 @@ from llama_ft.training.step import TrainStep, evaluate_loss
 N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
 
 
+@dataclass
 class MeasuredRun:
     """A run. What is known of it so far is in `result`, so that a run that ends early leaves that behind."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: Dataset,
-        run_dir: Path,
-        result: Result,
-        log: Callable[[str], None],
-        interrupts: Interrupts,
-    ) -> None:
-        self.config, self.dataset, self.run_dir, self.result = config, dataset, run_dir, result
-        self.log, self.interrupts = log, interrupts
-        self.stage = "start-up"
+    config: TrainConfig
+    dataset: Dataset
+    run_dir: Path
+    result: Result
+    log: Callable[[str], None]
+    interrupts: Interrupts
+    stage: str = "start-up"
 
     def execute(self) -> None:
         """Do all of it, noting results in `self.result` and the stage in `self.stage`.
@@ -74,12 +70,8 @@ class MeasuredRun:
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
         self._count_parameters(step.model)
-        training = config.training
-        accumulation = config.accumulation_steps
-        self._train(
-            step,
-            Windows.over(self.dataset.samples, step, training.micro_batch_size, accumulation, training.seed),
-        )
+        samples, size, seed = self.dataset.samples, config.training.micro_batch_size, config.training.seed
+        self._train(step, Windows.over(samples, step, size, config.accumulation_steps, seed))
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)
@@ -87,34 +79,26 @@ class MeasuredRun:
     def _train(self, step: TrainStep, data: Windows) -> None:
         """Dry-run, train and evaluate; note memory, time and losses."""
         training, samples = self.config.training, self.dataset.samples
-        schedule = make_schedule(step.optimizer, data.steps_per_epoch * training.epochs, training.warmup_ratio)
         self.stage = "the first optimizer step"
         use = measure_worst_case(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
-        watch = Stopwatch(step.device)
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
-            self._loop(step, schedule, data, file, watch, fixed)
+            seconds = self._loop(step, data, file, fixed)
             steps = file.steps
         self._note_memory(use, step.device)
         result, tokens = self.result, sum(len(sample) for sample in samples) * training.epochs
-        result.runtime_s, result.samples, result.tokens = watch.seconds, len(samples) * training.epochs, tokens
-        result.tokens_per_s = tokens / watch.seconds
+        result.runtime_s, result.samples, result.tokens = seconds, len(samples) * training.epochs, tokens
+        result.tokens_per_s = tokens / seconds
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
         result.train_loss_after = evaluate_loss(step, fixed)
 
-    def _loop(
-        self,
-        step: TrainStep,
-        schedule: LRScheduler,
-        data: Windows,
-        file: MetricsFile,
-        watch: Stopwatch,
-        fixed: list[Batch],
-    ) -> None:
-        """Train, from the start or from a checkpoint, to the end or to an interrupt."""
-        training, total_steps = self.config.training, data.steps_per_epoch * self.config.training.epochs
-        saver = Saver(self.run_dir, self.config.hash(), step, schedule, training.save_every)
+    def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> float:
+        """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the seconds it took."""
+        training, watch = self.config.training, Stopwatch(step.device)
+        total_steps = data.steps_per_epoch * training.epochs
+        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
+        saver = Saver(self.run_dir, self.config.hash(), step, schedule)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
@@ -125,8 +109,8 @@ class MeasuredRun:
         watch.start()
         for output in train(step, schedule, data, training.epochs, position):
             file.write(meter.record(output))
-            stop = self.interrupts.requested()
-            if stop or saver.is_due(position):
+            stop, every = self.interrupts.requested(), training.save_every
+            if stop or (every is not None and position.step % every == 0):
                 watch.stop()
                 file.write(meter.flush())
                 file.sync()
@@ -140,6 +124,7 @@ class MeasuredRun:
                 meter.restart_clock()
         watch.stop()
         file.write(meter.flush())
+        return watch.seconds
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""

@@ -24,11 +24,7 @@ class TrainStep:
     """Callable on a window. Nothing in it waits for the device."""
 
     def __init__(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        max_grad_norm: float = 1.0,
+        self, model: Transformer, optimizer: torch.optim.Optimizer, precision: Precision, max_grad_norm: float = 1.0
     ) -> None:
         self.model = model
         self.optimizer = optimizer
