@@ -12,6 +12,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from llama_ft.config import UserError
@@ -63,17 +64,13 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     return "error", f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"
 
 
-def log(line: str) -> None:
-    """Tell our parent, who reads our standard output."""
-    print(line, flush=True)
-
-
 def main() -> None:
     """Run, and leave a result behind."""
     run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
     config = read_config(run_dir / CONFIG_FILE)
     result = new_result(config, command)
     run, stage = None, "start-up"
+    log = partial(print, flush=True)  # to our parent, who reads our standard output
     try:
         stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
         interrupts = Interrupts()
@@ -85,7 +82,7 @@ def main() -> None:
             from llama_ft.launch.run import MeasuredRun
         if check_fit:
             stage = "planning"
-            from llama_ft.planning.check import objection_here
+            from llama_ft.planning.fit import objection_here
 
             # It takes seconds where loading weights takes minutes.
             if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):

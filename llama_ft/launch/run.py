@@ -103,13 +103,13 @@ class MeasuredRun:
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:
-            self.interrupts.hold()
+            self.interrupts.held = True
         last = file.steps[-1] if file.steps else None
         meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled(), last)
         watch.start()
         for output in train(step, schedule, data, training.epochs, position):
             file.write(meter.record(output))
-            stop, every = self.interrupts.requested(), training.save_every
+            stop, every = self.interrupts.requested, training.save_every
             if stop or (every is not None and position.step % every == 0):
                 watch.stop()
                 file.write(meter.flush())
