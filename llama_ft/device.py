@@ -42,12 +42,14 @@ def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
     return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
     """The dtype of a model that is not trained: the one chosen; `auto` is fp32 on the CPU, else the card's 16 bit."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     short = "bf16" if has_bf16(device, gpu) else "fp16"
     auto = "fp32" if device.type == "cpu" else short
-    return dtypes[auto if choice is Dtype.auto else choice.name]
+    return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
 def use_kernels_of(gpu: GpuConfig) -> None:

@@ -73,7 +73,7 @@ class MemoryTracker(TorchDispatchMode):
         for parameter in self._model.parameters():
             self._see(parameter, "parameter")
             if parameter.requires_grad:
-                self._handles.append(parameter.register_hook(self.claim_gradient))
+                self._handles.append(parameter.register_hook(self._claim_gradient))
         for buffer in self._model.buffers():
             self._see(buffer, "other", "buffers")
         for state in self._optimizer.state.values():
@@ -136,10 +136,14 @@ class MemoryTracker(TorchDispatchMode):
         self._live[key] = (weakref.ref(storage, freed), allocation)
         self.events.append((allocation, +1, self._instant))
 
-    def claim_gradient(self, gradient: Tensor) -> None:
-        """Count it as a gradient; those that a backward pass makes are found without being told."""
+    def _claim_gradient(self, gradient: Tensor) -> None:
         if (known := self._live.get(gradient.untyped_storage()._cdata)) is not None:
             known[1].category = "gradient"
+
+    def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
+        """Count these as gradients; those that a backward pass makes are found without being told."""
+        for gradient in gradients:
+            self._claim_gradient(gradient)
 
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""

@@ -90,16 +90,14 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_flash and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             first_step = len(tracker.events)
-            for gradient in give_gradients(step):
-                tracker.claim_gradient(gradient)
+            tracker.claim_gradients(give_gradients(step))
             step.optimizer.step()
             step.optimizer.zero_grad(set_to_none=True)
             second_step = len(tracker.events)
             for window in reversed(windows):  # the longest last: it is the step to look at
                 last_step = len(tracker.events)
                 if len(window) > 1:
-                    for gradient in give_gradients(step):
-                        tracker.claim_gradient(gradient)
+                    tracker.claim_gradients(give_gradients(step))
                 step(window[-1:])
         events = with_state_made_last(tracker.events, first_step, second_step, last_step)
         parameters = list(step.model.parameters())
