@@ -22,7 +22,6 @@ from llama_ft.records.result import FINISHED, RESULT_FILE, Result, new_result, r
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.sweep import FILES, report_sweep
 from llama_ft.reporting.table2 import records
-from llama_ft.system import may_have_gpu
 from llama_ft.tracking import start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
 
@@ -120,7 +119,6 @@ class TrainCommand:
 
             # Of a sweep, a row that runs out of memory is a result too.
             check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
-            check_fit = check_fit and may_have_gpu()
             result = None
             try:
                 result = run_in_child(config, run_dir, cli.command_line(), lock, check_fit, log, on_step)
@@ -161,12 +159,9 @@ class TrainCommand:
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
-    """Refuse what would silently lose what an earlier run saved, or what has nothing to resume.
+    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
 
     Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
-
-    Raises:
-        UserError: saying what to add.
     """
     found = checkpoints(run_dir)
     key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"

@@ -7,7 +7,6 @@ import pytest
 import torch
 from helpers.planning import SHORT, WIDE_HEAD, card, small_config
 
-from llama_ft import system
 from llama_ft.config import GpuConfig, MeasureConfig, OptimConfig, PlanCheckConfig, TrainConfig
 from llama_ft.launch import process
 from llama_ft.planning import fit
@@ -100,17 +99,6 @@ def test_the_gpu_that_is_here_is_asked_and_the_run_is_left_as_it_was(monkeypatch
     assert torch.equal(torch.get_rng_state(), random_state)
     config.lora.targets = ["wx"]
     assert objection_here(config, SHORT) is None  # the run says so itself
-
-
-def test_a_gpu_is_looked_for_among_the_drivers_files(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(system, "GPU_FILES", (str(tmp_path / "absent"), str(tmp_path)))
-    assert system.may_have_gpu()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not system.may_have_gpu()
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    monkeypatch.setattr(system, "GPU_FILES", (str(tmp_path / "absent"),))
-    assert not system.may_have_gpu()
 
 
 def test_hash_knows_nothing_of_enforcing(tiny_config: TrainConfig) -> None:

@@ -23,10 +23,17 @@ from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_windows, measure_worst_case
-from llama_ft.planning import cuda_kernels, predict
+from llama_ft.planning import predict
 from llama_ft.planning.allocator import ROUNDING
-from llama_ft.planning.cuda_kernels import FlashAttentionMemory
-from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, give_gradients, padding_of, update
+from llama_ft.planning.fake_run import (
+    FlashAttentionMemory,
+    as_fake,
+    fake_run,
+    fake_step,
+    give_gradients,
+    padding_of,
+    update,
+)
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.operators import OperatorCounter, Operators, bound_by_resource, bytes_of, flops_of
 from llama_ft.planning.processes import side_by_side
@@ -164,7 +171,7 @@ def test_flash_attention_takes_fp32_sums_and_gradients_of_grouped_heads(
     config, samples = small_config(mp=True), [Sample([1] * 201, 5)]
     config.model = replace(config.model, n_kv_heads=n_kv_heads)
     with_kernel = Counter(storage.nbytes for storage in made(config, samples, ON_CUDA))
-    monkeypatch.setattr(cuda_kernels, "FLASH_BACKWARD", None)
+    monkeypatch.setattr("llama_ft.planning.fake_run.FLASH_BACKWARD", None)
     without = Counter(storage.nbytes for storage in made(config, samples, ON_CUDA))
     n_layers = config.model.n_layers
     taken = Counter({4 * 256 * 4: n_layers, 4 * 256 * 32 * 4: n_layers})  # heads x 200 in blocks of 128, x head_dim

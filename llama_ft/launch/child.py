@@ -79,8 +79,10 @@ def main() -> None:
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
         log(f"data: {dataset.describe()}")
         with interrupts_held_back():  # half an import of torch cannot be recovered from
+            import torch
+
             from llama_ft.launch.run import MeasuredRun
-        if check_fit:
+        if check_fit and torch.cuda.is_available():
             stage = "planning"
             from llama_ft.planning.fit import objection_here
 

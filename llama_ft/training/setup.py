@@ -20,9 +20,6 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
 
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
 
-    Args:
-        log: told of the weights' being read.
-
     Raises:
         UserError: if the checkpoint has no weights for this model, or a technique does not fit it.
     """
@@ -34,11 +31,7 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
 
 
 def shape_model(config: TrainConfig, precision: Precision) -> Transformer:
-    """The model with its techniques, on the meta device.
-
-    Raises:
-        UserError: if a technique does not fit the model.
-    """
+    """The model with its techniques, on the meta device; a UserError if a technique does not fit it."""
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)
