@@ -52,19 +52,17 @@ def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.
     return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
-def use_kernels_of(gpu: GpuConfig) -> None:
-    """Leave out the attention kernels that the profile's card lacks: they need less memory than those it has."""
-    if gpu.capability is not None and gpu.capability < (8, 0):
+def device_of_profile(gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
+    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's.
+
+    `limit_mib` is a limit in place of the profile's.
+    """
+    device, limit_mib = choose_device(gpu), limit_mib or gpu.usable_mib
+    if limit_mib is not None:
+        limit_memory(device, limit_mib)
+    if gpu.capability is not None and gpu.capability < (8, 0):  # kernels that it lacks need less memory than its own
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def device_of_profile(gpu: GpuConfig) -> torch.device:
-    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's."""
-    device = choose_device(gpu)
-    if gpu.usable_mib is not None:
-        limit_memory(device, gpu.usable_mib)
-    use_kernels_of(gpu)
     return device
 
 

@@ -41,18 +41,17 @@ class TrainCommand:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
-        sweeping = settings.mode == RunMode.MULTIRUN
         try:
-            if sweeping and self.sweep_dir is None:
+            if settings.mode == RunMode.MULTIRUN and self.sweep_dir is None:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
-                self.results[run_dir.name] = self.run_locked(config, run_dir, sweeping, lock)
+                self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
         except UserError as error:
             raise cli.Stop(str(error)) from error
 
-    def run_locked(self, config: DictConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
+    def run_locked(self, config: DictConfig, run_dir: Path, lock: int) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
         settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
@@ -64,12 +63,12 @@ class TrainCommand:
         if finished := self.finished_before(checked, run_dir):
             return finished
         try:
-            check_resumable(checked, run_dir, sweeping)
+            check_resumable(checked, run_dir, self.sweep_dir is not None)
             clear(run_dir, checked)
         except UserError as error:
-            return self.refuse(settings, run_dir, str(error), go_on=sweeping)
+            return self.refuse(settings, run_dir, str(error), go_on=self.sweep_dir is not None)
         try:
-            return self.run(checked, run_dir, sweeping, lock)
+            return self.run(checked, run_dir, lock)
         except KeyboardInterrupt:
             if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
                 early = new_result(checked, cli.command_line())
@@ -102,10 +101,10 @@ class TrainCommand:
         self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
         return previous
 
-    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
+    def run(self, config: TrainConfig, run_dir: Path, lock: int) -> Result:
         """Run in a process of its own, watched."""
-        group = self.sweep_dir.name if sweeping and self.sweep_dir else None
-        with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
+        group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
+        with RunProgress(self.console, title) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
 
             def log(line: str) -> None:  # what an earlier run of the sweep printed too is not repeated
@@ -118,15 +117,15 @@ class TrainCommand:
                 tracker.step(metrics)
 
             # Of a sweep, a row that runs out of memory is a result too.
-            check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
+            check_fit = config.plan.enforce and not self.sweep_dir and config.gpu.device is not DeviceChoice.cpu
             result = None
             try:
                 result = run_in_child(config, run_dir, cli.command_line(), lock, check_fit, log, on_step)
             finally:
                 tracker.finish(result or read_result(run_dir))
-            if sweeping or result.status in FINISHED:
+            if self.sweep_dir or result.status in FINISHED:
                 display.message(ending(result))
-        if not sweeping:
+        if not self.sweep_dir:
             self.log(f"  results: {run_dir}")
         return result
 

@@ -32,33 +32,14 @@ NUMBERS = (int, float)
 ABSENT = type(None)
 CATEGORIES = {"parameter", "gradient", "optimizer_state", "activation", "other"}
 CONTRACT: dict[str, Any] = {
-    "schema_version": int,
-    "status": str,
-    "error": (str, ABSENT),
-    "config_hash": str,
-    "combination": str,
-    "model": str,
-    "data": str,
-    "gpu": str,
-    "device": str,
-    "optim": dict,
-    "runtime_s": NUMBERS,
-    "samples": int,
-    "tokens": int,
-    "tokens_per_s": NUMBERS,
-    "peak_memory_mib": NUMBERS,
-    "peak_memory_reserved_mib": (*NUMBERS, ABSENT),  # none on the CPU
-    "peak_rss_mib": NUMBERS,
-    "memory_mib": dict,
-    "memory_max_mib": dict,
+    **dict.fromkeys(("status", "config_hash", "combination", "model", "data", "gpu", "device", "command"), str),
+    **dict.fromkeys(("schema_version", "samples", "tokens", "trainable_params", "total_params"), int),
+    **dict.fromkeys(("runtime_s", "tokens_per_s", "peak_memory_mib", "peak_rss_mib"), NUMBERS),
+    **dict.fromkeys(("trainable_percent", "loss_first", "loss_last"), NUMBERS),
+    **dict.fromkeys(("optim", "memory_mib", "memory_max_mib", "versions"), dict),
     "breakdown": list,
-    "trainable_params": int,
-    "total_params": int,
-    "trainable_percent": NUMBERS,
-    "loss_first": NUMBERS,
-    "loss_last": NUMBERS,
-    "versions": dict,
-    "command": str,
+    "error": (str, ABSENT),
+    "peak_memory_reserved_mib": (*NUMBERS, ABSENT),  # none on the CPU
 }
 
 
@@ -97,14 +78,8 @@ def test_ok_exits_with_0_and_says_what_it_trains(ok_run: Any) -> None:
 @pytest.mark.process
 def test_ok_leaves_these_files_and_no_others(ok_run: Any) -> None:
     _, run_dir = ok_run
-    expected = {
-        "config.yaml",
-        "metrics.jsonl",
-        "result.json",
-        "train.log",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    expected = {"config.yaml", "metrics.jsonl", "result.json", "train.log"}
+    expected |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in run_dir.iterdir()} == expected
     assert {path.name for path in run_dir.parent.parent.iterdir()} == {"place"}
 
@@ -167,9 +142,8 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
     assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
     assert config["ga"]["steps"] == 3
-    assert (
-        config["training"] | {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1} == config["training"]
-    )
+    told = {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1}
+    assert told.items() <= config["training"].items()
     assert config["model"]["name"] == "tiny"
 
 

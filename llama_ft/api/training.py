@@ -20,8 +20,8 @@ from llama_ft.records.metrics import StepMetrics
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizer import make_optimizer, make_schedule
 from llama_ft.training.position import Position
+from llama_ft.training.setup import make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep
 
 

@@ -11,13 +11,11 @@ from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import (
     Stopwatch,
-    choose_device,
     device_name,
+    device_of_profile,
     has_bf16,
-    limit_memory,
     memory_in_use_mib,
     peak_rss_mib,
-    use_kernels_of,
     versions,
 )
 from llama_ft.launch.interrupts import Interrupts
@@ -30,10 +28,9 @@ from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizer import make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
-from llama_ft.training.setup import set_up
+from llama_ft.training.setup import make_schedule, set_up
 from llama_ft.training.step import TrainStep, evaluate_loss
 
 N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
@@ -60,13 +57,10 @@ class MeasuredRun:
         """
         config = self.config
         torch.manual_seed(config.training.seed)
-        device = choose_device(config.gpu)
+        device = device_of_profile(config.gpu, config.memory_limit_mib)
         self.result.device, self.result.versions = device_name(device), versions()
         precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
-        if config.memory_limit_mib is not None:
-            limit_memory(device, config.memory_limit_mib)
-        use_kernels_of(config.gpu)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
         self._count_parameters(step.model)
