@@ -344,16 +344,13 @@ def test_a_run_ends_with_its_command_however_that_dies(running: Running, moment:
 
 @pytest.mark.parametrize("near", [False, True])
 def test_an_unclear_error_is_out_of_memory_only_near_the_limit(monkeypatch: pytest.MonkeyPatch, near: bool) -> None:
+    assert not device.is_near_data_limit()  # there is no limit here
     monkeypatch.setattr(device, "is_near_data_limit", lambda: near)
     for word in ("create", "execute"):
         assert device.is_out_of_memory(RuntimeError(f"could not {word} a primitive")) == near
     assert device.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert device.is_out_of_memory(MemoryError())
     assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
-
-
-def test_without_a_limit_none_is_near() -> None:
-    assert not device.is_near_data_limit()
 
 
 # ------------------------------------------------------------------------- the parent's judgement on a child that died

@@ -54,7 +54,7 @@ def load(
         raise UserError("give the checkpoint's folder as the model: load(FOLDER)")
     else:
         sizes = preset("model", str(model), ModelConfig)
-    source = ModelSource(sizes, checkpoint and str(checkpoint), tokenizer and str(tokenizer))
+    source = ModelSource(sizes, str(checkpoint) if checkpoint else None, str(tokenizer) if tokenizer else None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_model(sizes, str(source.checkpoint), place, DTYPES[dtype], seed)
     return loaded, Tokenizer(source.tokenizer_file)

@@ -18,28 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
-from llama_ft.config import (
-    FROM_CHECKPOINT,
-    ConvertConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-    TrainConfig,
-    UserError,
-    config_dir,
-)
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 
 T = TypeVar("T")
-SCHEMAS = {
-    "train": TrainConfig,
-    "report": ReportConfig,
-    "plan": PlanConfig,
-    "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-    "convert": ConvertConfig,
-}
 
 
 @cache

@@ -25,3 +25,12 @@ from llama_ft.config.techniques import (
 )
 from llama_ft.config.tracker import ReportConfig, TrackerConfig, TrackerKind, TrackerMode, UploadConfig
 from llama_ft.config.train import TrainConfig
+
+SCHEMAS = {  # of the commands
+    "train": TrainConfig,
+    "report": ReportConfig,
+    "plan": PlanConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
+}

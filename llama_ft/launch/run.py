@@ -21,7 +21,6 @@ from llama_ft.device import (
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.transformer import Transformer
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
@@ -63,7 +62,12 @@ class MeasuredRun:
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
-        self._count_parameters(step.model)
+        counts = [(each.numel(), each.requires_grad) for each in step.model.parameters()]
+        total, trainable = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
+        percent = 100 * trainable / total
+        self.result.total_params, self.result.trainable_params = total, trainable
+        self.result.trainable_percent = percent
+        self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
         samples, size, seed = self.dataset.samples, config.training.micro_batch_size, config.training.seed
         self._train(step, Windows.over(samples, step, size, config.accumulation_steps, seed))
         self.stage = "saving"
@@ -122,22 +126,13 @@ class MeasuredRun:
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""
-        if not self.config.training.resume:
-            return None
-        position = saver.restore()
-        if position is None:
-            self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
-        else:
+        position = saver.restore() if self.config.training.resume else None
+        if position is not None:
             self.log(f"resuming after optimizer step {position.step}")
             self.result.resumed_at_step = position.step
+        elif self.config.training.resume:
+            self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
         return position
-
-    def _count_parameters(self, model: Transformer) -> None:
-        result, counts = self.result, [(each.numel(), each.requires_grad) for each in model.parameters()]
-        total, trainable = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
-        result.total_params, result.trainable_params = total, trainable
-        result.trainable_percent = percent = 100 * trainable / total
-        self.log(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
 
     def _note_memory(self, use: MemoryUse, device: torch.device) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""
