@@ -11,9 +11,8 @@ from rich.console import Console
 
 import llama_ft
 from llama_ft import cli
-from llama_ft.cli.compose import SCHEMAS
 from llama_ft.cli.usage import table
-from llama_ft.config import config_dir
+from llama_ft.config import SCHEMAS, config_dir
 
 
 def main() -> int:

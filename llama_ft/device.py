@@ -42,27 +42,27 @@ def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
     return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
     """The dtype of a model that is not trained: the one chosen; `auto` is fp32 on the CPU, else the card's 16 bit."""
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     short = "bf16" if has_bf16(device, gpu) else "fp16"
     auto = "fp32" if device.type == "cpu" else short
-    return dtypes[auto if choice is Dtype.auto else choice.name]
+    return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
-def use_kernels_of(gpu: GpuConfig) -> None:
-    """Leave out the attention kernels that the profile's card lacks: they need less memory than those it has."""
-    if gpu.capability is not None and gpu.capability < (8, 0):
+def device_of_profile(gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
+    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's.
+
+    `limit_mib` is a limit in place of the profile's.
+    """
+    device, limit_mib = choose_device(gpu), limit_mib or gpu.usable_mib
+    if limit_mib is not None:
+        limit_memory(device, limit_mib)
+    if gpu.capability is not None and gpu.capability < (8, 0):  # kernels that it lacks need less memory than its own
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def device_of_profile(gpu: GpuConfig) -> torch.device:
-    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's."""
-    device = choose_device(gpu)
-    if gpu.usable_mib is not None:
-        limit_memory(device, gpu.usable_mib)
-    use_kernels_of(gpu)
     return device
 
 

@@ -12,15 +12,7 @@ OUT_OF_MEMORY_TEXT = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
     r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
-# Drivers' files: NVIDIA's, NVIDIA's in WSL, AMD's.
-GPU_FILES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg", "/dev/kfd")
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
-
-
-def may_have_gpu() -> bool:
-    """Whether a GPU may be here, found out without PyTorch, which takes seconds to say so; if not, there is none."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-    return not hidden and any(os.path.exists(file) for file in GPU_FILES)
 
 
 def resident_bytes(pid: int) -> int:

@@ -15,8 +15,8 @@ from llama_ft import cli
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import locked
-from llama_ft.launch import process
 from llama_ft.launch.folder import clear
+from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.result import (
     FINISHED,
@@ -30,27 +30,8 @@ from llama_ft.records.result import (
 from llama_ft.reporting.progress import RunProgress, ending
 from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
 from llama_ft.reporting.table2 import records
-from llama_ft.system import may_have_gpu
-from llama_ft.tracking import Tracker, start_tracker, track_sweep
+from llama_ft.tracking import start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
-
-
-class ProgressRelay:
-    """Passes a run's progress on to the terminal and to the tracker."""
-
-    def __init__(self, display: RunProgress, tracker: Tracker, seen_messages: set[str]) -> None:
-        self._display, self._tracker, self._seen_messages = display, tracker, seen_messages
-
-    def message(self, line: str) -> None:
-        """A line that the run printed; what an earlier run of the sweep printed too is not repeated."""
-        if line not in self._seen_messages:
-            self._seen_messages.add(line)
-            self._display.message(line)
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A step of the run."""
-        self._display.step(metrics)
-        self._tracker.step(metrics)
 
 
 class TrainCommand:
@@ -68,18 +49,17 @@ class TrainCommand:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
         run_dir = Path(settings.runtime.output_dir)
-        sweeping = settings.mode == RunMode.MULTIRUN
         try:
-            if sweeping and self.sweep_dir is None:
+            if settings.mode == RunMode.MULTIRUN and self.sweep_dir is None:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
-            with locked(run_dir, process.SECONDS_FOR_THE_LAST) as lock:
-                self.results[run_dir.name] = self.run_locked(config, run_dir, sweeping, lock)
+            with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
+                self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
         except UserError as error:
             raise cli.Stop(str(error)) from error
 
-    def run_locked(self, config: DictConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
+    def run_locked(self, config: DictConfig, run_dir: Path, lock: int) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
         settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
@@ -91,12 +71,12 @@ class TrainCommand:
         if finished := self.finished_before(checked, run_dir):
             return finished
         try:
-            check_resumable(checked, run_dir, sweeping)
+            check_resumable(checked, run_dir, self.sweep_dir is not None)
             clear(run_dir, checked)
         except UserError as error:
-            return self.refuse(settings, run_dir, str(error), go_on=sweeping)
+            return self.refuse(settings, run_dir, str(error), go_on=self.sweep_dir is not None)
         try:
-            return self.run(checked, run_dir, sweeping, lock)
+            return self.run(checked, run_dir, lock)
         except KeyboardInterrupt:
             if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
                 early = new_result(checked, cli.command_line())
@@ -129,23 +109,31 @@ class TrainCommand:
         self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
         return previous
 
-    def run(self, config: TrainConfig, run_dir: Path, sweeping: bool, lock: int) -> Result:
+    def run(self, config: TrainConfig, run_dir: Path, lock: int) -> Result:
         """Run in a process of its own, watched."""
-        group = self.sweep_dir.name if sweeping and self.sweep_dir else None
-        with RunProgress(self.console, run_dir.name if sweeping else config.optim.combination) as display:
+        group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
+        with RunProgress(self.console, title) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
+
+            def log(line: str) -> None:  # what an earlier run of the sweep printed too is not repeated
+                if line not in self.seen_messages:
+                    self.seen_messages.add(line)
+                    display.message(line)
+
+            def on_step(metrics: StepMetrics) -> None:
+                display.step(metrics)
+                tracker.step(metrics)
+
+            # Of a sweep, a row that runs out of memory is a result too.
+            check_fit = config.plan.enforce and not self.sweep_dir and config.gpu.device is not DeviceChoice.cpu
             result = None
             try:
-                relay = ProgressRelay(display, tracker, self.seen_messages)
-                # Of a sweep, a row that runs out of memory is a result too.
-                check_fit = config.plan.enforce and not sweeping and config.gpu.device is not DeviceChoice.cpu
-                check_fit = check_fit and may_have_gpu()
-                result = process.run_in_child(config, run_dir, cli.command_line(), relay, lock, check_fit)
+                result = run_in_child(config, run_dir, cli.command_line(), lock, check_fit, log, on_step)
             finally:
                 tracker.finish(result or read_result(run_dir))
-            if sweeping or result.status in FINISHED:
+            if self.sweep_dir or result.status in FINISHED:
                 display.message(ending(result))
-        if not sweeping:
+        if not self.sweep_dir:
             self.log(f"  results: {run_dir}")
         return result
 
@@ -178,12 +166,9 @@ class TrainCommand:
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
-    """Refuse what would silently lose what an earlier run saved, or what has nothing to resume.
+    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
 
     Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
-
-    Raises:
-        UserError: saying what to add.
     """
     found = checkpoints(run_dir)
     key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"

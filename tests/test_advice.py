@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ft.config import DataConfig, Goal, GpuConfig, OptimConfig, PlanConfig, UserError
-from llama_ft.planning import search
+from llama_ft.planning import fit
 from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest
+from llama_ft.planning.fit import largest, reserved_mib, with_samples, with_tokens
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
 from llama_ft.planning.processes import no_progress
-from llama_ft.planning.search import largest, reserved_mib, with_samples, with_tokens
 from llama_ft.records.plan import Advice, PlanRow
 
 CONTEXT = WIDE_HEAD.max_seq_len
@@ -65,7 +65,7 @@ def test_what_is_found_fits_and_one_more_does_not(
         return needs[tried[-1] - 1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "reserved_mib", reserved)
+        patch.setattr(fit, "reserved_mib", reserved)
         traits = traits_of(card("a", 1000))
         number = largest(with_samples, config_for(), SHORT, traits, 0, limit, range(1, highest + 1), step)
     assert 0 <= number <= highest
@@ -80,7 +80,7 @@ def test_search_on_real_fake_runs_equals_brute_force(monkeypatch: pytest.MonkeyP
     config = config_for(optim=OptimConfig(lora=True))
     needs = {n: need(*with_tokens(config, SHORT, n)) for n in range(12, CONTEXT + 1)}
     assert len(set(needs.values())) >= 2
-    monkeypatch.setattr(search, "reserved_mib", lambda _, lengths, *card: needs[lengths[0][0]])
+    monkeypatch.setattr(fit, "reserved_mib", lambda _, lengths, *card: needs[lengths[0][0]])
     for limit in sorted({*needs.values(), *(mib - 0.5 for mib in needs.values())}):
         fitting = [n for n in needs if needs[n] <= limit and needs.get(n + 1, limit + 1) > limit]
         number = largest(with_tokens, config, SHORT, traits_of(config.gpu), 0, limit, range(12, CONTEXT + 1), 5)
@@ -180,11 +180,8 @@ def test_what_to_change_where_nothing_fits() -> None:
     gpu, enough = card("a", int(required - 1)), math.ceil((required - 10) / (1 - SPARE)) + 10
     larger = [card("d", 9000), card("b", enough), card("c", enough + 1), card("too_small", enough - 1)]
     advice = advise([gpu], predict(config, [optim], [gpu], SHORT), config=config, profiles=larger)
-    text = "\n".join(advice.lines)
-    assert (
-        advice.lines[0]
-        == f"nothing fits a: the smallest, optim=lora, needs {required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too many"
-    )
+    text, needed = "\n".join(advice.lines), f"{required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too many"
+    assert advice.lines[0] == f"nothing fits a: the smallest, optim=lora, needs {needed}"
     assert f"optim=lora data.max_length={advice.longest_sequence}" in text
     assert f"optim=lora training.micro_batch_size={advice.largest_micro_batch}" in text
     assert 2 <= (advice.longest_sequence or 0) < 20
@@ -255,8 +252,3 @@ def test_rows_that_cannot_run_are_passed_over(needs: dict[str, float]) -> None:
 
 def test_cards_whose_memory_is_not_known_are_not_sorted() -> None:
     assert [gpu.name for gpu in by_size([card("b", 3000), card("x", None), card("a", 2000)])] == ["a", "b"]
-
-
-def test_enforcing_is_not_for_plan() -> None:
-    with pytest.raises(UserError, match=r"plan\.enforce=false is for train"):
-        PlanConfig(WIDE_HEAD, "random", data=DataConfig("sample"), plan=replace(config_for().plan, enforce=False))

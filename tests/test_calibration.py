@@ -1,6 +1,5 @@
 """Calibration: an efficiency from measured runs, its error, the rows that it gives times, folders that it refuses."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,32 +77,33 @@ def test_runs_of_a_folder_are_planned_as_they_were_configured(config: TrainConfi
 
 
 @pytest.mark.parametrize(
-    ("spoil", "message"),
-    {
-        (
-            lambda folder, config: write_run(folder / "b", config, 1.0, device="Another")
-        ): "of A proc.* and Another: name",
-        (lambda folder, config: (folder / "a" / CONFIG_FILE).write_text("a: [")): "a/config.yaml cannot be read",
-        (
-            lambda folder, config: (folder / "a" / CONFIG_FILE).write_text(
-                replace(config, training=replace(config.training, max_samples=2)).to_yaml()
-            )
-        ): "a: its data has .* tokens now, and had",
-        (
-            lambda folder, config: (folder / "a" / CONFIG_FILE).write_text(
-                replace(config, data=replace(config.data, path="gone.json")).to_yaml()
-            )
-        ): "a needs its data, to be planned: .*gone.json",
-        (lambda folder, config: (folder / "a" / "result.json").unlink()): "no run in it has ended well",
-    }.items(),
+    ("section", "key", "value", "message"),
+    [
+        ("training", "max_samples", 2, "a: its data has .* tokens now, and had"),
+        ("data", "path", "gone.json", "a needs its data, to be planned: .*gone.json"),
+    ],
 )
-def test_a_folder_that_cannot_be_used_is_said_so(
-    config: TrainConfig, tmp_path: Path, spoil: Callable[[Path, TrainConfig], object], message: str
+def test_a_run_that_is_no_longer_what_was_measured_is_said_so(
+    config: TrainConfig, tmp_path: Path, section: str, key: str, value: object, message: str
 ) -> None:
     write_run(tmp_path / "a", config, 1.0)
-    spoil(tmp_path, config)
+    setattr(getattr(config, section), key, value)
+    (tmp_path / "a" / CONFIG_FILE).write_text(config.to_yaml())
     with pytest.raises(UserError, match=message):
         measured_runs(tmp_path, [CPU_PROFILE])
+
+
+def test_a_folder_has_runs_of_one_device_that_ended_well(config: TrainConfig, tmp_path: Path) -> None:
+    write_run(tmp_path / "a", config, 1.0, status="oom")
+    with pytest.raises(UserError, match="no run in it has ended well"):
+        measured_runs(tmp_path, [CPU_PROFILE])
+    write_run(tmp_path / "b", config, 1.0)
+    write_run(tmp_path / "c", config, 1.0, device="Another")
+    with pytest.raises(UserError, match=r"of A proc.* and Another: name"):
+        measured_runs(tmp_path, [CPU_PROFILE])
+    (tmp_path / "b" / CONFIG_FILE).write_text("a: [")
+    with pytest.raises(UserError, match=r"b/config\.yaml cannot be read"):
+        measured_runs(tmp_path / "b", [CPU_PROFILE])
 
 
 def test_runs_of_another_device_calibrate_nothing(config: TrainConfig, tmp_path: Path) -> None:

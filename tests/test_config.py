@@ -22,9 +22,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft import cli
 from llama_ft import train as train_module
-from llama_ft.cli.compose import SCHEMAS, composed
+from llama_ft.cli.compose import composed
 from llama_ft.cli.explain import RENAMED, setting_of
 from llama_ft.config import (
+    SCHEMAS,
     Dtype,
     GenerateConfig,
     MixedPrecisionConfig,

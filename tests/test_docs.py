@@ -16,8 +16,7 @@ from helpers.commands import single_runs
 from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
-from llama_ft.cli.compose import SCHEMAS
-from llama_ft.config import GenerateConfig, ModelConfig, TrainConfig
+from llama_ft.config import SCHEMAS, GenerateConfig, ModelConfig, TrainConfig
 from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table import amount
 
@@ -239,9 +238,8 @@ def test_what_the_builtin_model_can_be_taught_is_what_was_measured(page: str) ->
 
 
 def test_the_five_prompts_of_the_readme_have_the_answers_that_were_given() -> None:
-    answers = [
-        json.loads(line) for line in (BUILTIN / "lora" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = (BUILTIN / "lora" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    answers = [json.loads(line) for line in lines]
     text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| (.+?)(?: \*(.+?)\*)? \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("*input* | base")[2], re.MULTILINE

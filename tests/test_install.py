@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from test_project import project, tracked_files
 
 from llama_ft import __version__
-from llama_ft.cli.compose import SCHEMAS
+from llama_ft.config import SCHEMAS
 
 pytestmark = pytest.mark.process
 

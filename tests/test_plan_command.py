@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 
 from llama_ft import cli, plan
-from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
+from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig
 from llama_ft.planning.lengths import data_lengths
 from llama_ft.planning.plan import make_plan, planned_combinations
 from llama_ft.records import read_record
@@ -91,6 +91,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ("optim=lora", "goal=fit"): r"goal compares combinations",
         ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
         ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, such as \[gc\]",
+        ("plan.enforce=false",): r"plan\.enforce=false is for train",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
         ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",
         ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu looks at all cards",
@@ -100,15 +101,9 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
     }.items(),
 )
 def test_what_is_wrong_is_said(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
-
-    def lengths() -> None:
-        try:
-            data_lengths(planned(*arguments), print)
-        except Exception as error:
-            raise UserError(cli.explain(error, PlanConfig)) from error
-
-    with pytest.raises(UserError, match=words):
-        lengths()
+    with pytest.raises(cli.EXPECTED) as error:
+        data_lengths(planned(*arguments), print)
+    assert re.search(words, cli.explain(error.value, PlanConfig))
 
 
 @pytest.mark.parametrize(

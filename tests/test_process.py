@@ -32,33 +32,14 @@ NUMBERS = (int, float)
 ABSENT = type(None)
 CATEGORIES = {"parameter", "gradient", "optimizer_state", "activation", "other"}
 CONTRACT: dict[str, Any] = {
-    "schema_version": int,
-    "status": str,
-    "error": (str, ABSENT),
-    "config_hash": str,
-    "combination": str,
-    "model": str,
-    "data": str,
-    "gpu": str,
-    "device": str,
-    "optim": dict,
-    "runtime_s": NUMBERS,
-    "samples": int,
-    "tokens": int,
-    "tokens_per_s": NUMBERS,
-    "peak_memory_mib": NUMBERS,
-    "peak_memory_reserved_mib": (*NUMBERS, ABSENT),  # none on the CPU
-    "peak_rss_mib": NUMBERS,
-    "memory_mib": dict,
-    "memory_max_mib": dict,
+    **dict.fromkeys(("status", "config_hash", "combination", "model", "data", "gpu", "device", "command"), str),
+    **dict.fromkeys(("schema_version", "samples", "tokens", "trainable_params", "total_params"), int),
+    **dict.fromkeys(("runtime_s", "tokens_per_s", "peak_memory_mib", "peak_rss_mib"), NUMBERS),
+    **dict.fromkeys(("trainable_percent", "loss_first", "loss_last"), NUMBERS),
+    **dict.fromkeys(("optim", "memory_mib", "memory_max_mib", "versions"), dict),
     "breakdown": list,
-    "trainable_params": int,
-    "total_params": int,
-    "trainable_percent": NUMBERS,
-    "loss_first": NUMBERS,
-    "loss_last": NUMBERS,
-    "versions": dict,
-    "command": str,
+    "error": (str, ABSENT),
+    "peak_memory_reserved_mib": (*NUMBERS, ABSENT),  # none on the CPU
 }
 
 
@@ -97,14 +78,8 @@ def test_ok_exits_with_0_and_says_what_it_trains(ok_run: Any) -> None:
 @pytest.mark.process
 def test_ok_leaves_these_files_and_no_others(ok_run: Any) -> None:
     _, run_dir = ok_run
-    expected = {
-        "config.yaml",
-        "metrics.jsonl",
-        "result.json",
-        "train.log",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
+    expected = {"config.yaml", "metrics.jsonl", "result.json", "train.log"}
+    expected |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {path.name for path in run_dir.iterdir()} == expected
     assert {path.name for path in run_dir.parent.parent.iterdir()} == {"place"}
 
@@ -167,9 +142,8 @@ def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
     assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
     assert config["ga"]["steps"] == 3
-    assert (
-        config["training"] | {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1} == config["training"]
-    )
+    told = {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1}
+    assert told.items() <= config["training"].items()
     assert config["model"]["name"] == "tiny"
 
 
@@ -370,16 +344,13 @@ def test_a_run_ends_with_its_command_however_that_dies(running: Running, moment:
 
 @pytest.mark.parametrize("near", [False, True])
 def test_an_unclear_error_is_out_of_memory_only_near_the_limit(monkeypatch: pytest.MonkeyPatch, near: bool) -> None:
+    assert not device.is_near_data_limit()  # there is no limit here
     monkeypatch.setattr(device, "is_near_data_limit", lambda: near)
     for word in ("create", "execute"):
         assert device.is_out_of_memory(RuntimeError(f"could not {word} a primitive")) == near
     assert device.is_out_of_memory(RuntimeError("CUDA error: out of memory"))
     assert device.is_out_of_memory(MemoryError())
     assert not device.is_out_of_memory(RuntimeError("shapes do not match"))
-
-
-def test_without_a_limit_none_is_near() -> None:
-    assert not device.is_near_data_limit()
 
 
 # ------------------------------------------------------------------------- the parent's judgement on a child that died
@@ -397,26 +368,20 @@ def test_without_a_limit_none_is_near() -> None:
     ],
 )
 def test_a_signal_9_needs_evidence_to_be_out_of_memory(
-    code: int,
-    log: str,
-    resident: int,
-    was_oom_kill: bool,
-    status: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    code: int, log: str, resident: int, was_oom_kill: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(process, "total_memory_bytes", lambda: 100.0)
     (tmp_path / "train.log").write_text(log)
-    ended = process.Ended(code, process.Seen(resident), was_oom_kill, was_interrupted=False)
-    found, error = process.ending_of_killed(ended, None, tmp_path / "train.log")
+    seen = process.Seen(resident, was_oom_kill=was_oom_kill)
+    found, error = process.ending_of_killed(code, seen, None, tmp_path / "train.log")
     assert found == status
     assert error
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
 def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
-    ended = process.Ended(-signal.SIGSEGV, process.Seen(0, int(share * 400 * 2**20)), False, False)
-    assert process.ending_of_killed(ended, 400, tmp_path / "train.log")[0] == status
+    seen = process.Seen(data_bytes=int(share * 400 * 2**20))
+    assert process.ending_of_killed(-signal.SIGSEGV, seen, 400, tmp_path / "train.log")[0] == status
 
 
 # -------------------------------------------------------------------------------------------------- whole or not at all

@@ -24,9 +24,9 @@ from llama_ft.config import (
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning import plan, table1
 from llama_ft.planning.gpu_traits import traits_of
-from llama_ft.planning.lengths import Lengths, planned_data
+from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
-from llama_ft.records.plan import PlanRow, Table1, Table1Cell
+from llama_ft.records.plan import PlannedData, PlanRow, Table1, Table1Cell
 
 MODEL = ModelConfig("small", dim=64, n_layers=3, n_heads=4, n_kv_heads=4, ffn_dim=160, vocab_size=512, max_seq_len=128)
 CARD = card(memory_mib=40_000)
@@ -262,7 +262,7 @@ def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch)
     rows = [row_of(OptimConfig(), {}, gpu) for gpu in ("card", "other")]
     monkeypatch.setattr(plan, "predict", lambda *_: rows)
     monkeypatch.setattr(plan, "table1", lambda _, gpu, lengths, its_rows, progress: (gpu, lengths, its_rows))
-    data = planned_data(CONFIG, RAGGED, "")
+    data = PlannedData("sample", "", False, len(RAGGED), 65, 1)
     assert plan.make_plan(CONFIG, cards, RAGGED, data, "").table1 == (CARD, RAGGED, rows)
     one = replace(CONFIG, combinations=Combinations.one)
     assert plan.make_plan(one, cards, RAGGED, data, "").table1 is None

@@ -15,8 +15,8 @@ from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, rea
 from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizer import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.position import Position
+from llama_ft.training.setup import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep, evaluate_loss
 
 

@@ -13,6 +13,7 @@ from llama_ft.config.presets import preset
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
+from llama_ft.device import DTYPES
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
@@ -20,7 +21,6 @@ from llama_ft.techniques.adapter import load_adapter as _load_adapter
 from llama_ft.training.saver import save_trained
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(
@@ -47,18 +47,16 @@ def load(
     Raises:
         UserError: if the name is unknown, the weights are not this model's, or there is no tokenizer.
     """
-    is_folder = Path(os.path.expanduser(model)).is_dir()
-    if is_folder:
-        folder = Path(os.path.expanduser(model))
+    folder = Path(os.path.expanduser(model))
+    if folder.is_dir():
         sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
     elif str(model) == FROM_CHECKPOINT:
         raise UserError("give the checkpoint's folder as the model: load(FOLDER)")
     else:
         sizes = preset("model", str(model), ModelConfig)
-    named = [None if each is None else str(each) for each in (checkpoint, tokenizer)]
-    source = ModelSource(sizes, *named)
+    source = ModelSource(sizes, str(checkpoint) if checkpoint else None, str(tokenizer) if tokenizer else None)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_model(source.model, str(source.checkpoint), place, DTYPES[dtype], seed)
+    loaded = load_model(sizes, str(source.checkpoint), place, DTYPES[dtype], seed)
     return loaded, Tokenizer(source.tokenizer_file)
 
 

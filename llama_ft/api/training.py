@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.api.models import DTYPES, DtypeName
+from llama_ft.api.models import DtypeName
 from llama_ft.config import OnBadRecord, TrainingConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.device import memory_in_use_mib
+from llama_ft.device import DTYPES, memory_in_use_mib
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.model.storage import Dense
@@ -20,8 +20,8 @@ from llama_ft.records.metrics import StepMetrics
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizer import make_optimizer, make_schedule
 from llama_ft.training.position import Position
+from llama_ft.training.setup import make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep
 
 

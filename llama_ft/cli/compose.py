@@ -18,28 +18,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
-from llama_ft.config import (
-    FROM_CHECKPOINT,
-    ConvertConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PlanConfig,
-    ReportConfig,
-    TrainConfig,
-    UserError,
-    config_dir,
-)
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 
 T = TypeVar("T")
-SCHEMAS = {
-    "train": TrainConfig,
-    "report": ReportConfig,
-    "plan": PlanConfig,
-    "generate": GenerateConfig,
-    "evaluate": EvaluateConfig,
-    "convert": ConvertConfig,
-}
 
 
 @cache
@@ -47,13 +29,8 @@ def register() -> None:
     """Tell Hydra the schemas, and OmegaConf how runs are named; once is enough."""
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
-    OmegaConf.register_new_resolver("combination", _combination)
+    OmegaConf.register_new_resolver("combination", combination_name)  # `${combination:${optim}}`
     OmegaConf.register_new_resolver("run_name", run_name)
-
-
-def _combination(optim: DictConfig) -> str:
-    """`${combination:${optim}}`, of a config that nobody has checked yet."""
-    return combination_name({str(name): on for name, on in optim.items()})
 
 
 def run_name(*, _root_: DictConfig) -> str:
@@ -66,7 +43,7 @@ def run_name(*, _root_: DictConfig) -> str:
         for override in _parsed(list(_root_.hydra.overrides.task))
         if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
     )
-    return ",".join([_combination(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
+    return ",".join([combination_name(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
 
 
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:

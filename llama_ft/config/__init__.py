@@ -12,7 +12,6 @@ from llama_ft.config.groups import DataConfig, GpuConfig, MatrixRates, MeasureCo
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
-from llama_ft.config.report import ReportConfig, UploadConfig
 from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer
 from llama_ft.config.techniques import (
     COURSE,
@@ -24,5 +23,14 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.tracker import TrackerConfig, TrackerKind, TrackerMode
+from llama_ft.config.tracker import ReportConfig, TrackerConfig, TrackerKind, TrackerMode, UploadConfig
 from llama_ft.config.train import TrainConfig
+
+SCHEMAS = {  # of the commands
+    "train": TrainConfig,
+    "report": ReportConfig,
+    "plan": PlanConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "convert": ConvertConfig,
+}

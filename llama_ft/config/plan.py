@@ -32,15 +32,14 @@ class PlanConfig(TrainConfig):
             raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
         if self.goal is Goal.cheapest_gpu and self.gpu.name not in ("auto", "all"):
             raise UserError(f"goal=cheapest_gpu looks at all cards, and gpu={self.gpu.name} names one: leave one out")
-        longest = self.model.max_seq_len
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
-        if self.tokenizer is None and not self.model.is_builtin:
-            length = self.max_length
-            check(length <= longest, "data.max_length", length, f"at most model.max_seq_len={longest}")
-        else:
+        if self.has_lengths:
             self.data.check_for(self.model)
+        else:
+            length, longest = self.max_length, self.model.max_seq_len
+            check(length <= longest, "data.max_length", length, f"at most model.max_seq_len={longest}")
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
 

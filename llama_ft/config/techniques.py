@@ -17,25 +17,17 @@ BASELINE = "baseline"  # the combination with every technique off
 
 @dataclass(frozen=True)
 class Technique:
-    """One technique.
+    """One technique."""
 
-    Attributes:
-        name: of its switch `optim.NAME` and of its section of the config.
-        label: its name in tables.
-        meaning: what `--help` says of the switch.
-        apply: `module:function` that changes a model in place, called with the model, the section and the run's
-            `Precision`. None where the technique changes no module: it is then a value that the training step is given.
-        changes_operators: whether it changes the operators of a micro-batch. Combinations that differ only in
-            techniques that do not are planned from the same fake steps.
-        in_course: whether it is one of the course's Table 2, with a column always and presets in `conf/optim`.
-    """
-
-    name: str
-    label: str
-    meaning: str
+    name: str  # of its switch `optim.NAME` and of its section of the config
+    label: str  # its name in tables
+    meaning: str  # what `--help` says of the switch
+    # `module:function` that changes a model in place, called with the model, the section and the run's `Precision`.
+    # None where the technique changes no module: it is then a value that the training step is given.
     apply: str | None = None
+    # Of a micro-batch. Combinations that differ only in techniques that do not are planned from the same fake steps.
     changes_operators: bool = True
-    in_course: bool = False
+    in_course: bool = False  # one of the course's Table 2: with a column always, and presets in `conf/optim`
 
 
 def technique(section: type, label: str, meaning: str, apply: str | None = None, **about: Any) -> Any:

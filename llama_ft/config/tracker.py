@@ -1,8 +1,8 @@
-"""Where a run is tracked."""
+"""Where a run is tracked, and what `python -m llama_ft.report` can be told: tracking runs that are over."""
 
 import enum
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llama_ft.config.checks import check, setting
 
@@ -27,3 +27,17 @@ class TrackerConfig:
     def __post_init__(self) -> None:
         holds = self.project is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.project) is not None
         check(holds, "tracker.project", self.project, "1 to 128 characters without / \\ # ? % :")
+
+
+@dataclass
+class UploadConfig(TrackerConfig):
+    """The tracker for runs that are over. What is not given is as each run was told."""
+
+    upload: bool = setting(False, "send every run, and the sweep, to the tracker again from the local files")
+
+
+@dataclass
+class ReportConfig:
+    """Everything `python -m llama_ft.report` can be told beside folders."""
+
+    tracker: UploadConfig = field(default_factory=UploadConfig)

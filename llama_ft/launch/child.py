@@ -12,11 +12,12 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import UserError
 from llama_ft.config.train import read_config
-from llama_ft.data.dataset import Dataset, load_data
+from llama_ft.data.dataset import load_data
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
@@ -63,17 +64,13 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     return "error", f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"
 
 
-def log(line: str) -> None:
-    """Tell our parent, who reads our standard output."""
-    print(line, flush=True)
-
-
 def main() -> None:
     """Run, and leave a result behind."""
     run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
     config = read_config(run_dir / CONFIG_FILE)
     result = new_result(config, command)
     run, stage = None, "start-up"
+    log = partial(print, flush=True)  # to our parent, who reads our standard output
     try:
         stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
         interrupts = Interrupts()
@@ -82,10 +79,16 @@ def main() -> None:
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
         log(f"data: {dataset.describe()}")
         with interrupts_held_back():  # half an import of torch cannot be recovered from
+            import torch
+
             from llama_ft.launch.run import MeasuredRun
-        if check_fit:
+        if check_fit and torch.cuda.is_available():
             stage = "planning"
-            refuse_unless_it_fits(config, dataset)
+            from llama_ft.planning.fit import objection_here
+
+            # It takes seconds where loading weights takes minutes.
+            if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
+                raise UserError(reason)
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         run.execute()
         result.status = "ok"
@@ -93,17 +96,6 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
         result.status, result.error = failure(error, run.stage if run else stage)
     write_result(run_dir, result)
-
-
-def refuse_unless_it_fits(config: TrainConfig, dataset: Dataset) -> None:
-    """Raise a UserError that says what would fit, where a plan of the run says that it would not fit on the GPU here.
-
-    It takes seconds where loading weights takes minutes.
-    """
-    from llama_ft.planning.check import objection_here
-
-    if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
-        raise UserError(reason)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         raise UserError(f"{run_dir} holds {foreign[0]}, which no run wrote: name another folder with hydra.run.dir=DIR")
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
     if found := checkpoints(run_dir):
-        trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
+        _trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
     else:
         (run_dir / METRICS_FILE).unlink(missing_ok=True)
     for stale in (RESULT_FILE, LOG_FILE, *trained):
@@ -32,12 +32,8 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             leftover.unlink()
 
 
-def trim(metrics_file: Path, n_steps: int) -> None:
-    """Keep the first lines, those of the steps that a checkpoint holds.
-
-    Raises:
-        UserError: if they are not all there.
-    """
+def _trim(metrics_file: Path, n_steps: int) -> None:
+    """Keep the first lines, those of the steps that a checkpoint holds."""
     lines = metrics_file.read_bytes().splitlines(keepends=True)[:n_steps] if metrics_file.exists() else []
     try:
         steps = [parse_line(line, str(metrics_file)).step for line in lines]

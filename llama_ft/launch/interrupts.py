@@ -8,26 +8,18 @@ from contextlib import contextmanager
 class Interrupts:
     """What the run's process does at SIGINT."""
 
-    def __init__(self) -> None:
-        self._requested = self._held = False
+    held = False  # whether, instead of being raised, an interrupt is noted
+    requested = False  # whether one was noted
 
     def install(self) -> None:
         """Handle SIGINT from now on, also where a shell that put the run into the background has it ignored."""
         signal.signal(signal.SIGINT, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def hold(self) -> None:
-        """From now on, note an interrupt instead of raising it."""
-        self._held = True
-
-    def requested(self) -> bool:
-        """Whether an interrupt was held."""
-        return self._requested
-
     def _handle(self, *_: object) -> None:
-        if not self._held:
+        if not self.held:
             raise KeyboardInterrupt
-        self._requested = True
+        self.requested = True
 
 
 @contextmanager

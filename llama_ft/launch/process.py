@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
 
 from llama_ft.config import PACKAGE_DIR, TrainConfig
 from llama_ft.files import write_text
@@ -43,38 +43,24 @@ SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
 
-class Listener(Protocol):
-    """Hears of a run's progress while it runs."""
+@dataclass
+class Seen:
+    """What is seen of a child from outside."""
 
-    def message(self, line: str) -> None:
-        """A line that the run printed."""
-        ...
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A line of its metrics.jsonl."""
-        ...
-
-
-class MetricsReader:
-    """Reads the lines that have been added to a growing file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._stream: IO[str] | None = None
-        self._partial = ""
-
-    def new_steps(self) -> list[StepMetrics]:
-        """The steps whose lines have been completed since the last call."""
-        if self._stream is None:
-            if not self._file.exists():
-                return []
-            self._stream = self._file.open(encoding="utf-8")
-        *lines, self._partial = (self._partial + self._stream.read()).split("\n")
-        return [parse_line(line, str(self._file)) for line in lines]
+    resident_bytes: int = 0  # when it was last looked at
+    data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
+    was_oom_kill: bool = False  # whether the system has killed a process of our control group for memory meanwhile
+    was_interrupted: bool = False
 
 
 def run_in_child(
-    config: TrainConfig, run_dir: Path, command: str, listener: Listener, lock: int, check_fit: bool = False
+    config: TrainConfig,
+    run_dir: Path,
+    command: str,
+    lock: int,
+    check_fit: bool,
+    log: Callable[[str], None],
+    on_step: Callable[[StepMetrics], None],
 ) -> Result:
     """Run to the end, in whichever way it ends, and return its result.
 
@@ -83,32 +69,34 @@ def run_in_child(
         command: what the user typed, for the result.
         lock: descriptor of the folder's lock; the folder stays locked until both processes are gone.
         check_fit: whether a run that a plan says would not fit on the GPU here is refused.
+        log: told the lines that the run prints.
+        on_step: told the steps in its metrics.jsonl.
 
     Raises:
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
-    kills_before = oom_kills()
+    kills_before, seen = oom_kills(), Seen()
     child = start([str(run_dir), command, *([CHECK_FIT] if check_fit else [])], run_dir / LOG_FILE, lock)
-    interrupted: KeyboardInterrupt | None = None
     try:
-        seen = watch(child, run_dir, listener)
-    except KeyboardInterrupt as error:
-        interrupted, seen = error, Seen()
+        watch(child, run_dir, seen, log, on_step)
+    except KeyboardInterrupt:
+        seen.was_interrupted = True
         if config.training.saves_when_interrupted and (run_dir / METRICS_FILE).exists():  # else it stops at once
-            listener.message("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
+            log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
     result = read_result(run_dir)
     if result is None:
         result = new_result(config, command)
-        ended = Ended(child.returncode, seen, oom_kills() > kills_before, interrupted is not None)
-        result.status, result.error = ending_of_killed(ended, config.measure.memory_limit_mib, run_dir / LOG_FILE)
+        seen.was_oom_kill = oom_kills() > kills_before
+        limit_mib, log_file = config.measure.memory_limit_mib, run_dir / LOG_FILE
+        result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, log_file)
         write_result(run_dir, result)
-    if interrupted:
+    if seen.was_interrupted:
         if result.error:
-            listener.message(f"{run_dir}: {result.error}")
-        raise interrupted
+            log(f"{run_dir}: {result.error}")
+        raise KeyboardInterrupt
     return result
 
 
@@ -129,30 +117,27 @@ def child_environment() -> dict[str, str]:
     return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
 
 
-@dataclass
-class Seen:
-    """A process's memory when it was last looked at."""
-
-    resident_bytes: int = 0
-    data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
-
-
-def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> Seen:
-    """Pass on messages and metrics until the child ends."""
+def watch(
+    child: subprocess.Popen[bytes],
+    run_dir: Path,
+    seen: Seen,
+    log: Callable[[str], None],
+    on_step: Callable[[StepMetrics], None],
+) -> None:
+    """Pass on messages and metrics until the child ends, noting its memory in `seen`."""
     lines: list[str] = []
 
     def copy_output() -> None:
         assert child.stdout is not None
-        with (run_dir / LOG_FILE).open("ab", buffering=0) as log:  # beside what the child itself writes to it
+        with (run_dir / LOG_FILE).open("ab", buffering=0) as log_file:  # beside what the child itself writes to it
             for raw in child.stdout:
                 with suppress(OSError):  # where the disk is full: the run must not wait for a reader that has failed
-                    log.write(raw)
+                    log_file.write(raw)
                 lines.append(raw.decode(errors="replace").rstrip())
 
     copier = threading.Thread(target=copy_output, daemon=True)
     copier.start()
-    metrics = MetricsReader(run_dir / METRICS_FILE)
-    seen, ended = Seen(), False
+    steps, ended = new_steps(run_dir / METRICS_FILE), False
     while not ended:
         ended = child.poll() is not None
         if ended:
@@ -162,10 +147,20 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, listener: Listener) -> 
             seen.data_bytes = data_bytes(child.pid) or seen.data_bytes
             time.sleep(POLL_SECONDS)
         while lines:
-            listener.message(lines.pop(0))
-        for step in metrics.new_steps():
-            listener.step(step)
-    return seen
+            log(lines.pop(0))
+        for step in next(steps):
+            on_step(step)
+
+
+def new_steps(file: Path) -> Iterator[list[StepMetrics]]:
+    """The steps whose lines have been completed in a growing file since the last time it was asked."""
+    while not file.exists():
+        yield []
+    partial = ""
+    with file.open(encoding="utf-8") as stream:
+        while True:
+            *lines, partial = (partial + stream.read()).split("\n")
+            yield [parse_line(line, str(file)) for line in lines]
 
 
 def stop(child: subprocess.Popen[bytes], patience: float) -> None:
@@ -182,27 +177,16 @@ def stop(child: subprocess.Popen[bytes], patience: float) -> None:
         child.stdin.close()
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a child ended that could not write its result."""
-
-    returncode: int
-    seen: Seen
-    was_oom_kill: bool  # whether the system has killed a process of our control group for memory meanwhile
-    was_interrupted: bool
-
-
-def ending_of_killed(ended: Ended, limit_mib: int | None, log_file: Path) -> tuple[Status, str]:
+def ending_of_killed(code: int, seen: Seen, limit_mib: int | None, log_file: Path) -> tuple[Status, str]:
     """Status and error text of a child that was killed, for memory where there is evidence, or crashed."""
     log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.exists() else ""
-    code, seen = ended.returncode, ended.seen
     how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
     held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()
     # Code that does not check its allocations crashes where they fail.
     crashed_at_limit = code < 0 and limit_mib is not None and seen.data_bytes > NEAR_LIMIT * limit_mib * MIB
-    if ended.was_interrupted:
+    if seen.was_interrupted:
         return "interrupted", "interrupted, and did not stop by itself in time"
-    if code == -signal.SIGKILL and (ended.was_oom_kill or held_most):
+    if code == -signal.SIGKILL and (seen.was_oom_kill or held_most):
         return "oom", "killed by the operating system, which was out of memory"
     if crashed_at_limit or OUT_OF_MEMORY_TEXT.search(log):
         return "oom", f"out of memory: the process ended {how}"

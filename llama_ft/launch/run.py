@@ -1,59 +1,51 @@
 """One run, measured: set-up, the dry run, the timed training, what is left behind."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import (
     Stopwatch,
-    choose_device,
     device_name,
+    device_of_profile,
     has_bf16,
-    limit_memory,
     memory_in_use_mib,
     peak_rss_mib,
-    use_kernels_of,
     versions,
 )
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.transformer import Transformer
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizer import make_schedule
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
-from llama_ft.training.setup import set_up
+from llama_ft.training.setup import make_schedule, set_up
 from llama_ft.training.step import TrainStep, evaluate_loss
 
 N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
 
 
+@dataclass
 class MeasuredRun:
     """A run. What is known of it so far is in `result`, so that a run that ends early leaves that behind."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        dataset: Dataset,
-        run_dir: Path,
-        result: Result,
-        log: Callable[[str], None],
-        interrupts: Interrupts,
-    ) -> None:
-        self.config, self.dataset, self.run_dir, self.result = config, dataset, run_dir, result
-        self.log, self.interrupts = log, interrupts
-        self.stage = "start-up"
+    config: TrainConfig
+    dataset: Dataset
+    run_dir: Path
+    result: Result
+    log: Callable[[str], None]
+    interrupts: Interrupts
+    stage: str = "start-up"
 
     def execute(self) -> None:
         """Do all of it, noting results in `self.result` and the stage in `self.stage`.
@@ -64,22 +56,20 @@ class MeasuredRun:
         """
         config = self.config
         torch.manual_seed(config.training.seed)
-        device = choose_device(config.gpu)
+        device = device_of_profile(config.gpu, config.memory_limit_mib)
         self.result.device, self.result.versions = device_name(device), versions()
         precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
-        if config.memory_limit_mib is not None:
-            limit_memory(device, config.memory_limit_mib)
-        use_kernels_of(config.gpu)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
-        self._count_parameters(step.model)
-        training = config.training
-        accumulation = config.accumulation_steps
-        self._train(
-            step,
-            Windows.over(self.dataset.samples, step, training.micro_batch_size, accumulation, training.seed),
-        )
+        counts = [(each.numel(), each.requires_grad) for each in step.model.parameters()]
+        total, trainable = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
+        percent = 100 * trainable / total
+        self.result.total_params, self.result.trainable_params = total, trainable
+        self.result.trainable_percent = percent
+        self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
+        samples, size, seed = self.dataset.samples, config.training.micro_batch_size, config.training.seed
+        self._train(step, Windows.over(samples, step, size, config.accumulation_steps, seed))
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)
@@ -87,46 +77,38 @@ class MeasuredRun:
     def _train(self, step: TrainStep, data: Windows) -> None:
         """Dry-run, train and evaluate; note memory, time and losses."""
         training, samples = self.config.training, self.dataset.samples
-        schedule = make_schedule(step.optimizer, data.steps_per_epoch * training.epochs, training.warmup_ratio)
         self.stage = "the first optimizer step"
         use = measure_worst_case(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
-        watch = Stopwatch(step.device)
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
-            self._loop(step, schedule, data, file, watch, fixed)
+            seconds = self._loop(step, data, file, fixed)
             steps = file.steps
         self._note_memory(use, step.device)
         result, tokens = self.result, sum(len(sample) for sample in samples) * training.epochs
-        result.runtime_s, result.samples, result.tokens = watch.seconds, len(samples) * training.epochs, tokens
-        result.tokens_per_s = tokens / watch.seconds
+        result.runtime_s, result.samples, result.tokens = seconds, len(samples) * training.epochs, tokens
+        result.tokens_per_s = tokens / seconds
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
         result.train_loss_after = evaluate_loss(step, fixed)
 
-    def _loop(
-        self,
-        step: TrainStep,
-        schedule: LRScheduler,
-        data: Windows,
-        file: MetricsFile,
-        watch: Stopwatch,
-        fixed: list[Batch],
-    ) -> None:
-        """Train, from the start or from a checkpoint, to the end or to an interrupt."""
-        training, total_steps = self.config.training, data.steps_per_epoch * self.config.training.epochs
-        saver = Saver(self.run_dir, self.config.hash(), step, schedule, training.save_every)
+    def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> float:
+        """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the seconds it took."""
+        training, watch = self.config.training, Stopwatch(step.device)
+        total_steps = data.steps_per_epoch * training.epochs
+        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
+        saver = Saver(self.run_dir, self.config.hash(), step, schedule)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:
-            self.interrupts.hold()
+            self.interrupts.held = True
         last = file.steps[-1] if file.steps else None
         meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled(), last)
         watch.start()
         for output in train(step, schedule, data, training.epochs, position):
             file.write(meter.record(output))
-            stop = self.interrupts.requested()
-            if stop or saver.is_due(position):
+            stop, every = self.interrupts.requested, training.save_every
+            if stop or (every is not None and position.step % every == 0):
                 watch.stop()
                 file.write(meter.flush())
                 file.sync()
@@ -140,25 +122,17 @@ class MeasuredRun:
                 meter.restart_clock()
         watch.stop()
         file.write(meter.flush())
+        return watch.seconds
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""
-        if not self.config.training.resume:
-            return None
-        position = saver.restore()
-        if position is None:
-            self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
-        else:
+        position = saver.restore() if self.config.training.resume else None
+        if position is not None:
             self.log(f"resuming after optimizer step {position.step}")
             self.result.resumed_at_step = position.step
+        elif self.config.training.resume:
+            self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
         return position
-
-    def _count_parameters(self, model: Transformer) -> None:
-        result, counts = self.result, [(each.numel(), each.requires_grad) for each in model.parameters()]
-        total, trainable = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
-        result.total_params, result.trainable_params = total, trainable
-        result.trainable_percent = percent = 100 * trainable / total
-        self.log(f"model: {self.config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
 
     def _note_memory(self, use: MemoryUse, device: torch.device) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""

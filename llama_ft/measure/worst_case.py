@@ -49,15 +49,12 @@ def hardest_windows(
 
 
 def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padding) -> list[list[Sample]]:
-    """Candidates for the micro-batch that needs the most memory, the widest first.
+    """Candidates, out of all samples, shortest first, for the micro-batch that needs the most memory; widest first.
 
     A micro-batch is as large as its padded width and, since logits are computed for targets alone, its number of
     targets make it. At each instant of a step memory is a convex function of the two, at least to a rounding: linear,
     but quadratic in the width where attention's whole square is kept. So what is alive at once is most at a corner of
     the convex hull of all pairs that can occur, and no other micro-batch has to be tried.
-
-    Args:
-        by_length: all samples, shortest first.
     """
     size = min(micro_batch_size, len(by_length))
     best: dict[int, tuple[int, int]] = {}  # by width: most targets, and which sample is then the longest one

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
+from llama_ft.planning.fit import largest, reserved_mib, with_samples, with_tokens
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import Progress, side_by_side
-from llama_ft.planning.search import largest, reserved_mib, with_samples, with_tokens
 from llama_ft.records.plan import Advice, PlanRow
 
 # The share of a card that advice leaves free: real runs of others reserved up to 4.3 % more than is planned for them

@@ -69,38 +69,20 @@ class Pool:
         del self._starts[start], self._ends[start + size]
 
 
-class Allocator:
-    """Both pools. What it has reserved only grows, as the real one's does until memory runs out."""
-
-    def __init__(self) -> None:
-        self._small, self._large = Pool(SMALL_PAGE), Pool(LARGE_PAGE)
-
-    @property
-    def reserved(self) -> int:
-        """Bytes of all pages."""
-        return self._small.reserved + self._large.reserved
-
-    def allocate(self, n_bytes: int) -> tuple[Pool, int, int]:
-        """A block for a request: its pool, start and size."""
-        size = rounded(n_bytes)
-        pool = self._small if size <= SMALL_SIZE else self._large
-        return pool, pool.allocate(size), size
-
-    def release(self, block: tuple[Pool, int, int]) -> None:
-        """Give a block back."""
-        pool, start, size = block
-        pool.release(start, size)
-
-
 def reserved_bytes(events: Sequence[Event], workspace: int = 0) -> int:
-    """What the allocator has reserved at the end of a log of storages, workspaces of cuBLAS taken first."""
-    allocator = Allocator()
+    """What the allocator has reserved at the end of a log of storages, workspaces of cuBLAS taken first.
+
+    It only grows, as what the real one reserves does until memory runs out.
+    """
+    small, large = Pool(SMALL_PAGE), Pool(LARGE_PAGE)
     if workspace:
-        allocator.allocate(workspace)
-    blocks: dict[int, tuple[Pool, int, int]] = {}
+        large.allocate(rounded(workspace))
+    starts: dict[int, int] = {}  # of the blocks of live storages
     for storage, sign, _ in events:
+        size = rounded(storage.nbytes)
+        pool = small if size <= SMALL_SIZE else large
         if sign > 0:
-            blocks[id(storage)] = allocator.allocate(storage.nbytes)
+            starts[id(storage)] = pool.allocate(size)
         else:
-            allocator.release(blocks.pop(id(storage)))
-    return allocator.reserved
+            pool.release(starts.pop(id(storage)), size)
+    return small.reserved + large.reserved

@@ -48,11 +48,7 @@ def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
 
 
 def work_of(run_dir: Path, tokens: int | None, gpu: GpuConfig) -> float:
-    """Seconds of a run's bound on a device, or its FLOPs where there is none.
-
-    Raises:
-        UserError: if its config or data cannot be read, or the data has not the tokens that were measured.
-    """
+    """Seconds of a run's bound on a device, or its FLOPs where there is none; a UserError if it cannot be planned."""
     config = read_config(run_dir / CONFIG_FILE)
     try:
         samples = load_data(config).samples

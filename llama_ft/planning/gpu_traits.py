@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, TrainConfig
 from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
@@ -70,8 +72,6 @@ def profile_here(gpu: GpuConfig) -> GpuConfig:
 
     As its context counts all that is taken there already, a context and whatever other processes have.
     """
-    import torch
-
     if not torch.cuda.is_available():
         return replace(gpu, name="cpu", device=DeviceChoice.cpu)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

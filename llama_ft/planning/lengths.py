@@ -17,24 +17,20 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     Raises:
         UserError: if the data or the tokenizer cannot be read.
     """
+    name = config.data.name
     if config.has_lengths:
         lengths = [(len(sample), sample.n_prompt) for sample in load_data(config, log).samples]
         middle, tokens = median(n for n, _ in lengths), sum(n for n, _ in lengths)
-        about = f"{len(lengths):,} samples of {config.data.name}, {tokens:,} tokens (median {middle:g},"
-        return lengths, planned_data(config, lengths, f"{about} longest {max(n for n, _ in lengths)})")
-    n_samples = config.training.max_samples or config.data.first or STAND_IN_SAMPLES
+        longest = max(n for n, _ in lengths)
+        about = f"{len(lengths):,} samples of {name}, {tokens:,} tokens (median {middle:g}, longest {longest})"
+        return lengths, PlannedData(name, about, False, len(lengths), longest, tokens)
+    n_samples, length = config.training.max_samples or config.data.first or STAND_IN_SAMPLES, config.max_length
     about = (
-        f"no tokenizer is given: {n_samples:,} samples of {config.max_length} tokens stand in for {config.data.name}"
+        f"no tokenizer is given: {n_samples:,} samples of {length} tokens stand in for {name}"
         " (tokenizer=FILE takes the real lengths; data.max_length=N another one, and makes train cut longer samples)"
     )
-    lengths = [(config.max_length, 1)] * n_samples  # all but BOS are trained on: the most that can be
-    return lengths, planned_data(config, lengths, about, is_stand_in=True)
-
-
-def planned_data(config: PlanConfig, lengths: Lengths, about: str, is_stand_in: bool = False) -> PlannedData:
-    """What a plan says of its data; `about` is for people."""
-    tokens = [n_tokens for n_tokens, _ in lengths]
-    return PlannedData(config.data.name, about, is_stand_in, len(tokens), max(tokens), sum(tokens))
+    lengths = [(length, 1)] * n_samples  # all but BOS are trained on: the most that can be
+    return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length)
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:

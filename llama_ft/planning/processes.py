@@ -1,6 +1,7 @@
 """Planning uses all cores: each job is a function of its arguments, run in a process of its own."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager
@@ -52,8 +53,6 @@ def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) 
 
 
 def _begin() -> None:
-    import signal
-
     import torch
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then ends us

@@ -1,7 +1,7 @@
 """Table 1: what each technique does to each kind of memory and to the computation, by fake runs with and without it.
 
 Memory is that of the plan's own rows, and of further fake runs where the plan has none. Computation is that of samples
-of equal length, so that a technique is not credited with, or charged for, the padding of uneven ones.
+as long as the data's longest, so that a technique is not credited with, or charged for, the padding of uneven ones.
 """
 
 from collections.abc import Sequence
@@ -42,7 +42,8 @@ def table1(
 
     Memory that the plan's `rows` have for this card is not found again.
     """
-    equal = equal_lengths(config, lengths)
+    longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
+    equal = [longest] * (config.ga.steps * config.training.micro_batch_size)  # an effective batch of it
     all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
     runs = {_key(run): run for _, _, *pair in all_contrasts for run in pair}
     refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
@@ -105,12 +106,6 @@ def _key(config: TrainConfig) -> Key:
     optim = config.optim
     frozen = config.mp.frozen_weights.name if optim.mp and optim.lora else ""
     return optim.combination, config.training.micro_batch_size, frozen
-
-
-def equal_lengths(config: TrainConfig, lengths: Lengths) -> Lengths:
-    """The samples whose computation is compared: an effective batch of them, as long as the data's longest sample."""
-    longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
-    return [longest] * (config.ga.steps * config.training.micro_batch_size)
 
 
 def find_case(

@@ -19,11 +19,7 @@ from llama_ft.techniques.mixed_precision import Precision
 
 
 def apply(model: Transformer, config: LoraConfig, precision: Precision) -> None:
-    """Freeze the model and adapt the layers that the config names.
-
-    Raises:
-        UserError: if a target names no linear layer.
-    """
+    """Freeze the model and adapt the layers that the config names, as `add_lora` does."""
     add_lora(model, config.rank, config.alpha, config.dropout, config.targets, config.rslora, dtype=precision.trainable)
 
 

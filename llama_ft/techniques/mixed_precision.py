@@ -30,14 +30,7 @@ class Precision:
 
     @classmethod
     def of(cls, config: TrainConfig, device_type: str, has_bf16: bool) -> "Precision":
-        """A run's: mixed precision where it is on, else fp32 throughout.
-
-        Args:
-            has_bf16: whether the device computes in bf16 itself.
-
-        Raises:
-            UserError: as `mixed_precision` does.
-        """
+        """A run's: that of `mixed_precision` where it is on, else fp32 throughout."""
         return mixed_precision(config.mp, device_type, has_bf16) if config.optim.mp else cls(device_type)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -59,7 +52,7 @@ class Precision:
 
 
 def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bool) -> Precision:
-    """Mixed precision, switched on, for a device.
+    """Mixed precision, switched on, for a device; `has_bf16` is whether it computes in bf16 itself.
 
     Raises:
         UserError: for bf16 on a device without it, or fp16 without fp32 masters.

@@ -68,6 +68,6 @@ def train(
             lr = float(schedule.get_last_lr()[0])
             loss, grad_norm = step(window)
             schedule.step()
-            position.next_step()
+            position.window, position.step = position.window + 1, position.step + 1
             yield StepOutput(loss, grad_norm, lr, sum(batch.n_tokens for batch in window))
-        position.next_epoch()
+        position.epoch, position.window = position.epoch + 1, 0

@@ -23,11 +23,7 @@ class StepMeter:
     """
 
     def __init__(
-        self,
-        total_steps: int,
-        memory_mib: Callable[[], float],
-        may_skip: bool = False,
-        last: StepMetrics | None = None,
+        self, total_steps: int, memory_mib: Callable[[], float], may_skip: bool = False, last: StepMetrics | None = None
     ) -> None:
         self._total_steps, self._memory_mib, self._may_skip = total_steps, memory_mib, may_skip
         self._step = last.step if last else 0

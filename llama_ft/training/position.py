@@ -4,12 +4,11 @@ import json
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
-from llama_ft.files import write_text
 
 CHECKPOINTS_DIR = "checkpoints"
 STATE_FILE = "state.json"
@@ -26,14 +25,6 @@ class Position:
     seconds: float = 0.0  # of training
     train_loss_before: float | None = None  # measured before the first step
 
-    def next_step(self) -> None:
-        """One more optimizer step is done."""
-        self.window, self.step = self.window + 1, self.step + 1
-
-    def next_epoch(self) -> None:
-        """The epoch is done."""
-        self.epoch, self.window = self.epoch + 1, 0
-
 
 @dataclass(frozen=True)
 class SavedState:
@@ -44,10 +35,6 @@ class SavedState:
     schedule: Settings = field(default_factory=dict)
     scaler: Settings = field(default_factory=dict)
     rng: dict[str, str] = field(default_factory=dict)  # states of the random generators by device, in hex
-
-    def write(self, folder: Path) -> None:
-        """Write it into a checkpoint's folder."""
-        write_text(folder / STATE_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
 
 def read_state(folder: Path, config_hash: str) -> SavedState:
@@ -67,11 +54,6 @@ def read_state(folder: Path, config_hash: str) -> SavedState:
             f"{folder} is of a run with another configuration: give its settings again, or name another folder"
         )
     return state
-
-
-def checkpoint_name(step: int) -> str:
-    """Name of the checkpoint's folder after so many optimizer steps."""
-    return f"step_{step:08}"
 
 
 def checkpoints(run_dir: Path) -> list[Path]:

@@ -5,6 +5,7 @@ A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appe
 
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import UserError
-from llama_ft.files import WEIGHTS_FILE, to_disk
+from llama_ft.files import WEIGHTS_FILE, to_disk, write_json
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import read_into, save_tensors
 from llama_ft.techniques.adapter import copy_factors
@@ -20,9 +21,9 @@ from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.peft import read_adapter, save_adapter
 from llama_ft.training.position import (
     CHECKPOINTS_DIR,
+    STATE_FILE,
     Position,
     SavedState,
-    checkpoint_name,
     checkpoints,
     read_state,
     remove_older,
@@ -44,34 +45,12 @@ def save_trained(model: Transformer, folder: Path, base: str | None = None) -> N
         save_tensors(dict(model.named_parameters()), folder / WEIGHTS_FILE, model.config)
 
 
-def restore_trained(model: Transformer, folder: Path) -> None:
-    """Read it back into the model.
-
-    Raises:
-        UserError: unless it is there, whole, and this model's.
-    """
-    if layers := lora_layers(model):
-        copy_factors(read_adapter(folder, model.config), layers)
-    else:
-        read_into(dict(model.named_parameters()), folder / WEIGHTS_FILE)
-
-
 class Saver:
-    """A run's checkpoints.
+    """A run's checkpoints."""
 
-    Args of the constructor:
-        every: optimizer steps between checkpoints; None saves only when asked to.
-    """
-
-    def __init__(
-        self, run_dir: Path, config_hash: str, step: TrainStep, schedule: LRScheduler, every: int | None = None
-    ) -> None:
+    def __init__(self, run_dir: Path, config_hash: str, step: TrainStep, schedule: LRScheduler) -> None:
         self._run_dir, self._config_hash = run_dir, config_hash
-        self._step, self._schedule, self._every = step, schedule, every
-
-    def is_due(self, position: Position) -> bool:
-        """Whether a checkpoint belongs after the optimizer step that has just been done."""
-        return self._every is not None and position.step % self._every == 0
+        self._step, self._schedule = step, schedule
 
     def save(self, position: Position) -> None:
         """Write a checkpoint.
@@ -79,7 +58,7 @@ class Saver:
         Raises:
             UserError: if it cannot be written; those before it stay.
         """
-        final = self._run_dir / CHECKPOINTS_DIR / checkpoint_name(position.step)
+        final = self._run_dir / CHECKPOINTS_DIR / f"step_{position.step:08}"
         temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
@@ -87,7 +66,8 @@ class Saver:
             save_tensors(self._optimizer_tensors(), temporary / OPTIMIZER_FILE, self._step.model.config)
             scaler, schedule = self._step.scaler.state_dict(), self._schedule.state_dict()
             rng = _rng_states(self._step.device)
-            SavedState(self._config_hash, position, schedule, scaler, rng).write(temporary)
+            state = SavedState(self._config_hash, position, schedule, scaler, rng)
+            write_json(temporary / STATE_FILE, asdict(state))
             to_disk(temporary)
             temporary.rename(final)
         except UserError as error:
@@ -109,7 +89,10 @@ class Saver:
             return None
         saved = read_state(found[-1], self._config_hash)
         model = self._step.model
-        restore_trained(model, found[-1])
+        if layers := lora_layers(model):
+            copy_factors(read_adapter(found[-1], model.config), layers)
+        else:
+            read_into(dict(model.named_parameters()), found[-1] / WEIGHTS_FILE)
         read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
         self._schedule.load_state_dict(saved.schedule)
         for group, lr in zip(self._step.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):

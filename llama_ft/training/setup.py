@@ -1,17 +1,22 @@
-"""Puts a training run together: the model, its techniques, its weights, the optimizer, the step.
+"""Puts a training run together: the model, its techniques, its weights, the optimizer, its schedule, the step.
 
 Meta first: the model is built without memory, changed by the techniques, and only then allocated and filled, so that
 each weight is allocated once, as whatever its module has become.
 """
 
+import math
+from collections.abc import Iterable
+from functools import partial
+
 import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from llama_ft import techniques
-from llama_ft.config import TrainConfig
+from llama_ft.config import TrainConfig, TrainingConfig
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import Log, build, materialise, open_weights, silent
 from llama_ft.techniques.mixed_precision import Precision
-from llama_ft.training.optimizer import make_optimizer
 from llama_ft.training.step import TrainStep
 
 
@@ -19,9 +24,6 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     """The training step of a run, with its model and optimizer.
 
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
-
-    Args:
-        log: told of the weights' being read.
 
     Raises:
         UserError: if the checkpoint has no weights for this model, or a technique does not fit it.
@@ -34,11 +36,7 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
 
 
 def shape_model(config: TrainConfig, precision: Precision) -> Transformer:
-    """The model with its techniques, on the meta device.
-
-    Raises:
-        UserError: if a technique does not fit the model.
-    """
+    """The model with its techniques, on the meta device; a UserError if a technique does not fit it."""
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)
@@ -55,3 +53,25 @@ def make_step(model: Transformer, config: TrainConfig, precision: Precision) -> 
     """The optimizer step of a model that is there."""
     optimizer = make_optimizer(model.parameters(), config.training)
     return TrainStep(model, optimizer, precision, config.training.max_grad_norm)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters.
+
+    Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps.
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+
+
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
+    """Share of the peak learning rate at an optimizer step counted from 0: linear up, then half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float) -> LambdaLR:
+    """The schedule of a run of `total_steps` optimizer steps."""
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, warmup_steps=warmup_steps))

@@ -24,11 +24,7 @@ class TrainStep:
     """Callable on a window. Nothing in it waits for the device."""
 
     def __init__(
-        self,
-        model: Transformer,
-        optimizer: torch.optim.Optimizer,
-        precision: Precision,
-        max_grad_norm: float = 1.0,
+        self, model: Transformer, optimizer: torch.optim.Optimizer, precision: Precision, max_grad_norm: float = 1.0
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -64,22 +60,18 @@ class TrainStep:
         Afterwards kernels are chosen and the optimizer's state is allocated, while weights, moments and step counts,
         scaler and random state are as before the first step. Out of memory shows here, not hours into a run.
         """
-        rng = torch.get_rng_state()
-        rng_cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         scaler = self.scaler.state_dict()
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        self(window)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            self(window)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for state in self.optimizer.state.values():
             for tensor in state.values():
                 tensor.zero_()
         self.scaler.load_state_dict(scaler)
-        torch.set_rng_state(rng)
-        if rng_cuda is not None:
-            torch.cuda.set_rng_state(rng_cuda, self.device)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
-"""Whether a run would fit on the GPU that is here, asked before its weights are loaded.
+"""Whether a run fits, by fake runs: on the GPU that is here, and up to which number of tokens or samples on a card."""
 
-A plan of the run takes seconds where loading weights takes minutes.
-"""
-
+from bisect import bisect_left
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -13,8 +12,12 @@ from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, profile_here, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
-from llama_ft.planning.search import reserved_mib
 from llama_ft.system import MIB
+
+
+def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
+    """What a run would reserve on CUDA, with so many bytes of cuBLAS workspaces, from a fake run for its memory."""
+    return reserved_bytes(fake_run(config, blank_samples(lengths), traits).events, workspace) / MIB
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,6 @@ class Capacity:
     mib: float
     context_mib: float  # what of it is taken before the first tensor
     about: str  # what has it, with a verb
-
-    @property
-    def usable_mib(self) -> float:
-        """What PyTorch's allocator can have."""
-        return self.mib - self.context_mib
 
 
 def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
@@ -53,7 +51,7 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
     capacity = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
     if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib:
         capacity = Capacity(gpu.memory_mib, gpu.context_mib, f"{gpu.name} has {gpu.memory_mib:,}")
-    if limit is not None and limit < capacity.usable_mib:
+    if limit is not None and limit < capacity.mib - capacity.context_mib:
         return Capacity(limit, 0, f"measure.memory_limit_mib allows {limit:,}")
     return capacity
 
@@ -90,3 +88,44 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
     last = optim.switched(mp=True, lora=True, gc=True)
     others = [first] if first == last else [first, last]
     return [other for other in others if other != optim]
+
+
+def with_tokens(config: TrainConfig, lengths: Lengths, n_tokens: int) -> tuple[TrainConfig, Lengths]:
+    """Samples of so many tokens, all trained on but BOS, enough of them for a window: the hardest of this length."""
+    n_samples = config.training.micro_batch_size * config.accumulation_steps
+    return config, [(n_tokens, 1)] * min(len(lengths), n_samples)
+
+
+def with_samples(config: TrainConfig, lengths: Lengths, n_samples: int) -> tuple[TrainConfig, Lengths]:
+    """So many samples in a micro-batch."""
+    return replace(config, training=replace(config.training, micro_batch_size=n_samples)), lengths
+
+
+def largest(
+    vary: Callable[[TrainConfig, Lengths, int], tuple[TrainConfig, Lengths]],
+    config: TrainConfig,
+    lengths: Lengths,
+    traits: Traits,
+    workspace: int,
+    limit_mib: float,
+    numbers: range,
+    step: int,
+) -> int:
+    """The largest of the numbers with which a run fits; one below the first if none does.
+
+    The allocator takes whole pages, so that needs do not quite rise with the number: what is found fits, and the next
+    larger number does not.
+
+    Args:
+        vary: changes a run to one with such a number.
+        limit_mib: what may be reserved at most.
+        step: of the first try above the numbers' start; it doubles while runs fit. Then the range is bisected.
+    """
+
+    def is_too_large(number: int) -> bool:
+        return reserved_mib(*vary(config, lengths, number), traits, workspace) > limit_mib
+
+    fits, end = numbers.start - 1, numbers.stop
+    while fits + step < end and not is_too_large(fits + step):
+        fits, step = fits + step, 2 * step
+    return fits + bisect_left(range(fits + 1, min(end, fits + step)), True, key=is_too_large)
