@@ -8,9 +8,9 @@ from pathlib import Path
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
 from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import tokenizer_files
-from llama_ft.files import Json, read_json
+from llama_ft.files import HF_CONFIG, Json, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
-from llama_ft.model.sizes import HF_CONFIG, HOLDS_SIZES, hf_config
+from llama_ft.model.sizes import HOLDS_SIZES, hf_config
 
 GENERATION_CONFIG = "generation_config.json"
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS

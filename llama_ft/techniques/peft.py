@@ -24,7 +24,7 @@ from llama_ft.files import (
 )
 from llama_ft.model.formats import hf_name, is_rotated, our_name, permute_rotary
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
-from llama_ft.model.sizes import SIZES_KEY, check_sizes, own_sizes
+from llama_ft.model.sizes import check_sizes, own_sizes
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.records import parse
@@ -168,8 +168,7 @@ def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     file = folder / ADAPTER_FILE
     if file.is_file():
         tensors, metadata = read_safetensors(file)
-        if SIZES_KEY in metadata:
-            check_sizes(own_sizes(metadata[SIZES_KEY], file), model, file)
+        check_sizes(own_sizes(metadata, file) or {}, model, file)
         return tensors
     if (folder / PICKLE_FILE).is_file():
         return read_pth(folder / PICKLE_FILE)
