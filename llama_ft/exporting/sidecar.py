@@ -15,24 +15,16 @@ from llama_ft.model.sizes import HOLDS_SIZES, hf_config
 GENERATION_CONFIG = "generation_config.json"
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
-HF_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+HF_TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
 
 
 class SidecarFiles:
     """The files that go with the weights, read before anything is written."""
 
     def __init__(self, config: ConvertConfig, log: Callable[[str], None]) -> None:
-        """Read them.
-
-        Raises:
-            UserError: if the tokenizer that is asked for cannot be read or is not the model's, or settings are damaged.
-        """
+        """Read them; a UserError if the tokenizer that is asked for is not the model's, or a file cannot be read."""
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None

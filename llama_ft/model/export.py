@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import ModelConfig
 from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, Json, write_json
 from llama_ft.model.checkpoint import INDEX_FILE
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
@@ -85,13 +85,6 @@ def write_meta(weights: Weights, config: ModelConfig, folder: Path, n_shards: in
                         part.write(as_bytes(_part(rows, first, dims[name], forms[name][0], number)))
                     advance(rows.nbytes)
     write_json(folder / META_PARAMS, params)
-
-
-def check_meta_shards(config: ModelConfig, n_shards: int) -> None:
-    """Raise a UserError unless Meta's parallel layers can be split among so many shards."""
-    for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):
-        if getattr(config, key) % n_shards:
-            raise UserError(f"shards={n_shards} is not allowed: it must divide model.{key}={getattr(config, key)}")
 
 
 def _split_dim(name: str, config: ModelConfig) -> int | None:
