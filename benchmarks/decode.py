@@ -60,7 +60,7 @@ def reference(model: Transformer) -> LlamaForCausalLM:
 @torch.inference_mode()
 def ours(model: Transformer, prompt: list[int], n_new: int, kv_cache: bool) -> Tensor:
     """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
-    state = GenerationState(model, [prompt], n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, [prompt], n_new, kv_cache)
     for _ in range(n_new):
         state.append(state.next_logits().argmax(-1))
     return state.tokens[:, len(prompt) :]

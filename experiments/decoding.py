@@ -63,7 +63,7 @@ class Tree(Transformer):
 
 def tree_state(rows: int) -> GenerationState:
     """The sequence "The" in equal rows; what follows is the tree's."""
-    return GenerationState(Tree(), [[WORDS.index("The")]] * rows, 2, False, torch.float32)
+    return GenerationState(Tree(), [[WORDS.index("The")]] * rows, 2, False)
 
 
 def tree() -> Numbers:

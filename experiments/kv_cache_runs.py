@@ -100,7 +100,7 @@ class Generation:
 
 def initial_state(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool) -> GenerationState:
     """Prompts to go on from, in the dtype of the weights."""
-    return GenerationState(model, prompts, n_new, kv_cache, model.output.weight.dtype)
+    return GenerationState(model, prompts, n_new, kv_cache)
 
 
 @torch.inference_mode()

@@ -52,8 +52,8 @@ def main() -> int:
     assert config.to is not None
     log(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MIB:,.0f} MiB from {source.checkpoint.folder}")
     try:
-        with whole_folder(output) as folder, progress_bar(errors, "MiB written", round(n_bytes / MIB)) as advance:
-            write(source, sidecar, config, folder, in_mib(advance))
+        with whole_folder(output) as folder, progress_bar(errors, "MiB written", n_bytes, unit=MIB) as advance:
+            write(source, sidecar, config, folder, advance)
     except OSError as error:
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
     if config.to is Format.meta:
@@ -75,14 +75,15 @@ def check_free(output: Path, config: ConvertConfig) -> None:
 
 def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
     """Bytes of the weights to be written; a UserError if the disk lacks them, or the shards cannot be made."""
-    from llama_ft.model.export import check_meta_shards
     from llama_ft.model.sizes import meta_params
     from llama_ft.model.transformer import EMBEDDING
 
     n_bytes, n_shards = sum(weight.n_bytes for weight in source.weights.values()), config.shards or 1
     if config.to is Format.meta:
-        meta_params(source.model)
-        check_meta_shards(source.model, n_shards)
+        meta_params(source.model)  # raises where Meta's format has no key for one of the sizes
+        for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):  # by which Meta's parallel layers split
+            if (size := getattr(source.model, key)) % n_shards:
+                raise UserError(f"shards={n_shards} is not allowed: it must divide model.{key}={size}")
         n_bytes += source.weights[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
     elif n_shards > len(source.weights):
         n_tensors = len(source.weights)
@@ -92,19 +93,6 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
         room = f"{n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
         raise UserError(f"output={config.output}: {room}")
     return n_bytes
-
-
-def in_mib(advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Counts bytes for a bar that counts MiB."""
-    rest = 0
-
-    def count(n_bytes: int) -> None:
-        nonlocal rest
-        whole, rest = divmod(rest + n_bytes, MIB)
-        if whole:
-            advance(whole)
-
-    return count
 
 
 def write(
@@ -130,10 +118,8 @@ def warn_of_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
     model = config.model
     read_back = released_context(model.vocab_size, model.rope_theta, model.rope_factor)
     if read_back != model.max_seq_len:
-        log(
-            f"Meta's files do not say the context of {model.max_seq_len:,}, and are read as of {read_back:,}: give"
-            f" model.max_seq_len={model.max_seq_len} with them"
-        )
+        problem = f"Meta's files do not say the context of {model.max_seq_len:,}, and are read as of {read_back:,}"
+        log(f"{problem}: give model.max_seq_len={model.max_seq_len} with them")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import IO, Any
 from llama_ft.config import UserError
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
+HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
 
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's

@@ -57,8 +57,8 @@ def test_a_padded_batch_is_each_prompt_by_itself(lengths: list[int], name: str) 
     model = make_model(SIZES[name])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in lengths]
     for kv_cache in (True, False):
-        together = GenerationState(model, prompts, 6, kv_cache, torch.float32)
-        alone = [GenerationState(model, [prompt], 6, False, torch.float32) for prompt in prompts]
+        together = GenerationState(model, prompts, 6, kv_cache)
+        alone = [GenerationState(model, [prompt], 6, False) for prompt in prompts]
         for _ in range(6):
             logits = together.next_logits()
             for row, state in enumerate(alone):
@@ -74,16 +74,16 @@ def test_reordered_sequences_go_on_from_where_their_sources_were() -> None:
     model = make_model(SIZES["GQA"])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
     rows = torch.tensor([2, 2, 0])
-    cached = GenerationState(model, prompts, 4, True, torch.float32)
+    cached = GenerationState(model, prompts, 4, True)
     cached.next_logits()
     cached.append(torch.tensor([7, 8, 9]))
     cached.reorder(rows)
-    anew = GenerationState(model, [[*prompts[2], 9], [*prompts[2], 9], [*prompts[0], 7]], 4, False, torch.float32)
+    anew = GenerationState(model, [[*prompts[2], 9], [*prompts[2], 9], [*prompts[0], 7]], 4, False)
     assert relative(cached.next_logits(), anew.next_logits()) <= 1e-5
 
 
 def test_seen_leaves_padding_out() -> None:
-    state = GenerationState(make_model(SIZES["MHA"]), [[5, 6, 7], [9]], 2, False, torch.float32)
+    state = GenerationState(make_model(SIZES["MHA"]), [[5, 6, 7], [9]], 2, False)
     assert [row.nonzero().flatten().tolist() for row in state.seen()] == [[5, 6, 7], [9]]
     state.append(torch.tensor([0, 9]))
     assert [row.nonzero().flatten().tolist() for row in state.seen()] == [[0, 5, 6, 7], [9]]
@@ -125,7 +125,7 @@ def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config, n_kv_
     tokenizer = Tokenizer(tiny_config.tokenizer_file)
     words = "Tell me why the sea is blue and what the old king said to his young friends in the garden".split()
     prompts = [tokenizer.encode(" ".join(words[: n + 1]), bos=True) for n in range(20)]
-    state = GenerationState(model, prompts, 128, True, torch.float32)
+    state = GenerationState(model, prompts, 128, True)
     for _ in range(128):
         state.append(state.next_logits().argmax(-1))
     answers = state.tokens[:, state.prompt_length :].tolist()
@@ -161,7 +161,7 @@ def generated(
     model: Transformer, prompts: list[list[int]], n_new: int, kv_cache: bool
 ) -> tuple[list[list[int]], Tensor]:
     """Greedy answers, and the logits that they were taken from, [n_new, B, V]."""
-    state, found = GenerationState(model, prompts, n_new, kv_cache, torch.float32), []
+    state, found = GenerationState(model, prompts, n_new, kv_cache), []
     for _ in range(n_new):
         found.append(state.next_logits())
         state.append(found[-1].argmax(-1))

@@ -18,10 +18,8 @@ from llama_ft.decoding.state import GenerationState
 class Hypothesis:
     """A continuation of the prompt that the search has finished."""
 
-    tokens: list[int]
-    """What follows the prompt. The last is EOS, unless `max_new_tokens` ended it."""
-    score: float
-    """The sum of the tokens' log-probabilities (natural), over (how many tokens, EOS counted) ** length_penalty."""
+    tokens: list[int]  # what follows the prompt; the last is EOS, unless `max_new_tokens` ended it
+    score: float  # the sum of their log-probabilities (natural), over (how many there are) ** length_penalty
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,8 @@ def beam_search(
     """Continue one prompt along its `n_beams` best beams, and return the best hypotheses, best first.
 
     Each step looks at the 2 * n_beams best candidates. Those of the first n_beams that end in EOS, or all at
-    max_new_tokens, become hypotheses, of which the best are kept; the best n_beams that do not end run on.
+    max_new_tokens, become hypotheses, of which the best are kept; the best n_beams that do not end run on. Logits that
+    are no distribution (NaN, infinite) are a UserError.
 
     Args:
         state: the prompt in n_beams equal rows, of which the first alone begins, with room for max_new_tokens.
@@ -53,9 +52,6 @@ def beam_search(
         length_penalty: exponent of the length that totals are divided by; above 0 favours longer continuations.
         early_stopping: end once n_beams hypotheses are finished; else when no running beam's present score beats them.
         n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.
-
-    Raises:
-        UserError: if the logits are no distribution (NaN, infinite).
     """
     running = [_Beam(row, [], -math.inf if row else 0.0) for row in range(n_beams)]
     finished: list[Hypothesis] = []
@@ -71,7 +67,9 @@ def beam_search(
         is_settled = len(finished) == n_beams and (early_stopping or running[0].total / divisor <= finished[-1].score)
         if is_last or is_settled:
             break
-        _advance(state, running)
+        device = state.tokens.device
+        state.reorder(torch.tensor([beam.row for beam in running], device=device))
+        state.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))
     return finished[:n_return]
 
 
@@ -86,10 +84,3 @@ def _best_candidates(logits: Tensor, running: list[_Beam]) -> list[_Beam]:
         row, token = divmod(index, vocab_size)
         candidates.append(_Beam(row, [*running[row].tokens, token], total))
     return candidates
-
-
-def _advance(state: GenerationState, running: list[_Beam]) -> None:
-    """Let the rows of the state be those of the running beams, with their new tokens."""
-    device = state.tokens.device
-    state.reorder(torch.tensor([beam.row for beam in running], device=device))
-    state.append(torch.tensor([beam.tokens[-1] for beam in running], device=device))

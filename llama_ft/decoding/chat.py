@@ -6,11 +6,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 
 from llama_ft.config import UserError
 from llama_ft.decoding.prompts import prompt_of
 
+TextFn = Callable[[str], None]
 ASK = "> "
 HELP = """\
 TEXT          an instruction, put into Alpaca's template; earlier ones are not remembered
@@ -25,12 +25,7 @@ class _Stopped(KeyboardInterrupt):
     """Ctrl-C while an answer is given."""
 
 
-def chat(
-    answer: Callable[[str], None],
-    use_adapter: Callable[[str], None],
-    read_line: Callable[[], str],
-    log: Callable[[str], None],
-) -> None:
+def chat(answer: TextFn, use_adapter: TextFn, read_line: Callable[[], str], log: TextFn) -> None:
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
     Args:
@@ -46,7 +41,8 @@ def chat(
             line = read_line()
         except (EOFError, KeyboardInterrupt):
             break
-        command, text = _parts(line)
+        match = re.fullmatch(r"\s*/(\w+)(?:\s(.*))?", line, re.DOTALL)  # a command's text may begin with spaces
+        command, text = (match[1], match[2] or "") if match else ("", line.strip())
         if command == "quit":
             break
         if command == "help":
@@ -54,31 +50,24 @@ def chat(
         elif command == "input":
             about = text.strip()
         elif command == "raw":
-            _try(partial(_answer, answer, prompt=text), log)
+            with _logged(log), _stoppable():
+                answer(prompt_of({"prompt": text}))
         elif command == "adapter":
-            _try(partial(use_adapter, text.strip()), log)
+            with _logged(log):
+                use_adapter(text.strip())
         elif command:
             log(f"error: /{command} is no command; /help lists them")
         elif text:
-            _try(partial(_answer, answer, instruction=text, input=about), log)
+            with _logged(log), _stoppable():
+                answer(prompt_of({"instruction": text, "input": about}))
             about = ""
 
 
-def _parts(line: str) -> tuple[str, str]:
-    """The command, empty where none is named, and its text as it stands after one space; else the line's text."""
-    match = re.fullmatch(r"\s*/(\w+)(?:\s(.*))?", line, re.DOTALL)
-    return (match[1], match[2] or "") if match else ("", line.strip())
-
-
-def _answer(answer: Callable[[str], None], **record: str) -> None:
-    prompt = prompt_of(record)
-    with _stoppable():
-        answer(prompt)
-
-
-def _try(action: Callable[[], None], log: Callable[[str], None]) -> None:
+@contextmanager
+def _logged(log: TextFn) -> Iterator[None]:
+    """Log what stops the block, and go on."""
     try:
-        action()
+        yield
     except _Stopped:
         log("stopped")
     except UserError as error:

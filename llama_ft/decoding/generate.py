@@ -1,7 +1,6 @@
 """From a prompt to answers: the loop around choosing the next token, and what ends it."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +16,8 @@ from llama_ft.records.answers import Answer
 
 GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
 """A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
+LoadFn = Callable[[bool], GenerateFn]
+"""Loads the base if it is given True, else the model that is asked."""
 
 
 def ignore(_: object) -> None:
@@ -35,8 +36,7 @@ def generate(
     """Answers to a batch of prompts, `config.num_return_sequences` to each, the same as to each prompt by itself.
 
     Args:
-        on_text: given the first answer's text, piece by piece, as soon as it is certain; a beam search has none before
-            its end.
+        on_text: given the first answer's text piece by piece, once it is certain; that of a beam search at its end.
 
     Raises:
         UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
@@ -49,40 +49,28 @@ def generate(
         for _ in range(n_answers)
     ]
     writers[0].on_text = on_text
-    with _evaluating(model):
+    was_training = model.training
+    model.eval()  # no dropout
+    try:
         if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
             for index, tokens in enumerate(batch):
-                _search(model, tokenizer, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
+                _search(model, tokenizer.eos_id, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
         else:
             _continue(model, batch, writers, config, kv_cache)
+    finally:
+        model.train(was_training)
     answers = [writer.end() for writer in writers]
     return [answers[start : start + n_answers] for start in range(0, len(answers), n_answers)]
 
 
-@contextmanager
-def _evaluating(model: Transformer) -> Iterator[None]:
-    """No dropout, for the time of generating."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def _search(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    tokens: list[int],
-    writers: list["_Writer"],
-    config: DecodingConfig,
-    kv_cache: bool,
+    model: Transformer, eos_id: int, tokens: list[int], writers: list["_Writer"], config: DecodingConfig, kv_cache: bool
 ) -> None:
     """Let the writers have the best hypotheses of a beam search."""
     n_new = writers[0].room
-    state = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
-    hypotheses = beam_search(state, config.n_beams, n_new, tokenizer.eos_id, penalty, config.early_stopping, n_answers)
+    hypotheses = beam_search(state, config.n_beams, n_new, eos_id, penalty, config.early_stopping, n_answers)
     if len(hypotheses) < n_answers:  # more beams than there are texts of so few tokens
         texts = f"{len(hypotheses)} different texts of {n_new} token{'s' * (n_new > 1)}"
         raise UserError(f"decoding.num_return_sequences={n_answers} is too many: there are only {texts}")
@@ -97,7 +85,7 @@ def _continue(
     """Choose a token for each row, until all writers have ended."""
     rows = [tokens for tokens in batch for _ in range(config.num_return_sequences)]
     n_new = max(writer.room for writer in writers)
-    state = GenerationState(model, rows, n_new, kv_cache, model.output.weight.dtype)
+    state = GenerationState(model, rows, n_new, kv_cache)
     choice: Greedy | Sampling = Greedy(config.repetition_penalty)
     if config.sample:
         choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import GenerateFn, ignore
+from llama_ft.decoding.generate import GenerateFn, LoadFn, ignore
 from llama_ft.decoding.prompts import Prompt
 from llama_ft.files import try_lock
 from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
-Load = Callable[[bool], GenerateFn]  # the base if it is given True, else the model that is asked
+Log = Callable[[str], None]
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:
@@ -108,12 +108,7 @@ def _explained(file: Path) -> Iterator[None]:
 
 
 def answer_prompts(
-    config: GenerateConfig,
-    prompts: Sequence[Prompt],
-    dtype: str,
-    load: Load,
-    progress: Progress,
-    log: Callable[[str], None],
+    config: GenerateConfig, prompts: Sequence[Prompt], dtype: str, load: LoadFn, progress: Progress, log: Log
 ) -> None:
     """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.json_records import json_records
@@ -46,11 +45,7 @@ def prompt_of(record: Json) -> str:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
-    """The prompt's token ids, BOS first.
-
-    Raises:
-        UserError: if they leave no room for an answer in the model's context of so many tokens.
-    """
+    """The prompt's token ids, BOS first; a UserError if they leave no room in a context of so many tokens."""
     tokens = tokenizer.encode(text, bos=True)
     if len(tokens) >= context:
         raise UserError(f"the prompt has {len(tokens):,} tokens, and the model's context is {context:,}")
@@ -71,7 +66,13 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
     problems: list[str] = []
     for where, value in json_records(file, KEYS):
         try:
-            prompt = _checked(value, reserved)
+            if isinstance(value, Exception):
+                raise UserError(f"not valid JSON: {value}")
+            if not isinstance(value, dict):
+                raise UserError(f"a record must be an object with prompt or instruction, not {type(value).__name__}")
+            if taken := sorted(value.keys() & set(reserved)):
+                raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
+            prompt = Prompt(prompt_of(value), value)
             encode_prompt(tokenizer, prompt.text, context)
             prompts.append(prompt)
         except UserError as error:
@@ -82,14 +83,3 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
     if not prompts:
         raise UserError(f"prompts={file}: there are no records")
     return prompts
-
-
-def _checked(value: Any, reserved: Collection[str]) -> Prompt:
-    """The prompt of a value that a file holds."""
-    if isinstance(value, Exception):
-        raise UserError(f"not valid JSON: {value}")
-    if not isinstance(value, dict):
-        raise UserError(f"a record must be an object with prompt or instruction, not {type(value).__name__}")
-    if taken := sorted(value.keys() & set(reserved)):
-        raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
-    return Prompt(prompt_of(value), value)

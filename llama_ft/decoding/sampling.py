@@ -16,12 +16,8 @@ from llama_ft.config import UserError
 def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Make tokens that have occurred less probable: positive logits divided by the penalty, negative multiplied.
 
-    That of CTRL (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 repetition is encouraged.
-
-    Args:
-        logits: fp32 [B, V].
-        seen: bool [B, V], which tokens have occurred, those of the prompt included.
-        penalty: positive.
+    That of CTRL (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 repetition is encouraged. `seen` is
+    bool [B, V]: which tokens have occurred, those of the prompt included.
     """
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
@@ -55,11 +51,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def require_distribution(logits: Tensor) -> None:
-    """Make sure that each row of fp32 [B, V] is a distribution: it has finite values, and besides them only -inf.
-
-    Raises:
-        UserError: if a row has NaN or +inf, or nothing but -inf.
-    """
+    """Raise a UserError if a row of fp32 [B, V] is no distribution: it has NaN or +inf, or nothing but -inf."""
     if not logits.logsumexp(-1).isfinite().all():
         raise UserError(
             "the model's logits are not finite, so no token can be chosen: its weights are damaged, or 16 bit overflow "
@@ -74,11 +66,7 @@ class Greedy:
     repetition_penalty: float = 1.0
 
     def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        """The next token of each row, int64 [B]. Nothing is random, so the generators are left alone.
-
-        Raises:
-            UserError: if the logits are no distribution (NaN, infinite).
-        """
+        """The next token of each row, int64 [B]; a UserError if the logits are not finite. Nothing is random."""
         logits = repetition_penalty(logits, seen, self.repetition_penalty)
         require_distribution(logits)
         return logits.argmax(-1)
@@ -101,19 +89,14 @@ class Sampling:
     def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, int64 [B].
 
-        The same generator states, shape and logits give the same tokens on the same kind of device and version of
-        PyTorch. Each generator draws V random numbers for each of its rows, whatever the logits, so a row's token
-        depends on its own logits and its place among its generator's rows alone: a prompt with a generator of its own
-        is answered in a batch as it is by itself. On CUDA, sums of many numbers may round differently from run to run,
-        which can move a token across the edge of top-p.
+        Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with a generator of
+        its own is answered in a batch as it is by itself. On CUDA, sums of many numbers may round differently from run
+        to run, which can move a token across the edge of top-p.
 
         Args:
-            logits: fp32 [B, V].
+            logits: fp32 [B, V]; not finite ones are a UserError.
             seen: bool [B, V], which tokens have occurred.
             generators: on the device of the logits; the rows are divided evenly among them, in order.
-
-        Raises:
-            UserError: if the logits are no distribution (NaN, infinite).
         """
         logits = self.process(logits, seen)
         require_distribution(logits)

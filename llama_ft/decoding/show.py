@@ -9,21 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import GenerateFn, ignore
+from llama_ft.decoding.generate import GenerateFn, LoadFn, ignore
 from llama_ft.records.answers import Answer
 
 BASE, FINE_TUNED = "base", "fine-tuned"
 MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
 
-Load = Callable[[bool], GenerateFn]  # the base if it is given True, else the model that is asked
 
-
-def show_answers(prompt: str, load: Load, config: GenerateConfig, log: Callable[[str], None]) -> None:
-    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
-
-    Args:
-        log: for what is no answer.
-    """
+def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callable[[str], None]) -> None:
+    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end."""
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):

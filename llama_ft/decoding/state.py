@@ -19,23 +19,10 @@ class GenerationState:
     call computes all positions again.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[list[int]],
-        max_new_tokens: int,
-        kv_cache: bool,
-        dtype: torch.dtype,
-    ) -> None:
-        """Take in the prompts; nothing is computed yet.
-
-        Args:
-            prompts: token ids, none of them empty.
-            max_new_tokens: how many will be appended at most; the cache has room for no more.
-            dtype: what attention computes in, and so what the cache holds.
-        """
+    def __init__(self, model: Transformer, prompts: Sequence[list[int]], max_new_tokens: int, kv_cache: bool) -> None:
+        """Take in the prompts' token ids; nothing is computed yet. A cache has room for no more than the new tokens."""
         self._model = model
-        device = model.output.weight.device
+        device, dtype = model.output.weight.device, model.output.weight.dtype
         lengths = [len(prompt) for prompt in prompts]
         self.prompt_length = max(lengths)
         padded = [[PADDING] * (self.prompt_length - len(prompt)) + prompt for prompt in prompts]

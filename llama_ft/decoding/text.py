@@ -55,19 +55,12 @@ class StopAt:
     all text passes.
     """
 
-    found: str | None
-    """The string that ended the text; None so far."""
-
     def __init__(self, strings: Iterable[str]) -> None:
-        """Take in the strings.
-
-        Raises:
-            UserError: if one is empty.
-        """
+        """Take in the strings; an empty one is a UserError."""
         self._strings = tuple(strings)
         if "" in self._strings:
             raise UserError("decoding.stop has an empty string, which would end every text at once: leave it out")
-        self.found = None
+        self.found: str | None = None  # the string that ended the text
         self._held = ""
 
     def push(self, text: str) -> str:

@@ -8,31 +8,23 @@ from pathlib import Path
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
 from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import tokenizer_files
-from llama_ft.files import Json, read_json
+from llama_ft.files import HF_CONFIG, Json, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
-from llama_ft.model.sizes import HF_CONFIG, HOLDS_SIZES, hf_config
+from llama_ft.model.sizes import HOLDS_SIZES, hf_config
 
 GENERATION_CONFIG = "generation_config.json"
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
-HF_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+HF_TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
 
 
 class SidecarFiles:
     """The files that go with the weights, read before anything is written."""
 
     def __init__(self, config: ConvertConfig, log: Callable[[str], None]) -> None:
-        """Read them.
-
-        Raises:
-            UserError: if the tokenizer that is asked for cannot be read or is not the model's, or settings are damaged.
-        """
+        """Read them; a UserError if the tokenizer that is asked for is not the model's, or a file cannot be read."""
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None

@@ -30,11 +30,7 @@ class Source:
 
 
 def open_source(config: ConvertConfig) -> Source:
-    """Look into the folders of weights and adapter, and check them.
-
-    Raises:
-        UserError: if they are missing, damaged, or not this model's, or do not belong together.
-    """
+    """Open weights and adapter; a UserError if they are damaged, not this model's, or do not belong together."""
     builtin = config.checkpoint == "builtin"
     folder = config.model.builtin_dir if builtin else Path(os.path.expanduser(str(config.checkpoint)))
     checkpoint = open_checkpoint(folder, build(config.model))
@@ -58,9 +54,8 @@ def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
         for first, rows in weight.pieces(multiple):
             narrow = rows.to(dtype)
             if dtype != weight.dtype and not torch.equal(narrow.isfinite(), rows.isfinite()):
-                raise UserError(
-                    f"{name} has numbers beyond the range of {str(dtype).removeprefix('torch.')}: give dtype=bf16"
-                )
+                dtype_name = str(dtype).removeprefix("torch.")
+                raise UserError(f"{name} has numbers beyond the range of {dtype_name}: give dtype=bf16")
             yield first, narrow
 
     return Weight(weight.shape, dtype, pieces)

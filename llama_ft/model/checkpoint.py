@@ -12,19 +12,10 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_FILE, WEIGHTS_FILE, read_json, why_no_folder
+from llama_ft.files import ADAPTER_FILE, HF_CONFIG, META_PARAMS, WEIGHTS_FILE, read_json, why_no_folder
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
-from llama_ft.model.sizes import (
-    HF_CONFIG,
-    LLAMA_3_1_FACTOR,
-    META_PARAMS,
-    SIZES_KEY,
-    check_sizes,
-    hf_sizes,
-    meta_sizes,
-    own_sizes,
-)
+from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
@@ -43,7 +34,6 @@ class Checkpoint:
     kind: str  # whose format it is, for people
     n_files: int
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
-
     is_builtin: bool = False  # then nobody needs to be told
 
     @torch.no_grad()
@@ -73,17 +63,9 @@ class _Stored:
     shards: Shards
     is_hf: bool  # then wq and wk are in Hugging Face's layout
 
-    def their_name(self, name: str) -> str:
-        """The name that one of our weights has in these files."""
-        return hf_name(name) if self.is_hf else name
-
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
-    """Find the weights in a folder and check that they are this model's, sizes and vocabulary included.
-
-    Raises:
-        UserError: if there are none, a file is missing or damaged, or they are those of another model.
-    """
+    """Find the weights in a folder; a UserError if they are missing, damaged, or not this model's."""
     try:
         stored = _open(folder, model)
     except OSError as error:
@@ -96,14 +78,18 @@ def _open(folder: Path, model: Transformer) -> _Stored:
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
         tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
-        if SIZES_KEY not in metadata:
+        sizes = own_sizes(metadata, folder / WEIGHTS_FILE)
+        if sizes is None:
             return _open_hf(folder, tensors, 1, model)
-        check_sizes(own_sizes(metadata[SIZES_KEY], folder / WEIGHTS_FILE), model.config, folder / WEIGHTS_FILE)
+        check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
         return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
     if (folder / INDEX_FILE).is_file():
         return _open_hf(folder, *_read_indexed(folder), model)
-    if _meta_files(folder):
-        return _open_meta(folder, model)
+    if files := _meta_files(folder):
+        factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
+        sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
+        check_sizes(sizes, model.config, folder / META_PARAMS)
+        return _Stored("Meta", len(files), meta_tensors(folder), False)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
     hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
     if (folder / ADAPTER_FILE).is_file():
@@ -137,19 +123,8 @@ def _read_indexed(folder: Path) -> tuple[dict[str, StoredTensor], int]:
     return {name: files[file][name] for name, file in weight_map.items()}, len(files)
 
 
-def _open_meta(folder: Path, model: Transformer) -> _Stored:
-    factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
-    sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
-    check_sizes(sizes, model.config, folder / META_PARAMS)
-    return _Stored("Meta", len(_meta_files(folder)), meta_tensors(folder), False)
-
-
 def meta_tensors(folder: Path) -> Shards:
-    """The tensors of a folder in Meta's format.
-
-    Raises:
-        UserError: if a file is missing or damaged.
-    """
+    """The tensors of a folder in Meta's format; a UserError if a file is missing or damaged."""
     files = _meta_files(folder)
     expected = [f"consolidated.{number:02}.pth" for number in range(max(1, len(files)))]
     if missing := sorted(set(expected) - {file.name for file in files}):
@@ -170,10 +145,11 @@ def _meta_files(folder: Path) -> list[Path]:
 def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Weight]:
     """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
     where = f"checkpoint={folder} does not fit model={model.config.name}"
+    their_name = hf_name if stored.is_hf else str
     expected = dict(model.named_parameters())
     shards = {name: parts for name, parts in stored.shards.items() if not ROTARY_TABLES.fullmatch(name)}
     if missing := [name for name in expected if name not in shards]:
-        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {stored.their_name(missing[0])}")
+        raise UserError(f"{where}: {len(missing)} tensors are missing, such as {their_name(missing[0])}")
     # Of a tied output some checkpoints hold another copy.
     allowed = expected | ({OUTPUT: expected[EMBEDDING]} if model.config.tie_word_embeddings else {})
     if unknown := sorted(shards.keys() - allowed.keys()):
@@ -183,11 +159,11 @@ def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Wei
         weight = joined(shape := list(allowed[name].shape), shards[name])
         if weight is None:
             shapes, hint = " and ".join(str(part.shape) for part in shards[name]), _missing_shards(shape, shards[name])
-            raise UserError(f"{where}: {stored.their_name(name)} is {shapes}, and should be {shape}{hint}")
+            raise UserError(f"{where}: {their_name(name)} is {shapes}, and should be {shape}{hint}")
         rotated = stored.is_hf and is_rotated(name)
         weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
     if OUTPUT in weights and OUTPUT not in expected and not are_equal(weights[OUTPUT], weights[EMBEDDING]):
-        names = f"{stored.their_name(OUTPUT)} and {stored.their_name(EMBEDDING)}"
+        names = f"{their_name(OUTPUT)} and {their_name(EMBEDDING)}"
         raise UserError(f"{where}: {names} differ, and model.tie_word_embeddings=true says that they are one")
     return {name: weights[name] for name in expected}
 

@@ -6,16 +6,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from llama_ft.config import ModelConfig, UserError
-from llama_ft.files import WEIGHTS_FILE, Json, write_json
+from llama_ft.config import ModelConfig
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, Json, write_json
 from llama_ft.model.checkpoint import INDEX_FILE
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.formats import hf_name, is_rotated
-from llama_ft.model.sizes import HF_CONFIG, META_PARAMS, meta_params
+from llama_ft.model.sizes import meta_params
 from llama_ft.model.stored import Weight, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
 from llama_ft.model.writing import Advance, PthFile, as_bytes, write_safetensors
 
+Weights = Mapping[str, Weight]  # by our names, in our layout
 HF_SHARD_BYTES = 5 * 10**9  # as transformers 4 splits
 
 # The dimension by which Meta's parallel layers split a weight; norms are repeated in each shard.
@@ -23,23 +24,13 @@ _META_SPLITS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 
 
 
 def write_hf(
-    weights: Mapping[str, Weight],
-    config: ModelConfig,
-    content: Json,
-    folder: Path,
-    n_files: int | None,
-    advance: Advance,
+    weights: Weights, config: ModelConfig, content: Json, folder: Path, n_files: int | None, advance: Advance
 ) -> None:
-    """Write what transformers loads.
+    """Write what transformers loads; an OSError if it cannot be written.
 
     Args:
-        weights: by our names, in our layout.
         content: of config.json.
-        n_files: among which the tensors are shared out as evenly as they can be, at most as many as they are; None is
-            one for every 5 GB.
-
-    Raises:
-        OSError: if it cannot be written.
+        n_files: at most as many as there are tensors; None is one for every 5 GB.
     """
     theirs = {
         hf_name(name): permuted(weight, config.head_dim, to_hf=True) if is_rotated(name) else weight
@@ -57,7 +48,7 @@ def write_hf(
     write_json(folder / HF_CONFIG, content)
 
 
-def _shared_out(weights: Mapping[str, Weight], n_files: int) -> list[list[str]]:
+def _shared_out(weights: Weights, n_files: int) -> list[list[str]]:
     """The names in their order, in so many groups of about as many bytes; none is empty."""
     total, before = sum(weight.n_bytes for weight in weights.values()), 0
     groups: list[list[str]] = [[]]
@@ -71,16 +62,11 @@ def _shared_out(weights: Mapping[str, Weight], n_files: int) -> list[list[str]]:
     return groups
 
 
-def write_meta(
-    weights: Mapping[str, Weight], config: ModelConfig, folder: Path, n_shards: int, advance: Advance
-) -> None:
+def write_meta(weights: Weights, config: ModelConfig, folder: Path, n_shards: int, advance: Advance) -> None:
     """Write what Meta's code loads, on as many GPUs as there are shards.
 
-    Args:
-        weights: by our names, in our layout.
-
     Raises:
-        UserError: if the model cannot be split among so many, or has sizes that the format does not know.
+        UserError: if the format does not know one of the model's sizes.
         OSError: if it cannot be written.
     """
     params = meta_params(config)
@@ -101,13 +87,6 @@ def write_meta(
     write_json(folder / META_PARAMS, params)
 
 
-def check_meta_shards(config: ModelConfig, n_shards: int) -> None:
-    """Raise a UserError unless Meta's parallel layers can be split among so many shards."""
-    for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):
-        if getattr(config, key) % n_shards:
-            raise UserError(f"shards={n_shards} is not allowed: it must divide model.{key}={getattr(config, key)}")
-
-
 def _split_dim(name: str, config: ModelConfig) -> int | None:
     """The dimension by which a weight is split among the shards; None repeats it in each."""
     if name == EMBEDDING:
@@ -123,6 +102,7 @@ def _part(rows: Tensor, first: int, dim: int | None, shape: list[int], shard: in
     """What a shard, whose part of the weight has this shape, holds of the weight's rows from the first on."""
     if dim is None:
         return rows
-    begin = shard * shape[dim] - (first if dim == 0 else 0)
-    begin, end = max(begin, 0), max(begin + shape[dim], 0)
-    return rows[begin:end] if dim == 0 else rows[:, begin:end]
+    begin = shard * shape[dim]
+    if dim == 1:
+        return rows[:, begin : begin + shape[1]]
+    return rows[max(begin - first, 0) : max(begin + shape[0] - first, 0)]

@@ -4,35 +4,20 @@ import re
 from pathlib import Path
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
-from llama_ft.files import WEIGHTS_FILE, why_no_folder
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, why_no_folder
 from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.mapped import read_safetensors
-from llama_ft.model.sizes import (
-    HF_CONFIG,
-    LLAMA_3_1_FACTOR,
-    LLAMA_3_2_FACTOR,
-    META_PARAMS,
-    SIZES_KEY,
-    Sizes,
-    hf_sizes,
-    meta_sizes,
-    own_sizes,
-)
+from llama_ft.model.sizes import LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR, Sizes, hf_sizes, meta_sizes, own_sizes
 from llama_ft.model.stored import are_equal, joined
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
 
-# Meta's files do not say the context. (transformers' convert_llama_weights_to_hf.py has the same numbers.)
-LLAMA_2_CONTEXT, CODE_LLAMA_CONTEXT, LLAMA_3_CONTEXT, LLAMA_3_1_CONTEXT = 4096, 16384, 8192, 131072
 LLAMA_3_VOCABULARY = 128_000  # and more: LLaMA-2's has 32,000
 
 
 def sizes_of(folder: Path) -> Sizes:
-    """The sizes of the model in a folder, under the names of `ModelConfig`, `name` among them.
+    """The sizes of the model in a folder by the names of `ModelConfig`; a UserError if it says none that we know.
 
     Of Hugging Face's format the folder needs config.json alone.
-
-    Raises:
-        UserError: if the folder says none, or those of another architecture.
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
@@ -53,10 +38,8 @@ def _name(folder: Path) -> str:
 
 
 def _sizes(folder: Path) -> Sizes:
-    if (folder / WEIGHTS_FILE).is_file():
-        metadata = read_safetensors(folder / WEIGHTS_FILE)[1]
-        if SIZES_KEY in metadata:
-            return own_sizes(metadata[SIZES_KEY], folder / WEIGHTS_FILE)
+    if (file := folder / WEIGHTS_FILE).is_file() and (sizes := own_sizes(read_safetensors(file)[1], file)) is not None:
+        return sizes
     if (folder / HF_CONFIG).is_file():
         return hf_sizes(folder / HF_CONFIG)
     if (folder / META_PARAMS).is_file():
@@ -84,9 +67,12 @@ def _meta_sizes(folder: Path) -> dict[str, float]:
 
 
 def released_context(vocab_size: float, rope_theta: float, rope_factor: float) -> int:
-    """What the context of a model in Meta's format is taken to be, in tokens: that of the released models like it."""
+    """What the context of a model in Meta's format is taken to be, in tokens: that of the released models like it.
+
+    Meta's files do not say it. (transformers' convert_llama_weights_to_hf.py has the same numbers.)
+    """
     if rope_factor != 1:
-        return LLAMA_3_1_CONTEXT
+        return 131072  # Llama 3.1
     if vocab_size >= LLAMA_3_VOCABULARY:
-        return LLAMA_3_CONTEXT
-    return CODE_LLAMA_CONTEXT if rope_theta > 10_000 else LLAMA_2_CONTEXT
+        return 8192  # Llama 3
+    return 16384 if rope_theta > 10_000 else 4096  # Code Llama, LLaMA 2

@@ -41,11 +41,7 @@ def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
 
 
 def hf_name(name: str) -> str:
-    """The name of a weight in transformers' LlamaForCausalLM.
-
-    Raises:
-        UserError: if the model has no weight of this name.
-    """
+    """The name of a weight in transformers' LlamaForCausalLM; a UserError if the model has no weight of this name."""
     match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
     if match is None or match[2] not in _HF_NAMES:
         raise UserError(f"{name} is not a weight of a LLaMA decoder")

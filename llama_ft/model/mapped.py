@@ -15,7 +15,6 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,47 +27,13 @@ PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike wha
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-@dataclass(frozen=True)
-class MappedFile:
-    """A file, mapped read-only."""
-
-    path: Path
-    pages: mmap.mmap
-
-    @classmethod
-    def open(cls, path: Path) -> "MappedFile":
-        """Map a file.
-
-        Raises:
-            UserError: if it cannot be read or is empty.
-        """
-        try:
-            with path.open("rb") as file:
-                return cls(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        except ValueError as error:
-            raise UserError(f"{path} is empty") from error
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-
-    def give_back(self, start: int, stop: int) -> None:
-        """Let the system drop the pages that lie within these bytes; they are read again if they are needed again."""
-        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, stop // mmap.PAGESIZE * mmap.PAGESIZE
-        if last > first and hasattr(mmap, "MADV_DONTNEED"):
-            self.pages.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-
 class StoredTensor(NamedTuple):
     """Where a tensor lies in a file. Rows are indices into its first dimension."""
 
-    file: MappedFile
+    file: mmap.mmap
     offset: int  # of its first byte
     dtype: torch.dtype
     shape: list[int]
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     @property
     def n_bytes(self) -> int:
@@ -84,20 +49,41 @@ class StoredTensor(NamedTuple):
         for first in range(0, self.shape[0], step):
             last = min(first + step, self.shape[0])
             yield first, self._view(first, last)
-            self.file.give_back(self.offset + first * self.row_bytes, self.offset + last * self.row_bytes)
+            self._give_back(first, last)
 
     def rows(self, first: int, last: int) -> Tensor:
         """A copy of these rows."""
         copy = self._view(first, last).clone()
-        self.file.give_back(self.offset + first * self.row_bytes, self.offset + last * self.row_bytes)
+        self._give_back(first, last)
         return copy
 
     def _view(self, first: int, last: int) -> Tensor:
-        start, n_elements = self.offset + first * self.row_bytes, (last - first) * math.prod(self.shape[1:])
+        shape = (last - first, *self.shape[1:])
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The given buffer is not writable")
-            flat = torch.frombuffer(self.file.pages, dtype=self.dtype, count=n_elements, offset=start)
-        return flat.view(last - first, *self.shape[1:])
+            flat = torch.frombuffer(self.file, dtype=self.dtype, count=math.prod(shape), offset=self._offset_of(first))
+        return flat.view(shape)
+
+    def _give_back(self, first: int, last: int) -> None:
+        """Let the system drop the pages that lie within these rows; they are read again if they are needed again."""
+        start = -(-self._offset_of(first) // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = self._offset_of(last) // mmap.PAGESIZE * mmap.PAGESIZE
+        if stop > start and hasattr(mmap, "MADV_DONTNEED"):
+            self.file.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _offset_of(self, row: int) -> int:
+        return self.offset + row * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    """A file, mapped read-only."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except ValueError as error:
+        raise UserError(f"{path} is empty") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def rows_at_once(shape: Sequence[int], multiple: int) -> int:
@@ -114,12 +100,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     Raises:
         UserError: if the file is damaged or cut short, or a tensor is not floating-point.
     """
-    file = MappedFile.open(path)
-    size, begin = len(file.pages), 8 + int.from_bytes(file.pages[:8], "little")
+    file = _mapped(path)
+    size, begin = len(file), 8 + int.from_bytes(file[:8], "little")
     try:
         if begin > size:
             raise ValueError("what should be the header's length is another format's")
-        header = json.loads(file.pages[8:begin])
+        header = json.loads(file[8:begin])
         metadata: dict[str, str] = header.pop("__metadata__", {})
         entries = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -146,8 +132,8 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     Raises:
         UserError: if the file is damaged or cut short, or holds something else than floating-point tensors.
     """
-    file = MappedFile.open(path)
-    if file.pages[:2] != b"PK":
+    file = _mapped(path)
+    if file[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -165,11 +151,10 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
 class _TensorUnpickler(pickle.Unpickler):
     """Finds a file's tensors. The format is in PyTorch's documentation, "Serialization semantics".
 
-    torch.load has a mode for this too, on fake tensors, but it takes seconds to start, infers where the data lie
-    instead of looking, and crashes on big-endian files.
+    torch.load on fake tensors could do it too, but takes seconds to start and crashes on big-endian files.
     """
 
-    def __init__(self, file: MappedFile, archive: zipfile.ZipFile) -> None:
+    def __init__(self, file: mmap.mmap, archive: zipfile.ZipFile) -> None:
         pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if pickled is None:
             raise ValueError("there is no data.pkl in it")
@@ -202,9 +187,9 @@ class _TensorUnpickler(pickle.Unpickler):
         info = self._archive.getinfo(f"{self._folder}data/{key}")
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{info.filename} is compressed")
-        n_name, n_extra = struct.unpack_from(local_header := "<26x2H", self._file.pages, info.header_offset)
+        n_name, n_extra = struct.unpack_from(local_header := "<26x2H", self._file, info.header_offset)
         start = info.header_offset + struct.calcsize(local_header) + n_name + n_extra
-        return dtype, start, min(start + info.file_size, len(self._file.pages))
+        return dtype, start, min(start + info.file_size, len(self._file))
 
     def _tensor(
         self, storage: tuple[torch.dtype, int, int], first: int, shape: Sequence[int], stride: Sequence[int], *_: Any

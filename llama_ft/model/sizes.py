@@ -12,7 +12,6 @@ from llama_ft.files import Json, read_json
 Sizes = Mapping[str, str | float | None]  # fields of ModelConfig by name
 
 SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
-HF_CONFIG, META_PARAMS = "config.json", "params.json"
 HOLDS_SIZES = "the model's sizes"
 META_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
 LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
@@ -46,14 +45,12 @@ _META_KEYS = ("dim", "n_layers", "n_heads", "n_kv_heads", "norm_eps", "rope_thet
 _META_WIDTHS = ((1.0, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
 
 
-def own_sizes(text: str, file: Path) -> Sizes:
-    """The sizes in the metadata of a file of ours.
-
-    Raises:
-        UserError: if it is damaged.
-    """
+def own_sizes(metadata: Mapping[str, str], file: Path) -> Sizes | None:
+    """The sizes in the metadata of a safetensors file of ours, None in another's; a UserError if they are damaged."""
+    if SIZES_KEY not in metadata:
+        return None
     try:
-        sizes = {key: value for key, value in json.loads(text).items() if key != "name"}
+        sizes = {key: value for key, value in json.loads(metadata[SIZES_KEY]).items() if key != "name"}
     except (ValueError, AttributeError) as error:
         raise UserError(f"{file} is damaged: its metadata cannot be read") from error
     if "context" in sizes:  # its name before version 0.2
@@ -64,18 +61,12 @@ def own_sizes(text: str, file: Path) -> Sizes:
 
 
 def hf_sizes(file: Path) -> Sizes:
-    """The sizes in Hugging Face's `config.json`.
-
-    Raises:
-        UserError: if the file cannot be read, or describes another architecture than LLaMA's.
-    """
+    """The sizes in Hugging Face's `config.json`; a UserError if it describes another architecture than LLaMA's."""
     config = read_json(file, HOLDS_SIZES)
     for key, value in _HF_FIXED.items():
         if config.get(key, value) != value:
             raise UserError(f"{file}: {key}={config[key]} is not supported, it must be {value}")
-    tied = config.get("tie_word_embeddings") or False
-    if not isinstance(tied, bool):
-        raise UserError(f"{file}: tie_word_embeddings={tied} is not supported, it must be true or false")
+    tied = config.get("tie_word_embeddings") is True
     defaults = {"n_kv_heads": config.get("num_attention_heads"), "max_seq_len": 2048, "norm_eps": 1e-6}
     sizes = _numbers(config, _HF_KEYS, defaults, file) | {"tie_word_embeddings": tied} | _hf_rope(config, file)
     head_size = _numbers(config, {"head_size": "head_dim"}, {"head_size": 0}, file)["head_size"]
@@ -90,8 +81,7 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
         raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _HF_SCALING:
-        allowed = "only default, linear and llama3"
-        raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, {allowed}")
+        raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, only default, linear and llama3")
     fixed: dict[str, dict[str, float]] = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0}}
     theta = {"rope_theta": config.get("rope_theta") or 10000.0}
     return fixed.get(kind, {}) | _numbers(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
@@ -104,9 +94,6 @@ def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
 
     Args:
         rope_factor: of a file that says that frequencies are scaled, and not by how much.
-
-    Raises:
-        UserError: if the file cannot be read, or describes another architecture than LLaMA's.
     """
     params = read_json(file, HOLDS_SIZES)
     defaults = {"n_kv_heads": params.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0}
@@ -147,11 +134,7 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
 
 
 def meta_params(config: ModelConfig) -> Json:
-    """What `params.json` holds of a model.
-
-    Raises:
-        UserError: if Meta's format has no key for one of its sizes.
-    """
+    """What `params.json` holds of a model; a UserError if Meta's format has no key for one of its sizes."""
     if config.head_dim * config.n_heads != config.dim:
         raise UserError(f"Meta's format knows no head_dim={config.head_dim} other than dim / n_heads")
     scaled = config.rope_factor != 1
@@ -172,11 +155,7 @@ def meta_params(config: ModelConfig) -> Json:
 
 
 def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
-    """Compare a checkpoint's sizes with the model's.
-
-    Raises:
-        UserError: naming every size that differs.
-    """
+    """Raise a UserError that names every size in which a checkpoint differs from the model."""
     wrong = {key: value for key, value in sizes.items() if key not in NO_CHECK and value != getattr(config, key)}
     if wrong:
         differences = ", ".join(f"model.{key} is {getattr(config, key)} and there {wrong[key]}" for key in wrong)

@@ -93,8 +93,5 @@ def are_equal(first: Weight, second: Weight) -> bool:
         return False
     narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     pairs = zip(first.pieces(1), second.pieces(1), strict=True)
-    return all(_same_bits(rows.to(narrow), others.to(narrow)) for (_, rows), (_, others) in pairs)
-
-
-def _same_bits(rows: Tensor, others: Tensor) -> bool:
-    return torch.equal(rows.view(torch.uint8), others.view(torch.uint8))
+    bits = ([rows.to(narrow).view(torch.uint8) for _, rows in pair] for pair in pairs)
+    return all(torch.equal(*pair) for pair in bits)

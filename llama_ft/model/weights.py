@@ -64,10 +64,7 @@ def build(config: ModelConfig) -> Transformer:
 def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Weights:
     """The weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
 
-    A folder is checked against the model's sizes; nothing is read yet.
-
-    Raises:
-        UserError: if the folder has no weights for this model.
+    Nothing is read yet, but a folder that has no weights for this model raises a UserError.
     """
     model = build(config)
     if checkpoint == "random":
@@ -93,14 +90,7 @@ def materialise(model: Transformer, device: torch.device) -> None:
 def load_model(
     config: ModelConfig, checkpoint: str, device: torch.device, dtype: torch.dtype, seed: int = 0, log: Log = silent
 ) -> Transformer:
-    """A model with the weights of `checkpoint`, as `open_weights` has it, in one dtype and with no technique applied.
-
-    Args:
-        log: told of a folder's being read.
-
-    Raises:
-        UserError: if the folder has no weights for this model.
-    """
+    """A model in one dtype, with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
     weights, model, storage = open_weights(checkpoint, config, seed), build(config), Dense(dtype)
     storage.prepare(model)
     materialise(model, device)
@@ -109,13 +99,9 @@ def load_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:
-    """Write safetensors under a temporary name, then rename: the file is whole or absent.
+    """Write a safetensors file, whole or not at all; a UserError if the disk is full or cannot be written to.
 
-    Args:
-        config: of the model that the tensors belong to. Its sizes become metadata, to be checked when they are loaded.
-
-    Raises:
-        UserError: if the disk is full or cannot be written to.
+    The sizes of the model that the tensors belong to become metadata, to be checked when they are loaded.
     """
     sizes = {key: value for key, value in asdict(config).items() if key != "name"}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -130,11 +116,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
 
 @torch.no_grad()
 def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
-    """Copy a file's tensors into tensors of the same names.
-
-    Raises:
-        UserError: unless names and shapes agree.
-    """
+    """Copy a file's tensors into tensors of the same names; a UserError unless names and shapes agree."""
     stored, _ = read_safetensors(file)
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
         raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")

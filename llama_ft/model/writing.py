@@ -12,7 +12,6 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -27,13 +26,9 @@ PTH_ALIGNMENT = 64  # bytes, of a tensor's data, as torch.save has it
 
 
 def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advance) -> None:
-    """Write a safetensors file, in which the widest numbers come first, so that all are aligned as in safetensors' own.
+    """Write a safetensors file (the format is at `read_safetensors`); an OSError if it cannot be written.
 
-    The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
-    (https://huggingface.co/docs/safetensors)
-
-    Raises:
-        OSError: if it cannot be written.
+    The widest numbers come first, so that all are aligned as in safetensors' own.
     """
     names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
@@ -52,19 +47,12 @@ def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advanc
                 advance(rows.nbytes)
 
 
-@dataclass(frozen=True)
-class _Storage:
+class _StorageId(tuple[object, ...]):
     """Stands for the data of a tensor while the tensor is pickled."""
-
-    persistent_id: tuple[object, ...]
 
 
 class _Tensor:
-    """Pickled as torch.save pickles a tensor. (PyTorch's documentation, "Serialization semantics").
-
-    Args of the constructor:
-        key: the name of its data in the archive.
-    """
+    """Pickled as torch.save pickles a tensor, by PyTorch's "Serialization semantics"; the key names its data."""
 
     _STORAGES: ClassVar = {
         torch.float64: torch.DoubleStorage,
@@ -74,7 +62,7 @@ class _Tensor:
     }
 
     def __init__(self, key: str, shape: list[int], dtype: torch.dtype) -> None:
-        self.storage = _Storage(("storage", self._STORAGES[dtype], key, "cpu", math.prod(shape)))
+        self.storage = _StorageId(("storage", self._STORAGES[dtype], key, "cpu", math.prod(shape)))
         self.shape = tuple(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -84,21 +72,14 @@ class _Tensor:
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        return value.persistent_id if isinstance(value, _Storage) else None
+        return tuple(value) if isinstance(value, _StorageId) else None
 
 
 class PthFile:
     """A file as torch.save writes it, whose tensors' data are written one after the other."""
 
     def __init__(self, file: Path, weights: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
-        """Write all that comes before the data.
-
-        Args:
-            weights: shape and dtype by name.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write all that comes before the data, given each weight's shape and dtype."""
         self._keys = {name: str(index) for index, name in enumerate(weights)}
         _Pickler(pickled := io.BytesIO(), protocol=2).dump({n: _Tensor(self._keys[n], *weights[n]) for n in weights})
         self._archive = zipfile.ZipFile(file, "w")
@@ -111,11 +92,7 @@ class PthFile:
 
     @contextmanager
     def tensor(self, name: str) -> Iterator[IO[bytes]]:
-        """Where a tensor's bytes are written, all before the next tensor's.
-
-        Raises:
-            OSError: if they cannot be written.
-        """
+        """Where a tensor's bytes are written, all before the next tensor's."""
         info = zipfile.ZipInfo(f"archive/data/{self._keys[name]}")
         assert self._archive.fp is not None
         # Before the data come 30 bytes, the name, 20 bytes for large files, and 4 that say how much is skipped.

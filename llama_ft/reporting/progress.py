@@ -58,19 +58,19 @@ def ending(result: Result) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar while the block runs; what is given is to be called with how many more of `total` are done."""
-    done, last_line = 0, time.monotonic()
+def progress_bar(console: Console, title: str, total: int, unit: int = 1) -> Iterator[Callable[[int], None]]:
+    """A bar of whole units while the block runs; what is given is called with how many more of `total` are done."""
+    done, n_units, last_line = 0, round(total / unit), time.monotonic()
     columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(title, total=total)
+        task = bars.add_task(title, total=n_units)
 
         def advance(count: int) -> None:
             nonlocal done, last_line
             done += count
-            bars.advance(task, count)
+            bars.update(task, completed=done // unit)
             if not console.is_terminal and time.monotonic() - last_line > PLAIN_SECONDS:
-                console.print(f"  {title}: {done}/{total}", highlight=False, markup=False, soft_wrap=True)
+                console.print(f"  {title}: {done // unit}/{n_units}", highlight=False, markup=False, soft_wrap=True)
                 last_line = time.monotonic()
 
         yield advance

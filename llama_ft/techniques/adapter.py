@@ -14,29 +14,21 @@ from llama_ft.techniques.peft import Adapter, read_adapter
 
 
 def check_base_of(adapter: Adapter, checkpoint: str) -> None:
-    """Compare the weights that an adapter was trained on with those that it is to be used with.
+    """Raise a UserError if an adapter was surely trained on other weights than those of `checkpoint`.
 
     Folders may have been moved and are not compared by name, and may hold what is built in; random weights are no
     folder's, and not the built-in ones.
-
-    Raises:
-        UserError: if they are surely others.
     """
     if adapter.base not in (None, "", checkpoint) and "random" in (adapter.base, checkpoint):
-        raise UserError(
-            f"adapter={adapter.folder} was trained on checkpoint={adapter.base}, and this is checkpoint={checkpoint}:"
-            f" give checkpoint={adapter.base}"
-        )
+        trained = f"adapter={adapter.folder} was trained on checkpoint={adapter.base}"
+        raise UserError(f"{trained}, and this is checkpoint={checkpoint}: give checkpoint={adapter.base}")
 
 
 def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
     """Give a model the adapter in a folder; the model is then in evaluation mode.
 
-    Args:
-        merge: add it to the weights, which then cost no more than before; else it is computed beside them.
-
-    Raises:
-        UserError: if there is no adapter, it is damaged, or of another model.
+    Merged, it is added to the weights, which then cost no more than before; else it is computed beside them. An adapter
+    that is missing, damaged, or of another model is a UserError.
     """
     adapter = read_adapter(folder, model.config)
     if merge:
@@ -65,11 +57,7 @@ class Adapters:
         return name in self._adapted
 
     def add(self, name: str, folder: Path) -> None:
-        """Load an adapter, to be used later under a name.
-
-        Raises:
-            UserError: if there is no adapter, it is damaged, or of another model.
-        """
+        """Load an adapter, to be used later under a name; a UserError if it is damaged or of another model."""
         adapter, used = read_adapter(folder, self._model.config), self.used
         self.use(None)
         try:
@@ -91,8 +79,7 @@ class Adapters:
 def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:
     """Frozen layers that share the model's weights and have the adapter's factors, by name; the model is left as it is.
 
-    Raises:
-        UserError: if the adapter holds weights of the base that are not this model's.
+    An adapter with copies of the base's weights that differ from the model's is a UserError.
     """
     check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
     layers = {}
@@ -108,11 +95,7 @@ def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> 
 
 @torch.no_grad()
 def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
-    """Put an adapter's factors into layers of the same names.
-
-    Raises:
-        UserError: unless they are those of the layers, by name and rank.
-    """
+    """Put an adapter's factors into layers; a UserError unless names and ranks agree."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     if ranks != {name: factors.rank for name, factors in adapter.factors.items()}:
         raise UserError(f"{adapter.folder} does not hold the adapter that is expected here: its layers or rank differ")
@@ -123,16 +106,12 @@ def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def check_copies(adapter: Adapter, base: Mapping[str, Weight]) -> None:
-    """Compare weights of the base that an adapter's file holds too with the base.
+    """Raise a UserError if an adapter's copies of the base's weights differ in more than rounding to one of the dtypes.
 
     PEFT adds them where the output layer is adapted, and puts them in place of the base's own.
-
-    Raises:
-        UserError: if they differ in more than rounding to one of their dtypes.
     """
     for name, copy in adapter.copies.items():
         if not are_equal(base[name], Weight(copy.shape, copy.dtype, copy.pieces)):
-            raise UserError(
-                f"adapter={adapter.folder} holds {name} too, which differs from the checkpoint's: it is an"
-                " adapter of other weights, or one whose embedding or output was trained, which is not supported"
-            )
+            cause = "it is an adapter of other weights, or one whose embedding or output was trained"
+            problem = f"holds {name} too, which differs from the checkpoint's: {cause}, which is not supported"
+            raise UserError(f"adapter={adapter.folder} {problem}")

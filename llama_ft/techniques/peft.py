@@ -13,18 +13,10 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
-from llama_ft.files import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_FILE,
-    WEIGHTS_FILE,
-    Json,
-    read_json,
-    why_no_folder,
-    write_json,
-)
+from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, Json, read_json, why_no_folder, write_json
 from llama_ft.model.formats import hf_name, is_rotated, our_name, permute_rotary
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
-from llama_ft.model.sizes import SIZES_KEY, check_sizes, own_sizes
+from llama_ft.model.sizes import check_sizes, own_sizes
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.records import parse
@@ -97,26 +89,23 @@ class Adapter:
 
 
 def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> None:
-    """Write the model's adapter into a folder.
+    """Write the model's adapter into a folder; a UserError if it has none, or the files cannot be written.
 
     Args:
         base: the checkpoint that it was trained on, of which PEFT then knows the place; None names none.
-
-    Raises:
-        UserError: if the model has none, or it cannot be written.
     """
     layers = lora_layers(model)
     if not layers:
         raise UserError("the model has no LoRA adapter to be saved")
+    if base not in (None, "builtin", "random"):
+        base = os.path.abspath(os.path.expanduser(base))
     names = {name: _peft_name(name) for name in layers}
     layer = next(iter(layers.values()))
     config = PeftConfig(
         r=layer.rank,
         lora_alpha=layer.alpha,
         target_modules=sorted({name.rpartition(".")[2] for name in names.values()}),
-        base_model_name_or_path=base
-        if base in (None, "builtin", "random")
-        else os.path.abspath(os.path.expanduser(base)),
+        base_model_name_or_path=base,
         lora_dropout=layer.dropout.p,
         use_rslora=layer.rslora,
     )
@@ -140,10 +129,9 @@ def _peft_name(layer: str) -> str:
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
-    """Find an adapter in a folder and check that it is one of this model. None of its tensors is read.
+    """Find an adapter in a folder; a UserError if it is damaged, of another model, or of another kind than LoRA.
 
-    Raises:
-        UserError: if there is none, it is damaged, of another model, or of another kind than LoRA.
+    None of its tensors is read.
     """
     try:
         tensors = _open_tensors(folder, model)
@@ -168,8 +156,7 @@ def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     file = folder / ADAPTER_FILE
     if file.is_file():
         tensors, metadata = read_safetensors(file)
-        if SIZES_KEY in metadata:
-            check_sizes(own_sizes(metadata[SIZES_KEY], file), model, file)
+        check_sizes(own_sizes(metadata, file) or {}, model, file)
         return tensors
     if (folder / PICKLE_FILE).is_file():
         return read_pth(folder / PICKLE_FILE)
@@ -188,10 +175,9 @@ def _check_supported(content: Json) -> None:
         if content[key] not in (None, False, "none", "", [], {}):
             raise UserError(f"{ADAPTER_CONFIG_FILE} says {key}={content[key]}, which is not supported")
     if init not in _INITS:
-        raise UserError(
-            f"{ADAPTER_CONFIG_FILE} says init_lora_weights={init}: such an adapter belongs to weights that differ"
-            " from the checkpoint's; save it with PEFT's path_initial_model_for_weight_conversion"
-        )
+        reason = "such an adapter belongs to weights that differ from the checkpoint's"
+        hint = "save it with PEFT's path_initial_model_for_weight_conversion"
+        raise UserError(f"{ADAPTER_CONFIG_FILE} says init_lora_weights={init}: {reason}; {hint}")
 
 
 def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTensor], model: ModelConfig) -> Adapter:
@@ -210,9 +196,8 @@ def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTe
         elif ours in (EMBEDDING, OUTPUT):
             copies[ours] = stored
         else:
-            raise UserError(
-                f"{name} in it is no part of a LoRA adapter of a linear layer, and nothing else is supported"
-            )
+            expected = "a LoRA adapter of a linear layer, and nothing else is supported"
+            raise UserError(f"{name} in it is no part of {expected}")
     if not pairs:
         raise UserError("there is no lora_A or lora_B in it")
     factors = {layer: _factors(layer, pair, linears[layer], config, model) for layer, pair in pairs.items()}
@@ -229,10 +214,9 @@ def _factors(
     rank = int(_by_pattern(config.rank_pattern, theirs, config.r))
     for which, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
         if pair[which].shape != shape:
-            raise UserError(
-                f"{theirs}.lora_{which} is {pair[which].shape}, and for model={model.name} and r={rank} should"
-                f" be {shape}: it is an adapter of another model, or damaged"
-            )
+            expected = f"for model={model.name} and r={rank} should be {shape}"
+            cause = "it is an adapter of another model, or damaged"
+            raise UserError(f"{theirs}.lora_{which} is {pair[which].shape}, and {expected}: {cause}")
     n_heads = linear.out_features // model.head_dim if is_rotated(f"{layer}.weight") else None
     alpha = _by_pattern(config.alpha_pattern, theirs, config.lora_alpha)
     return Factors(pair["A"], pair["B"], alpha, config.use_rslora, n_heads)

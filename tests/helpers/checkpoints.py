@@ -182,7 +182,7 @@ def assert_same(model: Any, reference: Any) -> None:
     tokens = torch.randint(3, 120, (2, 150), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         assert relative(model(tokens), reference(tokens).logits) <= 1e-5
-        state = GenerationState(model, [tokens[0, :9].tolist()], 64, True, torch.float32)
+        state = GenerationState(model, [tokens[0, :9].tolist()], 64, True)
         for _ in range(64):
             state.append(state.next_logits().argmax(-1))
         settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
