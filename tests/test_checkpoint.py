@@ -66,12 +66,12 @@ def assert_weights_equal(model: Transformer, name: str = "gqa") -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_checkpoint_of_hf_has_transformers_logits_and_text(name: str) -> None:
+def test_a_checkpoint_of_hf_has_transformers_logits_and_text(name):
     assert_same(ours(hf_folder(name)), theirs(name))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_every_format_holds_the_same_weights(tmp_path: Path, kind: str) -> None:
+def test_every_format_holds_the_same_weights(tmp_path, kind):
     folder = WRITERS[kind](tmp_path)
     assert len([*folder.glob("*.safetensors"), *folder.glob("*.pth")]) == {"sharded": 5, "shards": 3}.get(kind, 1)
     assert_weights_equal(load(folder))
@@ -81,9 +81,7 @@ def test_every_format_holds_the_same_weights(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "n_shards", "rope"), [("mha", 1, True), ("gqa", 1, False), ("gqa", 3, True), ("mha", 6, False)]
 )
-def test_a_checkpoint_of_meta_has_transformers_logits(
-    tmp_path: Path, name: str, n_shards: int, rope: bool, by_rows: bool
-) -> None:
+def test_a_checkpoint_of_meta_has_transformers_logits(tmp_path, name, n_shards, rope, by_rows):
     model = load(write_meta(name, tmp_path, n_shards, by_rows, rope), config_of(name)).eval()
     assert_weights_equal(model, name)
     assert_same(model, theirs(name))
@@ -91,7 +89,7 @@ def test_a_checkpoint_of_meta_has_transformers_logits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_in_another_dtype_are_rounded_once(stored: torch.dtype, dtype: torch.dtype) -> None:
+def test_weights_in_another_dtype_are_rounded_once(stored, dtype):
     folder = hf_folder("gqa", stored)
     expected = LlamaForCausalLM.from_pretrained(folder, dtype=dtype).state_dict()
     loaded = load(folder, dtype=dtype).state_dict()
@@ -100,7 +98,7 @@ def test_weights_in_another_dtype_are_rounded_once(stored: torch.dtype, dtype: t
     )
 
 
-def test_a_config_of_2023_is_read(tmp_path: Path) -> None:
+def test_a_config_of_2023_is_read(tmp_path):
     folder = write_hf("mha", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     for key in ("rope_parameters", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias", "dtype"):
@@ -112,13 +110,13 @@ def test_a_config_of_2023_is_read(tmp_path: Path) -> None:
     assert_same(ours(folder), theirs("mha"))
 
 
-def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path: Path) -> None:
+def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path):
     write_hf("gqa", tmp_path)
     (tmp_path / INDEX_FILE).write_text("{}")
     assert_weights_equal(load(tmp_path))
 
 
-def test_a_checkpoint_of_other_writers_is_read(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_writers_is_read(tmp_path):
     """Parameters, views of larger tensors, state dicts, tensors of a GPU, archives packed again."""
     file = write_meta("gqa", tmp_path) / META_FILE
     weights = dict(meta_weights("gqa"))
@@ -147,7 +145,7 @@ RELEASED: dict[str, dict[str, Any]] = {  # their params.json, and TinyLlama's co
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_sizes_of_the_released_models(tmp_path: Path, name: str) -> None:
+def test_sizes_of_the_released_models(tmp_path, name):
     file = tmp_path / "file.json"
     file.write_text(json.dumps({"vocab_size": -1} | RELEASED[name]))
     sizes = hf_sizes(file) if "hidden_size" in RELEASED[name] else meta_sizes(file, 8.0)
@@ -160,7 +158,7 @@ def test_sizes_of_the_released_models(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("n_elements", [1, 175, 1250])
 @pytest.mark.parametrize("kind", ["sharded", "meta", "own"])
-def test_pieces_make_up_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, n_elements: int) -> None:
+def test_pieces_make_up_the_whole(tmp_path, monkeypatch, kind, n_elements):
     folder = WRITERS[kind](tmp_path)
     monkeypatch.setattr(mapped, "PIECE_ELEMENTS", n_elements)
     pieces, read = [], StoredTensor.pieces
@@ -171,7 +169,7 @@ def test_pieces_make_up_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert max(rows.numel() for _, rows in pieces) <= max(n_elements, 16 * 96)
 
 
-def test_what_is_read_is_logged() -> None:
+def test_what_is_read_is_logged():
     lines: list[str] = []
     folder = hf_folder("gqa", sharded=True)
     load_model(config_of("gqa"), str(folder), CPU, torch.float32, log=lines.append)
@@ -232,7 +230,7 @@ def write_large(folder: Path, kind: str, config: ModelConfig) -> dict[str, Tenso
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("kind", ["sharded", "meta", "own"])
-def test_loading_needs_the_model_and_a_tenth_at_most(tmp_path: Path, kind: str) -> None:
+def test_loading_needs_the_model_and_a_tenth_at_most(tmp_path, kind):
     config = ModelConfig(name="large", dim=1024, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=2816, vocab_size=6000)
     with tempfile.TemporaryDirectory(dir=tmp_path) as folder:  # pytest would keep 250 MiB
         weights = write_large(Path(folder), kind, config)
@@ -249,7 +247,7 @@ def test_loading_needs_the_model_and_a_tenth_at_most(tmp_path: Path, kind: str) 
     assert n_bytes <= result["growth"] <= 1.1 * n_bytes
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     file = tmp_path / WEIGHTS_FILE
     try:
@@ -285,11 +283,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return message
 
 
-Copy = Callable[[str], Path]
-Refusal = Callable[..., str]
-
-
-def test_folders_without_weights_are_refused(tmp_path: Path, refusal: Refusal) -> None:
+def test_folders_without_weights_are_refused(tmp_path, refusal):
     assert "there is no such folder" in refusal(tmp_path / "missing")
     assert "there are no weights in it" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
@@ -297,19 +291,9 @@ def test_folders_without_weights_are_refused(tmp_path: Path, refusal: Refusal) -
     assert "it is a file: give the folder" in refusal(tmp_path / "pytorch_model.bin")
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        ("hf", WEIGHTS_FILE),
-        ("hf", "config.json"),
-        ("sharded", INDEX_FILE),
-        ("meta", META_FILE),
-        ("meta", "params.json"),
-    ],
-)
-def test_files_that_cannot_be_read_are_refused(
-    copy_of: Copy, refusal: Refusal, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
-) -> None:
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "config.json", INDEX_FILE, META_FILE, "params.json"])
+def test_files_that_cannot_be_read_are_refused(copy_of, refusal, monkeypatch, name):
+    kind = {INDEX_FILE: "sharded", META_FILE: "meta", "params.json": "meta"}.get(name, "hf")
     folder, opened = copy_of(kind), Path.open
 
     def open_or_deny(path: Path, *args: Any, **kwargs: Any) -> Any:  # since root may read any file
@@ -322,60 +306,45 @@ def test_files_that_cannot_be_read_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("kind", "key", "value", "message"),
     [
-        ("hidden_size", 128, "model.dim is 96 and there 128"),
-        ("num_hidden_layers", 4, "model.n_layers is 2 and there 4"),
-        ("num_attention_heads", 8, "model.n_heads is 6 and there 8"),
-        ("num_key_value_heads", None, "model.n_kv_heads is 3 and there 6"),
-        ("intermediate_size", 128, "model.ffn_dim is 192 and there 128"),
-        ("vocab_size", 105, "model.vocab_size is 120 and there 105"),
-        ("rms_norm_eps", None, "model.norm_eps is 0.0001 and there 1e-06"),
-        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}, "rope_theta is 20000.0 and there 10000"),
-        ("rope_parameters", {"rope_type": "linear", "factor": 2.0}, "model.rope_factor is 1.0 and there 2.0"),
-        ("rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "does not say the model's rope_low_freq"),
-        ("rope_parameters", {"type": "dynamic", "factor": 8.0}, "of type dynamic are not supported, only default"),
-        ("rope_parameters", "default", "must be a JSON object"),
-        ("model_type", "mistral", "model_type=mistral is not supported, it must be llama"),
-        ("tie_word_embeddings", True, "model.tie_word_embeddings is False and there True"),
-        ("attention_bias", True, "attention_bias=True is not supported"),
-        ("hidden_act", "gelu", "hidden_act=gelu is not supported"),
-        ("hidden_size", "64", "does not say the model's dim as a number"),
+        ("hf", "hidden_size", 128, "model.dim is 96 and there 128"),
+        ("hf", "num_hidden_layers", 4, "model.n_layers is 2 and there 4"),
+        ("hf", "num_attention_heads", 8, "model.n_heads is 6 and there 8"),
+        ("hf", "num_key_value_heads", None, "model.n_kv_heads is 3 and there 6"),
+        ("hf", "intermediate_size", 128, "model.ffn_dim is 192 and there 128"),
+        ("hf", "vocab_size", 105, "model.vocab_size is 120 and there 105"),
+        ("hf", "rms_norm_eps", None, "model.norm_eps is 0.0001 and there 1e-06"),
+        ("hf", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}, "is 20000.0 and there 10000"),
+        ("hf", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "model.rope_factor is 1.0 and there 2.0"),
+        ("hf", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "does not say the model's rope_low_freq"),
+        ("hf", "rope_parameters", {"type": "dynamic", "factor": 8.0}, "of type dynamic are not supported, only"),
+        ("hf", "rope_parameters", "default", "must be a JSON object"),
+        ("hf", "model_type", "mistral", "model_type=mistral is not supported, it must be llama"),
+        ("hf", "tie_word_embeddings", True, "model.tie_word_embeddings is False and there True"),
+        ("hf", "attention_bias", True, "attention_bias=True is not supported"),
+        ("hf", "hidden_act", "gelu", "hidden_act=gelu is not supported"),
+        ("hf", "hidden_size", "64", "does not say the model's dim as a number"),
+        ("meta", "dim", 128, "model.dim is 96 and there 128"),
+        ("meta", "n_layers", 4, "model.n_layers is 2 and there 4"),
+        ("meta", "n_heads", 8, "model.n_heads is 6 and there 8"),
+        ("meta", "n_kv_heads", None, "model.n_kv_heads is 3 and there 6"),
+        ("meta", "multiple_of", 256, "model.ffn_dim is 192 and there 256"),
+        ("meta", "ffn_dim_multiplier", None, "model.ffn_dim is 192 and there 256"),
+        ("meta", "norm_eps", 1e-6, "model.norm_eps is 0.0001 and there 1e-06"),
+        ("meta", "rope_theta", None, "model.rope_theta is 20000.0 and there 10000.0"),
+        ("meta", "vocab_size", 105, "model.vocab_size is 120 and there 105"),
+        ("meta", "use_scaled_rope", True, "model.rope_factor is 1.0 and there 8.0"),
     ],
 )
-def test_hf_config_of_another_model_is_refused(
-    copy_of: Copy, refusal: Refusal, key: str, value: object, message: str
-) -> None:
-    folder = copy_of("hf")
-    change_json(folder / "config.json", **{key: value})
-    assert message in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("dim", 128, "model.dim is 96 and there 128"),
-        ("n_layers", 4, "model.n_layers is 2 and there 4"),
-        ("n_heads", 8, "model.n_heads is 6 and there 8"),
-        ("n_kv_heads", None, "model.n_kv_heads is 3 and there 6"),
-        ("multiple_of", 256, "model.ffn_dim is 192 and there 256"),
-        ("ffn_dim_multiplier", None, "model.ffn_dim is 192 and there 256"),
-        ("norm_eps", 1e-6, "model.norm_eps is 0.0001 and there 1e-06"),
-        ("rope_theta", None, "model.rope_theta is 20000.0 and there 10000.0"),
-        ("vocab_size", 105, "model.vocab_size is 120 and there 105"),
-        ("use_scaled_rope", True, "model.rope_factor is 1.0 and there 8.0"),
-    ],
-)
-def test_params_of_another_model_are_refused(
-    copy_of: Copy, refusal: Refusal, key: str, value: object, message: str
-) -> None:
-    folder = copy_of("meta")
-    change_json(folder / "params.json", **{key: value})
+def test_sizes_of_another_model_are_refused(copy_of, refusal, kind, key, value, message):
+    folder = copy_of(kind)
+    change_json(folder / {"hf": "config.json", "meta": "params.json"}[kind], **{key: value})
     assert message in refusal(folder)
 
 
 @pytest.mark.parametrize(("kind", "name"), [("hf", "config.json"), ("meta", "params.json"), ("sharded", INDEX_FILE)])
-def test_broken_json_is_refused(copy_of: Copy, refusal: Refusal, kind: str, name: str) -> None:
+def test_broken_json_is_refused(copy_of, refusal, kind, name):
     folder = copy_of(kind)
     for content in ("{", "", "[]"):
         (folder / name).write_text(content)
@@ -384,14 +353,14 @@ def test_broken_json_is_refused(copy_of: Copy, refusal: Refusal, kind: str, name
     assert ("there are no weights" if name == INDEX_FILE else f"{name} cannot be read (No such file") in refusal(folder)
 
 
-def test_another_vocabulary_is_refused(copy_of: Copy, refusal: Refusal) -> None:
+def test_another_vocabulary_is_refused(copy_of, refusal):
     other = replace(config_of("gqa"), vocab_size=105)
     for kind in ("hf", "sharded", "own"):
         assert "model.vocab_size is 105 and there 120" in refusal(copy_of(kind), other)
     assert "tok_embeddings.weight is [120, 96], and should be [105, 96]" in refusal(copy_of("meta"), other)
 
 
-def test_own_weights_of_another_model_are_refused(tmp_path: Path, refusal: Refusal) -> None:
+def test_own_weights_of_another_model_are_refused(tmp_path, refusal):
     """Of the same shapes, of damaged sizes, and of other shapes than their own sizes say."""
     file, weights = tmp_path / WEIGHTS_FILE, meta_weights("gqa")
     save_tensors(weights, file, replace(config_of("gqa"), n_heads=12, n_kv_heads=6))
@@ -403,14 +372,14 @@ def test_own_weights_of_another_model_are_refused(tmp_path: Path, refusal: Refus
     assert "layers.0.attention.wk.weight is [96, 96], and should be [48, 96]" in refusal(tmp_path)
 
 
-def test_sizes_of_files_from_before_version_0_2_are_read(tmp_path: Path) -> None:
+def test_sizes_of_files_from_before_version_0_2_are_read(tmp_path):
     sizes = asdict(config_of("gqa"))
     sizes["context"] = sizes.pop("max_seq_len")
     save_file(meta_weights("gqa"), tmp_path / WEIGHTS_FILE, metadata={"llama_ft.model": json.dumps(sizes)})
     assert_weights_equal(ours(tmp_path))
 
 
-def test_weights_of_unknown_layout_are_refused(copy_of: Copy, refusal: Refusal) -> None:
+def test_weights_of_unknown_layout_are_refused(copy_of, refusal):
     """Meta's names, but nothing that says the sizes, or something that promises Hugging Face's layout."""
     folder = copy_of("hf")
     save_file(meta_weights("gqa"), folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -440,27 +409,19 @@ def with_header(content: bytes, change: Callable[[dict[str, Any]], object]) -> b
         (lambda b: b"PK\3\4" + b, "its header cannot be read"),
         (lambda b: b"<html>not found", "is not a safetensors file"),
         (lambda b: b"", "is empty"),
-        (
-            lambda b: with_header(b, lambda h: h[WQ].update(shape=[90, 96])),
-            "has 36,864 bytes, and its shape is [90, 96]",
-        ),
-        (
-            lambda b: with_header(b, lambda h: h[WQ].update(shape=[48, 192])),
-            f"{WQ} is [48, 192], and should be [96, 96]",
-        ),
+        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[90, 96])), "36,864 bytes, and its shape is [90, 96]"),
+        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[48, 192])), "is [48, 192], and should be [96, 96]"),
         (lambda b: with_header(b, lambda h: h[WQ].update(dtype="I8")), f"{WQ} is stored as I8; only F64, F32, F16"),
         (lambda b: with_header(b, lambda h: h.update(more=h.pop(WQ))), f"1 tensors are missing, such as {WQ}"),
     ],
 )
-def test_damaged_safetensors_are_refused(
-    copy_of: Copy, refusal: Refusal, damage: Callable[[bytes], bytes], message: str
-) -> None:
+def test_damaged_safetensors_are_refused(copy_of, refusal, damage, message):
     file = copy_of("hf") / WEIGHTS_FILE
     file.write_bytes(damage(file.read_bytes()))
     assert message in refusal(file.parent)
 
 
-def test_an_index_that_does_not_fit_is_refused(copy_of: Copy, refusal: Refusal) -> None:
+def test_an_index_that_does_not_fit_is_refused(copy_of, refusal):
     folder = copy_of("sharded")
     index = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
     files = sorted(set(index.values()))
@@ -478,7 +439,7 @@ def test_an_index_that_does_not_fit_is_refused(copy_of: Copy, refusal: Refusal) 
     assert f"1 of {len(files)} files are missing: {files[1]}" in refused(index)
 
 
-def test_missing_and_doubled_shards_of_meta_are_refused(copy_of: Copy, refusal: Refusal) -> None:
+def test_missing_and_doubled_shards_of_meta_are_refused(copy_of, refusal):
     folder = copy_of("shards")
     hidden = (folder / "consolidated.01.pth").rename(folder / "hidden")
     assert "consolidated.01.pth is missing; there is consolidated.00.pth, consolidated.02.pth" in refusal(folder)
@@ -500,7 +461,7 @@ class Code:
         return os.system, (f"touch {self.file}",)
 
 
-def test_code_in_a_pth_is_refused_and_not_run(copy_of: Copy, refusal: Refusal, tmp_path: Path) -> None:
+def test_code_in_a_pth_is_refused_and_not_run(copy_of, refusal, tmp_path):
     folder = copy_of("meta")
     torch.save(meta_weights("gqa") | {"rope.freqs": Code(tmp_path / "run")}, folder / META_FILE)
     assert "it holds posix.system, and must hold tensors of F64, F32, F16, BF16 alone" in refusal(folder)
@@ -521,7 +482,7 @@ NORM = {"norm.weight": torch.ones(96)}
         ({"norm.weight": torch.ones(96, 2)[:, 0]}, "a tensor [96] that is not contiguous"),
     ],
 )
-def test_pth_with_other_content_is_refused(copy_of: Copy, refusal: Refusal, content: object, message: str) -> None:
+def test_pth_with_other_content_is_refused(copy_of, refusal, content, message):
     folder = copy_of("meta")
     torch.save(content, folder / META_FILE)
     assert message in refusal(folder)
@@ -558,9 +519,7 @@ def of_old_pytorch(_: bytes) -> bytes:
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"data/3": b"few"}), "reaches beyond its data"),
     ],
 )
-def test_damaged_pth_is_refused(
-    copy_of: Copy, refusal: Refusal, damage: Callable[[bytes], bytes], message: str
-) -> None:
+def test_damaged_pth_is_refused(copy_of, refusal, damage, message):
     file = copy_of("meta") / META_FILE
     file.write_bytes(damage(file.read_bytes()))
     assert message in refusal(file.parent)

@@ -27,14 +27,14 @@ from helpers.checkpoints import (
     write_meta,
     write_own,
 )
-from helpers.converting import Converted, converted
+from helpers.converting import converted
 from helpers.models import change_json, relative
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_tokenizer_llama3 import Files, files
+from test_tokenizer_llama3 import files
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -62,7 +62,7 @@ def pth(folder: Path) -> list[dict[str, Tensor]]:
 @pytest.mark.parametrize("n_shards", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", TO_META)
-def test_hf_to_meta_to_hf(tmp_path: Path, converted: Converted, name: str, dtype: torch.dtype, n_shards: int) -> None:
+def test_hf_to_meta_to_hf(tmp_path, converted, name, dtype, n_shards):
     first = hf_folder(name, dtype, sharded=n_shards > 1)
     converted(f"checkpoint={first}", "to=meta", f"output={tmp_path / 'meta'}", f"shards={n_shards}")
     assert len(pth(tmp_path / "meta")) == n_shards
@@ -73,7 +73,7 @@ def test_hf_to_meta_to_hf(tmp_path: Path, converted: Converted, name: str, dtype
 
 @pytest.mark.parametrize("n_shards", [1, 3])
 @pytest.mark.parametrize("name", TO_META)
-def test_meta_to_hf_to_meta(tmp_path: Path, converted: Converted, name: str, n_shards: int) -> None:
+def test_meta_to_hf_to_meta(tmp_path, converted, name, n_shards):
     first = write_meta(name, tmp_path / "first", n_shards)
     converted(f"checkpoint={first}", "to=hf", f"output={tmp_path / 'hf'}", "shards=2")
     assert are_equal(tensors(tmp_path / "hf"), tensors(hf_folder(name)))
@@ -82,7 +82,7 @@ def test_meta_to_hf_to_meta(tmp_path: Path, converted: Converted, name: str, n_s
     assert len(pth(tmp_path / "meta")) == n_shards
 
 
-def test_files_are_as_their_libraries_write_them(tmp_path: Path, converted: Converted) -> None:
+def test_files_are_as_their_libraries_write_them(tmp_path, converted):
     converted(f"checkpoint={hf_folder('gqa')}", "to=meta", f"output={tmp_path / 'meta'}", "shards=3")
     for file in (tmp_path / "meta").glob("*.pth"):
         with zipfile.ZipFile(file) as archive:
@@ -102,16 +102,11 @@ def test_files_are_as_their_libraries_write_them(tmp_path: Path, converted: Conv
     assert len(sizes) == 1
 
 
-PUBLISHED = {
-    "llama2_7b": (None, 256),
-    "llama2_70b": (1.3, 4096),
-    "llama3_8b": (1.3, 1024),
-    "llama3_2_1b": (1.5, 256),
-}
+PUBLISHED = {"llama2_7b": (None, 256), "llama2_70b": (1.3, 4096), "llama3_8b": (1.3, 1024), "llama3_2_1b": (1.5, 256)}
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, "llama2_13b", "llama3_1_8b", "llama3_2_3b", "tinyllama_1b"])
-def test_params_and_config_say_a_models_sizes(tmp_path: Path, name: str) -> None:
+def test_params_and_config_say_a_models_sizes(tmp_path, name):
     cli.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         model = OmegaConf.to_object(compose("plan", [f"model={name}"])).model
@@ -125,7 +120,7 @@ def test_params_and_config_say_a_models_sizes(tmp_path: Path, name: str) -> None
 
 
 @pytest.mark.parametrize("dim", [8, 64, 4096])
-def test_any_width_can_be_said_in_metas_terms(tmp_path: Path, dim: int) -> None:
+def test_any_width_can_be_said_in_metas_terms(tmp_path, dim):
     for ffn_dim in (*range(1, 300), 10001, 11008, 2**24):
         params = meta_params(ModelConfig("any", dim=dim, n_heads=4, n_kv_heads=4, ffn_dim=ffn_dim))
         (tmp_path / "params.json").write_text(json.dumps(params))
@@ -133,7 +128,7 @@ def test_any_width_can_be_said_in_metas_terms(tmp_path: Path, dim: int) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_written_has_the_same_logits_there_and_here(tmp_path: Path, converted: Converted, name: str) -> None:
+def test_what_is_written_has_the_same_logits_there_and_here(tmp_path, converted, name):
     n_tensors = len(tensors(hf_folder(name)))
     converted(f"checkpoint={hf_folder(name)}", "to=hf", f"output={tmp_path / 'hf'}", f"shards={n_tensors}")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == n_tensors
@@ -144,7 +139,7 @@ def test_what_is_written_has_the_same_logits_there_and_here(tmp_path: Path, conv
         assert_same(ours(tmp_path / "meta", max_seq_len=256), theirs(name))
 
 
-def test_a_model_from_its_folder(tmp_path: Path) -> None:
+def test_a_model_from_its_folder(tmp_path):
     sizes = sizes_of(hf_folder("llama3_1"))
     expected = {"name": "llama3_1-hf", "dim": 96, "n_kv_heads": 3, "max_seq_len": 256, "rope_factor": 8.0}
     assert expected.items() <= sizes.items()
@@ -161,7 +156,7 @@ def test_a_model_from_its_folder(tmp_path: Path) -> None:
     ("name", "kind"),
     [("mha", "default"), *(("gqa", kind) for kind in ADAPTERS), ("llama3_1", "all_linear"), ("tied", "with_head")],
 )
-def test_an_adapter_of_peft(tmp_path: Path, name: str, kind: str, merge: bool) -> None:
+def test_an_adapter_of_peft(tmp_path, name, kind, merge):
     reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
     model, plain = ours(hf_folder(name)), ours(hf_folder(name))
     load_adapter(model, tmp_path / "adapter", merge)
@@ -173,7 +168,7 @@ def test_an_adapter_of_peft(tmp_path: Path, name: str, kind: str, merge: bool) -
 
 @pytest.mark.parametrize("name", ["mha", "gqa", "tied"])
 @pytest.mark.parametrize(("targets", "rslora"), [(["wq", "wk"], True), (EVERYWHERE, False)])
-def test_an_adapter_of_ours_in_peft_and_back(tmp_path: Path, name: str, targets: list[str], rslora: bool) -> None:
+def test_an_adapter_of_ours_in_peft_and_back(tmp_path, name, targets, rslora):
     model = ours(hf_folder(name))
     add_lora(model, 5, 12.0, 0.1, targets, rslora)
     for layer in lora_layers(model).values():
@@ -197,7 +192,7 @@ def test_an_adapter_of_ours_in_peft_and_back(tmp_path: Path, name: str, targets:
     assert are_equal(*(load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("ours", "again")))
 
 
-def test_an_adapter_of_an_old_peft_is_read(tmp_path: Path) -> None:
+def test_an_adapter_of_an_old_peft_is_read(tmp_path):
     reference = peft_adapter(theirs("gqa"), tmp_path / "adapter", "default")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     torch.save(load_file(file), tmp_path / "adapter" / "adapter_model.bin")
@@ -207,7 +202,7 @@ def test_an_adapter_of_an_old_peft_is_read(tmp_path: Path) -> None:
     assert_same(model, reference)
 
 
-def test_merging_and_taking_out_again() -> None:
+def test_merging_and_taking_out_again():
     model, plain = ours(hf_folder("gqa")), ours(hf_folder("gqa"))
     add_lora(model, 8, 16.0, 0.0, EVERYWHERE)
     for layer in lora_layers(model).values():
@@ -227,7 +222,7 @@ def test_merging_and_taking_out_again() -> None:
         assert relative(layer.weight, plain.get_submodule(name).weight) <= 1e-6
 
 
-def test_a_merged_16_bit_weight_is_rounded_once() -> None:
+def test_a_merged_16_bit_weight_is_rounded_once():
     linear = torch.nn.Linear(64, 48, bias=False).bfloat16()
     base = linear.weight.detach().clone()
     layer = LoRALinear(linear, 4, 8.0)
@@ -237,7 +232,7 @@ def test_a_merged_16_bit_weight_is_rounded_once() -> None:
     assert (layer.weight == exact.float().bfloat16()).float().mean() > 0.999  # fp32's own rounding may tip a tie
 
 
-def test_two_adapters_side_by_side(tmp_path: Path) -> None:
+def test_two_adapters_side_by_side(tmp_path):
     tokens, expected = torch.arange(3, 100)[None], {}
     for kind in ("default", "with_head"):
         reference = peft_adapter(theirs("tied"), tmp_path / kind, kind)
@@ -256,10 +251,10 @@ def test_two_adapters_side_by_side(tmp_path: Path) -> None:
             assert adapters.used == kind
             assert relative(model(tokens), expected[kind]) <= 1e-5
     now = dict(model.named_parameters())
-    assert {name: weight.data_ptr() for name, weight in now.items()} == {
-        n: pointer for n, (pointer, _) in weights.items()
-    }
-    assert all(torch.equal(now[name], weight) for name, (_, weight) in weights.items())
+    assert now.keys() == weights.keys()
+    for name, (pointer, weight) in weights.items():
+        assert now[name].data_ptr() == pointer
+        assert torch.equal(now[name], weight)
     with pytest.raises(UserError, match="there is no such folder"):
         adapters.add("third", tmp_path / "third")
     assert "third" not in adapters
@@ -269,7 +264,7 @@ def test_two_adapters_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("gqa", "all_linear"), ("gqa", "patterns"), ("tied", "with_head")])
-def test_a_merged_export(tmp_path: Path, converted: Converted, name: str, kind: str) -> None:
+def test_a_merged_export(tmp_path, converted, name, kind):
     reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
     source = f"checkpoint={hf_folder(name)}", f"adapter={tmp_path / 'adapter'}"
     converted(*source, "to=hf", f"output={tmp_path / 'merged'}")
@@ -288,13 +283,13 @@ def test_a_merged_export(tmp_path: Path, converted: Converted, name: str, kind: 
     assert are_equal(tensors(tmp_path / "rounded"), {key: tensor.bfloat16() for key, tensor in written.items()})
 
 
-def test_what_a_run_left_is_exported(tmp_path: Path, converted: Converted) -> None:
+def test_what_a_run_left_is_exported(tmp_path, converted):
     converted(f"checkpoint={write_own('gqa', tmp_path / 'run')}", "to=hf", f"output={tmp_path / 'hf'}")
     assert are_equal(tensors(tmp_path / "hf"), tensors(hf_folder("gqa")))
     assert_same(ours(tmp_path / "hf"), AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
 
 
-def test_the_built_in_model_with_its_tokenizer(tmp_path: Path, converted: Converted) -> None:
+def test_the_built_in_model_with_its_tokenizer(tmp_path, converted):
     converted("model=tiny", "to=hf", f"output={tmp_path / 'tiny'}")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
     reference = Tokenizer(tmp_path / "tiny" / "tokenizer.model")
@@ -306,7 +301,7 @@ def test_the_built_in_model_with_its_tokenizer(tmp_path: Path, converted: Conver
     assert model.config.max_position_embeddings == 1024
 
 
-def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path: Path, converted: Converted) -> None:
+def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path, converted):
     source = tmp_path / "source"
     shutil.copytree(hf_folder("gqa"), source)
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel"}}')
@@ -321,7 +316,7 @@ def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path: Path, conve
     assert {file.name for file in (tmp_path / "meta").iterdir()} == {"consolidated.00.pth", "params.json"}
 
 
-def test_settings_of_the_source_are_kept(tmp_path: Path, converted: Converted) -> None:
+def test_settings_of_the_source_are_kept(tmp_path, converted):
     source = Path(shutil.copytree(hf_folder("gqa"), tmp_path / "source"))
     change_json(source / "config.json", eos_token_id=[7, 9], pretraining_tp=1)
     (source / "generation_config.json").write_text('{"temperature": 0.6}')
@@ -332,16 +327,14 @@ def test_settings_of_the_source_are_kept(tmp_path: Path, converted: Converted) -
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6}'
 
 
-def test_bos_and_eos_are_those_of_the_released_models_where_nothing_says_them(
-    tmp_path: Path, converted: Converted
-) -> None:
+def test_bos_and_eos_are_those_of_the_released_models_where_nothing_says_them(tmp_path, converted):
     write_meta("gqa", tmp_path / "meta")
     converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama2")
     assert (model.generation_config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
 
-def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path: Path) -> None:
+def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path):
     hashes = set()
     for name in ("one", "models--owner--Some-LLaMA/snapshots/0123abcd", "tiny"):
         shutil.copytree(hf_folder("gqa"), tmp_path / name)
@@ -356,7 +349,7 @@ def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path: Path, files: Files) -> None:
+def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path, files):
     """Trained by the command, its adapter loaded by PEFT; the tokenizer is the one in the folder."""
     scaling = LLAMA_3_1 | {"factor": 32.0, "original_max_position_embeddings": 8192}
     sizes: dict[str, Any] = SIZES | {"vocab_size": 556, "max_position_embeddings": 2048, "num_key_value_heads": 3}

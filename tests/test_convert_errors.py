@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -58,13 +57,10 @@ def refused(converted: Converted, tmp_path: Path) -> Callable[..., str]:
     return reason
 
 
-Refused = Callable[..., str]
-
-
 # Sources that cannot be converted (tests/test_checkpoint.py has more)
 
 
-def test_damaged_sources(refused: Refused, source: Path, tmp_path: Path) -> None:
+def test_damaged_sources(refused, source, tmp_path):
     assert "there is no such folder" in refused(tmp_path / "nowhere")
     change_json(source / "config.json", intermediate_size=200)
     assert "gate_proj.weight is [192, 96], and should be [200, 96]" in refused(source)
@@ -75,7 +71,7 @@ def test_damaged_sources(refused: Refused, source: Path, tmp_path: Path) -> None
     assert "it was not downloaded or copied completely" in refused(source)
 
 
-def test_a_head_that_is_not_the_embedding(refused: Refused, source: Path, tmp_path: Path) -> None:
+def test_a_head_that_is_not_the_embedding(refused, source, tmp_path):
     change_json(source / "config.json", tie_word_embeddings=True)
     message = refused(source)
     assert "lm_head.weight and model.embed_tokens.weight differ" in message
@@ -96,19 +92,18 @@ def test_a_head_that_is_not_the_embedding(refused: Refused, source: Path, tmp_pa
         ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "a multiple of model.n_heads=5"),
         ({"num_hidden_layers": 0}, "model.n_layers=0 is not allowed"),
         ({"head_dim": 15}, "model.head_size=15 is not allowed: it must be positive and even"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "of type yarn are not supported, only default"),
     ],
 )
-def test_models_that_are_not_llama(refused: Refused, source: Path, values: dict[str, Any], message: str) -> None:
+def test_models_that_are_not_llama(refused, source, values, message):
     change_json(source / "config.json", **values)
     assert message in refused(source)
 
 
-def test_no_table_is_made_of_a_model_that_is_only_looked_at() -> None:
+def test_no_table_is_made_of_a_model_that_is_only_looked_at():
     assert build(ModelConfig("long", max_seq_len=2**24)).rotary.is_meta
 
 
-def test_numbers_beyond_the_range_of_fp16(refused: Refused, source: Path) -> None:
+def test_numbers_beyond_the_range_of_fp16(refused, source):
     weights = load_file(source / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = 1e6
     save_file(weights, source / "model.safetensors")
@@ -116,7 +111,7 @@ def test_numbers_beyond_the_range_of_fp16(refused: Refused, source: Path) -> Non
     assert message == "layers.1.feed_forward.w3.weight has numbers beyond the range of float16: give dtype=bf16"
 
 
-def test_sizes_that_meta_does_not_know(refused: Refused) -> None:
+def test_sizes_that_meta_does_not_know(refused):
     assert "Meta's format knows no head_dim=32 other than dim / n_heads" in refused(hf_folder("wide_heads"))
     assert "knows no rope_original_context=0" in refused(hf_folder("linear"))
     assert "knows no rope_original_context=64" in refused(hf_folder("scaled"))
@@ -149,24 +144,20 @@ def with_factor(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[st
         (with_factor("base_model.model.lm_head.weight", 120, 96), "holds output.weight too, which differs"),
     ],
 )
-def test_adapters_that_are_damaged(
-    refused: Refused, source: Path, adapter: Path, change: Callable[..., dict[str, Tensor]], message: str
-) -> None:
+def test_adapters_that_are_damaged(refused, source, adapter, change, message):
     file = adapter / "adapter_model.safetensors"
     save_file(change(load_file(file)), file)
     assert message in refused(source, "to=hf", f"adapter={adapter}")
 
 
-def test_folders_without_an_adapter_of_the_model(refused: Refused, source: Path, adapter: Path, tmp_path: Path) -> None:
+def test_folders_without_an_adapter_of_the_model(refused, source, adapter, tmp_path):
     def refused_adapter(folder: Path) -> str:
         return refused(source, "to=hf", f"adapter={folder}")
 
     assert "there is no such folder" in refused_adapter(tmp_path / "nowhere")
     assert f"is a whole model: give checkpoint={hf_folder('gqa')} and no adapter" in refused_adapter(hf_folder("gqa"))
     peft_adapter(theirs("mha"), tmp_path / "other", "default")
-    expected = (
-        "v_proj.lora_B is [96, 16], and for model=source and r=16 should be [48, 16]: it is an adapter of another"
-    )
+    expected = "v_proj.lora_B is [96, 16], and for model=source and r=16 should be [48, 16]: it is an adapter of"
     assert expected in refused_adapter(tmp_path / "other")
     (adapter / "adapter_config.json").unlink()
     assert "there is no adapter_config.json in it, which says how the adapter is scaled" in refused_adapter(adapter)
@@ -189,7 +180,7 @@ def test_folders_without_an_adapter_of_the_model(refused: Refused, source: Path,
         ({"lora_alpha": "much"}, "is damaged: lora_alpha: input should be a valid number"),
     ],
 )
-def test_adapters_of_other_kinds(adapter: Path, values: dict[str, Any], message: str) -> None:
+def test_adapters_of_other_kinds(adapter, values, message):
     change_json(adapter / "adapter_config.json", **values)
     with pytest.raises(UserError) as caught:
         load_adapter(ours(hf_folder("gqa")), adapter)
@@ -197,7 +188,7 @@ def test_adapters_of_other_kinds(adapter: Path, values: dict[str, Any], message:
     assert str(adapter) in str(caught.value)
 
 
-def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path: Path, refused: Refused) -> None:
+def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
     peft_adapter(theirs("gqa"), tmp_path / "adapter", "with_head")
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     content = load_file(file)
@@ -227,9 +218,7 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path: Path, ref
         ("model=tiny to=hf output=x tokenizer=nowhere", "tokenizer=nowhere: there is no such file"),
     ],
 )
-def test_the_likeliest_mistakes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Converted, arguments: str, message: str
-) -> None:
+def test_the_likeliest_mistakes(tmp_path, monkeypatch, converted, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((UserError, HydraException)) as caught:
         converted(*arguments.split())
@@ -239,7 +228,7 @@ def test_the_likeliest_mistakes(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Converted) -> None:
+def test_nothing_is_overwritten(tmp_path, monkeypatch, converted):
     for name in ("file", "folder/file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -260,7 +249,7 @@ def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     assert (tmp_path / "empty" / "config.json").is_file()
 
 
-def test_tokenizers_are_known_by_what_is_in_them(tmp_path: Path, converted: Converted) -> None:
+def test_tokenizers_are_known_by_what_is_in_them(tmp_path, converted):
     file = tmp_path / "any.json"
     shutil.copy(CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model", file)
     converted("model=tiny", "to=meta", f"output={tmp_path / 'out'}", f"tokenizer={file}")
@@ -268,7 +257,7 @@ def test_tokenizers_are_known_by_what_is_in_them(tmp_path: Path, converted: Conv
 
 
 @pytest.mark.parametrize("to", ["hf", "meta"])
-def test_a_disk_that_gets_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Converted, to: str) -> None:
+def test_a_disk_that_gets_full(tmp_path, monkeypatch, converted, to):
     as_bytes, pieces = writing.as_bytes, 0
 
     def full(rows: Tensor) -> memoryview:
@@ -307,7 +296,7 @@ cli.run_command(convert.main, convert.USAGE)
 
 @pytest.mark.process
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, number: signal.Signals) -> None:
+def test_an_interrupt_leaves_nothing_behind(tmp_path, number):
     child = subprocess.Popen(
         [sys.executable, "-c", SLOW, "model=tiny", "to=hf", f"output={tmp_path / 'out'}"],
         cwd=tmp_path,
@@ -341,7 +330,7 @@ for arguments in sys.argv[1:]:
 
 @pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_no_more_than_pieces_is_in_memory(tmp_path: Path) -> None:
+def test_no_more_than_pieces_is_in_memory(tmp_path):
     """Three tenths of the model, at most, beside what the process needs for a small one; benchmarks/ has 2 GiB."""
     config = ModelConfig("large", dim=1024, n_layers=4, n_heads=8, n_kv_heads=8, ffn_dim=2816, vocab_size=6000)
     (tmp_path / "own").mkdir()
@@ -367,7 +356,7 @@ def test_no_more_than_pieces_is_in_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
-def test_the_command_says_what_it_does(tmp_path: Path) -> None:
+def test_the_command_says_what_it_does(tmp_path):
     done = run("llama_ft.convert", "model=tiny", "to=meta", "output=meta", "shards=2", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout == "Written: consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model in meta\n"

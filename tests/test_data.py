@@ -56,19 +56,14 @@ def test_tokenizer_sizes_and_special_ids(tiny, llama2):
     assert llama2.encode("Hello world", bos=True) == [1, 15043, 3186]
 
 
-def test_bos_and_eos_stand_outside_the_text(tokenizer):
-    ids = tokenizer.encode("A text.")
+@pytest.mark.parametrize("text", ["A text.", "<s> </s> <unk> <0x0A>"])
+def test_bos_and_eos_stand_outside_the_text_which_cannot_spell_them(tokenizer, text):
+    ids = tokenizer.encode(text)
     assert ids
     assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
-    assert tokenizer.encode("A text.", bos=True) == [tokenizer.bos_id, *ids]
-    assert tokenizer.encode("A text.", eos=True) == [*ids, tokenizer.eos_id]
-    assert tokenizer.decode(tokenizer.encode("A text.", bos=True, eos=True)) == "A text."
-
-
-def test_text_cannot_spell_special_tokens(tokenizer):
-    ids = tokenizer.encode("<s> </s> <unk> <0x0A>")
-    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
-    assert tokenizer.decode(ids) == "<s> </s> <unk> <0x0A>"
+    assert tokenizer.encode(text, bos=True) == [tokenizer.bos_id, *ids]
+    assert tokenizer.encode(text, eos=True) == [*ids, tokenizer.eos_id]
+    assert tokenizer.decode(tokenizer.encode(text, bos=True, eos=True)) == text
 
 
 @deterministic
@@ -162,9 +157,7 @@ def test_prompt_and_answer_partition_the_tokens(tokenizer, instruction, input, o
     check_partition(tokenizer, Record(instruction, input, output))
 
 
-@pytest.mark.parametrize(
-    "output", ["- one", "[1, 2]", ":)", "::", "//", "\n", "\n- one", " one", "  ", "", "é", "日本"]
-)
+@pytest.mark.parametrize("output", ["- one", "[1, 2]", ":)", "::", "//", "\n", "\n- one", " one", "  ", "", "日本"])
 def test_partition_where_prompt_and_answer_may_share_a_piece(tokenizer, output):
     check_partition(tokenizer, Record("Say it.", "", output))
 
@@ -296,9 +289,8 @@ def test_bad_record(file, jsonl, bad, problem):
     values = [GOOD, GOOD, bad, GOOD]
     write(file, "\n\n".join(map(json.dumps, values)) if jsonl else values)
     place = r"record 2 \(line 5\)" if jsonl else "record 2"
-    with pytest.raises(
-        UserError, match=rf"records\.json, {place}: .*{problem}.*\. data\.on_bad_record=skip leaves such"
-    ):
+    message = rf"records\.json, {place}: .*{problem}.*\. data\.on_bad_record=skip leaves such"
+    with pytest.raises(UserError, match=message):
         read(file)
     assert read_records(file, OnBadRecord.skip) == ([Record("Say hello.", "", "Hello.")] * 3, 1)
 
@@ -311,18 +303,19 @@ def test_broken_line_in_jsonl(file):
 
 
 @pytest.mark.parametrize("policy", list(OnBadRecord))
-def test_broken_json_array(file, policy):
-    write(file, json.dumps([GOOD, GOOD])[:-5])
-    with pytest.raises(UserError, match=r"records\.json is not valid JSON.*line 1 column"):
-        read(file, policy)
-
-
-@pytest.mark.parametrize("wrapped", [{"data": [GOOD]}, {"version": 1, "records": [GOOD, GOOD]}])
-@pytest.mark.parametrize("indent", [None, 2])
-def test_object_around_the_records(file, wrapped, indent):
-    write(file, json.dumps(wrapped, indent=indent))
-    with pytest.raises(UserError, match=r"records\.json.*array"):
-        read(file)
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (json.dumps([GOOD, GOOD])[:-5], "is not valid JSON.*line 1 column"),
+        ({"data": [GOOD]}, "is one JSON object: it must be an array of records"),
+        (json.dumps({"version": 1, "records": [GOOD]}, indent=2), "is one JSON object"),
+        (json.dumps([GOOD]).encode("utf-16"), "cannot be read: it is not UTF-8 text"),
+        ('[{"output": "é"}]'.encode("latin-1"), "cannot be read: it is not UTF-8 text"),
+    ],
+)
+def test_files_that_are_no_records(file, content, problem, policy):
+    with pytest.raises(UserError, match=rf"records\.json {problem}"):
+        read(write(file, content), policy)
 
 
 @pytest.mark.parametrize("content", ["", "\n \n", "[]", "[{}, {}]"], ids=["empty", "blank", "empty array", "all bad"])
@@ -330,13 +323,6 @@ def test_file_without_records(file, tiny, content):
     write(file, content)
     with pytest.raises(UserError, match=r"records\.json: there are no records"):
         load_dataset(DataConfig("mine", str(file), on_bad_record=OnBadRecord.skip), tiny, 1024, None)
-
-
-@pytest.mark.parametrize("content", [json.dumps([GOOD]).encode("utf-16"), '[{"output": "é"}]'.encode("latin-1")])
-def test_file_that_is_not_utf_8(file, content):
-    write(file, content)
-    with pytest.raises(UserError, match=r"records\.json .*not UTF-8"):
-        read(file)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -422,14 +408,6 @@ def test_batch_is_what_naive_padding_and_shifting_give(samples, pad_multiple):
     assert targets == naive_targets(samples, width)
     assert batch.n_targets == len(targets) == sum(sample.n_targets for sample in samples)
     assert batch.n_tokens == sum(len(sample) for sample in samples)
-
-
-def test_batch_of_ragged_samples_by_hand():
-    batch = collate([Sample([1, 5, 6, 7, 2], 3), Sample([1, 8, 2], 1)], Padding(3))
-    assert batch.tokens.tolist() == [[1, 5, 6, 7, 0, 0], [1, 8, 0, 0, 0, 0]]
-    assert batch.target_positions.tolist() == [2, 3, 6, 7]
-    assert batch.targets.tolist() == [7, 2, 8, 2]
-    assert (batch.n_tokens, batch.n_targets) == (8, 4)
 
 
 def test_loss_at_the_positions_is_the_loss_with_ignored_labels():

@@ -59,17 +59,7 @@ def test_top_k_keeps_what_equals_the_kth(k, expected):
 
 
 @pytest.mark.parametrize(
-    ("p", "expected"),
-    [
-        (1e-9, {2}),
-        (0.49, {2}),
-        (0.51, {0, 2}),
-        (0.79, {0, 2}),
-        (0.81, {0, 2, 3}),
-        (0.94, {0, 2, 3}),
-        (0.96, {0, 1, 2, 3}),
-        (1.0, {0, 1, 2, 3}),
-    ],
+    ("p", "expected"), [(0.49, {2}), (0.51, {0, 2}), (0.79, {0, 2}), (0.81, {0, 2, 3}), (0.96, {0, 1, 2, 3})]
 )
 def test_top_p_is_the_smallest_set_that_reaches_p(p, expected):
     assert kept(keep_top_p(logits_of([0.3, 0.05, 0.5, 0.15]), p)) == expected
@@ -81,11 +71,6 @@ def test_top_p_is_the_smallest_set_that_reaches_p(p, expected):
 def test_top_p_reached_exactly_and_ties(p, expected):
     """Four equal tokens have exactly 1/4 each, so the set at p = 1/2 has two; those with the lowest ids."""
     assert kept(keep_top_p(torch.full((1, 4), 1.7), p)) == set(range(expected))
-
-
-def test_top_p_one_keeps_what_rounds_to_nothing():
-    logits = torch.tensor([[0.0, -200.0, -INF]])
-    assert keep_top_p(logits, 1.0).equal(logits)
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative():
@@ -129,6 +114,8 @@ def test_off_is_a_value():
     logits = random_logits()
     assert Sampling().process(logits, unseen(logits)).equal(logits)
     assert Sampling(top_k=200).process(logits, ~unseen(logits)).equal(logits)
+    rounds_to_nothing = torch.tensor([[0.0, -200.0, -INF]])
+    assert keep_top_p(rounds_to_nothing, 1.0).equal(rounds_to_nothing)
 
 
 @pytest.mark.parametrize(
@@ -361,9 +348,7 @@ def test_what_beam_search_returns_depends_on_each_number():
 
     ends = {(tokens[-1] == OFTEN, len(tokens) < MAX_NEW_TOKENS) for tokens in search(length_penalty=0.0)}
     assert (True, True) in ends
-    assert (False, False) in {
-        (tokens[-1] == OFTEN, len(tokens) < MAX_NEW_TOKENS) for tokens in search(length_penalty=2.0)
-    }
+    assert any(tokens[-1] != OFTEN and len(tokens) == MAX_NEW_TOKENS for tokens in search(length_penalty=2.0))
     assert search() != search(early_stopping=True)
     assert search(length_penalty=-1.0) != search() != search(length_penalty=2.0)
     assert search()[:1] != search(n_beams=2, n_return=1)
@@ -437,13 +422,8 @@ def check_stream(tokenizer: Tokenizer, prompt: list[int], answer: list[int]) -> 
     assert stream.flush() == ""
 
 
-texts = st.text(
-    st.one_of(
-        st.sampled_from(" \n\täöüßÄ🙂👩‍🔬🇩🇪€é日\ufffd"),
-        st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"),
-    ),
-    max_size=16,
-)
+special = st.sampled_from(" \n\täöüßÄ🙂👩‍🔬🇩🇪€é日\ufffd")
+texts = st.text(special | st.characters(exclude_categories=["Cs"], exclude_characters="\u2581"), max_size=16)
 
 
 @deterministic

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from helpers.models import SMALL, change_json, make_model, reference, trained_ad
 
 from llama_ft import cli
 from llama_ft import generate as generate_command
-from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, TrainConfig, UserError
+from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.chat import chat, line_reader
@@ -50,26 +49,18 @@ def model() -> Transformer:
 @pytest.mark.parametrize("kv_cache", [True, False])
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("n_beams", [1, 4])
-def test_answers_are_those_of_transformers(
-    model: Transformer, tokenizer: Tokenizer, prompt: str, n_beams: int, kv_cache: bool
-) -> None:
+def test_answers_are_those_of_transformers(model, tokenizer, prompt, n_beams, kv_cache):
     config = DecodingConfig(max_new_tokens=20, n_beams=n_beams)
     ((answer,),) = generate(model, tokenizer, [prompt], config, kv_cache)
     tokens = torch.tensor([tokenizer.encode(prompt, bos=True)])
     hf = reference(model)
-    theirs = hf.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=20,
-        num_beams=n_beams,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=0,
-    )[0]
+    settings = {"max_new_tokens": 20, "num_beams": n_beams, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(tokens)
+    theirs = hf.generate(tokens, attention_mask=mask, eos_token_id=tokenizer.eos_id, **settings)[0]
     assert answer.text == tokenizer.decode(theirs.tolist()).removeprefix(tokenizer.decode(tokens[0].tolist()))
 
 
-def test_samples_repeat_with_their_seed_and_differ_without(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_samples_repeat_with_their_seed_and_differ_without(model, tokenizer):
     config = DecodingConfig(sample=True, top_p=0.9, max_new_tokens=12, num_return_sequences=3)
     (first,), (again,) = (generate(model, tokenizer, ["Hello"], config, kv_cache) for kv_cache in (True, False))
     assert first == again
@@ -77,7 +68,7 @@ def test_samples_repeat_with_their_seed_and_differ_without(model: Transformer, t
     assert generate(model, tokenizer, ["Hello"], replace(config, seed=1)) != [first]
 
 
-def test_text_comes_piece_by_piece_and_ends_before_a_stop_string(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_text_comes_piece_by_piece_and_ends_before_a_stop_string(model, tokenizer):
     pieces: list[str] = []
     ((whole,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=30), on_text=pieces.append)
     assert "".join(pieces) == whole.text
@@ -89,7 +80,7 @@ def test_text_comes_piece_by_piece_and_ends_before_a_stop_string(model: Transfor
     assert stopped.finish == "stop"
 
 
-def test_an_answer_ends_where_the_context_does(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_an_answer_ends_where_the_context_does(model, tokenizer):
     n_prompt = len(tokenizer.encode("Hello", bos=True))
     ((answer,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=1000))
     assert answer.n_tokens == SMALL.max_seq_len - n_prompt or answer.finish == "eos"
@@ -97,7 +88,7 @@ def test_an_answer_ends_where_the_context_does(model: Transformer, tokenizer: To
         generate(model, tokenizer, ["Hello " * 200], DecodingConfig())
 
 
-def test_generating_while_training_has_no_dropout(tokenizer: Tokenizer) -> None:
+def test_generating_while_training_has_no_dropout(tokenizer):
     model = make_model(SMALL).train()
     add_lora(model, dropout=0.9)
     for parameter in model.parameters():
@@ -133,24 +124,15 @@ def dialogue(
     return said[1:]
 
 
-def test_each_line_of_a_dialogue_is_an_instruction_by_itself() -> None:
+def test_each_line_of_a_dialogue_is_an_instruction_by_itself():
     prompts: list[str] = []
-    lines = [
-        "Name a colour.",
-        "",
-        "  ",
-        "/input One and one.",
-        " Sum up. ",
-        "Again.",
-        "/raw  Once ",
-        "Is /etc/x a path?",
-    ]
-    assert dialogue(prompts.append, *lines) == []
+    lines = ["Name a colour.", "", "  ", "/input One and one.", " Sum up. ", "Again.", "/raw  Once "]
+    assert dialogue(prompts.append, *lines, "Is /etc/x a path?") == []
     expected = [prompt_text("Name a colour."), prompt_text("Sum up.", "One and one."), prompt_text("Again.")]
     assert prompts == [*expected, " Once ", prompt_text("Is /etc/x a path?")]
 
 
-def test_errors_in_a_dialogue_are_a_line_and_it_goes_on() -> None:
+def test_errors_in_a_dialogue_are_a_line_and_it_goes_on():
     prompts: list[str] = []
 
     def answer(prompt: str) -> None:
@@ -166,14 +148,12 @@ def test_errors_in_a_dialogue_are_a_line_and_it_goes_on() -> None:
     assert prompts == ["short"]
 
 
-def test_help_names_every_command() -> None:
+def test_help_names_every_command():
     (said,) = dialogue(pytest.fail, "/help")
-    assert {f"/{name}" for name in ("input", "raw", "adapter", "help", "quit")} == set(
-        re.findall(r"^/\w+", said, re.MULTILINE)
-    )
+    assert set(re.findall(r"^/\w+", said, re.MULTILINE)) == {"/input", "/raw", "/adapter", "/help", "/quit"}
 
 
-def test_a_dialogue_changes_adapters() -> None:
+def test_a_dialogue_changes_adapters():
     done: list[str] = []
 
     def use(folder: str) -> None:
@@ -187,11 +167,11 @@ def test_a_dialogue_changes_adapters() -> None:
 
 
 @pytest.mark.parametrize("end", ["/quit", EOFError, KeyboardInterrupt])
-def test_a_dialogue_ends(end: str | type[BaseException]) -> None:
+def test_a_dialogue_ends(end):
     assert dialogue(pytest.fail, end) == []
 
 
-def test_ctrl_c_stops_an_answer_and_no_more() -> None:
+def test_ctrl_c_stops_an_answer_and_no_more():
     before, prompts = signal.getsignal(signal.SIGINT), []
 
     def answer(prompt: str) -> None:
@@ -217,9 +197,7 @@ class Terminal(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("kind", [io.TextIOWrapper, Terminal])
-def test_lines_are_read_from_pipes_and_terminals(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[io.TextIOWrapper]
-) -> None:
+def test_lines_are_read_from_pipes_and_terminals(monkeypatch, capsys, kind):
     monkeypatch.setattr(sys, "stdin", kind(io.BytesIO("one ü\n\xff\n\ntwo".encode("latin-1")), encoding="utf-8"))
     read_line = line_reader()
     assert [read_line() for _ in range(4)] == ["one \udcfc", "\udcff", "", "two"]
@@ -255,7 +233,7 @@ def config_of(n_answers: int = 1, compare: bool = False) -> GenerateConfig:
     return GenerateConfig(model=SMALL, checkpoint="random", prompt="a", decoding=decoding, base=base, compare=compare)
 
 
-def test_a_single_answer_is_streamed_and_its_line_ended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_single_answer_is_streamed_and_its_line_ended(capsys):
     said: list[str] = []
     show_answers("a", asked(Answer("one two", 2, "eos")), config_of(), said.append)
     assert capsys.readouterr().out == "one two \n"
@@ -265,7 +243,7 @@ def test_a_single_answer_is_streamed_and_its_line_ended(capsys: pytest.CaptureFi
     assert capsys.readouterr().out == "one two \n"
 
 
-def test_several_answers_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_answers_are_lines(capsys):
     said: list[str] = []
     answers = Answer("one", 1, "eos"), Answer("two", 3, "length")
     show_answers("a", asked(*answers), config_of(n_answers=2), said.append)
@@ -274,22 +252,19 @@ def test_several_answers_are_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert said[2].startswith("4 tokens in")
 
 
-def test_compared_answers_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compared_answers_are_named(capsys, monkeypatch):
     said: list[str] = []
     answers = Answer("one [b]", 1, "eos"), Answer("two", 3, "length")
     show_answers("a", asked(*answers), config_of(n_answers=2, compare=True), said.append)
-    assert (
-        capsys.readouterr().out
-        == "base:\nbase one [b]\n\nfine-tuned:\none [b]\n\nbase:\nbase two\n\nfine-tuned:\ntwo\n"
-    )
+    printed = "base:\nbase one [b]\n\nfine-tuned:\none [b]\n\nbase:\nbase two\n\nfine-tuned:\ntwo\n"
+    assert capsys.readouterr().out == printed
     assert [line.partition(" tokens")[0] for line in said] == ["base: 4", "fine-tuned: 4"]
     for name, value in {"TTY_COMPATIBLE": "1", "COLUMNS": "100", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
     show_answers("a", asked(*answers), config_of(n_answers=2, compare=True), said.append)
     lines = capsys.readouterr().out.splitlines()
-    assert [re.findall(r"[│┃] (.*?) *[│┃] (.*?) *[│┃]", line) for line in lines if "two" in line] == [
-        [("base two", "two")]
-    ]
+    (line,) = (line for line in lines if "two" in line)
+    assert re.findall(r"[│┃] (.*?) *[│┃] (.*?) *[│┃]", line) == [("base two", "two")]
     assert any("base one [b]" in line for line in lines)
 
 
@@ -331,9 +306,7 @@ TINY = ("checkpoint=random", "model.n_layers=1", "gpu=cpu")
 
 
 @pytest.mark.process
-def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(
-    tmp_path: Path, command: Callable[..., Done]
-) -> None:
+def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(tmp_path, command):
     arguments = ("prompt=Hello", "decoding.max_new_tokens=8", *TINY)
     done = run("llama_ft.generate", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -344,16 +317,14 @@ def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_of_prompts_is_answered_as_each_by_itself(tmp_path: Path, command: Callable[..., Done]) -> None:
+def test_a_file_of_prompts_is_answered_as_each_by_itself(tmp_path, command):
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hello"}\n{"instruction": "Two and two", "input": "are"}\n')
     wanted = ("decoding=top_p", "decoding.max_new_tokens=6", *TINY)
     done = command("prompts=p.jsonl", "output=a.jsonl", *wanted)
     assert (done.status, done.out) == (0, ""), done.err
     assert "2 of 2 prompts are answered in a.jsonl" in done.err
     content = (tmp_path / "a.jsonl").read_text()
-    alone = [
-        command(*arguments, *wanted).out for arguments in (["prompt=Hello"], ["instruction=Two and two", "input=are"])
-    ]
+    alone = [command(*asked, *wanted).out for asked in (["prompt=Hello"], ["instruction=Two and two", "input=are"])]
     assert [f"{json.loads(line)['answer']}\n" for line in content.splitlines()] == alone
     assert command("prompts=p.jsonl", *wanted).out == content
     refused = command("prompts=p.jsonl", "output=a.jsonl", *wanted, "decoding.seed=1")
@@ -362,9 +333,7 @@ def test_a_file_of_prompts_is_answered_as_each_by_itself(tmp_path: Path, command
     assert (tmp_path / "a.jsonl").read_text() == content
 
 
-def test_a_dialogue_by_a_pipe(
-    tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
-) -> None:
+def test_a_dialogue_by_a_pipe(tmp_path, command, monkeypatch, tiny_config):
     trained_adapter(tmp_path / "run", replace(tiny_config.model, n_layers=1))
     lines = f"Two and two\n/raw {'x ' * 2000}\n/raw Hello\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
@@ -377,9 +346,7 @@ def test_a_dialogue_by_a_pipe(
     assert len(re.findall(r"^error: the prompt has .* tokens, and the model's context is", done.err, re.MULTILINE)) == 1
 
 
-def test_a_dialogue_has_each_adapters_answers(
-    tmp_path: Path, command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig
-) -> None:
+def test_a_dialogue_has_each_adapters_answers(tmp_path, command, monkeypatch, tiny_config):
     arguments = ("decoding.max_new_tokens=8", *TINY)
     small = replace(tiny_config.model, n_layers=1)
     trained_adapter(tmp_path / "one", small, ("wq", "wv"), alpha=64.0)
@@ -408,7 +375,6 @@ WRONG = {
     ('prompt=""',): "is not allowed: it must be a text",
     ('instruction=" "',): "instruction is empty",
     ("prompt=a", "input=b"): "input belongs to an instruction",
-    ("interactive=true", "input=b"): "input belongs to an instruction",
     ("prompt=a", "output=b"): "output is for the answers to prompts=FILE",
     ("prompts=p", "batch_size=0"): "batch_size=0",
     ("prompts=nowhere.jsonl",): "data file nowhere.jsonl cannot be read: No such file",
@@ -430,9 +396,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("arguments", WRONG, ids=lambda arguments: " ".join(arguments)[:60])
-def test_what_is_wrong_is_said_in_a_line(
-    tmp_path: Path, command: Callable[..., Done], arguments: tuple[str, ...]
-) -> None:
+def test_what_is_wrong_is_said_in_a_line(tmp_path, command, arguments):
     done = command(*TINY, *arguments)
     assert (done.status, done.out) == (2, "")
     (line,) = done.err.splitlines()
@@ -441,7 +405,7 @@ def test_what_is_wrong_is_said_in_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_is_said(command, monkeypatch):
     monkeypatch.setattr(Transformer, "forward", lambda *_, **__: torch.empty(2**60))
     done = command("prompt=a", *TINY)
     assert (done.status, done.out) == (2, "")
@@ -460,9 +424,7 @@ def test_memory_that_runs_out_is_said(command: Callable[..., Done], monkeypatch:
         (None, "builtin", False),
     ],
 )
-def test_an_adapter_of_other_weights_is_refused(
-    tmp_path: Path, trained_on: str | None, given: str, is_refused: bool
-) -> None:
+def test_an_adapter_of_other_weights_is_refused(tmp_path, trained_on, given, is_refused):
     folder = trained_adapter(tmp_path / "run")
     change_json(folder / "adapter_config.json", base_model_name_or_path=trained_on)
     adapter = read_adapter(folder, SMALL)
@@ -492,13 +454,13 @@ def test_an_adapter_of_other_weights_is_refused(
         ({"sample": True, "num_return_sequences": 10**9}, "it must be between 1 and 1024"),
     ],
 )
-def test_options_that_would_do_nothing_or_too_much_are_refused(settings: dict[str, Any], words: str) -> None:
+def test_options_that_would_do_nothing_or_too_much_are_refused(settings, words):
     with pytest.raises(UserError, match=re.escape(words)):
         DecodingConfig(**settings)
 
 
 @pytest.mark.parametrize(("typed", "read"), [("1e3", "1000.0"), ("true", "True"), ("3.10", "3.1"), ("1_000", "1000")])
-def test_a_text_that_would_be_read_as_a_number_is_refused(typed: str, read: str) -> None:
+def test_a_text_that_would_be_read_as_a_number_is_refused(typed, read):
     with pytest.raises(UserError, match=f"prompt={re.escape(typed)} would be read as {re.escape(read)}"):
         cli.composed_config("generate", [f"prompt={typed}"], GenerateConfig)
     assert cli.composed_config("generate", [f'prompt="{typed}"'], GenerateConfig).prompt == typed

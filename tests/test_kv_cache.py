@@ -39,7 +39,7 @@ def cache_for(config: ModelConfig, batch: int, tokens: int) -> KVCache:
 
 @pytest.mark.parametrize("name", SIZES)
 @torch.no_grad()
-def test_logits_equal_at_every_position_however_the_tokens_come(name: str) -> None:
+def test_logits_equal_at_every_position_however_the_tokens_come(name):
     model, tokens = make_model(SIZES[name]), random_tokens(2, 40)
     whole = model(tokens)
     for pieces in ([40], [1] * 40, [17, 1, 1, 21], [39, 1]):
@@ -53,7 +53,7 @@ def test_logits_equal_at_every_position_however_the_tokens_come(name: str) -> No
 @given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), name=st.sampled_from(sorted(SIZES)))
 @settings(max_examples=15, deadline=None, derandomize=True)
 @torch.no_grad()
-def test_a_padded_batch_is_each_prompt_by_itself(lengths: list[int], name: str) -> None:
+def test_a_padded_batch_is_each_prompt_by_itself(lengths, name):
     model = make_model(SIZES[name])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in lengths]
     for kv_cache in (True, False):
@@ -70,7 +70,7 @@ def test_a_padded_batch_is_each_prompt_by_itself(lengths: list[int], name: str) 
 
 
 @torch.no_grad()
-def test_reordered_sequences_go_on_from_where_their_sources_were() -> None:
+def test_reordered_sequences_go_on_from_where_their_sources_were():
     model = make_model(SIZES["GQA"])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 9, 5)]
     rows = torch.tensor([2, 2, 0])
@@ -82,7 +82,7 @@ def test_reordered_sequences_go_on_from_where_their_sources_were() -> None:
     assert relative(cached.next_logits(), anew.next_logits()) <= 1e-5
 
 
-def test_seen_leaves_padding_out() -> None:
+def test_seen_leaves_padding_out():
     state = GenerationState(make_model(SIZES["MHA"]), [[5, 6, 7], [9]], 2, False)
     assert [row.nonzero().flatten().tolist() for row in state.seen()] == [[5, 6, 7], [9]]
     state.append(torch.tensor([0, 9]))
@@ -90,7 +90,7 @@ def test_seen_leaves_padding_out() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_cache_has_the_bytes_of_the_formula_and_room_for_no_more(dtype: torch.dtype) -> None:
+def test_a_cache_has_the_bytes_of_the_formula_and_room_for_no_more(dtype):
     config = SIZES["GQA"]
     cache = KVCache(config, 3, 20, dtype)
     assert cache.nbytes == 2 * config.n_layers * 3 * config.n_kv_heads * config.head_dim * 20 * dtype.itemsize
@@ -101,7 +101,7 @@ def test_a_cache_has_the_bytes_of_the_formula_and_room_for_no_more(dtype: torch.
 
 
 @torch.no_grad()
-def test_a_cache_that_was_reset_remembers_nothing() -> None:
+def test_a_cache_that_was_reset_remembers_nothing():
     model, cache = make_model(SIZES["MHA"]), cache_for(SIZES["MHA"], 1, 30)
     model(random_tokens(1, 30, seed=1), kv_cache=cache)
     cache.reset()
@@ -109,7 +109,7 @@ def test_a_cache_that_was_reset_remembers_nothing() -> None:
     assert relative(model(tokens, kv_cache=cache), model(tokens)) <= 1e-5
 
 
-def test_tokens_beyond_the_context_are_refused_with_a_cache_too() -> None:
+def test_tokens_beyond_the_context_are_refused_with_a_cache_too():
     cache = cache_for(SIZES["MHA"], 1, 300)
     model = make_model(SIZES["MHA"])
     model(random_tokens(1, 256), kv_cache=cache)
@@ -119,7 +119,7 @@ def test_tokens_beyond_the_context_are_refused_with_a_cache_too() -> None:
 
 @pytest.mark.parametrize("n_kv_heads", [6, 2])
 @torch.no_grad()
-def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config, n_kv_heads: int) -> None:
+def test_greedy_text_is_the_same_for_20_prompts_of_128_tokens(tiny_config, n_kv_heads):
     """Uncached greedy decoding takes, after each prefix, what one forward over the whole says at its last position."""
     model = make_model(replace(tiny_config.model, n_kv_heads=n_kv_heads))
     tokenizer = Tokenizer(tiny_config.tokenizer_file)
@@ -169,7 +169,7 @@ def generated(
 
 
 @torch.inference_mode()
-def test_one_layer_of_7b_says_the_same_without_a_cache(one_layer: Transformer, questions: list[list[int]]) -> None:
+def test_one_layer_of_7b_says_the_same_without_a_cache(one_layer, questions):
     """A batch of 20, padded on the left, with the cache, against each text by itself without one.
 
     Uncached decoding takes, after each prefix, what one forward over the whole says at that prefix's last position.
@@ -184,13 +184,13 @@ def test_one_layer_of_7b_says_the_same_without_a_cache(one_layer: Transformer, q
     assert len({tuple(answer) for answer in answers}) == 20
 
 
-def test_training_never_makes_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_never_makes_a_cache(monkeypatch):
     monkeypatch.setattr(KVCache, "__init__", lambda *_: pytest.fail("a cache was made"))
     model = make_model(SIZES["MHA"])
     model(random_tokens(2, 9)).sum().backward()
 
 
-def test_without_a_cache_none_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_none_is_made(monkeypatch):
     """Generation is whole without the code of the cache: it is not only unused."""
     monkeypatch.setattr(KVCache, "__init__", lambda *_: pytest.fail("a cache was made"))
     monkeypatch.setattr(LayerCache, "__init__", lambda *_: pytest.fail("a cache was made"))
@@ -237,7 +237,7 @@ def uses_the_cache(node: ast.AST) -> bool:
     )
 
 
-def test_the_page_lists_every_place_of_the_cache_and_no_other() -> None:
+def test_the_page_lists_every_place_of_the_cache_and_no_other():
     own = "llama_ft/model/kv_cache.py"
     found = set()
     for file in sorted((CHECKOUT / "llama_ft").rglob("*.py")):
@@ -254,7 +254,7 @@ def sizes_of(name: str) -> ModelConfig:
     return ModelConfig(**yaml.safe_load((CHECKOUT / "conf" / "model" / f"{name}.yaml").read_text()))
 
 
-def test_the_pages_memory_is_that_of_the_real_class() -> None:
+def test_the_pages_memory_is_that_of_the_real_class():
     table = rows("What it costs")
     assert len(table) == 5
     for name, *cells in table:
@@ -269,7 +269,7 @@ def test_the_pages_memory_is_that_of_the_real_class() -> None:
     assert f"7B's weights are {2 * weights / 2**20:,.0f} MiB in 16 bit" in PAGE
 
 
-def test_the_pages_line_of_code_prints_what_its_table_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_line_of_code_prints_what_its_table_says(capsys):
     (line,) = re.findall(r"^python -c .*$", PAGE, re.MULTILINE)
     exec(shlex.split(line)[2], {})
     assert f"{float(capsys.readouterr().out):,.0f}" == rows("What it costs")[1][3] == "2,048"
@@ -284,13 +284,12 @@ def answered(command: str) -> str:
     """What a command of the page prints, without starting it."""
     config = cli.composed_config("generate", shlex.split(command)[3:], GenerateConfig)
     prompt = config.prompt if config.prompt is not None else prompt_text(str(config.instruction), config.input or "")
-    ((answer,),) = generate(
-        builtin_model(), Tokenizer(config.tokenizer_file), [prompt], config.decoding, config.kv_cache
-    )
+    tokenizer = Tokenizer(config.tokenizer_file)
+    ((answer,),) = generate(builtin_model(), tokenizer, [prompt], config.decoding, config.kv_cache)
     return f"{answer.text}\n"
 
 
-def test_the_pages_texts_are_the_built_in_models() -> None:
+def test_the_pages_texts_are_the_built_in_models():
     blocks = re.findall(r"^```console\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from helpers.models import CPU, reference, relative, small_config, small_model
 from benchmarks.decode import to_hf
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
-from llama_ft.model.formats import permute_rotary
 from llama_ft.model.transformer import RMSNorm, rotary_frequencies, rotary_table, rotate
 from llama_ft.model.weights import load_model, save_tensors
 
@@ -21,14 +19,14 @@ def rotary_config(context: int, head_dim: int) -> ModelConfig:
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
-def test_logits_equal_transformers(n_kv_heads: int) -> None:
+def test_logits_equal_transformers(n_kv_heads):
     model = small_model(n_kv_heads)
     tokens = torch.randint(0, 101, (3, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert relative(model(tokens), reference(model)(tokens).logits) <= 1e-5
 
 
-def test_gradients_equal_transformers() -> None:
+def test_gradients_equal_transformers():
     model = small_model(2)
     hf = reference(model)
     tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(2))
@@ -39,7 +37,7 @@ def test_gradients_equal_transformers() -> None:
         assert relative(ours[name], parameter.grad) <= 1e-4, name
 
 
-def test_left_padding_with_positions_and_mask_changes_nothing() -> None:
+def test_left_padding_with_positions_and_mask_changes_nothing():
     model = small_model(2)
     tokens = torch.randint(0, 101, (1, 12), generator=torch.Generator().manual_seed(3))
     padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), tokens), dim=1)
@@ -50,7 +48,7 @@ def test_left_padding_with_positions_and_mask_changes_nothing() -> None:
         assert relative(model(padded, positions=positions, mask=mask)[:, 5:], model(tokens)) <= 1e-5
 
 
-def test_a_token_does_not_see_those_after_it() -> None:
+def test_a_token_does_not_see_those_after_it():
     model = small_model()
     tokens = torch.randint(0, 101, (1, 16), generator=torch.Generator().manual_seed(4))
     changed = tokens.clone()
@@ -61,7 +59,7 @@ def test_a_token_does_not_see_those_after_it() -> None:
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
-def test_logits_at_are_those_rows_of_all_logits() -> None:
+def test_logits_at_are_those_rows_of_all_logits():
     model = small_model()
     tokens = torch.randint(0, 101, (2, 9), generator=torch.Generator().manual_seed(5))
     at = torch.tensor([0, 8, 9, 17])
@@ -69,7 +67,7 @@ def test_logits_at_are_those_rows_of_all_logits() -> None:
         assert relative(model(tokens, logits_at=at), model(tokens).flatten(0, 1)[at]) <= 1e-6
 
 
-def test_rotary_angles_depend_on_the_distance_alone() -> None:
+def test_rotary_angles_depend_on_the_distance_alone():
     generator = torch.Generator().manual_seed(6)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator, dtype=torch.float64)
     table = rotary_table(rotary_config(64, 16)).double()
@@ -80,14 +78,14 @@ def test_rotary_angles_depend_on_the_distance_alone() -> None:
     assert score[0] == pytest.approx(score[1], rel=1e-5)
 
 
-def test_rotary_is_a_complex_rotation_of_adjacent_pairs() -> None:
+def test_rotary_is_a_complex_rotation_of_adjacent_pairs():
     x = torch.randn(1, 10, 2, 8, generator=torch.Generator().manual_seed(7))
     angles = torch.outer(torch.arange(10.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
     assert relative(rotate(x, rotary_table(rotary_config(10, 8))), torch.view_as_real(turned).flatten(-2)) <= 1e-6
 
 
-def test_llama_3_1_slows_what_turns_seldom() -> None:
+def test_llama_3_1_slows_what_turns_seldom():
     """As the paper's text has it, frequency by frequency: by the wavelength beside the original context."""
     sizes = {"rope_theta": 500000.0, "rope_factor": 8.0, "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0}
     config = ModelConfig("scaled", head_size=128, rope_original_context=8192, **sizes)
@@ -110,7 +108,7 @@ def test_llama_3_1_slows_what_turns_seldom() -> None:
     assert torch.equal(rotary_frequencies(replace(config, rope_original_context=0)), plain / 8)
 
 
-def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
+def test_tied_embeddings_are_one_weight(tmp_path):
     config = replace(small_config(2), tie_word_embeddings=True)
     model = load_model(config, "random", CPU, torch.float32, seed=3)
     untied = load_model(replace(config, tie_word_embeddings=False), "random", CPU, torch.float32)
@@ -123,6 +121,7 @@ def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
     both = untied.tok_embeddings.weight.grad + untied.output.weight.grad
     assert relative(model.output.weight.grad, both) <= 1e-6
     save_tensors(dict(model.named_parameters()), tmp_path / WEIGHTS_FILE, config)
+    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS_FILE]
     again = load_model(config, str(tmp_path), CPU, torch.bfloat16)
     assert again.output.weight is again.tok_embeddings.weight
     assert torch.equal(again.output.weight, model.output.weight.bfloat16())
@@ -131,38 +130,25 @@ def test_tied_embeddings_are_one_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rmsnorm_computes_in_fp32(dtype: torch.dtype) -> None:
+def test_rmsnorm_computes_in_fp32(dtype):
     norm = RMSNorm(256, 1e-5)
     x = (100 * torch.randn(4, 256, generator=torch.Generator().manual_seed(8))).to(dtype)
     exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt()
     assert relative(norm(x).double(), exact) <= torch.finfo(dtype).eps
 
 
-def test_more_tokens_than_the_context_are_refused() -> None:
+def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(ValueError, match="65 tokens exceed the model's context of 64"):
         small_model()(torch.zeros(1, 65, dtype=torch.long))
 
 
-def test_random_weights_depend_on_the_seed_alone() -> None:
+def test_random_weights_depend_on_the_seed_alone():
     first, second, other = (load_model(small_config(), "random", CPU, torch.float32, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.output.weight, other.output.weight)
     assert first.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_permutation_of_rotary_rows_is_undone() -> None:
-    weight = torch.randn(64, 32, generator=torch.Generator().manual_seed(9))
-    assert torch.equal(permute_rotary(permute_rotary(weight, 4, to_hf=True), 4, to_hf=False), weight)
-
-
-def test_saved_weights_load_again(tmp_path) -> None:
-    model = small_model()
-    save_tensors(model.state_dict(), tmp_path / WEIGHTS_FILE, model.config)
-    again = load_model(model.config, str(tmp_path), CPU, torch.float32)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert [file.name for file in tmp_path.iterdir()] == [WEIGHTS_FILE]
-
-
-def test_tiny_fits_8_mb_with_its_tokenizer_in_16_bit(tiny_config) -> None:
+def test_tiny_fits_8_mb_with_its_tokenizer_in_16_bit(tiny_config):
     parameters = sum(p.numel() for p in load_model(tiny_config.model, "builtin", CPU, torch.float32).parameters())
     assert 2 * parameters + tiny_config.tokenizer_file.stat().st_size <= 8e6

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -48,16 +49,14 @@ WAYS = {
 
 @pytest.mark.parametrize("kv_cache", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_batch_has_the_answers_of_each_prompt_alone(
-    model: Transformer, tokenizer: Tokenizer, way: str, kv_cache: bool
-) -> None:
+def test_a_batch_has_the_answers_of_each_prompt_alone(model, tokenizer, way, kv_cache):
     together = generate(model, tokenizer, TEXTS, WAYS[way], kv_cache)
     assert together == [generate(model, tokenizer, [text], WAYS[way], kv_cache)[0] for text in TEXTS]
     texts = [answer.text for answers in together for answer in answers]
     assert len(set(texts)) == len(texts) == len(TEXTS) * WAYS[way].num_return_sequences
 
 
-def test_stop_strings_end_each_answer_of_a_batch_by_itself(model: Transformer, tokenizer: Tokenizer) -> None:
+def test_stop_strings_end_each_answer_of_a_batch_by_itself(model, tokenizer):
     whole = [answers[0].text for answers in generate(model, tokenizer, TEXTS, WAYS["greedy"])]
     stop = whole[0][3:6]
     found = generate(model, tokenizer, TEXTS, replace(WAYS["greedy"], stop=[stop]))
@@ -66,7 +65,7 @@ def test_stop_strings_end_each_answer_of_a_batch_by_itself(model: Transformer, t
 
 
 @pytest.mark.parametrize("kv_cache", [True, False])
-def test_each_answer_of_a_batch_ends_where_its_own_context_does(tokenizer: Tokenizer, kv_cache: bool) -> None:
+def test_each_answer_of_a_batch_ends_where_its_own_context_does(tokenizer, kv_cache):
     model = make_model(replace(SMALL, max_seq_len=40))
     long = "Hello " * 60
     while len(tokenizer.encode(long, bos=True)) > 37:
@@ -95,7 +94,7 @@ RECORDS: list[dict[str, Any]] = [
 ]
 
 
-def test_a_file_is_read_as_json_and_as_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_file_is_read_as_json_and_as_jsonl(tmp_path, tokenizer):
     expected = ["Hello", prompt_text("Sum up.", "One and one."), prompt_text("Go on."), " "]
     array = tmp_path / "array.json"
     array.write_text(json.dumps(RECORDS, indent=1))
@@ -124,7 +123,7 @@ BAD: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_record_is_named_by_number_and_line(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+def test_a_bad_record_is_named_by_number_and_line(tmp_path, tokenizer, name):
     record, problem = BAD[name]
     file = write_lines(tmp_path / "p.jsonl", {"prompt": "a"}, "\n", record, {"prompt": "b"})
     with pytest.raises(UserError) as refused:
@@ -133,20 +132,17 @@ def test_a_bad_record_is_named_by_number_and_line(tmp_path: Path, tokenizer: Tok
     assert problem in str(refused.value)
 
 
-def test_all_bad_records_are_named_up_to_ten(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_all_bad_records_are_named_up_to_ten(tmp_path, tokenizer):
     file = write_lines(tmp_path / "p.jsonl", {"prompt": "a"}, *[{"prompt": ""}] * 12)
     with pytest.raises(UserError) as refused:
         read_prompts(file, [], tokenizer, 128)
-    assert [f"record {n} (line {n + 1}): prompt is empty" in str(refused.value) for n in (1, 10, 11)] == [
-        True,
-        True,
-        False,
-    ]
+    named = re.findall(r"record (\d+) \(line \d+\): prompt is empty", str(refused.value))
+    assert named == [str(n) for n in range(1, 11)]
     assert str(refused.value).endswith("; and 2 more")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"name": "x"}', "[{]", "\ud800"])
-def test_a_file_without_records_is_refused(tmp_path: Path, tokenizer: Tokenizer, content: str) -> None:
+def test_a_file_without_records_is_refused(tmp_path, tokenizer, content):
     file = tmp_path / "p.jsonl"
     file.write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(UserError, match=r"p\.jsonl"):
@@ -204,7 +200,7 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_bytes().decode().split("\n")[:-1]]
 
 
-def test_lines_are_the_records_with_their_answers_in_their_order(tmp_path: Path) -> None:
+def test_lines_are_the_records_with_their_answers_in_their_order(tmp_path):
     asked, config = Counting(), settings(tmp_path, batch_size=3)
     logged = answered(config, asked)
     texts = [prompt_of(record) for record in RECORDS]
@@ -217,7 +213,7 @@ def test_lines_are_the_records_with_their_answers_in_their_order(tmp_path: Path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
 
 
-def test_several_answers_are_lists(tmp_path: Path) -> None:
+def test_several_answers_are_lists(tmp_path):
     decoding = DecodingConfig(sample=True, num_return_sequences=2)
     config = settings(tmp_path, decoding=decoding, compare=True, base="random")
     answered(config, Counting(n_answers=2), RECORDS[1:2])
@@ -233,7 +229,7 @@ def test_several_answers_are_lists(tmp_path: Path) -> None:
     assert line.keys() - RECORDS[1].keys() == answer_keys(config)
 
 
-def test_without_a_file_lines_are_printed_as_they_come(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_file_lines_are_printed_as_they_come(tmp_path, capsys):
     answered(settings(tmp_path, compare=True, base="random"), Counting())
     answered(settings(tmp_path, compare=True, base="random", output=None), Counting())
     printed = capsys.readouterr().out
@@ -247,7 +243,7 @@ def test_without_a_file_lines_are_printed_as_they_come(tmp_path: Path, capsys: p
 
 
 @pytest.mark.parametrize("compare", [False, True])
-def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(tmp_path: Path, compare: bool) -> None:
+def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(tmp_path, compare):
     config = settings(tmp_path, compare=compare, base="random" if compare else None)
     file = tmp_path / "a.jsonl"
     answered(config, Counting())
@@ -264,7 +260,7 @@ def test_a_file_cut_anywhere_goes_on_to_the_same_bytes(tmp_path: Path, compare: 
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
-def test_an_interrupted_comparison_goes_on_in_either_half(tmp_path: Path, error: type[BaseException]) -> None:
+def test_an_interrupted_comparison_goes_on_in_either_half(tmp_path, error):
     config = settings(tmp_path, compare=True, base="random")
     answered(replace(config, output=str(tmp_path / "whole.jsonl")), Counting())
     first, second, third = (Counting(fail_at=n, error=error) for n in (2, 4, 9))
@@ -278,7 +274,7 @@ def test_an_interrupted_comparison_goes_on_in_either_half(tmp_path: Path, error:
     assert {file.name for file in tmp_path.iterdir()} == {"a.jsonl", "whole.jsonl"}
 
 
-def test_nothing_is_left_where_nothing_was_written(tmp_path: Path) -> None:
+def test_nothing_is_left_where_nothing_was_written(tmp_path):
     for fail in (Counting(fail_at=0), Counting(fail_at=0, error=KeyboardInterrupt)):
         with pytest.raises(fail.error):
             answered(settings(tmp_path, compare=True, base="random"), fail)
@@ -308,7 +304,7 @@ def doubled(file: Path) -> None:
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path, changes):
     answered(settings(tmp_path), Counting())
     file, asked = tmp_path / "a.jsonl", Counting()
     config_changes = {key: changes[key] for key in changes.keys() - {"records", "dtype", "damage"}}
@@ -321,7 +317,7 @@ def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path:
     assert file.read_bytes() == before
 
 
-def test_what_changes_no_answer_is_no_other_setting(tmp_path: Path) -> None:
+def test_what_changes_no_answer_is_no_other_setting(tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     shutil.copytree(trained_adapter(folders[0]), folders[1])
     config = settings(tmp_path, adapter=str(folders[0]))
@@ -333,7 +329,7 @@ def test_what_changes_no_answer_is_no_other_setting(tmp_path: Path) -> None:
         answered(moved, Counting())
 
 
-def test_a_file_that_another_process_writes_into_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_another_process_writes_into_is_refused(tmp_path):
     with (tmp_path / "a.jsonl").open("ab") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing into it"):
@@ -341,7 +337,7 @@ def test_a_file_that_another_process_writes_into_is_refused(tmp_path: Path) -> N
     answered(settings(tmp_path), Counting())  # a file that is empty can be taken
 
 
-def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path: Path) -> None:
+def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     record = RECORDS[0] | {"long": "x" * 1500}
     try:
@@ -356,13 +352,12 @@ def test_a_full_disk_is_said_and_what_is_complete_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["folder", "file/a.jsonl", "/dev/null"])
-def test_an_output_that_cannot_be_one_is_refused(tmp_path: Path, place: str) -> None:
+def test_an_output_that_cannot_be_one_is_refused(tmp_path, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     asked = Counting()
-    with pytest.raises(
-        UserError, match=r"output=.*(it must be a file|cannot be written: (Not a directory|File exists))"
-    ):
+    problem = "it must be a file|cannot be written: (Not a directory|File exists)"
+    with pytest.raises(UserError, match=f"output=.*({problem})"):
         answered(settings(tmp_path, output=str(tmp_path / place)), asked)
     assert asked.loaded == []
 
@@ -370,7 +365,7 @@ def test_an_output_that_cannot_be_one_is_refused(tmp_path: Path, place: str) -> 
 # Two models
 
 
-def test_a_comparison_has_the_answers_of_both_models(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_comparison_has_the_answers_of_both_models(tmp_path, tokenizer):
     decoding = DecodingConfig(max_new_tokens=8)
     folder = trained_adapter(tmp_path / "run")
     tuned, plain = make_model(SMALL), make_model(SMALL)

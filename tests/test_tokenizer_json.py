@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from conftest import CHECKOUT
-from test_tokenizer_llama3 import TEXTS, Files, files
+from test_tokenizer_llama3 import TEXTS, files
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llama_ft.config import UserError
@@ -43,22 +43,22 @@ def assert_same(theirs: PreTrainedTokenizerBase, file: Path, texts: list[str]) -
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
 
 
-def test_the_built_in_tokenizer(tmp_path: Path) -> None:
+def test_the_built_in_tokenizer(tmp_path):
     assert_same(made(TINY, tmp_path), TINY, TEXTS[:-1] + MORE + random_texts())
 
 
-def test_llama_2s(tmp_path: Path, test_data: Path) -> None:
+def test_llama_2s(tmp_path, test_data):
     file = test_data / "llama2_tokenizer.model"
     records = json.loads((test_data / "alpaca_data_200.json").read_text())
     texts = [f"{record['instruction']}\n{record['input']}\n{record['output']}" for record in records]
     assert_same(made(file, tmp_path), file, TEXTS[:-1] + MORE + random_texts() + texts)
 
 
-def test_llama_3s_of_meta(tmp_path: Path, files: Files) -> None:
+def test_llama_3s_of_meta(tmp_path, files):
     assert_same(made(files.model, tmp_path), files.model, TEXTS[:-1] + MORE + random_texts())
 
 
-def test_special_tokens_have_their_published_names(tmp_path: Path, files: Files) -> None:
+def test_special_tokens_have_their_published_names(tmp_path, files):
     """As in Meta's llama3 and llama-models repositories."""
     for newer, expected in (
         (False, {4: "reserved_special_token_2", 8: "reserved_special_token_4", 10: "reserved_special_token_5"}),
@@ -72,7 +72,7 @@ def test_special_tokens_have_their_published_names(tmp_path: Path, files: Files)
         assert len(set(names)) == 256
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"a line of text, number {n}" for n in range(200)))
     settings = {"input": str(corpus), "vocab_size": 40, "minloglevel": 2}

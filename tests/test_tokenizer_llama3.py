@@ -24,17 +24,8 @@ from llama_ft.data.tokenizer import Tokenizer
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # As Meta publishes it, in parts.
-SPLIT = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    )
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+SPLIT += r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 CORPUS = ["The cat sat on the mat, and they'll say it's 12345 times better.\n\n### Response:\n- one\n"] * 20
 TEXTS = [
     "",
@@ -154,9 +145,7 @@ def test_prompt_and_answer_share_out_the_tokens(tokenizer, output):
 def test_data_is_read_with_it_where_it_is_the_models(files, name):
     def config(vocab_size: int) -> TrainConfig:
         model = ModelConfig(name="mine", vocab_size=vocab_size, max_seq_len=1024)
-        return TrainConfig(
-            model=model, data=DataConfig(name="sample"), checkpoint="random", tokenizer=str(files.file(name))
-        )
+        return TrainConfig(model, "random", str(files.file(name)), data=DataConfig("sample"))
 
     dataset = load_data(config(556))
     assert max(token for sample in dataset.samples for token in sample.tokens) == 301
@@ -167,9 +156,7 @@ def test_data_is_read_with_it_where_it_is_the_models(files, name):
 @pytest.mark.parametrize(("name", "package"), [("json", "tokenizers"), ("model", "tiktoken")])
 def test_a_missing_package_is_named(files, monkeypatch, name, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        UserError, match=rf"^tokenizer=.* needs the package {package}: pip install 'llama_ft\[llama3\]'$"
-    ):
+    with pytest.raises(UserError, match=rf" needs the package {package}: pip install 'llama_ft\[llama3\]'$"):
         files.tokenizer(name)
 
 
@@ -179,9 +166,7 @@ def test_json_of_another_model(files, tmp_path):
     content["post_processor"] = None
     file = tmp_path / "tokenizer.json"
     file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(
-        UserError, match=r"tokenizer=.* is not Llama 3's: it has no .*; of LLaMA-2 give tokenizer\.model"
-    ):
+    with pytest.raises(UserError, match=r" is not Llama 3's: it has no .*; of LLaMA-2 give tokenizer\.model"):
         Tokenizer(file)
 
 

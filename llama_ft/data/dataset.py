@@ -13,6 +13,7 @@ from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
+Log = Callable[[str], None]
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -65,7 +66,7 @@ def silent(line: str) -> None:
     """Say nothing."""
 
 
-def load_data(config: TrainConfig, log: Callable[[str], None] = silent) -> Dataset:
+def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
     tokenizer = Tokenizer(config.tokenizer_file)
     check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
@@ -73,17 +74,9 @@ def load_data(config: TrainConfig, log: Callable[[str], None] = silent) -> Datas
 
 
 def load_dataset(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    max_length: int,
-    max_samples: int | None,
-    log: Callable[[str], None] = silent,
+    config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None, log: Log = silent
 ) -> Dataset:
-    """Read, check and tokenize the records of a run, downloaded first where that is needed.
-
-    Raises:
-        UserError: if a file or record is bad or cannot be had, or no sample is left.
-    """
+    """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
     path = records_file(config, log)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
     encoded = [encode_record(record, tokenizer) for record in records[:max_samples]]
@@ -96,7 +89,7 @@ def load_dataset(
     return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
 
 
-def records_file(config: DataConfig, log: Callable[[str], None] = silent) -> Path:
+def records_file(config: DataConfig, log: Log = silent) -> Path:
     """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in."""
     if config.path:
         return Path(os.path.expanduser(config.path))
@@ -108,8 +101,7 @@ def records_file(config: DataConfig, log: Callable[[str], None] = silent) -> Pat
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
     """The first records of a JSON array or of a JSONL file, and how many of them were bad and skipped.
 
-    Raises:
-        UserError: if the file cannot be read, or a record is bad and not to be skipped.
+    A file that cannot be read is a UserError, and so is a bad record that is not to be skipped.
     """
     records, n_skipped = [], 0
     for where, value in islice(json_records(path, ("instruction",)), first):

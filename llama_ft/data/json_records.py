@@ -12,10 +12,7 @@ def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]
     """(where, value) of each record; a JSON file is one array, anything else is read as one record a line.
 
     A value that is not valid JSON is the exception that says why. A file that is one object with one of the keys is
-    one record.
-
-    Raises:
-        UserError: if the file cannot be read, or is neither.
+    one record; another object, or a file that cannot be read, is a UserError.
     """
     try:
         text = file.read_text(encoding="utf-8-sig")

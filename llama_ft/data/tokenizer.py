@@ -20,11 +20,7 @@ class Tokenizer:
     """Text to token ids and back, whatever the format of the file."""
 
     def __init__(self, file: Path) -> None:
-        """Load the file; its content says which format it has.
-
-        Raises:
-            UserError: if it is missing, damaged or without BOS and EOS, or the package that reads it is missing.
-        """
+        """Load a file, whose content says its format; a UserError if it or the package that reads it is missing."""
         if not file.is_file():
             what = "is a folder: give the tokenizer.model in it" if file.is_dir() else "there is no such file"
             raise UserError(f"tokenizer={file}: {what}")

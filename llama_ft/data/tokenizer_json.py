@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.tokenizer import Tiktoken
+from llama_ft.files import Json
 
-Json = dict[str, Any]
 Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others
 SPACE = "▁"  # stands for a space in SentencePiece's pieces
 # Llama 3's special tokens by index; the others are reserved.
