@@ -238,7 +238,7 @@ def test_majority_answers_by_hand() -> None:
 def test_answers_are_those_to_each_prompt_by_itself(model: Transformer, tokenizer: Tokenizer) -> None:
     prompts = ["Hello", "What is the plural of fox?", "Two and two are", "a", "Once upon a time there was a fox that"]
     steps: list[int] = []
-    together = greedy_answers(model, tokenizer, prompts, 10, 2, advance=steps.append)
+    together = greedy_answers(model, tokenizer, prompts, config_of(max_new_tokens=10, batch_size=2), steps.append)
     decoding = DecodingConfig(max_new_tokens=10)
     alone = [generate(model, tokenizer, [prompt], decoding, kv_cache=False)[0][0] for prompt in prompts]
     assert together == alone
@@ -330,7 +330,7 @@ def test_base_against_an_adapter(tmp_path: Path, command: Callable[..., Any], to
     assert [line["task"] for line in lines] == [record["task"] for record in RECORDS]
     for role, truth, found in zip(("base", "fine_tuned"), truths, result["models"], strict=True):
         prompts = [prompt_text(str(record["instruction"]), str(record.get("input") or "")) for record in RECORDS]
-        answers = greedy_answers(truth, tokenizer, prompts, 6, 1)
+        answers = greedy_answers(truth, tokenizer, prompts, config_of(max_new_tokens=6, batch_size=1), lambda n: None)
         assert [line[f"{role}_answer"] for line in lines] == [answer.text for answer in answers]
         assert sum(line[f"{role}_correct"] for line in lines) == found["exact_match"]["correct"]
         n_cut = sum(answer.finish == "length" for answer in answers)

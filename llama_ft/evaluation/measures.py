@@ -21,7 +21,8 @@ from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
 from llama_ft.techniques.mixed_precision import Precision
 
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
+Advance = Callable[[int], None]  # given how many more are done
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # of a title and a total
 Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 
@@ -83,35 +84,26 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     if config.exact_match:
         prompts = [prompt_text(record.instruction, record.input) for record in records]
         with progress("answers", len(prompts)) as advance:
-            answers = greedy_answers(
-                model, inputs.tokenizer, prompts, config.max_new_tokens, config.batch_size, config.kv_cache, advance
-            )
+            answers = greedy_answers(model, inputs.tokenizer, prompts, config, advance)
         correct = [matches(answer.text, record.output) for answer, record in zip(answers, records, strict=True)]
         share = accuracy([record.task for record in records], correct)
         exact_match = ExactMatch(**vars(share), ended_by_length=sum(answer.finish == "length" for answer in answers))
-    is_base = role == "base"
-    checkpoint = str((is_base and config.base) or config.checkpoint)
-    adapter = None if is_base else config.adapter
+    own = config.checkpoint, config.adapter
+    checkpoint, adapter = (config.base or config.checkpoint, None) if role == "base" else own
     runtime = time.monotonic() - began
-    return EvaluatedModel(role, checkpoint, adapter, responses, text, exact_match, runtime), answers
+    return EvaluatedModel(role, str(checkpoint), adapter, responses, text, exact_match, runtime), answers
 
 
 def greedy_answers(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int,
-    kv_cache: bool = True,
-    advance: Callable[[int], None] = lambda count: None,
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: EvaluateConfig, advance: Advance
 ) -> list[Answer]:
     """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
-    decoding = DecodingConfig(max_new_tokens=max_new_tokens)
+    decoding = DecodingConfig(max_new_tokens=config.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        results = generate(model, tokenizer, [prompts[index] for index in batch], decoding, kv_cache)
+    for start in range(0, len(order), config.batch_size):
+        batch = order[start : start + config.batch_size]
+        results = generate(model, tokenizer, [prompts[index] for index in batch], decoding, config.kv_cache)
         answers |= {index: first for index, (first, *_) in zip(batch, results, strict=True)}
         advance(len(batch))
     return [answers[index] for index in range(len(prompts))]

@@ -39,11 +39,7 @@ def parse(kind: type[R], content: Any, where: str) -> R:
 
 
 def read_record(kind: type[R], file: Path) -> R:
-    """A record from its file.
-
-    Raises:
-        UserError: if the file cannot be read or holds something else.
-    """
+    """A record from its file; a UserError if that cannot be read or holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

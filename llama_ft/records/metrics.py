@@ -42,11 +42,7 @@ def parse_line(text: bytes | str, where: str) -> StepMetrics:
 
 
 def read_metrics(run_dir: Path) -> list[StepMetrics]:
-    """The steps of a run. A last line that was cut short is left out.
-
-    Raises:
-        UserError: naming the first other line that is damaged.
-    """
+    """The steps of a run. A last line that was cut short is left out; a UserError names another that is damaged."""
     file = run_dir / METRICS_FILE
     if not file.is_file():
         return []

@@ -100,11 +100,7 @@ def write_result(run_dir: Path, result: Result) -> None:
 
 
 def read_result(run_dir: Path) -> Result | None:
-    """The folder's result; None if it has none.
-
-    Raises:
-        UserError: if the file is no result that this version writes.
-    """
+    """The folder's result, None if it has none; a UserError if it is none that this version writes."""
     file = run_dir / RESULT_FILE
     return read_record(Result, file) if file.is_file() else None
 

@@ -162,17 +162,11 @@ def bars(axes: Axes, sides: Sequence[tuple[list[Result], str, str | None]], key:
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
     """A bar's value at its end; the mark of a run that failed where its bar would begin."""
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the limit's line
     for position, result in enumerate(results):
-        axes.annotate(
-            cell(result, key),
-            (value_of(result, key) or 0.0, position + offset),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center_baseline",
-            fontsize=10,
-            color="black" if result.status == "ok" else FAILED_COLOUR,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over the limit's line
-        )
+        end, colour = value_of(result, key) or 0.0, "black" if result.status == "ok" else FAILED_COLOUR
+        text = axes.annotate(cell(result, key), (end, position + offset), (4, 0), textcoords="offset points", bbox=box)
+        text.set(color=colour, verticalalignment="center_baseline", fontsize=10)
 
 
 def finish(axes: Axes, results: list[Result], xlabel: str) -> None:

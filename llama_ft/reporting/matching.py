@@ -13,7 +13,6 @@ from llama_ft.reporting.results import Group, planned_group
 
 # The combination is the table's column; the others are how a run is kept, watched and supplied, not what is run.
 NOT_COMPARED = ("optim.", "tracker.", "data.cache_dir", "training.save_every", "training.resume", "hydra.")
-
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
@@ -107,9 +106,7 @@ def _other_run(measured: Result, planned: Result, settings: list[Difference]) ->
 
 
 def card_of(plan: Plan, group: Group) -> Settings | None:
-    """The planned card that a group's runs belong to: the one of their profile; else of their device; else the only
-    one of its kind, CUDA or CPU.
-    """
+    """The planned card that runs belong to: that of their profile, else of their device, else the only CUDA or CPU."""
     finished = any(result.status == "ok" for result in group.results)
     kind = [gpu for gpu in plan.gpus if not finished or (gpu["device"] == "cuda") == group.on_cuda]
     named = [gpu for gpu in kind if gpu["name"] == group.results[0].gpu]

@@ -42,13 +42,8 @@ Points = list[tuple[int, float]]  # optimizer step, value
 
 def render(template: str, **values: Any) -> str:
     """A whole page: nothing in the values is taken for markup."""
-    pages = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
     pages.globals |= {"MAIN": MAIN, "is_failure": is_failure, "LIMIT_COLOUR": LIMIT_COLOUR, "CONFIG_FILE": CONFIG_FILE}
     pages.globals |= {"combination_label": combination_label, "category_colours": CATEGORY_COLOURS}

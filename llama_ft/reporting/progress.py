@@ -18,12 +18,8 @@ class RunProgress(Progress):
     """Listens to one run."""
 
     def __init__(self, console: Console, title: str) -> None:
-        columns = (
-            TextColumn("  {task.completed}/{task.total}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(compact=True),
-        )
+        count, numbers = TextColumn("  {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}")
+        columns = (count, BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
         self._last_plain = time.monotonic()
         console.print(title, style="bold", highlight=False, markup=False)

@@ -22,7 +22,6 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-ESCAPED = r"\|"  # in a cell of Markdown
 NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -120,7 +119,7 @@ def print_notes(lines: list[str], console: Console) -> None:
 def markdown(table: Table) -> str:
     """A table with its title and notes, for a file such as `table2.md`."""
     lines = [[name.strip(), *cells] for name, cells in (*table.head, *table.rows)]
-    rows = [f"| {' | '.join(cell.replace('|', ESCAPED) for cell in line)} |" for line in lines]
+    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
     rule = "|---|" + "---:|" * len(table.head[0][1])
     return "\n".join(
         [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]
