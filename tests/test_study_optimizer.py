@@ -8,7 +8,7 @@ from helpers.studies import failed
 from torch.optim import Adam, AdamW
 
 from experiments import optimizer as study
-from llama_ft.training import optimizer
+from llama_ft.training import setup
 
 
 @pytest.mark.parametrize(("form", "claim"), [({"foreach": True}, 1), ({"amsgrad": True, "fused": True}, 0)])
@@ -29,5 +29,5 @@ def test_a_schedule_that_ends_half_way_fails(quick: dict[str, Any], monkeypatch:
     def half(step: int, total_steps: int, **_: int) -> float:
         return 0.5 * (1 + math.cos(math.pi * step / (2 * total_steps)))
 
-    monkeypatch.setattr(optimizer, "lr_factor", half)
+    monkeypatch.setattr(setup, "lr_factor", half)
     assert failed(study, quick, schedules=study.schedules()) == [5]

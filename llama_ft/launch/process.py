@@ -42,6 +42,9 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the f
 SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
+Log = Callable[[str], None]
+OnStep = Callable[[StepMetrics], None]
+
 
 @dataclass
 class Seen:
@@ -54,13 +57,7 @@ class Seen:
 
 
 def run_in_child(
-    config: TrainConfig,
-    run_dir: Path,
-    command: str,
-    lock: int,
-    check_fit: bool,
-    log: Callable[[str], None],
-    on_step: Callable[[StepMetrics], None],
+    config: TrainConfig, run_dir: Path, command: str, lock: int, check_fit: bool, log: Log, on_step: OnStep
 ) -> Result:
     """Run to the end, in whichever way it ends, and return its result.
 
@@ -117,13 +114,7 @@ def child_environment() -> dict[str, str]:
     return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
 
 
-def watch(
-    child: subprocess.Popen[bytes],
-    run_dir: Path,
-    seen: Seen,
-    log: Callable[[str], None],
-    on_step: Callable[[StepMetrics], None],
-) -> None:
+def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, on_step: OnStep) -> None:
     """Pass on messages and metrics until the child ends, noting its memory in `seen`."""
     lines: list[str] = []
 
