@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 from conftest import environment, injected
 from safetensors.torch import load_file, save_file
 from test_process import is_alive, read_json
-from test_resume import saved_steps
+from test_resume import saved_steps, wait_until
 
 pytestmark = pytest.mark.process  # real commands
 
@@ -180,10 +179,7 @@ def start(cwd: Path, *overrides: str, env: dict[str, str] | None = None) -> subp
 
 
 def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not file.exists() and process.poll() is None:
-        assert time.monotonic() < deadline, f"no {file} within a minute"
-        time.sleep(0.05)
+    wait_until(lambda: file.exists() or process.poll() is not None)
 
 
 def end(

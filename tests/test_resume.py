@@ -76,9 +76,7 @@ def children(pid: int) -> list[int]:
 
 
 def trained(run_dir: Path) -> dict[str, bytes]:
-    file = next(
-        run_dir / name for name in ("adapter_model.safetensors", "model.safetensors") if (run_dir / name).exists()
-    )
+    (file,) = run_dir.glob("*model.safetensors")
     return {name: tensor.tobytes() for name, tensor in load_file(file).items()}
 
 
