@@ -120,4 +120,4 @@ def test_it_trains_and_reports_from_an_empty_folder(installed):
     assert {"table2.md", "table2.csv", "table2.png"} <= {path.name for path in file.parent.iterdir()}
     # The whole of it was the installed package: Python compiled its modules there, the run's process included.
     compiled = {path.name.split(".")[0] for path in installed.site.rglob("*.pyc")}
-    assert {"compose", "child", "loop", "dataset", "tokenizer", "transformer", "sweep"} <= compiled
+    assert {"compose", "child", "loop", "dataset", "tokenizer", "transformer", "reports"} <= compiled

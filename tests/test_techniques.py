@@ -51,6 +51,14 @@ class TestGradientAccumulation:
         parts = [collate(samples[start : start + micro_batch]) for start in range(0, len(samples), micro_batch)]
         assert worst(window_gradients(model, parts), whole) <= tolerance
 
+    def test_a_mean_of_means_would_fail(self) -> None:
+        model, samples = small_model().to(torch.float64), ragged_samples()
+        whole, parts = window_gradients(model, [collate(samples)]), [collate([sample]) for sample in samples]
+        model.zero_grad()
+        for batch in parts:
+            (summed_loss(model, batch) / batch.n_targets / len(parts)).backward()
+        assert worst([p.grad for p in model.parameters()], whole) > 1e-2
+
     def test_loss_is_the_mean_over_all_target_tokens(self) -> None:
         model, samples = small_model().to(torch.float64), ragged_samples()
         window = [collate([sample]) for sample in samples]
