@@ -1,4 +1,4 @@
-"""The step, the schedule and the loop: determinism, no traces of the rehearsal, every combination learns."""
+"""The step, the schedule and the loop: determinism, no traces of the dry run, every combination learns."""
 
 import itertools
 import math

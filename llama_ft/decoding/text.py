@@ -6,7 +6,7 @@ from llama_ft.config import UserError
 from llama_ft.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decoding puts in the place of bytes that are no UTF-8
-_LONGEST_INCOMPLETE = 3  # bytes of an incomplete character: it has four at most
+_MAX_INCOMPLETE = 3  # bytes of an incomplete character: it has four at most
 
 
 class TextStream:
@@ -31,7 +31,7 @@ class TextStream:
         text = self._text()
         # Bytes of an incomplete character are all that a later token can change, and they show as U+FFFD. Which of
         # those are final cannot be seen from the text, so the last few are held back.
-        n_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _LONGEST_INCOMPLETE)
+        n_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_INCOMPLETE)
         certain = text[self._n_given : len(text) - n_held]
         self._n_given += len(certain)
         if n_held == 0:

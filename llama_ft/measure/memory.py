@@ -33,7 +33,7 @@ class Allocation:
     item: str = ""  # what it is, where the category alone does not say
 
 
-Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, and the instant
+Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, and the phase
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class MemoryTracker(TorchDispatchMode):
         self._device_type = next(model.parameters()).device.type
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self.events: list[Event] = []
-        self._instant = "load"
+        self._phase = "load"
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -107,12 +107,12 @@ class MemoryTracker(TorchDispatchMode):
 
     def _at(self, phase: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            self._instant = phase
+            self._phase = phase
 
         return hook
 
     def _category(self, func: Any, args: tuple[Any, ...]) -> str:
-        if self._instant == "optimizer step":
+        if self._phase == "optimizer step":
             return "optimizer_state"
         if func is torch.ops.aten._to_copy.default:  # autocast's copy of a weight is still a weight
             source = self._live.get(args[0].untyped_storage()._cdata)
@@ -131,10 +131,10 @@ class MemoryTracker(TorchDispatchMode):
 
         def freed(_: object) -> None:
             if self._live.pop(key, None) is not None:
-                self.events.append((allocation, -1, self._instant))
+                self.events.append((allocation, -1, self._phase))
 
         self._live[key] = (weakref.ref(storage, freed), allocation)
-        self.events.append((allocation, +1, self._instant))
+        self.events.append((allocation, +1, self._phase))
 
     def _claim_gradient(self, gradient: Tensor) -> None:
         if (known := self._live.get(gradient.untyped_storage()._cdata)) is not None:

@@ -81,7 +81,7 @@ def update(step: TrainStep) -> None:
 
 
 def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> FakeRun:
-    """What is alive when, in the rehearsal that a run of this config begins with.
+    """What is alive when, in the dry run that a run of this config begins with.
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
     The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.

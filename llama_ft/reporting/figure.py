@@ -30,7 +30,7 @@ COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#99
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
 SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
-FAR_LIMIT = 4  # a limit beyond so many times the largest peak would leave no bar to look at
+MAX_LIMIT_OVER_PEAK = 4  # a limit beyond so many times the largest peak would leave no bar to look at
 MARGIN = 0.1  # above and below the bars, in rows
 COORDINATE = re.compile(rb"(\d\.\d)\d+")
 
@@ -123,7 +123,7 @@ def limit_in_picture(group: Group) -> int | None:
     # On the CPU it is one on the whole process, not on its tensors.
     limit = group.memory_limit_mib
     largest = max(value_of(result, "peak_memory_mib") or 0.0 for result in group.results)
-    return limit if limit is not None and group.on_cuda and limit <= FAR_LIMIT * largest else None
+    return limit if limit is not None and group.on_cuda and limit <= MAX_LIMIT_OVER_PEAK * largest else None
 
 
 def memory_panel(

@@ -57,7 +57,7 @@ def versions_text(versions: dict[str, str | None]) -> str:
 
 
 def memory_table(results: Sequence[Result]) -> Table:
-    """Each run's memory by category at the instant of its peak, and the instant."""
+    """Each run's memory by category at its peak, and the phase of that."""
     rows: Rows = []
     for result in results:
         cells = [*[UNKNOWN] * len(CATEGORIES), MARKS.get(result.status, UNKNOWN), UNKNOWN]

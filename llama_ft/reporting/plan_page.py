@@ -22,7 +22,7 @@ LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
 USABLE = "usable memory of the card"
 INSTANT_COLOUR = "#777777"
 MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
-FAR_ABOVE = 2  # a limit beyond so many times the highest point would press a timeline down
+MAX_LIMIT_OVER_PEAK = 2  # a limit beyond so many times the highest point would press a timeline down
 HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange for what does not fit, as far as twice what there is
 DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard to read on
 
@@ -57,7 +57,7 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
     highest = max(sum(point.memory_mib.values()) for point in points)
     axes.stackplot(events, *stacks, colors=[figure.COLOURS[category] for category in CATEGORIES], linewidth=0)
-    if limit is not None and limit <= FAR_ABOVE * highest:
+    if limit is not None and limit <= MAX_LIMIT_OVER_PEAK * highest:
         axes.axhline(limit, color=figure.LIMIT_COLOUR, linestyle="--")
         highest = max(highest, limit)
     starts = [n for n in events if n == 0 or points[n].phase != points[n - 1].phase]

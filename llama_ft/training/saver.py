@@ -79,7 +79,7 @@ class Saver:
         remove_older(self._run_dir)
 
     def restore(self) -> Position | None:
-        """Put the newest checkpoint's state back, after a rehearsal has allocated it; None where there is none.
+        """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
 
         Raises:
             UserError: if the checkpoint is damaged, or that of a run with another configuration.
