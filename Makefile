@@ -1,6 +1,6 @@
 # make sweep   measure the eight combinations of Table 2 on the built-in model
 # make test    run the whole test suite
-# make quick   run the tests that start no process of their own
+# make quick   run the tests that start no process of their own and take no long computation
 # make lint    ruff and mypy, over the library, the studies and dev/
 # Each makes a virtual environment in .venv on first use, with the versions of requirements.lock.
 
@@ -16,7 +16,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 quick: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not process and not gpu"
+	$(BIN)/python -m pytest -m "not process and not slow and not gpu"
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CHECKOUT, environment
 from nbclient import NotebookClient
+from safetensors.torch import load_file
 
 import llama_ft as lf
 from llama_ft import api
@@ -48,6 +49,22 @@ def test_finetune_teaches_records_by_heart_and_an_adapter_can_be_kept(tmp_path: 
     assert lf.complete(again, tokenizer, RECORDS[0]["instruction"], max_new_tokens=8) == base != answers[0]
     lf.load_adapter(again, tmp_path / "adapter")
     assert [lf.complete(again, tokenizer, record["instruction"], max_new_tokens=8) for record in RECORDS] == answers
+    base_weights = {name: weight.clone() for name, weight in again.state_dict().items() if "lora_" not in name}
+    assert list(lf.finetune(again, samples, lr=1e-3))[-1].loss < 0.1  # it goes on, and only the adapter changes
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in base_weights.items())
+    lf.save(again, tmp_path / "further")
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "further"))
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_adapter_on_16_bit_weights_is_trained_and_asked(precision: str) -> None:
+    model, tokenizer = lf.load("tiny", dtype="bf16")
+    lf.add_lora(model)
+    before = lf.complete(model, tokenizer, "Say fox.", max_new_tokens=4)
+    steps = list(lf.finetune(model, lf.encode(RECORDS, tokenizer), lr=1e-2, epochs=4, precision=precision))
+    assert steps[-1].loss < steps[0].loss
+    assert lf.complete(model, tokenizer, "Say fox.", max_new_tokens=4) != before
 
 
 def test_memory_is_measured_without_a_trace_and_equals_the_plan(tmp_path: Path) -> None:
@@ -79,8 +96,17 @@ def test_weights_in_a_folder_are_a_model(tmp_path: Path) -> None:
     assert torch.equal(again(tokens), model(tokens))
 
 
-def test_mistakes_are_sentences() -> None:
+def test_a_folder_with_a_models_name_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert lf.load("tiny")[0].config.name == "tiny"
+
+
+def test_mistakes_are_sentences(tmp_path: Path) -> None:
     model, tokenizer = lf.load("tiny")
+    samples, adapted = lf.encode(RECORDS, tokenizer), lf.load("tiny")[0]
+    lf.add_lora(adapted)
+    (tmp_path / "file").touch()
     for call, words in {
         lambda: lf.load("llama9"): "model=llama9 is not allowed: it must be one of .*tiny",
         lambda: lf.load("llama2_7b"): "no built-in weights: give checkpoint=DIR",
@@ -89,6 +115,18 @@ def test_mistakes_are_sentences() -> None:
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
         lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc",
         lambda: lf.encode([{"instruction": "Go."}], tokenizer): "record 1: output is missing",
+        lambda: lf.load("tiny", dtype="bfloat16"): "bfloat16 is no dtype: it must be one of fp32, bf16, fp16",
+        lambda: lf.complete(model, tokenizer, "Go.", top_p=0.9): "top_p belongs to sampling",
+        lambda: lf.add_lora(model, rank=0): "lora.rank=0 is not allowed",
+        lambda: lf.add_lora(adapted): "the model has LoRA layers already",
+        lambda: lf.checkpoint_layers(model, 0): "gc.every=0 is not allowed",
+        lambda: list(lf.finetune(model, samples, micro_batch_size=0)): "training.micro_batch_size=0 is not allowed",
+        lambda: list(lf.finetune(model, samples, accumulation_steps=0)): "ga.steps=0 is not allowed",
+        lambda: list(lf.finetune(model, [])): "there are no samples",
+        lambda: lf.measure_memory(model, [lf.Sample([1] * 4000, 1)]): "a sample has 4000 tokens",
+        lambda: lf.predict("tiny", "all"): "name one model and one card",
+        lambda: lf.predict("tiny", "cpu", lengths=[1]): "lengths must be",
+        lambda: lf.save(model, tmp_path / "file"): "no such folder can be made",
     }.items():
         with pytest.raises(lf.UserError, match=words):
             call()

@@ -28,6 +28,7 @@ from llama_ft.data.download import blob_id, fetch
 
 CONTENT = json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6000)]).encode()
 OTHER = CONTENT[::-1]
+UNVERIFIED = "not verified, since data.git_blob_id is null"
 BY_HAND = "get the file yourself and give data.path=FILE"
 
 
@@ -60,7 +61,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/unsized.json":
             self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2] if self.path == "/cut.json" else content)
+        is_cut = self.path == "/cut.json" or (self.path.startswith("/broken/") and len(self.served) == 1)
+        self.wfile.write(content[: len(content) // 2] if is_cut else content)
 
 
 @pytest.fixture
@@ -109,10 +111,20 @@ def test_a_file_is_downloaded_once(server, served, cache, path, git_blob_id):
     lines: list[str] = []
     file = fetch(f"{server}/{path}?raw=true", git_blob_id, str(cache), lines.append)
     assert files(cache) == {file.name: CONTENT} == {path.rpartition("/")[2]: CONTENT}
-    assert lines == [f"downloading {server}/{path}?raw=true to {cache}"]
+    verified, size = "verified" if git_blob_id else UNVERIFIED, f"{len(CONTENT) / 2**20:.1f} MiB"
+    assert lines == [f"downloading {server}/{path}?raw=true to {cache}", f"{file.name}: {size} downloaded, {verified}"]
     n_requests = len(served)
-    assert fetch(f"{server}/{path}?raw=true", git_blob_id, str(cache), pytest.fail) == file
+    assert fetch(f"{server}/{path}?raw=true", git_blob_id, str(cache), lines.append) == file
+    assert lines[2:] == ([] if git_blob_id else [f"{file} was downloaded before; {UNVERIFIED}"])
     assert len(served) == n_requests
+
+
+def test_a_connection_that_breaks_is_tried_again(server, served, cache):
+    lines: list[str] = []
+    fetch(f"{server}/broken/records.json", ID, str(cache), lines.append)
+    assert files(cache) == {"records.json": CONTENT}
+    assert re.fullmatch(r"records\.json: IncompleteRead.*; trying again", lines[1])
+    assert len(served) == 2
 
 
 def test_progress_is_shown(server, cache, monkeypatch):
@@ -121,7 +133,7 @@ def test_progress_is_shown(server, cache, monkeypatch):
     fetch(f"{server}/records.json", ID, str(cache), lines.append)
     size = f"{len(CONTENT) / 2**20:.1f}"
     assert lines[1] == f"0.1 of {size} MiB downloaded"
-    assert lines[-1] == f"{size} of {size} MiB downloaded"
+    assert lines[-2] == f"{size} of {size} MiB downloaded"
 
 
 @pytest.mark.parametrize("damaged", [CONTENT[:-1], b"", OTHER])

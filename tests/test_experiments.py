@@ -156,6 +156,7 @@ def test_all_studies_end_with_what_became_of_each(
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"kv_cache: {expected}, ")
 
 
+@pytest.mark.slow
 def test_all_studies_are_commands_with_the_same_arguments(
     monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def generated(
     return state.tokens[:, state.prompt_length :].tolist(), torch.stack(found)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_one_layer_of_7b_says_the_same_without_a_cache(one_layer, questions):
     """A batch of 20, padded on the left, with the cache, against each text by itself without one.

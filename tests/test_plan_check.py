@@ -1,14 +1,15 @@
 """Whether a run fits, asked before its weights are loaded: at the very limit, what it says, what it does not ask."""
 
 import os
+import unittest.mock
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers.planning import SHORT, WIDE_HEAD, card, small_config
 
-from llama_ft.config import GpuConfig, MeasureConfig, OptimConfig, TrainConfig
-from llama_ft.launch import process
+from llama_ft.config import GpuConfig, MeasureConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.launch import child, process
 from llama_ft.planning import fit
 from llama_ft.planning.fit import Capacity, alternatives, capacity_of, objection, objection_here, reserved_mib
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
@@ -114,3 +115,14 @@ def test_runs_have_expandable_segments_unless_the_user_says_otherwise(
     theirs = process.child_environment()
     assert theirs.keys() & set(process.ALLOCATOR_VARIABLES) == {name}
     assert theirs[name] == "backend:cudaMallocAsync"
+
+
+def test_a_plan_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = unittest.mock.Mock(samples=[])
+    monkeypatch.setattr(fit, "objection_here", unittest.mock.Mock(side_effect=RuntimeError("no such kernel\nmore")))
+    lines: list[str] = []
+    child.refuse_what_does_not_fit(small_config(), dataset, lines.append)
+    assert lines == ["whether the run fits could not be found out (no such kernel); it starts all the same"]
+    monkeypatch.setattr(fit, "objection_here", lambda config, lengths: "it needs more")
+    with pytest.raises(UserError, match="it needs more"):
+        child.refuse_what_does_not_fit(small_config(), dataset, lines.append)

@@ -33,6 +33,7 @@ def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> Non
     assert set(written[1].split(", ")) == {path.name for path in (tmp_path / "here").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_model_of_full_size_on_every_card() -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
     config = planned("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course")
@@ -90,6 +91,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ): r"data\.max_length=5000 is not allowed: .* at most model\.max_seq_len",
         ("optim=lora", "goal=fit"): r"goal compares combinations",
         ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
+        ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one leaves one",
         ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, such as \[gc\]",
         ("plan.enforce=false",): r"plan\.enforce=false is for train",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",

@@ -118,6 +118,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "json": ("{\n", "not valid JSON"),
     "taken": ({"prompt": "a", "answer": "b"}, "answer is what the answer will be under"),
     "long": ({"prompt": "Hello " * 200}, "tokens, and the model's context is 128"),
+    "kept surrogate": ('{"prompt": "a", "kept": "\\ud800"}\n', "half of a surrogate pair"),
+    "kept NaN": ('{"prompt": "a", "kept": NaN}\n', "it holds NaN"),
     "surrogate": ('{"prompt": "\\ud800"}\n', "prompt is not text"),
 }
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -9,7 +10,7 @@ import torch
 
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
 from llama_ft.config.checks import Settings
-from llama_ft.config.presets import preset
+from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
@@ -18,6 +19,7 @@ from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.adapter import load_adapter as _load_adapter
+from llama_ft.techniques.lora import lora_layers
 from llama_ft.training.saver import save_trained
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
@@ -45,19 +47,29 @@ def load(
         seed: of random weights.
 
     Raises:
-        UserError: if the name is unknown, the weights are not this model's, or there is no tokenizer.
+        UserError: if a name is unknown, the weights are not this model's, or there is no tokenizer or no such device.
     """
-    folder = Path(os.path.expanduser(model))
-    if folder.is_dir():
+    folder, is_name = Path(os.path.expanduser(model)), (config_dir() / "model" / f"{model}.yaml").is_file()
+    if folder.is_dir() and not is_name:
         sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
     elif str(model) == FROM_CHECKPOINT:
         raise UserError("give the checkpoint's folder as the model: load(FOLDER)")
     else:
         sizes = preset("model", str(model), ModelConfig)
     source = ModelSource(sizes, str(checkpoint) if checkpoint else None, str(tokenizer) if tokenizer else None)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_model(sizes, str(source.checkpoint), place, DTYPES[dtype], seed)
+    has_gpu = torch.cuda.is_available()
+    place = torch.device(device or ("cuda" if has_gpu else "cpu"))
+    if place.type == "cuda" and not has_gpu:
+        raise UserError(f"device={device}: PyTorch sees no GPU here")
+    loaded = load_model(sizes, str(source.checkpoint), place, dtype_of(dtype), seed)
     return loaded, Tokenizer(source.tokenizer_file)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The dtype of a name; a UserError lists those that there are."""
+    if name not in DTYPES:
+        raise UserError(f"{name} is no dtype: it must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def complete(
@@ -70,40 +82,56 @@ def complete(
     max_new_tokens: int = 128,
     temperature: float | None = None,
     top_p: float = 1.0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     seed: int = 0,
 ) -> str:
     """The model's answer to an instruction, put into Alpaca's template, or its continuation of a prompt.
 
     Args:
         temperature: None takes the most probable token each time; a number samples.
+        top_p: when sampling, the share of probability that is sampled from.
+        stop: a text, or several, before which the answer ends.
 
     Raises:
         UserError: unless one of instruction and prompt is given, or if the prompt does not fit the model's context.
     """
+    if temperature is None and top_p != 1:
+        raise UserError("top_p belongs to sampling: give temperature too")
     if (instruction is None) == (prompt is None):
         raise UserError("give either an instruction or a prompt")
     text = prompt if prompt is not None else prompt_text(str(instruction), input)
-    sampling = {} if temperature is None else {"sample": True, "temperature": temperature, "top_p": top_p}
-    config = DecodingConfig(max_new_tokens=max_new_tokens, stop=list(stop), seed=seed, **sampling)  # type: ignore[arg-type]
+    stops = [stop] if isinstance(stop, str) else list(stop)
+    config = DecodingConfig(max_new_tokens=max_new_tokens, stop=stops, seed=seed)
+    if temperature is not None:
+        config = replace(config, sample=True, temperature=temperature, top_p=top_p)
     return generate(model, tokenizer, [text], config)[0][0].text
 
 
 def save(model: Transformer, folder: str | Path) -> None:
     """Write what was trained into a folder: the LoRA adapter in PEFT's files, or else all weights.
 
+    `load_adapter(model, folder)` reads the one, `load(folder, tokenizer=FILE)` or `load("tiny", folder)` the other.
+
     Raises:
         UserError: if it cannot be written.
     """
     place = Path(os.path.expanduser(folder))
-    place.mkdir(parents=True, exist_ok=True)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{place}: no such folder can be made: {error.strerror}") from error
     save_trained(model, place)
 
 
 def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False) -> None:
-    """Give a model the LoRA adapter in a folder: beside its weights, or merged into them.
+    """Give a model the LoRA adapter in a folder: merged into its weights, or beside them, where it alone is trainable.
 
     Raises:
         UserError: if there is no adapter, it is damaged, or of another model.
     """
     _load_adapter(model, Path(os.path.expanduser(folder)), merge)
+    if not merge:
+        model.requires_grad_(False)
+        for layer in lora_layers(model).values():
+            layer.lora_A.requires_grad_()
+            layer.lora_B.requires_grad_()

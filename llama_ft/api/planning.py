@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llama_ft.config import (
+    FROM_CHECKPOINT,
     TECHNIQUES,
     DataConfig,
     GpuConfig,
@@ -30,13 +31,16 @@ def predict(
 
     Args:
         model: a name of `conf/model`.
-        gpu: a name of `conf/gpu`.
+        gpu: a card's name in `conf/gpu`, or `cpu`.
         techniques: those that are on, such as `("mp", "lora")`, with their defaults.
-        lengths: tokens of each sample.
+        lengths: tokens of each sample, 2 or more.
 
     Raises:
-        UserError: if a name is unknown, or the card cannot run such a combination.
+        UserError: if a name or length is not allowed, or the card cannot run such a combination.
     """
+    techniques = [techniques] if isinstance(techniques, str) else techniques
+    if model == FROM_CHECKPOINT or gpu in ("all", "auto"):
+        raise UserError(f"{model} on {gpu}: name one model and one card")
     if unknown := set(techniques) - {technique.name for technique in TECHNIQUES}:
         names = ", ".join(technique.name for technique in TECHNIQUES)
         raise UserError(f"{min(unknown)} is no technique: there are {names}")
@@ -47,6 +51,9 @@ def predict(
         data=DataConfig("sample"),
         gpu=preset("gpu", gpu, GpuConfig),
     )
+    longest = config.model.max_seq_len
+    if not lengths or not all(2 <= length <= longest for length in lengths):
+        raise UserError(f"lengths must be those of at least one sample, each 2 to {longest} tokens")
     row = _predict(config, [config.optim], [config.gpu], [(length, 1) for length in lengths])[0]
     if row.error is not None:
         raise UserError(row.error)

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.api.models import DtypeName
+from llama_ft.api.models import DtypeName, dtype_of
 from llama_ft.config import OnBadRecord, TrainingConfig, UserError
+from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.device import DTYPES, memory_in_use_mib
+from llama_ft.device import memory_in_use_mib
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.techniques.mixed_precision import Precision
@@ -71,11 +71,14 @@ def measure_memory(
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
 
     The worst case of any order of the data is run at learning rate 0; the model is as before afterwards.
+
+    Raises:
+        UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    step = _step(model, TrainingConfig(), precision)
+    config = TrainingConfig(micro_batch_size=micro_batch_size)
+    step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
-    data = Windows.over(samples, step, micro_batch_size, accumulation_steps)
     use = measure_worst_case(step, data)
     model.train(was_training)
     return use
@@ -107,23 +110,32 @@ def finetune(
         seed: of the data's order and of dropout.
 
     Raises:
-        UserError: if a loss is not finite.
+        UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
-    config = TrainingConfig(lr=lr, epochs=epochs, weight_decay=weight_decay, warmup_ratio=warmup_ratio, seed=seed)
+    config = TrainingConfig(
+        lr=lr, epochs=epochs, micro_batch_size=micro_batch_size, warmup_ratio=warmup_ratio, weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm, seed=seed,
+    )  # fmt: skip
     torch.manual_seed(seed)
-    step = _step(model, config, precision, max_grad_norm)
-    data = Windows.over(samples, step, micro_batch_size, accumulation_steps, seed)
+    step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     total_steps = data.steps_per_epoch * epochs
     schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
     meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled())
-    for output in train(step, schedule, data, epochs, Position()):
-        if (metrics := meter.record(output)) is not None:
-            yield metrics
-    if (metrics := meter.flush()) is not None:
-        yield metrics
+    yield from filter(None, map(meter.record, train(step, schedule, data, epochs, Position())))
+    if (last := meter.flush()) is not None:
+        yield last
 
 
-def _step(model: Transformer, config: TrainingConfig, precision: DtypeName, max_grad_norm: float = 1.0) -> TrainStep:
-    weight = model.tok_embeddings.weight
-    compute = Precision(weight.device.type, DTYPES[precision], frozen=Dense(weight.dtype))
-    return TrainStep(model, make_optimizer(model.parameters(), config), compute, max_grad_norm)
+def _step_and_windows(
+    model: Transformer, samples: Sequence[Sample], config: TrainingConfig, accumulation_steps: int, precision: DtypeName
+) -> tuple[TrainStep, Windows]:
+    GradientAccumulationConfig(accumulation_steps)  # checks it
+    longest, context = max(map(len, samples), default=0), model.config.max_seq_len
+    if not samples:
+        raise UserError("there are no samples to train on")
+    if longest > context:
+        cut = f"encode(records, tokenizer, max_length={context})"
+        raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
+    compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
+    step = TrainStep(model, make_optimizer(model.parameters(), config), compute, config.max_grad_norm)
+    return step, Windows.over(samples, step, config.micro_batch_size, accumulation_steps, config.seed)

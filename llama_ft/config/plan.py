@@ -40,6 +40,9 @@ class PlanConfig(TrainConfig):
         else:
             length, longest = self.max_length, self.model.max_seq_len
             check(length <= longest, "data.max_length", length, f"at most model.max_seq_len={longest}")
+        if self.both and self.combinations is Combinations.one:
+            typed = f"both=[{','.join(self.both)}]"
+            raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
 

@@ -12,6 +12,7 @@ from llama_ft.config import UserError
 from llama_ft.files import whole_file
 from llama_ft.system import MIB
 
+TRIES = 3  # of a download whose connection breaks
 TIMEOUT_SECONDS = 20.0  # to connect, and for each read
 SECONDS_BETWEEN_LINES = 5.0  # of progress
 BY_HAND = "get the file yourself and give data.path=FILE"
@@ -34,16 +35,20 @@ def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Callable[[str]
         file = Path(cache_dir).expanduser() / name
         if file.is_file():
             if git_blob_id in (None, blob_id(file)):
+                if git_blob_id is None:
+                    log(f"{file} was downloaded before; not verified, since data.git_blob_id is null")
                 return file
             log(f"{file} is damaged: downloading it again")
         file.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(file) as temporary:
             log(f"downloading {url} to {file.parent}")
-            _download(url, temporary, log)
+            _download(url, temporary, file.name, log)
             actual = blob_id(temporary)
             if git_blob_id not in (None, actual):
                 expected = f"data.git_blob_id={git_blob_id} (null accepts any file)"
                 raise UserError(f"data.url={url}: expected a file with {expected}, got {actual}; {BY_HAND}")
+            verdict = "verified" if git_blob_id else "not verified, since data.git_blob_id is null"
+            log(f"{file.name}: {temporary.stat().st_size / MIB:.1f} MiB downloaded, {verdict}")
     except BrokenPipeError:  # raised by `log` where nobody reads it any more
         raise
     except requests.RequestException as error:
@@ -61,7 +66,17 @@ def blob_id(file: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
-def _download(url: str, file: Path, log: Callable[[str], None]) -> None:
+def _download(url: str, file: Path, name: str, log: Callable[[str], None]) -> None:
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return _receive(url, file, log)
+        except requests.exceptions.ChunkedEncodingError as error:  # the connection broke
+            if not tries_left:
+                raise
+            log(f"{name}: {_reason(error)}; trying again")
+
+
+def _receive(url: str, file: Path, log: Callable[[str], None]) -> None:
     headers = {"Accept-Encoding": "identity"}  # so that Content-Length is the file's size
     with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS, headers=headers) as response, file.open("wb") as out:
         response.raise_for_status()

@@ -1,5 +1,6 @@
 """What a model is asked: from records to prompts, checked before anything is generated."""
 
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -74,9 +75,12 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
                 raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
             prompt = Prompt(prompt_of(value), value)
             encode_prompt(tokenizer, prompt.text, context)
+            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
             prompts.append(prompt)
         except UserError as error:
             problems.append(f"{where}: {error}")
+        except ValueError:
+            problems.append(f"{where}: it holds NaN, an infinity or half of a surrogate pair, which JSON cannot")
     if problems:
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise UserError(f"prompts={file}: {'; '.join(problems[:MAX_NAMED])}{more}")

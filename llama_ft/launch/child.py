@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from llama_ft.config import UserError
+from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.train import read_config
-from llama_ft.data.dataset import load_data
+from llama_ft.data.dataset import Dataset, load_data
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
@@ -64,6 +65,20 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     return "error", f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"
 
 
+def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Callable[[str], None]) -> None:
+    """Raise a UserError if the run would not fit on the GPU here: planning takes seconds, loading weights minutes."""
+    from llama_ft.planning.fit import objection_here
+
+    try:
+        reason = objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples])
+    except Exception as error:  # a plan that fails is no reason not to try
+        why = (str(error) or type(error).__name__).splitlines()[0]
+        log(f"whether the run fits could not be found out ({why}); it starts all the same")
+        return
+    if reason:
+        raise UserError(reason)
+
+
 def main() -> None:
     """Run, and leave a result behind."""
     run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
@@ -84,11 +99,7 @@ def main() -> None:
             from llama_ft.launch.run import MeasuredRun
         if check_fit and torch.cuda.is_available():
             stage = "planning"
-            from llama_ft.planning.fit import objection_here
-
-            # It takes seconds where loading weights takes minutes.
-            if reason := objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples]):
-                raise UserError(reason)
+            refuse_what_does_not_fit(config, dataset, log)
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         run.execute()
         result.status = "ok"

@@ -37,13 +37,14 @@ def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) 
         return
     context = get_context("forkserver")
     context.set_forkserver_preload(["llama_ft.planning.worker"])
+    others = set(active_children())  # of whoever calls us
     pool = ProcessPoolExecutor(n_processes, context, _begin)
     try:
         futures = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BaseException as error:
-        for process in active_children():  # nobody waits for their results
+        for process in set(active_children()) - others:  # nobody waits for their results
             process.terminate()
         if isinstance(error, UserError):
             raise error from None  # without the other process's traceback

@@ -9,7 +9,7 @@ from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, techni
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
 # What runs when memory peaks, short enough for eight columns beside each other.
-INSTANTS = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
+SHORT_PHASES = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
 TABLE1_COLUMNS = (*CATEGORIES[:-1], "computation")
 MAX_CHOICE_LENGTH = 28
 TOO_LARGE = "×: needs more memory than the card has."
@@ -50,7 +50,7 @@ def card_table(plan: Plan) -> Table:
     runtime = "Runtime, at best" if is_at_best(plan) else "Runtime, s"
     measures = (
         Measure("Peak memory, MiB", "peak_memory_mib", always=True, relative=True),
-        Measure("  during", "peak_phase", lambda phase: INSTANTS.get(phase, phase)),
+        Measure("  during", "peak_phase", lambda phase: SHORT_PHASES.get(phase, phase)),
         Measure("Reserved, MiB", "reserved_mib"),
         Measure("Needed, MiB", "required_mib"),
         Measure("Fits", "fits", lambda fits: "yes" if fits else MARKS["oom"], always=True),
@@ -152,8 +152,8 @@ def _memory_notes(plan: Plan) -> list[str]:
     if any(row.fits is None and not row.error for row in rows):
         notes.append("–: not known, since no profile says how much memory there is.")
     if len(gpus) == 1:
-        during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in INSTANTS)
-        notes += [f"During: {', '.join(f'{INSTANTS[phase]} is {phase}' for phase in during)}."] if during else []
+        during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in SHORT_PHASES)
+        notes += [f"During: {', '.join(f'{SHORT_PHASES[phase]} is {phase}' for phase in during)}."] if during else []
     return notes
 
 

@@ -18,7 +18,8 @@ def apply(model: Transformer, config: GradientCheckpointingConfig, precision: Pr
 
 
 def checkpoint_layers(model: Transformer, every: int = 1) -> None:
-    """Make the model run its layers in checkpointed groups of `every`."""
+    """Make the model run its layers in checkpointed groups of `every`; a UserError unless it is at least 1."""
+    GradientCheckpointingConfig(every)  # checks it
     run_group = model.run_layers
 
     def run_checkpointed(

@@ -71,7 +71,11 @@ class LoRALinear(nn.Linear):
         y = super().forward(x)
         if self.merged:
             return y
-        return y + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B) * self.scale
+        a: Tensor = self.lora_A
+        b: Tensor = self.lora_B
+        if not torch.is_autocast_enabled(x.device.type):  # which would cast them, once for a whole step
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        return y + F.linear(F.linear(self.dropout(x), a), b) * self.scale
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -118,8 +122,11 @@ def add_lora(
         dtype: of A and B.
 
     Raises:
-        UserError: if a target names no linear layer.
+        UserError: if a value is not allowed, a target names no linear layer, or the model has LoRA layers already.
     """
+    LoraConfig(rank, alpha, rslora, dropout, list(targets))  # checks them
+    if lora_layers(model):
+        raise UserError("the model has LoRA layers already")
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {name.rpartition(".")[2] for name, _ in linears}
     if unknown := sorted(set(targets) - names):
