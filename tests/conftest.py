@@ -115,3 +115,10 @@ def small_config(tiny_config: TrainConfig) -> TrainConfig:
     """Two narrow layers, since 16-bit arithmetic is slow on many a CPU."""
     sizes = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 96}
     return replace(tiny_config, model=replace(tiny_config.model, **sizes))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = "study_ plan_published convert upload tracking pretrain sample_data table1 experiments".split()
+    for item in items:
+        if item.path.stem.removeprefix("test_").startswith(tuple(slow)):
+            item.add_marker("slow")

@@ -48,8 +48,6 @@ from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
 from llama_ft.techniques.peft import save_adapter
 
-pytestmark = pytest.mark.slow
-
 __all__ = ["converted", "files"]  # fixtures
 
 

@@ -26,8 +26,6 @@ from llama_ft.model import writing
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.techniques.adapter import load_adapter
 
-pytestmark = pytest.mark.slow
-
 __all__ = ["converted"]  # a fixture
 
 

@@ -7,8 +7,6 @@ from conftest import CHECKOUT
 
 from benchmarks.plan_published import LITGPT, OTHERS, Computed, Published, litgpt, other, tables
 
-pytestmark = pytest.mark.slow
-
 FOLDER = CHECKOUT / "benchmarks" / "plan-published"
 
 

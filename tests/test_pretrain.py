@@ -20,8 +20,6 @@ from llama_ft.decoding.generate import generate
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 
-pytestmark = pytest.mark.slow
-
 TINY = PACKAGE_DIR / "model" / "tiny"
 SMALL = ModelConfig("tiny", dim=32, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=48, vocab_size=2048, max_seq_len=1024)
 

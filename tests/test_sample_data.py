@@ -16,8 +16,6 @@ from llama_ft.config import PACKAGE_DIR
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.prompt import prompt_text
 
-pytestmark = pytest.mark.slow
-
 TOKENIZER = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"
 SPLITS = ("train", "heldout")
 TASKS = [task.name for task in sample.TASKS]

@@ -8,8 +8,6 @@ from helpers.studies import failed
 from experiments import decoding as study
 from llama_ft.evaluation import perplexity
 
-pytestmark = pytest.mark.slow
-
 
 def test_a_greedy_choice_of_the_second_best_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study.Greedy, "choose", lambda self, logits, seen: logits.topk(2).indices[:, 1])

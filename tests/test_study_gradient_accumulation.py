@@ -17,8 +17,6 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.training import step
 
-pytestmark = pytest.mark.slow
-
 
 def test_the_lengths_are_alpacas(test_data: Path) -> None:
     tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")

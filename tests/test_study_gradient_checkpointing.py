@@ -10,8 +10,6 @@ from experiments import gradient_checkpointing as study
 from experiments import gradient_checkpointing_runs as runs
 from llama_ft.techniques import gradient_checkpointing as technique
 
-pytestmark = pytest.mark.slow
-
 
 def measured() -> dict[str, Any]:
     return study.measure(study.Options(quick=True), lambda line: None)

@@ -18,8 +18,6 @@ from llama_ft.measure.memory import MemoryTracker
 from llama_ft.model.kv_cache import KVCache, LayerCache
 from llama_ft.model.transformer import Transformer
 
-pytestmark = pytest.mark.slow
-
 BYTES_PER_TOKEN = 2 * 6 * 192 * 4  # tiny: keys and values, layers, width, fp32
 WEIGHTS_BYTES = 4 * (2 * 2048 * 192 + 6 * (4 * 192 * 192 + 3 * 192 * 512 + 2 * 192) + 192)
 

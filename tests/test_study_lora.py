@@ -12,8 +12,6 @@ from experiments import lora as study
 from experiments.lora_costs import backward_flops, flops
 from llama_ft.techniques.lora import LoRALinear
 
-pytestmark = pytest.mark.slow
-
 
 def test_an_adapter_that_does_not_begin_at_zero_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nn.init, "zeros_", nn.init.ones_)  # of B

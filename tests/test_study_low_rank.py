@@ -9,8 +9,6 @@ from helpers.studies import failed
 from experiments import low_rank as study
 from llama_ft.techniques.lora import LoRALinear
 
-pytestmark = pytest.mark.slow
-
 
 def test_the_smallest_singular_values_first_fail(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     svd = torch.linalg.svd

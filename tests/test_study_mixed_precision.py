@@ -12,8 +12,6 @@ from experiments import mixed_precision_runs as runs
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.techniques.mixed_precision import Precision
 
-pytestmark = pytest.mark.slow
-
 
 def test_an_autocast_that_does_nothing_loses_nothing(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Precision, "autocast", lambda self: nullcontext())

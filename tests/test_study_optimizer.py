@@ -10,8 +10,6 @@ from torch.optim import Adam, AdamW
 from experiments import optimizer as study
 from llama_ft.training import setup
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.mark.parametrize(("form", "claim"), [({"foreach": True}, 1), ({"amsgrad": True, "fused": True}, 0)])
 def test_an_optimizer_that_needs_more_memory_fails(

@@ -12,8 +12,6 @@ from llama_ft.config import UserError
 from llama_ft.data import collate as collation
 from llama_ft.data.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.slow
-
 
 def quirks() -> dict[str, Any]:
     tokenizer = tiny_tokenizer()

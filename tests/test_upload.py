@@ -25,8 +25,6 @@ from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfi
 from llama_ft.tracking import upload_runs, wandb_run
 from llama_ft.tracking.base import RUN_FILES
 
-pytestmark = pytest.mark.slow
-
 KEY = "5ec2e75ec2e75ec2e75ec2e75ec2e75ec2e7abcd"
 OFFLINE = UploadConfig(mode=TrackerMode.offline)
 
