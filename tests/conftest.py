@@ -118,7 +118,7 @@ def small_config(tiny_config: TrainConfig) -> TrainConfig:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    slow = "study_ plan_published convert upload tracking pretrain sample_data table1 experiments evaluate kv_cache".split()
+    slow = "study_ plan_published convert upload tracking pretrain sample_data table1 experiments evaluate kv_cache"
     for item in items:
-        if item.path.stem.removeprefix("test_").startswith(tuple(slow)):
+        if item.path.stem.removeprefix("test_").startswith(tuple(slow.split())):
             item.add_marker("slow")
