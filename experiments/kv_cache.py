@@ -16,6 +16,7 @@ from experiments.shared import load_tiny, prompt_source
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.checks import check, setting
+from llama_ft.device import use_kernels_of
 from llama_ft.system import MIB
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ class KVCacheOptions(Options):
         """
         has_gpu = torch.cuda.is_available()
         check(has_gpu or self.device is not DeviceChoice.cuda, "device", "cuda", "cpu: PyTorch sees no CUDA GPU here")
-        return torch.device("cuda" if has_gpu and self.device is not DeviceChoice.cpu else "cpu")
+        device = torch.device("cuda" if has_gpu and self.device is not DeviceChoice.cpu else "cpu")
+        use_kernels_of(device)
+        return device
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 SCALES, QUICK_SCALES = (0, 4, 8, 16, 24), (0, 16, 24)  # powers of 2 that the loss is multiplied by
 FIRST_SCALE = 16  # the power that GradScaler begins with
 MODELS = {"tiny": "3.4M", "llama3_2_1b": "1.2B", "llama2_7b": "6.7B"}
-GROUPED = "llama3_2_1b"  # several queries share keys and values; in fp32 no kernel then spares the matrix of scores
 TOKENS, QUICK_TOKENS = (128, 1024, 8192, 65536), (128, 65536)  # of a micro-batch
 FEW, MANY = "128", "65536"
 LABELS = {"full": "full", "lora_plain": "LoRA (fp32)", "lora_16bit": "LoRA (16 bit)"}
@@ -109,22 +108,15 @@ def _step_claims(lost: Numbers, scaler: Numbers) -> list[Claim]:
 def _memory_claims(memory: Numbers, with_ga: float) -> list[Claim]:
     peak, activation = memory["peak"], memory["activation"]["full"]
     full, seven = peak["full"], {setting: models["llama2_7b"] for setting, models in peak.items()}
-    multi_head = [model for model in MODELS if model != GROUPED]
-    halved = [ratio for model in multi_head for ratio in full[model].values() if ratio <= HALVED]
-    kept = [ratio for model in multi_head for ratio in activation[model].values()]
+    halved = [ratio for model in MODELS for ratio in full[model].values() if ratio <= HALVED]
+    kept = [ratio for model in MODELS for ratio in activation[model].values()]
     return [
         Claim(
-            "in full fine-tuning of models with multi-head attention memory is roughly halved, to"
-            f" {100 * HALVED:g} percent or less, nowhere: not even activations by themselves are",
+            f"in full fine-tuning memory is roughly halved, to {100 * HALVED:g} percent or less, nowhere: not even"
+            " activations by themselves are",
             not halved and min(kept) > HALVED,
-            {f"percent, {MODELS[model]}, {MANY} tokens": 100 * full[model][MANY] for model in multi_head}
+            {f"percent, {MODELS[model]}, {MANY} tokens": 100 * full[model][MANY] for model in MODELS}
             | {"activations of 6.7B": 100 * activation["llama2_7b"][MANY]},
-        ),
-        Claim(
-            f"with PyTorch's grouped attention it is, where activations dominate: on {MANY} tokens of 1.2B. In fp32 it"
-            " keeps all scores, in 16 bit, as FlashAttention, none",
-            full[GROUPED][MANY] <= HALVED and full[GROUPED][FEW] >= 0.99,
-            {f"percent, {n} tokens": 100 * full[GROUPED][n] for n in (FEW, MANY)},
         ),
         Claim(
             f"fully fine-tuning 6.7B on {FEW} tokens it saves nothing, and with GA it costs 5 percent or more",

@@ -1,11 +1,11 @@
-"""The device a run uses: choosing it, naming it, its clock, its memory and the limit on it."""
+"""The device a run uses: choosing it, naming it, its kernels, its memory and the limit on it."""
 
 import os
 import platform
 import re
 import resource
-import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -14,27 +14,106 @@ import torch
 
 from llama_ft import __version__
 from llama_ft.config import DeviceChoice, Dtype, GpuConfig, UserError
-from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, data_bytes, resident_bytes
+from llama_ft.system import (
+    MIB,
+    NEAR_LIMIT,
+    OUT_OF_MEMORY_TEXT,
+    data_bytes,
+    first_sentence,
+    may_have_gpu,
+    resident_bytes,
+)
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
     """The device to run on.
 
     Raises:
-        UserError: if a GPU is asked for and PyTorch sees none, or it is smaller than the profile's card.
+        UserError: if a GPU is asked for that PyTorch does not see or has no kernels for, or that is less than the
+            profile's card.
     """
-    if gpu.device is DeviceChoice.cuda and not torch.cuda.is_available():
-        raise UserError(f"gpu={gpu.name} needs a CUDA GPU, and PyTorch sees none here: use gpu=cpu or gpu=auto")
-    if gpu.device is DeviceChoice.cpu or not torch.cuda.is_available():
+    if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
-    device = torch.device("cuda", torch.cuda.current_device())
-    total = torch.cuda.get_device_properties(device).total_memory / MIB
-    if gpu.usable_mib is not None and gpu.usable_mib > total:
-        raise UserError(
-            f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than the {total:,.0f} MiB of this"
-            f" {device_name(device)}: use gpu=auto"
-        )
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA's own put the fastest first
+    if reason := why_no_gpu():
+        if gpu.device is DeviceChoice.cuda or gpu.index is not None:
+            raise UserError(f"gpu={gpu.name} needs a CUDA GPU, and {reason}: use gpu=cpu, or see docs/gpus.md")
+        return torch.device("cpu")
+    index, n_gpus = gpu.index or 0, torch.cuda.device_count()
+    if index >= n_gpus:
+        raise UserError(f"gpu.index={index}: PyTorch sees {n_gpus} here; the last is gpu.index={n_gpus - 1}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    check_card(device, gpu)
     return device
+
+
+def check_card(device: torch.device, gpu: GpuConfig) -> None:
+    """Raise a UserError if PyTorch has no kernels for a card, or the card is less than the profile's."""
+    card = torch.cuda.get_device_properties(device)
+    capability, total_mib = (card.major, card.minor), card.total_memory / MIB
+    built_for = torch.cuda.get_arch_list()
+    if not has_kernels(capability, built_for):
+        raise UserError(
+            f"PyTorch {torch.__version__} has no kernels for this {card.name}: its compute capability is"
+            f" {card.major}.{card.minor}, and they are for {', '.join(built_for)}; docs/gpus.md says which build has"
+        )
+    if gpu.capability is not None and gpu.capability > capability:
+        raise UserError(
+            f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and this {card.name} has the older"
+            f" {card.major}.{card.minor}, without all of that one's kernels: use gpu=auto"
+        )
+    if gpu.usable_mib is not None and gpu.usable_mib > total_mib:
+        raise UserError(
+            f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than the {total_mib:,.0f} MiB of this"
+            f" {card.name}: use gpu=auto"
+        )
+
+
+def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
+    """Whether a build for architectures such as `sm_80` or `compute_90` runs on a card.
+
+    Binaries run from their own version up to the next major one; PTX, `compute_*`, is compiled for any later card;
+    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability).
+    """
+    for kind, digits, letter in re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures)):
+        built = int(digits[:-1]), int(digits[-1])
+        is_older = not letter and built < capability
+        if built == capability or (is_older and (kind == "compute" or built[0] == capability[0])):
+            return True
+    return not architectures
+
+
+def why_no_gpu() -> str | None:
+    """Why PyTorch sees no CUDA GPU; None if it sees one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an old driver: it is in the reason
+        if torch.cuda.is_available():
+            return None
+    if platform.system() == "Darwin":
+        return "Apple's GPUs are not used"
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} is built without CUDA"
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides it"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return first_sentence(str(error))
+    return "PyTorch sees none"
+
+
+def about_device(device: torch.device, gpu: GpuConfig) -> str:
+    """What is run on, and why; in a second line what is wrong, where that is not the GPU that the machine has."""
+    why, warning, n_gpus = f"gpu={gpu.name}", "", 0
+    if device.type == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
+        why += f"; gpu.index={device.index} of {n_gpus}"
+    elif gpu.device is DeviceChoice.auto and device.type == "cpu":
+        reason = why_no_gpu()
+        why += f"; {reason}"
+        if may_have_gpu():
+            warning = f"\nWARNING: this machine has an NVIDIA GPU, and it is not used: {reason}; see docs/gpus.md"
+    return f"device: {device_name(device)} ({why}){warning}"
 
 
 def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
@@ -60,10 +139,22 @@ def device_of_profile(gpu: GpuConfig, limit_mib: int | None = None) -> torch.dev
     device, limit_mib = choose_device(gpu), limit_mib or gpu.usable_mib
     if limit_mib is not None:
         limit_memory(device, limit_mib)
-    if gpu.capability is not None and gpu.capability < (8, 0):  # kernels that it lacks need less memory than its own
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    use_kernels_of(device, gpu.capability)
     return device
+
+
+def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
+    """Use the kernels that runs are measured and planned with, whatever the environment or the card's own are.
+
+    fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in 16 bit and
+    else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell, builds a
+    plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute capability
+    8.0, the card's or the one given instead, there is no FlashAttention.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
 
 
 def device_name(device: torch.device) -> str:
@@ -77,27 +168,6 @@ def device_name(device: torch.device) -> str:
     name = match[1] if match else platform.processor() or platform.machine()
     n_threads = torch.get_num_threads()
     return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
-
-
-class Stopwatch:
-    """Sums the seconds of its parts, with the device idle at both ends of each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._start = device, 0.0
-        self.seconds = 0.0
-
-    def start(self) -> None:
-        """Begin a part."""
-        self._start = self._now()
-
-    def stop(self) -> None:
-        """End the part."""
-        self.seconds += self._now() - self._start
-
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        return time.perf_counter()
 
 
 def memory_in_use_mib(device: torch.device) -> float:
@@ -136,9 +206,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if not isinstance(error, RuntimeError | OSError | ImportError):
         return False
-    # oneDNN says no more than this, for other reasons too.
-    unclear = re.search("could not (create|execute) a primitive", str(error)) is not None
-    return bool(OUT_OF_MEMORY_TEXT.search(str(error))) or (unclear and is_near_data_limit())
+    text = str(error)
+    if "could not create a primitive" in text or "could not execute a primitive" in text:  # oneDNN says no more
+        return is_near_data_limit()
+    if "CUBLAS_STATUS_NOT_INITIALIZED" in text:  # its handle needs memory
+        return is_gpu_full()
+    return OUT_OF_MEMORY_TEXT.search(text) is not None
 
 
 @contextmanager
@@ -156,6 +229,11 @@ def is_near_data_limit() -> bool:
     """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return limit != resource.RLIM_INFINITY and data_bytes(os.getpid()) > NEAR_LIMIT * limit
+
+
+def is_gpu_full() -> bool:
+    """Whether the GPU in use has no room left for what a library keeps there: 512 MiB."""
+    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 512 * MIB
 
 
 def versions() -> dict[str, str | None]:

@@ -44,13 +44,14 @@ def main() -> int:
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     inputs = load_inputs(config, log)
-    from llama_ft.device import compute_dtype, device_name, device_of_profile, out_of_memory_explained, versions
+    from llama_ft import device as devices
     from llama_ft.evaluation.measures import measure_models
 
-    device = device_of_profile(config.gpu)
-    dtype = compute_dtype(config.dtype, device, config.gpu)
+    device = devices.device_of_profile(config.gpu)
+    log(devices.about_device(device, config.gpu))
+    dtype = devices.compute_dtype(config.dtype, device, config.gpu)
     with output_folder(config.output, "evaluations", config.model.name) as folder:
-        with out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
+        with devices.out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
         text = None
         if inputs.text is not None:
@@ -64,9 +65,9 @@ def main() -> int:
             models=[model for model, _ in measured],
             majority=inputs.data.majority if config.exact_match else None,
             settings=config.to_dict(),
-            device=device_name(device),
+            device=devices.device_name(device),
             dtype=str(dtype).removeprefix("torch."),
-            versions=versions(),
+            versions=devices.versions(),
             command=cli.command_line(),
         )
         report(result, answer_lines(inputs, measured) if config.exact_match else "", folder, console)

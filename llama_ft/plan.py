@@ -1,5 +1,6 @@
 """`python -m llama_ft.plan`: what each combination of techniques would need and take on a card, without the card."""
 
+import os
 import sys
 from functools import partial
 
@@ -49,6 +50,7 @@ def main() -> int:
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # planning needs no GPU: `planning/worker.py` says why it must see none
     from llama_ft.planning.lengths import data_lengths
 
     lengths, data = data_lengths(config, log)

@@ -7,12 +7,30 @@ from pathlib import Path
 
 MIB = 2**20
 
-# Said by PyTorch on the CPU, by CUDA, by C++ code that nothing catches, and by the loader of shared libraries.
+# Said by PyTorch on the CPU, by CUDA, its driver and its libraries, by C++ code that nothing catches, and by the loader
+# of shared libraries. NVML's failing is what CUDA's running out becomes where NVML does not know the card: on a slice
+# of it (MIG), on Jetson, in some containers (pytorch/pytorch#112377).
 OUT_OF_MEMORY_TEXT = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
-    r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
+    r"|failed to map segment|CUDA (driver )?error: out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC"
+    r"|NVML_SUCCESS == r INTERNAL ASSERT"
 )
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+def first_sentence(text: str) -> str:
+    """Of what a library says; what follows is often advice for its own developers."""
+    return next(iter(text.strip().splitlines()), "").split(". ")[0].rstrip(".")
+
+
+def is_wsl() -> bool:
+    """Whether this is Linux under Windows (WSL 2), where CUDA is Windows' driver's."""
+    return Path("/dev/dxg").exists()
+
+
+def may_have_gpu() -> bool:
+    """Whether the machine has an NVIDIA GPU's driver, or under Windows may have; whatever PyTorch can do with it."""
+    return is_wsl() or Path("/proc/driver/nvidia/version").exists()
 
 
 def resident_bytes(pid: int) -> int:

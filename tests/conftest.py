@@ -10,6 +10,9 @@ from typing import Any
 
 # Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The CPU's figures are what these tests know; those of the GPU have a file of their own, to be run by itself.
+if not any("test_gpu.py" in argument for argument in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 from omegaconf import OmegaConf
@@ -22,7 +25,6 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment for a command of the checkout; a PYTHONPATH in `extra` comes before the checkout."""
     variables = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS")}
-    # The CPU's figures are what these tests know; those of the GPU have a file of their own.
     variables |= {"CUDA_VISIBLE_DEVICES": ""} | (extra or {})
     paths = [(extra or {}).get("PYTHONPATH"), str(CHECKOUT)]
     return variables | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -124,6 +124,7 @@ def test_runs_of_another_device_calibrate_nothing(config: TrainConfig, tmp_path:
         ("a100_40gb", "NVIDIA A100-SXM4-40GB", True),
         ("rtx4090_24gb", "NVIDIA GeForce RTX 4090", True),
         ("NVIDIA H200", "NVIDIA H200", True),  # of gpu=auto
+        ("a100_40gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", False),
         ("a100_40gb", "NVIDIA H200", False),  # a run capped at the profile's memory, at another card's speed
     ],
 )

@@ -431,6 +431,7 @@ NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan.")
     "training.save_every",
     "training.resume",
     "data.cache_dir",
+    "gpu.index",
 }
 MEASURED = [leaf for leaf in LEAVES if leaf not in NOT_MEASURED]
 

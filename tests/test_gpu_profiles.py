@@ -62,7 +62,7 @@ def test_profile_is_complete(card):
     assert set(values) == {"name", "device", "tflops"} | FIGURES - {"fp32", "tf32", "fp16", "bf16"}
     assert set(values["tflops"]) == {"fp32", "tf32", "fp16", "bf16"}
     assert (values["name"], values["device"]) == (card, "cuda")
-    assert asdict(profile(card)) == values | {"device": profile(card).device}
+    assert asdict(profile(card)) == values | {"device": profile(card).device, "index": None}
 
 
 @pytest.mark.parametrize("card", CARDS)

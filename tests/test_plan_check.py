@@ -82,11 +82,14 @@ def test_capacity_is_the_cards_or_what_is_free_or_the_limit() -> None:
         return capacity_of(config, free_mib, "H200")
 
     real = replace(CARD, memory_mib=None, context_mib=0)
+    libraries = 300  # come after free memory was asked for
     assert capacity(CARD, 5000) == Capacity(1000, 10, "a has 1,000")
-    assert capacity(real, 1234.5) == Capacity(1234.5, 0, "this H200 has 1,234 free")
+    assert capacity(real, 1234.5) == Capacity(1234.5, libraries, "this H200 has 1,234 free")
     assert capacity(CARD, 5000, 500) == Capacity(500, 0, "measure.memory_limit_mib allows 500")
     assert capacity(CARD, 5000, 995) == Capacity(1000, 10, "a has 1,000")  # the context leaves no more
-    assert capacity(CARD, 300) == Capacity(300, 0, "this H200 has 300 free")  # a shared card, smaller than the profile
+    assert capacity(CARD, 300) == Capacity(
+        300, libraries, "this H200 has 300 free"
+    )  # a shared card, smaller than the profile
 
 
 def test_the_gpu_that_is_here_is_asked_and_the_run_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,13 +111,16 @@ def test_runs_have_expandable_segments_unless_the_user_says_otherwise(
 ) -> None:
     for each in process.ALLOCATOR_VARIABLES:
         monkeypatch.delenv(each, raising=False)
-    ours = process.child_environment()
-    assert ours["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    ours = process.child_environment(on_cpu=False)
+    assert ours["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert ours["PATH"] == os.environ["PATH"]
     monkeypatch.setenv(name, "backend:cudaMallocAsync")
-    theirs = process.child_environment()
+    theirs = process.child_environment(on_cpu=False)
     assert theirs.keys() & set(process.ALLOCATOR_VARIABLES) == {name}
     assert theirs[name] == "backend:cudaMallocAsync"
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(process, "is_wsl", lambda: True)  # where the driver may lack the calls
+    assert not process.child_environment(on_cpu=False).keys() & set(process.ALLOCATOR_VARIABLES)
 
 
 def test_a_plan_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,16 +170,20 @@ def test_dropout_on_a_card_keeps_a_byte_a_value() -> None:
     assert masks == [0, 2 * config.model.n_layers * 32 * config.model.dim]  # of wq and wv: 32 positions
 
 
-def test_attention_without_a_sparing_kernel_keeps_its_matrices() -> None:
-    spared, grouped, samples = small_config(), small_config(), [Sample([1] * 65, 5)]
+def test_grouped_queries_cost_repeated_keys_and_values_where_no_kernel_takes_them() -> None:
+    """And no S x S scores: on CUDA the memory-efficient kernel takes what is repeated."""
+    multi_head, grouped, samples = small_config(), small_config(), [Sample([1] * 65, 5)]
     grouped.model = replace(grouped.model, n_kv_heads=1)
-    more = [fake_run(config, samples, ON_CUDA).use.max_mib["activation"] for config in (grouped, spared)]
-    matrices = grouped.model.n_layers * grouped.model.n_heads * 64 * 64 * 4 / MIB  # softmax, fp32, S = 64
-    assert more[0] - more[1] > 0.9 * matrices
-    assert not ON_CUDA.materialises_attention(grouped.model, is_16bit=True)
     older = Traits(on_cuda=True, has_bf16=False, has_flash=False)
-    assert older.materialises_attention(grouped.model, is_16bit=True)
-    assert not older.materialises_attention(spared.model, is_16bit=True)
+
+    def kept(config, traits) -> float:
+        return fake_run(config, samples, traits).use.max_mib["activation"]
+
+    one_head = 2 * 64 * grouped.model.head_dim * 4 / MIB  # keys and values of a layer, S = 64, in fp32
+    saved = grouped.model.n_layers * (grouped.model.n_heads - 1) * one_head
+    assert kept(multi_head, ON_CPU) - kept(grouped, ON_CPU) > 0.8 * saved
+    assert kept(multi_head, ON_CUDA) - kept(grouped, ON_CUDA) < 0.2 * saved
+    assert [ON_CUDA.repeats_keys(True), ON_CUDA.repeats_keys(False), older.repeats_keys(True)] == [False, True, True]
 
 
 def test_what_a_profile_says_of_its_card() -> None:
@@ -188,7 +192,8 @@ def test_what_a_profile_says_of_its_card() -> None:
     assert traits_of(card(capability="8.6")) == ON_CUDA
     assert traits_of(CPU_PROFILE) == ON_CPU
     assert workspace_bytes(card(capability="8.0")) == 2 * 8_519_680
-    assert workspace_bytes(card(capability="9.0")) == 2 * 32 * MIB
+    for capability in ("9.0", "10.0", "12.0"):
+        assert workspace_bytes(card(capability=capability)) == 2 * 32 * MIB
     assert workspace_bytes(CPU_PROFILE) == 0
     # An fp32 run cannot tell these cards apart.
     assert relevant_traits(older, small_config()) == ON_CUDA

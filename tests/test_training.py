@@ -127,7 +127,7 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     data = Windows.over(load_data(small_config).samples, step, 1, 2)
     assert data.steps_per_epoch == 3
     schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
-    meter = StepMeter(3 * epochs, lambda: 1.0, step.scaler.is_enabled())
+    meter = StepMeter(3 * epochs, step.device, step.scaler.is_enabled())
     read = [meter.record(output) for output in train(step, schedule, data, epochs, Position())]
     return [metrics for metrics in [*read, meter.flush()] if metrics is not None]
 

@@ -14,7 +14,7 @@ from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
-from llama_ft.device import DTYPES
+from llama_ft.device import DTYPES, use_kernels_of, why_no_gpu
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
@@ -60,7 +60,8 @@ def load(
     has_gpu = torch.cuda.is_available()
     place = torch.device(device or ("cuda" if has_gpu else "cpu"))
     if place.type == "cuda" and not has_gpu:
-        raise UserError(f"device={device}: PyTorch sees no GPU here")
+        raise UserError(f"device={device}: {why_no_gpu()}")
+    use_kernels_of(place)
     loaded = load_model(sizes, str(source.checkpoint), place, dtype_of(dtype), seed)
     return loaded, Tokenizer(source.tokenizer_file)
 

@@ -12,7 +12,6 @@ from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.device import memory_in_use_mib
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.model.transformer import Transformer
@@ -120,7 +119,7 @@ def finetune(
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     total_steps = data.steps_per_epoch * epochs
     schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
-    meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled())
+    meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
     yield from filter(None, map(meter.record, train(step, schedule, data, epochs, Position())))
     if (last := meter.flush()) is not None:
         yield last

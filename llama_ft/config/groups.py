@@ -92,6 +92,9 @@ class GpuConfig:
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
+    index: int | None = setting(
+        None, "which GPU, as nvidia-smi numbers those that can be seen; null is the first", at_least=0
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "gpu.")

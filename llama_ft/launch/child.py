@@ -25,6 +25,10 @@ from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, w
 from llama_ft.system import MIB
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
+HINTS = {
+    "CUDA driver error": "PYTORCH_ALLOC_CONF=expandable_segments:False may help",
+    "CUDA error": "CUDA_LAUNCH_BLOCKING=1 makes the traceback show where",
+}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,7 +66,9 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
         return "error", f"{file} cannot be written during {stage}: {error.strerror}"
     with suppress(OSError):  # the disk may be full, and the result still fit
         traceback.print_exception(error)  # into train.log: this one is ours to mend
-    return "error", f"{type(error).__name__} during {stage}: {error} (traceback in {LOG_FILE})"
+    text = next(iter(str(error).strip().splitlines()), "")  # CUDA's other lines are advice for those who write kernels
+    hint = next((f"; {hint}" for said, hint in HINTS.items() if said in text), "")
+    return "error", f"{type(error).__name__} during {stage}: {text}{hint} (traceback in {LOG_FILE})"
 
 
 def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Callable[[str], None]) -> None:
@@ -92,15 +98,14 @@ def main() -> None:
         interrupts.install()
         stage = "reading the data"
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
-        log(f"data: {dataset.describe()}")
         with interrupts_held_back():  # half an import of torch cannot be recovered from
-            import torch
-
             from llama_ft.launch.run import MeasuredRun
-        if check_fit and torch.cuda.is_available():
-            stage = "planning"
-            refuse_what_does_not_fit(config, dataset, log)
+        stage = "choosing the device"
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
+        log(f"data: {dataset.describe()}")
+        if check_fit and run.device.type == "cuda":
+            run.stage = "planning"
+            refuse_what_does_not_fit(config, dataset, log)
         run.execute()
         result.status = "ok"
     except BaseException as error:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ft.config import PACKAGE_DIR, TrainConfig
+from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import interrupts_held_back
@@ -23,6 +23,7 @@ from llama_ft.system import (
     NEAR_LIMIT,
     OUT_OF_MEMORY_TEXT,
     data_bytes,
+    is_wsl,
     oom_kills,
     resident_bytes,
     total_memory_bytes,
@@ -36,9 +37,13 @@ THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 # written to new pages in each step. As huge pages (Linux, glibc 2.35 and later) these cost a quarter of the time.
 PAGES_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 # The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
-# into: it reserves less, and what the planner's model of it says (`planning/allocator.py`).
-ALLOCATOR_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first is the newer name
+# into: it reserves less, and what the planner's model of it says (`planning/allocator.py`). Under Windows the driver
+# may lack the calls for it, and the first allocation fails (pytorch/pytorch#192330).
+ALLOCATOR_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # of any age
+# A run on the CPU sees no GPU: PyTorch would make a context there all the same, of hundreds of MiB on both sides, when
+# an optimizer steps (2.13) or memory is pinned.
+CPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": ""}
 SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
@@ -74,7 +79,8 @@ def run_in_child(
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     kills_before, seen = oom_kills(), Seen()
-    child = start([str(run_dir), command, *([CHECK_FIT] if check_fit else [])], run_dir / LOG_FILE, lock)
+    arguments = [str(run_dir), command, *([CHECK_FIT] if check_fit else [])]
+    child = start(arguments, run_dir / LOG_FILE, lock, config.gpu.device is DeviceChoice.cpu)
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt:
@@ -97,21 +103,23 @@ def run_in_child(
     return result
 
 
-def start(arguments: list[str], log_file: Path, lock: int) -> subprocess.Popen[bytes]:
+def start(arguments: list[str], log_file: Path, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
     command = [sys.executable, "-m", "llama_ft.launch.child", *arguments]
-    pipe, environment = subprocess.PIPE, child_environment()
+    pipe, environment = subprocess.PIPE, child_environment(on_cpu)
     with log_file.open("ab") as log, interrupts_held_back():
         return subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=(lock,), env=environment
         )
 
 
-def child_environment() -> dict[str, str]:
+def child_environment(on_cpu: bool) -> dict[str, str]:
     """Our environment with what a run needs in it; what the user has set stays."""
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
-    allocator = {} if any(name in os.environ for name in ALLOCATOR_VARIABLES) else ALLOCATOR_ENVIRONMENT
-    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
+    set_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
+    allocator = {} if set_by_user or is_wsl() else ALLOCATOR_ENVIRONMENT
+    ours = {"PYTHONPATH": path} | (CPU_ENVIRONMENT if on_cpu else {})
+    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | ours
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, on_step: OnStep) -> None:

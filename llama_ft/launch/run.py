@@ -10,16 +10,17 @@ from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import (
-    Stopwatch,
+    about_device,
     device_name,
     device_of_profile,
     has_bf16,
-    memory_in_use_mib,
     peak_rss_mib,
     versions,
 )
 from llama_ft.launch.interrupts import Interrupts
+from llama_ft.measure.card import Card, attention_kernel
 from llama_ft.measure.memory import MemoryUse
+from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
@@ -45,7 +46,16 @@ class MeasuredRun:
     result: Result
     log: Callable[[str], None]
     interrupts: Interrupts
-    stage: str = "start-up"
+    stage: str = "choosing the device"
+
+    def __post_init__(self) -> None:
+        """Choose the device, and say which it is; a UserError if it cannot be had."""
+        gpu = self.config.gpu
+        self.device = device_of_profile(gpu, self.config.memory_limit_mib)
+        self.card = Card(self.device) if self.device.type == "cuda" else None
+        self.result.device, self.result.versions = device_name(self.device), versions()
+        self.result.card = self.card.facts if self.card else None
+        self.log(about_device(self.device, gpu))
 
     def execute(self) -> None:
         """Do all of it, noting results in `self.result` and the stage in `self.stage`.
@@ -54,12 +64,12 @@ class MeasuredRun:
             UserError: for whatever the user can put right.
             KeyboardInterrupt: once the run is saved, if it was to be saved.
         """
-        config = self.config
+        config, device = self.config, self.device
         torch.manual_seed(config.training.seed)
-        device = device_of_profile(config.gpu, config.memory_limit_mib)
-        self.result.device, self.result.versions = device_name(device), versions()
         precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
+        if self.card:
+            self.card.facts.attention_kernel = attention_kernel(config.model, precision.compute, device)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
         counts = [(each.numel(), each.requires_grad) for each in step.model.parameters()]
@@ -81,19 +91,23 @@ class MeasuredRun:
         use = measure_worst_case(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
-            seconds = self._loop(step, data, file, fixed)
-            steps = file.steps
+            watch = self._loop(step, data, file, fixed)
+            steps, seconds = file.steps, watch.seconds
         self._note_memory(use, step.device)
+        if self.card:
+            self.card.note_end(watch.mean_power_w)
         result, tokens = self.result, sum(len(sample) for sample in samples) * training.epochs
         result.runtime_s, result.samples, result.tokens = seconds, len(samples) * training.epochs, tokens
         result.tokens_per_s = tokens / seconds
+        result.joules_per_token = watch.mean_power_w and watch.mean_power_w / result.tokens_per_s
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
         result.train_loss_after = evaluate_loss(step, fixed)
 
-    def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> float:
-        """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the seconds it took."""
-        training, watch = self.config.training, Stopwatch(step.device)
+    def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> Stopwatch:
+        """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the time it took."""
+        training = self.config.training
+        watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
         total_steps = data.steps_per_epoch * training.epochs
         schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
         saver = Saver(self.run_dir, self.config.hash(), step, schedule)
@@ -103,7 +117,7 @@ class MeasuredRun:
         if training.saves_when_interrupted:
             self.interrupts.held = True
         last = file.steps[-1] if file.steps else None
-        meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled(), last)
+        meter = StepMeter(total_steps, step.device, step.scaler.is_enabled(), last)
         watch.start()
         for output in train(step, schedule, data, training.epochs, position):
             file.write(meter.record(output))
@@ -122,7 +136,7 @@ class MeasuredRun:
                 meter.restart_clock()
         watch.stop()
         file.write(meter.flush())
-        return watch.seconds
+        return watch
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""

@@ -71,13 +71,24 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
+def repeats_keys(q: Tensor, mask: Tensor | None) -> bool:
+    """Whether the keys and values that queries share must be repeated, once for each head of queries.
+
+    On CUDA FlashAttention alone takes them as they are, in 16 bit and without a mask. The memory-efficient kernel
+    takes everything else once they are repeated; PyTorch by itself would compute and keep S x S scores in fp32
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
+    return q.is_cuda and not (mask is None and q.dtype.itemsize == 2 and torch.backends.cuda.flash_sdp_enabled())
+
+
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); multi-head where K = H."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.grouped = config.n_kv_heads != config.n_heads
+        self.group_size = config.n_heads // config.n_kv_heads  # query heads that share a head of keys and values
+        self.repeats_keys = repeats_keys
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
@@ -90,8 +101,11 @@ class Attention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
+        grouped = self.group_size > 1
+        if grouped and self.repeats_keys(q, mask):
+            k, v, grouped = *(t.repeat_interleave(self.group_size, dim=1) for t in (k, v)), False
         causal = mask is None and q.shape[2] > 1  # a single query is the last one, and may attend to all keys
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.grouped)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
         return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
 

@@ -1,7 +1,7 @@
 """How much memory PyTorch's CUDA allocator reserves for a sequence of allocations.
 
 It asks the driver for whole pages and keeps them, so it reserves more than is allocated at any time. This is its
-behaviour with expandable segments (`PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA), after
+behaviour with expandable segments (`PYTORCH_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA), after
 c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from one pool with pages of
 2 MiB, above it from another with pages of 20 MiB; each pool is one range of addresses that grows at its end; a request
 takes the smallest free block that is large enough, the lowest of several, and leaves the rest of it free; the block at

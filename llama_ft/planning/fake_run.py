@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ft.config import TrainConfig
@@ -21,6 +20,7 @@ from llama_ft.data.collate import Batch, Padding
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_windows
+from llama_ft.model.transformer import Attention
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.training.setup import allocate, make_step, shape_model
@@ -51,10 +51,12 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     precision = traits.precision(config)
     on_cpu = replace(precision, device_type="cpu")
     is_16bit = precision.compute != torch.float32
-    kernel = sdpa_kernel(SDPBackend.MATH) if traits.materialises_attention(config.model, is_16bit) else nullcontext()
     model = shape_model(config, on_cpu)
-    with FakeTensorMode() as fake, ShapeCache(fake), kernel:
+    with FakeTensorMode() as fake, ShapeCache(fake):
         allocate(model, torch.device("cpu"))
+        for module in model.modules():
+            if isinstance(module, Attention):
+                module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
         if traits.on_cuda:
             use_fused_dropout(model)
         model.train()

@@ -14,6 +14,10 @@ from llama_ft.planning.gpu_traits import Traits, profile_here, traits_of, worksp
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.system import MIB
 
+# What CUDA's libraries and kernels take when they are first used, beside the context that is there when free memory is
+# asked for: they are loaded late. The profiles' largest context, of an H100, is 676 MiB, and a fresh one about 450.
+LIBRARIES_MIB = 300
+
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
     """What a run would reserve on CUDA, with so many bytes of cuBLAS workspaces, from a fake run for its memory."""
@@ -48,8 +52,8 @@ def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
 def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
     """What a run may use: what is free on the device beside the context; less if its profile or a limit says so."""
     gpu, limit = config.gpu, config.measure.memory_limit_mib
-    capacity = Capacity(free_mib, 0, f"this {device} has {free_mib:,.0f} free")
-    if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib:
+    capacity = Capacity(free_mib, LIBRARIES_MIB, f"this {device} has {free_mib:,.0f} free")
+    if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib - LIBRARIES_MIB:
         capacity = Capacity(gpu.memory_mib, gpu.context_mib, f"{gpu.name} has {gpu.memory_mib:,}")
     if limit is not None and limit < capacity.mib - capacity.context_mib:
         return Capacity(limit, 0, f"measure.memory_limit_mib allows {limit:,}")

@@ -4,13 +4,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, TrainConfig
+from llama_ft.config import DeviceChoice, GpuConfig, TrainConfig
 from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
 # cuBLAS's own memory, from PyTorch's allocator, once for each thread that multiplies: the forward pass's and the
 # backward pass's (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; pytorch/pytorch#89027).
-WORKSPACE_BYTES, HOPPER_WORKSPACE_BYTES, N_WORKSPACES = 4096 * 2 * 1024 + 16 * 8 * 1024, 32 * 2**20, 2
+# Hopper's is larger, and since PyTorch 2.12 Blackwell's (pytorch/pytorch#175344).
+WORKSPACE_BYTES, LARGE_WORKSPACE_BYTES, N_WORKSPACES = 4096 * 2 * 1024 + 16 * 8 * 1024, 32 * 2**20, 2
 
 
 @dataclass(frozen=True)
@@ -34,14 +35,9 @@ class Traits:
         """
         return Precision.of(config, "cuda" if self.on_cuda else "cpu", self.has_bf16)
 
-    def materialises_attention(self, model: ModelConfig, is_16bit: bool) -> bool:
-        """Whether attention there keeps its S x S matrices: no kernel that spares them takes these inputs.
-
-        FlashAttention takes 16 bit alone, from compute capability 8.0 on; the memory-efficient kernel takes all
-        formats, but no grouped queries (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
-        """
-        grouped = model.n_kv_heads != model.n_heads
-        return self.on_cuda and grouped and not (self.has_flash and is_16bit)
+    def repeats_keys(self, is_16bit: bool) -> bool:
+        """Whether attention there repeats the keys and values of grouped queries: `transformer.repeats_keys`."""
+        return self.on_cuda and not (self.has_flash and is_16bit)
 
 
 def traits_of(gpu: GpuConfig) -> Traits:
@@ -63,8 +59,8 @@ def workspace_bytes(gpu: GpuConfig) -> int:
     """What cuBLAS takes from the allocator on the card."""
     if gpu.device is not DeviceChoice.cuda:
         return 0
-    is_hopper = gpu.capability is not None and gpu.capability[0] == 9
-    return N_WORKSPACES * (HOPPER_WORKSPACE_BYTES if is_hopper else WORKSPACE_BYTES)
+    is_large = gpu.capability is not None and gpu.capability[0] in (9, 10, 12)
+    return N_WORKSPACES * (LARGE_WORKSPACE_BYTES if is_large else WORKSPACE_BYTES)
 
 
 def profile_here(gpu: GpuConfig) -> GpuConfig:

@@ -29,6 +29,26 @@ class MemoryItem:
 
 
 @dataclass
+class CardFacts:
+    """What is known of the GPU that a run was measured on. None is not known."""
+
+    index: int  # as PyTorch counts those that it sees
+    driver: str | None = None
+    cudnn: int | None = None  # such as 91900 for 9.19.0
+    attention_kernel: str | None = None  # flash, efficient, cudnn or math, in training
+    matmul_precision: str | None = None  # of fp32 products: highest is fp32 itself, high is TF32
+    allocator: str | None = None  # PYTORCH_ALLOC_CONF
+    n_alloc_retries: int | None = None  # how often the allocator gave its cache back to find room, which takes time
+    n_ooms: int | None = None
+    others_mib: float | None = None  # in use by other processes when the run began
+    context_mib: float | None = None  # in use by the run at its end outside the allocator: context, libraries, kernels
+    context_growth_mib: float | None = None  # how much of that came after the run had chosen its device
+    sm_clock_mhz: int | None = None  # of the multiprocessors, right after the last step
+    max_sm_clock_mhz: int | None = None
+    mean_power_w: float | None = None  # of the whole GPU while the run trained
+
+
+@dataclass
 class Result:
     """A run. What it did not come to measure is None."""
 
@@ -51,6 +71,7 @@ class Result:
     samples: int | None = None
     tokens: int | None = None
     tokens_per_s: float | None = None
+    joules_per_token: float | None = None  # of the whole GPU, where it tells
     peak_memory_mib: float | None = None
     peak_memory_reserved_mib: float | None = None  # of the CUDA allocator
     peak_rss_mib: float | None = None
@@ -68,6 +89,7 @@ class Result:
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None
+    card: CardFacts | None = None  # of a run on a GPU
     schema_version: int = SCHEMA_VERSION
 
 
@@ -110,4 +132,5 @@ def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
     is_on_cuda = result.peak_memory_reserved_mib is not None
     model = re.sub(r"_\d+gb$", "", gpu.lower())
     model, device = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (model, result.device or ""))
-    return is_on_cuda == on_cuda and (not on_cuda or model in device)
+    is_part = " MIG " in (result.device or "")  # a slice of a card computes and holds less than the card
+    return is_on_cuda == on_cuda and (not on_cuda or (model in device and not is_part))

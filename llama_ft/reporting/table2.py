@@ -27,6 +27,7 @@ MEASURES = (
     Measure("Peak RSS, MiB", "peak_rss_mib"),
     Measure("Runtime, s", "runtime_s", always=True, relative=True),
     Measure("Tokens/s", "tokens_per_s"),
+    Measure("Joules/token", "joules_per_token", "{:.3g}".format),
     Measure("Loss before", "train_loss_before", "{:.3f}".format),
     Measure("Loss after", "train_loss_after", "{:.3f}".format),
 )
@@ -87,6 +88,8 @@ def _notes(group: Group) -> list[str]:
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
+    if retried := [f"{r.combination} {r.card.n_alloc_retries}" for r in results if r.card and r.card.n_alloc_retries]:
+        notes.append(f"The allocator emptied its cache to find room, which takes time, so often: {', '.join(retried)}.")
     if group.on_cuda:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:

@@ -2,13 +2,13 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
+from llama_ft.device import memory_in_use_mib
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.training.loop import StepOutput
 
@@ -17,25 +17,25 @@ class StepMeter:
     """Reads each step's loss when the next step has been started, and the device has long computed it.
 
     Args of the constructor:
-        memory_mib: reads the memory in use now, without waiting for the device.
         may_skip: whether a gradient that is not finite skips its step, as under loss scaling, or ends the training.
         last: the step that a resumed run goes on from.
     """
 
     def __init__(
-        self, total_steps: int, memory_mib: Callable[[], float], may_skip: bool = False, last: StepMetrics | None = None
+        self, total_steps: int, device: torch.device, may_skip: bool = False, last: StepMetrics | None = None
     ) -> None:
-        self._total_steps, self._memory_mib, self._may_skip = total_steps, memory_mib, may_skip
+        self._total_steps, self._device, self._may_skip = total_steps, device, may_skip
         self._step = last.step if last else 0
         self._tokens, self._seconds = (last.tokens, last.time_s) if last else (0, 0.0)
-        self._pending: tuple[StepMetrics, Tensor, torch.cuda.Event | None] | None = None
-        self._clock = time.perf_counter()
+        self._pending: tuple[StepMetrics, int, Tensor, Moment] | None = None
+        self._moment: type[Moment] = GpuMoment if device.type == "cuda" else Moment
         # One for the step that is read and one for the step that runs; made here, since making them takes time.
-        self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if torch.cuda.is_available() else []
+        self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if device.type == "cuda" else []
+        self.restart_clock()
 
     def restart_clock(self) -> None:
         """Count time from now on: what went before was no training."""
-        self._clock = time.perf_counter()
+        self._before = self._moment()
 
     def record(self, output: StepOutput) -> StepMetrics | None:
         """Keep a step's output; returns the step before it, if that has not been read yet.
@@ -43,14 +43,13 @@ class StepMeter:
         Raises:
             UserError: if the loss or the gradient of the step before is not finite.
         """
-        scalars, arrived = self._to_host(torch.stack((output.loss, output.grad_norm.to(output.loss.dtype))))
+        scalars = torch.stack((output.loss, output.grad_norm.to(output.loss.dtype)))
+        if self._pinned:  # copied without waiting; the moment comes after the copy
+            scalars = self._pinned[self._step % 2].copy_(scalars, non_blocking=True)
+        done = self._moment()
         before = self.flush()
-        now = time.perf_counter()
-        seconds = now - self._clock
-        self._clock = now
         self._step += 1
         self._tokens += output.n_tokens
-        self._seconds += seconds
         metrics = StepMetrics(
             step=self._step,
             total_steps=self._total_steps,
@@ -58,11 +57,11 @@ class StepMeter:
             grad_norm=None,
             lr=output.lr,
             tokens=self._tokens,
-            tokens_per_s=round(output.n_tokens / seconds, 1),
-            memory_mib=round(self._memory_mib(), 1),
-            time_s=round(self._seconds, 4),
+            tokens_per_s=math.nan,
+            memory_mib=round(memory_in_use_mib(self._device), 1),
+            time_s=math.nan,
         )
-        self._pending = metrics, scalars, arrived
+        self._pending = metrics, output.n_tokens, scalars, done
         return before
 
     def flush(self) -> StepMetrics | None:
@@ -73,10 +72,11 @@ class StepMeter:
         """
         if self._pending is None:
             return None
-        metrics, scalars, arrived = self._pending
+        metrics, n_tokens, scalars, done = self._pending
         self._pending = None
-        if arrived is not None:
-            arrived.synchronize()
+        seconds = done.seconds_after(self._before)
+        self._before = done
+        self._seconds += seconds
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
         wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
@@ -84,13 +84,35 @@ class StepMeter:
             wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
         if wrong:
             raise UserError(f"{wrong}: training stopped; lower training.lr, or use bf16 instead of fp16")
-        return replace(metrics, loss=loss, grad_norm=grad_norm if is_finite else None)
+        return replace(
+            metrics,
+            loss=loss,
+            grad_norm=grad_norm if is_finite else None,
+            tokens_per_s=round(n_tokens / seconds, 1),
+            time_s=round(self._seconds, 4),
+        )
 
-    def _to_host(self, scalars: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        """A copy into pinned memory, which does not wait; the event tells, a step later, that it has arrived."""
-        if not scalars.is_cuda:
-            return scalars, None
-        host, arrived = self._pinned[self._step % 2], torch.cuda.Event()
-        host.copy_(scalars, non_blocking=True)
-        arrived.record()
-        return host, arrived
+
+class Moment:
+    """When the work given to the CPU so far was done: now, since nothing is given to it without being waited for."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def seconds_after(self, earlier: "Moment") -> float:
+        """Between the two."""
+        return self._time - earlier._time
+
+
+class GpuMoment(Moment):
+    """When the GPU has done all that it was given so far: an event in its stream, with the GPU's own time."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def seconds_after(self, earlier: Moment) -> float:
+        """Between the two; waits for this one."""
+        assert isinstance(earlier, GpuMoment)
+        self._event.synchronize()
+        return float(earlier._event.elapsed_time(self._event)) / 1000

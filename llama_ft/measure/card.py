@@ -1,0 +1,95 @@
+"""What a run's numbers depend on beside its config: the GPU's software, kernels, neighbours, clocks and power."""
+
+import os
+from contextlib import suppress
+from typing import Any
+
+import torch
+
+from llama_ft.config import ModelConfig
+from llama_ft.model.transformer import repeats_keys
+from llama_ft.records.result import CardFacts
+from llama_ft.system import MIB
+
+
+class Nvml:
+    """NVIDIA's management library, asked of one GPU. It knows nothing where the library or its driver is missing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._library: Any = None
+        if device.type != "cuda":
+            return
+        uuid = torch.cuda.get_device_properties(device).uuid
+        with suppress(Exception):
+            import pynvml  # type: ignore[import-untyped]
+
+            pynvml.nvmlInit()
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            self._library = pynvml
+
+    def ask(self, name: str, *arguments: object, **options: object) -> Any:
+        """What the library's function `nvmlDeviceNAME` says of the GPU; None where it does not know."""
+        if self._library is None:
+            return None
+        with suppress(self._library.NVMLError):
+            return getattr(self._library, f"nvmlDevice{name}")(self._handle, *arguments, **options)
+        return None
+
+    def joules(self) -> float | None:
+        """Energy that the GPU has used since its driver was loaded (compute capability 7.0 and later)."""
+        millijoules = self.ask("GetTotalEnergyConsumption")
+        return None if millijoules is None else millijoules / 1000
+
+    def sm_clock_mhz(self, highest: bool = False) -> int | None:
+        """Clock of the multiprocessors now, or the highest that there is."""
+        mhz: int | None = self.ask("GetMaxClockInfo" if highest else "GetClockInfo", 1)  # NVML_CLOCK_SM
+        return mhz
+
+    def used_mib(self) -> float | None:
+        """Memory in use on the GPU, whoever has it; not what the driver keeps for itself."""
+        memory = self.ask("GetMemoryInfo", version=self._library and self._library.nvmlMemory_v2)
+        return None if memory is None else memory.used / MIB
+
+    def driver(self) -> str | None:
+        """Version of the driver."""
+        return self._library and str(self._library.nvmlSystemGetDriverVersion())
+
+
+class Card:
+    """The GPU of a run. To be made before the run's first tensor, when all that is in use is other processes'."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.nvml = device, Nvml(device)
+        self._others_mib = self.nvml.used_mib()
+        self.facts = CardFacts(
+            index=device.index,
+            driver=self.nvml.driver(),
+            cudnn=torch.backends.cudnn.version(),
+            matmul_precision=torch.get_float32_matmul_precision(),
+            allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+            others_mib=self._others_mib,
+            max_sm_clock_mhz=self.nvml.sm_clock_mhz(highest=True),
+        )
+        self._context_mib = self._outside_mib()
+
+    def note_end(self, mean_power_w: float | None) -> None:
+        """Note what is known once the run has been measured."""
+        facts, statistics = self.facts, torch.cuda.memory_stats(self._device)
+        outside_mib = self._outside_mib()
+        facts.context_growth_mib = outside_mib - self._context_mib
+        facts.context_mib = None if self._others_mib is None else outside_mib - self._others_mib
+        facts.n_alloc_retries, facts.n_ooms = statistics.get("num_alloc_retries", 0), statistics.get("num_ooms", 0)
+        facts.sm_clock_mhz, facts.mean_power_w = self.nvml.sm_clock_mhz(), mean_power_w
+
+    def _outside_mib(self) -> float:
+        """Memory in use that PyTorch's allocator does not have: contexts, libraries, other processes."""
+        free, total = torch.cuda.mem_get_info(self._device)
+        return (total - free - torch.cuda.memory_reserved(self._device)) / MIB
+
+
+def attention_kernel(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """The kernel that PyTorch takes for a training step's attention: flash, efficient, cudnn or math."""
+    q = torch.empty(1, model.n_heads, 64, model.head_dim, dtype=dtype, device=device)
+    kv = q[:, : model.n_kv_heads] if not repeats_keys(q, None) else q
+    choice = torch._fused_sdp_choice(q, kv, kv, is_causal=True, enable_gqa=kv.shape[1] != q.shape[1])
+    return ("math", "flash", "efficient", "cudnn")[choice]
