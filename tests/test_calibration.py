@@ -125,6 +125,11 @@ def test_runs_of_another_device_calibrate_nothing(config: TrainConfig, tmp_path:
         ("rtx4090_24gb", "NVIDIA GeForce RTX 4090", True),
         ("NVIDIA H200", "NVIDIA H200", True),  # of gpu=auto
         ("a100_40gb", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", False),
+        ("NVIDIA RTX A6000", "NVIDIA RTX A6000", True),
+        ("rtx_a6000_48gb", "NVIDIA RTX A6000", True),
+        ("l4_24gb", "NVIDIA L4", True),
+        ("l4_24gb", "NVIDIA L40S", False),
+        ("rtx3060_12gb", "NVIDIA GeForce RTX 3060 Ti", False),
         ("a100_40gb", "NVIDIA H200", False),  # a run capped at the profile's memory, at another card's speed
     ],
 )

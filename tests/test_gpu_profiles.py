@@ -18,15 +18,21 @@ TOTAL = {
     "t4_16gb": (14.5, 15),
     "p100_16gb": (15.8, 16),
     "v100_32gb": (31.5, 32),
+    "rtx3060_12gb": (11.6, 12),
     "rtx3090_24gb": (23.5, 24),
     "rtx4090_24gb": (23.5, 24),
+    "rtx5090_32gb": (31.3, 32),
+    "a10g_24gb": (21.9, 22.5),  # ECC takes a sixteenth of GDDR6
+    "l4_24gb": (21.9, 22.5),
     "a100_40gb": (39, 40),
     "a100_80gb": (79, 80),
     "h100_80gb": (79, 80),
     "h200_141gb": (139, 141),
+    "b200_180gb": (178, 180),
 }  # GiB
 CAPABILITY = {"t4": "7.5", "p100": "6.0", "v100": "7.0", "rtx3090": "8.6", "rtx4090": "8.9", "a100": "8.0"}
-CAPABILITY |= {"h100": "9.0", "h200": "9.0"}
+CAPABILITY |= {"h100": "9.0", "h200": "9.0", "b200": "10.0", "rtx5090": "12.0"}
+CAPABILITY |= {"rtx3060": "8.6", "a10g": "8.6", "l4": "8.9"}
 CARDS = sorted(TOTAL)
 FIGURES = {"memory_mib", "context_mib", "compute_capability", "bandwidth_gb_s", "fp32", "tf32", "fp16", "bf16"}
 
@@ -91,13 +97,14 @@ def test_formats_follow_the_compute_capability(card):
 def test_rates_are_dense_and_in_order(card):
     rates = profile(card).tflops
     assert 5 < rates.fp32 <= (rates.tf32 or rates.fp32) < rates.fp16
-    # The dense rate; the maker's tables double it for sparse matrices.
-    assert rates.fp16 <= 1000
-    assert 250 <= profile(card).bandwidth_gb_s <= 5000
+    # The dense rate; the maker's tables double it for sparse matrices. A B200 is two dies.
+    dies = 2 if card == "b200_180gb" else 1
+    assert rates.fp16 <= dies * 1130
+    assert 250 <= profile(card).bandwidth_gb_s <= dies * 5000
 
 
 def test_later_cards_of_a_kind_are_faster():
-    chips = ["p100_16gb", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb"]
+    chips = ["p100_16gb", "v100_32gb", "a100_40gb", "a100_80gb", "h100_80gb", "h200_141gb", "b200_180gb"]
     for figure in (lambda gpu: gpu.tflops.fp16, lambda gpu: gpu.bandwidth_gb_s, lambda gpu: gpu.capability):
         assert [figure(profile(card)) for card in chips] == sorted(figure(profile(card)) for card in chips)
     for same in (chips[2:4], chips[4:6]):

@@ -130,7 +130,6 @@ def read_result(run_dir: Path) -> Result | None:
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
     """Whether a run was on a profile's device: any CPU is `cpu`; a card has its name, as `NVIDIA A100` `a100_40gb`."""
     is_on_cuda = result.peak_memory_reserved_mib is not None
-    model = re.sub(r"_\d+gb$", "", gpu.lower())
-    model, device = (re.sub(r"[^a-z0-9]", "", name.lower()) for name in (model, result.device or ""))
-    is_part = " MIG " in (result.device or "")  # a slice of a card computes and holds less than the card
-    return is_on_cuda == on_cuda and (not on_cuda or (model in device and not is_part))
+    words = re.findall(r"[a-z]+|\d+", re.sub(r"_\d+gb$", "", gpu.lower()))
+    model = r"[^a-z\d]*".join(words) + r"\b(?! (?:ti|super|laptop)\b)(?!.* mig )"  # an L40 is no L4, nor is a slice a card
+    return is_on_cuda == on_cuda and (not on_cuda or bool(re.search(rf"\b{model}", (result.device or "").lower())))
