@@ -1,0 +1,92 @@
+"""What the parts of the check share: where they run, what they leave behind."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from experiments.study import Claim
+from llama_ft.config import GpuConfig
+from llama_ft.device import choose_device, use_kernels_of
+from llama_ft.records.result import Result, read_result
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+Numbers = dict[str, Any]  # in JSON's types
+Outcome = tuple[Numbers, list[Claim]]
+Status = Literal["done", "failed", "out of time", "not here"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and on what a part runs."""
+
+    output: Path  # the part's own folder, for runs
+    dry: bool  # on the CPU and the built-in model
+    model: str
+    data: str | None = None
+    tokenizer: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device, with the kernels that runs have."""
+        gpu = GpuConfig("cpu" if self.dry else "auto")
+        device = torch.device("cpu") if self.dry else choose_device(gpu)
+        use_kernels_of(device)
+        return device
+
+    def command(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
+        """Run `python -m llama_ft.NAME ARGUMENTS`; what it printed. Raises a RuntimeError if it cannot be used."""
+        variables = {**os.environ, "PYTHONPATH": str(CHECKOUT), **(environment or {})}
+        if self.dry:
+            variables["CUDA_VISIBLE_DEVICES"] = ""
+        done = subprocess.run(
+            [sys.executable, "-m", f"llama_ft.{name}", *arguments],
+            cwd=CHECKOUT,
+            env=variables,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        if done.returncode not in (0, 1):  # 1: a run of it did not end well, which its result says
+            raise RuntimeError(f"llama_ft.{name} {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+        return done.stdout
+
+    def train(self, *arguments: str, folder: str) -> dict[str, Result]:
+        """The results of a run, or of a sweep's rows by their folder's name, without a tracker."""
+        target = self.output / folder
+        key = "hydra.sweep.dir" if "-m" in arguments else "hydra.run.dir"
+        self.command("train", *arguments, "tracker=disabled", "training.save=false", f"{key}={target}")
+        folders = sorted(file.parent for file in target.rglob("result.json"))
+        return {each.name: result for each in folders if (result := read_result(each))}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the check, run in a process of its own."""
+
+    name: str
+    limit_s: int
+    about: str
+    run: Callable[[Setting], Outcome]
+    needs_gpu: bool = False
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def write(file: Path, status: Status, seconds: float, numbers: Numbers, claims: list[Claim]) -> None:
+    """Leave a part's JSON behind."""
+    listed = [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims]
+    content = {"part": file.stem, "status": status, "seconds": round(seconds, 1), "claims": listed, "numbers": numbers}
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(file)
