@@ -2,32 +2,56 @@
 
 import json
 import os
+import time
+from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
-from conftest import run
-from helpers.models import relative, small_model
+from conftest import injected, run
+from helpers.models import SMALL, make_model, relative, small_model
 from helpers.training import ragged_samples
 
-from llama_ft.config import MixedPrecisionConfig
+from llama_ft.config import GpuConfig, MixedPrecisionConfig, ModelConfig
+from llama_ft.config.presets import preset
 from llama_ft.data.collate import collate
+from llama_ft.data.dataset import Sample
+from llama_ft.decoding.state import GenerationState
+from llama_ft.device import device_of_profile, why_no_gpu
+from llama_ft.measure.card import attention_kernel
+from llama_ft.measure.worst_case import track_memory
+from llama_ft.system import MIB
+from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
+from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.training.loop import StepOutput
+from llama_ft.training.metrics import StepMeter
 from llama_ft.training.step import TrainStep
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")]
-
-
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"{why_no_gpu()}; pytest tests/test_gpu.py shows a GPU"),
+]
 GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 
 
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    """Those of a run."""
+    device_of_profile(GpuConfig("auto"))
+
+
 def step_on(device: str, precision: Precision) -> TrainStep:
-    model = small_model(2).to(device)
+    model = make_model(SMALL).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     return TrainStep(model, optimizer, precision)
 
 
+def sample_of(n_tokens: int) -> Sample:
+    return Sample([5] * n_tokens, 3)
+
+
 def test_losses_equal_those_on_the_cpu() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
     window = [collate(ragged_samples())]
     losses = []
     for device in ("cpu", "cuda"):
@@ -115,3 +139,110 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path) -> None:
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
     assert losses["saved"] == pytest.approx(losses["whole"], rel=1e-3)
+
+
+def test_two_steps_have_two_losses() -> None:
+    """Though the copy of the second loss is there before the first is read."""
+    device = torch.device("cuda", 0)
+    meter, lines = StepMeter(4, device), []
+    for step in range(1, 5):
+        loss = torch.tensor(float(step), device=device)
+        lines.append(meter.record(StepOutput(loss, loss, 0.1, 1)))
+        torch.cuda.synchronize()
+        lines.append(meter.flush() if step == 2 else None)
+    assert [line.loss for line in [*lines, meter.flush()] if line is not None] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("model", ["llama2_7b", "llama3_2_1b"])
+def test_attention_takes_the_kernels_that_the_planner_knows(model: str) -> None:
+    config, device = preset("model", model, ModelConfig), torch.device("cuda", 0)
+    has_flash = torch.cuda.get_device_capability() >= (8, 0)
+    assert attention_kernel(config, torch.float16, device) == ("flash" if has_flash else "efficient")
+    assert attention_kernel(config, torch.float32, device) == "efficient"
+
+
+def test_new_lengths_take_no_longer_than_old_ones() -> None:
+    step, milliseconds = step_on("cuda", Precision("cuda", torch.float16)), []
+    windows = [[collate([sample_of(n)])] for n in range(60, 101)]
+    for _ in range(2):
+        for window in windows:
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            step(window)
+            torch.cuda.synchronize()
+            milliseconds.append(1000 * (time.perf_counter() - began))
+    assert median(milliseconds[1:41]) <= 3 * median(milliseconds[41:])
+
+
+def test_a_run_on_the_cpu_makes_no_context(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    code = (
+        "import atexit, pathlib\n"
+        "def say():\n"
+        "    torch = sys.modules.get('torch')\n"
+        f"    pathlib.Path({str(said)!r}).write_text(str(torch is not None and torch.cuda.is_initialized()))\n"
+        "atexit.register(say)"
+    )
+    environment = GPU | injected(tmp_path / "site", into="llama_ft.launch.child", code=code)
+    arguments = ["gpu=cpu", "training.max_samples=4", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    done = run("llama_ft.train", *arguments, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said.read_text() == "False"
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_the_tracker_does_not_raise_the_peak(precision: torch.dtype) -> None:
+    step, peaks = step_on("cuda", Precision("cuda", precision)), []
+    hardest = [[collate([sample_of(128)])]]
+    use = track_memory(step, hardest)
+    for again in (lambda: track_memory(step, hardest), lambda: step.dry_run(hardest[0])):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        again()
+        peaks.append(torch.cuda.max_memory_allocated() / MIB)
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+    assert use.peak_mib <= peaks[1] + 1
+
+
+def test_no_token_takes_much_longer_than_the_others() -> None:
+    model, seconds = make_model(SMALL).cuda().half().eval(), []
+    with torch.inference_mode():
+        state = GenerationState(model, [list(range(5, 25))], 64, kv_cache=True)
+        for _ in range(64):
+            began = time.perf_counter()
+            state.append(state.next_logits().argmax(-1))
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+    assert max(seconds[8:]) <= 5 * median(seconds[8:])
+
+
+@pytest.mark.parametrize("free_mib", [600, 300])
+def test_a_full_card_is_out_of_memory(tmp_path: Path, free_mib: int) -> None:
+    excess = torch.cuda.mem_get_info()[0] - free_mib * MIB
+    held = torch.empty(excess, dtype=torch.uint8, device="cuda")
+    arguments = ["model.dim=1024", "model.ffn_dim=4096", "checkpoint=random", "plan.enforce=false", "tracker=disabled"]
+    done = run("llama_ft.train", *arguments, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU, timeout=300)
+    del held
+    torch.cuda.empty_cache()
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom", done.stdout + done.stderr
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    """In bf16, with dropout: the blocks that are run again draw the same numbers."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = make_model(SMALL).cuda()
+        torch.manual_seed(0)
+        add_lora(model, 4, dropout=0.5)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)  # of zeros nothing would reach lora_A
+        if checkpointed:
+            checkpoint_layers(model)
+        model.train()
+        torch.manual_seed(0)
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = model(collate(ragged_samples()).tokens.cuda())
+        logits.float().square().mean().backward()
+        gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    for name, gradient in gradients[0].items():
+        assert relative(gradients[1][name], gradient) <= 1e-3, name

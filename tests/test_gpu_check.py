@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu`: every part that a CPU can run does, and one that fails or hangs is no end of the others."""
+"""`python -m benchmarks.gpu`: all that a CPU can run of it does; a part that fails or hangs stops no other."""
 
 import json
 from pathlib import Path
