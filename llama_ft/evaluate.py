@@ -49,7 +49,8 @@ def main() -> int:
 
     device = device_of_profile(config.gpu)
     dtype = compute_dtype(config.dtype, device, config.gpu)
-    with output_folder(config.output, "evaluations", config.model.name) as folder:
+    files = (JSON_FILE, TABLE_FILE, ANSWERS_FILE)
+    with output_folder(config.output, "evaluations", config.model.name, files) as folder:
         with out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
         text = None

@@ -95,9 +95,10 @@ class MeasuredRun:
         """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the seconds it took."""
         training, watch = self.config.training, Stopwatch(step.device)
         total_steps = data.steps_per_epoch * training.epochs
-        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
-        saver = Saver(self.run_dir, self.config.hash(), step, schedule)
+        saver = Saver(self.run_dir, self.config.hash(), step)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
+        position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
+        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio, position.step)
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:

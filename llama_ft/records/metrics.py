@@ -36,7 +36,7 @@ def parse_line(text: bytes | str, where: str) -> StepMetrics:
     """A step from its line; a UserError says that it is damaged."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     return parse(StepMetrics, content, where)
 
