@@ -163,7 +163,7 @@ def check_replaceable(folder: Path, names: Sequence[str], mark: str = '"schema_v
 
     They are ours where the first of them, which is always written with the others, has the mark in it.
     """
-    there = [name for name in names if os.path.lexists(folder / name)]
+    there = [name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()]
     if there and not (there[0] == names[0] and mark in _text(folder / names[0])):
         reason = f"which no command of llama_ft wrote, and would overwrite: {', '.join(names)}"
         raise UserError(f"{folder} holds {there[0]}, {reason}; name another folder, or move it")

@@ -15,7 +15,7 @@ from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Compa
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
 from llama_ft.reporting.page import charts, points_of, render
 from llama_ft.reporting.results import read_groups, value_of
-from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
+from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, plain_text, print_notes, print_table
 
 FILES = ("comparison.csv", "comparison.md", "comparison.png", "comparison.html")
 # From which change on a difference is coloured; times differ by a few percent from run to run.
@@ -54,10 +54,10 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
-    text = [*(f"- {line}" for line in names + about), ""]
+    text = [*(f"- {plain_text(line)}" for line in names + about), ""]
     for comparison in comparisons:
         text += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
-        text += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
+        text += [*(f"- {plain_text(line)}" for line in comparison.settings_lines), ""] if comparison.settings else []
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     write_text(folder / "comparison.md", "\n".join(text))
     draw_panels(panels, titles, heights, folder / "comparison.png")

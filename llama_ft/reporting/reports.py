@@ -11,7 +11,7 @@ from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
-from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
+from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
 SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html")
@@ -57,7 +57,12 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
 
     text = [markdown(table) for table in tables_of(plan)]
     if plan.advice:
-        text += [f"### {plan.advice.title}", "", *(f"- {line}" for line in plan.advice.lines), ""]
+        text += [
+            f"### {plain_text(plan.advice.title)}",
+            "",
+            *(f"- {plain_text(line)}" for line in plan.advice.lines),
+            "",
+        ]
     try:
         if with_json:
             write_record(plan, folder / PLAN_FILE)
