@@ -114,7 +114,7 @@ def new_folder(name: str) -> Path:
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def to_disk(path: Path) -> None:
