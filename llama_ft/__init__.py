@@ -3,14 +3,29 @@
 `import llama_ft as lf` gives the functions of `llama_ft.api`; PyTorch is imported when the first of them is used.
 """
 
+import os
+import sys
 from importlib import import_module
 from importlib.util import find_spec
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from llama_ft.api import *  # noqa: F403
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say that a command was interrupted, without a traceback, also while it is still being imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if any(part.startswith("llama_ft.") or os.path.basename(part) == "llama-ft" for part in sys.orig_argv):
+    sys.excepthook = _interrupted
 
 
 def __getattr__(name: str) -> Any:

@@ -50,7 +50,8 @@ def main() -> int:
     device = devices.device_of_profile(config.gpu)
     log(devices.about_device(device, config.gpu))
     dtype = devices.compute_dtype(config.dtype, device, config.gpu)
-    with output_folder(config.output, "evaluations", config.model.name) as folder:
+    files = (JSON_FILE, TABLE_FILE, ANSWERS_FILE)
+    with output_folder(config.output, "evaluations", config.model.name, files) as folder:
         with devices.out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
             measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
         text = None

@@ -1,12 +1,15 @@
 """Files that are whole or absent, whatever stops the writing, and folders that one process at a time writes into."""
 
+import errno
 import fcntl
 import json
 import os
 import shutil
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -20,6 +23,14 @@ ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's
 
 
+def regular(file: Path) -> Path:
+    """The file, about to be read; an OSError if it is a pipe or a device, of which reading may never end."""
+    mode = file.stat().st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a folder fails by itself
+        raise OSError(errno.EINVAL, "it is a pipe or a device: save what comes from it as a file", str(file))
+    return file
+
+
 def read_json(file: Path, holds: str) -> Json:
     """A JSON object; `holds` says for people what a file holds that cannot be read.
 
@@ -27,10 +38,10 @@ def read_json(file: Path, holds: str) -> Json:
         UserError: if the file cannot be read, or holds something else.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror}): it says {holds}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} must hold a JSON object")
@@ -49,10 +60,17 @@ def why_no_folder(path: Path) -> str:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write under: renamed when the block ends, removed when it fails."""
+    """A temporary name to write under: renamed when the block ends, removed when it fails.
+
+    The file gets the usual permissions, those of the umask, whoever writes it: safetensors lets the owner alone read.
+    """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        permissions = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        if stat.S_IMODE(temporary.stat().st_mode) != permissions:
+            temporary.chmod(permissions)
         to_disk(temporary)
         temporary.replace(file)
     finally:
@@ -83,10 +101,20 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
+def new_folder(name: str) -> Path:
+    """A folder that this call has made: of this name or, where that is taken, of `name_2`, `name_3` …"""
+    for number in count(1):
+        folder = Path(name if number == 1 else f"{name}_{number}")
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with whole_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def to_disk(path: Path) -> None:
@@ -130,19 +158,39 @@ def try_lock(file: int | IO[bytes]) -> bool:
     return True
 
 
+def check_replaceable(folder: Path, names: Sequence[str], mark: str = '"schema_version"') -> None:
+    """Raise a UserError if the folder holds files of these names that are not ours.
+
+    They are ours where the first of them, which is always written with the others, has the mark in it.
+    """
+    there = [name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()]
+    if there and not (there[0] == names[0] and mark in _text(folder / names[0])):
+        reason = f"which no command of llama_ft wrote, and would overwrite: {', '.join(names)}"
+        raise UserError(f"{folder} holds {there[0]}, {reason}; name another folder, or move it")
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+
 @contextmanager
-def output_folder(output: str | None, kind: str, name: str) -> Iterator[Path]:
+def output_folder(output: str | None, kind: str, name: str, files: Sequence[str]) -> Iterator[Path]:
     """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
 
-    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`.
+    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`; `files` are what is written, the JSON first.
 
     Raises:
-        UserError: if it cannot be made or written into, or another process writes into it.
+        UserError: if it cannot be made or written into, another process writes into it, or files lie there that are
+            not ours.
     """
     folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not output:
+            folder = new_folder(str(folder))
+            made[:1] = [folder]
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
     try:
@@ -151,6 +199,7 @@ def output_folder(output: str | None, kind: str, name: str) -> Iterator[Path]:
                 TemporaryFile(dir=folder).close()
             except OSError as error:
                 raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
+            check_replaceable(folder, files)
             yield folder
     finally:
         with suppress(OSError):

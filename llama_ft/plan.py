@@ -55,7 +55,7 @@ def main() -> int:
 
     lengths, data = data_lengths(config, log)
     log(f"data: {data.about}")
-    with output_folder(config.output, "plans", config.model.name) as folder:
+    with output_folder(config.output, "plans", config.model.name, PLAN_FILES) as folder:
         from llama_ft.planning.plan import make_plan
 
         progress = partial(progress_bar, errors)

@@ -1,5 +1,6 @@
 """`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
 
+import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,8 +15,8 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
-from llama_ft.files import locked
-from llama_ft.launch.folder import clear
+from llama_ft.files import check_replaceable, locked
+from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.result import (
@@ -28,7 +29,7 @@ from llama_ft.records.result import (
     write_result,
 )
 from llama_ft.reporting.progress import RunProgress, ending
-from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
+from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import start_tracker, track_sweep
 from llama_ft.training.position import checkpoints
@@ -48,11 +49,14 @@ class TrainCommand:
     def job(self, config: DictConfig) -> None:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
-        run_dir = Path(settings.runtime.output_dir)
+        os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
+        run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
         try:
-            if settings.mode == RunMode.MULTIRUN and self.sweep_dir is None:
+            check_name("hydra.sweep.dir" if is_sweep else "hydra.run.dir", settings["sweep" if is_sweep else "run"].dir)
+            if is_sweep and self.sweep_dir is None:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
+                check_replaceable(self.sweep_dir, SWEEP_FILES, SWEEP_MARK)
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
                 self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
@@ -68,9 +72,10 @@ class TrainCommand:
             # While no row has run nothing is lost, and the others may well be wrong in the same way.
             return self.refuse(settings, run_dir, cli.explain(error), go_on=bool(self.results))
         self.tracker = checked.tracker
-        if finished := self.finished_before(checked, run_dir):
-            return finished
         try:
+            check_inputs(run_dir, checked)
+            if finished := self.finished_before(checked, run_dir):
+                return finished
             check_resumable(checked, run_dir, self.sweep_dir is not None)
             clear(run_dir, checked)
         except UserError as error:
@@ -100,10 +105,9 @@ class TrainCommand:
         if previous is None or previous.config_hash is None:
             return None
         if previous.config_hash != config.hash():
-            raise cli.Stop(
-                f"{run_dir} holds a run with another configuration (hash {previous.config_hash}, this one's is"
-                f" {config.hash()}); delete the folder, or name another with hydra.sweep.dir=DIR or hydra.run.dir=DIR"
-            )
+            earlier = earlier_config(run_dir)
+            what = f": {differences(earlier, config)}" if earlier else ""
+            raise cli.Stop(f"{run_dir} holds a run with another configuration{what}; {ELSEWHERE}")
         if previous.status not in FINISHED:
             return None
         self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
@@ -144,6 +148,9 @@ class TrainCommand:
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
         cli.register()
+        for override in cli.typed_overrides():  # before Hydra makes the folder
+            if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
+                check_name(override.key_or_group, override.value())
         # Hydra takes -m in front of the overrides alone.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
         try:
@@ -163,6 +170,13 @@ class TrainCommand:
             names = ", ".join(f"{name} ({result.status})" for name, result in failed.items())
             print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
+
+
+def check_name(key: str, folder: object) -> None:
+    """Raise a UserError unless a folder is named: `hydra.run.dir=$DIR` without a DIR would mean the current one."""
+    name = "" if folder is None else str(folder).strip()
+    if not name or name.startswith("~"):
+        raise UserError(f"{key}={name} is not allowed: it must be the path of a folder, with the home folder in full")
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import checked_config, composed_config, register
+from llama_ft.cli.compose import checked_config, composed_config, register, typed_overrides
 from llama_ft.cli.explain import explain
 from llama_ft.cli.usage import Usage, print_help
 from llama_ft.config import UserError
@@ -34,30 +34,50 @@ def command_line() -> str:
     return shlex.join([Path(typed[0]).name, *typed[1:]] if is_script else ["python", *typed])
 
 
+def _output_fails() -> bool:
+    """Whether standard output takes nothing more, as on a full disk: its errors name no file, and others' may not."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _close_output() -> None:
+    """Drop what cannot be written to standard output, which Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_command(function: Callable[[], int], usage: Usage) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        print_help(usage, Console())
-        sys.exit(0)
-    if "--version" in sys.argv[1:]:
-        print(f"llama_ft {__version__}")
-        sys.exit(0)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then passes errors on to us
     try:
-        sys.exit(function())
+        status = 0
+        if {"--help", "-h"} & set(sys.argv[1:]):
+            print_help(usage, Console())
+        elif "--version" in sys.argv[1:]:
+            print(f"llama_ft {__version__}")
+        else:
+            status = function()
+        sys.stdout.flush()
+        sys.exit(status)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output, such as head, has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(FAILED)
     except (Stop, Exception) as error:
         if wants_traceback:
             raise
+        if isinstance(error, OSError) and not error.filename and _output_fails():
+            _close_output()
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            sys.exit(FAILED)
         print(f"error: {error if isinstance(error, Stop) else explain(error, usage.schema)}", file=sys.stderr)
         if not isinstance(error, EXPECTED):
             print("this looks like a bug of ours; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)

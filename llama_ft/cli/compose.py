@@ -1,6 +1,7 @@
 """Composing the config with Hydra, and checking it."""
 
 import copy
+import hashlib
 import os
 import re
 import shlex
@@ -20,8 +21,11 @@ from omegaconf.errors import OmegaConfBaseException
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
 from llama_ft.config.techniques import combination_name
+from llama_ft.files import new_folder
 
 T = TypeVar("T")
+LONGEST_NAME = 140  # bytes of a folder's; where a file system is encrypted 143 is all it takes
+LONGEST_END = 24  # characters of a value in a name that would be too long
 
 
 @cache
@@ -31,19 +35,32 @@ def register() -> None:
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("combination", combination_name)  # `${combination:${optim}}`
     OmegaConf.register_new_resolver("run_name", run_name)
+    # Where runs start in the same second, each has a folder of its own.
+    OmegaConf.register_new_resolver("new_folder", lambda name: str(new_folder(name)), use_cache=True)
 
 
 def run_name(*, _root_: DictConfig) -> str:
     """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
-    typed = [argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")]
-    swept = {override.key_or_group for override in _parsed(typed) if override.is_sweep_override()}
+    swept = {override.key_or_group for override in typed_overrides() if override.is_sweep_override()}
     swept |= set(OmegaConf.select(_root_, "hydra.sweeper.params") or {})
     parts = sorted(
         f"{override.key_or_group}={override.get_value_element_as_str()}"
         for override in _parsed(list(_root_.hydra.overrides.task))
         if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
     )
-    return ",".join([combination_name(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)])
+    plain = [combination_name(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)]
+    name = ",".join(plain)
+    if len(name.encode()) <= LONGEST_NAME:
+        return name
+    # Of long values, such as paths, the ends tell most; what tells them all apart is the hash.
+    short = ",".join(f"{key}{equals}{value[-LONGEST_END:]}" for key, equals, value in (p.partition("=") for p in plain))
+    cut = short.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
+    return f"{cut},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def typed_overrides() -> list[Override]:
+    """The overrides on the command line."""
+    return _parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
 
 
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:

@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from llama_ft.config import TrainConfig, config_dir
+from llama_ft.config import TrainConfig, UserError, config_dir
 
 TEXTS = (str, str | None)  # types of keys
 RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
@@ -113,6 +113,6 @@ def _reasons(error: BaseException) -> str:
         for line in map(str.strip, str(reason).splitlines()):
             if line and not any(line in earlier for earlier in lines):
                 lines.append(line)
-        reason = reason.__cause__
+        reason = None if isinstance(reason, UserError) else reason.__cause__  # it says all by itself
     omegaconf = ("full_key:", "object_type=", "reference_type=")
     return ": ".join(line for line in lines if not line.startswith(omegaconf)) or repr(error)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import UserError
+from llama_ft.config.checks import Settings, UserError
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
@@ -66,8 +66,8 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
 
         return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
 
-    def hash(self, without: tuple[str, ...] = ()) -> str:
-        """Identifies what is measured: equal for equal runs on equal files, wherever they lie. 16 hex digits.
+    def measured(self, without: tuple[str, ...] = ()) -> Settings:
+        """What identifies a run: equal for equal runs on equal files, wherever they lie.
 
         `without` leaves out sections of the config.
         """
@@ -79,4 +79,8 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         files = {"builtin": str(self.model.builtin_dir)}
         for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
-        return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
+        return measured
+
+    def hash(self, without: tuple[str, ...] = ()) -> str:
+        """16 hex digits of what is measured."""
+        return hashlib.sha256(json.dumps(self.measured(without), sort_keys=True).encode()).hexdigest()[:16]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
+from llama_ft.files import regular
 
 
 def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
@@ -15,7 +16,7 @@ def json_records(file: Path, keys: tuple[str, ...]) -> Iterator[tuple[str, Any]]
     one record; another object, or a file that cannot be read, is a UserError.
     """
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = regular(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"data file {file} cannot be read: {reason}") from error

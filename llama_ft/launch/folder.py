@@ -1,46 +1,117 @@
-"""What a run's folder holds before the run begins."""
+"""What a run's folder holds before the run begins: what may be removed of it, and what must not be."""
 
+import os
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.checks import Settings
+from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, parse_line
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
 from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
 
+ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
+TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
+ELSEWHERE = "name another folder with hydra.run.dir=DIR, or of a sweep hydra.sweep.dir=DIR"
+N_SHOWN = 6  # settings that differ
+
+
+def check_inputs(run_dir: Path, config: TrainConfig) -> None:
+    """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
+    settings = config.to_dict()
+    keys = {name: settings.get(name) for name in ("checkpoint", "adapter", "tokenizer")}
+    for key, value in (*keys.items(), ("data.path", config.data.path)):
+        if value not in (None, "builtin", "random"):
+            path = Path(os.path.expanduser(str(value))).resolve()
+            if path.is_relative_to(run_dir.resolve()):
+                raise UserError(f"{key}={value} lies in the run's own folder, {run_dir}: {ELSEWHERE}")
+
 
 def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
+    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote.
+
     Raises:
-        UserError: if the checkpoint is of another configuration, the metrics before it are missing, or there are
-            weights that no run wrote.
+        UserError: if something lies there that no run wrote, the checkpoint is of another configuration, or the
+            metrics before it are missing.
     """
-    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
-    foreign = [name for name in trained if (run_dir / name).exists()]
-    if foreign and not (run_dir / CONFIG_FILE).exists():
-        raise UserError(f"{run_dir} holds {foreign[0]}, which no run wrote: name another folder with hydra.run.dir=DIR")
+    present = [name for name in (*ALWAYS, *TRAINED, RESULT_FILE) if os.path.lexists(run_dir / name)]
+    saved = checkpoints(run_dir)
+    others = [*(name for name in present if name != RESULT_FILE), *(folder.name for folder in saved)]
+    earlier = earlier_config(run_dir) if others else None
+    written = _written(earlier)
+    for name in present if earlier else others:
+        if earlier is None or name not in written or (run_dir / name).is_symlink() or not (run_dir / name).is_file():
+            raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
+    states, metrics = [read_state(folder) for folder in saved], None
+    if earlier and states and config.training.resume:
+        if states[-1].config_hash != config.hash():
+            raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
+        metrics = _first_lines(run_dir / METRICS_FILE, states[-1].position.step)
+
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
-    if found := checkpoints(run_dir):
-        _trim(run_dir / METRICS_FILE, read_state(found[-1], config.hash()).position.step)
-    else:
-        (run_dir / METRICS_FILE).unlink(missing_ok=True)
-    for stale in (RESULT_FILE, LOG_FILE, *trained):
-        (run_dir / stale).unlink(missing_ok=True)
-    for written in (RESULT_FILE, CONFIG_FILE, METRICS_FILE, *trained):
-        for leftover in run_dir.glob(f".{written}.*.tmp"):
+    if metrics is not None:
+        write_text(run_dir / METRICS_FILE, metrics)
+    kept = (CONFIG_FILE,) if metrics is None else (CONFIG_FILE, METRICS_FILE)
+    for name in filter(lambda name: name not in kept, present):
+        (run_dir / name).unlink()
+    for name in written:
+        for leftover in run_dir.glob(f".{name}.*.tmp"):
             leftover.unlink()
 
 
-def _trim(metrics_file: Path, n_steps: int) -> None:
-    """Keep the first lines, those of the steps that a checkpoint holds."""
-    lines = metrics_file.read_bytes().splitlines(keepends=True)[:n_steps] if metrics_file.exists() else []
+def _written(config: TrainConfig | None) -> set[str]:
+    """The files that a run which was told this may have written."""
+    if config is None:
+        return {RESULT_FILE}
+    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE) if config.optim.lora else (WEIGHTS_FILE,)
+    return {RESULT_FILE, *ALWAYS, *(trained if config.training.save else ())}
+
+
+def earlier_config(run_dir: Path) -> TrainConfig | None:
+    """What an earlier run in the folder was told, by its config.yaml; None where that is not there, or not a run's."""
+    file = run_dir / CONFIG_FILE
+    if file.is_symlink() or not file.is_file():
+        return None
     try:
+        config, lines = read_config(file), file.read_text(encoding="utf-8").splitlines()
+    except (UserError, OSError, ValueError):
+        return None
+    sections = [key for key, value in config.to_dict().items() if isinstance(value, dict)]
+    return config if all(f"{section}:" in lines for section in sections) else None  # a run's names them all
+
+
+def differences(there: TrainConfig, here: TrainConfig) -> str:
+    """For people: the settings in which two runs differ, of those that change what is run."""
+    measured, shown = (
+        [_flat(form) for form in forms]
+        for forms in ((there.measured(), here.measured()), (there.to_dict(), here.to_dict()))
+    )
+    keys = [key for key in measured[1] if measured[0].get(key) != measured[1][key]]
+    parts = [f"{key} ({shown[0].get(key)} there, {shown[1][key]} here)" for key in keys[:N_SHOWN]]
+    parts += [f"{len(keys) - N_SHOWN} more"] if len(keys) > N_SHOWN else []
+    return ", ".join(parts) or "a file that data.path, tokenizer or checkpoint names has changed since"
+
+
+def _flat(section: Settings, prefix: str = "") -> Settings:
+    """The settings by dotted key."""
+    flat: Settings = {}
+    for key, value in section.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _first_lines(metrics_file: Path, n_steps: int) -> str:
+    """The lines of the steps that a checkpoint holds."""
+    try:
+        lines = metrics_file.read_text(encoding="utf-8").split("\n")[:n_steps]
         steps = [parse_line(line, str(metrics_file)).step for line in lines]
-    except UserError:
+    except (UserError, OSError, ValueError):
         steps = []
     if steps != list(range(1, n_steps + 1)):
         raise UserError(
             f"{metrics_file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint"
         )
-    write_text(metrics_file, b"".join(lines).decode())
+    return "".join(f"{line}\n" for line in lines)

@@ -109,9 +109,10 @@ class MeasuredRun:
         training = self.config.training
         watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
         total_steps = data.steps_per_epoch * training.epochs
-        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
-        saver = Saver(self.run_dir, self.config.hash(), step, schedule)
+        saver = Saver(self.run_dir, self.config.hash(), step)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
+        position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
+        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio, position.step)
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         if training.saves_when_interrupted:

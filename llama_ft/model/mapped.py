@@ -22,8 +22,10 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
+from llama_ft.files import regular
 
 PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
+MAX_PICKLE_BYTES = 64 * 2**20  # of what says where the tensors of a .pth are; of LLaMA's largest it is below 1 MiB
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -78,7 +80,7 @@ class StoredTensor(NamedTuple):
 def _mapped(path: Path) -> mmap.mmap:
     """A file, mapped read-only."""
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except ValueError as error:
         raise UserError(f"{path} is empty") from error
@@ -148,6 +150,14 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A small part of a file of `torch.save`, which compresses none: a compressed one could become any size."""
+    info = archive.getinfo(name)
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE_BYTES:
+        raise ValueError(f"{name} is compressed, or larger than {MAX_PICKLE_BYTES >> 20} MiB")
+    return archive.read(name)
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Finds a file's tensors. The format is in PyTorch's documentation, "Serialization semantics".
 
@@ -158,11 +168,11 @@ class _TensorUnpickler(pickle.Unpickler):
         pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if pickled is None:
             raise ValueError("there is no data.pkl in it")
-        super().__init__(io.BytesIO(archive.read(pickled)))
+        super().__init__(io.BytesIO(_member(archive, pickled)))
         self._file, self._archive = file, archive
         self._folder = pickled.removesuffix("data.pkl")
         byteorder = self._folder + "byteorder"
-        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
+        if byteorder in archive.namelist() and _member(archive, byteorder) != b"little":
             raise ValueError("its numbers are not little-endian")
 
     def find_class(self, module: str, name: str) -> Any:

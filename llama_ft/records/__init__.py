@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llama_ft.config import UserError
-from llama_ft.files import write_text
+from llama_ft.files import regular, write_text
 
 SCHEMA_VERSION = 2  # of every record that has a file of its own
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")  # of memory
@@ -41,7 +41,7 @@ def parse(kind: type[R], content: Any, where: str) -> R:
 def read_record(kind: type[R], file: Path) -> R:
     """A record from its file; a UserError if that cannot be read or holds something else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

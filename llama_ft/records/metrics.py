@@ -27,6 +27,10 @@ class StepMetrics:
     memory_mib: float  # in use after the step
     time_s: float  # of training so far
 
+    def __post_init__(self) -> None:
+        if not 0 < self.step < 2**53:
+            raise ValueError("step must be at least 1")
+
     def line(self) -> str:
         """The step's line in the file."""
         return json.dumps(asdict(self)) + "\n"
@@ -36,7 +40,7 @@ def parse_line(text: bytes | str, where: str) -> StepMetrics:
     """A step from its line; a UserError says that it is damaged."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         content = None
     return parse(StepMetrics, content, where)
 

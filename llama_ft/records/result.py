@@ -8,7 +8,7 @@ from typing import Literal
 from llama_ft.config import TrainConfig
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
-from llama_ft.records import SCHEMA_VERSION, read_record, write_record
+from llama_ft.records import CATEGORIES, SCHEMA_VERSION, read_record, write_record
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
@@ -26,6 +26,10 @@ class MemoryItem:
     dtype: str
     mib: float
     item: str | None = None  # what it is, where the category alone does not say
+
+    def __post_init__(self) -> None:
+        if self.category not in CATEGORIES:
+            raise ValueError(f"category must be one of {', '.join(CATEGORIES)}")
 
 
 @dataclass
@@ -91,6 +95,13 @@ class Result:
     versions: dict[str, str | None] | None = None
     card: CardFacts | None = None  # of a run on a GPU
     schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        steps, frozen = (
+            self.techniques.get(name, {}).get(key) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))
+        )
+        if not isinstance(steps, int) or not isinstance(frozen, str):  # which tables speak of
+            raise ValueError("techniques must have ga.steps and mp.frozen_weights")
 
 
 def new_result(config: TrainConfig, command: str) -> Result:

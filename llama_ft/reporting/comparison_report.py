@@ -7,7 +7,7 @@ from rich.console import Console
 
 from llama_ft.config import UserError
 from llama_ft.config.techniques import combination_label
-from llama_ft.files import write_text
+from llama_ft.files import check_replaceable, write_text
 from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
@@ -15,9 +15,9 @@ from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Compa
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
 from llama_ft.reporting.page import charts, points_of, render
 from llama_ft.reporting.results import read_groups, value_of
-from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, print_notes, print_table
+from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, plain_text, print_notes, print_table
 
-FILES = ("comparison.md", "comparison.csv", "comparison.png", "comparison.html")
+FILES = ("comparison.csv", "comparison.md", "comparison.png", "comparison.html")
 # From which change on a difference is coloured; times differ by a few percent from run to run.
 NOTEWORTHY = {"runtime_s": 0.05, "tokens_per_s": 0.05, "peak_memory_mib": 0.005, "peak_memory_reserved_mib": 0.005}
 NOTEWORTHY_LOSS = 0.005
@@ -34,6 +34,7 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
         refusal = f"{first} and {second} have no run of the same model, data and combination"
     if not comparisons:
         raise UserError(refusal)
+    check_replaceable(second, FILES, mark="combination")
     names = [f"{side}: {folder}" for side, folder in zip(comparisons[0].sides.names, (first, second), strict=True)]
     for comparison in comparisons:
         print_table(comparison.table, console)
@@ -53,12 +54,12 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     panels = [pair_panels(comparison.a, comparison.b, names) for comparison in comparisons]
     titles = [comparison.title for comparison in comparisons]
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
-    text = [*(f"- {line}" for line in names + about), ""]
+    text = [*(f"- {plain_text(line)}" for line in names + about), ""]
     for comparison in comparisons:
         text += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
-        text += [*(f"- {line}" for line in comparison.settings_lines), ""] if comparison.settings else []
-    write_text(folder / "comparison.md", "\n".join(text))
+        text += [*(f"- {plain_text(line)}" for line in comparison.settings_lines), ""] if comparison.settings else []
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
+    write_text(folder / "comparison.md", "\n".join(text))
     draw_panels(panels, titles, heights, folder / "comparison.png")
     write_text(folder / "comparison.html", page)
 

@@ -6,15 +6,16 @@ from rich.console import Console
 from rich.text import Text
 
 from llama_ft.config import UserError
-from llama_ft.files import write_text
+from llama_ft.files import check_replaceable, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
-from llama_ft.reporting.table import csv_text, markdown, print_table, record_table
+from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
-SWEEP_FILES = ("table2.md", "table2.csv", "table2.png", "report.html")
+SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html")
+SWEEP_MARK = "combination"  # a column of the first
 PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # follows from plan.json
 PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 
@@ -22,6 +23,7 @@ PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 def report_sweep(folder: Path, console: Console) -> list[Group]:
     """Print and write the report, and return what it is about."""
     groups = read_groups(folder)
+    check_replaceable(folder, SWEEP_FILES, SWEEP_MARK)
     tables = [table2(group) for group in groups]
     for table in tables:
         print_table(table, console)
@@ -30,8 +32,8 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
 
     page = sweep_page(folder, groups, tables)  # before a file is written: it reads files that may be damaged
     try:
-        write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
         write_text(folder / "table2.csv", csv_text(*records(groups)))
+        write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
         panels, heights = [group_panels(group) for group in groups], [0.42 * len(group.results) for group in groups]
         draw_panels(panels, [group.title for group in groups], heights, folder / "table2.png", width_ratios=(3, 2))
         write_text(folder / "report.html", page)
@@ -55,7 +57,12 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
 
     text = [markdown(table) for table in tables_of(plan)]
     if plan.advice:
-        text += [f"### {plan.advice.title}", "", *(f"- {line}" for line in plan.advice.lines), ""]
+        text += [
+            f"### {plain_text(plan.advice.title)}",
+            "",
+            *(f"- {plain_text(line)}" for line in plan.advice.lines),
+            "",
+        ]
     try:
         if with_json:
             write_record(plan, folder / PLAN_FILE)

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,6 +23,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how what a spreadsheet computes begins
 NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -118,12 +120,16 @@ def print_notes(lines: list[str], console: Console) -> None:
 
 def markdown(table: Table) -> str:
     """A table with its title and notes, for a file such as `table2.md`."""
-    lines = [[name.strip(), *cells] for name, cells in (*table.head, *table.rows)]
-    rows = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines]
+    lines = [[name, *cells] for name, cells in (*table.head, *table.rows)]
+    rows = ["| " + " | ".join(map(plain_text, line)) + " |" for line in lines]
     rule = "|---|" + "---:|" * len(table.head[0][1])
-    return "\n".join(
-        [f"### {' '.join(table.title.split())}", "", rows[0], rule, *rows[1:], "", *(f"- {n}" for n in table.notes), ""]
-    )
+    notes = [f"- {plain_text(note)}" for note in table.notes]
+    return "\n".join([f"### {plain_text(table.title)}", "", rows[0], rule, *rows[1:], "", *notes, ""])
+
+
+def plain_text(name: str) -> str:
+    """A name, which may be any, in one line of which Markdown takes nothing for markup."""
+    return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(name.split()))
 
 
 def record_table(
@@ -150,9 +156,10 @@ def record_table(
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of numbers for a file such as `table2.csv`."""
+    """A table of numbers for a file such as `table2.csv`. No text in it is a formula to a spreadsheet."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
-    writer.writerows(rows)
+    for row in rows:
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row])
     return out.getvalue()

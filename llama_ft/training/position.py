@@ -1,6 +1,5 @@
 """How far a run has come, and where its checkpoints lie. Knows nothing of torch, so that any process can look."""
 
-import json
 import re
 import shutil
 from contextlib import suppress
@@ -9,9 +8,12 @@ from pathlib import Path
 
 from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
+from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE
+from llama_ft.records import read_record
 
 CHECKPOINTS_DIR = "checkpoints"
-STATE_FILE = "state.json"
+STATE_FILE, OPTIMIZER_FILE = "state.json", "optimizer.safetensors"
+SAVED_FILES = {STATE_FILE, OPTIMIZER_FILE, WEIGHTS_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE}
 N_KEPT = 2
 
 
@@ -32,43 +34,52 @@ class SavedState:
 
     config_hash: str
     position: Position
-    schedule: Settings = field(default_factory=dict)
     scaler: Settings = field(default_factory=dict)
     rng: dict[str, str] = field(default_factory=dict)  # states of the random generators by device, in hex
 
 
-def read_state(folder: Path, config_hash: str) -> SavedState:
-    """The state of a checkpoint.
-
-    Raises:
-        UserError: if the file cannot be read, or is of a run with another config.
-    """
-    file = folder / STATE_FILE
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        state = SavedState(**values | {"position": Position(**values["position"])})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is damaged or missing: delete its folder to use the checkpoint before it") from error
-    if state.config_hash != config_hash:
-        raise UserError(
-            f"{folder} is of a run with another configuration: give its settings again, or name another folder"
-        )
+def read_state(folder: Path) -> SavedState:
+    """The state of a checkpoint; a UserError if the folder holds none, or something that no run saved."""
+    state = _is_plain(folder) and read_record(SavedState, folder / STATE_FILE)
+    if not state or folder.name != f"step_{state.position.step:08}":
+        raise UserError(f"{folder} is none of the run's checkpoints, or damaged: move it elsewhere")
     return state
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The run's checkpoints, the newest last. What an interrupted write left behind is none of them."""
-    folders = (run_dir / CHECKPOINTS_DIR).glob("step_*")
-    return sorted(folder for folder in folders if re.fullmatch(r"step_\d{8,}", folder.name))
+    """What looks like the run's checkpoints, the newest last. What an interrupted write left behind is none of them.
+
+    Raises:
+        UserError: if the folder that holds them cannot be read, or is a link.
+    """
+    return [path for path in _entries(run_dir) if re.fullmatch(r"step_\d{8,}", path.name)]
+
+
+def _entries(run_dir: Path) -> list[Path]:
+    folder = run_dir / CHECKPOINTS_DIR
+    if folder.is_symlink():
+        raise UserError(f"{folder} is a link, and no run makes one: remove it, or name another folder for the run")
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether it is a folder, and not a link to one, in which nothing lies but what a run saves."""
+    return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= SAVED_FILES
 
 
 def remove_older(run_dir: Path, n_kept: int = N_KEPT) -> None:
     """Remove all but the newest checkpoints, and what interrupted writes left behind."""
-    found = checkpoints(run_dir)
+    found = [folder for folder in checkpoints(run_dir) if _is_plain(folder)]
     for folder in found[: max(0, len(found) - n_kept)]:
         folder.rename(folder.with_name(f".{folder.name}.tmp"))  # at no time is a checkpoint there in part
-    for leftover in (run_dir / CHECKPOINTS_DIR).glob(".step_*.tmp"):
-        shutil.rmtree(leftover)
+    for path in _entries(run_dir):
+        if re.fullmatch(r"\.step_\d{8,}(\.\d+)?\.tmp", path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
     if not n_kept:
         with suppress(OSError):  # not there, or not empty: what others put there stays
             (run_dir / CHECKPOINTS_DIR).rmdir()

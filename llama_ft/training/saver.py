@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import UserError
 from llama_ft.files import WEIGHTS_FILE, to_disk, write_json
@@ -21,6 +20,7 @@ from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.peft import read_adapter, save_adapter
 from llama_ft.training.position import (
     CHECKPOINTS_DIR,
+    OPTIMIZER_FILE,
     STATE_FILE,
     Position,
     SavedState,
@@ -29,8 +29,6 @@ from llama_ft.training.position import (
     remove_older,
 )
 from llama_ft.training.step import TrainStep
-
-OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 def save_trained(model: Transformer, folder: Path, base: str | None = None) -> None:
@@ -48,9 +46,8 @@ def save_trained(model: Transformer, folder: Path, base: str | None = None) -> N
 class Saver:
     """A run's checkpoints."""
 
-    def __init__(self, run_dir: Path, config_hash: str, step: TrainStep, schedule: LRScheduler) -> None:
-        self._run_dir, self._config_hash = run_dir, config_hash
-        self._step, self._schedule = step, schedule
+    def __init__(self, run_dir: Path, config_hash: str, step: TrainStep) -> None:
+        self._run_dir, self._config_hash, self._step = run_dir, config_hash, step
 
     def save(self, position: Position) -> None:
         """Write a checkpoint.
@@ -64,9 +61,8 @@ class Saver:
             temporary.mkdir(parents=True)
             save_trained(self._step.model, temporary)
             save_tensors(self._optimizer_tensors(), temporary / OPTIMIZER_FILE, self._step.model.config)
-            scaler, schedule = self._step.scaler.state_dict(), self._schedule.state_dict()
-            rng = _rng_states(self._step.device)
-            state = SavedState(self._config_hash, position, schedule, scaler, rng)
+            scaler, rng = self._step.scaler.state_dict(), _rng_states(self._step.device)
+            state = SavedState(self._config_hash, position, scaler, rng)
             write_json(temporary / STATE_FILE, asdict(state))
             to_disk(temporary)
             temporary.rename(final)
@@ -82,23 +78,23 @@ class Saver:
         """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
 
         Raises:
-            UserError: if the checkpoint is damaged, or that of a run with another configuration.
+            UserError: if the checkpoint is damaged.
         """
         found = checkpoints(self._run_dir)
         if not found:
             return None
-        saved = read_state(found[-1], self._config_hash)
+        saved = read_state(found[-1])
         model = self._step.model
         if layers := lora_layers(model):
             copy_factors(read_adapter(found[-1], model.config), layers)
         else:
             read_into(dict(model.named_parameters()), found[-1] / WEIGHTS_FILE)
         read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
-        self._schedule.load_state_dict(saved.schedule)
-        for group, lr in zip(self._step.optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
-        self._step.scaler.load_state_dict(saved.scaler)
-        _set_rng_states(saved.rng, self._step.device)
+        try:
+            self._step.scaler.load_state_dict(saved.scaler)
+            _set_rng_states(saved.rng, self._step.device)
+        except (TypeError, ValueError, LookupError, RuntimeError) as error:
+            raise UserError(f"{found[-1] / STATE_FILE} is damaged: {error}") from error
         return saved.position
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:

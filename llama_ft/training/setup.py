@@ -71,7 +71,11 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float) -> LambdaLR:
-    """The schedule of a run of `total_steps` optimizer steps."""
-    warmup_steps = math.ceil(warmup_ratio * total_steps)
-    return LambdaLR(optimizer, partial(lr_factor, total_steps=total_steps, warmup_steps=warmup_steps))
+def make_schedule(
+    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float, steps_done: int = 0
+) -> LambdaLR:
+    """The schedule of a run of `total_steps` optimizer steps, of which some may have been done before."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]  # which LambdaLR looks for where it does not begin at the first step
+    factor = partial(lr_factor, total_steps=total_steps, warmup_steps=math.ceil(warmup_ratio * total_steps))
+    return LambdaLR(optimizer, factor, last_epoch=steps_done - 1)
