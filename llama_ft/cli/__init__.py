@@ -1,5 +1,6 @@
 """What the commands share: help, composing and checking the config, errors of a few lines instead of tracebacks."""
 
+import io
 import os
 import shlex
 import signal
@@ -12,8 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import checked_config, composed_config, register
+from llama_ft.cli.compose import checked_config, composed_config, register, swept_keys
 from llama_ft.cli.explain import explain
+from llama_ft.cli.remarks import remarks
+from llama_ft.cli.texts import as_typed
 from llama_ft.cli.usage import Usage, print_help
 from llama_ft.config import UserError
 
@@ -36,6 +39,8 @@ def command_line() -> str:
 
 def run_command(function: Callable[[], int], usage: Usage) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
     if {"--help", "-h"} & set(sys.argv[1:]):
         print_help(usage, Console())
         sys.exit(0)

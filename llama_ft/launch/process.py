@@ -73,13 +73,14 @@ def run_in_child(
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
-    kills_before, seen = oom_kills(), Seen()
+    metrics_file = run_dir / METRICS_FILE
+    kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
     child = start([str(run_dir), command, *([CHECK_FIT] if check_fit else [])], run_dir / LOG_FILE, lock)
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt:
         seen.was_interrupted = True
-        if config.training.saves_when_interrupted and (run_dir / METRICS_FILE).exists():  # else it stops at once
+        if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
@@ -97,6 +98,11 @@ def run_in_child(
     return result
 
 
+def changed_ns(file: Path) -> int | None:
+    """When a file was changed last, in nanoseconds; None where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def start(arguments: list[str], log_file: Path, lock: int) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
     command = [sys.executable, "-m", "llama_ft.launch.child", *arguments]
@@ -111,7 +117,9 @@ def child_environment() -> dict[str, str]:
     """Our environment with what a run needs in it; what the user has set stays."""
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     allocator = {} if any(name in os.environ for name in ALLOCATOR_VARIABLES) else ALLOCATOR_ENVIRONMENT
-    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | {"PYTHONPATH": path}
+    # Its lines are for us, whatever the terminal's encoding is.
+    ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | ours
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, on_step: OnStep) -> None:

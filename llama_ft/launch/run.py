@@ -94,14 +94,13 @@ class MeasuredRun:
     def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> float:
         """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the seconds it took."""
         training, watch = self.config.training, Stopwatch(step.device)
+        self.interrupts.held = training.saves_when_interrupted  # from here on the optimizer step ends first
         total_steps = data.steps_per_epoch * training.epochs
         schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio)
         saver = Saver(self.run_dir, self.config.hash(), step, schedule)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
-        if training.saves_when_interrupted:
-            self.interrupts.held = True
         last = file.steps[-1] if file.steps else None
         meter = StepMeter(total_steps, lambda: memory_in_use_mib(step.device), step.scaler.is_enabled(), last)
         watch.start()

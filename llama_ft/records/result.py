@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import TrainConfig
+from llama_ft.config import DataConfig, TrainConfig
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
 from llama_ft.records import SCHEMA_VERSION, read_record, write_record
@@ -84,7 +84,7 @@ def unmeasured_result(settings: Settings, command: str, error: str | None = None
     return Result(
         combination=combination_name(settings["optim"]),
         model=settings["model"]["name"],
-        data=settings["data"]["name"],
+        data=DataConfig(settings["data"]["name"], settings["data"]["path"]).title,
         gpu=settings["gpu"]["name"],
         optim=settings["optim"],
         techniques={name: settings[name] for name in settings["optim"]},
