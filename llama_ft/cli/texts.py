@@ -60,7 +60,7 @@ def _text(value: str) -> str:
     """A text as Hydra is to be given it."""
     text = unquoted(value)
     override = parsed(f"key={value}")
-    is_read = value and override is not None and override.value() == text and "${" not in text
+    is_read = value and override is not None and override.value() == text and not re.search(r"\$\{|\\", text)
     return value if is_read else QuotedString(literal(text), Quote.double).with_quotes()
 
 
