@@ -51,8 +51,9 @@ class TrainCommand:
     def job(self, config: DictConfig) -> None:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
-        with read_write(settings):  # a folder's name may hold `${`
-            settings.runtime.merge_with(literal(OmegaConf.to_container(settings.runtime)))
+        runtime = cast(DictConfig, settings.runtime)
+        with read_write(runtime):  # a folder's name may hold `${`
+            runtime.merge_with(literal(OmegaConf.to_container(runtime)))
         run_dir = Path(settings.runtime.output_dir)
         try:
             if settings.mode == RunMode.MULTIRUN and self.sweep_dir is None:
@@ -92,7 +93,7 @@ class TrainCommand:
 
     def remark(self, config: TrainConfig) -> None:
         """Say what is given and would surprise."""
-        swept = cli.swept_keys(HydraConfig.instance().cfg)
+        swept = cli.swept_keys(cast(DictConfig, HydraConfig.instance().cfg))
         for line in cli.remarks(config, list(HydraConfig.get().overrides.task), swept):
             self.log_once(line)
 

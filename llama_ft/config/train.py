@@ -70,7 +70,7 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         """The resolved config, for `config.yaml`; `read_config` reads it, and takes no text in it for anything else."""
         import yaml
 
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
         """Identifies what is measured: equal for equal runs on equal files, wherever they lie. 16 hex digits.
