@@ -35,11 +35,16 @@ def main() -> int:
     """Report on the folders given."""
     arguments = sys.argv[1:]
     named = [text for text in arguments if "=" not in text or os.path.exists(text)]
-    overrides, folders = [text for text in arguments if text not in named], [Path(text) for text in named]
+    overrides, folders = (
+        [text for text in arguments if text not in named],
+        [Path(os.path.expanduser(text)) for text in named],
+    )
     config = cli.composed_config("report", overrides, ReportConfig)
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")
     console = Console()
+    if overrides and not config.tracker.upload:
+        print(f"{', '.join(overrides)}: no effect without tracker.upload=true", file=sys.stderr)
     plans = [folder for folder in folders if is_plan(folder)]
     if config.tracker.upload and (len(folders) == 2 or plans):
         raise UserError("tracker.upload=true sends one sweep: give its folder alone")

@@ -1,20 +1,23 @@
 """`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
-from llama_ft.config.checks import Settings
+from llama_ft.config.checks import Settings, literal
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
@@ -49,6 +52,9 @@ class TrainCommand:
     def job(self, config: DictConfig) -> None:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
+        runtime = cast(DictConfig, settings.runtime)
+        with read_write(runtime):  # a folder's name may hold `${`
+            runtime.merge_with(literal(OmegaConf.to_container(runtime)))
         os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
         run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
         try:
@@ -72,6 +78,7 @@ class TrainCommand:
             # While no row has run nothing is lost, and the others may well be wrong in the same way.
             return self.refuse(settings, run_dir, cli.explain(error), go_on=bool(self.results))
         self.tracker = checked.tracker
+        self.remark(checked)
         try:
             check_inputs(run_dir, checked)
             if finished := self.finished_before(checked, run_dir):
@@ -88,6 +95,12 @@ class TrainCommand:
                 early.status, early.error = "interrupted", "interrupted before the start"
                 write_result(run_dir, early)
             raise
+
+    def remark(self, config: TrainConfig) -> None:
+        """Say what is given and would surprise."""
+        swept = cli.swept_keys(cast(DictConfig, HydraConfig.instance().cfg))
+        for line in cli.remarks(config, list(HydraConfig.get().overrides.task), swept):
+            self.log_once(line)
 
     def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
@@ -119,10 +132,7 @@ class TrainCommand:
         with RunProgress(self.console, title) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
 
-            def log(line: str) -> None:  # what an earlier run of the sweep printed too is not repeated
-                if line not in self.seen_messages:
-                    self.seen_messages.add(line)
-                    display.message(line)
+            log = partial(self.log_once, log=display.message)
 
             def on_step(metrics: StepMetrics) -> None:
                 display.step(metrics)
@@ -145,14 +155,22 @@ class TrainCommand:
         """Print a line as it is."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
+    def log_once(self, line: str, log: Callable[[str], None] | None = None) -> None:
+        """Print a line unless an earlier run of the sweep did."""
+        if line not in self.seen_messages:
+            self.seen_messages.add(line)
+            (log or self.log)(line)
+
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
         cli.register()
+        sweeps = any(re.match(r"-m$|--multirun$|\+?experiment=", argument) for argument in sys.argv[1:])
+        typed = cli.as_typed(sys.argv[1:], TrainConfig, sweeps=sweeps)
+        # Hydra takes -m in front of the overrides alone.
+        sys.argv[1:] = sorted(typed, key=lambda argument: argument not in ("-m", "--multirun"))
         for override in cli.typed_overrides():  # before Hydra makes the folder
             if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
                 check_name(override.key_or_group, override.value())
-        # Hydra takes -m in front of the overrides alone.
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in ("-m", "--multirun"))
         try:
             hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(self.job)()
         except KeyboardInterrupt:

@@ -195,6 +195,7 @@ class Outcome:
     """How a command ended, and which runs it would have trained."""
 
     status: int
+    output: str = ""
     error: str = ""
     folders: list[str] = field(default_factory=list)
     configs: list[TrainConfig] = field(default_factory=list)
@@ -228,7 +229,7 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
         monkeypatch.setattr(sys, "argv", ["llama_ft.train", "tracker=disabled", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.run_command(train_module.main, train_module.USAGE)
-        outcome.status, outcome.error = ended.value.code, capsys.readouterr().err
+        outcome.status, (outcome.output, outcome.error) = ended.value.code, capsys.readouterr()
         return outcome
 
     yield command
@@ -244,6 +245,12 @@ WRONG_KEY = [
     ("training.epoch=2", "training.epoch is not a key", "", r"did you mean epochs\?"),
     ("+training.lrr=1", "training.lrr is not a key", "", r"did you mean lr\?"),
     ("+promt=x", "promt", "", "not a key"),
+    ("trainng.lr=1", "trainng.lr is not a key", "", r"did you mean training\? the config has"),
+    ("+trainng.lr=1", "trainng.lr is not a key", "", r"did you mean training\?"),
+    ("lora.rnk=4", "lora.rnk is not a key", "", r"did you mean rank\?"),
+    ("training.lr.x=1", "training.lr.x is not a key", "", "none"),
+    ("promt=a!(b)", "promt is not a key", "", "the config has"),
+    ("hydra.launcher.n_jobs=2", "hydra.launcher.n_jobs is not a key", "", "--cfg hydra"),
 ]
 WRONG_CHOICE = [
     ("optim=all", "optim", "all", "baseline & ga_mp_lora"),
@@ -257,15 +264,18 @@ WRONG_CHOICE = [
     ("gpu.device=tpu", "gpu.device", "tpu", "auto & cpu & cuda"),
     ("tracker.mode=on", "tracker.mode", "on", "auto & online & offline"),
     ("optim=[ga,mp]", "optim", "ga,", "baseline & ga_mp_lora"),
+    ("data=mydata.json", "data", "mydata.json", "alpaca & a file is data.path=mydata.json$"),
+    ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
+    ("model=/models/llama", "model", "/models/llama", "a folder is model=from_checkpoint checkpoint=/models/llama$"),
+    ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
+    ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "it must be basic, & plugin"),
 ]
 WRONG_TYPE = [
     ("training.lr=fast", "training.lr", "fast", NUMBER),
     ("training.epochs=1.5", "training.epochs", "1.5", WHOLE),
     ("training.epochs=true", "training.epochs", "true", WHOLE),
     ("training.micro_batch_size=null", "training.micro_batch_size", "null", WHOLE),
-    ("lora.targets=wq", "lora.targets", "wq", r"a list, such as \[a,b\]"),
     ("lora.targets=[wq", "lora.targets=[wq", "", r"a list, such as \[a,b\]"),
-    ("data.path=[a]", "data.path", "a", "str|text|file"),
     ("data.path=", "data.path= is not allowed", "", "a text"),  # "data.path=$FILE" where FILE is not set
     ("ga=4", "ga", "4", r"ga\.steps|steps"),
     ("optim.ga=1", "optim.ga", "1", SWITCH),
@@ -335,16 +345,44 @@ def test_refused_by_the_command(train, tmp_path, argument, line):
 @pytest.mark.parametrize(
     ("typed", "read"),
     [
-        ("data.path=~/x.json", str(Path.home() / "x.json")),
-        ("data.path=it's.json", "it's.json"),
-        ("data.path=a,lora.rank=4", "a,lora.rank=4"),
+        (("data.path=~/x.json",), ["~/x.json"]),
+        (("data.path=it's ${x}.json",), ["it's ${x}.json"]),
+        (("data.path=a,lora.rank=4",), ["a,lora.rank=4"]),
+        (("-m", "data.path=a${,'b,c'", "training.lr=1,2"), ["a${", "a${", "b,c", "b,c"]),
     ],
 )
-def test_special_characters_need_the_quotes_that_the_error_gives(train, typed, read):
-    refused = train(typed, "hydra.run.dir=out")
+def test_the_command_takes_texts_as_they_are_typed(train, typed, read):
+    assert [config.data.path for config in train(*typed).configs] == read
+
+
+def test_special_characters_of_hydras_keys_need_the_quotes_that_the_error_gives(train):
+    refused = train("hydra.run.dir=out (1)")
     assert (refused.status, refused.folders) == (2, [])
     (advice,) = shlex.split(refused.last_line.partition("special characters need quotes, such as ")[2])
-    assert train(advice, "hydra.run.dir=out").configs[0].data.path == read
+    assert train(advice).folders == ["out (1)"]
+
+
+@pytest.mark.parametrize("mode", [(), ("-m", "optim=lora")])
+def test_a_working_folder_may_be_called_like_an_interpolation(train, tmp_path, monkeypatch, mode):
+    (tmp_path / "${x}").mkdir()
+    monkeypatch.chdir(tmp_path / "${x}")
+    outcome = train(*mode)
+    assert (outcome.status, len(outcome.folders)) == (0, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["${x}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [
+        ("lora.rank=4", 1),
+        ("-m lora.rank=4,8", 1),
+        ("-m optim=ga,lora lora.rank=4", 0),
+        ("-m optim.ga=true,false lora.rank=4", 1),
+        ("-m optim.lora=true,false lora.rank=4", 0),
+    ],
+)
+def test_numbers_of_a_technique_that_no_run_uses_are_named_once(train, arguments, count):
+    assert train(*arguments.split()).output.count("lora.rank: no effect without optim.lora=true") == count
 
 
 def test_keys_that_are_gone_have_keys_in_their_place():
@@ -467,7 +505,7 @@ def test_hash_is_the_same_for_the_same_run():
 )
 def test_the_run_folders_config_is_the_same_run(tmp_path, overrides):
     config = checked(*overrides)
-    (tmp_path / CONFIG_FILE).write_text(OmegaConf.to_yaml(OmegaConf.create(config.to_dict())), encoding="utf-8")
+    (tmp_path / CONFIG_FILE).write_text(config.to_yaml(), encoding="utf-8")
     read = read_config(tmp_path / CONFIG_FILE)
     assert read == config
     assert read.hash() == config.hash()

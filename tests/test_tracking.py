@@ -135,7 +135,10 @@ def test_an_id_in_the_environment_is_for_one_run_not_for_a_sweeps(
     for row in rows:
         write_run(row)
         track(row, OFFLINE, "sweep")
-    assert len({read_wandb(row).run.run_id for row in rows} | {"job4711"}) == 3
+    study = run_dir.parent / "study"
+    study.mkdir()
+    track_study(OFFLINE, "kv_cache", {}, [study / "kv_cache.md"], pytest.fail)
+    assert len({read_wandb(folder).run.run_id for folder in (*rows, study)} | {"job4711"}) == 4
     assert [read_wandb(row).run.display_name for row in rows] == ["lora", "baseline"]
     alone = run_dir.parent / "alone"
     alone.mkdir()

@@ -1,5 +1,6 @@
 """What the commands share: help, composing and checking the config, errors of a few lines instead of tracebacks."""
 
+import io
 import os
 import shlex
 import signal
@@ -12,8 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import checked_config, composed_config, register, typed_overrides
+from llama_ft.cli.compose import checked_config, composed_config, register, swept_keys, typed_overrides
 from llama_ft.cli.explain import explain
+from llama_ft.cli.remarks import remarks
+from llama_ft.cli.texts import as_typed
 from llama_ft.cli.usage import Usage, print_help
 from llama_ft.config import UserError
 
@@ -37,7 +40,7 @@ def command_line() -> str:
 def _output_fails() -> bool:
     """Whether standard output takes nothing more, as on a full disk: its errors name no file, and others' may not."""
     try:
-        print(flush=True)
+        print(end="", flush=True)
     except OSError:
         return True
     return False
@@ -50,6 +53,8 @@ def _close_output() -> None:
 
 def run_command(function: Callable[[], int], usage: Usage) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)

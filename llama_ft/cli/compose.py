@@ -4,7 +4,6 @@ import copy
 import hashlib
 import os
 import re
-import shlex
 import sys
 from dataclasses import is_dataclass
 from functools import cache
@@ -19,6 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
+from llama_ft.cli.remarks import remarks
+from llama_ft.cli.texts import as_typed
 from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import new_folder
@@ -41,8 +42,7 @@ def register() -> None:
 
 def run_name(*, _root_: DictConfig) -> str:
     """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
-    swept = {override.key_or_group for override in typed_overrides() if override.is_sweep_override()}
-    swept |= set(OmegaConf.select(_root_, "hydra.sweeper.params") or {})
+    swept = swept_keys(_root_)
     parts = sorted(
         f"{override.key_or_group}={override.get_value_element_as_str()}"
         for override in _parsed(list(_root_.hydra.overrides.task))
@@ -63,6 +63,12 @@ def typed_overrides() -> list[Override]:
     return _parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
 
 
+def swept_keys(config: DictConfig) -> set[str]:
+    """The keys and groups of which a sweep has several values, on the command line or in its experiment."""
+    swept = {override.key_or_group for override in typed_overrides() if override.is_sweep_override()}
+    return swept | set(OmegaConf.select(config, "hydra.sweeper.params") or {})
+
+
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
     """A command's config as Hydra composes it, not checked; `with_hydra` adds the section `hydra`."""
     register()
@@ -71,8 +77,15 @@ def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> Di
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The checked config of a command that is not a Hydra application itself; a UserError names a wrong key."""
-    return checked_config(composed(name, overrides), overrides, schema)
+    """The checked config of a command that is not a Hydra application itself; a UserError names a wrong key.
+
+    What is given and would surprise is said on standard error.
+    """
+    overrides = as_typed(overrides, schema)
+    config = checked_config(composed(name, overrides), overrides, schema)
+    for line in remarks(config, overrides):
+        print(line, file=sys.stderr)
+    return config
 
 
 def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) -> T:
@@ -101,11 +114,6 @@ def _check_value(schema: type, override: Override) -> None:
         or (expected in TEXTS and value == "")  # $FILE where that is not set; the built-in one would be taken
     ):
         raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))
-    typed = str(override.input_line).partition("=")[2]
-    if expected in TEXTS and isinstance(value, bool | int | float) and str(value) != typed:
-        quoted = shlex.quote(f'{key}="{typed}"')
-        advice = f"a text that looks like a number needs quotes, {quoted}"
-        raise UserError(f"{key}={typed} would be read as {value}: {advice}")
 
 
 def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:

@@ -2,7 +2,6 @@
 
 import enum
 import errno
-import os
 import re
 import shlex
 from dataclasses import Field, fields, is_dataclass
@@ -13,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 from llama_ft.config import TrainConfig, UserError, config_dir
 
 TEXTS = (str, str | None)  # types of keys
+FILES = {"data": "a file is data.path=", "model": "a folder is model=from_checkpoint checkpoint="}  # not a choice
 RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
     "training.batch_size": "use training.micro_batch_size",
     "model.context": "use model.max_seq_len",
@@ -46,13 +46,17 @@ def not_allowed(schema: type, key: str, value: str) -> str:
     if instead := RENAMED.get(f"{key}={value}"):
         return f"{key}={value} no longer exists: {instead}"
     entry, expected = setting_of(schema, key)
+    if entry is None:
+        return no_such_key(schema, key)
     null = ", or null" if isinstance(expected, UnionType) else ""
     kind = get_args(expected)[0] if isinstance(expected, UnionType) else expected
     if names := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
         allowed = f"one of {', '.join(names)}"
+        if key in FILES and re.search(r"[./~]", value):
+            allowed += f"; {FILES[key]}{value}"
     elif is_dataclass(kind):
         allowed = f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
-    elif entry and (names := choices(entry, kind)):
+    elif names := choices(entry, kind):
         allowed = f"one of {', '.join(names)}{null}"
     else:
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
@@ -61,14 +65,26 @@ def not_allowed(schema: type, key: str, value: str) -> str:
 
 
 def no_such_key(schema: type, key: str) -> str:
-    """A key that does not exist, and those that do."""
+    """A key that does not exist, and those that do where it goes wrong."""
     if instead := RENAMED.get(key):
         return f"{key} no longer exists: {instead}"
-    section, _, name = key.rpartition(".")
+    if re.match("hydra[./]", key):
+        return f"{key} is not a key: --cfg hydra prints those of Hydra"
+    parts = key.split(".")
+    n_known = sum(1 for n in range(1, len(parts)) if setting_of(schema, ".".join(parts[:n]))[0])
+    section = ".".join(parts[:n_known])
     known = setting_of(schema, section)[1] if section else schema
     names = [field.name for field in fields(known)] if is_dataclass(known) else []
-    meant = "".join(f"; did you mean {match}?" for match in get_close_matches(name, names, 1))
+    meant = "".join(f"; did you mean {match}?" for match in get_close_matches(parts[n_known], names, 1))
     return f"{key} is not a key{meant or ':'} {section or 'the config'} has {', '.join(names) or 'none'}"
+
+
+def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> str:
+    """A choice that a group does not have, and those that it has."""
+    if setting_of(schema, group)[0]:
+        return not_allowed(schema, group, value)
+    more = ", or what a plugin of Hydra brings once it is installed" if group.startswith("hydra/") else ""
+    return f"{group}={value} is not allowed: it must be {'one of ' * (len(names) > 1)}{', '.join(names)}{more}"
 
 
 def _unreadable(schema: type, override: str) -> str:
@@ -76,10 +92,9 @@ def _unreadable(schema: type, override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: an argument must be KEY=VALUE"
-    entry, kind = setting_of(schema, key)
-    if entry and kind not in TEXTS:
-        return not_allowed(schema, key, value)
-    text = os.path.expanduser(value).replace('"', r"\"")  # Hydra leaves `~` as it is
+    if not key.startswith("hydra."):
+        return not_allowed(schema, key.lstrip("+"), value)
+    text = value.replace('"', r"\"")
     quoted = shlex.quote(f'{key}="{text}"')
     return f"{override}: special characters need quotes, such as {quoted}"
 
@@ -89,10 +104,10 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
     text = str(error)
     if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
         return not_allowed(schema, match[1], match[2])
-    if match := re.match(r"Could not override '([\w.]+)'", text):
+    if match := re.match(r"Could not override '([^']+)'", text):
         return no_such_key(schema, match[1])
-    if match := re.search(r"Could not find '([\w/]+)/([^'/]*)'", text):
-        return not_allowed(schema, match[1], match[2])
+    if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
+        return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):

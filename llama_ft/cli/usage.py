@@ -18,6 +18,7 @@ from rich.text import Text
 
 from llama_ft.cli.compose import composed
 from llama_ft.cli.explain import choices
+from llama_ft.cli.texts import RULE
 from llama_ft.config import config_dir
 
 OPTIONS = {
@@ -57,8 +58,8 @@ def print_help(usage: Usage, console: Console) -> None:
     config, command = composed(usage.name, [], with_hydra=True), f"  python -m {usage.module}"
     groups = {name: choice for name, choice in config.hydra.runtime.choices.items() if not name.startswith("hydra/")}
     rows = [row for group in reversed(groups) for row in group_rows(group, groups[group])]
-    purpose = textwrap.fill(usage.purpose, console.width, break_on_hyphens=False)
-    text = Text(f"{purpose}\n\n{command} {usage.arguments}\n")
+    purpose, rule = (textwrap.fill(text, console.width, break_on_hyphens=False) for text in (usage.purpose, RULE))
+    text = Text(f"{purpose}\n\n{command} {usage.arguments}\n\n{rule}\n")
     for title, lines in (
         ("Examples", [f"{command} {example}" for example in usage.examples]),
         ("GROUP=CHOICE, the default first", table(rows, console.width)),

@@ -1,6 +1,7 @@
 """Building blocks of the schema: keys with their meanings, checks of values, and enums."""
 
 import enum
+import re
 from dataclasses import field, fields
 from typing import Any
 
@@ -25,9 +26,12 @@ Combinations = enum.Enum("Combinations", ["all", "one"])
 Goal = enum.Enum("Goal", ["fit", "cheapest_gpu"])
 
 
-def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None = None) -> Any:
-    """A field of the schema: its default, what it is, for `--help`, its choices if not all, and its smallest number."""
-    metadata = {"meaning": meaning, "allowed": allowed.split(), "at_least": at_least}
+def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None = None, needs: str = "") -> Any:
+    """A field of the schema: its default, what it is, for `--help`, its choices if not all, and its smallest number.
+
+    `needs` is the setting, as one types it, without which it has no effect.
+    """
+    metadata = {"meaning": meaning, "allowed": allowed.split(), "at_least": at_least, "needs": needs}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -49,3 +53,12 @@ def check_settings(section: Any, prefix: str = "") -> None:
         least = entry.metadata.get("at_least")
         if least is not None and value is not None:
             check(value >= least, key, value, f"at least {least}{', or null' if entry.default is None else ''}")
+
+
+def literal(value: Any) -> Any:
+    """A value, or a section with all its values, that OmegaConf gives back as it is: `${` begins no interpolation."""
+    if isinstance(value, dict):
+        return {key: literal(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [literal(each) for each in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -17,7 +17,7 @@ class EvaluateConfig(TrainedSource):
     max_samples: int | None = setting(None, "evaluate on the first n records only; null is all", at_least=1)
     batch_size: int = setting(16, "records computed at once", at_least=1)
     exact_match: bool = setting(True, "let the model answer each record, and compare; false measures perplexity alone")
-    max_new_tokens: int = setting(64, "an answer ends after so many tokens", at_least=1)
+    max_new_tokens: int = setting(64, "an answer ends after so many tokens", at_least=1, needs="exact_match=true")
     text: str | None = setting(None, "a UTF-8 text file whose perplexity is measured beside that of the responses")
     window: int | None = setting(None, "tokens of the text seen at once; null is the model's context, 4096 at most")
     stride: int | None = setting(None, "tokens from the start of one window to the next; null is half a window")

@@ -24,7 +24,7 @@ class DecodingConfig:
     max_new_tokens: int = setting(128, "a text ends after so many tokens", at_least=1)
     num_return_sequences: int = setting(1, "answers to a prompt")
     stop: list[str] = setting([], "strings that end a text, beside EOS")
-    seed: int = setting(0, "of the random numbers")
+    seed: int = setting(0, "of the random numbers", needs="decoding.sample=true")
 
     def __post_init__(self) -> None:
         check_settings(self, "decoding.")
@@ -41,10 +41,6 @@ class DecodingConfig:
             check(1 <= number <= MAX_ROWS, f"decoding.{key}", number, f"between 1 and {MAX_ROWS}")
         check(0 <= self.seed < 2**63, "decoding.seed", self.seed, "at least 0 and below 2**63")
         check(all(self.stop), "decoding.stop", self.stop, "strings that are not empty")
-        for text in self.stop:  # Hydra leaves a backslash and an n as they are
-            if "\\n" in text or "\\t" in text:
-                typed = "$'decoding.stop=[\"\\n\"]'"
-                raise UserError(f"decoding.stop has a backslash; for a line break type, in bash, {typed}")
         for key, default in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0)):
             if not self.sample and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for sampling: give decoding=top_p, or decoding.sample=true too")
@@ -68,7 +64,7 @@ class GenerateConfig(TrainedSource):
     input: str | None = setting(None, "what the instruction is about, where it needs that")
     prompts: str | None = setting(None, "many: a JSON or JSONL file of records with prompt, or instruction and input")
     output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
-    batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1)
+    batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1, needs="prompts=FILE")
     interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")
     compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from llama_ft.config.checks import DeviceChoice, OnBadRecord, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
@@ -58,6 +59,11 @@ class DataConfig:
     def is_builtin(self) -> bool:
         """Whether the records ship with the package."""
         return self.name == "sample"
+
+    @property
+    def title(self) -> str:
+        """What people call this data: a file that is given in the place of the built-in set by the file's name."""
+        return Path(self.path).name if self.path and self.is_builtin else self.name
 
     def check_for(self, model: ModelConfig) -> None:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from llama_ft.config.checks import Combinations, Goal, UserError, check, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.source import found_tokenizer
-from llama_ft.config.techniques import TECHNIQUES
+from llama_ft.config.techniques import COURSE, TECHNIQUES
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
@@ -45,6 +45,12 @@ class PlanConfig(TrainConfig):
             raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
+
+    @property
+    def used_techniques(self) -> set[str]:
+        """The techniques whose numbers matter: those that are on in one of the combinations."""
+        varied = {*(each.name for each in COURSE), *self.both} if self.combinations is Combinations.all else set()
+        return super().used_techniques | varied
 
     @property
     def has_lengths(self) -> bool:

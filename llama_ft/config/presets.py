@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from llama_ft.config.checks import UserError
+from llama_ft.config.checks import UserError, literal
 from llama_ft.config.model import PACKAGE_DIR
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ def preset(group: str, name: str, schema: type[T], **changes: Any) -> T:
     Raises:
         UserError: if there is no such choice, naming those that there are.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(schema), _load(group, name), changes)
+    merged = OmegaConf.merge(OmegaConf.structured(schema), _load(group, name), literal(changes))
     return cast(T, OmegaConf.to_object(merged))
 
 

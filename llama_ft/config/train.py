@@ -6,20 +6,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import Settings, UserError
+from llama_ft.config.checks import Settings, UserError, literal
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
-from llama_ft.config.techniques import Switched, TechniqueConfigs
+from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.tracker import TrackerConfig
 
 
 def read_config(file: Path) -> "TrainConfig":
     """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
+    import yaml
     from omegaconf import OmegaConf
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(file))
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), literal(yaml.safe_load(file.read_bytes())))
         return cast(TrainConfig, OmegaConf.to_object(merged))
     except UserError:
         raise
@@ -45,6 +46,11 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         self.data.check_for(self.model)
 
     @property
+    def used_techniques(self) -> set[str]:
+        """The techniques whose numbers matter: those that are on."""
+        return {each.name for each in TECHNIQUES if getattr(self.optim, each.name)}
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro-batches in an optimizer step; 1 is gradient accumulation switched off."""
         return self.ga.steps if self.optim.ga else 1
@@ -61,10 +67,10 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         return self.data.max_length or self.model.max_seq_len
 
     def to_yaml(self) -> str:
-        """The resolved config, for `config.yaml`; `read_config` reads it."""
-        from omegaconf import OmegaConf
+        """The resolved config, for `config.yaml`; `read_config` reads it, and takes no text in it for anything else."""
+        import yaml
 
-        return OmegaConf.to_yaml(OmegaConf.create(self.to_dict()))
+        return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def measured(self, without: tuple[str, ...] = ()) -> Settings:
         """What identifies a run: equal for equal runs on equal files, wherever they lie.

@@ -6,10 +6,10 @@ One model answers, or two to be compared, one of which is in memory at a time.
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
@@ -99,6 +99,15 @@ def lines_of_file(name: str, made_with: str, n_prompts: int, n_answers: int) -> 
                 file.unlink(missing_ok=True)
 
 
+def print_line(line: str) -> None:
+    """Print a line of JSON; where standard output's encoding lacks a letter of it, with JSON's escapes."""
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        line = json.dumps(json.loads(line)) + "\n"
+    print(line, end="", flush=True)
+
+
 @contextmanager
 def _explained(file: Path) -> Iterator[None]:
     try:
@@ -119,7 +128,7 @@ def answer_prompts(
 
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
         if config.output is None:
-            return nullcontext(Lines(ignore if suffix else partial(print, end="", flush=True)))
+            return nullcontext(Lines(ignore if suffix else print_line))
         return lines_of_file(config.output + suffix, made_with, len(prompts), config.decoding.num_return_sequences)
 
     def fill(lines: Lines, is_base: bool, base_texts: Sequence[list[str]] | None = None) -> None:

@@ -47,7 +47,7 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
         reason = "no prompt leaves room for an answer" if read else "there are no records"
         raise UserError(f"{file}: {reason}")
     about = EvaluatedRecords(
-        name=file.name if config.data.path else config.data.name,
+        name=config.data.title,
         file=file.name if builtin else str(file),  # the package's place says nothing
         is_held_out=builtin,
         records=len(records),

@@ -78,14 +78,15 @@ def run_in_child(
         KeyboardInterrupt: passed on after the child has stopped and its result is written.
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
-    kills_before, seen = oom_kills(), Seen()
+    metrics_file = run_dir / METRICS_FILE
+    kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
     arguments = [str(run_dir), command, *([CHECK_FIT] if check_fit else [])]
     child = start(arguments, run_dir / LOG_FILE, lock, config.gpu.device is DeviceChoice.cpu)
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt:
         seen.was_interrupted = True
-        if config.training.saves_when_interrupted and (run_dir / METRICS_FILE).exists():  # else it stops at once
+        if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
@@ -103,6 +104,11 @@ def run_in_child(
     return result
 
 
+def changed_ns(file: Path) -> int | None:
+    """When a file was changed last, in nanoseconds; None where there is none."""
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
 def start(arguments: list[str], log_file: Path, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
     command = [sys.executable, "-m", "llama_ft.launch.child", *arguments]
@@ -118,7 +124,8 @@ def child_environment(on_cpu: bool) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     set_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     allocator = {} if set_by_user or is_wsl() else ALLOCATOR_ENVIRONMENT
-    ours = {"PYTHONPATH": path} | (CPU_ENVIRONMENT if on_cpu else {})
+    # Its lines are for us, whatever the terminal's encoding is.
+    ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"} | (CPU_ENVIRONMENT if on_cpu else {})
     return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | ours
 
 

@@ -108,6 +108,7 @@ class MeasuredRun:
         """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the time it took."""
         training = self.config.training
         watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
+        self.interrupts.held = training.saves_when_interrupted  # from here on the optimizer step ends first
         total_steps = data.steps_per_epoch * training.epochs
         saver = Saver(self.run_dir, self.config.hash(), step)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
@@ -115,8 +116,6 @@ class MeasuredRun:
         schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio, position.step)
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
-        if training.saves_when_interrupted:
-            self.interrupts.held = True
         last = file.steps[-1] if file.steps else None
         meter = StepMeter(total_steps, step.device, step.scaler.is_enabled(), last)
         watch.start()

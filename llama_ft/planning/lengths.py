@@ -17,7 +17,7 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     Raises:
         UserError: if the data or the tokenizer cannot be read.
     """
-    name = config.data.name
+    name = config.data.title
     if config.has_lengths:
         lengths = [(len(sample), sample.n_prompt) for sample in load_data(config, log).samples]
         middle, tokens = median(n for n, _ in lengths), sum(n for n, _ in lengths)

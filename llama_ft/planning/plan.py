@@ -1,5 +1,6 @@
 """A plan: rows for combinations and cards, and what they are rows of."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def make_plan(
     Raises:
         UserError: if what is asked for can run nowhere.
     """
-    measured = measured_runs(Path(config.calibrate), gpus) if config.calibrate else None
+    measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
     settings, optims = config.to_dict(), planned_combinations(config)
     size = min(config.training.micro_batch_size, len(lengths))  # no micro-batch is larger than the data
     config = replace(config, training=replace(config.training, micro_batch_size=size))

@@ -59,6 +59,7 @@ class MetricsFile:
 
     def __init__(self, file: Path) -> None:
         self._stream = file.open("a+", encoding="utf-8")
+        os.utime(file)  # by which our parent sees that training begins
         self._stream.seek(0)
         self.steps = [parse_line(line, f"{file}, line {number}") for number, line in enumerate(self._stream, 1)]
         self._last_flush = time.monotonic()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import TrainConfig
+from llama_ft.config import DataConfig, TrainConfig
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
 from llama_ft.records import CATEGORIES, SCHEMA_VERSION, read_record, write_record
@@ -117,7 +117,7 @@ def unmeasured_result(settings: Settings, command: str, error: str | None = None
     return Result(
         combination=combination_name(settings["optim"]),
         model=settings["model"]["name"],
-        data=settings["data"]["name"],
+        data=DataConfig(settings["data"]["name"], settings["data"]["path"]).title,
         gpu=settings["gpu"]["name"],
         optim=settings["optim"],
         techniques={name: settings[name] for name in settings["optim"]},
@@ -142,5 +142,7 @@ def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
     """Whether a run was on a profile's device: any CPU is `cpu`; a card has its name, as `NVIDIA A100` `a100_40gb`."""
     is_on_cuda = result.peak_memory_reserved_mib is not None
     words = re.findall(r"[a-z]+|\d+", re.sub(r"_\d+gb$", "", gpu.lower()))
-    model = r"[^a-z\d]*".join(words) + r"\b(?! (?:ti|super|laptop)\b)(?!.* mig )"  # an L40 is no L4, nor is a slice a card
+    model = (
+        r"[^a-z\d]*".join(words) + r"\b(?! (?:ti|super|laptop)\b)(?!.* mig )"
+    )  # an L40 is no L4, nor is a slice a card
     return is_on_cuda == on_cuda and (not on_cuda or bool(re.search(rf"\b{model}", (result.device or "").lower())))

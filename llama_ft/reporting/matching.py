@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
@@ -141,7 +141,7 @@ def group_settings(group: Group) -> Settings:
         limit = {"measure": {"memory_limit_mib": group.memory_limit_mib}}
         return flat({**result.techniques, **known, **limit}) | environment
     try:
-        return flat(OmegaConf.to_container(OmegaConf.load(file))) | environment
+        return flat(yaml.safe_load(file.read_bytes())) | environment
     except Exception as error:  # whatever a damaged file makes the parser say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read: {reason}") from error

@@ -52,8 +52,9 @@ class WandbRun(Tracker):
 def init(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Any:
     """`wandb.init`, asking and printing nothing. What is not given is W&B's: from the environment, or its settings."""
     settings = session(config.mode)
-    # A name or an id in the environment is meant for one run: those of a sweep would replace each other.
-    name, run_id = (settings.run_name, settings.run_id) if subject.group is None else (None, None)
+    # A name or an id in the environment is meant for one run: those of a sweep, or studies, would replace each other.
+    is_alone = subject.group is None and subject.job_type == "train"
+    name, run_id = (settings.run_name, settings.run_id) if is_alone else (None, None)
     about: dict[str, Any] = {
         "dir": subject.folder,
         "project": config.project or settings.project or "llama_ft",

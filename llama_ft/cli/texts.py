@@ -1,0 +1,72 @@
+"""Texts on the command line, taken as they are typed, whichever key they are given to."""
+
+import re
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.errors import HydraException
+
+from llama_ft.cli.explain import TEXTS, setting_of
+from llama_ft.config.checks import literal
+
+RULE = (
+    "A text is taken as it is typed: ${...}, brackets and backslashes mean nothing in it, and quotes around the whole"
+    " of it are left out. Commas separate the items of a [list], and with -m the runs of a sweep; quotes keep them in."
+)
+QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+ITEM = re.compile(rf"(?:^|,)(\s*{QUOTED}\s*(?=,|\Z)|[^,]*)", re.DOTALL)
+
+
+def as_typed(arguments: Sequence[str], schema: type, *, sweeps: bool = False) -> list[str]:
+    """The arguments with each text quoted where Hydra or OmegaConf would take it, or a part of it, for something else.
+
+    Args:
+        schema: says which keys are texts, and which are lists of texts.
+        sweeps: whether commas outside quotes separate the values of a sweep.
+    """
+    return [_argument(argument, schema, sweeps) for argument in arguments]
+
+
+def parsed(argument: str) -> Override | None:
+    """An argument as Hydra reads it; None if it cannot."""
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return None
+
+
+def _argument(argument: str, schema: type, sweeps: bool) -> str:
+    match = re.fullmatch(r"(\+{0,2}([\w.]+)=)(.*)", argument, re.DOTALL)
+    kind = setting_of(schema, match[2])[1] if match else None
+    if match is None or (kind not in TEXTS and kind != list[str]):
+        return argument
+    start, value = match[1], match[3]
+    as_hydra = parsed(argument) if sweeps or kind == list[str] else None
+    sweep = as_hydra.value() if as_hydra is not None and as_hydra.is_sweep_override() else None
+    if sweep is not None and (kind == list[str] or not (isinstance(sweep, ChoiceSweep) and sweep.simple_form)):
+        return argument  # several lists, or choice(a,b), glob(*)
+    if kind == list[str]:
+        items = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
+        if items is None and ("," in value or value.lstrip()[:1] in ("", "[")):
+            return argument  # neither a list nor one item of it: refused
+        texts = ITEM.findall(items[1]) if items and items[1].strip() else [] if items else [value]
+        return f"{start}[{','.join(_text(text.strip()) for text in texts)}]"
+    texts = [text.strip() for text in ITEM.findall(value)] if sweeps else [value]
+    return start + ",".join(text if text.lower() in ("", "null") else _text(text) for text in texts)
+
+
+def _text(value: str) -> str:
+    """A text as Hydra is to be given it."""
+    text = unquoted(value)
+    override = parsed(f"key={value}")
+    is_read = value and override is not None and override.value() == text and not re.search(r"\$\{|\\", text)
+    return value if is_read else QuotedString(literal(text), Quote.double).with_quotes()
+
+
+def unquoted(value: str) -> str:
+    """A text without the quotes around the whole of it, and without the backslashes that keep quotes inside."""
+    if not (match := re.fullmatch(rf"\s*({QUOTED})\s*", value, re.DOTALL)):
+        return value
+    quote, inner = match[1][0], match[1][1:-1]
+    return re.sub(rf"\\+(?={quote}|\Z)", lambda run: "\\" * (len(run[0]) // 2), inner)
