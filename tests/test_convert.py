@@ -327,9 +327,49 @@ def test_settings_of_the_source_are_kept(tmp_path, converted):
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6}'
 
 
+def test_settings_of_quantisation_are_not_those_of_plain_weights(tmp_path, converted):
+    source = Path(shutil.copytree(hf_folder("gqa", torch.bfloat16), tmp_path / "source"))
+    change_json(source / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    converted(f"checkpoint={source}", "to=hf", f"output={tmp_path / 'out'}")
+    assert_same(ours(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval())
+
+
+@pytest.mark.parametrize(
+    ("config_end", "generation_end", "written"),
+    [(1, None, 2), (1, 1, 2), (2, [7, 2], [7, 2]), ([5, 1], None, [2, 5]), (None, 9, [2, 9])],
+)
+def test_the_export_ends_where_the_tokenizer_does(tmp_path, converted, config_end, generation_end, written):
+    """The conversion of LLaMA that most people used had the ids 0 and 1, and the tokenizer has 1 and 2."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    LlamaForCausalLM(LlamaConfig(**(SIZES | MODELS["gqa"] | {"vocab_size": 2048}))).save_pretrained(source)
+    shutil.copy(CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model", source)
+    change_json(source / "config.json", bos_token_id=0, eos_token_id=config_end)
+    (source / "generation_config.json").unlink()
+    if generation_end is not None:
+        ends = {"bos_token_id": 1, "eos_token_id": generation_end, "temperature": 0.6, "do_sample": True}
+        (source / "generation_config.json").write_text(json.dumps(ends))
+    said = converted(f"checkpoint={source}", "to=hf", f"output={out}")
+    assert "config.json and the tokenizer disagree: bos_token_id=0, now 1" in said
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (model.config.bos_token_id, model.generation_config.eos_token_id) == (1, written)
+    assert model.generation_config.temperature == (None if generation_end is None else 0.6)
+
+
+def test_sizes_that_are_given_are_written(tmp_path, converted):
+    out = tmp_path / "out"
+    converted(
+        f"checkpoint={hf_folder('gqa')}", "to=hf", f"output={out}", "model.rope_theta=30000", "model.norm_eps=1e-3"
+    )
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.config.rms_norm_eps == 1e-3
+    assert sizes_of(out)["rope_theta"] == 30000.0
+    assert_same(ours(out), model)
+
+
 def test_bos_and_eos_are_those_of_the_released_models_where_nothing_says_them(tmp_path, converted):
     write_meta("gqa", tmp_path / "meta")
-    converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
+    said = converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
+    assert "no tokenizer is given: BOS and EOS are taken to be 1 and 2, as in the released models" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama2")
     assert (model.generation_config.bos_token_id, model.config.eos_token_id) == (1, 2)
 

@@ -93,16 +93,18 @@ def _check_value(schema: type, override: Override) -> None:
 
 def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
     """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs."""
+    sized = copy.deepcopy(config)
+    if "model" in config:
+        sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
     if OmegaConf.select(config, "model.name") != FROM_CHECKPOINT:
-        return config
+        return sized
     if config.checkpoint in (None, "builtin", "random"):
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
     from llama_ft.model.folder import sizes_of
 
     folder = Path(os.path.expanduser(config.checkpoint))
-    sized = copy.deepcopy(config)
     for key, value in sizes_of(folder).items():
-        if f"model.{key}" not in given:
+        if key not in sized.model.given:
             try:
                 sized.model[key] = value
             except (OmegaConfBaseException, ValueError) as error:

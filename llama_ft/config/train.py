@@ -74,7 +74,7 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", *without)}
         for section, key in (("training", "save_every"), ("training", "resume"), ("data", "cache_dir")):
             del measured[section][key]  # how a run is kept and its data fetched, not what is run
-        del measured["model"]["name"]  # sizes and weights are in the hash, whatever they are called
+        measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
         for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
