@@ -19,6 +19,7 @@ from helpers.checkpoints import (
     TO_META,
     are_equal,
     assert_same,
+    config_of,
     hf_folder,
     ours,
     peft_adapter,
@@ -39,11 +40,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_ft import cli
-from llama_ft.config import ModelConfig, PlanConfig, UserError, config_dir
+from llama_ft.config import SCHEMAS, ModelConfig, PlanConfig, UserError, config_dir
+from llama_ft.config.train import read_config
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.mapped import read_pth
 from llama_ft.model.sizes import hf_config, hf_sizes, meta_params, meta_sizes
+from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
 from llama_ft.techniques.peft import save_adapter
@@ -386,6 +390,22 @@ def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path):
         assert config.model.name == expected
         assert config.tokenizer_file == tmp_path / name / "tokenizer.model"
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "plan"])
+@pytest.mark.parametrize("model", ["from_checkpoint", "tiny"])
+def test_keys_that_are_given_win_over_the_checkpoint_in_every_command(tmp_path, command, model):
+    folder = hf_folder("gqa")
+    sizes = {"rope_theta": 30000.0} | ({} if model == "from_checkpoint" else vars(config_of("gqa")))
+    given = [f"model.{key}={json.dumps(value)}" for key, value in sizes.items() if key not in ("name", "given")]
+    source = [f"model={model}", f"checkpoint='{folder}'", "tokenizer=any", "gpu=cpu"]
+    asked = ["prompt=x"] if command == "generate" else []
+    config = cli.composed_config(command, source + given + asked, SCHEMAS[command])
+    assert config.model.rope_theta == sizes["rope_theta"]
+    open_checkpoint(folder, build(config.model))
+    if command == "train":  # the run's own process reads it again
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        open_checkpoint(folder, build(read_config(tmp_path / "config.yaml").model))
 
 
 @pytest.mark.process
