@@ -29,7 +29,7 @@ from helpers.checkpoints import (
     write_own,
 )
 from helpers.converting import converted
-from helpers.models import change_json, relative
+from helpers.models import CPU, change_json, relative
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import PeftModel
@@ -40,7 +40,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_ft import cli
-from llama_ft.config import SCHEMAS, ModelConfig, PlanConfig, UserError, config_dir
+from llama_ft.config import SCHEMAS, ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.train import read_config
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.checkpoint import open_checkpoint
@@ -50,7 +50,9 @@ from llama_ft.model.sizes import hf_config, hf_sizes, meta_params, meta_sizes
 from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
+from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.techniques.peft import save_adapter
+from llama_ft.training.setup import set_up
 
 __all__ = ["converted", "files"]  # fixtures
 
@@ -262,6 +264,61 @@ def test_two_adapters_side_by_side(tmp_path):
     with pytest.raises(UserError, match="there is no such folder"):
         adapters.add("third", tmp_path / "third")
     assert "third" not in adapters
+
+
+# Adapters that are trained further
+
+
+def further(adapter: Path, *arguments: str, optim: str = "lora", base: Path | None = None) -> TrainConfig:
+    source = f"checkpoint='{base or hf_folder('gqa')}'", "model=from_checkpoint", "tokenizer=any", "gpu=cpu"
+    return cli.composed_config("train", [*source, f"optim={optim}", f"adapter='{adapter}'", *arguments], TrainConfig)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gqa", "default"), ("gqa", "all_linear"), ("tied", "with_head")])
+def test_an_adapter_is_trained_further_from_where_it_was(tmp_path, name, kind):
+    """Its numbers are taken from it; the model begins as PEFT's, and goes on with other data."""
+    reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
+    config = further(tmp_path / "adapter", "lora.dropout=0", "optim.gc=true", base=hf_folder(name))
+    said = reference.peft_config["default"]
+    assert (config.lora.rank, config.lora.alpha, config.lora.rslora) == (said.r, said.lora_alpha, said.use_rslora)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    step = set_up(read_config(tmp_path / "config.yaml"), Precision("cpu", torch.float32), CPU)
+    assert {key.rpartition(".")[2] for key, p in step.model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    tokens = torch.arange(3, 100)[None]
+    with torch.no_grad():
+        assert relative(step.model(tokens), reference(tokens).logits) <= 1e-5
+    assert config.hash() != further(tmp_path / "adapter", "lora.dropout=0.1", base=hf_folder(name)).hash()
+
+
+def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
+    peft_adapter(theirs("gqa"), tmp_path / "adapter", "default")
+    before = further(tmp_path / "adapter").hash()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "moved")
+    assert further(tmp_path / "moved").hash() == before
+    change_json(tmp_path / "moved" / "adapter_config.json", lora_alpha=31)
+    assert further(tmp_path / "moved").hash() != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("default", {"optim": "mp"}, "is trained further with LoRA, and optim.lora is off: give optim=lora"),
+        ("default", ("lora.rank=8",), r"lora.rank=8 is not adapter=.*'s, 16: leave it out"),
+        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] is not adapter=.*'s, \['wq', 'wv'\]"),
+        ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
+        ("some_layers", (), "has layers or ranks of several kinds"),
+    ],
+)
+def test_what_cannot_be_trained_further_is_said(tmp_path, kind, arguments, message):
+    peft_adapter(theirs("gqa"), tmp_path / "adapter", kind)
+    typed, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
+    with pytest.raises(UserError, match=message):
+        further(tmp_path / "adapter", *typed, **named)
+    if kind == "default":
+        further(tmp_path / "adapter", "lora.targets=[wv,wq]", "lora.rank=16")  # what it has may be said
 
 
 # Merged exports

@@ -8,7 +8,7 @@ import sys
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 
 T = TypeVar("T")
@@ -63,7 +63,8 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
     parsed = _parsed(overrides)
     for override in parsed:
         _check_value(schema, override)
-    checked = OmegaConf.to_object(_with_sizes(config, {override.key_or_group for override in parsed}))
+    given = {override.key_or_group for override in parsed}
+    checked = OmegaConf.to_object(_with_adapter(_with_sizes(config, given), given, schema))
     assert isinstance(checked, schema)
     return checked
 
@@ -110,3 +111,18 @@ def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
+
+
+def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConfig:
+    """The config with rank, alpha and targets of the adapter that is trained further; keys given must agree."""
+    if not issubclass(schema, TrainConfig) or config.adapter is None:
+        return config
+    from llama_ft.techniques.adapter import lora_settings
+
+    model = cast(ModelConfig, OmegaConf.to_object(config.model))
+    for key, value in lora_settings(config.adapter, model, config.checkpoint).items():
+        said = OmegaConf.to_container(config.lora)[key]  # type: ignore[index, call-overload]
+        if f"lora.{key}" in given and (sorted(said) != sorted(value) if isinstance(value, list) else said != value):
+            raise UserError(f"lora.{key}={said} is not adapter={config.adapter}'s, {value}: leave it out")
+        config.lora[key] = value
+    return config

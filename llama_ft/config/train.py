@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import UserError
+from llama_ft.config.checks import UserError, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
@@ -32,6 +32,7 @@ def read_config(file: Path) -> "TrainConfig":
 class TrainConfig(TechniqueConfigs, Switched, ModelSource):
     """Everything `python -m llama_ft.train` can be told."""
 
+    adapter: str | None = setting(None, "folder of a run, or of PEFT, whose LoRA adapter is trained further, as it is")
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
@@ -41,6 +42,8 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapter is not None and not self.optim.lora:
+            raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
         self.data.check_for(self.model)
 
@@ -76,6 +79,9 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
             del measured[section][key]  # how a run is kept and its data fetched, not what is run
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
-        for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
+        if self.adapter is None:  # as before there was one
+            del measured["adapter"]
+        named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
+        for holder, key in ((measured["data"], "path"), *named):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:16]
