@@ -77,13 +77,12 @@ def main() -> int:
 
 def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInputs":
     """What the models are measured on; a UserError if it cannot be had, or the tokenizer is not the model's."""
-    from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+    from llama_ft.data.tokenizer import load_tokenizer
     from llama_ft.evaluation.measures import EvalInputs
     from llama_ft.evaluation.perplexity import read_text
     from llama_ft.evaluation.records import load_records
 
-    tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
+    tokenizer = load_tokenizer(config)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
     return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 

@@ -19,6 +19,7 @@ from llama_ft.config import UserError
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
+NO_GGUF = "GGUF is not read, give the model's folder in Hugging Face's format"
 
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's
 
@@ -55,7 +56,16 @@ def write_json(file: Path, content: Json) -> None:
 
 def why_no_folder(path: Path) -> str:
     """For people: why there is no folder under a name."""
+    if path.suffix == ".gguf":
+        return NO_GGUF
     return "it is a file: give the folder that it lies in" if path.exists() else "there is no such folder"
+
+
+def unread_hint(folder: Path) -> str:
+    """For people: weights in a folder in formats that are not read, and what to do about it."""
+    if any(folder.glob("*.gguf")):
+        return f"; {NO_GGUF}"
+    return "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
 
 
 @contextmanager

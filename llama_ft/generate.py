@@ -43,10 +43,9 @@ def main() -> int:
     config = cli.composed_config("generate", sys.argv[1:], GenerateConfig)
     errors = Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
-    from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+    from llama_ft.data.tokenizer import load_tokenizer
 
-    tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
+    tokenizer = load_tokenizer(config)
     prompts = read_asked(config, tokenizer)
     from llama_ft.decoding.load import Models
 

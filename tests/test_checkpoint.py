@@ -41,6 +41,7 @@ from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
 from llama_ft.model import mapped
 from llama_ft.model.checkpoint import INDEX_FILE
+from llama_ft.model.folder import sizes_of
 from llama_ft.model.formats import hf_name
 from llama_ft.model.mapped import StoredTensor
 from llama_ft.model.sizes import hf_sizes, meta_sizes
@@ -283,12 +284,55 @@ def refusal(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return message
 
 
+def test_an_index_may_list_what_is_not_needed(tmp_path):
+    """A tied output, rotary tables, a buffer of others: transformers does not miss them either."""
+    folder = write_hf("tied", tmp_path, sharded=True)
+    index = json.loads((folder / INDEX_FILE).read_text())
+    for name in ("lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "model.other"):
+        index["weight_map"][name] = max(index["weight_map"].values())
+    (folder / INDEX_FILE).write_text(json.dumps(index))
+    assert_same(ours(folder), LlamaForCausalLM.from_pretrained(folder).eval())
+
+
+def test_numbers_that_fp32_rounds_are_the_same_size(tmp_path):
+    folder = write_hf("gqa", tmp_path)
+    for key, value in (("rms_norm_eps", 9.999999747378752e-05), ("rope_theta", 20000.001953125)):
+        change_json(folder / "config.json", **{key: value})
+        load(folder)
+    save_tensors(meta_weights("gqa"), folder / WEIGHTS_FILE, replace(config_of("gqa"), norm_eps=9.9999997e-05))
+    load(folder)
+
+
+@pytest.mark.parametrize("kind", ["hf", "meta", "own"])
+def test_sizes_that_are_given_win(copy_of, kind):
+    given = replace(config_of("gqa"), rope_theta=30000.0, norm_eps=1e-3, given=["rope_theta", "norm_eps"])
+    model = load(copy_of(kind), given)
+    assert_weights_equal(model)
+    assert (model.config.rope_theta, model.config.norm_eps) == (30000.0, 1e-3)
+
+
+def test_weights_without_numbers_are_refused(copy_of, refusal):
+    file = copy_of("hf") / WEIGHTS_FILE
+    for belongs in ("proj", "norm"):  # as DeepSpeed ZeRO-3 leaves them
+        weights = load_file(hf_folder("gqa") / WEIGHTS_FILE)
+        save_file({name: torch.empty(0) if belongs in name else weights[name] for name in weights}, file)
+        assert "is [0], and should be [" in (message := refusal(file.parent))
+        assert message.endswith(
+            "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"
+        )
+
+
 def test_folders_without_weights_are_refused(tmp_path, refusal):
     assert "there is no such folder" in refusal(tmp_path / "missing")
     assert "there are no weights in it" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     assert "pytorch_model*.bin is not read, convert it to safetensors" in refusal(tmp_path)
     assert "it is a file: give the folder" in refusal(tmp_path / "pytorch_model.bin")
+    (gguf := tmp_path / "llama.gguf").touch()
+    for place in (tmp_path, gguf):
+        assert "GGUF is not read, give the model's folder in Hugging Face's format" in refusal(place)
+        with pytest.raises(UserError, match="GGUF is not read, give the model's folder"):
+            sizes_of(place)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, "config.json", INDEX_FILE, META_FILE, "params.json"])
@@ -373,7 +417,7 @@ def test_own_weights_of_another_model_are_refused(tmp_path, refusal):
 
 
 def test_sizes_of_files_from_before_version_0_2_are_read(tmp_path):
-    sizes = asdict(config_of("gqa"))
+    sizes = config_of("gqa").sizes
     sizes["context"] = sizes.pop("max_seq_len")
     save_file(meta_weights("gqa"), tmp_path / WEIGHTS_FILE, metadata={"llama_ft.model": json.dumps(sizes)})
     assert_weights_equal(ours(tmp_path))

@@ -466,6 +466,7 @@ def changed(config: TrainConfig, leaf: str) -> TrainConfig:
 
 # How a run is followed, kept and its data fetched changes nothing in what is measured.
 NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan."))} | {
+    "model.given",
     "training.save_every",
     "training.resume",
     "data.cache_dir",

@@ -19,6 +19,7 @@ from helpers.checkpoints import (
     TO_META,
     are_equal,
     assert_same,
+    config_of,
     hf_folder,
     ours,
     peft_adapter,
@@ -28,7 +29,7 @@ from helpers.checkpoints import (
     write_own,
 )
 from helpers.converting import converted
-from helpers.models import change_json, relative
+from helpers.models import CPU, change_json, relative
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from peft import PeftModel
@@ -39,14 +40,19 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llama_ft import cli
-from llama_ft.config import ModelConfig, PlanConfig, UserError, config_dir
+from llama_ft.config import SCHEMAS, ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
+from llama_ft.config.train import read_config
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.mapped import read_pth
 from llama_ft.model.sizes import hf_config, hf_sizes, meta_params, meta_sizes
+from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
+from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.techniques.peft import save_adapter
+from llama_ft.training.setup import set_up
 
 __all__ = ["converted", "files"]  # fixtures
 
@@ -260,6 +266,61 @@ def test_two_adapters_side_by_side(tmp_path):
     assert "third" not in adapters
 
 
+# Adapters that are trained further
+
+
+def further(adapter: Path, *arguments: str, optim: str = "lora", base: Path | None = None) -> TrainConfig:
+    source = f"checkpoint='{base or hf_folder('gqa')}'", "model=from_checkpoint", "tokenizer=any", "gpu=cpu"
+    return cli.composed_config("train", [*source, f"optim={optim}", f"adapter='{adapter}'", *arguments], TrainConfig)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gqa", "default"), ("gqa", "all_linear"), ("tied", "with_head")])
+def test_an_adapter_is_trained_further_from_where_it_was(tmp_path, name, kind):
+    """Its numbers are taken from it; the model begins as PEFT's, and goes on with other data."""
+    reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
+    config = further(tmp_path / "adapter", "lora.dropout=0", "optim.gc=true", base=hf_folder(name))
+    said = reference.peft_config["default"]
+    assert (config.lora.rank, config.lora.alpha, config.lora.rslora) == (said.r, said.lora_alpha, said.use_rslora)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    step = set_up(read_config(tmp_path / "config.yaml"), Precision("cpu", torch.float32), CPU)
+    assert {key.rpartition(".")[2] for key, p in step.model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    tokens = torch.arange(3, 100)[None]
+    with torch.no_grad():
+        assert relative(step.model(tokens), reference(tokens).logits) <= 1e-5
+    assert config.hash() != further(tmp_path / "adapter", "lora.dropout=0.1", base=hf_folder(name)).hash()
+
+
+def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
+    peft_adapter(theirs("gqa"), tmp_path / "adapter", "default")
+    before = further(tmp_path / "adapter").hash()
+    shutil.copytree(tmp_path / "adapter", tmp_path / "moved")
+    assert further(tmp_path / "moved").hash() == before
+    change_json(tmp_path / "moved" / "adapter_config.json", lora_alpha=31)
+    assert further(tmp_path / "moved").hash() != before
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("default", {"optim": "mp"}, "is trained further with LoRA, and optim.lora is off: give optim=lora"),
+        ("default", ("lora.rank=8",), r"lora.rank=8 is not adapter=.*'s, 16: leave it out"),
+        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] is not adapter=.*'s, \['wq', 'wv'\]"),
+        ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
+        ("some_layers", (), "has layers or ranks of several kinds"),
+    ],
+)
+def test_what_cannot_be_trained_further_is_said(tmp_path, kind, arguments, message):
+    peft_adapter(theirs("gqa"), tmp_path / "adapter", kind)
+    typed, named = ((), arguments) if isinstance(arguments, dict) else (arguments, {})
+    with pytest.raises(UserError, match=message):
+        further(tmp_path / "adapter", *typed, **named)
+    if kind == "default":
+        further(tmp_path / "adapter", "lora.targets=[wv,wq]", "lora.rank=16")  # what it has may be said
+
+
 # Merged exports
 
 
@@ -327,9 +388,49 @@ def test_settings_of_the_source_are_kept(tmp_path, converted):
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6}'
 
 
+def test_settings_of_quantisation_are_not_those_of_plain_weights(tmp_path, converted):
+    source = Path(shutil.copytree(hf_folder("gqa", torch.bfloat16), tmp_path / "source"))
+    change_json(source / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    converted(f"checkpoint={source}", "to=hf", f"output={tmp_path / 'out'}")
+    assert_same(ours(tmp_path / "out"), AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="float32").eval())
+
+
+@pytest.mark.parametrize(
+    ("config_end", "generation_end", "written"),
+    [(1, None, 2), (1, 1, 2), (2, [7, 2], [7, 2]), ([5, 1], None, [2, 5]), (None, 9, [2, 9])],
+)
+def test_the_export_ends_where_the_tokenizer_does(tmp_path, converted, config_end, generation_end, written):
+    """The conversion of LLaMA that most people used had the ids 0 and 1, and the tokenizer has 1 and 2."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    LlamaForCausalLM(LlamaConfig(**(SIZES | MODELS["gqa"] | {"vocab_size": 2048}))).save_pretrained(source)
+    shutil.copy(CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model", source)
+    change_json(source / "config.json", bos_token_id=0, eos_token_id=config_end)
+    (source / "generation_config.json").unlink()
+    if generation_end is not None:
+        ends = {"bos_token_id": 1, "eos_token_id": generation_end, "temperature": 0.6, "do_sample": True}
+        (source / "generation_config.json").write_text(json.dumps(ends))
+    said = converted(f"checkpoint={source}", "to=hf", f"output={out}")
+    assert "config.json and the tokenizer disagree: bos_token_id=0, now 1" in said
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (model.config.bos_token_id, model.generation_config.eos_token_id) == (1, written)
+    assert model.generation_config.temperature == (None if generation_end is None else 0.6)
+
+
+def test_sizes_that_are_given_are_written(tmp_path, converted):
+    out = tmp_path / "out"
+    converted(
+        f"checkpoint={hf_folder('gqa')}", "to=hf", f"output={out}", "model.rope_theta=30000", "model.norm_eps=1e-3"
+    )
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert model.config.rms_norm_eps == 1e-3
+    assert sizes_of(out)["rope_theta"] == 30000.0
+    assert_same(ours(out), model)
+
+
 def test_bos_and_eos_are_those_of_the_released_models_where_nothing_says_them(tmp_path, converted):
     write_meta("gqa", tmp_path / "meta")
-    converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
+    said = converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
+    assert "no tokenizer is given: BOS and EOS are taken to be 1 and 2, as in the released models" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama2")
     assert (model.generation_config.bos_token_id, model.config.eos_token_id) == (1, 2)
 
@@ -346,6 +447,22 @@ def test_a_run_is_the_same_wherever_its_checkpoint_lies(tmp_path):
         assert config.model.name == expected
         assert config.tokenizer_file == tmp_path / name / "tokenizer.model"
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "plan"])
+@pytest.mark.parametrize("model", ["from_checkpoint", "tiny"])
+def test_keys_that_are_given_win_over_the_checkpoint_in_every_command(tmp_path, command, model):
+    folder = hf_folder("gqa")
+    sizes = {"rope_theta": 30000.0} | ({} if model == "from_checkpoint" else vars(config_of("gqa")))
+    given = [f"model.{key}={json.dumps(value)}" for key, value in sizes.items() if key not in ("name", "given")]
+    source = [f"model={model}", f"checkpoint='{folder}'", "tokenizer=any", "gpu=cpu"]
+    asked = ["prompt=x"] if command == "generate" else []
+    config = cli.composed_config(command, source + given + asked, SCHEMAS[command])
+    assert config.model.rope_theta == sizes["rope_theta"]
+    open_checkpoint(folder, build(config.model))
+    if command == "train":  # the run's own process reads it again
+        (tmp_path / "config.yaml").write_text(config.to_yaml())
+        open_checkpoint(folder, build(read_config(tmp_path / "config.yaml").model))
 
 
 @pytest.mark.process

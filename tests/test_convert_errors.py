@@ -111,6 +111,23 @@ def test_numbers_beyond_the_range_of_fp16(refused, source):
     assert message == "layers.1.feed_forward.w3.weight has numbers beyond the range of float16: give dtype=bf16"
 
 
+@pytest.mark.parametrize("dtype", ["keep", "fp16"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_none(refused, source, adapter, number, dtype):
+    """Of the adapter, and of the weights themselves."""
+    for file, name, said in (
+        (adapter / "adapter_model.safetensors", A_FACTOR, "layers.0.self_attn.q_proj.lora_A"),
+        (source / "model.safetensors", "model.layers.1.mlp.up_proj.weight", "layers.1.feed_forward.w3.weight"),
+    ):
+        good = load_file(file)
+        bad = good | {name: good[name].clone()}
+        bad[name][-1, -1] = number
+        save_file(bad, file)
+        message = refused(source, "to=hf", f"dtype={dtype}", f"adapter={adapter}")
+        assert f"{said} has NaN or infinite numbers" in message
+        save_file(good, file)
+
+
 def test_sizes_that_meta_does_not_know(refused):
     assert "Meta's format knows no head_dim=32 other than dim / n_heads" in refused(hf_folder("wide_heads"))
     assert "knows no rope_original_context=0" in refused(hf_folder("linear"))

@@ -229,7 +229,7 @@ def test_textbook_tree():
 
     def search(n_beams: int, n_return: int = 1) -> list[tuple[str, float]]:
         state = FakeState([WORDS.index("The")], n_beams, tree_logits)
-        found = beam_search(state, n_beams, max_new_tokens=2, eos_id=0, length_penalty=0.0, n_return=n_return)
+        found = beam_search(state, n_beams, max_new_tokens=2, ends=[0], length_penalty=0.0, n_return=n_return)
         return [(words(hypothesis.tokens), round(math.exp(hypothesis.score), 5)) for hypothesis in found]
 
     assert search(1) == [("nice woman", 0.2)]
@@ -244,7 +244,7 @@ def test_textbook_tree():
 
 def test_score_divides_by_the_length():
     state = FakeState([WORDS.index("The")], 2, tree_logits)
-    best = beam_search(state, 2, max_new_tokens=2, eos_id=0, length_penalty=2.0)[0]
+    best = beam_search(state, 2, max_new_tokens=2, ends=[0], length_penalty=2.0)[0]
     assert best.score == pytest.approx(math.log(0.36) / 4)
 
 
@@ -266,7 +266,7 @@ def test_wide_beams_find_the_best_of_all():
     expected = sorted(totals.items(), key=lambda item: item[1], reverse=True)
 
     n_beams = n_tokens**max_new_tokens
-    found = beam_search(FakeState([1], n_beams, log_probs), n_beams, max_new_tokens, eos_id, 0.0, n_return=n_beams)
+    found = beam_search(FakeState([1], n_beams, log_probs), n_beams, max_new_tokens, [eos_id], 0.0, n_return=n_beams)
     assert [tuple(hypothesis.tokens) for hypothesis in found] == [tokens for tokens, _ in expected]
     assert [hypothesis.score for hypothesis in found] == pytest.approx([total for _, total in expected], abs=1e-5)
 
@@ -297,7 +297,7 @@ PROMPT, MAX_NEW_TOKENS = [1, 17, 30, 8], 10
 
 
 @torch.no_grad()
-def by_transformers(n_beams: int, eos_id: int, **numbers: float) -> list[Hypothesis]:
+def by_transformers(n_beams: int, ends: list[int], **numbers: float) -> list[Hypothesis]:
     """What transformers finds."""
     output = llama().generate(
         torch.tensor([PROMPT]),
@@ -305,8 +305,8 @@ def by_transformers(n_beams: int, eos_id: int, **numbers: float) -> list[Hypothe
         num_beams=n_beams,
         do_sample=False,
         max_new_tokens=MAX_NEW_TOKENS,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
         bos_token_id=None,
         num_return_sequences=n_beams,
         return_dict_in_generate=True,
@@ -316,7 +316,7 @@ def by_transformers(n_beams: int, eos_id: int, **numbers: float) -> list[Hypothe
     found = []
     for sequence, score in zip(output.sequences.tolist(), output.sequences_scores.tolist(), strict=True):
         tokens = sequence[len(PROMPT) :]
-        end = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)
+        end = next((index for index, token in enumerate(tokens, 1) if token in ends), len(tokens))
         found.append(Hypothesis(tokens[:end], score))
     return found
 
@@ -327,12 +327,12 @@ OFTEN, ALSO = 45, 37
 
 @pytest.mark.parametrize("early_stopping", [False, True])
 @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
-@pytest.mark.parametrize(("n_beams", "eos_id"), [(2, OFTEN), (3, ALSO), (6, OFTEN)])
-def test_beam_search_equals_that_of_transformers(n_beams, eos_id, length_penalty, early_stopping):
+@pytest.mark.parametrize(("n_beams", "ends"), [(2, [OFTEN]), (3, [ALSO]), (6, [OFTEN]), (3, [ALSO, OFTEN, 8, 20])])
+def test_beam_search_equals_that_of_transformers(n_beams, ends, length_penalty, early_stopping):
     numbers = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     state = FakeState(PROMPT, n_beams, llama_logits)
-    found = beam_search(state, n_beams, MAX_NEW_TOKENS, eos_id, n_return=n_beams, **numbers)
-    truth = by_transformers(n_beams, eos_id, **numbers)
+    found = beam_search(state, n_beams, MAX_NEW_TOKENS, ends, n_return=n_beams, **numbers)
+    truth = by_transformers(n_beams, ends, **numbers)
     assert [hypothesis.tokens for hypothesis in found] == [hypothesis.tokens for hypothesis in truth]
     scores = [hypothesis.score for hypothesis in truth]
     assert [hypothesis.score for hypothesis in found] == pytest.approx(scores, rel=1e-5)
@@ -343,7 +343,7 @@ def test_what_beam_search_returns_depends_on_each_number():
 
     def search(eos_id: int = OFTEN, n_beams: int = 6, n_return: int = 6, **numbers: float) -> list[list[int]]:
         state = FakeState(PROMPT, n_beams, llama_logits)
-        found = beam_search(state, n_beams, MAX_NEW_TOKENS, eos_id, n_return=n_return, **numbers)
+        found = beam_search(state, n_beams, MAX_NEW_TOKENS, [eos_id], n_return=n_return, **numbers)
         return [hypothesis.tokens for hypothesis in found]
 
     ends = {(tokens[-1] == OFTEN, len(tokens) < MAX_NEW_TOKENS) for tokens in search(length_penalty=0.0)}
@@ -363,14 +363,14 @@ def test_one_beam_is_greedy():
     greedy = state.tokens[0, len(PROMPT) :].tolist()
     never = min(set(range(VOCAB_SIZE)) - set(greedy))
     for eos_id, end in [(never, MAX_NEW_TOKENS), (greedy[4], greedy.index(greedy[4]) + 1)]:
-        found = beam_search(FakeState(PROMPT, 1, llama_logits), 1, MAX_NEW_TOKENS, eos_id)
+        found = beam_search(FakeState(PROMPT, 1, llama_logits), 1, MAX_NEW_TOKENS, [eos_id])
         assert [hypothesis.tokens for hypothesis in found] == [greedy[:end]]
 
 
 def test_beam_search_refuses_logits_that_are_no_distribution():
     state = FakeState([1], 2, lambda tokens: torch.full((2, 5), math.nan))
     with pytest.raises(UserError, match="logits are not finite"):
-        beam_search(state, 2, 3, eos_id=0)
+        beam_search(state, 2, 3, ends=[0])
 
 
 # Streamed text

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT
 from helpers.commands import single_runs
+from helpers.models import trained_adapter
 from omegaconf import OmegaConf
 
 from llama_ft import cli, plan
 from llama_ft.config import SCHEMAS, GenerateConfig, ModelConfig, TrainConfig
+from llama_ft.config.presets import preset
 from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table import amount
 
@@ -113,6 +115,9 @@ def test_train_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[s
     overrides = [argument for argument in arguments if argument not in ("-m", "--multirun")]
     runs = list(single_runs(overrides))
     checkpoints(arguments)
+    for adapter in (argument.removeprefix("adapter=") for argument in arguments if argument.startswith("adapter=")):
+        Path(adapter).parent.mkdir()
+        trained_adapter(Path(adapter), preset("model", "tiny", ModelConfig))
     assert runs
     assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
     for single in runs:

@@ -1,5 +1,6 @@
 """`python -m llama_ft.generate`: the answers of transformers' generate, adapters, and what is refused."""
 
+import copy
 import io
 import json
 import math
@@ -58,6 +59,20 @@ def test_answers_are_those_of_transformers(model, tokenizer, prompt, n_beams, kv
     mask = torch.ones_like(tokens)
     theirs = hf.generate(tokens, attention_mask=mask, eos_token_id=tokenizer.eos_id, **settings)[0]
     assert answer.text == tokenizer.decode(theirs.tolist()).removeprefix(tokenizer.decode(tokens[0].tolist()))
+
+
+@pytest.mark.parametrize("settings", [{}, {"n_beams": 3}, {"sample": True, "num_return_sequences": 2}])
+def test_each_end_ends_an_answer_however_it_is_decoded(model, tokenizer, settings):
+    """Of several prompts side by side, too; what comes before it is what came without it."""
+    config = DecodingConfig(max_new_tokens=20, **settings)
+    several = copy.copy(tokenizer)
+    several.end_ids |= set(range(0, SMALL.vocab_size, 3))
+    answers = [answer for answers in generate(model, several, PROMPTS, config) for answer in answers]
+    assert [answer.finish for answer in answers] == ["eos"] * len(answers)
+    assert len({answer.n_tokens for answer in answers}) > 1
+    if "n_beams" not in settings:
+        before = [answer for answers in generate(model, tokenizer, PROMPTS, config) for answer in answers]
+        assert all(long.text.startswith(short.text) for long, short in zip(before, answers, strict=True))
 
 
 def test_samples_repeat_with_their_seed_and_differ_without(model, tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 
 from llama_ft import cli, plan
-from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig
+from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
 from llama_ft.planning.lengths import data_lengths
 from llama_ft.planning.plan import make_plan, planned_combinations
 from llama_ft.records import read_record
@@ -70,6 +70,19 @@ def test_without_a_tokenizer_the_longest_length_stands_in() -> None:
     assert "tokenizer=FILE" in data.about
     shorter = planned("model=llama2_7b", "data.max_length=64", "training.max_samples=3")
     assert data_lengths(shorter, print)[0] == [(64, 1)] * 3
+
+
+def test_a_tokenizer_that_lies_there_and_cannot_be_read_is_no_obstacle(tmp_path: Path) -> None:
+    """It need not be named, so nobody asked for it; one that is named is refused."""
+    file = tmp_path / "tokenizer.json"
+    file.write_text('{"version": "1.0"}')
+    sizes = ("model=llama2_7b", "data.max_length=64", "data.first=3")
+    lengths, data = data_lengths(planned(*sizes, f"checkpoint='{tmp_path}'"), print)
+    assert lengths == [(64, 1)] * 3
+    assert data.about.startswith(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: ")
+    assert ": 3 samples of 64 tokens stand in for sample" in data.about
+    with pytest.raises(UserError, match="is not a SentencePiece model"):
+        data_lengths(planned(*sizes, f"tokenizer='{file}'"), print)
 
 
 def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None:

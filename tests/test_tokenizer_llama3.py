@@ -5,6 +5,7 @@ One small vocabulary is trained and written in both formats.
 
 import base64
 import json
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,14 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
-from llama_ft.config import DataConfig, ModelConfig, TrainConfig, UserError
+from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, UserError
 from llama_ft.data.dataset import Record, encode_record, load_data
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
+TINY = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 # As Meta publishes it, in parts.
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -160,13 +163,101 @@ def test_a_missing_package_is_named(files, monkeypatch, name, package):
         files.tokenizer(name)
 
 
-def test_json_of_another_model(files, tmp_path):
-    content = json.loads(files.json.read_text(encoding="utf-8"))
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != EOS]
-    content["post_processor"] = None
+def bpe(folder: Path, special: list[str], begin: str | None, **settings: object) -> Path:
+    """A byte-level BPE with the special tokens first, as SmolLM's, and tokenizer_config.json, for transformers too."""
+    folder.mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trained = tokenizers.Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)])
+    trained.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=special)
+    trained.train_from_iterator(CORPUS, trainer)
+    if begin is not None:
+        template = processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, trained.token_to_id(begin))])
+        trained.post_processor = template
+    trained.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | settings
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.json"
+
+
+SMOL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("begin", "settings"),
+    [
+        (None, {"bos_token": SMOL[0], "eos_token": SMOL[0]}),
+        (SMOL[1], {"bos_token": SMOL[1], "eos_token": {"__type": "AddedToken", "content": SMOL[2]}}),
+        (SMOL[1], {"bos_token": SMOL[1], "eos_token": SMOL[2], "add_bos_token": True}),
+    ],
+)
+def test_any_byte_level_bpe_is_read_as_by_transformers(tmp_path, begin, settings):
+    theirs = AutoTokenizer.from_pretrained((file := bpe(tmp_path / "smol", SMOL, begin, **settings)).parent)
+    ours = Tokenizer(file)
+    for text in [*TEXTS, prompt_text("Say it.")]:
+        assert ours.encode(text, bos=True) == theirs(text).input_ids
+        assert ours.decode(ours.encode(text, bos=True, eos=True)) == text
+    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+    assert ours.end_ids == {theirs.eos_token_id}
+    assert min(ours.encode(" ".join(SMOL))) > 2  # text cannot spell them
+
+
+def test_every_file_may_name_an_end(files, tmp_path):
+    file = Path(shutil.copy(files.json, tmp_path))
+    assert Tokenizer(file).end_ids == {301}
+    # The Instruct models' files: the tokenizer's end, config.json's, and those of generation_config.json.
+    for name, content, ends in [
+        ("tokenizer_config.json", {"eos_token": "<|reserved_special_token_0|>"}, {301, 302}),
+        ("config.json", {"eos_token_id": 303}, {301, 302, 303}),
+        ("generation_config.json", {"eos_token_id": [301, 309, 300, 7]}, {301, 302, 303, 309}),  # neither BOS nor text
+    ]:
+        (tmp_path / name).write_text(json.dumps(content))
+        assert Tokenizer(file).end_ids == ends
+    assert Tokenizer(file).eos_id == 302
+    assert Tokenizer(files.json, str(tmp_path)).end_ids == {301, 303, 309}  # a tokenizer that lies elsewhere
+    assert Tokenizer(files.model).end_ids == {301, 308, 309}  # as Meta's code has it
+    # Added to SentencePiece's, beyond its pieces.
+    sp = Path(shutil.copy(TINY, tmp_path))
+    added = {"2048": {"content": "<|im_end|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "added_tokens_decoder": added})
+    )
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / "generation_config.json").unlink()
+    assert (Tokenizer(sp).eos_id, Tokenizer(sp).end_ids) == (2, {2, 2048})
+
+
+@pytest.mark.parametrize(("special", "fits"), [(True, True), (False, False)])
+def test_tokens_beyond_the_rows_of_a_model(files, tmp_path, special, fits):
+    """[PAD], added for batches: no text can spell it, unless it is added as a word."""
+    padded = tokenizers.Tokenizer.from_file(str(files.json))
+    (padded.add_special_tokens if special else padded.add_tokens)(["[PAD]"])
+    padded.save(str(file := tmp_path / "tokenizer.json"))
+    model = ModelConfig(name="mine", vocab_size=556)
+    if fits:
+        check_vocabulary(Tokenizer(file), file, model, None)
+        return
+    for checkpoint, advice in (
+        (None, "give the tokenizer"),
+        (str(tmp_path), "texts can have tokens up to 556, and each"),
+    ):
+        with pytest.raises(UserError, match=f"has 557 pieces, but model=mine has a vocabulary of 556: {advice}"):
+            check_vocabulary(Tokenizer(file), file, model, checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"post_processor": None, "added_tokens": []}, "does not say which token ends a text"),
+        ({"decoder": None}, r"is no byte-level BPE, as Llama 3's is; of LLaMA-2 give tokenizer\.model"),
+    ],
+)
+def test_json_of_another_kind(files, tmp_path, change, reason):
     file = tmp_path / "tokenizer.json"
-    file.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(UserError, match=r" is not Llama 3's: it has no .*; of LLaMA-2 give tokenizer\.model"):
+    file.write_text(json.dumps(json.loads(files.json.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    with pytest.raises(UserError, match=reason):
         Tokenizer(file)
 
 

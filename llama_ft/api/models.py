@@ -12,7 +12,7 @@ from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelS
 from llama_ft.config.checks import Settings
 from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.device import DTYPES, use_kernels_of, why_no_gpu
 from llama_ft.model.folder import sizes_of
@@ -63,7 +63,7 @@ def load(
         raise UserError(f"device={device}: {why_no_gpu()}")
     use_kernels_of(place)
     loaded = load_model(sizes, str(source.checkpoint), place, dtype_of(dtype), seed)
-    return loaded, Tokenizer(source.tokenizer_file)
+    return loaded, load_tokenizer(source)
 
 
 def dtype_of(name: str) -> torch.dtype:

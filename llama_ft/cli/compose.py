@@ -8,7 +8,7 @@ import sys
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.remarks import remarks
 from llama_ft.cli.texts import as_typed
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, UserError, config_dir
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import new_folder
 
@@ -93,7 +93,8 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
     parsed = _parsed(overrides)
     for override in parsed:
         _check_value(schema, override)
-    checked = OmegaConf.to_object(_with_sizes(config, {override.key_or_group for override in parsed}))
+    given = {override.key_or_group for override in parsed}
+    checked = OmegaConf.to_object(_with_adapter(_with_sizes(config, given), given, schema))
     assert isinstance(checked, schema)
     return checked
 
@@ -118,18 +119,35 @@ def _check_value(schema: type, override: Override) -> None:
 
 def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
     """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs."""
+    sized = copy.deepcopy(config)
+    if "model" in config:
+        sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
     if OmegaConf.select(config, "model.name") != FROM_CHECKPOINT:
-        return config
+        return sized
     if config.checkpoint in (None, "builtin", "random"):
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
     from llama_ft.model.folder import sizes_of
 
     folder = Path(os.path.expanduser(config.checkpoint))
-    sized = copy.deepcopy(config)
     for key, value in sizes_of(folder).items():
-        if f"model.{key}" not in given:
+        if key not in sized.model.given:
             try:
                 sized.model[key] = value
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
+
+
+def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConfig:
+    """The config with rank, alpha and targets of the adapter that is trained further; keys given must agree."""
+    if not issubclass(schema, TrainConfig) or config.adapter is None:
+        return config
+    from llama_ft.techniques.adapter import lora_settings
+
+    model = cast(ModelConfig, OmegaConf.to_object(config.model))
+    for key, value in lora_settings(config.adapter, model, config.checkpoint).items():
+        said = OmegaConf.to_container(config.lora)[key]  # type: ignore[index, call-overload]
+        if f"lora.{key}" in given and (sorted(said) != sorted(value) if isinstance(value, list) else said != value):
+            raise UserError(f"lora.{key}={said} is not adapter={config.adapter}'s, {value}: leave it out")
+        config.lora[key] = value
+    return config

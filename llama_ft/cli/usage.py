@@ -107,7 +107,7 @@ def keys(schema: type, config: DictConfig, prefix: str = "") -> Iterator[Row]:
         name, kind = f"{prefix}{entry.name}", kinds[entry.name]
         if is_dataclass(kind):
             yield from keys(cast(type, kind), config[entry.name], f"{name}.")
-        else:
+        elif entry.metadata:  # else it is no key to be typed
             names = choices(entry, kind)
             meaning = entry.metadata["meaning"] + (f"; one of {', '.join(names)}" if names else "")
             yield name, _typed(config, entry.name), meaning

@@ -1,10 +1,10 @@
 """The sizes of a model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import check, setting
+from llama_ft.config.checks import Settings, check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # beyond any model that exists: a larger value is a mistake
@@ -31,6 +31,8 @@ class ModelConfig:
     rope_original_context: int = setting(8192, "context of the pretraining, in tokens; 0: all frequencies are slow")
     tie_word_embeddings: bool = setting(False, "the output layer's weight is the embedding's")
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
+    # Those of these keys that were typed: they win over what a checkpoint says.
+    given: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
         for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
@@ -51,6 +53,11 @@ class ModelConfig:
         low, high, original = self.rope_low_freq_factor, self.rope_high_freq_factor, self.rope_original_context
         check(low < high, "model.rope_low_freq_factor", low, f"below model.rope_high_freq_factor={high}")
         check(original >= 0, "model.rope_original_context", original, "0 or more")
+
+    @property
+    def sizes(self) -> Settings:
+        """What tells models apart: all keys but the name, and who said them."""
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "given")}
 
     @property
     def head_dim(self) -> int:

@@ -28,7 +28,7 @@ class ModelSource:
     model: ModelConfig = field(default_factory=ModelConfig)
     checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
     tokenizer: str | None = setting(
-        None, "a tokenizer.model, or Llama 3's tokenizer.json; null is the model's own, or the one in the checkpoint"
+        None, "a tokenizer.model, or a byte-level tokenizer.json; null is the model's own, or the one in the checkpoint"
     )
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class ModelSource:
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         if self.tokenizer is None and not self.model.is_builtin:
             where = f"model={name} has no built-in tokenizer, and checkpoint={self.checkpoint} holds none"
-            raise UserError(f"{where}: give tokenizer=FILE (its tokenizer.model)")
+            raise UserError(f"{where}: give tokenizer=FILE (its tokenizer.model or tokenizer.json)")
 
     @property
     def tokenizer_file(self) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import Settings, UserError, literal
+from llama_ft.config.checks import Settings, UserError, literal, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
@@ -33,6 +33,7 @@ def read_config(file: Path) -> "TrainConfig":
 class TrainConfig(TechniqueConfigs, Switched, ModelSource):
     """Everything `python -m llama_ft.train` can be told."""
 
+    adapter: str | None = setting(None, "folder of a run, or of PEFT, whose LoRA adapter is trained further, as it is")
     training: TrainingConfig = field(default_factory=TrainingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
@@ -42,6 +43,8 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.adapter is not None and not self.optim.lora:
+            raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
         self.data.check_for(self.model)
 
@@ -81,9 +84,12 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         for key in ("training.save_every", "training.resume", "data.cache_dir", "gpu.index"):
             section, _, name = key.partition(".")
             del measured[section][name]  # how a run is kept, and where; not what is run
-        del measured["model"]["name"]  # sizes and weights are in the hash, whatever they are called
+        measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
-        for holder, key in ((measured["data"], "path"), (measured, "tokenizer"), (measured, "checkpoint")):
+        if self.adapter is None:  # as before there was one
+            del measured["adapter"]
+        named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
+        for holder, key in ((measured["data"], "path"), *named):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return measured
 

@@ -11,7 +11,7 @@ from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
 from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 
 Log = Callable[[str], None]
 SAMPLE_DIR = Path(__file__).parent / "sample"
@@ -68,9 +68,7 @@ def silent(line: str) -> None:
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
-    tokenizer = Tokenizer(config.tokenizer_file)
-    check_vocabulary(tokenizer, config.tokenizer_file, config.model, config.checkpoint)
-    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log)
+    return load_dataset(config.data, load_tokenizer(config), config.max_length, config.training.max_samples, log)
 
 
 def load_dataset(

@@ -1,17 +1,19 @@
 """LLaMA's tokenizers, all of them byte-pair encodings.
 
 LLaMA-2's is a SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), `tokenizer.model`. Llama 3's is a list
-of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face.
+of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face, the format of most other models.
 """
 
 import base64
+import math
 import os
 import re
 from pathlib import Path
 
 import sentencepiece
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import ModelConfig, ModelSource, UserError
+from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
@@ -19,52 +21,73 @@ JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 class Tokenizer:
     """Text to token ids and back, whatever the format of the file."""
 
-    def __init__(self, file: Path) -> None:
-        """Load a file, whose content says its format; a UserError if it or the package that reads it is missing."""
+    def __init__(self, file: Path, checkpoint: str | None = None) -> None:
+        """Load a file, whose content says its format; the checkpoint's folder may name more ends of text.
+
+        Raises:
+            UserError: if it or the package that reads it is missing, or it is damaged or of another kind.
+        """
         if not file.is_file():
-            what = "is a folder: give the tokenizer.model in it" if file.is_dir() else "there is no such file"
-            raise UserError(f"tokenizer={file}: {what}")
+            is_folder = "is a folder: give the tokenizer.model or tokenizer.json in it"
+            raise UserError(f"tokenizer={file}: {is_folder if file.is_dir() else 'there is no such file'}")
         try:
             with file.open("rb") as stream:
                 start = stream.read(1024)
         except OSError as error:
             raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+        named = named_tokens(file, checkpoint)
         self._format: _HuggingFace | Tiktoken | _SentencePiece
         if JSON_START.match(start):
-            self._format = _HuggingFace(file)
+            self._format = _HuggingFace(file, named)
         else:
-            self._format = Tiktoken(file) if Tiktoken.LINE.match(start) else _SentencePiece(file)
+            self._format = (Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece)(file, named)
         self.vocab_size: int = self._format.vocab_size
-        self.bos_id: int = self._format.bos_id
-        self.eos_id: int = self._format.eos_id
-        if self.bos_id < 0 or self.eos_id < 0:
+        self.bos_id: int | None = self._format.bos_id  # None where texts begin without
+        self.eos_id: int = self._format.eos_id  # what an answer that is trained on ends with
+        if self.bos_id == -1 or self.eos_id == -1:
             raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
+        # What ends a text that is generated. A BOS does not, whatever an old config.json says.
+        self.end_ids = frozenset({*self._format.ends} - {self.bos_id} | {self.eos_id})
+        # Rows that a model needs: special tokens that no text can spell may lie beyond them.
+        self.n_used = 1 + max(self._format.last_spelled, self.eos_id, self.bos_id or 0)
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
         """Token ids of the text, with BOS before and EOS after it where asked for. Text never spells such a token."""
-        return [self.bos_id] * bos + self._format.encode(text) + [self.eos_id] * eos
+        before = [self.bos_id] if bos and self.bos_id is not None else []
+        return before + self._format.encode(text) + [self.eos_id] * eos
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
         return self._format.decode([token for token in ids if token < self.vocab_size])  # a padded model has more
 
 
+def load_tokenizer(source: ModelSource) -> Tokenizer:
+    """The tokenizer of a model; a UserError if it is missing, damaged, or another model's."""
+    tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
+    check_vocabulary(tokenizer, source.tokenizer_file, source.model, source.checkpoint)
+    return tokenizer
+
+
 def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, checkpoint: str | None) -> None:
     """Raise a UserError unless a tokenizer is the model's.
 
-    One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number.
+    One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number. Any may have
+    more special tokens than there are rows: [PAD], added for batches that are not ours.
     """
     beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
-    padded = beside and tokenizer.vocab_size < model.vocab_size
-    if tokenizer.vocab_size != model.vocab_size and not padded:
+    most = math.inf if beside else tokenizer.vocab_size
+    if not tokenizer.n_used <= model.vocab_size <= most:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
-        raise UserError(f"tokenizer={file} has {sizes}: give the tokenizer that belongs to the model")
+        advice = "give the tokenizer that belongs to the model"
+        if beside:
+            advice = f"texts can have tokens up to {tokenizer.n_used - 1}, and each needs a row"
+        raise UserError(f"tokenizer={file} has {sizes}: {advice}")
 
 
 class _SentencePiece:
     """LLaMA-2's, and the built-in one."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, named: SpecialTokens) -> None:
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
         except (RuntimeError, OSError) as error:
@@ -72,6 +95,11 @@ class _SentencePiece:
         self.vocab_size: int = self._processor.vocab_size()
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
+        unknown = self._processor.unk_id()
+        end = named.added.get(named.eos or "", self._processor.piece_to_id(named.eos or ""))
+        self.ends = [*named.ends, *{end} - {unknown}]
+        spelled = (number for number in reversed(range(self.vocab_size)) if not self._processor.is_control(number))
+        self.last_spelled = next(spelled, -1)
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
@@ -81,11 +109,14 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    """Llama 3's `tokenizer.json`. LLaMA-2's splits spaces otherwise than the SentencePiece model, so it is refused."""
+    """A byte-level BPE in `tokenizer.json`, as of Llama 3.
 
-    BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+    LLaMA-2's splits spaces otherwise than the SentencePiece model, so it is refused.
+    """
 
-    def __init__(self, file: Path) -> None:
+    LLAMA_3_BOS, LLAMA_3_ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+
+    def __init__(self, file: Path, named: SpecialTokens) -> None:
         try:
             import tokenizers
         except ImportError as error:
@@ -94,17 +125,32 @@ class _HuggingFace:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: {error}") from error
+        if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            raise UserError(f"tokenizer={file} is no byte-level BPE, as Llama 3's is; of LLaMA-2 give tokenizer.model")
         # What a file says of the batches of its maker is not ours.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # where text spells them, as text
-        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: number for number, token in added.items() if token.special}
-        if not {self.BOS, self.EOS} <= special.keys():
-            missing = f"it has no {self.BOS} or no {self.EOS}"
-            raise UserError(f"tokenizer={file} is not Llama 3's: {missing}; of LLaMA-2 give tokenizer.model")
-        self.bos_id, self.eos_id = special[self.BOS], special[self.EOS]
+        vocabulary = self._tokenizer.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        self.last_spelled = max((vocabulary[name] for name in vocabulary.keys() - special.keys()), default=-1)
+        self.bos_id = special.get(self.LLAMA_3_BOS, self._put_first())
+        if self.bos_id is None and named.adds_bos:
+            self.bos_id = special.get(named.bos or "")
+        # An id that stands for text ends nothing: config.json may have LlamaConfig's 2, whatever that is here.
+        self.ends = [end for end in named.ends if end in added]
+        self.ends += [special[name] for name in self.LLAMA_3_ENDS if name in special]
+        self.eos_id = special.get(named.eos or "", next(iter(self.ends), -1))
+        if self.eos_id == -1:
+            needed = f"{TOKENIZER_CONFIG} with its eos_token must lie beside it"
+            raise UserError(f"tokenizer={file} does not say which token ends a text: {needed}")
+
+    def _put_first(self) -> int | None:
+        """The token that the file's own template puts before a text, if any."""
+        plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return None if whole[:1] == plain[:1] else int(whole[0])
 
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -117,15 +163,16 @@ class Tiktoken:
     """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
 
     # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
-    # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second.
+    # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second;
+    # Llama 3.1's <|eom_id|> and <|eot_id|> end messages.
     PATTERN = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
         r"|\s+(?!\S)|\s+"
     )
-    N_SPECIAL = 256
+    N_SPECIAL, ENDS = 256, (8, 9)
     LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, named: SpecialTokens) -> None:
         try:
             import tiktoken
         except ImportError as error:
@@ -137,6 +184,8 @@ class Tiktoken:
         self._n_base = len(ranks)
         self.vocab_size = self._n_base + self.N_SPECIAL
         self.bos_id, self.eos_id = self._n_base, self._n_base + 1
+        self.ends = [*named.ends, *(self._n_base + index for index in self.ENDS)]
+        self.last_spelled = self._n_base - 1
 
     @staticmethod
     def ranks(file: Path) -> dict[bytes, int]:

@@ -1,6 +1,6 @@
 """From a prompt to answers: the loop around choosing the next token, and what ends it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -54,7 +54,7 @@ def generate(
     try:
         if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
             for index, tokens in enumerate(batch):
-                _search(model, tokenizer.eos_id, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
+                _search(model, tokenizer.end_ids, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
         else:
             _continue(model, batch, writers, config, kv_cache)
     finally:
@@ -64,13 +64,18 @@ def generate(
 
 
 def _search(
-    model: Transformer, eos_id: int, tokens: list[int], writers: list["_Writer"], config: DecodingConfig, kv_cache: bool
+    model: Transformer,
+    ends: Collection[int],
+    tokens: list[int],
+    writers: list["_Writer"],
+    config: DecodingConfig,
+    kv_cache: bool,
 ) -> None:
     """Let the writers have the best hypotheses of a beam search."""
     n_new = writers[0].room
     state = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
-    hypotheses = beam_search(state, config.n_beams, n_new, eos_id, penalty, config.early_stopping, n_answers)
+    hypotheses = beam_search(state, config.n_beams, n_new, ends, penalty, config.early_stopping, n_answers)
     if len(hypotheses) < n_answers:  # more beams than there are texts of so few tokens
         texts = f"{len(hypotheses)} different texts of {n_new} token{'s' * (n_new > 1)}"
         raise UserError(f"decoding.num_return_sequences={n_answers} is too many: there are only {texts}")
@@ -104,7 +109,7 @@ class _Writer:
     """One answer while it grows, for `room` tokens at most; what comes after its end is dropped."""
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], room: int) -> None:
-        self._eos_id, self._stream, self._stop = tokenizer.eos_id, TextStream(tokenizer), StopAt(stop)
+        self._ends, self._stream, self._stop = tokenizer.end_ids, TextStream(tokenizer), StopAt(stop)
         self.on_text: Callable[[str], None] = ignore
         self.room, self._text, self._n_tokens = room, "", 0
         self.finish = ""
@@ -113,7 +118,7 @@ class _Writer:
         if self.finish:
             return
         self._n_tokens += 1
-        if token == self._eos_id:
+        if token in self._ends:
             self.finish = "eos"
             return
         self._add(self._stop.push(self._stream.push(token)))

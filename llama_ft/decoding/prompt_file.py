@@ -41,7 +41,7 @@ def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt])
     builtin = {"builtin": str(config.model.builtin_dir)}
     files = [content_hash(builtin.get(name, name)) if name else None for name in names]
     records = [prompt.record for prompt in prompts]
-    settings = [asdict(config.decoding), asdict(config.model), files, dtype, config.compare, records]
+    settings = [asdict(config.decoding), config.model.sizes, files, dtype, config.compare, records]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

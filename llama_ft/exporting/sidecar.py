@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
+from llama_ft.data.special_tokens import GENERATION_CONFIG
 from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import tokenizer_files
 from llama_ft.files import HF_CONFIG, Json, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
-from llama_ft.model.sizes import HOLDS_SIZES, hf_config
+from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 
-GENERATION_CONFIG = "generation_config.json"
+OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
 HF_TOKENIZER_FILES = """
@@ -28,15 +29,15 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer = self._find_tokenizer()
+        self._tokenizer, self._loaded = self._find_tokenizer() or (None, None)
         self._ids = self._special_ids()
         if config.to is Format.hf:
             self.files = self._hf_files()
         else:  # the tokenizer alone
             self.files = {} if self._tokenizer is None else {_usual_name(self._tokenizer): _read(self._tokenizer)}
 
-    def _find_tokenizer(self) -> Path | None:
-        """The file of the tokenizer, if there is one that we can read."""
+    def _find_tokenizer(self) -> tuple[Path, Tokenizer] | None:
+        """The tokenizer and its file, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
@@ -44,30 +45,48 @@ class SidecarFiles:
             return None
         file = Path(os.path.expanduser(name))
         try:
-            check_vocabulary(Tokenizer(file), file, config.model, config.checkpoint)
+            check_vocabulary(loaded := Tokenizer(file, config.checkpoint), file, config.model, config.checkpoint)
         except UserError as error:
             if config.tokenizer is not None:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
             return None
-        return file
+        return file, loaded
 
     def _special_ids(self) -> Json:
-        """BOS and EOS: the tokenizer's, those of the source's settings, or those of the released models like it."""
-        if self._tokenizer is not None:
-            loaded = Tokenizer(self._tokenizer)
-            return {"bos_token_id": loaded.bos_id, "eos_token_id": loaded.eos_id}
-        if self._settings is not None:
-            return {key: self._settings.get(key) for key in ("bos_token_id", "eos_token_id")}
+        """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
+        if self._settings is not None or self._loaded is not None:
+            return self._with_tokenizers(HF_CONFIG, self._settings or {})
+        if self._config.to is Format.hf:
+            guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
+            self._log(f"no tokenizer is given: {guess}; tokenizer=FILE says them")
         return {"bos_token_id": bos_id, "eos_token_id": eos_id}
+
+    def _with_tokenizers(self, name: str, content: Json) -> Json:
+        """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
+        said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
+        if (tokenizer := self._loaded) is None:
+            return said
+        ends = said["eos_token_id"]
+        ids = dict(said)
+        if tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
+            ids["eos_token_id"] = tokenizer.eos_id if len(tokenizer.end_ids) == 1 else sorted(tokenizer.end_ids)
+        if tokenizer.bos_id is not None:
+            ids["bos_token_id"] = tokenizer.bos_id
+        if wrong := [f"{key}={said[key]}, now {ids[key]}" for key in ids if said[key] not in (None, ids[key])]:
+            self._log(f"{name} and the tokenizer disagree: {', '.join(wrong)}")
+        return ids
 
     def _hf_files(self) -> dict[str, bytes]:
         """The tokenizer in the form that transformers reads, and what the source says of generating."""
         files: dict[str, bytes] = {}
-        if (self._source / GENERATION_CONFIG).is_file():
-            files[GENERATION_CONFIG] = _read(self._source / GENERATION_CONFIG)
+        if (file := self._source / GENERATION_CONFIG).is_file():
+            content = read_json(file, "how text is generated")
+            ids = self._with_tokenizers(GENERATION_CONFIG, content)
+            is_right = all(content.get(key) == number for key, number in ids.items())
+            files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
         folder = self._source if self._tokenizer is None else self._tokenizer.parent
@@ -85,7 +104,9 @@ class SidecarFiles:
             tokens = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
             names = {token["id"]: token["content"] for token in tokens}
             config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            config |= {key.removesuffix("_id"): names[number] for key, number in self._ids.items()}
+            assert self._loaded is not None
+            special = {"bos_token": self._loaded.bos_id, "eos_token": self._loaded.eos_id}
+            config |= {key: names[number] for key, number in special.items() if number is not None}
             return {"tokenizer_config.json": _json(config)}
         try:
             made = tokenizer_files(tokenizer, llama_3_1=self._config.model.rope_factor != 1)
@@ -99,8 +120,14 @@ class SidecarFiles:
         ours = hf_config(model, dtype, self._ids["bos_token_id"], self._ids["eos_token_id"])
         if self._settings is None:
             return ours
-        changed = {key: ours[key] for key in ("max_position_embeddings", "tie_word_embeddings")}
-        return self._settings | changed | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
+        left_out = {*OF_THE_SOURCE_ALONE}
+        changed = {"max_position_embeddings", "tie_word_embeddings", *self._ids}
+        if {*model.given} - {*NO_CHECK}:  # then any may have; rotary numbers stand in one of two places
+            changed, left_out = {*ours}, left_out | {"rope_parameters"}
+        content = {key: value for key, value in self._settings.items() if key not in left_out}
+        content |= {key: ours[key] for key in ours if key in changed}
+        content.pop("torch_dtype", None)
+        return content | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
 
 
 def _usual_name(tokenizer: Path) -> str:

@@ -48,12 +48,14 @@ def open_source(config: ConvertConfig) -> Source:
 
 
 def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
-    """The weight in another dtype. Where a number is beyond its range, reading it raises a UserError."""
+    """The weight in another dtype. Where a number is none, or beyond its range, reading it raises a UserError."""
 
     def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
         for first, rows in weight.pieces(multiple):
             narrow = rows.to(dtype)
-            if dtype != weight.dtype and not torch.equal(narrow.isfinite(), rows.isfinite()):
+            if not narrow.isfinite().all():
+                if not rows.isfinite().all():
+                    raise UserError(f"{name} has NaN or infinite numbers: the weights are damaged, or of a failed run")
                 dtype_name = str(dtype).removeprefix("torch.")
                 raise UserError(f"{name} has numbers beyond the range of {dtype_name}: give dtype=bf16")
             yield first, narrow

@@ -5,14 +5,14 @@ Everything that can be wrong with one is found before its first tensor is read.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_FILE, HF_CONFIG, META_PARAMS, WEIGHTS_FILE, read_json, why_no_folder
+from llama_ft.files import ADAPTER_FILE, HF_CONFIG, META_PARAMS, WEIGHTS_FILE, read_json, unread_hint, why_no_folder
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
@@ -84,14 +84,14 @@ def _open(folder: Path, model: Transformer) -> _Stored:
         check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
         return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
     if (folder / INDEX_FILE).is_file():
-        return _open_hf(folder, *_read_indexed(folder), model)
+        return _open_hf(folder, *_read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()}), model)
     if files := _meta_files(folder):
         factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
         return _Stored("Meta", len(files), meta_tensors(folder), False)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
-    hint = "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
+    hint = unread_hint(folder)
     if (folder / ADAPTER_FILE).is_file():
         hint = f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
@@ -105,8 +105,11 @@ def _open_hf(folder: Path, tensors: dict[str, StoredTensor], n_files: int, model
     return _Stored("Hugging Face", n_files, shards, True)
 
 
-def _read_indexed(folder: Path) -> tuple[dict[str, StoredTensor], int]:
-    """The tensors that the index names, and the number of their files."""
+def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors that the index names, and the number of their files.
+
+    An index taken over from another save may list what no file holds any more: a tied output, rotary tables.
+    """
     index = folder / INDEX_FILE
     weight_map = read_json(index, "which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict):
@@ -118,9 +121,9 @@ def _read_indexed(folder: Path) -> tuple[dict[str, StoredTensor], int]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
     files = {name: read_safetensors(folder / name)[0] for name in names}
     for name, file in weight_map.items():
-        if name not in files[file]:
+        if name in needed and name not in files[file]:
             raise UserError(f"{folder / file} does not hold {name}, which {INDEX_FILE} says it does")
-    return {name: files[file][name] for name, file in weight_map.items()}, len(files)
+    return {name: files[file][name] for name, file in weight_map.items() if name in files[file]}, len(files)
 
 
 def meta_tensors(folder: Path) -> Shards:
@@ -169,7 +172,9 @@ def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Wei
 
 
 def _missing_shards(shape: list[int], parts: list[StoredTensor]) -> str:
-    """A hint where the parts would make up the weight if there were more of them."""
-    number, rest = divmod(math.prod(shape), max(1, math.prod(parts[0].shape)))
+    """A hint where the parts would make up the weight if there were more of them, or hold nothing."""
+    if not (part := math.prod(parts[0].shape)):
+        return "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"
+    number, rest = divmod(math.prod(shape), part)
     is_part = rest == 0 and number > len(parts)
     return f"; {len(parts)} of {number} shards are there, the others are missing" if is_part else ""

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, why_no_folder
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, unread_hint, why_no_folder
 from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR, Sizes, hf_sizes, meta_sizes, own_sizes
@@ -44,7 +44,8 @@ def _sizes(folder: Path) -> Sizes:
         return hf_sizes(folder / HF_CONFIG)
     if (folder / META_PARAMS).is_file():
         return _meta_sizes(folder)
-    raise UserError(f"checkpoint={folder}: there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes")
+    missing = f"there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes"
+    raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder)}")
 
 
 def _meta_sizes(folder: Path) -> dict[str, float]:

@@ -155,11 +155,20 @@ def meta_params(config: ModelConfig) -> Json:
 
 
 def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
-    """Raise a UserError that names every size in which a checkpoint differs from the model."""
-    wrong = {key: value for key, value in sizes.items() if key not in NO_CHECK and value != getattr(config, key)}
+    """Raise a UserError that names every size in which a checkpoint differs from the model, but for those given."""
+    wrong = {key: value for key, value in sizes.items() if not _agree(value, getattr(config, key))}
+    for key in (*NO_CHECK, *config.given):
+        wrong.pop(key, None)
     if wrong:
         differences = ", ".join(f"model.{key} is {getattr(config, key)} and there {wrong[key]}" for key in wrong)
         raise UserError(f"{file} does not fit model={config.name}: {differences}")
+
+
+def _agree(theirs: str | float | None, ours: str | float | None) -> bool:
+    """Whether two sizes are equal, or nearly so where one is no whole number: fp32 has 1e-5 as 9.99999975e-06."""
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return theirs == ours
 
 
 def _numbers(content: Json, keys: Mapping[str, str], defaults: Mapping[str, object], file: Path) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -103,11 +103,10 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
 
     The sizes of the model that the tensors belong to become metadata, to be checked when they are loaded.
     """
-    sizes = {key: value for key, value in asdict(config).items() if key != "name"}
     on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         with whole_file(file) as temporary:
-            save_file(on_cpu, temporary, metadata={"format": "pt", SIZES_KEY: json.dumps(sizes)})
+            save_file(on_cpu, temporary, metadata={"format": "pt", SIZES_KEY: json.dumps(config.sizes)})
     except (OSError, SafetensorError) as error:
         n_mib = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
         reason = getattr(error, "strerror", None) or error

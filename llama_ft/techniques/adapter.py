@@ -1,15 +1,17 @@
 """Trained LoRA adapters on a model's weights: merged into them, or beside them, one of several at a time."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from llama_ft.config import UserError
+from llama_ft.config import ModelConfig, UserError
 from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
-from llama_ft.techniques.lora import LoRALinear
+from llama_ft.model.weights import build
+from llama_ft.techniques.lora import LoRALinear, lora_layers
 from llama_ft.techniques.peft import Adapter, read_adapter
 
 
@@ -22,6 +24,36 @@ def check_base_of(adapter: Adapter, checkpoint: str) -> None:
     if adapter.base not in (None, "", checkpoint) and "random" in (adapter.base, checkpoint):
         trained = f"adapter={adapter.folder} was trained on checkpoint={adapter.base}"
         raise UserError(f"{trained}, and this is checkpoint={checkpoint}: give checkpoint={adapter.base}")
+
+
+def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> dict[str, float | bool | list[str]]:
+    """Those of `LoraConfig` with which an adapter was made, to train it further.
+
+    Raises:
+        UserError: if it is not this model's, or one set of numbers and targets does not describe all of its layers.
+    """
+    adapter = read_adapter(Path(os.path.expanduser(folder)), model)
+    check_base_of(adapter, checkpoint or "builtin")
+    (kind, *others) = {(factors.rank, factors.alpha, factors.rslora) for factors in adapter.factors.values()}
+    names = {
+        name: name.rpartition(".")[2] for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)
+    }
+    targets = set(map(names.get, adapter.factors))
+    if others or {name for name in names if names[name] in targets} != adapter.factors.keys():
+        advice = "merge it into the weights with convert, and train another one on them"
+        raise UserError(
+            f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further: {advice}"
+        )
+    rank, alpha, rslora = kind
+    ordered = [name for name in dict.fromkeys(names.values()) if name in targets]
+    return {"rank": rank, "alpha": float(alpha), "rslora": rslora, "targets": ordered}
+
+
+def begin_with(model: Transformer, folder: str) -> None:
+    """Put an adapter's factors into the model's LoRA layers, to train it further; a UserError if it does not fit."""
+    adapter = read_adapter(Path(os.path.expanduser(folder)), model.config)
+    check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
+    copy_factors(adapter, lora_layers(model))
 
 
 def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:

@@ -58,6 +58,7 @@ class PeftConfig:
 class Factors:
     """What is added to one linear layer: its place in the files, and its scale."""
 
+    name: str  # for people
     a: StoredTensor  # [rank, in_features]
     b: StoredTensor  # [out_features, rank], in Hugging Face's layout
     alpha: float
@@ -70,8 +71,11 @@ class Factors:
         return self.a.shape[0]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """A and B in our layout, as stored."""
+        """A and B in our layout, as stored; a UserError if a number of theirs is none."""
         a, b = self.a.rows(0, self.rank), self.b.rows(0, self.b.shape[0])
+        for which, factor in (("A", a), ("B", b)):
+            if not factor.isfinite().all():
+                raise UserError(f"{self.name}.lora_{which} has NaN or infinite numbers: its training failed")
         return a, b if self.n_heads is None else permute_rotary(b, self.n_heads, to_hf=False)
 
 
@@ -202,12 +206,17 @@ def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTe
             raise UserError(f"{name} in it is no part of {expected}")
     if not pairs:
         raise UserError("there is no lora_A or lora_B in it")
-    factors = {layer: _factors(layer, pair, linears[layer], config, model) for layer, pair in pairs.items()}
+    factors = {layer: _factors(folder, layer, pair, linears[layer], config, model) for layer, pair in pairs.items()}
     return Adapter(folder, config.base_model_name_or_path, factors, copies)
 
 
 def _factors(
-    layer: str, pair: Mapping[str, StoredTensor], linear: nn.Linear, config: PeftConfig, model: ModelConfig
+    folder: Path,
+    layer: str,
+    pair: Mapping[str, StoredTensor],
+    linear: nn.Linear,
+    config: PeftConfig,
+    model: ModelConfig,
 ) -> Factors:
     """A layer's pair, if it has the shapes that belong to the layer."""
     theirs = _peft_name(layer)
@@ -221,7 +230,7 @@ def _factors(
             raise UserError(f"{theirs}.lora_{which} is {pair[which].shape}, and {expected}: {cause}")
     n_heads = linear.out_features // model.head_dim if is_rotated(f"{layer}.weight") else None
     alpha = _by_pattern(config.alpha_pattern, theirs, config.lora_alpha)
-    return Factors(pair["A"], pair["B"], alpha, config.use_rslora, n_heads)
+    return Factors(f"adapter={folder}: {theirs}", pair["A"], pair["B"], alpha, config.use_rslora, n_heads)
 
 
 def _by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> float:

@@ -16,6 +16,7 @@ from llama_ft import techniques
 from llama_ft.config import TrainConfig, TrainingConfig
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import Log, build, materialise, open_weights, silent
+from llama_ft.techniques.adapter import begin_with
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.step import TrainStep
 
@@ -26,12 +27,15 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
 
     Raises:
-        UserError: if the checkpoint has no weights for this model, or a technique does not fit it.
+        UserError: if the checkpoint has no weights for this model, or a technique or an adapter does not fit it.
     """
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
     model = shape_model(config, precision)
     allocate(model, device)
     weights.load_into(model, precision.storage(frozen=config.optim.lora), log)
+    if config.adapter is not None:
+        begin_with(model, config.adapter)
+        log(f"adapter: that of {config.adapter} is trained further")
     return make_step(model, config, precision)
 
 
