@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,22 @@ OUT_OF_MEMORY_TEXT = re.compile(
     r"|failed to map segment|CUDA error: out of memory|CU(BLAS|DNN)_STATUS_ALLOC_FAILED"
 )
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+class Pace:
+    """When something that takes long says how far it is: every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time for a line; the next one then waits."""
+        if (now := time.monotonic()) - self._last < self.SECONDS:
+            return False
+        self._last = now
+        return True
 
 
 def resident_bytes(pid: int) -> int:

@@ -78,7 +78,7 @@ class MeasuredRun:
         """Dry-run, train and evaluate; note memory, time and losses."""
         training, samples = self.config.training, self.dataset.samples
         self.stage = "the first optimizer step"
-        use = measure_worst_case(step, data)
+        use = measure_worst_case(step, data, self.log)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
             seconds = self._loop(step, data, file, fixed)
