@@ -22,7 +22,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
+NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "loss_samples", "schema_version")
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 

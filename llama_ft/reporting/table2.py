@@ -100,7 +100,8 @@ def _notes(group: Group) -> list[str]:
         on_cpu = any(r.status == "ok" and not r.peak_memory_reserved_mib for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
-    notes.append("Loss: of the first 8 training samples, without dropout.")
+    n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
+    notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
     return notes + failures(results)
 
 
