@@ -67,7 +67,10 @@ def terminal(table: Table, width: int) -> list[RichTable]:
     name_width = min(longest_name, table.max_name_length or longest_name)
     breaks_names = name_width < longest_name
     column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
+    widths = [table.gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
     n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
+    if len(widths) <= table.max_columns and name_width + sum(widths) <= width:
+        n_fitting = len(widths)
     parts, padding = [], (0, 0, 0, table.gap - 1)
     for start in range(0, len(table.head[0][1]), n_fitting):
         columns = slice(start, start + n_fitting)

@@ -7,8 +7,10 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
-from llama_ft.reporting.results import Group, Record, baseline_of, value_of
+from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, record_table, technique_rows
+
+FAILED = ("killed", "interrupted", "error")  # with no result to report
 
 
 class Measure(NamedTuple):
@@ -87,6 +89,12 @@ def _notes(group: Group) -> list[str]:
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
+    return notes + measure_notes(group) + failures(results)
+
+
+def measure_notes(group: Group) -> list[str]:
+    """What a table's numbers are of."""
+    results, notes = group.results, []
     if group.on_cuda:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
@@ -102,16 +110,25 @@ def _notes(group: Group) -> list[str]:
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
     n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
-    return notes + failures(results)
+    return notes
 
 
 def failures(results: Sequence[Result], suffix: str = "") -> list[str]:
     """What runs died of that no mark explains; `suffix` follows a run's name."""
-    failed = [r for r in results if r.status in ("killed", "interrupted", "error")]
+    failed = [r for r in results if r.status in FAILED]
     return [f"{r.combination}{suffix}: {' '.join(str(r.error).split())}" for r in failed]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
     """Columns, and a row for each run, numbers unrounded."""
-    leading = [{"combination": r.combination, "variant": group.variant} for group in groups for r in group.results]
+    varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
+    keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
+    leading = []
+    for group in groups:
+        for number, result in enumerate(group.results):
+            known, variant = {}, group.variant
+            if group.settings:
+                known, variant = group.settings[number], group.folders[number].name.partition(",")[2]
+            values = {key: known.get(key, "") for key in keys}
+            leading.append({"combination": result.combination, "variant": variant} | values)
     return record_table([result for group in groups for result in group.results], leading)
