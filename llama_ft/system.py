@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def is_wsl() -> bool:
 def may_have_gpu() -> bool:
     """Whether the machine has an NVIDIA GPU's driver, or under Windows may have; whatever PyTorch can do with it."""
     return is_wsl() or Path("/proc/driver/nvidia/version").exists()
+
+
+class Pace:
+    """When something that takes long says how far it is: every few seconds."""
+
+    SECONDS = 5.0
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time for a line; the next one then waits."""
+        if (now := time.monotonic()) - self._last < self.SECONDS:
+            return False
+        self._last = now
+        return True
 
 
 def resident_bytes(pid: int) -> int:

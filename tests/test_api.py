@@ -32,6 +32,22 @@ def test_importing_it_imports_no_torch_and_offers_what_api_lists() -> None:
         _ = lf.nonsense
 
 
+EAGER = """
+import sys, llama_ft as lf
+model, tokenizer = lf.load("tiny")
+lf.add_lora(model)
+samples = lf.encode(lf.read_records()[:2], tokenizer)
+lf.measure_memory(model, samples)
+print(len(list(lf.finetune(model, samples))), {"torch._dynamo", "sympy"} & sys.modules.keys())
+"""
+
+
+@pytest.mark.process
+def test_training_does_not_wait_for_pytorchs_compiler_to_be_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", EAGER], capture_output=True, text=True, env=environment())
+    assert (done.stdout, done.stderr) == ("2 set()\n", "")
+
+
 def test_finetune_teaches_records_by_heart_and_an_adapter_can_be_kept(tmp_path: Path) -> None:
     model, tokenizer = lf.load("tiny")
     base = lf.complete(model, tokenizer, RECORDS[0]["instruction"], max_new_tokens=8)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ from llama_ft.data.collate import PAD_ID, Padding, collate, epoch_batches, epoch
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, load_dataset, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.system import Pace
 
 TINY_TOKENIZER = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -254,7 +256,14 @@ def test_byte_order_mark_blank_lines_and_line_ends(file, jsonl, newline):
     assert read(file) == [Record("Say hello.", "", "Hello.")] * 2
 
 
-@pytest.mark.parametrize("record", [{}, {"input": ""}, {"input": None}], ids=["missing", "empty", "null"])
+def test_files_with_byte_order_marks_can_be_joined(file):
+    line = b"\xef\xbb\xbf" + json.dumps(GOOD).encode() + b"\r\n"
+    assert read(write(file, line * 2)) == [Record("Say hello.", "", "Hello.")] * 2
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {"input": ""}, {"input": None}, {"input": math.nan, "task": math.nan}], ids=repr
+)
 def test_no_input_is_an_empty_one(file, record):
     write(file, [{"instruction": "Say hello.", "output": "Hello."} | record])
     assert read(file) == [Record("Say hello.", "", "Hello.")]
@@ -273,7 +282,9 @@ BAD_RECORDS = {
     "no instruction": ({"output": "x"}, "instruction is missing"),
     "no output": ({"instruction": "x"}, "output is missing"),
     "empty instruction": (GOOD | {"instruction": " \n"}, "instruction is empty"),
-    "instruction null": (GOOD | {"instruction": None}, "instruction must be a text"),
+    "instruction null": (GOOD | {"instruction": None}, "instruction is null or NaN"),
+    "output NaN": (GOOD | {"output": math.nan}, "output is null or NaN"),
+    "input infinite": (GOOD | {"input": math.inf}, "input must be a text"),
     "output a number": (GOOD | {"output": 5}, "output must be a text"),
     "input zero": (GOOD | {"input": 0}, "input must be a text"),
     "a text": ("Say hello.", "must be an object .* not str"),
@@ -309,8 +320,9 @@ def test_broken_line_in_jsonl(file):
         (json.dumps([GOOD, GOOD])[:-5], "is not valid JSON.*line 1 column"),
         ({"data": [GOOD]}, "is one JSON object: it must be an array of records"),
         (json.dumps({"version": 1, "records": [GOOD]}, indent=2), "is one JSON object"),
-        (json.dumps([GOOD]).encode("utf-16"), "cannot be read: it is not UTF-8 text"),
-        ('[{"output": "é"}]'.encode("latin-1"), "cannot be read: it is not UTF-8 text"),
+        (json.dumps([GOOD]).encode("utf-16"), "cannot be read: it is UTF-16; save it as UTF-8"),
+        (json.dumps([GOOD]).encode("utf-16-be"), "cannot be read: it holds zero bytes, as UTF-16 does"),
+        (b'\xef\xbb\xbf[\r\n{"output": "\xe9"}]', "cannot be read: line 2 is not UTF-8 text"),
     ],
 )
 def test_files_that_are_no_records(file, content, problem, policy):
@@ -340,6 +352,13 @@ def test_first_records_and_samples(file, tiny, first, max_samples, expected):
     samples = load_dataset(config, tiny, 1024, max_samples).samples
     answers = [text_of(tiny, sample.tokens[sample.n_prompt : -1]) for sample in samples]
     assert answers == [str(index) for index in range(expected)]
+
+
+def test_a_long_tokenization_says_how_far_it_is(file, tiny, monkeypatch):
+    monkeypatch.setattr(Pace, "SECONDS", 0)
+    lines = []
+    load_dataset(DataConfig("mine", str(write(file, [GOOD] * 3))), tiny, 1024, 2, lines.append)
+    assert lines == ["data: 1 of 2 records tokenized", "data: 2 of 2 records tokenized"]
 
 
 # Truncation

@@ -22,9 +22,9 @@ from hydra import compose, initialize_config_dir
 
 from llama_ft import cli
 from llama_ft.config import DataConfig, UserError, config_dir
-from llama_ft.data import download
 from llama_ft.data.dataset import SAMPLE_DIR, records_file
 from llama_ft.data.download import blob_id, fetch
+from llama_ft.system import Pace
 
 CONTENT = json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} for n in range(6000)]).encode()
 OTHER = CONTENT[::-1]
@@ -128,7 +128,7 @@ def test_a_connection_that_breaks_is_tried_again(server, served, cache):
 
 
 def test_progress_is_shown(server, cache, monkeypatch):
-    monkeypatch.setattr(download, "SECONDS_BETWEEN_LINES", 0)
+    monkeypatch.setattr(Pace, "SECONDS", 0)
     lines: list[str] = []
     fetch(f"{server}/records.json", ID, str(cache), lines.append)
     size = f"{len(CONTENT) / 2**20:.1f}"

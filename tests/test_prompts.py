@@ -119,7 +119,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "taken": ({"prompt": "a", "answer": "b"}, "answer is what the answer will be under"),
     "long": ({"prompt": "Hello " * 200}, "tokens, and the model's context is 128"),
     "kept surrogate": ('{"prompt": "a", "kept": "\\ud800"}\n', "half of a surrogate pair"),
-    "kept NaN": ('{"prompt": "a", "kept": NaN}\n', "it holds NaN"),
+    "kept infinity": ('{"prompt": "a", "kept": Infinity}\n', "it holds an infinity"),
     "surrogate": ('{"prompt": "\\ud800"}\n', "prompt is not text"),
 }
 

@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 from conftest import run
-from helpers.reports import CATEGORIES, EIGHT, SIXTEEN, SWITCHES, csv_rows, report, tables, undrawn, write
+from helpers.reports import (
+    CATEGORIES,
+    EIGHT,
+    SIXTEEN,
+    SWITCHES,
+    Page,
+    csv_rows,
+    report,
+    tables,
+    undrawn,
+    write,
+    write_steps,
+)
+from omegaconf import OmegaConf
 from PIL import Image
 
 from llama_ft.config import techniques
@@ -162,6 +175,92 @@ def test_two_models_are_two_tables(tmp_path: Path) -> None:
     ]
     with Image.open(tmp_path / "table2.png") as image:
         image.verify()
+
+
+def write_varied(folder: Path, name: str, config: dict[str, Any] | None, status: Any = "ok", **values: Any) -> None:
+    """A run with settings of its own, nested as in its `config.yaml`; None of one that was refused."""
+    write(folder, name, status, settings_hash=None if config is None else str(config), **values)
+    if config is not None:
+        OmegaConf.save(OmegaConf.create(config), folder / name / "config.yaml")
+
+
+def settings_of(rank: int, lr: float, **others: Any) -> dict[str, Any]:
+    fixed = {"optim": {"lora": True}, "tracker": {"name": f"{rank}"}, "training": {"lr": lr, "epochs": 1}}
+    return {"model": {"name": "tiny", "dim": 192}, "lora": {"rank": rank, "targets": ["wq"]}, **fixed} | others
+
+
+def test_a_sweep_over_settings_is_one_table_sorted_with_the_best_marked(tmp_path: Path) -> None:
+    """Ranks and rates as numbers, not as texts; what a tracker is told is no setting."""
+    losses = {(16, 0.01): 4.5, (4, 0.01): 5.5, (16, 1e-05): 6.25, (4, 1e-05): 6.0}
+    for (rank, lr), loss in losses.items():
+        numbers = {"peak_memory_mib": 100.0 + rank, "runtime_s": 10.0, "train_loss_after": loss}
+        write_varied(tmp_path, f"lora,lora.rank={rank},training.lr={lr}", settings_of(rank, lr), **numbers)
+    write_varied(tmp_path, "lora,lora.rank=16,training.lr=0.1", settings_of(16, 0.1), "killed")
+    write_varied(tmp_path, "lora,lora.rank=-1,training.lr=0.1", None, "error", config_hash=None)
+    write_varied(tmp_path, "lora,lora.rank=4,training.lr=0.1", settings_of(4, 0.1), "oom")
+    shown = report(tmp_path).stdout
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[1] == "tiny · sample, 200 samples · a processor · LoRA".split()
+    assert shown.count("lora.rank") == 1
+    start = next(number for number, line in enumerate(lines) if line[:2] == ["lora.rank", "training.lr"])
+    assert lines[start + 2 : start + 9] == [
+        ["-1", "0.1", *["error"] * 4],
+        ["4", "1e-05", "*104", "10.0", "7.250", "6.000"],
+        ["4", "0.01", "*104", "10.0", "7.250", "5.500"],
+        ["4", "0.1", *["×"] * 4],
+        ["16", "1e-05", "116", "10.0", "7.250", "6.250"],
+        ["16", "0.01", "116", "10.0", "7.250", "*4.500"],
+        ["16", "0.1", *["killed"] * 4],
+    ]
+    assert "rank=16, lr=0.1: why lora is killed" in shown
+    (table,) = tables((tmp_path / "table2.md").read_text())
+    assert next(iter(table.values())) == ["training.lr", "peak MiB", "runtime s", "loss before", "loss after"]
+    rows = [(row["lora.rank"], row["training.lr"], row["status"]) for row in csv_rows(tmp_path / "table2.csv")]
+    assert rows[:3] == [("-1", "0.1", "error"), ("4", "1e-05", "ok"), ("4", "0.01", "ok")]
+    page = Page((tmp_path / "report.html").read_text())
+    assert ["16", "0.01", "116", "10.0", "7.250", "*4.500"] in page.rows
+    assert "rank=16, lr=0.01" in page.text
+    with Image.open(tmp_path / "table2.png") as image:
+        image.verify()
+
+
+def test_techniques_models_and_devices_are_columns_of_such_a_table_too(tmp_path: Path) -> None:
+    for number, (name, device) in enumerate((n, d) for n in ("tiny", "big") for d in ("one", "two")):
+        model = {"name": name, "dim": 192 if name == "tiny" else 4096, "max_seq_len": 1024 + number}
+        for combination in ("lora", "baseline") if number == 0 else ("lora",):
+            config = settings_of(4, 0.1, model=model)
+            write_varied(tmp_path, f"{combination},{number}", config, model=name, device=device)
+    with undrawn():
+        report(tmp_path)
+    lines = [line.split(" | ") for line in (tmp_path / "table2.md").read_text().splitlines() if line.startswith("| ")]
+    assert [cells[:4] for cells in lines] == [
+        ["| techniques", "model.name", "model.max_seq_len", "device"],  # the model's name says dim
+        ["| baseline", "tiny", "1024", "one"],
+        ["| LoRA", "big", "1026", "one"],
+        ["| LoRA", "big", "1027", "two"],
+        ["| LoRA", "tiny", "1024", "one"],
+        ["| LoRA", "tiny", "1025", "two"],
+    ]
+
+
+def test_a_few_sweeps_of_combinations_stay_tables_of_combinations(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for name in ("baseline", "lora"):
+            write_varied(tmp_path, f"{name},training.seed={seed}", settings_of(4, 0.1, seed=seed))
+    with undrawn():
+        report(tmp_path)
+    assert [table["LoRA"] for table in tables((tmp_path / "table2.md").read_text())] == [["OFF", "ON"]] * 2
+
+
+def test_a_page_of_many_runs_leaves_out_their_curves(tmp_path: Path) -> None:
+    for rank in range(1, 18):
+        write_varied(tmp_path, f"lora,lora.rank={rank}", settings_of(rank, 0.1))
+        write_steps(tmp_path / f"lora,lora.rank={rank}", 2)
+    with undrawn():
+        report(tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.pictures("loss") == {}
+    assert page.text.count("Its curves are in a report of its own") == 17
 
 
 def test_one_run_alone_has_a_report_too(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
 from llama_ft.techniques.lora import LoRALinear
-from llama_ft.training.loop import Windows, train
-from llama_ft.training.metrics import StepMeter
+from llama_ft.training.loop import StepOutput, Windows, train
+from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
 from llama_ft.training.setup import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep, evaluate_loss
@@ -130,6 +130,40 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     meter = StepMeter(3 * epochs, step.device, step.scaler.is_enabled())
     read = [meter.record(output) for output in train(step, schedule, data, epochs, Position())]
     return [metrics for metrics in [*read, meter.flush()] if metrics is not None]
+
+
+@pytest.mark.parametrize("is_fp16", [False, True])
+@pytest.mark.parametrize(
+    ("loss", "norm", "reason"),
+    [
+        (math.nan, 1.0, "the loss of optimizer step 1 is nan"),
+        (3.0, math.inf, "the gradient's norm at optimizer step 1 is inf"),
+        (7.6, 0.0, "the gradient's norm at optimizer step 1 is 0.0"),
+        (0.0, 0.0, None),  # all is learned
+    ],
+)
+def test_training_that_went_wrong_is_stopped_and_fp16_named_where_it_is_on(loss, norm, reason, is_fp16) -> None:
+    meter = StepMeter(1, lambda: 1.0, is_fp16)
+    meter.record(StepOutput(torch.tensor(loss), torch.tensor(norm), 1e-3, 10))
+    if reason is None or (is_fp16 and norm == math.inf):  # then the step is skipped
+        assert meter.flush().loss == loss
+    else:
+        with pytest.raises(UserError, match=rf"{reason}: training stopped; lower training.lr") as raised:
+            meter.flush()
+        assert ("fp16" in str(raised.value)) == is_fp16
+
+
+def test_a_last_step_that_makes_the_model_overflow_is_an_error(small_config) -> None:
+    """Activations whose squares are infinite are normed to 0: nothing is NaN, all tokens are equally probable."""
+    step = make_step(small_config, OptimConfig(lora=True))
+    batches = [collate(ragged_samples())]
+    before = evaluate_loss(step, batches)
+    check_losses(before, before + 3, step.model.config.vocab_size)
+    for parameter in step.model.parameters():
+        parameter.data.fill_(1e30)
+    after = evaluate_loss(step, batches)
+    with pytest.raises(UserError, match="its weights overflow"):
+        check_losses(before, after, step.model.config.vocab_size)
 
 
 def test_metrics_have_a_line_for_each_optimizer_step(small_config, tmp_path) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice, takewhile
+from math import isnan
 from pathlib import Path
 from statistics import median
 
@@ -12,6 +13,7 @@ from llama_ft.data.download import fetch
 from llama_ft.data.json_records import json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.system import Pace
 
 Log = Callable[[str], None]
 SAMPLE_DIR = Path(__file__).parent / "sample"
@@ -77,7 +79,11 @@ def load_dataset(
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
     path = records_file(config, log)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
-    encoded = [encode_record(record, tokenizer) for record in records[:max_samples]]
+    encoded, wanted, pace = list[Sample](), records[:max_samples], Pace()
+    for record in wanted:
+        encoded.append(encode_record(record, tokenizer))
+        if pace.is_due():
+            log(f"data: {len(encoded):,} of {len(wanted):,} records tokenized")
     samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
     n_truncated = sum(len(sample) > max_length for sample in encoded)
     kept = [sample for sample in samples if sample.n_targets > 0]
@@ -122,7 +128,9 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     prompt = prompt_text(record.instruction, record.input)
     prompt_ids = tokenizer.encode(prompt, bos=True)
     tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
-    n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, tokens, strict=False)))
+    n_prompt = len(prompt_ids)
+    if tokens[:n_prompt] != prompt_ids:
+        n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, tokens, strict=False)))
     return Sample(tokens, n_prompt)
 
 
@@ -132,14 +140,15 @@ def as_record(value: object) -> Record:
         raise ValueError(f"not valid JSON: {value}")
     if not isinstance(value, dict):
         raise ValueError(f"a record must be an object with instruction, input and output, not {type(value).__name__}")
-    if value.get("input") is None:
-        value = {**value, "input": ""}
+    # Null and NaN, which pandas makes of a spreadsheet's empty cell, are no values.
+    given = {key: part for key, part in value.items() if part is not None and not (type(part) is float and isnan(part))}
+    record = {"input": ""} | given
     for key in ("instruction", "input", "output"):
-        if key not in value:
-            raise ValueError(f"{key} is missing")
-        if not isinstance(value[key], str):
+        if key not in record:
+            raise ValueError(f"{key} is {'null or NaN' if key in value else 'missing'}")
+        if not isinstance(record[key], str):
             raise ValueError(f"{key} must be a text")
-        value[key].encode()  # raises a ValueError at half of a surrogate pair
-    if not value["instruction"].strip():
+        record[key].encode()  # raises a ValueError at half of a surrogate pair
+    if not record["instruction"].strip():
         raise ValueError("instruction is empty")
-    return Record(value["instruction"], value["input"], value["output"], str(value.get("task") or ""))
+    return Record(record["instruction"], record["input"], record["output"], str(record.get("task") or ""))

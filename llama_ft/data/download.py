@@ -1,7 +1,6 @@
 """A file downloaded once into a cache, whole or not at all, and verified by its git blob id."""
 
 import hashlib
-import time
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,11 +9,10 @@ import requests
 
 from llama_ft.config import UserError
 from llama_ft.files import whole_file
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Pace
 
 TRIES = 3  # of a download whose connection breaks
 TIMEOUT_SECONDS = 20.0  # to connect, and for each read
-SECONDS_BETWEEN_LINES = 5.0  # of progress
 BY_HAND = "get the file yourself and give data.path=FILE"
 
 
@@ -82,12 +80,11 @@ def _receive(url: str, file: Path, log: Callable[[str], None]) -> None:
         response.raise_for_status()
         n_bytes = response.headers.get("Content-Length")
         total = f" of {int(n_bytes) / MIB:.1f}" if n_bytes else ""
-        last_line = time.monotonic()
+        pace = Pace()
         for chunk in response.iter_content(2**16):
             out.write(chunk)
-            if time.monotonic() - last_line >= SECONDS_BETWEEN_LINES:
+            if pace.is_due():
                 log(f"{out.tell() / MIB:.1f}{total} MiB downloaded")
-                last_line = time.monotonic()
 
 
 def _reason(error: BaseException) -> str:

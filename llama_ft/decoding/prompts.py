@@ -80,7 +80,7 @@ def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, co
         except UserError as error:
             problems.append(f"{where}: {error}")
         except ValueError:
-            problems.append(f"{where}: it holds NaN, an infinity or half of a surrogate pair, which JSON cannot")
+            problems.append(f"{where}: it holds an infinity or half of a surrogate pair, which JSON cannot")
     if problems:
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise UserError(f"prompts={file}: {'; '.join(problems[:MAX_NAMED])}{more}")

@@ -27,7 +27,7 @@ from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
-from llama_ft.training.metrics import StepMeter
+from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
 from llama_ft.training.setup import make_schedule, set_up
@@ -88,7 +88,7 @@ class MeasuredRun:
         """Dry-run, train and evaluate; note memory, time and losses."""
         training, samples = self.config.training, self.dataset.samples
         self.stage = "the first optimizer step"
-        use = measure_worst_case(step, data)
+        use = measure_worst_case(step, data, self.log)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
             watch = self._loop(step, data, file, fixed)
@@ -102,7 +102,10 @@ class MeasuredRun:
         result.joules_per_token = watch.mean_power_w and watch.mean_power_w / result.tokens_per_s
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
-        result.train_loss_after = evaluate_loss(step, fixed)
+        after = evaluate_loss(step, fixed)
+        if result.train_loss_before is not None:
+            check_losses(result.train_loss_before, after, step.model.config.vocab_size)
+        result.train_loss_after, result.loss_samples = after, len(fixed)
 
     def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> Stopwatch:
         """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the time it took."""

@@ -57,6 +57,10 @@ class MemoryTracker(TorchDispatchMode):
     Memory that operators use inside themselves (workspaces) is not seen; on CUDA the allocator's own peak shows it.
     """
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to keep PyTorch's compiler out would import it
+
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = (), round_to: int = 1
     ) -> None:

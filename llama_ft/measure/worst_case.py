@@ -6,20 +6,21 @@ from heapq import heappush, heappushpop, nlargest
 import torch
 
 from llama_ft.data.collate import Padding, collate
-from llama_ft.data.dataset import Sample
+from llama_ft.data.dataset import Log, Sample, silent
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
+from llama_ft.system import Pace
 from llama_ft.training.loop import Windows
 from llama_ft.training.step import TrainStep, Window
 
 
-def measure_worst_case(step: TrainStep, data: Windows) -> MemoryUse:
+def measure_worst_case(step: TrainStep, data: Windows, log: Log = silent) -> MemoryUse:
     """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards.
 
     On CUDA the allocator's own peak statistics start here, with a pass that is not tracked: the tracker holds each
     operator's inputs and outputs until it has returned.
     """
     hardest = hardest_windows(data.samples, data.micro_batch_size, data.accumulation_steps, data.padding)
-    use = track_memory(step, hardest)
+    use = track_memory(step, hardest, log)
     if step.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
@@ -30,12 +31,15 @@ def measure_worst_case(step: TrainStep, data: Windows) -> MemoryUse:
     return use
 
 
-def track_memory(step: TrainStep, hardest: list[Window]) -> MemoryUse:
+def track_memory(step: TrainStep, hardest: list[Window], log: Log = silent) -> MemoryUse:
     """Dry-run windows under the tracker: the first without optimizer state, then all of them with it."""
     tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
     with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
-        for window in [hardest[0], *hardest]:
+        windows, pace = [hardest[0], *hardest], Pace()
+        for number, window in enumerate(windows, 1):
             step.dry_run(window)
+            if pace.is_due():
+                log(f"dry run: {number} of {len(windows)} optimizer steps")
     return tracker.result()
 
 

@@ -4,7 +4,6 @@ Everything that can be wrong with one is found before its first tensor is read.
 """
 
 import math
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,9 @@ from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_s
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
+from llama_ft.system import Pace
 
 INDEX_FILE = "model.safetensors.index.json"
-SECONDS_BETWEEN_LINES = 5
 
 Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
 
@@ -43,15 +42,14 @@ class Checkpoint:
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
         if not self.is_builtin:
             log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
-        done, last_line = 0, time.monotonic()
+        done, pace = 0, Pace()
         for name, weight in self.weights.items():
             target = model.get_parameter(name)
             for first, rows in weight.pieces(1):
                 storage.write(target, first, rows)
                 done += rows.nbytes
-                if time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                if pace.is_due():
                     log(f"weights: {done / total:.0%} read")
-                    last_line = time.monotonic()
 
 
 @dataclass(frozen=True)

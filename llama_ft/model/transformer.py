@@ -56,6 +56,9 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
+    device = device or torch.get_default_device()
+    if device.type == "meta":  # arange would import all of torch's compiler there, which takes seconds
+        return torch.empty(2, config.max_seq_len, config.head_dim // 2, dtype=torch.float32, device=device)
     positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
     return torch.stack((angles.cos(), angles.sin()))

@@ -88,8 +88,9 @@ class Result:
     trainable_percent: float | None = None
     loss_first: float | None = None
     loss_last: float | None = None
-    train_loss_before: float | None = None  # of the first 8 training samples, without dropout
+    train_loss_before: float | None = None  # of the first `loss_samples` training samples, without dropout
     train_loss_after: float | None = None
+    loss_samples: int | None = None  # 8, or all where there are fewer
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None

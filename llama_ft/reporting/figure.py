@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from llama_ft.config.techniques import combination_label
 from llama_ft.files import whole_file
 from llama_ft.records import CATEGORIES
 from llama_ft.records.result import Result
@@ -55,14 +54,15 @@ def group_panels(group: Group) -> list[Panel]:
 
 def runtime_panel(group: Group, xlabel: str = "runtime, s") -> Panel:
     """Runtimes as bars."""
-    return partial(bars, sides=[(group.results, RUNTIME_COLOUR, None)], key="runtime_s", xlabel=xlabel)
+    sides = [(group.results, RUNTIME_COLOUR, None)]
+    return partial(bars, labels=group.labels, sides=sides, key="runtime_s", xlabel=xlabel)
 
 
 def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
     """Memory and runtime of two groups of the same combinations."""
     sides = list(zip((a.results, b.results), SIDE_COLOURS, names, strict=True))
     measures = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
-    return [partial(bars, sides=sides, key=key, xlabel=xlabel) for key, xlabel in measures]
+    return [partial(bars, labels=a.labels, sides=sides, key=key, xlabel=xlabel) for key, xlabel in measures]
 
 
 def draw_panels(
@@ -146,18 +146,20 @@ def memory_panel(
     if (limit := limit_in_picture(group)) is not None:
         axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=limit_name.format(limit))
     annotate(axes, results, key)
-    finish(axes, results, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
+    finish(axes, group.labels, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
     axes.set_title(title, loc="left", fontsize=11)
 
 
-def bars(axes: Axes, sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str) -> None:
-    """A bar for each combination, or two below each other: of one side or two, each its results, colour and name."""
+def bars(
+    axes: Axes, labels: list[str], sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str
+) -> None:
+    """A bar for each label, or two below each other: of one side or two, each its results, colour and name."""
     offsets, height = ((0.0,), 0.7) if len(sides) == 1 else ((-0.2, 0.2), 0.38)
     for offset, (results, colour, name) in zip(offsets, sides, strict=True):
         positions = [position + offset for position in range(len(results))]
         axes.barh(positions, [value_of(r, key) or 0.0 for r in results], color=colour, height=height, label=name)
         annotate(axes, results, key, offset)
-    finish(axes, sides[0][0], xlabel)
+    finish(axes, labels, xlabel)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
@@ -169,10 +171,10 @@ def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -
         text.set(color=colour, verticalalignment="center_baseline", fontsize=10)
 
 
-def finish(axes: Axes, results: list[Result], xlabel: str) -> None:
+def finish(axes: Axes, labels: list[str], xlabel: str) -> None:
     """What all panels of bars have in common."""
-    axes.set_yticks(range(len(results)), [combination_label(result.optim) for result in results])
-    axes.set_ylim(len(results) - 0.5 + MARGIN, -0.5 - MARGIN)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.5 + MARGIN, -0.5 - MARGIN)
     axes.margins(x=0.24)
     if axes.dataLim.xmax > 0:
         axes.set_xlim(left=0)

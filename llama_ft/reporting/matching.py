@@ -1,6 +1,7 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -125,23 +126,34 @@ def differing_settings(a: Settings, b: Settings) -> list[Difference]:
     keys = sorted(key for key in a.keys() & b.keys() if a[key] != b[key] and not key.startswith(NOT_COMPARED))
     if "gpu.name" in keys:  # what a card has is in its profile's name already
         keys = [key for key in keys if not key.startswith("gpu.") or key == "gpu.name"]
-    # As in a YAML file: null, true, [wq, wv]; texts without quotes.
-    shown = [[v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for v in (a[k], b[k])] for k in keys]
-    return [(key, of_a, of_b) for key, (of_a, of_b) in zip(keys, shown, strict=True)]
+    return [(key, as_typed(a[key]), as_typed(b[key])) for key in keys]
+
+
+def as_typed(value: Any) -> str:
+    """A value as in a YAML file: null, true, [wq, wv]; texts without quotes."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def group_settings(group: Group) -> Settings:
     """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
     versions = next((result.versions for result in group.results if result.versions), {})
     environment = {"device": group.device} | versions
-    file = next((folder / CONFIG_FILE for folder in group.folders if (folder / CONFIG_FILE).is_file()), None)
-    if file is None:
+    settings = next(filter(None, map(run_settings, group.folders)), None)
+    if settings is None:
         result = group.results[0]
         known = {"training": {"micro_batch_size": result.micro_batch_size}, "gpu": {"name": result.gpu}}
         limit = {"measure": {"memory_limit_mib": group.memory_limit_mib}}
         return flat({**result.techniques, **known, **limit}) | environment
+    return settings | environment
+
+
+def run_settings(folder: Path) -> Settings | None:
+    """A run's settings by full name; None of one that was refused before it began. A UserError if they are damaged."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        return None
     try:
-        return flat(yaml.safe_load(file.read_bytes())) | environment
+        return flat(yaml.safe_load(file.read_bytes()))
     except Exception as error:  # whatever a damaged file makes the parser say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{file} cannot be read: {reason}") from error

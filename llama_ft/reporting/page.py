@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.metrics import StepMetrics, read_metrics
-from llama_ft.records.result import CONFIG_FILE, MemoryItem, Result
+from llama_ft.records.result import CONFIG_FILE, MemoryItem
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
 from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, value_of
@@ -32,6 +32,7 @@ CURVES = {
     "tokens_per_s": "tokens/s",
     "memory_mib": "memory in use, MiB",
 }
+MAX_WITH_CURVES = 16  # runs in a table; beyond that, a page would take minutes and be of no use
 MAX_POINTS = 120  # of a curve; its picture is hardly wider
 WIDTH, HEIGHT = 2.5, 1.7  # inches
 INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
@@ -56,15 +57,15 @@ def versions_text(versions: dict[str, str | None]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
-def memory_table(results: Sequence[Result]) -> Table:
+def memory_table(group: Group) -> Table:
     """Each run's memory by category at its peak, and the phase of that."""
     rows: Rows = []
-    for result in results:
+    for result, label in zip(group.results, group.labels, strict=True):
         cells = [*[UNKNOWN] * len(CATEGORIES), MARKS.get(result.status, UNKNOWN), UNKNOWN]
         if memory := value_of(result, "memory_mib"):
             parts = [amount(memory.get(category, 0.0)) for category in CATEGORIES]
             cells = [*parts, amount(sum(memory.values())), result.peak_phase or UNKNOWN]
-        rows.append((combination_label(result.optim), cells))
+        rows.append((label, cells))
     return Table("Memory at the peak", [("", [*CATEGORY_COLOURS, "sum", "during"])], rows, [])
 
 
@@ -88,16 +89,16 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         panels = [svg_panel(draw, 5.2, 0.31 * len(group.results) + 0.7) for draw in group_panels(group)]
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
         limit = limit_in_picture(group)
-        runs = []
-        for result, run_dir in zip(group.results, group.folders, strict=True):
+        runs, has_curves = [], len(group.results) <= MAX_WITH_CURVES
+        for result, run_dir, label in zip(group.results, group.folders, group.labels, strict=True):
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
-            config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir)
-            run = {"result": result, "folder": shown_dir.as_posix(), "ending": ending(result)}
-            run["charts"] = run_charts(steps) if steps else {}
+            config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
+            run = {"result": result, "label": label, "folder": shown_dir.as_posix(), "ending": ending(result)}
+            run["charts"] = run_charts(steps) if steps else {} if has_curves else None
             run["config"] = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
             runs.append(run)
         section = {"table": table, "bars": bars, "limit": f"limit {limit:,} MiB" if limit is not None else ""}
-        sections.append({**section, "memory": memory_table(group.results), "runs": runs})
+        sections.append({**section, "memory": memory_table(group), "runs": runs})
     return render("sweep.html.jinja", title=title, endings=endings, sections=sections, max_points=MAX_POINTS)
 
 

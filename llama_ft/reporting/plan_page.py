@@ -129,7 +129,7 @@ def plan_page(plan: Plan) -> str:
         timelines=timelines,
         other_timelines=other_timelines,
         timeline_limit=USABLE if limit is not None else "",
-        memory=memory_table(groups[0].results),
+        memory=memory_table(groups[0]),
         rows=rows,
     )
 

@@ -11,6 +11,7 @@ from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.results import Group, read_groups
+from llama_ft.reporting.run_table import gathered, run_table
 from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
@@ -22,9 +23,9 @@ PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 
 def report_sweep(folder: Path, console: Console) -> list[Group]:
     """Print and write the report, and return what it is about."""
-    groups = read_groups(folder)
+    groups = gathered(read_groups(folder))
     check_replaceable(folder, SWEEP_FILES, SWEEP_MARK)
-    tables = [table2(group) for group in groups]
+    tables = [run_table(group) if group.settings else table2(group) for group in groups]
     for table in tables:
         print_table(table, console)
     from llama_ft.reporting.figure import draw_panels, group_panels  # matplotlib takes a second to import

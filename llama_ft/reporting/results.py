@@ -1,15 +1,17 @@
 """Runs that share a table: those of a sweep's folder, and the rows of a plan in their form."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
-from llama_ft.config.techniques import BASELINE, table_order
+from llama_ft.config.techniques import BASELINE, combination_label, table_order
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.records.result import RESULT_FILE, Result, read_result
+
+TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns beside those of settings
 
 Run = tuple[Result, Path]  # a result and its folder
 Record = TypeVar("Record", Result, PlanRow)
@@ -23,6 +25,7 @@ class Group:
     variant: str  # what else the sweep varied, from the folders' names; often empty
     results: list[Result]
     folders: list[Path]  # of the runs, in the order of their results; none of a plan's rows
+    settings: list[dict[str, str]] = field(default_factory=list)  # of each run, where more than techniques vary
 
     @property
     def device(self) -> str | None:
@@ -32,7 +35,8 @@ class Group:
     @property
     def memory_limit_mib(self) -> int | None:
         """The limit that the runs had; of a plan's rows, what the allocator can have on the card."""
-        return next((r.memory_limit_mib for r in self.results if r.memory_limit_mib is not None), None)
+        limits = {r.memory_limit_mib for r in self.results} - {None}
+        return limits.pop() if len(limits) == 1 else None
 
     @property
     def on_cuda(self) -> bool:
@@ -42,10 +46,25 @@ class Group:
     @property
     def title(self) -> str:
         """What all runs of the group have in common."""
-        first = self.results[0]
-        samples = next((f", {r.samples} samples" for r in self.results if r.samples), "")
-        parts = [first.model, f"{first.data}{samples}", self.device or first.gpu, self.variant]
+        model, data, samples, device, gpu = map(self._common, ("model", "data", "samples", "device", "gpu"))
+        place = device or (None if self.device else gpu)
+        parts = [model, data and f"{data}{f', {samples} samples' if samples else ''}", place, self.variant]
         return " · ".join(part for part in parts if part)
+
+    @property
+    def labels(self) -> list[str]:
+        """What tells the runs apart: their techniques, or settings."""
+        if not self.settings:
+            return [combination_label(result.optim) for result in self.results]
+        names = {
+            key: "" if key in (TECHNIQUES_COLUMN, DEVICE) else f"{key.rpartition('.')[2]}=" for key in self.settings[0]
+        }
+        return [", ".join(names[key] + text for key, text in settings.items()) for settings in self.settings]
+
+    def _common(self, key: str) -> Any:
+        """The value of a field that all runs share that have one, else None."""
+        values = {getattr(result, key) for result in self.results} - {None}
+        return values.pop() if len(values) == 1 else None
 
 
 def baseline_of(records: Sequence[Record]) -> Record | None:

@@ -24,7 +24,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how what a spreadsheet computes begins
-NOT_IN_CSV = ("command", "optim", "techniques", "breakdown", "timeline", "versions", "schema_version")
+NOT_IN_CSV = tuple("command optim techniques breakdown timeline versions loss_samples card schema_version".split())
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 
@@ -69,7 +69,10 @@ def terminal(table: Table, width: int) -> list[RichTable]:
     name_width = min(longest_name, table.max_name_length or longest_name)
     breaks_names = name_width < longest_name
     column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
+    widths = [table.gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
     n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
+    if len(widths) <= table.max_columns and name_width + sum(widths) <= width:
+        n_fitting = len(widths)
     parts, padding = [], (0, 0, 0, table.gap - 1)
     for start in range(0, len(table.head[0][1]), n_fitting):
         columns = slice(start, start + n_fitting)

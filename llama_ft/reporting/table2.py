@@ -7,8 +7,10 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
-from llama_ft.reporting.results import Group, Record, baseline_of, value_of
+from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, record_table, technique_rows
+
+FAILED = ("killed", "interrupted", "error")  # with no result to report
 
 
 class Measure(NamedTuple):
@@ -90,6 +92,12 @@ def _notes(group: Group) -> list[str]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
     if retried := [f"{r.combination} {r.card.n_alloc_retries}" for r in results if r.card and r.card.n_alloc_retries]:
         notes.append(f"The allocator emptied its cache to find room, which takes time, so often: {', '.join(retried)}.")
+    return notes + measure_notes(group) + failures(results)
+
+
+def measure_notes(group: Group) -> list[str]:
+    """What a table's numbers are of."""
+    results, notes = group.results, []
     if group.on_cuda:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
@@ -103,17 +111,27 @@ def _notes(group: Group) -> list[str]:
         on_cpu = any(r.status == "ok" and not r.peak_memory_reserved_mib for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
-    notes.append("Loss: of the first 8 training samples, without dropout.")
-    return notes + failures(results)
+    n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
+    notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
+    return notes
 
 
 def failures(results: Sequence[Result], suffix: str = "") -> list[str]:
     """What runs died of that no mark explains; `suffix` follows a run's name."""
-    failed = [r for r in results if r.status in ("killed", "interrupted", "error")]
+    failed = [r for r in results if r.status in FAILED]
     return [f"{r.combination}{suffix}: {' '.join(str(r.error).split())}" for r in failed]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
     """Columns, and a row for each run, numbers unrounded."""
-    leading = [{"combination": r.combination, "variant": group.variant} for group in groups for r in group.results]
+    varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
+    keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
+    leading = []
+    for group in groups:
+        for number, result in enumerate(group.results):
+            known, variant = {}, group.variant
+            if group.settings:
+                known, variant = group.settings[number], group.folders[number].name.partition(",")[2]
+            values = {key: known.get(key, "") for key in keys}
+            leading.append({"combination": result.combination, "variant": variant} | values)
     return record_table([result for group in groups for result in group.results], leading)

@@ -13,6 +13,18 @@ from llama_ft.records.metrics import StepMetrics
 from llama_ft.training.loop import StepOutput
 
 
+def check_losses(before: float, after: float, vocab_size: int) -> None:
+    """Raise a UserError if the last steps made weights that overflow: the loss is no number, or has come to guessing's.
+
+    Activations whose squares are infinite are normed to 0, so that every token is equally probable.
+    """
+    guessing = math.log(vocab_size)
+    has_come_to_guess = math.isclose(after, guessing, rel_tol=1e-6) and not math.isclose(before, guessing, rel_tol=1e-6)
+    if not math.isfinite(after) or has_come_to_guess:
+        why = "what a model without activations has" if has_come_to_guess else "no number"
+        raise UserError(f"the loss after training is {after:.4f}, {why}: its weights overflow; lower training.lr")
+
+
 class StepMeter:
     """Reads each step's loss when the next step has been started, and the device has long computed it.
 
@@ -80,10 +92,12 @@ class StepMeter:
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
         wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
-        if not wrong and not is_finite and not self._may_skip:
+        # A norm of 0 where there is something to learn: activations whose squares are infinite are normed to 0.
+        if not wrong and (grad_norm == 0 < loss or (not is_finite and not self._may_skip)):
             wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
         if wrong:
-            raise UserError(f"{wrong}: training stopped; lower training.lr, or use bf16 instead of fp16")
+            other = ", or use bf16 instead of fp16" if self._may_skip else ""
+            raise UserError(f"{wrong}: training stopped; lower training.lr{other}")
         return replace(
             metrics,
             loss=loss,

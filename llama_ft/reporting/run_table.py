@@ -1,0 +1,114 @@
+"""A sweep over settings, such as learning rates, as one table: a row for each run, a column for each setting varied."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config.checks import Settings
+from llama_ft.config.techniques import combination_label, table_order
+from llama_ft.reporting.matching import NOT_COMPARED, as_typed, run_settings
+from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
+from llama_ft.reporting.table import UNKNOWN, Rows, Table
+from llama_ft.reporting.table2 import FAILED, Measure, cell, measure_notes
+
+BEST = "*"
+COLUMNS = (
+    Measure("peak MiB", "peak_memory_mib", always=True),
+    Measure("reserved MiB", "peak_memory_reserved_mib"),
+    Measure("runtime s", "runtime_s", always=True),
+    Measure("loss before", "train_loss_before", "{:.3f}".format),
+    Measure("loss after", "train_loss_after", "{:.3f}".format),
+)
+
+
+def gathered(groups: list[Group]) -> list[Group]:
+    """The groups as they are shown: those of a sweep as one where more settings than techniques were varied in it."""
+    sweeps: dict[Path, list[Group]] = {}
+    for group in groups:
+        sweeps.setdefault(group.folders[0].parent, []).append(group)
+    shown: list[Group] = []
+    for parts in sweeps.values():
+        whole = _gathered(parts) if len(parts) > max(len(group.results) for group in parts) else None
+        shown += parts if whole is None else [whole]
+    return shown
+
+
+def _gathered(groups: list[Group]) -> Group | None:
+    """One group of all runs, in the order of their settings; None if nobody knows how they differ."""
+    runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
+    known = [run_settings(folder) for _, folder in runs]
+    if not (keys := _varied([settings for settings in known if settings])):
+        return None
+    values = []
+    for (_, folder), settings in zip(runs, known, strict=True):
+        named = dict(part.partition("=")[::2] for part in folder.name.split(",") if "=" in part)
+        values.append({key: (settings or named).get(key) for key in keys})  # a run that was refused left no settings
+    order = sorted(range(len(runs)), key=lambda n: (table_order(runs[n][0].optim), *map(_order, values[n].values())))
+    results, folders = [runs[n][0] for n in order], [runs[n][1] for n in order]
+    labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
+    columns = []
+    for n, result, label in zip(order, results, labels, strict=True):
+        texts = {
+            key: UNKNOWN if value is None and not known[n] else as_typed(value) for key, value in values[n].items()
+        }
+        techniques = {TECHNIQUES_COLUMN: label} if len(set(labels)) > 1 else {}
+        columns.append(techniques | texts | ({DEVICE: result.device or UNKNOWN} if len(devices) > 1 else {}))
+    return Group("" if len(set(labels)) > 1 else labels[0], results, folders, columns)
+
+
+def _varied(configs: Sequence[Settings]) -> list[str]:
+    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
+
+    def differ(key: str, among: Sequence[Settings]) -> bool:
+        return len({as_typed(config.get(key)) for config in among}) > 1
+
+    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if differ(key, configs)]
+    keys = [key for key in keys if not key.startswith(NOT_COMPARED)]
+    for section in ("model", "data", "gpu"):
+        if (name := f"{section}.name") in keys:
+            alike: dict[Any, list[Settings]] = {}
+            for config in configs:
+                alike.setdefault(config.get(name), []).append(config)
+            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
+            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
+    return keys
+
+
+def _order(value: Any) -> tuple[bool, float, str]:
+    """Numbers before texts, by their size, also where a folder's name has them."""
+    try:
+        return False, float(value), ""
+    except (TypeError, ValueError):
+        return True, 0.0, as_typed(value)
+
+
+def run_table(group: Group) -> Table:
+    """The table of a gathered group, with the best of each column marked."""
+    first, *others = group.settings[0]
+    measures = [m for m in COLUMNS if m.always or any(value_of(r, m.key) is not None for r in group.results)]
+    cells = [_column(group, measure) for measure in measures]
+    rows: Rows = [
+        (settings[first], [*(settings[key] for key in others), *(column[n] for column in cells)])
+        for n, settings in enumerate(group.settings)
+    ]
+    head = [(first, [*others, *(measure.title for measure in measures)])]
+    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *_failures(group)]
+    return Table(group.title, head, rows, notes, max_columns=len(head[0][1]), gap=2)
+
+
+def _column(group: Group, measure: Measure) -> list[str]:
+    values = [value_of(result, measure.key) if result.status == "ok" else None for result in group.results]
+    known = {value for value in values if value is not None and value == value}
+    best = min(known) if len(known) > 1 and measure.key != "train_loss_before" else None
+    marks = [BEST if best is not None and value == best else "" for value in values]
+    return [f"{m}{cell(r, measure.key, measure.form)}" for m, r in zip(marks, group.results, strict=True)]
+
+
+def _failures(group: Group) -> list[str]:
+    """What runs died of, each reason once."""
+    runs: dict[str, list[str]] = {}
+    for result, label in zip(group.results, group.labels, strict=True):
+        if result.status in FAILED:
+            runs.setdefault(" ".join(str(result.error).split()), []).append(label)
+    more = {reason: f" and {len(labels) - 1} more" if len(labels) > 1 else "" for reason, labels in runs.items()}
+    return [f"{labels[0]}{more[reason]}: {reason}" for reason, labels in runs.items()]
