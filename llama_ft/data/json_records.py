@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
+from llama_ft.files import regular
 
 # NaN is what pandas writes for a spreadsheet's empty cell.
 _decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
