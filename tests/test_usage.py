@@ -157,7 +157,7 @@ def test_the_folders_of_output_that_options_name_are_those_of_the_config():
     options = {row[0]: " ".join(row[1:]) for row in section(help_of("train"), "Options")}
     hydra: Any = OmegaConf.to_container(composed("train", [], with_hydra=True), resolve=False)["hydra"]  # type: ignore
     for key in ("run", "sweep"):
-        folder = hydra[key]["dir"].partition("/$")[0]
+        folder = hydra[key]["dir"].removeprefix("${new_folder:").partition("/$")[0]
         assert options[f"hydra.{key}.dir=DIR"].endswith(f" {folder}")
 
 
