@@ -184,7 +184,7 @@ def _text(file: Path) -> str:
 
 
 @contextmanager
-def output_folder(output: str | None, kind: str, name: str, files: Sequence[str]) -> Iterator[Path]:
+def output_folder(output: str | None, kind: str, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
     """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
 
     It is `output`, or else a new one, `outputs/KIND/TIME_NAME`; `files` are what is written, the JSON first.

@@ -58,7 +58,7 @@ class TrainCommand:
         os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
         run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
         try:
-            check_name("hydra.sweep.dir" if is_sweep else "hydra.run.dir", settings["sweep" if is_sweep else "run"].dir)
+            check_name(*("hydra.sweep.dir", settings.sweep.dir) if is_sweep else ("hydra.run.dir", settings.run.dir))
             if is_sweep and self.sweep_dir is None:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))

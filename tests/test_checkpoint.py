@@ -557,6 +557,8 @@ def of_old_pytorch(_: bytes) -> bytes:
         (of_old_pytorch, "was saved before PyTorch 1.6"),
         (lambda b: b"", "is empty"),
         (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {}), "is compressed"),
+        (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {"data.pkl": bytes(2**27)}), "is compressed, or larger than 64"),
+        (lambda b: repacked(b, zipfile.ZIP_STORED, {"data.pkl": bytes(2**26 + 1)}), "is compressed, or larger than 64"),
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"byteorder": b"big"}), "are not little-endian"),
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"data.pkl": None}), "there is no data.pkl in it"),
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"data/3": None}), "data/3' in the archive"),

@@ -10,6 +10,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -568,6 +569,56 @@ def test_run_names_do_not_depend_on_the_order_of_arguments(train):
     second = train("-m", *reversed(sweeps), "optim=lora", "hydra.sweep.dir=second")
     assert len(set(first.folders)) == 4
     assert set(first.folders) == set(second.folders)
+
+
+def test_long_run_names_are_cut_and_tell_what_differs(train, tmp_path):
+    deep = "/".join(["ein_langer_näme"] * 20)
+    sweep = ("-m", f"data.path='{deep}/one.jsonl','{deep}/two.jsonl','{deep}s/two.jsonl'", "training.seed=1,2")
+    first = train(*sweep, "hydra.sweep.dir=first")
+    assert first.status == 0
+    assert len(set(first.folders)) == 6
+    assert all(len(name.encode()) < 143 for name in first.folders)  # what an encrypted file system takes
+    assert sum("one.jsonl" in name for name in first.folders) == 2
+    assert train(*sweep, "hydra.sweep.dir=second").folders == first.folders
+
+
+@pytest.mark.parametrize("folder", ["", "null", "'~/x'"])
+@pytest.mark.parametrize("key", ["hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"])
+def test_an_output_folder_without_a_name_is_refused_before_anything_is_made(train, tmp_path, key, folder):
+    outcome = train(*(["-m", "optim=lora,ga"] if "sweep" in key else []), f"{key}={folder}")
+    assert (outcome.status, outcome.folders, list(tmp_path.iterdir())) == (2, [], [])
+    assert outcome.last_line.startswith(f"error: {key}=")
+
+
+def test_an_output_folder_of_an_unset_variable_is_refused(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", "")
+    outcome = train("hydra.run.dir=${oc.env:OUT}")
+    assert (outcome.status, outcome.folders, list(tmp_path.iterdir())) == (2, [], [])
+
+
+def test_paths_mean_the_same_where_hydra_changes_the_folder(train, tmp_path):
+    outcome = train("-m", "optim=lora,ga", "hydra.job.chdir=true", "hydra.sweep.dir=out")
+    assert (outcome.status, outcome.folders) == (0, ["lora", "ga"])
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert Path.cwd() == tmp_path
+
+
+def test_runs_and_sweeps_of_the_same_second_have_folders_of_their_own(train, tmp_path, monkeypatch):
+    frozen = type("Frozen", (), {"now": lambda: datetime(2026, 1, 1)})
+    monkeypatch.setattr("hydra.core.utils.datetime", frozen)
+    for arguments in ((), (), ("-m", "optim=lora,ga"), ("-m", "optim=lora,ga")):
+        assert train(*arguments).status == 0
+    folders, time = {path.name for path in (tmp_path / "outputs").glob("*/*")}, "2026-01-01_00-00-00"
+    assert folders == {f"{time}_baseline", f"{time}_baseline_2", time, f"{time}_2"}
+    assert {path.name for path in (tmp_path / "outputs" / "sweeps").glob("*/*/")} >= {"lora", "ga"}
+
+
+def test_a_sweep_does_not_overwrite_the_reports_of_others(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "report.html").write_text("mine")
+    outcome = train("-m", "optim=lora,ga", "hydra.sweep.dir=out")
+    assert (outcome.status, outcome.folders) == (2, [])
+    assert "holds report.html, which no command of llama_ft wrote" in outcome.last_line
 
 
 def test_paths_in_run_names_make_no_folders(train, tmp_path):

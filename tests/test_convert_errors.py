@@ -25,6 +25,7 @@ from llama_ft.config import ConvertConfig, ModelConfig, UserError
 from llama_ft.model import writing
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.techniques.adapter import load_adapter
+from llama_ft.techniques.peft import _by_pattern
 
 __all__ = ["converted"]  # a fixture
 
@@ -203,6 +204,30 @@ def test_adapters_of_other_kinds(adapter, values, message):
         load_adapter(ours(hf_folder("gqa")), adapter)
     assert message in str(caught.value)
     assert str(adapter) in str(caught.value)
+
+
+INTRICATE = ["(.*)*x", "((a?)+)+x", ".?" * 40 + "x", "(l|l|a)(a|a|y|)" * 12, ".*.*.*.*.*x", "([a-z]|.)*x"]
+
+
+@pytest.mark.parametrize("pattern", ["(q", "a{99999999999}", *INTRICATE])
+def test_patterns_that_would_take_for_ever(adapter, pattern):
+    change_json(adapter / "adapter_config.json", rank_pattern={pattern: 4})
+    said = "is too intricate: name the layers" if pattern in INTRICATE else "is no pattern of layers"
+    with pytest.raises(UserError, match=f"{re.escape(pattern)} {said}"):
+        load_adapter(ours(hf_folder("gqa")), adapter)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"model.layers.1.self_attn.q_proj",
+        r".*layers\.\d+\..*q_proj",
+        r"layers\.(0|1|2)\.(self_attn\.)?q_proj",
+        "q_proj",
+    ],
+)
+def test_patterns_of_layers(pattern):
+    assert [_by_pattern({pattern: 4}, f"model.layers.1.self_attn.{name}_proj", 16) for name in "qv"] == [4, 16]
 
 
 def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):

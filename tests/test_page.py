@@ -179,7 +179,9 @@ def test_many_steps_are_thinned_and_no_spike_is_lost(tmp_path: Path) -> None:
     assert (spike[0] - line[0][0]) / (line[-1][0] - line[0][0]) == pytest.approx(777 / 2_000, abs=0.01)
 
 
-@pytest.mark.parametrize("line", ["{", '{"loss": 1}'])
+@pytest.mark.parametrize(
+    "line", ["{", '{"loss": 1}', "[" * 10**5, step(1).replace("1", "1" * 30, 1)], ids=lambda line: line[:30]
+)
 def test_a_damaged_step_is_named_and_nothing_is_written(tmp_path: Path, line: str) -> None:
     write(tmp_path, "baseline")
     write_steps(tmp_path / "baseline", 2, more=f"{line}\n{step(4)}")

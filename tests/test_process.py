@@ -18,9 +18,8 @@ from conftest import Sweep, environment, injected, run
 from safetensors.numpy import load_file
 
 from llama_ft import device
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import TrainConfig
 from llama_ft.launch import process
-from llama_ft.launch.folder import clear
 from llama_ft.records.result import new_result, read_result, write_result
 
 CHILD = "llama_ft.launch.child"
@@ -399,11 +398,3 @@ def test_a_result_is_replaced_whole_or_not_at_all(tmp_path: Path, tiny_config: T
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read_result(tmp_path) == result
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "model.safetensors"])
-def test_what_no_run_wrote_is_not_removed(tmp_path: Path, tiny_config: TrainConfig, name: str) -> None:
-    (tmp_path / name).write_text("mine")
-    with pytest.raises(UserError, match=rf"holds {name}, which no run wrote: name another folder"):
-        clear(tmp_path, tiny_config)
-    assert (tmp_path / name).read_text() == "mine"

@@ -1,6 +1,7 @@
 """`python -m llama_ft.report DIR` on results made by hand. The pages are looked at in test_page.py."""
 
 import itertools
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,16 @@ def test_runs_with_other_settings_or_on_another_device_have_tables_of_their_own(
     assert (tmp_path / "table2.md").read_text().count("### ") == 3
 
 
+def test_names_are_text_to_spreadsheets_and_to_markdown(tmp_path: Path) -> None:
+    write(tmp_path, "baseline", model="=1+1", data="*a* [b](c) `d` <e> | f")
+    write(tmp_path, "lora", "error", error="@x", model="=1+1", data="*a* [b](c) `d` <e> | f")
+    with undrawn():
+        report(tmp_path)
+    rows = csv_rows(tmp_path / "table2.csv")
+    assert [(row["model"], row["error"]) for row in rows] == [("'=1+1", ""), ("'=1+1", "'@x")]
+    assert r"\*a\* \[b\](c) \`d\` \<e\> \| f" in (tmp_path / "table2.md").read_text()
+
+
 def test_a_run_that_was_refused_stands_in_its_sweeps_table(tmp_path: Path) -> None:
     """It has no hashes, and its values, such as the batch, may be any."""
     write(tmp_path, "ga", settings_hash="a")
@@ -326,7 +337,19 @@ def test_the_limit_is_in_the_picture_where_it_is_one_on_the_allocator() -> None:
 # ------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("text", ["", '{"schema_version": 2, "sta', "null", '{"schema_version": 1}', '{"model": "a"}'])
+DAMAGED = ["", '{"schema_version": 2, "sta', "null", '{"schema_version": 1}', '{"model": "a"}', "[" * 10**5]
+EDITED = [{"techniques": {}}, {"techniques": {"ga": {"steps": "x"}}}, {"breakdown": [{"category": "x"}]}, {"optim": 1}]
+
+
+@pytest.mark.parametrize("change", EDITED, ids=str)
+def test_an_edited_result_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    write(tmp_path, "ga_mp_lora")
+    file = tmp_path / "ga_mp_lora" / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert report(tmp_path).stderr.startswith(f"error: {file} is damaged: ")
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:30])
 def test_a_damaged_or_old_result_is_named_and_nothing_is_written(tmp_path: Path, text: str) -> None:
     write(tmp_path, "baseline")
     (tmp_path / "lora").mkdir()

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import environment, run
+from conftest import environment, injected, run
 from helpers.commands import single_runs
 from omegaconf import OmegaConf
 from rich.console import Console
@@ -156,7 +157,7 @@ def test_the_folders_of_output_that_options_name_are_those_of_the_config():
     options = {row[0]: " ".join(row[1:]) for row in section(help_of("train"), "Options")}
     hydra: Any = OmegaConf.to_container(composed("train", [], with_hydra=True), resolve=False)["hydra"]  # type: ignore
     for key in ("run", "sweep"):
-        folder = hydra[key]["dir"].partition("/$")[0]
+        folder = hydra[key]["dir"].removeprefix("${new_folder:").partition("/$")[0]
         assert options[f"hydra.{key}.dir=DIR"].endswith(f" {folder}")
 
 
@@ -264,3 +265,28 @@ def test_tab_completes_commands_groups_choices_and_keys(script):
     *lines, registered = done.stdout.splitlines()
     assert dict(zip(offered, lines, strict=True)) == offered
     assert registered == "complete -o default -o nospace -F hydra_bash_completion llama-ft"
+
+
+@pytest.mark.process
+def test_output_that_cannot_be_written_is_not_taken_for_the_output_folder(tmp_path: Path) -> None:
+    """On a full disk, of which /dev/full is the like."""
+    command = [sys.executable, "-m", "llama_ft.train", "--help"]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("module", ["hydra", "rich"])
+def test_ctrl_c_while_a_command_is_imported_has_no_traceback(tmp_path: Path, module: str) -> None:
+    code = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+"""
+    done = run("llama_ft.train", "--help", cwd=tmp_path, env=injected(tmp_path / "inject", into="llama_ft", code=code))
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "interrupted\n")

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import DataConfig, TrainConfig
+from llama_ft.config import DataConfig, TrainConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
 from llama_ft.records import CATEGORIES, SCHEMA_VERSION, read_record, write_record
@@ -97,13 +97,6 @@ class Result:
     card: CardFacts | None = None  # of a run on a GPU
     schema_version: int = SCHEMA_VERSION
 
-    def __post_init__(self) -> None:
-        steps, frozen = (
-            self.techniques.get(name, {}).get(key) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))
-        )
-        if not isinstance(steps, int) or not isinstance(frozen, str):  # which tables speak of
-            raise ValueError("techniques must have ga.steps and mp.frozen_weights")
-
 
 def new_result(config: TrainConfig, command: str) -> Result:
     """The result of a run that is about to begin."""
@@ -136,7 +129,15 @@ def write_result(run_dir: Path, result: Result) -> None:
 def read_result(run_dir: Path) -> Result | None:
     """The folder's result, None if it has none; a UserError if it is none that this version writes."""
     file = run_dir / RESULT_FILE
-    return read_record(Result, file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    result = read_record(Result, file)
+    steps, frozen = (
+        result.techniques.get(name, {}).get(key) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))
+    )
+    if not isinstance(steps, int) or not isinstance(frozen, str):  # which tables speak of
+        raise UserError(f"{file} is damaged: techniques must have ga.steps and mp.frozen_weights")
+    return result
 
 
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
