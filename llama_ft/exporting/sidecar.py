@@ -29,30 +29,31 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer, self._loaded = self._find_tokenizer() or (None, None)
+        self._tokenizer: Path | None = None
+        self._loaded: Tokenizer | None = None
+        self._find_tokenizer()
         self._ids = self._special_ids()
         if config.to is Format.hf:
             self.files = self._hf_files()
         else:  # the tokenizer alone
             self.files = {} if self._tokenizer is None else {_usual_name(self._tokenizer): _read(self._tokenizer)}
 
-    def _find_tokenizer(self) -> tuple[Path, Tokenizer] | None:
-        """The tokenizer and its file, if there is one that we can read."""
+    def _find_tokenizer(self) -> None:
+        """Load the tokenizer, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
         if name is None:
-            return None
+            return
         file = Path(os.path.expanduser(name))
         try:
             check_vocabulary(loaded := Tokenizer(file, config.checkpoint), file, config.model, config.checkpoint)
+            self._tokenizer, self._loaded = file, loaded
         except UserError as error:
             if config.tokenizer is not None:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
-            return None
-        return file, loaded
 
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
