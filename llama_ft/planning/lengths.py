@@ -20,13 +20,13 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     Raises:
         UserError: if the data cannot be read, or the tokenizer that is given.
     """
-    name, tokenizer, reason = config.data.name, None, "no tokenizer is given"
+    name, reason = config.data.name, "no tokenizer is given"
     try:
         tokenizer = load_tokenizer(config) if config.has_lengths else None
     except UserError as error:
         if config.tokenizer != found_tokenizer(config.model, config.checkpoint):
             raise
-        config.tokenizer, reason = None, str(error)  # nobody asked for it
+        config.tokenizer, tokenizer, reason = None, None, str(error)  # nobody asked for it
     try:
         if tokenizer is not None:
             samples = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log).samples
