@@ -75,7 +75,7 @@ def tree() -> Numbers:
         probability *= logits.softmax(-1)[0, chosen].item()
         state.append(chosen)
     greedy = " ".join(WORDS[number] for number in state.tokens[0].tolist())
-    best, *_ = beam_search(tree_state(2), 2, 2, WORDS.index("<eos>"), length_penalty=0.0)
+    best, *_ = beam_search(tree_state(2), 2, 2, [WORDS.index("<eos>")], length_penalty=0.0)
     beam = " ".join(["The", *(WORDS[number] for number in best.tokens)])
     return {"greedy": greedy, "greedy_p": probability, "beam": beam, "beam_p": math.exp(best.score)}
 

@@ -416,6 +416,25 @@ def test_the_export_ends_where_the_tokenizer_does(tmp_path, converted, config_en
     assert model.generation_config.temperature == (None if generation_end is None else 0.6)
 
 
+def test_a_tokenizer_json_ends_texts_alike_in_every_format(tmp_path, converted, files):
+    """Where config.json alone names the end."""
+    source = tmp_path / "source"
+    LlamaForCausalLM(LlamaConfig(**(SIZES | MODELS["gqa"] | {"vocab_size": 556}))).save_pretrained(source)
+    content = (
+        files.json.read_text(encoding="utf-8").replace("<|begin_of_text|>", "<b>").replace("<|end_of_text|>", "<e>")
+    )
+    (source / "tokenizer.json").write_text(content, encoding="utf-8")
+    change_json(source / "config.json", bos_token_id=300, eos_token_id=301)
+    before = source
+    for to in ("meta", "hf"):
+        converted(f"checkpoint={before}", f"to={to}", f"output={tmp_path / to}")
+        tokenizer = Tokenizer(tmp_path / to / "tokenizer.json")
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_ids) == (300, 301, {301})
+        before = tmp_path / to
+    theirs = AutoTokenizer.from_pretrained(before)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (300, 301)
+
+
 def test_sizes_that_are_given_are_written(tmp_path, converted):
     out = tmp_path / "out"
     converted(

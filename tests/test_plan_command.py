@@ -85,6 +85,12 @@ def test_a_tokenizer_that_lies_there_and_cannot_be_read_is_no_obstacle(tmp_path:
         data_lengths(planned(*sizes, f"tokenizer='{file}'"), print)
 
 
+def test_a_length_that_leaves_no_answer_is_planned_all_the_same() -> None:
+    lengths, data = data_lengths(planned("data.max_length=16", "data.first=3"), print)
+    assert lengths == [(16, 1)] * 3
+    assert "max_length=16 leaves no answer to train on: 3 samples of 16 tokens stand in for sample" in data.about
+
+
 def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None:
     files = [f"tokenizer={test_data}/llama2_tokenizer.model", f"data.path={test_data}/alpaca_data_200.json"]
     lengths, data = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)

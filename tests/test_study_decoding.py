@@ -16,7 +16,7 @@ def test_a_greedy_choice_of_the_second_best_fails(quick: dict[str, Any], monkeyp
 
 def test_a_single_beam_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     search = study.beam_search
-    monkeypatch.setattr(study, "beam_search", lambda *_, **options: search(study.tree_state(1), 1, 2, 0, **options))
+    monkeypatch.setattr(study, "beam_search", lambda *_, **options: search(study.tree_state(1), 1, 2, [0], **options))
     assert failed(study, quick, tree=study.tree()) == [1]
 
 

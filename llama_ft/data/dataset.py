@@ -64,6 +64,10 @@ class Dataset:
         return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
 
 
+class NothingLeft(UserError):
+    """Every sample was cut before its answer."""
+
+
 def silent(line: str) -> None:
     """Say nothing."""
 
@@ -88,8 +92,9 @@ def load_dataset(
     n_truncated = sum(len(sample) > max_length for sample in encoded)
     kept = [sample for sample in samples if sample.n_targets > 0]
     if not kept:
-        reason = f"max_length={max_length} leaves no answer to train on" if samples else "there are no records"
-        raise UserError(f"{path}: {reason}")
+        if samples:
+            raise NothingLeft(f"{path}: max_length={max_length} leaves no answer to train on")
+        raise UserError(f"{path}: there are no records")
     return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
 
 

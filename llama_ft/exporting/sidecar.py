@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
-from llama_ft.data.special_tokens import GENERATION_CONFIG
+from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
 from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import tokenizer_files
 from llama_ft.files import HF_CONFIG, Json, read_json
@@ -29,30 +29,31 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer, self._loaded = self._find_tokenizer() or (None, None)
+        self._tokenizer: Path | None = None
+        self._loaded: Tokenizer | None = None
+        self._find_tokenizer()
         self._ids = self._special_ids()
         if config.to is Format.hf:
             self.files = self._hf_files()
-        else:  # the tokenizer alone
-            self.files = {} if self._tokenizer is None else {_usual_name(self._tokenizer): _read(self._tokenizer)}
+        else:
+            self.files = {} if self._tokenizer is None else self._meta_files(self._tokenizer)
 
-    def _find_tokenizer(self) -> tuple[Path, Tokenizer] | None:
-        """The tokenizer and its file, if there is one that we can read."""
+    def _find_tokenizer(self) -> None:
+        """Load the tokenizer, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
         if name is None:
-            return None
+            return
         file = Path(os.path.expanduser(name))
         try:
             check_vocabulary(loaded := Tokenizer(file, config.checkpoint), file, config.model, config.checkpoint)
+            self._tokenizer, self._loaded = file, loaded
         except UserError as error:
             if config.tokenizer is not None:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
-            return None
-        return file, loaded
 
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
@@ -95,8 +96,16 @@ class SidecarFiles:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
         files[_usual_name(self._tokenizer)] = _read(self._tokenizer)
-        is_whole = {"tokenizer.json", "tokenizer_config.json"} <= files.keys()
+        is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
         return files if is_whole else self._made(self._tokenizer) | files
+
+    def _meta_files(self, tokenizer: Path) -> dict[str, bytes]:
+        """The tokenizer alone; of tokenizer.json also what says which of its tokens ends a text."""
+        files = {(name := _usual_name(tokenizer)): _read(tokenizer)}
+        if name == TOKENIZER_FILES[1]:
+            said = tokenizer.with_name(TOKENIZER_CONFIG)
+            files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
+        return files
 
     def _made(self, tokenizer: Path) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
@@ -106,8 +115,8 @@ class SidecarFiles:
             config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
             assert self._loaded is not None
             special = {"bos_token": self._loaded.bos_id, "eos_token": self._loaded.eos_id}
-            config |= {key: names[number] for key, number in special.items() if number is not None}
-            return {"tokenizer_config.json": _json(config)}
+            config |= {key: names[number] for key, number in special.items() if number in names}
+            return {TOKENIZER_CONFIG: _json(config)}
         try:
             made = tokenizer_files(tokenizer, llama_3_1=self._config.model.rope_factor != 1)
         except UserError as error:

@@ -5,7 +5,7 @@ from statistics import median
 
 from llama_ft.config import PlanConfig, UserError, found_tokenizer
 from llama_ft.config.plan import STAND_IN_SAMPLES
-from llama_ft.data.dataset import Sample, load_dataset
+from llama_ft.data.dataset import NothingLeft, Sample, load_dataset
 from llama_ft.data.tokenizer import load_tokenizer
 from llama_ft.records.plan import PlannedData
 
@@ -13,7 +13,9 @@ Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of t
 
 
 def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData]:
-    """The lengths of the run's samples; without a tokenizer, samples of the longest length that is allowed.
+    """The lengths of the run's samples; where they cannot be known, samples of the longest length that is allowed.
+
+    That is so without a tokenizer, with one in the checkpoint that cannot be read, or if no sample has an answer left.
 
     Raises:
         UserError: if the data cannot be read, or the tokenizer that is given.
@@ -25,13 +27,12 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
         if config.tokenizer != found_tokenizer(config.model, config.checkpoint):
             raise
         config.tokenizer, tokenizer, reason = None, None, str(error)  # nobody asked for it
-    if tokenizer is not None:
-        samples = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log).samples
-        lengths = [(len(sample), sample.n_prompt) for sample in samples]
-        middle, tokens = median(n for n, _ in lengths), sum(n for n, _ in lengths)
-        longest = max(n for n, _ in lengths)
-        about = f"{len(lengths):,} samples of {name}, {tokens:,} tokens (median {middle:g}, longest {longest})"
-        return lengths, PlannedData(name, about, False, len(lengths), longest, tokens)
+    try:
+        if tokenizer is not None:
+            samples = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log).samples
+            return _described(name, [(len(sample), sample.n_prompt) for sample in samples])
+    except NothingLeft as error:  # which train will say too
+        reason = str(error)
     n_samples, length = config.training.max_samples or config.data.first or STAND_IN_SAMPLES, config.max_length
     about = (
         f"{reason}: {n_samples:,} samples of {length} tokens stand in for {name}"
@@ -39,6 +40,12 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     )
     lengths = [(length, 1)] * n_samples  # all but BOS are trained on: the most that can be
     return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length)
+
+
+def _described(name: str, lengths: Lengths) -> tuple[Lengths, PlannedData]:
+    middle, tokens, longest = median(n for n, _ in lengths), sum(n for n, _ in lengths), max(n for n, _ in lengths)
+    about = f"{len(lengths):,} samples of {name}, {tokens:,} tokens (median {middle:g}, longest {longest})"
+    return lengths, PlannedData(name, about, False, len(lengths), longest, tokens)
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:
