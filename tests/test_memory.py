@@ -17,6 +17,7 @@ from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.measure.worst_case import hardest_groups, hardest_windows, track_memory
 from llama_ft.records import CATEGORIES
+from llama_ft.system import Pace
 
 KB = 1024 / 2**20  # in MiB
 
@@ -147,6 +148,13 @@ def test_no_order_of_the_data_needs_more_than_the_hardest_windows(tiny_config, n
         peaks.append(track_memory(step, windows).peak_mib)
     assert peaks[0] == pytest.approx(max(peaks), abs=1 * KB)  # the batches' own tensors
     assert peaks[0] > min(peaks)
+
+
+def test_a_long_dry_run_says_how_far_it_is(tiny_config, monkeypatch) -> None:
+    monkeypatch.setattr(Pace, "SECONDS", 0)
+    lines: list[str] = []
+    track_memory(make_step(tiny_config, OptimConfig(lora=True)), [[collate(ragged_samples()[:1])]], lines.append)
+    assert lines == ["dry run: 1 of 2 optimizer steps", "dry run: 2 of 2 optimizer steps"]
 
 
 def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
