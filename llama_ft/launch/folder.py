@@ -89,8 +89,8 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
         [_flat(form) for form in forms]
         for forms in ((there.measured(), here.measured()), (there.to_dict(), here.to_dict()))
     )
-    keys = [key for key in measured[1] if measured[0].get(key) != measured[1][key]]
-    parts = [f"{key} ({shown[0].get(key)} there, {shown[1][key]} here)" for key in keys[:N_SHOWN]]
+    keys = [key for key in measured[0] | measured[1] if measured[0].get(key) != measured[1].get(key)]
+    parts = [f"{key} ({shown[0].get(key)} there, {shown[1].get(key)} here)" for key in keys[:N_SHOWN]]
     parts += [f"{len(keys) - N_SHOWN} more"] if len(keys) > N_SHOWN else []
     return ", ".join(parts) or "a file that data.path, tokenizer or checkpoint names has changed since"
 
