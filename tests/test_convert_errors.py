@@ -25,7 +25,7 @@ from llama_ft.config import ConvertConfig, ModelConfig, UserError
 from llama_ft.model import writing
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.techniques.adapter import load_adapter
-from llama_ft.techniques.peft import _by_pattern
+from llama_ft.techniques.peft_patterns import by_pattern
 
 __all__ = ["converted"]  # a fixture
 
@@ -227,7 +227,7 @@ def test_patterns_that_would_take_for_ever(adapter, pattern):
     ],
 )
 def test_patterns_of_layers(pattern):
-    assert [_by_pattern({pattern: 4}, f"model.layers.1.self_attn.{name}_proj", 16) for name in "qv"] == [4, 16]
+    assert [by_pattern({pattern: 4}, f"model.layers.1.self_attn.{name}_proj", 16) for name in "qv"] == [4, 16]
 
 
 def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):

@@ -143,7 +143,7 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     ],
 )
 def test_training_that_went_wrong_is_stopped_and_fp16_named_where_it_is_on(loss, norm, reason, is_fp16) -> None:
-    meter = StepMeter(1, lambda: 1.0, is_fp16)
+    meter = StepMeter(1, torch.device("cpu"), is_fp16)
     meter.record(StepOutput(torch.tensor(loss), torch.tensor(norm), 1e-3, 10))
     if reason is None or (is_fp16 and norm == math.inf):  # then the step is skipped
         assert meter.flush().loss == loss

@@ -80,8 +80,7 @@ def run_in_child(
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     metrics_file = run_dir / METRICS_FILE
     kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
-    arguments = [str(run_dir), command, *([CHECK_FIT] if check_fit else [])]
-    child = start(arguments, run_dir / LOG_FILE, lock, config.gpu.device is DeviceChoice.cpu)
+    child = start(run_dir, command, check_fit, lock, config.gpu.device is DeviceChoice.cpu)
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt:
@@ -94,8 +93,8 @@ def run_in_child(
     if result is None:
         result = new_result(config, command)
         seen.was_oom_kill = oom_kills() > kills_before
-        limit_mib, log_file = config.measure.memory_limit_mib, run_dir / LOG_FILE
-        result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, log_file)
+        limit_mib = config.measure.memory_limit_mib
+        result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
         write_result(run_dir, result)
     if seen.was_interrupted:
         if result.error:
@@ -109,13 +108,20 @@ def changed_ns(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def start(arguments: list[str], log_file: Path, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
+def start(run_dir: Path, command: str, check_fit: bool, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
-    command = [sys.executable, "-m", "llama_ft.launch.child", *arguments]
+    program = [
+        sys.executable,
+        "-m",
+        "llama_ft.launch.child",
+        str(run_dir),
+        command,
+        *([CHECK_FIT] if check_fit else []),
+    ]
     pipe, environment = subprocess.PIPE, child_environment(on_cpu)
-    with log_file.open("ab") as log, interrupts_held_back():
+    with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         return subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=(lock,), env=environment
+            program, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=(lock,), env=environment
         )
 
 

@@ -23,7 +23,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-FORMULA = ("=", "+", "-", "@", "\t", "\r")  # how what a spreadsheet computes begins
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
 NOT_IN_CSV = tuple("command optim techniques breakdown timeline versions loss_samples card schema_version".split())
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -164,5 +164,5 @@ def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
     for row in rows:
-        writer.writerow([f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell for cell in row])
+        writer.writerow([f"'{cell}" if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row])
     return out.getvalue()

@@ -4,7 +4,6 @@
 the rotary layout of transformers: the rows of lora_B of wq and wk are permuted as those of the weights are.
 """
 
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,8 +21,8 @@ from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.model.weights import build, save_tensors
 from llama_ft.records import parse
 from llama_ft.techniques.lora import lora_layers
+from llama_ft.techniques.peft_patterns import by_pattern
 
-MAX_TRIES = 2**20  # to match a pattern with a layer's name; more take seconds, or for ever
 PREFIX = "base_model.model."
 PICKLE_FILE = "adapter_model.bin"  # of PEFT before 0.6
 # Keys of adapter_config.json that change nothing here: what was trained, by whom and from where. All others that are no
@@ -222,38 +221,12 @@ def _factors(
     theirs = _peft_name(layer)
     if missing := {"A", "B"} - pair.keys():
         raise UserError(f"{theirs} has no lora_{missing.pop()} in it")
-    rank = int(_by_pattern(config.rank_pattern, theirs, config.r))
+    rank = int(by_pattern(config.rank_pattern, theirs.removeprefix(PREFIX), config.r))
     for which, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
         if pair[which].shape != shape:
             expected = f"for model={model.name} and r={rank} should be {shape}"
             cause = "it is an adapter of another model, or damaged"
             raise UserError(f"{theirs}.lora_{which} is {pair[which].shape}, and {expected}: {cause}")
     n_heads = linear.out_features // model.head_dim if is_rotated(f"{layer}.weight") else None
-    alpha = _by_pattern(config.alpha_pattern, theirs, config.lora_alpha)
+    alpha = by_pattern(config.alpha_pattern, theirs.removeprefix(PREFIX), config.lora_alpha)
     return Factors(f"adapter={folder}: {theirs}", pair["A"], pair["B"], alpha, config.use_rslora, n_heads)
-
-
-def _by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> float:
-    """A number that may differ by layer; the first pattern that fits the end of its name wins, as in PEFT."""
-    for pattern, value in patterns.items():
-        try:
-            expression = re.compile(rf"(.*\.)?({pattern})$")
-        except (re.error, OverflowError, RecursionError) as error:
-            raise UserError(f"{ADAPTER_CONFIG_FILE}: {pattern} is no pattern of layers: {error}") from error
-        if _most_tries(pattern) > MAX_TRIES:
-            raise UserError(f"{ADAPTER_CONFIG_FILE}: {pattern} is too intricate: name the layers one by one")
-        if expression.match(layer.removeprefix(PREFIX)):
-            return value
-    return default
-
-
-def _most_tries(pattern: str) -> float:
-    """A bound on how often Python would try to match a pattern with a layer's name, up to a constant.
-
-    Each of its repeats may end at each letter, and each of its groups may be any of the alternatives; where a group is
-    repeated the tries double with each letter.
-    """
-    plain = re.sub(r"\\.|\[\^?.[^]]*\]", "x", pattern).replace("(?", "(")
-    if re.search(r"\)[*+{]", plain):
-        return math.inf
-    return 32.0 ** len(re.findall(r"[*+?{]", plain)) * (1.0 + plain.count("|")) ** max(1, plain.count("("))
