@@ -54,10 +54,10 @@ class Models:
         """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = device_of_profile(config.gpu)
-        log(about_device(self._device, config.gpu))
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
         self.dtype_name = str(self._dtype).removeprefix("torch.")
         check_sources(config)
+        log(about_device(self._device, config.gpu))
 
     def load(self, is_base: bool) -> GenerateFn:
         """The base, or the model that is asked; a UserError if memory runs out, now or when it is asked."""
