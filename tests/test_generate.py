@@ -424,7 +424,7 @@ def test_memory_that_runs_out_is_said(command, monkeypatch):
     monkeypatch.setattr(Transformer, "forward", lambda *_, **__: torch.empty(2**60))
     done = command("prompt=a", *TINY)
     assert (done.status, done.out) == (2, "")
-    assert re.fullmatch("error: out of memory: a smaller .*\n", done.err)
+    assert re.fullmatch("device: .*\nerror: out of memory: a smaller .*\n", done.err)
 
 
 @pytest.mark.parametrize(
