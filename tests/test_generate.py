@@ -328,7 +328,7 @@ def test_standard_output_is_the_text_alone_and_the_same_without_a_cache(tmp_path
     uncached = command(*arguments, "kv_cache=false")
     assert done.stdout == uncached.out != ""
     for said, cached in ((done.stderr, "with"), (uncached.err, "without")):
-        assert re.fullmatch(rf"8 tokens in [\d.]+ s, {cached} a KV cache; ended by length\n", said)
+        assert re.fullmatch(rf"device: .*\n8 tokens in [\d.]+ s, {cached} a KV cache; ended by length\n", said)
     assert list(tmp_path.iterdir()) == []
 
 

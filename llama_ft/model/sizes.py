@@ -155,9 +155,12 @@ def meta_params(config: ModelConfig) -> Json:
 
 
 def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
-    """Raise a UserError that names every size in which a checkpoint differs from the model, but for those given."""
+    """Raise a UserError that names every size in which a checkpoint differs from the model.
+
+    Those that were given win, as long as no weight's shape hangs on them.
+    """
     wrong = {key: value for key, value in sizes.items() if not _agree(value, getattr(config, key))}
-    for key in (*NO_CHECK, *config.given):
+    for key in (*NO_CHECK, *(key for key in config.given if key.startswith(("rope_", "norm_")))):
         wrong.pop(key, None)
     if wrong:
         differences = ", ".join(f"model.{key} is {getattr(config, key)} and there {wrong[key]}" for key in wrong)
