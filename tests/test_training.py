@@ -136,14 +136,15 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
 @pytest.mark.parametrize(
     ("loss", "norm", "reason"),
     [
-        (math.nan, 1.0, "the loss of optimizer step 1 is nan"),
-        (3.0, math.inf, "the gradient's norm at optimizer step 1 is inf"),
-        (7.6, 0.0, "the gradient's norm at optimizer step 1 is 0.0"),
+        (math.nan, 1.0, "the loss of optimizer step 2 is nan"),
+        (3.0, math.inf, "the gradient's norm at optimizer step 2 is inf"),
+        (7.6, 0.0, "the gradient's norm at optimizer step 2 is 0.0"),
         (0.0, 0.0, None),  # all is learned
     ],
 )
 def test_training_that_went_wrong_is_stopped_and_fp16_named_where_it_is_on(loss, norm, reason, is_fp16) -> None:
-    meter = StepMeter(1, torch.device("cpu"), is_fp16)
+    meter = StepMeter(2, torch.device("cpu"), is_fp16)
+    meter.record(StepOutput(torch.tensor(7.6), torch.tensor(1.0), 1e-3, 10))
     meter.record(StepOutput(torch.tensor(loss), torch.tensor(norm), 1e-3, 10))
     if reason is None or (is_fp16 and norm == math.inf):  # then the step is skipped
         assert meter.flush().loss == loss
@@ -151,6 +152,12 @@ def test_training_that_went_wrong_is_stopped_and_fp16_named_where_it_is_on(loss,
         with pytest.raises(UserError, match=rf"{reason}: training stopped; lower training.lr") as raised:
             meter.flush()
         assert ("fp16" in str(raised.value)) == is_fp16
+
+
+def test_a_model_whose_adapter_gets_no_gradient_is_trained_all_the_same() -> None:
+    meter = StepMeter(1, torch.device("cpu"))
+    meter.record(StepOutput(torch.tensor(3.0), torch.tensor(0.0), 1e-3, 10))
+    assert meter.flush().grad_norm == 0
 
 
 def test_a_last_step_that_makes_the_model_overflow_is_an_error(small_config) -> None:

@@ -39,6 +39,7 @@ class StepMeter:
         self._total_steps, self._device, self._may_skip = total_steps, device, may_skip
         self._step = last.step if last else 0
         self._tokens, self._seconds = (last.tokens, last.time_s) if last else (0, 0.0)
+        self._had_gradient = last is not None and (last.grad_norm or 0) > 0
         self._pending: tuple[StepMetrics, int, Tensor, Moment] | None = None
         self._moment: type[Moment] = GpuMoment if device.type == "cuda" else Moment
         # One for the step that is read and one for the step that runs; made here, since making them takes time.
@@ -92,8 +93,10 @@ class StepMeter:
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
         wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
-        # A norm of 0 where there is something to learn: activations whose squares are infinite are normed to 0.
-        if not wrong and (grad_norm == 0 < loss or (not is_finite and not self._may_skip)):
+        # A gradient that vanishes where there is something to learn: infinite squares of activations are normed to 0.
+        vanished = grad_norm == 0 < loss and self._had_gradient
+        self._had_gradient |= grad_norm > 0
+        if not wrong and (vanished or (not is_finite and not self._may_skip)):
             wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
         if wrong:
             other = ", or use bf16 instead of fp16" if self._may_skip else ""
