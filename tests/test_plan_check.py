@@ -3,6 +3,7 @@
 import os
 import unittest.mock
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def test_capacity_is_the_cards_or_what_is_free_or_the_limit() -> None:
 def test_the_gpu_that_is_here_is_asked_and_the_run_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(OptimConfig(lora=True))
     assert objection_here(config, SHORT) is None  # no GPU is here
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (40 * MIB, 50 * MIB))
+    cuda = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (40 * MIB, 50 * MIB))
+    monkeypatch.setattr(fit, "torch", SimpleNamespace(cuda=cuda))  # PyTorch's own optimizers would ask the real one
     monkeypatch.setattr(fit, "profile_here", lambda gpu: replace(card("Card 1"), name="Card 1"))
     random_state = torch.get_rng_state()
     assert "and this Card 1 has 40 free" in str(objection_here(config, SHORT))
