@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.config.presets import preset
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_name, versions
+from llama_ft.device import device_name, use_kernels_of, versions
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
@@ -87,6 +87,7 @@ def seconds(act: Callable[[], Tensor]) -> tuple[float, Tensor]:
 def measure(config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     """Seconds, tokens per second and peak memory of the three, and whether their texts agree."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    use_kernels_of(device)
     model = load_model(config, "random", device, dtype).eval()
     theirs = reference(model)
     prompt = torch.randint(3, config.vocab_size, (n_prompt,), generator=torch.Generator().manual_seed(0)).tolist()

@@ -33,7 +33,7 @@ def generate(
     kv_cache: bool = True,
     on_text: Callable[[str], None] = ignore,
 ) -> list[list[Answer]]:
-    """Answers to a batch of prompts, `config.num_return_sequences` to each, the same as to each prompt by itself.
+    """`config.num_return_sequences` answers to each of a batch of prompts: those it gets by itself, up to rounding.
 
     Args:
         on_text: given the first answer's text piece by piece, once it is certain; that of a beam search at its end.
