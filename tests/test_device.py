@@ -12,7 +12,8 @@ from helpers.training import ragged_samples
 from llama_ft import device as devices
 from llama_ft.config import DeviceChoice, GpuConfig, UserError
 from llama_ft.config.presets import preset
-from llama_ft.device import about_device, choose_device, has_kernels, is_out_of_memory, use_kernels_of, why_no_gpu
+from llama_ft.device import about_device, choose_device, has_kernels, is_out_of_memory, why_no_gpu
+from llama_ft.kernels import use_kernels_of
 from llama_ft.launch.child import failure
 from llama_ft.launch.process import child_environment
 from llama_ft.measure.card import Card, Nvml, attention_kernel

@@ -1,0 +1,102 @@
+"""The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
+
+import warnings
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, get_kernel
+from torch.utils._pytree import tree_map
+
+BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
+
+
+def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
+    """Use the kernels of runs from now on, in the whole process.
+
+    On a GPU fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in
+    16 bit and else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell,
+    builds a plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute
+    capability 8.0, the card's or the one given instead, there is no FlashAttention.
+
+    On a CPU for which oneDNN has no matrix kernels in a 16-bit format, its products go through fp32.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
+    elif not all(has_16bit_products(dtype) for dtype in (torch.bfloat16, torch.float16)):
+        multiply_through_fp32()
+
+
+@cache
+def has_16bit_products(dtype: torch.dtype) -> bool:
+    """Whether PyTorch gives matrix products in a 16-bit format to oneDNN on this CPU; else it loops over elements."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return bool(getattr(torch.ops.mkldnn, supports[dtype])())
+
+
+# PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
+# the memory tracker sees, stays in 16 bit.
+
+
+@cache
+def multiply_through_fp32() -> Library:
+    """Let 16-bit matrix products and attention be computed in fp32 where oneDNN has no kernel for the format.
+
+    The operands are made fp32, which is exact, and the result is rounded once, as matrix units do that sum in fp32.
+    """
+    library = Library("aten", "IMPL")  # the kernels live as long as it does
+    attention = "_scaled_dot_product_flash_attention_for_cpu"
+    replacements = {"mm": _product, attention: _attention, f"{attention}_backward": _in_fp32}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced
+        for name in (*replacements, "bmm", "addmm", "baddbmm"):
+            new = partial(replacements.get(name, _in_fp32), get_kernel(f"aten::{name}", "CPU"))
+            library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
+    return library
+
+
+def _is_slow(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype.itemsize == 2 and not has_16bit_products(tensor.dtype)
+
+
+def _in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a kernel with fp32 in the place of 16-bit tensors, and round all that it returns."""
+    out = _unrounded(kernel, keys, *args, **kwargs)
+    return tree_map(lambda each: each.to(args[0].dtype), out)
+
+
+def _attention(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for attention, which returns its rows' log-sum-exp too, and keeps that in fp32 whatever the format."""
+    out, log_sum_exp = _unrounded(kernel, keys, *args, **kwargs)
+    return out.to(args[0].dtype), log_sum_exp
+
+
+def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    args, kwargs = tree_map(lambda each: each.float() if _is_slow(each) else each, (args, kwargs))
+    return kernel.call_boxed(keys, *args, **kwargs)
+
+
+def _product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
+    """[m, k] times [k, n], with little in fp32 at a time: the larger side of the result is cut into blocks.
+
+    A single row is left to PyTorch, which has a good kernel for it: reading the weights is all its work.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if m == 1 or not _is_slow(a):
+        return kernel.call_boxed(keys, a, b)  # type: ignore[no-any-return]
+    out = a.new_empty(m, n)
+    size = max(64, BLOCK_BYTES // (4 * max(k, min(m, n), 1)))
+    if n >= m:
+        a = a.float()
+        for part, columns in zip(out.split(size, 1), b.split(size, 1), strict=True):
+            part.copy_(kernel.call_boxed(keys, a, columns.float()))
+    else:
+        b = b.float()
+        for part, rows in zip(out.split(size), a.split(size), strict=True):
+            part.copy_(kernel.call_boxed(keys, rows.float(), b))
+    return out
