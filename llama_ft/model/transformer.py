@@ -21,7 +21,7 @@ EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters t
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where that is what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize == 2 else x
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +36,7 @@ class RMSNorm(nn.Module):
         """[..., D] to [..., D]. Rounds to x's dtype before the gain, as Meta's code and transformers do."""
         x_fp32 = at_least_fp32(x)
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return normed.to(x.dtype) * self.weight
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -55,23 +55,22 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 
 def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
+    """Cosine and sine of the rotary angles: fp32, [context, E / 2, 2]."""
     device = device or torch.get_default_device()
     if device.type == "meta":  # arange would import all of torch's compiler there, which takes seconds
-        return torch.empty(2, config.max_seq_len, config.head_dim // 2, dtype=torch.float32, device=device)
+        return torch.empty(config.max_seq_len, config.head_dim // 2, 2, dtype=torch.float32, device=device)
     positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
-    return torch.stack((angles.cos(), angles.sin()))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn adjacent pairs of features, Meta's layout, by their position's angles.
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn adjacent pairs of features, Meta's layout, by their position's angles: a complex product, as in Meta's code.
 
-    x is [B, S, heads, E]; rotary is [2, S, E / 2] or [2, B, S, E / 2]. Computed in fp32, returned in x's dtype.
+    x is [B, S, heads, E]; turns is complex, [S, 1, E / 2] or [B, S, 1, E / 2]. Computed in fp32, returned in x's dtype.
     """
-    cos, sin = rotary.unsqueeze(-2)  # one angle for all heads
-    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 def repeats_keys(q: Tensor, mask: Tensor | None) -> bool:
@@ -98,10 +97,10 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
         grouped = self.group_size > 1
@@ -136,19 +135,19 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        x = x + self.attention(self.attention_norm(x), turns, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
 Caches = Sequence[LayerCache | NoCache]  # one for each layer
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
+def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
     """[B, S, D] through the layers, one after the other."""
     for layer, cache in zip(layers, caches, strict=True):
-        x = layer(x, rotary, mask, cache)
+        x = layer(x, turns, mask, cache)
     return x
 
 
@@ -214,13 +213,14 @@ class Transformer(nn.Module):
         if positions is None:
             if start + length > self.config.max_seq_len:
                 raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
-            rotary = self.rotary[:, start : start + length]
+            rotary = self.rotary[start : start + length]
         else:
-            rotary = self.rotary[:, positions]
+            rotary = self.rotary[positions]
         if mask is None and start and length > 1:  # causal, seen from the middle
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
         caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)
-        x = self.run_layers(self.layers, self.tok_embeddings(tokens), rotary, mask, caches)
+        turns = torch.view_as_complex(at_least_fp32(rotary)).unsqueeze(-2)  # one angle for all heads
+        x = self.run_layers(self.layers, self.tok_embeddings(tokens), turns, mask, caches)
         if logits_at is not None:
             x = x.flatten(0, 1)[logits_at]
         return self.output(self.norm(x))  # type: ignore[no-any-return]

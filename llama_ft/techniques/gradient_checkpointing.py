@@ -23,13 +23,13 @@ def checkpoint_layers(model: Transformer, every: int = 1) -> None:
     run_group = model.run_layers
 
     def run_checkpointed(
-        layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches
+        layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Tensor | None, caches: Caches
     ) -> Tensor:
         for start in range(0, len(layers), every):
             group = slice(start, start + every)
             # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
             # gradient, and the reentrant form would then give none to any weight of any block.
-            x = checkpoint(run_group, layers[group], x, rotary, mask, caches[group], use_reentrant=False)
+            x = checkpoint(run_group, layers[group], x, turns, mask, caches[group], use_reentrant=False)
         return x
 
     model.run_layers = run_checkpointed

@@ -75,7 +75,7 @@ class LoRALinear(nn.Linear):
         b: Tensor = self.lora_B
         if not torch.is_autocast_enabled(x.device.type):  # which would cast them, once for a whole step
             a, b = a.to(x.dtype), b.to(x.dtype)
-        return y + F.linear(F.linear(self.dropout(x), a), b) * self.scale
+        return y + F.linear(F.linear(self.dropout(x), a) * self.scale, b)  # scaled where it is small
 
     @torch.no_grad()
     def merge(self) -> None:
