@@ -6,7 +6,7 @@ import re
 import resource
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,8 +29,7 @@ def choose_device(gpu: GpuConfig) -> torch.device:
     """The device to run on.
 
     Raises:
-        UserError: if a GPU is asked for that PyTorch does not see or has no kernels for, or that is less than the
-            profile's card.
+        UserError: if a GPU is asked for that PyTorch does not see or cannot use, or that is less than the profile's.
     """
     if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
@@ -77,11 +76,10 @@ def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bo
     """Whether a build for architectures such as `sm_80` or `compute_90` runs on a card.
 
     Binaries run from their own version up to the next major one; PTX, `compute_*`, is compiled for any later card;
-    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability).
-    A build that names none of the kind, as AMD's with `gfx942`, is not judged.
+    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability). A
+    build that names none, as AMD's with `gfx942`, is not judged.
     """
-    named = re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures))
-    for kind, digits, letter in named:
+    for kind, digits, letter in (named := re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures))):
         built = int(digits[:-1]), int(digits[-1])
         is_older = not letter and built < capability
         if built == capability or (is_older and (kind == "compute" or built[0] == capability[0])):
@@ -137,23 +135,14 @@ def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.
     return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
-def device_of_profile(gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
-    """The device of `choose_device`, in use as the profile says."""
-    device = choose_device(gpu)
-    use_device(device, gpu, limit_mib)
-    return device
-
-
-def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = None) -> None:
-    """Compute on a device with the profile's memory and kernels: a bigger card behaves as the profile's.
-
-    On CUDA this makes a context. `limit_mib` is a limit in place of the profile's.
-    """
+def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
+    """The device, with the profile's memory, or `limit_mib`, and its kernels. On CUDA this makes a context."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if (limit_mib := limit_mib or gpu.usable_mib) is not None:
         limit_memory(device, limit_mib)
     use_kernels_of(device, gpu.capability)
+    return device
 
 
 def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
@@ -174,10 +163,9 @@ def device_name(device: torch.device) -> str:
     """Name for people: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
+    match = None
+    with suppress(OSError):
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
     name = match[1] if match else platform.processor() or platform.machine()
     n_threads = torch.get_num_threads()
     return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"

@@ -19,7 +19,7 @@ from llama_ft.config.presets import preset
 from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Sample
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_of_profile, why_no_gpu
+from llama_ft.device import use_device, why_no_gpu
 from llama_ft.measure.card import attention_kernel
 from llama_ft.measure.worst_case import track_memory
 from llama_ft.records.metrics import StepMetrics
@@ -43,7 +43,7 @@ GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
     """Those of a run."""
-    device_of_profile(GpuConfig("auto"))
+    use_device(torch.device("cuda", 0), GpuConfig("auto"))
 
 
 def step_on(device: str, precision: Precision) -> TrainStep:
