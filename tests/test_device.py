@@ -28,6 +28,7 @@ from llama_ft.planning.gpu_traits import profile_here
 from llama_ft.records.result import new_result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training import metrics
 from llama_ft.training.loop import StepOutput, Windows
 from llama_ft.training.metrics import Moment, StepMeter
 from llama_ft.training.step import TrainStep
@@ -230,6 +231,17 @@ def test_lines_have_the_loss_and_the_time_of_their_own_step(monkeypatch) -> None
         assert line.time_s - before == pytest.approx(line.step)
         assert line.tokens_per_s == 100
         before = line.time_s
+
+
+def test_a_step_is_waited_for_on_its_own_gpu(monkeypatch) -> None:
+    """As of a model loaded with device="cuda:1", while the first GPU, which has nothing to do, is the current one."""
+    streams: list[torch.device] = []
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=streams.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=CUDA: device)
+    monkeypatch.setattr(metrics.torch, "empty", lambda *_, **__: None)  # pinned
+    StepMeter(8, second)
+    assert streams == [second]
 
 
 def test_the_allocators_peak_is_of_a_pass_that_is_not_tracked(monkeypatch) -> None:
