@@ -87,6 +87,9 @@ def test_file_that_is_no_tokenizer(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer=.*tokenizer\.model is not a SentencePiece model"):
         Tokenizer(file)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(UserError, match=r"tokenizer\.model is what Git LFS leaves .*: git lfs pull fetches it"):
+        Tokenizer(file)
 
 
 def test_tokenizer_without_eos(tmp_path):

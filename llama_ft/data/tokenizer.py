@@ -14,6 +14,7 @@ import sentencepiece
 
 from llama_ft.config import ModelConfig, ModelSource, UserError
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
+from llama_ft.files import LFS_HINT, LFS_POINTER
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
@@ -35,6 +36,8 @@ class Tokenizer:
                 start = stream.read(1024)
         except OSError as error:
             raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+        if start.startswith(LFS_POINTER):
+            raise UserError(f"tokenizer={file} {LFS_HINT}")
         named = named_tokens(file, checkpoint)
         self._format: _HuggingFace | Tiktoken | _SentencePiece
         if JSON_START.match(start):
