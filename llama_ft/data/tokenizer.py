@@ -134,6 +134,10 @@ class _HuggingFace:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # where text spells them, as text
+        # What begins or ends texts is special, also where its maker did not call it so, as transformers has it.
+        plain = {n: t.content for n, t in self._tokenizer.get_added_tokens_decoder().items() if not t.special}
+        called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
+        self._tokenizer.add_special_tokens(called)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()
