@@ -6,7 +6,7 @@ import re
 import resource
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,23 +30,25 @@ def choose_device(gpu: GpuConfig) -> torch.device:
     """The device to run on.
 
     Raises:
-        UserError: if a GPU is asked for that PyTorch does not see or has no kernels for, or that is less than the
-            profile's card.
+        UserError: if a GPU is asked for that PyTorch does not see or cannot use, or that is less than the profile's.
     """
     if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA's own put the fastest first
     if reason := why_no_gpu():
         if gpu.device is DeviceChoice.cuda or gpu.index is not None:
             raise UserError(f"gpu={gpu.name} needs a CUDA GPU, and {reason}: use gpu=cpu, or see docs/gpus.md")
         return torch.device("cpu")
+    device = torch.device("cuda", gpu_index(gpu))
+    check_card(device, gpu)
+    return device
+
+
+def gpu_index(gpu: GpuConfig) -> int:
+    """Which of the GPUs that PyTorch sees; a UserError if there are fewer."""
     index, n_gpus = gpu.index or 0, torch.cuda.device_count()
     if index >= n_gpus:
         raise UserError(f"gpu.index={index}: PyTorch sees {n_gpus} here; the last is gpu.index={n_gpus - 1}")
-    device = torch.device("cuda", index)
-    torch.cuda.set_device(device)
-    check_card(device, gpu)
-    return device
+    return index
 
 
 def check_card(device: torch.device, gpu: GpuConfig) -> None:
@@ -75,18 +77,20 @@ def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bo
     """Whether a build for architectures such as `sm_80` or `compute_90` runs on a card.
 
     Binaries run from their own version up to the next major one; PTX, `compute_*`, is compiled for any later card;
-    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability).
+    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability). A
+    build that names none, as AMD's with `gfx942`, is not judged.
     """
-    for kind, digits, letter in re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures)):
+    for kind, digits, letter in (named := re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures))):
         built = int(digits[:-1]), int(digits[-1])
         is_older = not letter and built < capability
         if built == capability or (is_older and (kind == "compute" or built[0] == capability[0])):
             return True
-    return not architectures
+    return not named
 
 
 def why_no_gpu() -> str | None:
-    """Why PyTorch sees no CUDA GPU; None if it sees one."""
+    """Why PyTorch sees no CUDA GPU; None if it sees one. The first question to CUDA, which then numbers its GPUs."""
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA's own put the fastest first
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of an old driver: it is in the reason
         if torch.cuda.is_available():
@@ -132,13 +136,11 @@ def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.
     return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
-def device_of_profile(gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
-    """The device of `choose_device`, with the profile's memory and kernels: a bigger card behaves as the profile's.
-
-    `limit_mib` is a limit in place of the profile's.
-    """
-    device, limit_mib = choose_device(gpu), limit_mib or gpu.usable_mib
-    if limit_mib is not None:
+def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
+    """The device, with the profile's memory, or `limit_mib`, and its kernels. On CUDA this makes a context."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if (limit_mib := limit_mib or gpu.usable_mib) is not None:
         limit_memory(device, limit_mib)
     use_kernels_of(device, gpu.capability)
     return device
@@ -148,10 +150,9 @@ def device_name(device: torch.device) -> str:
     """Name for people: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
+    match = None
+    with suppress(OSError):
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
     name = match[1] if match else platform.processor() or platform.machine()
     n_threads = torch.get_num_threads()
     return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"

@@ -47,7 +47,7 @@ def main() -> int:
     from llama_ft import device as devices
     from llama_ft.evaluation.measures import measure_models
 
-    device = devices.device_of_profile(config.gpu)
+    device = devices.use_device(devices.choose_device(config.gpu), config.gpu)
     log(devices.about_device(device, config.gpu))
     dtype = devices.compute_dtype(config.dtype, device, config.gpu)
     files = (JSON_FILE, TABLE_FILE, ANSWERS_FILE)

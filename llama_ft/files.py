@@ -19,6 +19,7 @@ from llama_ft.config import UserError
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
+LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
 NO_GGUF = "GGUF is not read, give the model's folder in Hugging Face's format"
 
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's

@@ -98,9 +98,12 @@ class TrainCommand:
 
     def remark(self, config: TrainConfig) -> None:
         """Say what is given and would surprise."""
-        swept = cli.swept_keys(cast(DictConfig, HydraConfig.instance().cfg))
-        for line in cli.remarks(config, list(HydraConfig.get().overrides.task), swept):
+        overrides, swept = HydraConfig.get().overrides, cli.swept_keys(cast(DictConfig, HydraConfig.instance().cfg))
+        for line in cli.remarks(config, list(overrides.task), swept):
             self.log_once(line)
+        used, idle = ("sweep", "run") if self.sweep_dir else ("run", "sweep")
+        if any(f"hydra.{idle}.dir=" in override for override in overrides.hydra):
+            self.log_once(f"hydra.{idle}.dir: no effect, the folder of a {used} is hydra.{used}.dir=DIR")
 
     def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""

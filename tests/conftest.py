@@ -10,8 +10,9 @@ from typing import Any
 
 # Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The CPU's figures are what these tests know; those of the GPU have a file of their own, to be run by itself.
-if not any("test_gpu.py" in argument for argument in sys.argv):
+# The CPU's figures are what these tests know; those of the GPU have a file of their own, to be run by itself. The
+# processes that pytest starts to test side by side do not know its arguments, and have its environment.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any("test_gpu.py" in argument for argument in sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest

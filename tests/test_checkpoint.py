@@ -450,6 +450,7 @@ def with_header(content: bytes, change: Callable[[dict[str, Any]], object]) -> b
         (lambda b: b[:-100], "it was not downloaded or copied completely"),
         (lambda b: b + b"x", "it is damaged"),
         (lambda b: b[:200], "its header cannot be read"),
+        (lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", "git lfs pull fetches it"),
         (lambda b: b"PK\3\4" + b, "its header cannot be read"),
         (lambda b: b"<html>not found", "is not a safetensors file"),
         (lambda b: b"", "is empty"),

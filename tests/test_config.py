@@ -36,6 +36,7 @@ from llama_ft.config import (
     TrainConfig,
     UserError,
 )
+from llama_ft.config.content import content_hash
 from llama_ft.config.train import read_config
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.result import CONFIG_FILE, Result, new_result
@@ -386,6 +387,14 @@ def test_numbers_of_a_technique_that_no_run_uses_are_named_once(train, arguments
     assert train(*arguments.split()).output.count("lora.rank: no effect without optim.lora=true") == count
 
 
+def test_the_folder_of_a_sweep_is_no_run_s_folder(train):
+    said = "hydra.run.dir: no effect, the folder of a sweep is hydra.sweep.dir=DIR"
+    assert train("-m", "optim=ga,lora", "hydra.run.dir=out").output.count(said) == 1
+    said = "hydra.sweep.dir: no effect, the folder of a run is hydra.run.dir=DIR"
+    assert train("optim=ga", "hydra.sweep.dir=out").output.count(said) == 1
+    assert "no effect" not in train("optim=ga", "hydra.run.dir=out").output
+
+
 def test_keys_that_are_gone_have_keys_in_their_place():
     for instead in RENAMED.values():
         key = instead.removeprefix("use ").partition("=")[0]
@@ -488,6 +497,13 @@ def test_the_hash_knows_nothing_of_what_is_not_measured(config):
     before = config.hash()
     for leaf in sorted(NOT_MEASURED):
         assert changed(config, leaf).hash() == before, leaf
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+def test_the_hash_changes_with_what_says_where_texts_end(tmp_path, name):
+    before = content_hash(str(tmp_path))
+    (tmp_path / name).write_text('{"eos_token_id": [2, 5]}')
+    assert content_hash(str(tmp_path)) != before
 
 
 def test_hash_is_the_same_for_the_same_run():

@@ -87,6 +87,9 @@ def test_file_that_is_no_tokenizer(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer=.*tokenizer\.model is not a SentencePiece model"):
         Tokenizer(file)
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
+    with pytest.raises(UserError, match=r"tokenizer\.model is what Git LFS leaves .*: git lfs pull fetches it"):
+        Tokenizer(file)
 
 
 def test_tokenizer_without_eos(tmp_path):
@@ -323,6 +326,7 @@ def test_broken_line_in_jsonl(file):
         (json.dumps([GOOD]).encode("utf-16"), "cannot be read: it is UTF-16; save it as UTF-8"),
         (json.dumps([GOOD]).encode("utf-16-be"), "cannot be read: it holds zero bytes, as UTF-16 does"),
         (b'\xef\xbb\xbf[\r\n{"output": "\xe9"}]', "cannot be read: line 2 is not UTF-8 text"),
+        ("[" * 100_000, "is not valid JSON: it is nested too deeply"),
     ],
 )
 def test_files_that_are_no_records(file, content, problem, policy):
@@ -330,10 +334,20 @@ def test_files_that_are_no_records(file, content, problem, policy):
         read(write(file, content), policy)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n", "[]", "[{}, {}]"], ids=["empty", "blank", "empty array", "all bad"])
-def test_file_without_records(file, tiny, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "there are no records"),
+        ("\n \n", "there are no records"),
+        ("[]", "there are no records"),
+        ("[{}, {}]", "all 2 records are bad, the first is record 0: instruction is missing"),
+        ("instruction,output\na,b", r"all 2 records are bad, the first is record 0 \(line 1\): not valid JSON"),
+    ],
+    ids=["empty", "blank", "empty array", "all bad", "a spreadsheet"],
+)
+def test_file_without_records(file, tiny, content, problem):
     write(file, content)
-    with pytest.raises(UserError, match=r"records\.json: there are no records"):
+    with pytest.raises(UserError, match=rf"records\.json: {problem}"):
         load_dataset(DataConfig("mine", str(file), on_bad_record=OnBadRecord.skip), tiny, 1024, None)
 
 

@@ -1,5 +1,6 @@
 """The device of a run: which one, why, with which kernels; a GPU's library calls are stood in for."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,18 +11,25 @@ from helpers.models import relative, small_model
 from helpers.training import ragged_samples
 
 from llama_ft import device as devices
-from llama_ft.config import DeviceChoice, GpuConfig, UserError
+from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, UserError
 from llama_ft.config.presets import preset
+from llama_ft.data.dataset import Dataset
 from llama_ft.device import about_device, choose_device, has_kernels, is_out_of_memory, why_no_gpu
 from llama_ft.kernels import use_kernels_of
 from llama_ft.launch.child import failure
+from llama_ft.launch.interrupts import Interrupts
 from llama_ft.launch.process import child_environment
+from llama_ft.launch.run import MeasuredRun
+from llama_ft.measure import card
 from llama_ft.measure.card import Card, Nvml, attention_kernel
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.model.transformer import repeats_keys
+from llama_ft.planning.gpu_traits import profile_here
+from llama_ft.records.result import new_result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training import metrics
 from llama_ft.training.loop import StepOutput, Windows
 from llama_ft.training.metrics import Moment, StepMeter
 from llama_ft.training.step import TrainStep
@@ -142,6 +150,8 @@ def test_a_profile_must_not_be_newer_or_larger_than_the_card(monkeypatch) -> Non
         ((12, 0), ["sm_90", "compute_90"], True),  # compiled on the card
         ((12, 0), ["sm_90a", "compute_90a"], False),
         ((10, 0), ["sm_100a"], True),
+        ((9, 4), ["gfx90a", "gfx942"], True),  # AMD's
+        ((9, 0), [], True),
     ],
 )
 def test_a_build_without_the_cards_kernels_is_named(monkeypatch, capability, architectures, expected: bool) -> None:
@@ -224,6 +234,17 @@ def test_lines_have_the_loss_and_the_time_of_their_own_step(monkeypatch) -> None
         before = line.time_s
 
 
+def test_a_step_is_waited_for_on_its_own_gpu(monkeypatch) -> None:
+    """As of a model loaded with device="cuda:1", while the first GPU, which has nothing to do, is the current one."""
+    streams: list[torch.device] = []
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **_: SimpleNamespace(record=streams.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=CUDA: device)
+    monkeypatch.setattr(metrics.torch, "empty", lambda *_, **__: None)  # pinned
+    StepMeter(8, second)
+    assert streams == [second]
+
+
 def test_the_allocators_peak_is_of_a_pass_that_is_not_tracked(monkeypatch) -> None:
     passes: list[tuple[int, bool]] = []
 
@@ -288,13 +309,46 @@ def test_what_a_run_says_of_its_gpu(monkeypatch) -> None:
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     use_kernels_of(CUDA)
     watched = Card(CUDA)
+    monkeypatch.setattr(card, "attention_kernel", lambda *_: "flash")
+    watched.note_kernels(preset("model", "tiny", ModelConfig), torch.float16)
     watched.note_end(350.0)
     facts = watched.facts
     assert (facts.index, facts.driver, facts.allocator) == (0, "580.65", "expandable_segments:True")
     assert (facts.others_mib, facts.context_mib, facts.context_growth_mib) == (600, 9400, 9000)
     assert (facts.n_alloc_retries, facts.n_ooms, facts.matmul_precision) == (3, 1, "highest")
     assert (facts.sm_clock_mhz, facts.max_sm_clock_mhz, facts.mean_power_w) == (1755, 1980, 350)
+    assert facts.attention_kernel == "flash"
     assert watched.nvml.joules() == 5
+
+
+def test_what_others_have_is_asked_before_the_run_has_anything(monkeypatch, tmp_path, tiny_config) -> None:
+    """Whether it is PyTorch's limit, its choice among several GPUs or its free memory that makes our context."""
+    calls: list[str] = []
+
+    def makes_context(name: str, answer: object = None):
+        return lambda *_: (calls.append(name), answer)[1]
+
+    names = ("set_device", "set_per_process_memory_fraction")
+    free = makes_context("mem_get_info", (70_000 * MIB, 80_000 * MIB))
+    pretend(monkeypatch, n_gpus=2, mem_get_info=free, **{name: makes_context(name) for name in names})
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
+    monkeypatch.setattr(Nvml, "used_mib", lambda self: calls.append("others") or 600.0)
+    tiny_config.gpu = replace(preset("gpu", "a100_40gb", GpuConfig), index=1)
+    result = new_result(tiny_config, "train")
+    MeasuredRun(tiny_config, Dataset([], 0, 0, 0), tmp_path, result, lambda line: None, Interrupts())
+    assert result.card.others_mib == 600
+    assert calls[0] == "others"
+    assert {*names, "mem_get_info"} == set(calls[1:])
+
+
+def test_a_plan_for_the_gpu_that_is_here_is_for_the_one_with_the_index(monkeypatch) -> None:
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    pretend(monkeypatch, n_gpus=2, current_device=lambda: 0, mem_get_info=lambda i: (1000 * MIB, (i + 1) * 9000 * MIB))
+    asked = [profile_here(each).memory_mib for each in (AUTO, replace(AUTO, index=1))]
+    assert asked == [9000, 18000]
+    assert os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    with pytest.raises(UserError, match=r"the last is gpu\.index=1"):
+        profile_here(replace(AUTO, index=2))
 
 
 def test_a_gpu_that_tells_nothing_leaves_gaps(monkeypatch) -> None:

@@ -3,12 +3,14 @@
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import pytest
 import torch
-from conftest import injected, run
+from conftest import injected
+from conftest import run as run_module
 from helpers.models import SMALL, make_model, relative, small_model
 from helpers.training import ragged_samples
 
@@ -17,9 +19,10 @@ from llama_ft.config.presets import preset
 from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Sample
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_of_profile, why_no_gpu
+from llama_ft.device import use_device, why_no_gpu
 from llama_ft.measure.card import attention_kernel
 from llama_ft.measure.worst_case import track_memory
+from llama_ft.records.metrics import StepMetrics
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 from llama_ft.techniques.lora import add_lora, lora_layers
@@ -28,17 +31,19 @@ from llama_ft.training.loop import StepOutput
 from llama_ft.training.metrics import StepMeter
 from llama_ft.training.step import TrainStep
 
+NO_GPU = why_no_gpu()
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason=f"{why_no_gpu()}; pytest tests/test_gpu.py shows a GPU"),
+    pytest.mark.skipif(NO_GPU is not None, reason=f"{NO_GPU}; pytest tests/test_gpu.py shows a GPU"),
 ]
+run = partial(run_module, timeout=300)  # a machine that has just been started reads gigabytes to import torch
 GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
 
 
 @pytest.fixture(autouse=True)
 def _kernels() -> None:
     """Those of a run."""
-    device_of_profile(GpuConfig("auto"))
+    use_device(torch.device("cuda", 0), GpuConfig("auto"))
 
 
 def step_on(device: str, precision: Precision) -> TrainStep:
@@ -141,14 +146,21 @@ def test_a_resumed_run_ends_like_an_undisturbed_one(tmp_path) -> None:
     assert losses["saved"] == pytest.approx(losses["whole"], rel=1e-3)
 
 
+class LateMeter(StepMeter):
+    """Reads a step when all that the device was given is done, the next step's copy included."""
+
+    def flush(self) -> StepMetrics | None:
+        torch.cuda.synchronize()
+        return super().flush()
+
+
 def test_two_steps_have_two_losses() -> None:
     """Though the copy of the second loss is there before the first is read."""
     device = torch.device("cuda", 0)
-    meter, lines = StepMeter(4, device), []
+    meter, lines = LateMeter(4, device), []
     for step in range(1, 5):
         loss = torch.tensor(float(step), device=device)
         lines.append(meter.record(StepOutput(loss, loss, 0.1, 1)))
-        torch.cuda.synchronize()
         lines.append(meter.flush() if step == 2 else None)
     assert [line.loss for line in [*lines, meter.flush()] if line is not None] == [1, 2, 3, 4]
 
@@ -185,7 +197,7 @@ def test_a_run_on_the_cpu_makes_no_context(tmp_path: Path) -> None:
     )
     environment = GPU | injected(tmp_path / "site", into="llama_ft.launch.child", code=code)
     arguments = ["gpu=cpu", "training.max_samples=4", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
-    done = run("llama_ft.train", *arguments, cwd=tmp_path, env=environment, timeout=300)
+    done = run("llama_ft.train", *arguments, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert said.read_text() == "False"
 
@@ -204,16 +216,18 @@ def test_the_tracker_does_not_raise_the_peak(precision: torch.dtype) -> None:
     assert use.peak_mib <= peaks[1] + 1
 
 
-def test_no_token_takes_much_longer_than_the_others() -> None:
+def test_a_new_number_of_keys_takes_no_longer_than_an_old_one() -> None:
+    """Each token of the first text meets a new one, each of the second one that has been met."""
     model, seconds = make_model(SMALL).cuda().half().eval(), []
     with torch.inference_mode():
-        state = GenerationState(model, [list(range(5, 25))], 64, kv_cache=True)
-        for _ in range(64):
-            began = time.perf_counter()
-            state.append(state.next_logits().argmax(-1))
-            torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - began)
-    assert max(seconds[8:]) <= 5 * median(seconds[8:])
+        for _ in range(2):
+            state = GenerationState(model, [list(range(5, 25))], 64, kv_cache=True)
+            for _ in range(64):
+                began = time.perf_counter()
+                state.append(state.next_logits().argmax(-1))
+                torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - began)
+    assert median(seconds[8:64]) <= 3 * median(seconds[72:])
 
 
 @pytest.mark.parametrize("free_mib", [600, 300])
@@ -221,7 +235,7 @@ def test_a_full_card_is_out_of_memory(tmp_path: Path, free_mib: int) -> None:
     excess = torch.cuda.mem_get_info()[0] - free_mib * MIB
     held = torch.empty(excess, dtype=torch.uint8, device="cuda")
     arguments = ["model.dim=1024", "model.ffn_dim=4096", "checkpoint=random", "plan.enforce=false", "tracker=disabled"]
-    done = run("llama_ft.train", *arguments, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU, timeout=300)
+    done = run("llama_ft.train", *arguments, f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU)
     del held
     torch.cuda.empty_cache()
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "oom", done.stdout + done.stderr

@@ -303,6 +303,11 @@ def doubled(file: Path) -> None:
         {"damage": lambda file: file.write_text("hello\n")},
         {"damage": lambda file: file.write_text('{"answer": "of other software"}\n')},
         {"damage": doubled},
+        {"damage": lambda file: file.write_text("no line ends here")},
+        {
+            "damage": lambda file: file.write_text(json.dumps(RECORDS))
+        },  # the prompts themselves, as json.dump leaves them
+        {"records": RECORDS[:1], "damage": lambda file: file.write_text(json.dumps(RECORDS[0]))},
     ],
     ids=lambda changes: next(iter(changes)),
 )

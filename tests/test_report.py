@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from llama_ft.config import techniques
 from llama_ft.records.result import Result, read_result, write_result
 from llama_ft.reporting import figure, results, table, table2
 from llama_ft.reporting.reports import SWEEP_FILES
+from llama_ft.reporting.run_table import gathered
 
 # -------------------------------------------------------------------------------- one sweep with every ending in it
 
@@ -223,6 +225,23 @@ def test_a_sweep_over_settings_is_one_table_sorted_with_the_best_marked(tmp_path
     assert "rank=16, lr=0.01" in page.text
     with Image.open(tmp_path / "table2.png") as image:
         image.verify()
+
+
+def test_long_settings_leave_room_for_the_bars(tmp_path: Path) -> None:
+    """What of a model's sizes was typed is no setting of its own; of paths the picture has the ends."""
+    for number in range(3):
+        data = {"name": "x", "path": f"/{'long/' * 40}file {number}.jsonl"}
+        model = {"name": "tiny", "dim": 192, "given": ["dim"] * (number > 0)}
+        others = {"model": model, "checkpoint": f"/{'models/' * 20}{number}", "adapter": f"/{'runs/' * 20}{number}"}
+        write_varied(tmp_path, f"lora,{number}", settings_of(number, 0.1, data=data, **others))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # axes without any width
+        report(tmp_path)
+    (table,) = tables((tmp_path / "table2.md").read_text())
+    assert next(iter(table.values()))[:3] == ["data.path", "checkpoint", "adapter"]
+    (group,) = gathered(results.read_groups(tmp_path))
+    assert group.labels[0].startswith("rank=0, path=…")
+    assert "file 0.jsonl, checkpoint=…" in group.labels[0]
 
 
 def test_techniques_models_and_devices_are_columns_of_such_a_table_too(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.reports import undrawn, write
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -18,7 +19,7 @@ from test_config import leaf_hints
 
 from llama_ft import cli
 from llama_ft import report as report_command
-from llama_ft.cli.compose import composed
+from llama_ft.cli.compose import composed, composed_config
 from llama_ft.cli.explain import TEXTS
 from llama_ft.cli.texts import as_typed
 from llama_ft.config import SCHEMAS, DataConfig, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
@@ -107,10 +108,30 @@ def test_every_key_that_takes_texts_takes_any(command: str) -> None:
         ("decoding.stop=[null]", ["null"]),
         ("decoding.stop=[[INST],</s>]", ["[INST]", "</s>"]),
         ("decoding.stop=[don't,can't]", ["don't", "can't"]),
+        ("decoding.stop=\n", ["\n"]),
+        ("decoding.stop=[\n]", ["\n"]),
+        ("decoding.stop=[ ###, \nUser:,\n\n]", ["###", "\nUser:", "\n\n"]),
+        ('decoding.stop="a, b"', ["a, b"]),
     ],
 )
 def test_null_and_lists(argument: str, value: Any) -> None:
     assert read(argument) == value
+
+
+@pytest.mark.parametrize(
+    ("argument", "reason"),
+    [
+        ("decoding.stop=null", "must be a list"),
+        ("prompt=???", "marks what is missing"),
+        ("decoding.stop=[a,???]", "???"),
+    ],
+)
+def test_what_cannot_be_a_text_is_refused(argument: str, reason: str) -> None:
+    with pytest.raises((UserError, HydraException)) as refused:
+        composed_config("generate", ["prompt=x", argument], GenerateConfig)
+    explained = cli.explain(refused.value, GenerateConfig)
+    assert explained.startswith(f"{argument.partition('=')[0]}=")
+    assert reason in explained
 
 
 def test_texts_in_a_sweep_are_separated_by_commas() -> None:

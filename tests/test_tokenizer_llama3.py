@@ -204,6 +204,24 @@ def test_any_byte_level_bpe_is_read_as_by_transformers(tmp_path, begin, settings
     assert min(ours.encode(" ".join(SMOL))) > 2  # text cannot spell them
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("tokenizer_config.json", {"eos_token": "<|end|>"}), ("config.json", {"eos_token_id": [300, -1, 5]})],
+)
+def test_an_end_need_not_be_called_special(tmp_path, name, content):
+    file = bpe(tmp_path / "chat", SMOL, None)
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    assert tokenizer.get_vocab_size() == 300
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.save(str(file))
+    file.with_name(name).write_text(json.dumps(content))
+    ours = Tokenizer(file)
+    assert (ours.eos_id, ours.vocab_size) == (300, 301)
+    text = "one<|end|>two"
+    assert 300 not in ours.encode(text)
+    assert ours.decode(ours.encode(text, eos=True)) == text
+
+
 def test_every_file_may_name_an_end(files, tmp_path):
     file = Path(shutil.copy(files.json, tmp_path))
     assert Tokenizer(file).end_ids == {301}

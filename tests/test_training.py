@@ -106,6 +106,15 @@ def test_optimizer_is_fused_adamw_over_the_trainable_parameters() -> None:
     assert (group["lr"], group["weight_decay"], group["fused"]) == (0.5, 0.25, True)
 
 
+def test_a_step_on_the_cpu_asks_nothing_of_a_gpu_that_is_there(monkeypatch, small_config) -> None:
+    def asked() -> None:
+        raise AssertionError("this would make a context there")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_stream", asked)
+    make_step(small_config, OptimConfig())([collate(ragged_samples())])
+
+
 def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config) -> None:
     step = make_step(small_config, OptimConfig())
     step.max_grad_norm = 1e-3

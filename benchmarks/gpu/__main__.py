@@ -5,11 +5,14 @@
     python -m benchmarks.gpu --dry
 
 Each part runs in a process of its own, under its own time limit, and leaves a JSON file before the next begins. Started
-again, the command goes on with the parts that are not done. The exit status is 1 if a claim fails.
+again on the same device and model, the command goes on with the parts that are not done. The exit status is 1 if a
+claim fails.
 """
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu import kernels, runs
-from benchmarks.gpu.check import Part, Setting, Status, write
+from benchmarks.gpu.check import Numbers, Part, Setting, Status, write
+from llama_ft.device import why_no_gpu
 from llama_ft.system import MIB
 
 PARTS = (
@@ -29,9 +33,9 @@ PARTS = (
     Part("attention", 45, "which kernel, and what a new length costs", kernels.attention),
     Part("losses", 20, "each line of metrics has its own step's loss", kernels.losses),
     Part("tracker", 40, "the tracker does not raise the peak", kernels.tracker),
-    Part("tests", 120, "tests/test_gpu.py", runs.tests, needs_gpu=True),
-    Part("table2", 90, "Table 2 on the built-in model", runs.table2),
-    Part("plan", 170, "plan against measurement", runs.plan),
+    Part("tests", 240, "tests/test_gpu.py", runs.tests, needs_gpu=True),
+    Part("table2", 150, "Table 2 on the built-in model", runs.table2),
+    Part("plan", 240, "plan against measurement", runs.plan),
     Part("out_of_memory", 60, "running out of memory is known as such", runs.out_of_memory),
     Part("on_cpu", 30, "a run on the CPU leaves the GPU alone", runs.on_cpu),
     Part("decoding", 40, "a token's time with the KV cache", kernels.decoding),
@@ -46,18 +50,20 @@ def main() -> int:
         return run_part(next(part for part in PARTS if part.name == arguments.part), arguments)
     output, console = arguments.output.absolute(), Console()
     output.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    began, asked = time.monotonic(), asked_of(arguments)
     for part in PARTS:
         file = output / f"{part.name}.json"
-        if file.exists() and json.loads(file.read_text(encoding="utf-8"))["status"] in ("done", "not here"):
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if earlier.get("asked") == asked and earlier["status"] in ("done", "not here"):
             console.print(f"{part.name}: done before", highlight=False)
             continue
+        file.unlink(missing_ok=True)
         left_s = arguments.minutes * 60 - (time.monotonic() - began)
         if part.needs_gpu and arguments.dry:
-            write(file, "not here", 0, {}, [])
+            write(file, asked, "not here", 0)
         elif left_s > 5:
             console.print(f"{part.name}: {part.about} ...", highlight=False)
-            start_part(part, file, min(left_s, 600 if arguments.dry else part.limit_s))
+            start_part(part, file, asked, min(left_s, 600 if arguments.dry else part.limit_s))
     return report(output, console)
 
 
@@ -71,15 +77,20 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="for --data; the built-in one")
     parser.add_argument("--part", choices=[part.name for part in PARTS], help="this part alone, in this process")
     arguments = parser.parse_args()
-    if not arguments.dry and not torch.cuda.is_available():
-        parser.error("PyTorch sees no CUDA GPU here; --dry runs on the CPU")
+    if not arguments.dry and (reason := why_no_gpu()):
+        parser.error(f"there is no GPU to check: {reason}; --dry runs on the CPU")
     return arguments
 
 
-def start_part(part: Part, file: Path, limit_s: float) -> None:
+def asked_of(arguments: argparse.Namespace) -> Numbers:
+    """On what parts are run: what was found of another device or model says nothing of this one."""
+    device = "the CPU" if arguments.dry else torch.cuda.get_device_name(0)
+    return {"device": device, "model": arguments.model, "data": arguments.data, "tokenizer": arguments.tokenizer}
+
+
+def start_part(part: Part, file: Path, asked: Numbers, limit_s: float) -> None:
     """Run a part in a process of its own, and see to it that its file is there afterwards."""
     began = time.monotonic()
-    file.unlink(missing_ok=True)
     status: Status = "failed"
     command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--part", part.name]
     with (file.parent / f"{part.name}.log").open("w") as log:
@@ -90,27 +101,36 @@ def start_part(part: Part, file: Path, limit_s: float) -> None:
             status = "out of time"
         finally:
             if process.poll() is None:
-                process.terminate()  # runs that it started end with it: their standard input closes
+                os.killpg(
+                    process.pid, signal.SIGTERM
+                )  # and commands that it started, whose runs then stop by themselves
                 process.wait()
     if not file.exists():
-        write(file, status, time.monotonic() - began, {}, [])
+        write(file, asked, status, time.monotonic() - began)
 
 
 def run_part(part: Part, arguments: argparse.Namespace) -> int:
     """Run a part here, and write its file."""
     output = arguments.output.absolute()
-    folder = output / part.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = new_folder(output, part.name)
     setting = Setting(folder, arguments.dry, arguments.model or likely_model(), arguments.data, arguments.tokenizer)
-    began = time.monotonic()
+    began, asked, file = time.monotonic(), asked_of(arguments), output / f"{part.name}.json"
     try:
-        numbers, claims = part.run(setting)
+        outcome = part.run(setting)
     except Exception:
         traceback.print_exc()  # into the part's log
-        write(output / f"{part.name}.json", "failed", time.monotonic() - began, {}, [])
+        write(file, asked, "failed", time.monotonic() - began)
         return 1
-    write(output / f"{part.name}.json", "done", time.monotonic() - began, numbers, claims)
+    write(file, asked, "done", time.monotonic() - began, outcome)
     return 0
+
+
+def new_folder(parent: Path, name: str) -> Path:
+    """A folder of that name, or with a number: runs of an earlier try would be taken for this one's."""
+    names = (name, *(f"{name}_{n}" for n in range(2, 10_000)))
+    folder = parent / next(each for each in names if not (parent / each).exists())
+    folder.mkdir(parents=True)
+    return folder
 
 
 def likely_model() -> str:

@@ -20,6 +20,7 @@ from llama_ft.records.result import Result, read_result
 CHECKOUT = Path(__file__).resolve().parents[2]
 Numbers = dict[str, Any]  # in JSON's types
 Outcome = tuple[Numbers, list[Claim]]
+NOTHING: Outcome = ({}, [])
 Status = Literal["done", "failed", "out of time", "not here"]
 
 
@@ -84,10 +85,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def write(file: Path, status: Status, seconds: float, numbers: Numbers, claims: list[Claim]) -> None:
-    """Leave a part's JSON behind."""
+def write(file: Path, asked: Numbers, status: Status, seconds: float, outcome: Outcome = NOTHING) -> None:
+    """Leave a part's JSON behind; `asked` is on what it was run."""
+    numbers, claims = outcome
     listed = [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims]
-    content = {"part": file.stem, "status": status, "seconds": round(seconds, 1), "claims": listed, "numbers": numbers}
+    content = {"part": file.stem, "asked": asked, "status": status, "seconds": round(seconds, 1)}
+    content |= {"claims": listed, "numbers": numbers}
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     temporary.replace(file)

@@ -1,5 +1,6 @@
 """Parts that ask the device itself: its facts, attention, the buffers of losses, the tracker, decoding."""
 
+import gc
 import time
 from statistics import median
 
@@ -19,6 +20,7 @@ from llama_ft.model.transformer import repeats_keys
 from llama_ft.model.weights import load_model
 from llama_ft.planning.fit import LIBRARIES_MIB
 from llama_ft.planning.gpu_traits import profile_here, workspace_bytes
+from llama_ft.records.metrics import StepMetrics
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import StepOutput, Windows
@@ -40,6 +42,7 @@ def facts(setting: Setting) -> Outcome:
     x = torch.ones(256, 256, device=device, requires_grad=True)
     (x @ x).sum().backward()  # a workspace in this thread and one in the backward pass's
     workspaces_mib = torch.cuda.max_memory_allocated(device) / MIB
+    card.note_kernels(preset("model", "llama2_7b", ModelConfig), torch.float16)
     q = torch.ones(1, 8, 64, 64, device=device, dtype=torch.float16)
     F.scaled_dot_product_attention(q, q, q, is_causal=True)
     synchronize(device)
@@ -103,14 +106,22 @@ def _new_and_old(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
     return times
 
 
+class LateMeter(StepMeter):
+    """Reads a step when all that the device was given is done, the next step's copy included."""
+
+    def flush(self) -> StepMetrics | None:
+        """The newest step, if it has not been read yet."""
+        synchronize(self._device)
+        return super().flush()
+
+
 def losses(setting: Setting) -> Outcome:
     """Each line of metrics has its own step's loss, though the host runs ahead and checkpoints come between."""
     device = setting.device
-    meter, lines = StepMeter(8, device), []
+    meter, lines = LateMeter(8, device), []
     for step in range(1, 9):
         output = StepOutput(torch.tensor(float(step), device=device), torch.ones((), device=device), 0.1, 1)
         lines.append(meter.record(output))
-        synchronize(device)  # the copy of this step is there before the one before it is read
         if step == 3:
             lines.append(meter.flush())
             meter.restart_clock()
@@ -130,6 +141,8 @@ def tracker(setting: Setting) -> Outcome:
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
         data = Windows.over([Sample([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
         hardest = hardest_windows(data.samples, 1, 1, data.padding)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of the combination before it
         peaks = {"counted, MiB": track_memory(step, hardest).peak_mib}
         if device.type == "cuda":
             peaks["tracked, MiB"] = torch.cuda.max_memory_allocated(device) / MIB
@@ -140,19 +153,20 @@ def tracker(setting: Setting) -> Outcome:
             holds = abs(peaks["tracked, MiB"] / untracked - 1) <= 0.01 and peaks["counted, MiB"] <= untracked
             claims.append(Claim(f"{combination}: tracked and untracked peak agree to 1 %", holds, peaks))
             del step
+            gc.collect()
             torch.cuda.empty_cache()
         numbers[combination] = peaks
     return numbers, claims
 
 
 def decoding(setting: Setting) -> Outcome:
-    """Seconds of each token with the KV cache, and the same tokens without it."""
+    """Seconds of each token with the KV cache, at numbers of keys that are new and then are not, and without it."""
     device = setting.device
     name = "tiny" if setting.dry else "llama3_2_1b"
     dtype = torch.float32 if setting.dry else DTYPES["bf16" if has_bf16(device, AUTO) else "fp16"]
     model = load_model(preset("model", name, ModelConfig), "random", device, dtype).eval()
     texts, seconds = [], []
-    for kv_cache in (True, False):
+    for kv_cache in (True, True, False):
         with torch.inference_mode():
             state = GenerationState(model, [list(range(5, 37))], 64, kv_cache)
             for _ in range(64):
@@ -161,8 +175,8 @@ def decoding(setting: Setting) -> Outcome:
                 synchronize(device)
                 seconds.append(time.perf_counter() - began)
         texts.append(state.tokens[0, 32:].tolist())
-    cached, same = seconds[8:64], sum(a == b for a, b in zip(*texts, strict=True))
-    slowest, usual = max(cached), median(cached)
+    new, old = (1000 * median(seconds[start + 8 : start + 64]) for start in (0, 64))
+    same = sum(a == b for a, b in zip(*texts[1:], strict=True))
     return {"model": name, "seconds": seconds, "same tokens": same}, [
-        Claim("no token takes 5 times the median", slowest <= 5 * usual, {"ms": 1000 * slowest, "median": 1000 * usual})
+        Claim("a new number of keys costs a token no more", new <= 3 * old, {"ms": new, "old, ms": old})
     ]

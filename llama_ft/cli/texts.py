@@ -14,6 +14,7 @@ RULE = (
     "A text is taken as it is typed: ${...}, brackets and backslashes mean nothing in it, and quotes around the whole"
     " of it are left out. Commas separate the items of a [list], and with -m the runs of a sweep; quotes keep them in."
 )
+BLANKS = " \t"  # around the items of a list; line breaks belong to a text
 QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
 ITEM = re.compile(rf"(?:^|,)(\s*{QUOTED}\s*(?=,|\Z)|[^,]*)", re.DOTALL)
 
@@ -48,11 +49,12 @@ def _argument(argument: str, schema: type, sweeps: bool) -> str:
         return argument  # several lists, or choice(a,b), glob(*)
     if kind == list[str]:
         items = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
-        if items is None and ("," in value or value.lstrip()[:1] in ("", "[")):
+        is_quoted = unquoted(value) != value
+        if items is None and not is_quoted and ("," in value or re.match(rf"[{BLANKS}]*(\[|null\Z|\Z)", value, re.I)):
             return argument  # neither a list nor one item of it: refused
-        texts = ITEM.findall(items[1]) if items and items[1].strip() else [] if items else [value]
-        return f"{start}[{','.join(_text(text.strip()) for text in texts)}]"
-    texts = [text.strip() for text in ITEM.findall(value)] if sweeps else [value]
+        texts = ITEM.findall(items[1]) if items and items[1].strip(BLANKS) else [] if items else [value]
+        return f"{start}[{','.join(_text(text.strip(BLANKS)) for text in texts)}]"
+    texts = [text.strip(BLANKS) for text in ITEM.findall(value)] if sweeps else [value]
     return start + ",".join(text if text.lower() in ("", "null") else _text(text) for text in texts)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
 CHECKPOINT_FILES = re.compile(
-    r".*\.(safetensors|pth)|(adapter_)?config\.json|params\.json|model\.safetensors\.index\.json|adapter_model\.bin"
+    r".*\.(safetensors|pth)|((adapter|generation|tokenizer)_)?config\.json|params\.json|model\.safetensors\.index\.json"
+    r"|adapter_model\.bin"
 )
 N_PIECES, PIECE_BYTES = 64, 2**16  # read of larger files, evenly spaced and both ends included
 

@@ -110,9 +110,9 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
     """The first records of a JSON array or of a JSONL file, and how many of them were bad and skipped.
 
-    A file that cannot be read is a UserError, and so is a bad record that is not to be skipped.
+    A file that cannot be read is a UserError, and so is a bad record that is not to be skipped, or if all are bad.
     """
-    records, n_skipped = [], 0
+    records, n_skipped, first_reason = list[Record](), 0, ""
     for where, value in islice(json_records(path, ("instruction",)), first):
         try:
             records.append(as_record(value))
@@ -120,7 +120,9 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
             if on_bad_record is OnBadRecord.error:
                 advice = "data.on_bad_record=skip leaves such records out"
                 raise UserError(f"{path}, {where}: {error}. {advice}") from error
-            n_skipped += 1
+            n_skipped, first_reason = n_skipped + 1, first_reason or f"{where}: {error}"
+    if n_skipped and not records:
+        raise UserError(f"{path}: all {n_skipped} records are bad, the first is {first_reason}")
     return records, n_skipped
 
 

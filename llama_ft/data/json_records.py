@@ -59,3 +59,5 @@ def parse_json(text: str) -> Any:
         return _decoder.decode(text)
     except ValueError as error:
         return error
+    except RecursionError:
+        return ValueError("it is nested too deeply")

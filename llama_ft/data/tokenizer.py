@@ -14,6 +14,7 @@ import sentencepiece
 
 from llama_ft.config import ModelConfig, ModelSource, UserError
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
+from llama_ft.files import LFS_HINT, LFS_POINTER
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
@@ -35,6 +36,8 @@ class Tokenizer:
                 start = stream.read(1024)
         except OSError as error:
             raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+        if start.startswith(LFS_POINTER):
+            raise UserError(f"tokenizer={file} {LFS_HINT}")
         named = named_tokens(file, checkpoint)
         self._format: _HuggingFace | Tiktoken | _SentencePiece
         if JSON_START.match(start):
@@ -131,6 +134,10 @@ class _HuggingFace:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # where text spells them, as text
+        # What begins or ends texts is special, also where its maker did not call it so, as transformers has it.
+        plain = {n: t.content for n, t in self._tokenizer.get_added_tokens_decoder().items() if not t.special}
+        called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
+        self._tokenizer.add_special_tokens(called)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()

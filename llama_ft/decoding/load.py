@@ -10,7 +10,7 @@ import torch
 from llama_ft.config import GenerateConfig, TrainedSource, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import GenerateFn, generate
-from llama_ft.device import about_device, compute_dtype, device_of_profile, out_of_memory_explained
+from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, load_model
@@ -53,7 +53,7 @@ class Models:
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, log: Log) -> None:
         """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
-        self._device = device_of_profile(config.gpu)
+        self._device = use_device(choose_device(config.gpu), config.gpu)
         self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
         self.dtype_name = str(self._dtype).removeprefix("torch.")
         check_sources(config)

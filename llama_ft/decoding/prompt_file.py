@@ -59,7 +59,7 @@ class Lines:
 
 
 @contextmanager
-def lines_of_file(name: str, made_with: str, n_prompts: int, n_answers: int) -> Iterator[Lines]:
+def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answers: int) -> Iterator[Lines]:
     """Open a file, to go on from its last whole line. One process at a time writes into it; an empty one is removed.
 
     Args:
@@ -85,18 +85,26 @@ def lines_of_file(name: str, made_with: str, n_prompts: int, n_answers: int) -> 
         if not try_lock(stream):
             raise UserError(f"output={file}: another process is writing into it")
         lines, (*whole, rest) = Lines(write), file.read_bytes().split(b"\n")
-        for line in whole:
-            texts = texts_of_line(line, n_answers, made_with)
-            if texts is None or len(whole) > n_prompts:
-                reason = f"output={file} was made with other prompts or settings"
-                raise UserError(f"{reason}: name another output, or remove that one")
-            lines.texts.append(texts)
+        answered = [texts for line in whole if (texts := texts_of_line(line, n_answers, made_with)) is not None]
+        # Nothing tells that a line is ours which was cut short, but what stands before it, or how it begins.
+        is_ours = bool(whole) or _may_begin(rest, prompts)
+        if not len(answered) == len(whole) <= len(prompts) or not is_ours:
+            reason = f"output={file} was made with other prompts or settings"
+            raise UserError(f"{reason}: name another output, or remove that one")
+        lines.texts += answered
         stream.truncate(stream.tell() - len(rest))
         try:
             yield lines
         finally:
             if not lines.texts:
                 file.unlink(missing_ok=True)
+
+
+def _may_begin(part: bytes, prompts: Sequence[Prompt]) -> bool:
+    """Whether a part of a line, none included, is how the first line begins."""
+    record = json.dumps(prompts[0].record, ensure_ascii=False) if prompts else ""
+    begin = f'{record[:-1]}, "'.encode()
+    return begin.startswith(part) or part.startswith(begin)
 
 
 def print_line(line: str) -> None:
@@ -129,7 +137,7 @@ def answer_prompts(
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
         if config.output is None:
             return nullcontext(Lines(ignore if suffix else print_line))
-        return lines_of_file(config.output + suffix, made_with, len(prompts), config.decoding.num_return_sequences)
+        return lines_of_file(config.output + suffix, made_with, prompts, config.decoding.num_return_sequences)
 
     def fill(lines: Lines, is_base: bool, base_texts: Sequence[list[str]] | None = None) -> None:
         if not (rest := prompts[len(lines.texts) :]):

@@ -11,14 +11,15 @@ from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import (
     about_device,
+    choose_device,
     device_name,
-    device_of_profile,
     has_bf16,
     peak_rss_mib,
+    use_device,
     versions,
 )
 from llama_ft.launch.interrupts import Interrupts
-from llama_ft.measure.card import Card, attention_kernel
+from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
@@ -51,8 +52,9 @@ class MeasuredRun:
     def __post_init__(self) -> None:
         """Choose the device, and say which it is; a UserError if it cannot be had."""
         gpu = self.config.gpu
-        self.device = device_of_profile(gpu, self.config.memory_limit_mib)
-        self.card = Card(self.device) if self.device.type == "cuda" else None
+        self.device = choose_device(gpu)
+        self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
+        use_device(self.device, gpu, self.config.memory_limit_mib)
         self.result.device, self.result.versions = device_name(self.device), versions()
         self.result.card = self.card.facts if self.card else None
         self.log(about_device(self.device, gpu))
@@ -69,7 +71,7 @@ class MeasuredRun:
         precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
         if self.card:
-            self.card.facts.attention_kernel = attention_kernel(config.model, precision.compute, device)
+            self.card.note_kernels(config.model, precision.compute)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
         counts = [(each.numel(), each.requires_grad) for each in step.model.parameters()]

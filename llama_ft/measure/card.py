@@ -56,7 +56,7 @@ class Nvml:
 
 
 class Card:
-    """The GPU of a run. To be made before the run's first tensor, when all that is in use is other processes'."""
+    """The GPU of a run. To be made before this process has a context there: all that is in use is then others'."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.nvml = device, Nvml(device)
@@ -65,12 +65,16 @@ class Card:
             index=device.index,
             driver=self.nvml.driver(),
             cudnn=torch.backends.cudnn.version(),
-            matmul_precision=torch.get_float32_matmul_precision(),
             allocator=os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
             others_mib=self._others_mib,
             max_sm_clock_mhz=self.nvml.sm_clock_mhz(highest=True),
         )
         self._context_mib = self._outside_mib()
+
+    def note_kernels(self, model: ModelConfig, dtype: torch.dtype) -> None:
+        """Note what is computed with, once that has been set."""
+        self.facts.attention_kernel = attention_kernel(model, dtype, self._device)
+        self.facts.matmul_precision = torch.get_float32_matmul_precision()
 
     def note_end(self, mean_power_w: float | None) -> None:
         """Note what is known once the run has been measured."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
-from llama_ft.files import regular
+from llama_ft.files import LFS_HINT, LFS_POINTER, regular
 
 PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
 MAX_PICKLE_BYTES = 64 * 2**20  # of what says where the tensors of a .pth are; of LLaMA's largest it is below 1 MiB
@@ -103,6 +103,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         UserError: if the file is damaged or cut short, or a tensor is not floating-point.
     """
     file = _mapped(path)
+    if file[: len(LFS_POINTER)] == LFS_POINTER:
+        raise UserError(f"{path} {LFS_HINT}")
     size, begin = len(file), 8 + int.from_bytes(file[:8], "little")
     try:
         if begin > size:

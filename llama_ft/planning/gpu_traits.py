@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llama_ft.config import DeviceChoice, GpuConfig, TrainConfig
+from llama_ft.device import gpu_index, why_no_gpu
 from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
@@ -68,9 +69,10 @@ def profile_here(gpu: GpuConfig) -> GpuConfig:
 
     As its context counts all that is taken there already, a context and whatever other processes have.
     """
-    if not torch.cuda.is_available():
+    if why_no_gpu():
         return replace(gpu, name="cpu", device=DeviceChoice.cpu)
-    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    index = gpu_index(gpu)
+    properties = torch.cuda.get_device_properties(index)
     card = replace(gpu, device=DeviceChoice.cuda, compute_capability=f"{properties.major}.{properties.minor}")
-    free, memory = (n_bytes // 2**20 for n_bytes in torch.cuda.mem_get_info())
+    free, memory = (n_bytes // 2**20 for n_bytes in torch.cuda.mem_get_info(index))
     return replace(card, name=properties.name, memory_mib=memory, context_mib=memory - free)

@@ -31,6 +31,7 @@ SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
 MAX_LIMIT_OVER_PEAK = 4  # a limit beyond so many times the largest peak would leave no bar to look at
 MARGIN = 0.1  # above and below the bars, in rows
+LABEL_WIDTH = 60  # characters of a line of it
 COORDINATE = re.compile(rb"(\d\.\d)\d+")
 
 Panel = Callable[[Axes], None]
@@ -173,7 +174,7 @@ def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -
 
 def finish(axes: Axes, labels: list[str], xlabel: str) -> None:
     """What all panels of bars have in common."""
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_yticks(range(len(labels)), [textwrap.fill(label, LABEL_WIDTH) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + MARGIN, -0.5 - MARGIN)
     axes.margins(x=0.24)
     if axes.dataLim.xmax > 0:

@@ -12,8 +12,17 @@ from llama_ft.records.plan import Plan
 from llama_ft.records.result import CONFIG_FILE, Result, ran_on
 from llama_ft.reporting.results import Group, planned_group
 
-# The combination is the table's column; the others are how a run is kept, watched and supplied, not what is run.
-NOT_COMPARED = ("optim.", "tracker.", "data.cache_dir", "training.save_every", "training.resume", "hydra.")
+# The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
+# sizes were typed: not what is run.
+NOT_COMPARED = (
+    "optim.",
+    "tracker.",
+    "data.cache_dir",
+    "training.save_every",
+    "training.resume",
+    "hydra.",
+    "model.given",
+)
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other

@@ -12,6 +12,7 @@ from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.records.result import RESULT_FILE, Result, read_result
 
 TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns beside those of settings
+LONGEST_SETTING = 32  # characters of it in a label
 
 Run = tuple[Result, Path]  # a result and its folder
 Record = TypeVar("Record", Result, PlanRow)
@@ -59,12 +60,17 @@ class Group:
         names = {
             key: "" if key in (TECHNIQUES_COLUMN, DEVICE) else f"{key.rpartition('.')[2]}=" for key in self.settings[0]
         }
-        return [", ".join(names[key] + text for key, text in settings.items()) for settings in self.settings]
+        return [", ".join(names[key] + _end(text) for key, text in settings.items()) for settings in self.settings]
 
     def _common(self, key: str) -> Any:
         """The value of a field that all runs share that have one, else None."""
         values = {getattr(result, key) for result in self.results} - {None}
         return values.pop() if len(values) == 1 else None
+
+
+def _end(text: str) -> str:
+    """A setting as a label has room for it: of a long one, such as a path, the end tells most."""
+    return text if len(text) <= LONGEST_SETTING else f"…{text[1 - LONGEST_SETTING :]}"
 
 
 def baseline_of(records: Sequence[Record]) -> Record | None:

@@ -2,7 +2,9 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ class StepMeter:
         self._tokens, self._seconds = (last.tokens, last.time_s) if last else (0, 0.0)
         self._had_gradient = last is not None and (last.grad_norm or 0) > 0
         self._pending: tuple[StepMetrics, int, Tensor, Moment] | None = None
-        self._moment: type[Moment] = GpuMoment if device.type == "cuda" else Moment
+        self._moment: Callable[[], Moment] = partial(GpuMoment, device) if device.type == "cuda" else Moment
         # One for the step that is read and one for the step that runs; made here, since making them takes time.
         self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if device.type == "cuda" else []
         self.restart_clock()
@@ -124,9 +126,9 @@ class Moment:
 class GpuMoment(Moment):
     """When the GPU has done all that it was given so far: an event in its stream, with the GPU's own time."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(device))  # not of PyTorch's current GPU, which may be another
 
     def seconds_after(self, earlier: Moment) -> float:
         """Between the two; waits for this one."""

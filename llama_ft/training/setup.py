@@ -61,7 +61,16 @@ def make_step(model: Transformer, config: TrainConfig, precision: Precision) -> 
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, without the wrappers that keep its compiler out, and import it for that: seconds of each start."""
+    """PyTorch's, without the wrappers that keep its compiler out, and import it for that: seconds of each start.
+
+    Nor does a step ask whether a CUDA graph is captured, which none is: PyTorch 2.13 makes a context on a GPU for the
+    question, though all parameters are on the CPU.
+    """
+
+    def _accelerator_graph_capture_health_check(self) -> None:
+        return
+
+    _cuda_graph_capture_health_check = _accelerator_graph_capture_health_check  # before 2.13
 
 
 for _name in ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad"):
