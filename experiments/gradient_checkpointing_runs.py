@@ -12,6 +12,7 @@ from experiments.shared import gradient_of, model_config
 from experiments.study import Log, Numbers
 from llama_ft.config import ModelConfig
 from llama_ft.measure.memory import MemoryTracker
+from llama_ft.model.attention import Mask
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -78,9 +79,7 @@ def keep_nothing(model: Transformer) -> None:
                 gradient = x.grad
             return gradient, None, None, None
 
-    def run_from_the_start(
-        layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches
-    ) -> Tensor:
+    def run_from_the_start(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Mask, caches: Caches) -> Tensor:
         assert mask is None
         out: Tensor = FromTheStart.apply(x, layers, rotary, caches)  # type: ignore[no-untyped-call]
         return out

@@ -19,7 +19,7 @@ from llama_ft.launch.process import child_environment
 from llama_ft.measure.card import Card, Nvml, attention_kernel
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.transformer import repeats_keys
+from llama_ft.model.attention import repeats_keys
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import StepOutput, Windows
