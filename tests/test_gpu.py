@@ -101,7 +101,7 @@ def test_packed_samples_have_the_loss_and_gradient_that_they_have_one_by_one(pre
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
 def test_one_call_for_all_sequences_equals_a_call_for_each(n_kv_heads: int) -> None:
     if not (torch.cuda.get_device_capability() >= (8, 0) and has_varlen(64)):
-        pytest.skip("needs FlashAttention, and PyTorch 2.11 for variable lengths")
+        pytest.skip("needs FlashAttention, and PyTorch 2.10 for variable lengths")
     segments, results = end_to_end([sample_of(n) for n in (130, 2, 70)]).to(torch.device("cuda")).segments, []
     heads = (4, n_kv_heads, n_kv_heads)
     inputs = [torch.randn(1, 200 - 1, n, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for n in heads]

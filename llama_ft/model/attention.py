@@ -73,15 +73,16 @@ def has_varlen(head_dim: int) -> bool:
 
 @cache
 def varlen_attention() -> Callable[..., Tensor] | None:
-    """PyTorch's `varlen_attn`, causal and with keys that queries may share; None before PyTorch 2.11."""
+    """PyTorch's `varlen_attn`, causal and with keys that queries may share; None before PyTorch 2.10."""
     try:  # here: it brings along PyTorch's compiler, which takes seconds to import
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     known = inspect.signature(varlen_attn).parameters
-    wanted = {"window_size": (-1, 0), "enable_gqa": True}  # 2.11 takes shared keys without being told
-    told: Any = {key: value for key, value in wanted.items() if key in known}
-    return cast(Callable[..., Tensor], partial(varlen_attn, **told)) if "window_size" in known else None
+    # Causal is said by `is_causal` in 2.10 and by the window since; without `enable_gqa` shared keys are taken untold.
+    wanted: Any = {"window_size": (-1, 0), "is_causal": True, "enable_gqa": True}
+    told = {name: value for name, value in wanted.items() if name in known}
+    return cast(Callable[..., Tensor], partial(varlen_attn, **told))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, in_one_call: bool = False) -> Tensor:
