@@ -103,7 +103,7 @@ def most_targets(samples: Sequence[Sample], n_samples: int, n_tokens: int) -> in
     and those with the most.
     """
     room, n_targets = n_tokens, 0
-    for sample in sorted(samples, key=lambda each: each.n_targets / len(each), reverse=True):
+    for sample in sorted(samples, key=lambda each: each.n_targets / (len(each) - 1), reverse=True):
         width = min(len(sample) - 1, room)
         n_targets -= -sample.n_targets * width // (len(sample) - 1)  # rounded up
         room -= width
