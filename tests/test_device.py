@@ -24,7 +24,7 @@ from llama_ft.measure import card
 from llama_ft.measure.card import Card, Nvml, attention_kernel
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.transformer import repeats_keys
+from llama_ft.model.attention import repeats_keys
 from llama_ft.planning.gpu_traits import profile_here
 from llama_ft.records.result import new_result
 from llama_ft.system import MIB

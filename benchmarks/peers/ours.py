@@ -15,7 +15,7 @@ from llama_ft.config.techniques import GradientAccumulationConfig, MixedPrecisio
 from llama_ft.data import collate as collation
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
-from llama_ft.device import device_of_profile, has_bf16
+from llama_ft.device import choose_device, has_bf16, use_device
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import windows
@@ -60,7 +60,7 @@ def load(model: Transformer) -> None:
 def made(row: Row) -> TrainStep:
     """The training step of a run of this row."""
     config = configured(row)
-    device = device_of_profile(config.gpu)
+    device = use_device(choose_device(config.gpu), config.gpu)
     step = set_up(config, Precision.of(config, device.type, has_bf16(device, config.gpu)), device)
     load(step.model)
     step.model.train()

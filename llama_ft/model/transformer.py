@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig
+from llama_ft.model.attention import Mask, Segments, attend, repeats_keys, takes_segments
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
@@ -73,16 +74,6 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
-def repeats_keys(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the keys and values that queries share must be repeated, once for each head of queries.
-
-    On CUDA FlashAttention alone takes them as they are, in 16 bit and without a mask. The memory-efficient kernel
-    takes everything else once they are repeated; PyTorch by itself would compute and keep S x S scores in fp32
-    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
-    """
-    return q.is_cuda and not (mask is None and q.dtype.itemsize == 2 and torch.backends.cuda.flash_sdp_enabled())
-
-
 class Attention(nn.Module):
     """Grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245); multi-head where K = H."""
 
@@ -90,25 +81,23 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.group_size = config.n_heads // config.n_kv_heads  # query heads that share a head of keys and values
-        self.repeats_keys = repeats_keys
+        self.repeats_keys, self.takes_segments = repeats_keys, takes_segments  # attributes, for plans of other devices
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
         q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
-        grouped = self.group_size > 1
-        if grouped and self.repeats_keys(q, mask):
-            k, v, grouped = *(t.repeat_interleave(self.group_size, dim=1) for t in (k, v)), False
-        causal = mask is None and q.shape[2] > 1  # a single query is the last one, and may attend to all keys
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        if self.group_size > 1 and self.repeats_keys(q, mask):
+            k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
+        out = attend(q, k, v, mask, isinstance(mask, Segments) and self.takes_segments(q))
+        return self.wo(out.flatten(-2))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -135,7 +124,7 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]."""
         x = x + self.attention(self.attention_norm(x), turns, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
@@ -144,7 +133,7 @@ class TransformerBlock(nn.Module):
 Caches = Sequence[LayerCache | NoCache]  # one for each layer
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
+def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
     """[B, S, D] through the layers, one after the other."""
     for layer, cache in zip(layers, caches, strict=True):
         x = layer(x, turns, mask, cache)
@@ -183,12 +172,22 @@ class Transformer(nn.Module):
         if OUTPUT in changed and self.output.weight is self.tok_embeddings.weight:
             self.output.weight = nn.Parameter(self.output.weight.detach().clone())
 
+    def _rotary_at(self, start: int, length: int, positions: Tensor | None, mask: Mask) -> Tensor:
+        """The rotary table's rows for the new tokens: [S, E / 2, 2] or [B, S, E / 2, 2]."""
+        if positions is not None:
+            return self.rotary[positions]
+        if isinstance(mask, Segments):
+            return mask.rotary(self.rotary)
+        if start + length > self.config.max_seq_len:
+            raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
+        return self.rotary[start : start + length]
+
     def forward(
         self,
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         kv_cache: KVCache | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
@@ -196,10 +195,11 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 [B, S]; with a cache, those that it does not hold yet.
-            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0.
+            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0,
+                in each of `Segments` from 0.
             mask: bool, broadcast to [B, H, S, T], True where a query (third axis) may attend to a key, of which there
                 are T: those in the cache and the S new ones; None is causal. Padding on the right needs none, since
-                no real token looks at it.
+                no real token looks at it. `Segments`, for B = 1 and no cache: sequences that lie end to end.
             kv_cache: keys and values of the tokens before these; the new ones are added to it.
             logits_at: int64 [N], indices into the B * S flattened positions; None is all of them.
 
@@ -210,12 +210,7 @@ class Transformer(nn.Module):
             ValueError: if the tokens exceed the model's context and no positions are given, or the cache's room.
         """
         start, length = kv_cache.length if kv_cache else 0, tokens.shape[-1]
-        if positions is None:
-            if start + length > self.config.max_seq_len:
-                raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
-            rotary = self.rotary[start : start + length]
-        else:
-            rotary = self.rotary[positions]
+        rotary = self._rotary_at(start, length, positions, mask)
         if mask is None and start and length > 1:  # causal, seen from the middle
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
         caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)

@@ -16,7 +16,7 @@ Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy, in fp32 at least, summed over the batch's target tokens. A scalar."""
-    logits = model(batch.tokens, logits_at=batch.target_positions)
+    logits = model(batch.tokens, mask=batch.segments, logits_at=batch.target_positions)
     return F.cross_entropy(at_least_fp32(logits), batch.targets, reduction="sum")
 
 
