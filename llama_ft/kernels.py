@@ -9,6 +9,12 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.utils._pytree import tree_map
 
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 where that is what it is."""
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
 BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
 
 
@@ -20,14 +26,15 @@ def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = No
     builds a plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute
     capability 8.0, the card's or the one given instead, there is no FlashAttention.
 
-    On a CPU for which oneDNN has no matrix kernels in a 16-bit format, its products go through fp32.
+    On a CPU 16-bit attention is computed in fp32, and so are 16-bit matrix products where oneDNN has no kernels for the
+    format.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
-    elif not all(has_16bit_products(dtype) for dtype in (torch.bfloat16, torch.float16)):
-        multiply_through_fp32()
+    elif device.type == "cpu":
+        compute_in_fp32()
 
 
 @cache
@@ -44,41 +51,54 @@ def has_16bit_products(dtype: torch.dtype) -> bool:
 
 
 @cache
-def multiply_through_fp32() -> Library:
-    """Let 16-bit matrix products and attention be computed in fp32 where oneDNN has no kernel for the format.
+def compute_in_fp32() -> Library:
+    """Let 16-bit attention, and 16-bit products for which oneDNN has no kernels, be computed in fp32 from now on.
 
     The operands are made fp32, which is exact, and the result is rounded once, as matrix units do that sum in fp32.
+    PyTorch's own 16-bit products would be a loop over elements, up to 30 times slower; its 16-bit attention takes
+    twice as long in the backward pass as fp32, whatever the CPU has.
     """
     library = Library("aten", "IMPL")  # the kernels live as long as it does
     attention = "_scaled_dot_product_flash_attention_for_cpu"
-    replacements = {"mm": _product, attention: _attention, f"{attention}_backward": _in_fp32}
+    replacements = {attention: _attention, f"{attention}_backward": _in_fp32}
+    if not all(has_16bit_products(dtype) for dtype in (torch.bfloat16, torch.float16)):
+        replacements |= {"mm": _product, "bmm": _slow_in_fp32, "addmm": _slow_in_fp32, "baddbmm": _slow_in_fp32}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are replaced
-        for name in (*replacements, "bmm", "addmm", "baddbmm"):
-            new = partial(replacements.get(name, _in_fp32), get_kernel(f"aten::{name}", "CPU"))
+        for name, replacement in replacements.items():
+            new = partial(replacement, get_kernel(f"aten::{name}", "CPU"))
             library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
     return library
 
 
-def _is_slow(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dtype.itemsize == 2 and not has_16bit_products(tensor.dtype)
+def _is_slow(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize == 2 and not has_16bit_products(tensor.dtype)
+
+
+def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a kernel makes of fp32 in the place of 16-bit tensors."""
+    if args[0].dtype.itemsize != 2:
+        return kernel.call_boxed(keys, *args, **kwargs)
+    args, kwargs = tree_map(lambda each: at_least_fp32(each) if isinstance(each, Tensor) else each, (args, kwargs))
+    return kernel.call_boxed(keys, *args, **kwargs)
 
 
 def _in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call a kernel with fp32 in the place of 16-bit tensors, and round all that it returns."""
-    out = _unrounded(kernel, keys, *args, **kwargs)
-    return tree_map(lambda each: each.to(args[0].dtype), out)
+    """The same, rounded."""
+    return tree_map(lambda each: each.to(args[0].dtype), _unrounded(kernel, keys, *args, **kwargs))
+
+
+def _slow_in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for formats without kernels of oneDNN."""
+    if not _is_slow(args[0]):
+        return kernel.call_boxed(keys, *args, **kwargs)
+    return _in_fp32(kernel, keys, *args, **kwargs)
 
 
 def _attention(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
     """The same for attention, which returns its rows' log-sum-exp too, and keeps that in fp32 whatever the format."""
     out, log_sum_exp = _unrounded(kernel, keys, *args, **kwargs)
     return out.to(args[0].dtype), log_sum_exp
-
-
-def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    args, kwargs = tree_map(lambda each: each.float() if _is_slow(each) else each, (args, kwargs))
-    return kernel.call_boxed(keys, *args, **kwargs)
 
 
 def _product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ FORMATS = [torch.bfloat16, torch.float16]
 def through_fp32(monkeypatch) -> Iterator[None]:
     """A CPU without any 16-bit kernels."""
     monkeypatch.setattr(kernels, "has_16bit_products", lambda dtype: False)
-    library = kernels.multiply_through_fp32.__wrapped__()
+    library = kernels.compute_in_fp32.__wrapped__()
     yield
     library._destroy()
 

@@ -14,15 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig
+from llama_ft.kernels import at_least_fp32
 from llama_ft.model.attention import Mask, Segments, attend, repeats_keys, takes_segments
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where that is what it is."""
-    return x.float() if x.dtype.itemsize == 2 else x
 
 
 class RMSNorm(nn.Module):

@@ -104,12 +104,9 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
-    """The arguments that an operator which returns nothing writes to.
-
-    AdamW's gradients are marked so too, as it can unscale them; our step does that before.
-    """
+    """The arguments that an operator which returns nothing writes to."""
     written = zip(func._schema.arguments, args, strict=False)
-    return [value for each, value in written if each.alias_info and each.alias_info.is_write and each.name != "grads"]
+    return [value for each, value in written if each.alias_info and each.alias_info.is_write]
 
 
 def scale(operators: Operators, factor: float) -> Operators:

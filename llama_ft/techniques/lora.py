@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import LoraConfig, UserError
-from llama_ft.model.transformer import Transformer, at_least_fp32
+from llama_ft.kernels import at_least_fp32
+from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.mixed_precision import Precision
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.data.collate import Batch
-from llama_ft.model.transformer import Transformer, at_least_fp32
+from llama_ft.kernels import at_least_fp32
+from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import target_tokens
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training.cross_entropy import SummedCrossEntropy
 
 Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
@@ -17,7 +18,8 @@ Window = Sequence[Batch]  # the micro-batches of one optimizer step
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy, in fp32 at least, summed over the batch's target tokens. A scalar."""
     logits = model(batch.tokens, mask=batch.segments, logits_at=batch.target_positions)
-    return F.cross_entropy(at_least_fp32(logits), batch.targets, reduction="sum")
+    loss: Tensor = SummedCrossEntropy.apply(at_least_fp32(logits), batch.targets)  # type: ignore[no-untyped-call]
+    return loss
 
 
 class TrainStep:
@@ -42,17 +44,24 @@ class TrainStep:
         n_targets = target_tokens(window)
         loss = torch.zeros((), device=self.device)
         for micro_batch in window:
-            with self.precision.autocast():
-                micro_loss = summed_loss(self.model, micro_batch.to(self.device)) / n_targets
-            self.scaler.scale(micro_loss).backward()
-            loss += micro_loss.detach()
+            loss += self._backward(micro_batch, n_targets)
         self.scaler.unscale_(self.optimizer)
         parameters = self.optimizer.param_groups[0]["params"]
-        grad_norm = nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        grad_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        # Clips to the norm: the fused optimizer divides gradients by this while it reads them anyway.
+        self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1).float()  # type: ignore[attr-defined]
         self.scaler.step(self.optimizer)
+        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _backward(self, micro_batch: Batch, n_targets: int) -> Tensor:
+        """Add the micro-batch's part to the window's gradient; returns its part of the loss."""
+        with self.precision.autocast():
+            loss = summed_loss(self.model, micro_batch.to(self.device)) / n_targets
+        self.scaler.scale(loss).backward()
+        return loss.detach()
 
     def dry_run(self, window: Window) -> None:
         """Do all a step does at learning rate 0, then undo its traces.
