@@ -1,6 +1,7 @@
 """The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -26,15 +27,24 @@ def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = No
     builds a plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute
     capability 8.0, the card's or the one given instead, there is no FlashAttention.
 
-    On a CPU 16-bit attention is computed in fp32, and so are 16-bit matrix products where oneDNN has no kernels for the
-    format.
+    On a CPU 16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the
+    CPU has. `use_products_of` does the same for matrix products.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
     elif device.type == "cpu":
-        compute_in_fp32()
+        attend_in_fp32()
+
+
+def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
+    """Let the matrix products of a 16-bit dtype be computed in fp32 if oneDNN has no kernels for it on this CPU.
+
+    PyTorch's own would be loops over elements, up to 30 times slower.
+    """
+    if device.type == "cpu" and dtype.itemsize == 2 and not has_16bit_products(dtype):
+        multiply_in_fp32()
 
 
 @cache
@@ -47,26 +57,30 @@ def has_16bit_products(dtype: torch.dtype) -> bool:
 
 
 # PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
-# the memory tracker sees, stays in 16 bit.
+# the memory tracker sees, stays in 16 bit. Operands are made fp32, which is exact, and the result is rounded once, as
+# matrix units do that sum in fp32.
 
 
 @cache
-def compute_in_fp32() -> Library:
-    """Let 16-bit attention, and 16-bit products for which oneDNN has no kernels, be computed in fp32 from now on.
+def attend_in_fp32() -> Library:
+    """Let 16-bit attention be computed in fp32 from now on."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return _replace({name: _attention, f"{name}_backward": _in_fp32})
 
-    The operands are made fp32, which is exact, and the result is rounded once, as matrix units do that sum in fp32.
-    PyTorch's own 16-bit products would be a loop over elements, up to 30 times slower; its 16-bit attention takes
-    twice as long in the backward pass as fp32, whatever the CPU has.
-    """
-    library = Library("aten", "IMPL")  # the kernels live as long as it does
-    attention = "_scaled_dot_product_flash_attention_for_cpu"
-    replacements = {attention: _attention, f"{attention}_backward": _in_fp32}
-    if not all(has_16bit_products(dtype) for dtype in (torch.bfloat16, torch.float16)):
-        replacements |= {"mm": _product, "bmm": _slow_in_fp32, "addmm": _slow_in_fp32, "baddbmm": _slow_in_fp32}
+
+@cache
+def multiply_in_fp32() -> Library:
+    """Let 16-bit products for which oneDNN has no kernels be computed in fp32 from now on."""
+    return _replace({"mm": _product} | dict.fromkeys(("bmm", "addmm", "baddbmm"), _slow_in_fp32))
+
+
+def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
+    """Replace kernels of ATen for the CPU, for as long as what is returned lives; each is given the old one."""
+    library = Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that kernels are replaced
-        for name, replacement in replacements.items():
-            new = partial(replacement, get_kernel(f"aten::{name}", "CPU"))
+        for name, kernel in kernels.items():
+            new = partial(kernel, get_kernel(f"aten::{name}", "CPU"))
             library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
     return library
 
@@ -77,9 +91,9 @@ def _is_slow(tensor: Tensor) -> bool:
 
 def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
     """What a kernel makes of fp32 in the place of 16-bit tensors."""
-    if args[0].dtype.itemsize != 2:
-        return kernel.call_boxed(keys, *args, **kwargs)
-    args, kwargs = tree_map(lambda each: at_least_fp32(each) if isinstance(each, Tensor) else each, (args, kwargs))
+    if args[0].dtype.itemsize == 2:
+        args = tuple(at_least_fp32(each) if isinstance(each, Tensor) else each for each in args)
+        kwargs = {name: at_least_fp32(each) if isinstance(each, Tensor) else each for name, each in kwargs.items()}
     return kernel.call_boxed(keys, *args, **kwargs)
 
 
