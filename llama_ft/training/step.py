@@ -46,15 +46,26 @@ class TrainStep:
         for micro_batch in window:
             loss += self._backward(micro_batch, n_targets)
         self.scaler.unscale_(self.optimizer)
-        parameters = self.optimizer.param_groups[0]["params"]
-        grad_norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        # Clips to the norm: the fused optimizer divides gradients by this while it reads them anyway.
-        self.optimizer.grad_scale = ((grad_norm + 1e-6) / self.max_grad_norm).clamp(min=1).float()  # type: ignore[attr-defined]
+        grad_norm = self._clip()
         self.scaler.step(self.optimizer)
-        self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+        vars(self.optimizer).pop("grad_scale", None)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients' norm; returns what it was.
+
+        A fused optimizer divides by `grad_scale` while it reads the gradients, which spares a pass over them.
+        """
+        gradients = [each.grad for each in self.optimizer.param_groups[0]["params"] if each.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
+        if self.optimizer.defaults.get("fused"):
+            self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
+        else:
+            torch._foreach_div_(gradients, scale)
+        return norm
 
     def _backward(self, micro_batch: Batch, n_targets: int) -> Tensor:
         """Add the micro-batch's part to the window's gradient; returns its part of the loss."""
