@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.config.presets import preset
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_name, use_kernels_of, versions
+from llama_ft.device import device_name, versions
+from llama_ft.kernels import use_kernels_of
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer

@@ -12,6 +12,7 @@ from experiments.shared import gradient_of, model_config
 from experiments.study import Log, Numbers
 from llama_ft.config import ModelConfig
 from llama_ft.measure.memory import MemoryTracker
+from llama_ft.model.attention import Mask
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -61,28 +62,26 @@ def keep_nothing(model: Transformer) -> None:
 
     class FromTheStart(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, layers: nn.ModuleList, rotary: Tensor, caches: Caches) -> Tensor:
+        def forward(ctx: Any, x: Tensor, layers: nn.ModuleList, turns: Tensor, caches: Caches) -> Tensor:
             ctx.save_for_backward(x)
-            ctx.others = layers, rotary, caches
-            return run_layers(layers, x, rotary, None, caches)
+            ctx.others = layers, turns, caches
+            return run_layers(layers, x, turns, None, caches)
 
         @staticmethod
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-            (first,), (layers, rotary, caches) = ctx.saved_tensors, ctx.others
+            (first,), (layers, turns, caches) = ctx.saved_tensors, ctx.others
             for last in reversed(range(len(layers))):
-                x = run_layers(layers[:last], first, rotary, None, caches[:last]).detach().requires_grad_()
+                x = run_layers(layers[:last], first, turns, None, caches[:last]).detach().requires_grad_()
                 with torch.enable_grad():
-                    y = run_layers(layers[last : last + 1], x, rotary, None, caches[:1])
+                    y = run_layers(layers[last : last + 1], x, turns, None, caches[:1])
                 torch.autograd.backward(y, gradient)
                 assert x.grad is not None
                 gradient = x.grad
             return gradient, None, None, None
 
-    def run_from_the_start(
-        layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches
-    ) -> Tensor:
+    def run_from_the_start(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
         assert mask is None
-        out: Tensor = FromTheStart.apply(x, layers, rotary, caches)  # type: ignore[no-untyped-call]
+        out: Tensor = FromTheStart.apply(x, layers, turns, caches)  # type: ignore[no-untyped-call]
         return out
 
     model.run_layers = run_from_the_start

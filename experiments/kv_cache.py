@@ -16,7 +16,7 @@ from experiments.shared import load_tiny, prompt_source
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.checks import check, setting
-from llama_ft.device import use_kernels_of
+from llama_ft.kernels import use_kernels_of
 from llama_ft.system import MIB
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from experiments.figure import BLUE, GREY, ORANGE, drawn
 from experiments.shared import alpaca_samples, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config.checks import setting
-from llama_ft.data.collate import epoch_batches
 from llama_ft.data.dataset import Record, Sample, encode_record
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.training.loop import Windows
 
 WORD, TEXT = "dog", "The dog has seen the old house"
 NUMBER = "31415926"
@@ -102,8 +102,7 @@ def lengths_of(samples: Sequence[Sample]) -> Numbers:
     n_tokens = [len(sample) for sample in samples]
     padding = {}
     for size in BATCH_SIZES:
-        batches = epoch_batches(samples, size, epoch=0, seed=0)
-        computed = sum(batch.tokens.numel() for batch in batches)
+        computed = sum(batch.tokens.numel() for window in Windows(samples, size).epoch(0) for batch in window)
         padding[str(size)] = 1 - sum(len(sample) - 1 for sample in samples) / computed
     return {
         "samples": len(samples),

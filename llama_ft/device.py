@@ -14,6 +14,7 @@ import torch
 
 from llama_ft import __version__
 from llama_ft.config import DeviceChoice, Dtype, GpuConfig, UserError
+from llama_ft.kernels import use_kernels_of
 from llama_ft.system import (
     MIB,
     NEAR_LIMIT,
@@ -143,20 +144,6 @@ def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = Non
         limit_memory(device, limit_mib)
     use_kernels_of(device, gpu.capability)
     return device
-
-
-def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
-    """Use the kernels that runs are measured and planned with, whatever the environment or the card's own are.
-
-    fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in 16 bit and
-    else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell, builds a
-    plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute capability
-    8.0, the card's or the one given instead, there is no FlashAttention.
-    """
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
 
 
 def device_name(device: torch.device) -> str:

@@ -11,10 +11,10 @@ from helpers.training import COMBINATIONS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_ft.config import DataConfig, Goal, GpuConfig, OptimConfig, PlanConfig, UserError
+from llama_ft.config import DataConfig, Goal, GpuConfig, OptimConfig, PlanConfig, TrainingConfig, UserError
 from llama_ft.planning import fit
 from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest
-from llama_ft.planning.fit import largest, reserved_mib, with_samples, with_tokens
+from llama_ft.planning.fit import largest, reserved_mib, with_packing, with_samples, with_tokens
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
@@ -252,3 +252,23 @@ def test_rows_that_cannot_run_are_passed_over(needs: dict[str, float]) -> None:
 
 def test_cards_whose_memory_is_not_known_are_not_sorted() -> None:
     assert [gpu.name for gpu in by_size([card("b", 3000), card("x", None), card("a", 2000)])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("packing", [20, 70])
+def test_with_packing_it_is_the_packed_row_that_is_made_larger_or_smaller(packing: int) -> None:
+    """Five samples an update have 66 tokens to be packed together."""
+    optim = OptimConfig(ga=True, lora=True)
+    config = replace(config_for(), optim=optim, training=TrainingConfig(packing=packing))
+
+    def needed(n_tokens: int) -> float:
+        return need(*with_packing(config, SHORT, n_tokens))
+
+    assert needed(20) < needed(40) < needed(66) == needed(1000)  # in whole pages
+    gpu = card("a", 10 + math.ceil((needed(40) + 1) / (1 - SPARE)))
+    advice = advise([gpu], predict(config, [optim], [gpu], SHORT), config=config)
+    assert advice.largest_micro_batch is None
+    assert 40 <= (advice.packing or 0) < 66
+    assert needed(advice.packing or 0) <= (1 - SPARE) * (gpu.usable_mib or 0) < needed((advice.packing or 0) + 1)
+    smaller = "with a smaller packing it fits: optim=ga_lora"
+    how = "largest packing of this data that fits, 5% to spare:" if packing == 20 else smaller
+    assert f"{how} training.packing={advice.packing}" in advice.lines

@@ -83,6 +83,19 @@ def test_an_adapter_on_16_bit_weights_is_trained_and_asked(precision: str) -> No
     assert lf.complete(model, tokenizer, "Say fox.", max_new_tokens=4) != before
 
 
+def test_packing_trains_as_without_it_in_less_memory(tmp_path: Path) -> None:
+    losses, peaks = [], []
+    for packing in (None, 300):
+        model, tokenizer = lf.load("tiny")
+        samples, size = lf.encode(lf.read_records()[:8], tokenizer), {"micro_batch_size": 8, "packing": packing}
+        peaks.append(lf.measure_memory(model, samples, **size).peak_mib)
+        losses.append([step.loss for step in lf.finetune(model, samples, lr=1e-3, epochs=3, **size)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert peaks[1] < peaks[0]
+    planned = lf.predict("tiny", "cpu", lengths=[len(sample) for sample in samples] * 8, packing=300, techniques=["ga"])
+    assert planned.steps == 8
+
+
 def test_memory_is_measured_without_a_trace_and_equals_the_plan(tmp_path: Path) -> None:
     model, tokenizer = lf.load("tiny")
     samples = lf.encode(lf.read_records()[:6], tokenizer)

@@ -14,12 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_ft.config import PACKAGE_DIR, DataConfig, OnBadRecord, UserError
-from llama_ft.data import collate as collation
-from llama_ft.data.collate import PAD_ID, Padding, collate, epoch_batches, epoch_groups
+from llama_ft.data.collate import PAD_ID, Padding, collate, epoch_groups
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, load_dataset, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.system import Pace
+from llama_ft.training import loop
 
 TINY_TOKENIZER = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"
 IGNORED = -100  # the label that PyTorch's cross entropy leaves out
@@ -490,17 +490,17 @@ def test_order_depends_on_seed_and_epoch_alone():
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("first_batch", [0, 1, 6, 7, 9])
-def test_batches_are_the_groups_collated_one_at_a_time(monkeypatch, first_batch):
+@pytest.mark.parametrize("first", [0, 1, 6, 7, 9])
+def test_windows_are_the_groups_collated_one_window_at_a_time(monkeypatch, first):
     samples, collated = numbered_samples(20), []
-    monkeypatch.setattr(collation, "collate", lambda group, padding: collated.append(group) or collate(group, padding))
-    groups = [[samples[index] for index in group] for group in epoch_groups(20, 3, 1, 4)][first_batch:]
-    batches = epoch_batches(samples, 3, 1, 4, Padding(8), first_batch)
+    monkeypatch.setattr(loop, "collate", lambda group, padding: collated.append(group) or collate(group, padding))
+    groups = [[samples[index] for index in group] for group in epoch_groups(20, 3, 1, 4)][first:]
+    epoch = loop.Windows(samples, 3, 1, 4, Padding(8)).epoch(1, first)
     for n_done, group in enumerate(groups, start=1):
-        batch, expected = next(batches), collate(group, Padding(8))
+        (batch,), expected = next(epoch), collate(group, Padding(8))
         assert all(map(torch.equal, batch.tensors, expected.tensors))
         assert collated == groups[:n_done]
-    assert list(batches) == []
+    assert list(epoch) == []
 
 
 # The built-in records

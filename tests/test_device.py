@@ -14,7 +14,8 @@ from llama_ft import device as devices
 from llama_ft.config import DeviceChoice, GpuConfig, ModelConfig, UserError
 from llama_ft.config.presets import preset
 from llama_ft.data.dataset import Dataset
-from llama_ft.device import about_device, choose_device, has_kernels, is_out_of_memory, use_kernels_of, why_no_gpu
+from llama_ft.device import about_device, choose_device, has_kernels, is_out_of_memory, why_no_gpu
+from llama_ft.kernels import use_kernels_of
 from llama_ft.launch.child import failure
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.launch.process import child_environment
@@ -23,7 +24,7 @@ from llama_ft.measure import card
 from llama_ft.measure.card import Card, Nvml, attention_kernel
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case
-from llama_ft.model.transformer import repeats_keys
+from llama_ft.model.attention import repeats_keys
 from llama_ft.planning.gpu_traits import profile_here
 from llama_ft.records.result import new_result
 from llama_ft.system import MIB

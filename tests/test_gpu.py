@@ -16,12 +16,13 @@ from helpers.training import ragged_samples
 
 from llama_ft.config import GpuConfig, MixedPrecisionConfig, ModelConfig
 from llama_ft.config.presets import preset
-from llama_ft.data.collate import collate
+from llama_ft.data.collate import collate, end_to_end
 from llama_ft.data.dataset import Sample
 from llama_ft.decoding.state import GenerationState
 from llama_ft.device import use_device, why_no_gpu
 from llama_ft.measure.card import attention_kernel
 from llama_ft.measure.worst_case import track_memory
+from llama_ft.model.attention import attend, has_varlen, takes_segments
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -85,6 +86,38 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_packed_samples_have_the_loss_and_gradient_that_they_have_one_by_one(precision: str) -> None:
+    """In 16 bit by PyTorch's variable-length attention, in fp32 sequence by sequence; neither waits for the device."""
+    chosen = Precision("cuda") if precision == "fp32" else Precision("cuda", torch.bfloat16)
+    found, samples = [], ragged_samples()
+    for window in ([collate([sample]).pinned() for sample in samples], [end_to_end(samples).pinned()]):
+        step = step_on("cuda", chosen)
+        step.dry_run(window)  # kernels are loaded
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss, norm = step(window)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        found.append((loss.item(), norm.item()))
+    assert found[1] == pytest.approx(found[0], rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_one_call_for_all_sequences_equals_a_call_for_each(n_kv_heads: int) -> None:
+    if not (torch.cuda.get_device_capability() >= (8, 0) and has_varlen(64)):
+        pytest.skip("needs FlashAttention, and PyTorch 2.10 for variable lengths")
+    segments, results = end_to_end([sample_of(n) for n in (130, 2, 70)]).to(torch.device("cuda")).segments, []
+    heads = (4, n_kv_heads, n_kv_heads)
+    inputs = [torch.randn(1, 200 - 1, n, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for n in heads]
+    assert takes_segments(inputs[0])
+    for in_one_call in (False, True):
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        out = attend(*leaves, segments, in_one_call)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
+    assert all(relative(a.float(), b.float()) <= 2e-2 for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("combination", ["baseline", "ga_mp_lora"])
 def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: str) -> None:
     arguments = [f"optim={combination}", "training.max_samples=16", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
@@ -95,10 +128,11 @@ def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: s
     assert sum(result["memory_mib"].values()) == pytest.approx(result["peak_memory_mib"])
 
 
-@pytest.mark.parametrize("combination", ["baseline", "mp", "ga_mp_lora"])
+@pytest.mark.parametrize("combination", ["baseline", "mp", "ga_mp_lora", "ga_mp_lora training.packing=512"])
 def test_a_plan_says_what_the_allocator_will_say(tmp_path, combination: str) -> None:
     """On a model whose tensors are far larger than what kernels allocate for themselves."""
-    told = [f"optim={combination}", "model.dim=768", "model.ffn_dim=2048", "checkpoint=random", "data.first=16"]
+    told = [*f"optim={combination}".split(), "model.dim=768", "model.ffn_dim=2048", "checkpoint=random"]
+    told.append("data.first=16")
     done = run("llama_ft.train", *told, "tracker=disabled", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path, env=GPU)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())

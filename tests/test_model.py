@@ -70,19 +70,19 @@ def test_logits_at_are_those_rows_of_all_logits():
 def test_rotary_angles_depend_on_the_distance_alone():
     generator = torch.Generator().manual_seed(6)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator, dtype=torch.float64)
-    table = rotary_table(rotary_config(64, 16)).double()
-    score = [
-        (rotate(q, table[:, i : i + 1]).double() * rotate(k, table[:, j : j + 1]).double()).sum().item()
-        for i, j in ((7, 2), (45, 40))
-    ]
+    turns = torch.view_as_complex(rotary_table(rotary_config(64, 16)).double()).unsqueeze(-2)
+    score = [(rotate(q, turns[i : i + 1]) * rotate(k, turns[j : j + 1])).sum().item() for i, j in ((7, 2), (45, 40))]
     assert score[0] == pytest.approx(score[1], rel=1e-5)
 
 
-def test_rotary_is_a_complex_rotation_of_adjacent_pairs():
+def test_rotary_turns_adjacent_pairs_by_a_rotation_matrix():
     x = torch.randn(1, 10, 2, 8, generator=torch.Generator().manual_seed(7))
     angles = torch.outer(torch.arange(10.0), 10000.0 ** (-torch.arange(0, 8, 2) / 8))
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones(()), angles)[None, :, None]
-    assert relative(rotate(x, rotary_table(rotary_config(10, 8))), torch.view_as_real(turned).flatten(-2)) <= 1e-6
+    cos, sin = angles.cos(), angles.sin()
+    matrices = torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))  # [S, E / 2, 2, 2]
+    turned = (matrices[None, :, None] @ x.unflatten(-1, (-1, 2)).unsqueeze(-1)).flatten(-3)
+    turns = torch.view_as_complex(rotary_table(rotary_config(10, 8))).unsqueeze(-2)
+    assert relative(rotate(x, turns), turned) <= 1e-6
 
 
 def test_llama_3_1_slows_what_turns_seldom():

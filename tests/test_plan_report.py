@@ -92,6 +92,16 @@ def test_notes_say_what_the_numbers_are(written: Path, words: str) -> None:
     assert words in (written / "plan.md").read_text()
 
 
+def test_packing_is_said_in_the_place_of_micro_batches(tmp_path: Path) -> None:
+    plan = one_card()
+    packed = replace(plan, training=plan.training | {"packing": 2048})
+    text = " ".join(printed(packed, 200).split())
+    assert "GA: an update every 8 samples instead of every 1." in text
+    assert "The samples of an update are laid end to end, up to 2,048 tokens (training.packing)." in text
+    write_plan(packed, tmp_path)
+    assert "packing=2048" in (tmp_path / "plan.html").read_text()
+
+
 def test_csv_holds_every_number_unrounded(written: Path) -> None:
     lines = csv_rows(written / "plan.csv")
     assert [line["combination"] for line in lines] == EIGHT

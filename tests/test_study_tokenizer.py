@@ -26,8 +26,7 @@ def test_they_hold_of_llama_2s_own_tokenizer(quick: dict[str, Any], test_data: P
 def test_lengths_and_padding_are_those_counted_by_hand(quick: dict[str, Any]) -> None:
     found = quick["lengths"]
     assert (found["samples"], found["tokens"], found["median"], found["longest"]) == (200, 24200, 96, 405)
-    (batch,) = collation.epoch_batches(alpaca_samples(), 200, 0, 0)
-    assert batch.n_targets == found["trained"]
+    assert collation.collate(alpaca_samples()).n_targets == found["trained"]
     assert set(found["padding"]) == {str(size) for size in study.BATCH_SIZES}
     assert found["padding"]["1"] == 0
 

@@ -238,6 +238,15 @@ def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.Monke
         assert memory is None or memory is memories[run.optim.combination]
 
 
+def test_micro_batches_are_those_without_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(table1, "find_case", lambda *arguments: asked.append(arguments) or STAND_IN)
+    packed = replace(CONFIG, training=TrainingConfig(packing=100))
+    rows = [row_of(optim, {"parameter": 1.0}) for optim in COMBINATIONS]
+    assert "Without packing, which the plan above has." in table1.table1(packed, CARD, RAGGED, rows).notes
+    assert {(run.training.packing, memory) for run, *_, memory in asked} == {(None, None)}
+
+
 def row_of(optim: OptimConfig, memory_max_mib: dict[str, float], gpu: str = "card") -> PlanRow:
     return PlanRow(asdict(optim), optim.combination, gpu, memory_max_mib=memory_max_mib)
 

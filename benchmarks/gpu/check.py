@@ -13,7 +13,8 @@ import torch
 
 from experiments.study import Claim
 from llama_ft.config import GpuConfig
-from llama_ft.device import choose_device, use_kernels_of
+from llama_ft.device import choose_device
+from llama_ft.kernels import use_kernels_of
 from llama_ft.records.result import Result, read_result
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from llama_ft.decoding.state import GenerationState
 from llama_ft.device import about_device, device_name, has_bf16, versions
 from llama_ft.measure.card import Card, attention_kernel
 from llama_ft.measure.worst_case import hardest_windows, track_memory
-from llama_ft.model.transformer import repeats_keys
+from llama_ft.model.attention import repeats_keys
 from llama_ft.model.weights import load_model
 from llama_ft.planning.fit import LIBRARIES_MIB
 from llama_ft.planning.gpu_traits import profile_here, workspace_bytes
@@ -140,7 +140,7 @@ def tracker(setting: Setting) -> Outcome:
         )
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
         data = Windows.over([Sample([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
-        hardest = hardest_windows(data.samples, 1, 1, data.padding)
+        hardest = hardest_windows(data)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # of the combination before it
         peaks = {"counted, MiB": track_memory(step, hardest).peak_mib}

@@ -14,7 +14,8 @@ from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
-from llama_ft.device import DTYPES, use_kernels_of, why_no_gpu
+from llama_ft.device import DTYPES, why_no_gpu
+from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model

@@ -25,6 +25,7 @@ def predict(
     techniques: Sequence[str] = (),
     lengths: Sequence[int] = (512,),
     micro_batch_size: int = 1,
+    packing: int | None = None,
     epochs: int = 1,
 ) -> PlanRow:
     """What fine-tuning would need on a card that need not be here, and how long it would take at best.
@@ -34,27 +35,26 @@ def predict(
         gpu: a card's name in `conf/gpu`, or `cpu`.
         techniques: those that are on, such as `("mp", "lora")`, with their defaults.
         lengths: tokens of each sample, 2 or more.
+        packing: tokens up to which an optimizer step's samples are laid end to end.
 
     Raises:
         UserError: if a name or length is not allowed, or the card cannot run such a combination.
     """
-    techniques = [techniques] if isinstance(techniques, str) else techniques
+    names = {techniques} if isinstance(techniques, str) else set(techniques)
     if model == FROM_CHECKPOINT or gpu in ("all", "auto"):
         raise UserError(f"{model} on {gpu}: name one model and one card")
-    if unknown := set(techniques) - {technique.name for technique in TECHNIQUES}:
-        names = ", ".join(technique.name for technique in TECHNIQUES)
-        raise UserError(f"{min(unknown)} is no technique: there are {names}")
+    if unknown := names - {technique.name for technique in TECHNIQUES}:
+        raise UserError(f"{min(unknown)} is no technique: there are {', '.join(each.name for each in TECHNIQUES)}")
     config = PlanConfig(
         model=preset("model", model, ModelConfig),
-        optim=OptimConfig(**dict.fromkeys(techniques, True)),
-        training=TrainingConfig(micro_batch_size=micro_batch_size, epochs=epochs),
+        optim=OptimConfig(**dict.fromkeys(names, True)),
+        training=TrainingConfig(micro_batch_size=micro_batch_size, packing=packing, epochs=epochs),
         data=DataConfig("sample"),
         gpu=preset("gpu", gpu, GpuConfig),
     )
-    longest = config.model.max_seq_len
-    if not lengths or not all(2 <= length <= longest for length in lengths):
-        raise UserError(f"lengths must be those of at least one sample, each 2 to {longest} tokens")
-    row = _predict(config, [config.optim], [config.gpu], [(length, 1) for length in lengths])[0]
+    if not lengths or not all(2 <= length <= config.model.max_seq_len for length in lengths):
+        raise UserError(f"lengths must be those of one sample or more, each 2 to {config.model.max_seq_len} tokens")
+    (row,) = _predict(config, [config.optim], [config.gpu], [(length, 1) for length in lengths])
     if row.error is not None:
         raise UserError(row.error)
     return row

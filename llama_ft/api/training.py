@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def measure_memory(
     *,
     micro_batch_size: int = 1,
     accumulation_steps: int = 1,
+    packing: int | None = None,
     precision: DtypeName = "fp32",
 ) -> MemoryUse:
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
@@ -74,7 +76,7 @@ def measure_memory(
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    config = TrainingConfig(micro_batch_size=micro_batch_size)
+    config = TrainingConfig(micro_batch_size=micro_batch_size, packing=packing)
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
@@ -91,20 +93,22 @@ def finetune(
     epochs: int = 1,
     micro_batch_size: int = 1,
     accumulation_steps: int = 1,
+    packing: int | None = None,
     precision: DtypeName = "fp32",
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
 ) -> Iterator[StepMetrics]:
-    """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers.
+    """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers, one step late.
 
-    Training goes on as the iterator is consumed. A step is yielded one step late: reading its loss delays no GPU.
+    Training goes on as the iterator is consumed. Reading a loss late delays no GPU.
 
     Args:
         lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls along a cosine.
         micro_batch_size: samples computed at once.
         accumulation_steps: micro-batches in an optimizer step.
+        packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
         seed: of the data's order and of dropout.
 
@@ -112,17 +116,15 @@ def finetune(
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
     config = TrainingConfig(
-        lr=lr, epochs=epochs, micro_batch_size=micro_batch_size, warmup_ratio=warmup_ratio, weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm, seed=seed,
-    )  # fmt: skip
+        lr, epochs, micro_batch_size, packing, None, warmup_ratio, weight_decay, max_grad_norm, seed
+    )
     torch.manual_seed(seed)
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     total_steps = data.steps_per_epoch * epochs
     schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
     meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
-    yield from filter(None, map(meter.record, train(step, schedule, data, epochs, Position())))
-    if (last := meter.flush()) is not None:
-        yield last
+    read = map(meter.record, train(step, schedule, data, epochs, Position()))
+    yield from filter(None, chain(read, map(StepMeter.flush, [meter])))
 
 
 def _step_and_windows(
@@ -137,4 +139,5 @@ def _step_and_windows(
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
     compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
     step = TrainStep(model, make_optimizer(model.parameters(), config), compute, config.max_grad_norm)
-    return step, Windows.over(samples, step, config.micro_batch_size, accumulation_steps, config.seed)
+    size, packing = config.micro_batch_size, config.packing
+    return step, Windows.over(samples, step, size, accumulation_steps, config.seed, packing)

@@ -15,7 +15,10 @@ class TrainingConfig:
 
     lr: float = setting(1e-5, "peak learning rate; it warms up, then decays along a cosine")
     epochs: int = setting(1, "passes over the data", at_least=1)
-    micro_batch_size: int = setting(1, "samples in a micro-batch", at_least=1)
+    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing only those of an update", at_least=1)
+    packing: int | None = setting(
+        None, "tokens up to which an update's samples are laid end to end; null is off", at_least=1
+    )
     max_samples: int | None = setting(None, "train on the first n samples only; null is all", at_least=1)
     warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")

@@ -86,8 +86,11 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
             del measured[section][name]  # how a run is kept, and where; not what is run
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
-        if self.adapter is None:  # as before there was one
+        # As before these keys were there.
+        if self.adapter is None:
             del measured["adapter"]
+        if self.training.packing is None:
+            del measured["training"]["packing"]
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
         for holder, key in ((measured["data"], "path"), *named):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None

@@ -1,12 +1,14 @@
-"""Micro-batches: samples side by side, with the positions whose loss counts."""
+"""Micro-batches: samples side by side, or end to end, with the positions whose loss counts."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from llama_ft.data.dataset import Sample
+from llama_ft.model.attention import Segments
 
 PAD_ID = 0  # any piece would do: no real token looks at padding, and padding has no target
 
@@ -20,8 +22,12 @@ class Padding:
 
     def width(self, longest: int) -> int:
         """The width of a batch whose longest sample is so many tokens wide."""
-        rounded = -(-longest // self.multiple) * self.multiple
-        return rounded if self.max_width is None else max(longest, min(rounded, self.max_width))
+        return longest + self.added(longest, longest)
+
+    def added(self, width: int, longest: int) -> int:
+        """How much a row so wide gets longer, if that makes a sample of it so much longer."""
+        added = -width % self.multiple
+        return added if self.max_width is None else max(0, min(added, self.max_width - longest))
 
 
 NO_PADDING = Padding()
@@ -38,6 +44,7 @@ class Batch:
     target_positions: Tensor  # int64 [N], indices into the B * S flattened positions
     targets: Tensor  # int64 [N], the token that follows each of them
     n_tokens: int  # real tokens, BOS and EOS included, padding not
+    segments: Segments | None = None  # the samples that lie end to end, where B is 1; None has one in each row
 
     @property
     def n_targets(self) -> int:
@@ -45,33 +52,77 @@ class Batch:
         return len(self.targets)
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """What the batch keeps in memory."""
-        return self.tokens, self.target_positions, self.targets
+        offsets = () if self.segments is None else (self.segments.offsets,)
+        return self.tokens, self.target_positions, self.targets, *offsets
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with each of its tensors changed."""
+        tokens, positions, targets = map(change, (self.tokens, self.target_positions, self.targets))
+        return Batch(tokens, positions, targets, self.n_tokens, self.segments and self.segments.map(change))
 
     def pinned(self) -> "Batch":
         """The same batch in page-locked memory, from which a copy to a GPU does not make the host wait."""
-        tokens, positions, targets = (tensor.pin_memory() for tensor in self.tensors)
-        return Batch(tokens, positions, targets, self.n_tokens)
+        return self.map(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device, without waiting for the device if it is pinned."""
-        tokens, positions, targets = (tensor.to(device, non_blocking=True) for tensor in self.tensors)
-        return Batch(tokens, positions, targets, self.n_tokens)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
     """Pad to the batch's own longest sample, and beyond it as `padding` says."""
     width = padding.width(max(len(sample) for sample in samples) - 1)
-    tokens = torch.full((len(samples), width), PAD_ID)
+    return _batch(samples, range(0, len(samples) * width, width), (len(samples), width))
+
+
+def pack(samples: Sequence[Sample], max_tokens: int, padding: Padding = NO_PADDING) -> list[Batch]:
+    """Lay samples end to end, in their order: in each batch as many as have up to `max_tokens` positions together.
+
+    A longer sample is a batch of its own. What `padding` adds makes the last sample of a batch longer: under its causal
+    mask nobody looks at it.
+    """
+    rows: list[list[Sample]] = []
+    room = -1
+    for sample in samples:
+        if len(sample) - 1 > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(sample)
+        room -= len(sample) - 1
+    return [end_to_end(row, padding) for row in rows]
+
+
+def end_to_end(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
+    """A batch of one row with all of the samples in it, one after the other."""
+    lengths = [len(sample) - 1 for sample in samples]
+    starts = [0, *accumulate(lengths)]
+    lengths[-1] += padding.added(starts[-1], lengths[-1])
+    return _batch(samples, starts[:-1], (1, sum(lengths)), Segments.of(lengths))
+
+
+def _batch(
+    samples: Sequence[Sample], starts: Iterable[int], shape: tuple[int, int], segments: Segments | None = None
+) -> Batch:
+    """A batch of this shape in which samples start at these of the flattened positions; the rest is padding."""
+    tokens = torch.full(shape, PAD_ID)
     positions: list[int] = []
     targets: list[int] = []
-    for row, sample in enumerate(samples):
-        tokens[row, : len(sample) - 1] = torch.tensor(sample.tokens[:-1])
+    for start, sample in zip(starts, samples, strict=True):
+        end = start + len(sample) - 1
+        tokens.view(-1)[start:end] = torch.tensor(sample.tokens[:-1])
         # The token at position i predicts token i + 1, so targets begin one position before the answer does.
-        positions += range(row * width + sample.n_prompt - 1, row * width + len(sample) - 1)
+        positions += range(start + sample.n_prompt - 1, end)
         targets += sample.tokens[sample.n_prompt :]
-    return Batch(tokens, torch.tensor(positions), torch.tensor(targets), sum(len(sample) for sample in samples))
+    n_tokens = sum(len(sample) for sample in samples)
+    return Batch(tokens, torch.tensor(positions), torch.tensor(targets), n_tokens, segments)
+
+
+def blank_row(lengths: Sequence[int], n_targets: int) -> Batch:
+    """A batch of sequences end to end of these lengths, of any tokens, with so many targets in all."""
+    tokens, positions = torch.full((1, sum(lengths)), PAD_ID), torch.arange(n_targets)
+    return Batch(tokens, positions, torch.full_like(positions, PAD_ID), sum(lengths), Segments.of(lengths))
 
 
 def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -> list[list[int]]:
@@ -79,16 +130,3 @@ def epoch_groups(n_samples: int, micro_batch_size: int, epoch: int, seed: int) -
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(n_samples, generator=generator).tolist()
     return [order[start : start + micro_batch_size] for start in range(0, n_samples, micro_batch_size)]
-
-
-def epoch_batches(
-    samples: Sequence[Sample],
-    micro_batch_size: int,
-    epoch: int,
-    seed: int,
-    padding: Padding = NO_PADDING,
-    first_batch: int = 0,
-) -> Iterator[Batch]:
-    """The micro-batches of an epoch from `first_batch` on, each collated when it is asked for."""
-    for group in epoch_groups(len(samples), micro_batch_size, epoch, seed)[first_batch:]:
-        yield collate([samples[index] for index in group], padding)

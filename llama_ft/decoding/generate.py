@@ -97,7 +97,8 @@ def _continue(
     # One for each prompt, so that its answers do not depend on the prompts beside it.
     generators = [torch.Generator(state.tokens.device).manual_seed(config.seed) for _ in batch]
     for _ in range(n_new):
-        chosen = choice.choose(state.next_logits(), state.seen(), generators)
+        seen = state.seen() if config.repetition_penalty != 1 else None
+        chosen = choice.choose(state.next_logits(), seen, generators)
         state.append(chosen)
         for writer, token in zip(writers, chosen.tolist(), strict=True):
             writer.push(token)

@@ -13,12 +13,14 @@ from torch import Tensor
 from llama_ft.config import UserError
 
 
-def repetition_penalty(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
     """Make tokens that have occurred less probable: positive logits divided by the penalty, negative multiplied.
 
     That of CTRL (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 repetition is encouraged. `seen` is
-    bool [B, V]: which tokens have occurred, those of the prompt included.
+    bool [B, V]: which tokens have occurred, those of the prompt included; None is none.
     """
+    if seen is None:
+        return logits
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
@@ -52,7 +54,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 def require_distribution(logits: Tensor) -> None:
     """Raise a UserError if a row of fp32 [B, V] is no distribution: it has NaN or +inf, or nothing but -inf."""
-    if not logits.logsumexp(-1).isfinite().all():
+    if not logits.amax(-1).isfinite().all():  # which NaN and +inf pass through
         raise UserError(
             "the model's logits are not finite, so no token can be chosen: its weights are damaged, or 16 bit overflow "
             "(bf16 and fp32 have more range than fp16)"
@@ -65,7 +67,7 @@ class Greedy:
 
     repetition_penalty: float = 1.0
 
-    def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator] = ()) -> Tensor:
+    def choose(self, logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator] = ()) -> Tensor:
         """The next token of each row, int64 [B]; a UserError if the logits are not finite. Nothing is random."""
         logits = repetition_penalty(logits, seen, self.repetition_penalty)
         require_distribution(logits)
@@ -81,12 +83,12 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
 
-    def process(self, logits: Tensor, seen: Tensor) -> Tensor:
+    def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
         """The logits, fp32 [B, V], of the distribution that is drawn from; `seen` is bool [B, V]."""
         logits = repetition_penalty(logits, seen, self.repetition_penalty)
         return keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
 
-    def choose(self, logits: Tensor, seen: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    def choose(self, logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, int64 [B].
 
         Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with a generator of
@@ -95,7 +97,7 @@ class Sampling:
 
         Args:
             logits: fp32 [B, V]; not finite ones are a UserError.
-            seen: bool [B, V], which tokens have occurred.
+            seen: bool [B, V], which tokens have occurred; None where no penalty asks for it.
             generators: on the device of the logits; the rows are divided evenly among them, in order.
         """
         logits = self.process(logits, seen)

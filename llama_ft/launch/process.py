@@ -33,9 +33,12 @@ POLL_SECONDS = 0.1
 # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
 # busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
 THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-# glibc gives a block of 32 MiB or more back to the system when it is freed, so that gradients as large as LLaMA's are
-# written to new pages in each step. As huge pages (Linux, glibc 2.35 and later) these cost a quarter of the time.
-PAGES_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+# glibc gives free memory back to the system, and each step would take new pages, which cost a tenth of its time: it is
+# to keep them. Blocks from 16 MiB on are apart all the same, since smaller ones that are put where they were leave no
+# room for the next, and a run's memory grows; as huge pages (Linux, glibc 2.35 and later) new ones cost less.
+PAGES_ENVIRONMENT = {
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**24}:glibc.malloc.trim_threshold={2**46}"
+}
 # The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
 # into: it reserves less, and what the planner's model of it says (`planning/allocator.py`). Under Windows the driver
 # may lack the calls for it, and the first allocation fails (pytorch/pytorch#192330).

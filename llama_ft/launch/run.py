@@ -80,8 +80,9 @@ class MeasuredRun:
         self.result.total_params, self.result.trainable_params = total, trainable
         self.result.trainable_percent = percent
         self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
-        samples, size, seed = self.dataset.samples, config.training.micro_batch_size, config.training.seed
-        self._train(step, Windows.over(samples, step, size, config.accumulation_steps, seed))
+        samples, training = self.dataset.samples, config.training
+        size, steps = training.micro_batch_size, config.accumulation_steps
+        self._train(step, Windows.over(samples, step, size, steps, training.seed, training.packing))
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from llama_ft.config import ModelConfig
-from llama_ft.model.transformer import repeats_keys
+from llama_ft.model.attention import repeats_keys
 from llama_ft.records.result import CardFacts
 from llama_ft.system import MIB
 

@@ -1,11 +1,13 @@
 """The most memory that a run can need, whatever order its samples come in: found by a dry run before the first step."""
 
+from collections import Counter
 from collections.abc import Sequence
 from heapq import heappush, heappushpop, nlargest
+from itertools import accumulate
 
 import torch
 
-from llama_ft.data.collate import Padding, collate
+from llama_ft.data.collate import Batch, Padding, blank_row, collate, end_to_end
 from llama_ft.data.dataset import Log, Sample, silent
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.system import Pace
@@ -19,13 +21,13 @@ def measure_worst_case(step: TrainStep, data: Windows, log: Log = silent) -> Mem
     On CUDA the allocator's own peak statistics start here, with a pass that is not tracked: the tracker holds each
     operator's inputs and outputs until it has returned.
     """
-    hardest = hardest_windows(data.samples, data.micro_batch_size, data.accumulation_steps, data.padding)
+    hardest = hardest_windows(data)
     use = track_memory(step, hardest, log)
     if step.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
         by_length = sorted(data.samples, key=len)
-        usual = [[collate([sample], data.padding)] for sample in (by_length[len(by_length) // 2], by_length[0])]
+        usual = [data.lay_out([[sample]]) for sample in (by_length[len(by_length) // 2], by_length[0])]
         for window in [*hardest, *usual]:  # other widths have other kernels, which are loaded when first used
             step.dry_run(window)
     return use
@@ -43,19 +45,69 @@ def track_memory(step: TrainStep, hardest: list[Window], log: Log = silent) -> M
     return tracker.result()
 
 
-def hardest_windows(
-    samples: Sequence[Sample], micro_batch_size: int, accumulation_steps: int, padding: Padding
-) -> list[Window]:
+def hardest_windows(data: Windows) -> list[Window]:
     """Candidates for the worst case: no shuffle of the data needs more memory than the worst of these. Widest first.
 
     The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
     quick.
     """
-    by_length = sorted(samples, key=len)
-    n_before = min(accumulation_steps, -(-len(samples) // micro_batch_size)) - 1
-    starts = range(0, n_before * micro_batch_size, micro_batch_size)
-    before = [collate(by_length[start : start + micro_batch_size], padding) for start in starts]
-    return [[*before, collate(group, padding)] for group in hardest_groups(by_length, micro_batch_size, padding)]
+    by_length, size = sorted(data.samples, key=len), data.micro_batch_size
+    if data.packing is not None:
+        needs_several = sum(len(sample) - 1 for sample in by_length[-data.window_size :]) > data.packing
+        before = data.lay_out([by_length[:1]]) if needs_several and data.window_size > 1 else []
+        return [[*before, row] for row in hardest_rows(by_length, data.window_size, data.packing, data.padding)]
+    n_before = min(data.accumulation_steps, -(-len(by_length) // size)) - 1
+    before = data.lay_out([by_length[start : start + size] for start in range(0, n_before * size, size)])
+    return [[*before, collate(group, data.padding)] for group in hardest_groups(by_length, size, data.padding)]
+
+
+def hardest_rows(by_length: list[Sample], window_size: int, max_tokens: int, padding: Padding) -> list[Batch]:
+    """Candidates for the packed row that needs the most memory, out of all samples, shortest first.
+
+    At each instant of a step memory is linear in a row's tokens, targets and sequences. So a row with the most of each
+    that any row has needs as much as any, though none need have all of them. Besides there are those of one sample
+    that is longer than `max_tokens`.
+    """
+    lone = [sample for sample in by_length if len(sample) - 1 > max_tokens]
+    rows = [end_to_end(group, padding) for group in hardest_groups(lone, 1, padding)]
+    if packed := by_length[: len(by_length) - len(lone)]:
+        widths = [len(sample) - 1 for sample in packed]
+        n_tokens = most_tokens(widths, window_size, max_tokens)
+        n_sequences = sum(together <= n_tokens for together in accumulate(widths[:window_size]))
+        n_targets = most_targets(packed, window_size, n_tokens)
+        n_tokens += padding.added(n_tokens, n_tokens - (n_sequences - 1) * (padding.max_width or 0))
+        share, more = divmod(n_tokens, n_sequences)
+        rows.append(blank_row([share + (index < more) for index in range(n_sequences)], n_targets))
+    return rows
+
+
+def most_tokens(widths: Sequence[int], n_samples: int, max_tokens: int) -> int:
+    """The most tokens, up to `max_tokens`, that so many of the samples, or fewer, have together."""
+    if (together := sum(nlargest(n_samples, widths))) <= max_tokens:
+        return together
+    # Bit t of the n-th number is set if n of the samples so far can have t tokens together.
+    sums, within = [1] + [0] * min(n_samples, len(widths)), (2 << max_tokens) - 1
+    for width, count in Counter(widths).items():
+        for _ in range(min(count, n_samples)):
+            for n in reversed(range(1, len(sums))):
+                sums[n] |= sums[n - 1] << width & within
+        if any(each >> max_tokens for each in sums):
+            break
+    return max(each.bit_length() for each in sums) - 1
+
+
+def most_targets(samples: Sequence[Sample], n_samples: int, n_tokens: int) -> int:
+    """No so many samples of so many tokens have more targets together.
+
+    The best of them by the share of tokens that are targets, the last one cut (the fractional knapsack, Dantzig 1957);
+    and those with the most.
+    """
+    room, n_targets = n_tokens, 0
+    for sample in sorted(samples, key=lambda each: each.n_targets / (len(each) - 1), reverse=True):
+        width = min(len(sample) - 1, room)
+        n_targets -= -sample.n_targets * width // (len(sample) - 1)  # rounded up
+        room -= width
+    return min(n_targets, sum(nlargest(n_samples, (sample.n_targets for sample in samples))))
 
 
 def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padding) -> list[list[Sample]]:

@@ -35,10 +35,10 @@ class LayerCache:
         start, end = self.length, self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(f"the KV cache has room for {self.keys.shape[2]} tokens, not for {end}")
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
+        self.keys.narrow(2, start, end - start).copy_(keys)
+        self.values.narrow(2, start, end - start).copy_(values)
         self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
 
 
 class KVCache:

@@ -14,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig
+from llama_ft.kernels import at_least_fp32
+from llama_ft.model.attention import Mask, Segments, attend, repeats_keys, takes_segments
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where that is what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class RMSNorm(nn.Module):
@@ -36,7 +33,7 @@ class RMSNorm(nn.Module):
         """[..., D] to [..., D]. Rounds to x's dtype before the gain, as Meta's code and transformers do."""
         x_fp32 = at_least_fp32(x)
         normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.type_as(x) * self.weight
+        return normed.to(x.dtype) * self.weight
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -55,33 +52,22 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 
 
 def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Cosines and sines of the rotary angles: fp32, [2, context, E / 2]."""
+    """Cosine and sine of the rotary angles: fp32, [context, E / 2, 2]."""
     device = device or torch.get_default_device()
     if device.type == "meta":  # arange would import all of torch's compiler there, which takes seconds
-        return torch.empty(2, config.max_seq_len, config.head_dim // 2, dtype=torch.float32, device=device)
+        return torch.empty(config.max_seq_len, config.head_dim // 2, 2, dtype=torch.float32, device=device)
     positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
-    return torch.stack((angles.cos(), angles.sin()))
+    return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn adjacent pairs of features, Meta's layout, by their position's angles.
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn adjacent pairs of features, Meta's layout, by their position's angles: a complex product, as in Meta's code.
 
-    x is [B, S, heads, E]; rotary is [2, S, E / 2] or [2, B, S, E / 2]. Computed in fp32, returned in x's dtype.
+    x is [B, S, heads, E]; turns is complex, [S, 1, E / 2] or [B, S, 1, E / 2]. Computed in fp32, returned in x's dtype.
     """
-    cos, sin = rotary.unsqueeze(-2)  # one angle for all heads
-    even, odd = at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
-
-
-def repeats_keys(q: Tensor, mask: Tensor | None) -> bool:
-    """Whether the keys and values that queries share must be repeated, once for each head of queries.
-
-    On CUDA FlashAttention alone takes them as they are, in 16 bit and without a mask. The memory-efficient kernel
-    takes everything else once they are repeated; PyTorch by itself would compute and keep S x S scores in fp32
-    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
-    """
-    return q.is_cuda and not (mask is None and q.dtype.itemsize == 2 and torch.backends.cuda.flash_sdp_enabled())
+    pairs = torch.view_as_complex(at_least_fp32(x).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -91,25 +77,23 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.group_size = config.n_heads // config.n_kv_heads  # query heads that share a head of keys and values
-        self.repeats_keys = repeats_keys
+        self.repeats_keys, self.takes_segments = repeats_keys, takes_segments  # attributes, for plans of other devices
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
         self.wv = nn.Linear(config.dim, kv_dim, bias=False)
         self.wo = nn.Linear(q_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
-        q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k = rotate(q, turns), rotate(k, turns)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
-        grouped = self.group_size > 1
-        if grouped and self.repeats_keys(q, mask):
-            k, v, grouped = *(t.repeat_interleave(self.group_size, dim=1) for t in (k, v)), False
-        causal = mask is None and q.shape[2] > 1  # a single query is the last one, and may attend to all keys
-        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)
-        return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
+        if self.group_size > 1 and self.repeats_keys(q, mask):
+            k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
+        out = attend(q, k, v, mask, isinstance(mask, Segments) and self.takes_segments(q))
+        return self.wo(out.flatten(-2))  # type: ignore[no-any-return]
 
 
 class FeedForward(nn.Module):
@@ -136,19 +120,19 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, rotary: Tensor, mask: Tensor | None, cache: LayerCache | NoCache) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        x = x + self.attention(self.attention_norm(x), rotary, mask, cache)
+        x = x + self.attention(self.attention_norm(x), turns, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
 Caches = Sequence[LayerCache | NoCache]  # one for each layer
 
 
-def run_layers(layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches) -> Tensor:
+def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
     """[B, S, D] through the layers, one after the other."""
     for layer, cache in zip(layers, caches, strict=True):
-        x = layer(x, rotary, mask, cache)
+        x = layer(x, turns, mask, cache)
     return x
 
 
@@ -184,12 +168,22 @@ class Transformer(nn.Module):
         if OUTPUT in changed and self.output.weight is self.tok_embeddings.weight:
             self.output.weight = nn.Parameter(self.output.weight.detach().clone())
 
+    def _rotary_at(self, start: int, length: int, positions: Tensor | None, mask: Mask) -> Tensor:
+        """The rotary table's rows for the new tokens: [S, E / 2, 2] or [B, S, E / 2, 2]."""
+        if positions is not None:
+            return self.rotary[positions]
+        if isinstance(mask, Segments):
+            return mask.rotary(self.rotary)
+        if start + length > self.config.max_seq_len:
+            raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
+        return self.rotary[start : start + length]
+
     def forward(
         self,
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         kv_cache: KVCache | None = None,
         logits_at: Tensor | None = None,
     ) -> Tensor:
@@ -197,10 +191,11 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 [B, S]; with a cache, those that it does not hold yet.
-            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0.
+            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0,
+                in each of `Segments` from 0.
             mask: bool, broadcast to [B, H, S, T], True where a query (third axis) may attend to a key, of which there
                 are T: those in the cache and the S new ones; None is causal. Padding on the right needs none, since
-                no real token looks at it.
+                no real token looks at it. `Segments`, for B = 1 and no cache: sequences that lie end to end.
             kv_cache: keys and values of the tokens before these; the new ones are added to it.
             logits_at: int64 [N], indices into the B * S flattened positions; None is all of them.
 
@@ -211,16 +206,12 @@ class Transformer(nn.Module):
             ValueError: if the tokens exceed the model's context and no positions are given, or the cache's room.
         """
         start, length = kv_cache.length if kv_cache else 0, tokens.shape[-1]
-        if positions is None:
-            if start + length > self.config.max_seq_len:
-                raise ValueError(f"{start + length} tokens exceed the model's context of {self.config.max_seq_len}")
-            rotary = self.rotary[:, start : start + length]
-        else:
-            rotary = self.rotary[:, positions]
+        rotary = self._rotary_at(start, length, positions, mask)
         if mask is None and start and length > 1:  # causal, seen from the middle
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
         caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)
-        x = self.run_layers(self.layers, self.tok_embeddings(tokens), rotary, mask, caches)
+        turns = torch.view_as_complex(at_least_fp32(rotary)).unsqueeze(-2)  # one angle for all heads
+        x = self.run_layers(self.layers, self.tok_embeddings(tokens), turns, mask, caches)
         if logits_at is not None:
             x = x.flatten(0, 1)[logits_at]
         return self.output(self.norm(x))  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
+from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
@@ -93,6 +94,7 @@ def load_model(
     """A model in one dtype, with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
     weights, model, storage = open_weights(checkpoint, config, seed), build(config), Dense(dtype)
     storage.prepare(model)
+    use_products_of(device, dtype)
     materialise(model, device)
     weights.load_into(model, storage, log)
     return model

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from heapq import nlargest
+from typing import Literal, NamedTuple
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
-from llama_ft.planning.fit import largest, reserved_mib, with_samples, with_tokens
+from llama_ft.planning.fit import Vary, largest, reserved_mib, with_packing, with_samples, with_tokens
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
@@ -17,6 +18,19 @@ from llama_ft.records.plan import Advice, PlanRow
 # (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.
 SPARE = 0.05
 MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
+MICRO_BATCH = "training.micro_batch_size"
+
+
+class Size(NamedTuple):
+    """A setting that decides how much is computed at once."""
+
+    key: str
+    name: str  # for people
+    field: str  # of `Advice`
+    vary: Vary
+    now: int
+    most: int  # with which everything is
+    whole: str = "the data"
 
 
 @dataclass(frozen=True)
@@ -99,13 +113,11 @@ class Adviser:
         return f", {number} s{' at best' if self.time_kind == 'bound' else ''}{others}"
 
     def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
-        """How long a sequence, and how large a micro-batch of this data, fit with a combination that fits."""
-        context, size = self.config.model.max_seq_len, self.config.training.micro_batch_size
-        n_samples, (longest, _) = len(self.lengths), max(self.lengths)
-        # A micro-batch of the size that is planned fits.
-        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size + 1, n_samples + 1))
-        advice.largest_micro_batch = samples
-        beside = f", {size} in a micro-batch" if size > 1 else ""
+        """How long a sequence, and how large a micro-batch or packed row of this data, fit with what fits."""
+        context, longest, size = self.config.model.max_seq_len, max(self.lengths)[0], self._size(row)
+        # What is planned fits.
+        tokens, number = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size.now + 1, size.most + 1))
+        beside = f", {size.now} in a micro-batch" if size.key == MICRO_BATCH and size.now > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
         if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
             advice.longest_sequence = tokens
@@ -113,43 +125,54 @@ class Adviser:
             if tokens < longest:
                 note = f"; those of this data, of up to {longest}, fit since their prompts are not trained on"
             advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
-        number = f"training.micro_batch_size={samples}{', all of the data' if samples == n_samples else ''}"
-        advice.lines.append(f"largest micro-batch of this data that fits{spared}: {number}")
+        note = f", all of {size.whole}" if number >= size.most else ""
+        advice.lines.append(f"largest {size.name} of this data that fits{spared}: {size.key}={number}{note}")
+        setattr(advice, size.field, number)
 
     def _add_changes(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
-        """What would let the smallest combination fit: shorter samples, fewer of them, a larger card."""
-        size, longest = self.config.training.micro_batch_size, max(self.lengths)[0]
-        tokens, samples = self._largest(row, gpu, range(MIN_TOKENS, longest), range(1, size))
+        """What would let the smallest combination fit: shorter samples, fewer of them at once, a larger card."""
+        size, longest = self._size(row), max(self.lengths)[0]
+        tokens, number = self._largest(row, gpu, range(MIN_TOKENS, longest), range(1, size.now))
         if tokens >= MIN_TOKENS:
             advice.combination, advice.longest_sequence = row.combination, tokens
             advice.lines.append(f"with shorter samples it fits: {_typed(row)} data.max_length={tokens}")
         else:
             advice.lines.append("no data.max_length is short enough")
-        if samples >= 1:
-            advice.combination, advice.largest_micro_batch = row.combination, samples
-            number = f"training.micro_batch_size={samples}"
-            advice.lines.append(f"with smaller micro-batches it fits: {_typed(row)} {number}")
-        elif size > 1:
-            advice.lines.append("no training.micro_batch_size is small enough")
+        if number >= 1:
+            advice.combination = row.combination
+            advice.lines.append(f"with a smaller {size.name} it fits: {_typed(row)} {size.key}={number}")
+            setattr(advice, size.field, number)
+        elif size.now > 1:
+            advice.lines.append(f"no {size.key} is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
 
-    def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, samples: range) -> tuple[int, int]:
-        """The most tokens of a sample and samples of a micro-batch that fit, each one below its range if none do."""
+    def _size(self, row: PlanRow) -> "Size":
+        """What decides how much is computed at once: samples of a micro-batch, or tokens of a packed row."""
+        training, config = self.config.training, replace(self.config, optim=OptimConfig(**row.optim))
+        if training.packing is None:
+            field = "largest_micro_batch"
+            return Size(MICRO_BATCH, "micro-batch", field, with_samples, training.micro_batch_size, len(self.lengths))
+        update = nlargest(training.micro_batch_size * config.accumulation_steps, (tokens for tokens, _ in self.lengths))
+        most = sum(update) - len(update)
+        return Size("training.packing", "packing", "packing", with_packing, training.packing, most, "an update")
+
+    def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, numbers: range) -> tuple[int, int]:
+        """The most tokens of a sample, and the largest size, that fit; each one below its range if none do."""
         limit_mib = gpu.usable_mib or 0.0
         if has_room(row) or not row.fits:
             limit_mib *= 1 - SPARE
-        config = replace(self.config, optim=OptimConfig(**row.optim))
+        config, size = replace(self.config, optim=OptimConfig(**row.optim)), self._size(row)
         run = config, self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib
         jobs = {
             "tokens": (with_tokens, *run, tokens, max(self.lengths)[0]),
-            "samples": (with_samples, *run, samples, config.training.micro_batch_size),
+            "size": (size.vary, *run, numbers, size.now),
         }
-        numbers: dict[str, int] = {}
-        with self.progress("longest sequence, largest micro-batch", len(jobs)) as advance:
+        found: dict[str, int] = {}
+        with self.progress(f"longest sequence, largest {size.name}", len(jobs)) as advance:
             for name, number in side_by_side(largest, jobs):
-                numbers[name] = number
+                found[name] = number
                 advance(1)
-        return numbers["tokens"], numbers["samples"]
+        return found["tokens"], found["size"]
 
     def _smallest_card(self, row: PlanRow, gpu: GpuConfig) -> str:
         """The smallest known card on which a combination fits, in a line."""

@@ -16,16 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ft.config import TrainConfig
-from llama_ft.data.collate import Batch, Padding
+from llama_ft.data.collate import Batch, Padding, blank_row
 from llama_ft.data.dataset import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.model.transformer import Attention
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
+from llama_ft.training.loop import Windows
 from llama_ft.training.setup import allocate, make_step, shape_model
 from llama_ft.training.step import TrainStep
 
+VARLEN_BACKWARD = "_varlen_attn_backward.default"  # of `torch_attn`, which is there once it has been imported
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 ROW_BLOCK, HEAD_BLOCK = 128, 32  # to whose multiples FlashAttention rounds lengths and head sizes
 
@@ -57,6 +59,7 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
         for module in model.modules():
             if isinstance(module, Attention):
                 module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
+                module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
         if traits.on_cuda:
             use_fused_dropout(model)
         model.train()
@@ -66,6 +69,13 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
 def padding_of(config: TrainConfig, traits: Traits) -> Padding:
     """How far a run there pads its micro-batches."""
     return Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
+
+
+def windows_of(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> Windows:
+    """The optimizer steps of a run there."""
+    training, padding = config.training, padding_of(config, traits)
+    size, steps = training.micro_batch_size, config.accumulation_steps
+    return Windows(samples, size, steps, training.seed, padding, training.packing)
 
 
 def give_gradients(step: TrainStep) -> list[Tensor]:
@@ -88,11 +98,11 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
     The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
     """
-    padding = padding_of(config, traits)
-    hardest = hardest_windows(list(samples), config.training.micro_batch_size, config.accumulation_steps, padding)
+    hardest = hardest_windows(windows_of(config, samples, traits))
     with fake_step(config, traits) as step:
-        windows = [[as_fake(batch) for batch in window] for window in hardest]
-        tensors = [tensor for window in windows for batch in window for tensor in batch.tensors]
+        fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
+        windows = [[fakes[id(batch)] for batch in window] for window in hardest]
+        tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_flash and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             first_step = len(tracker.events)
@@ -130,16 +140,20 @@ def with_state_made_last(events: list[Event], first: int, second: int, last: int
     return [*events[:first], *step[:update], *state, *step[update:], *events[second:]]
 
 
-def micro_batch(width: int, n_targets: int, micro_batch_size: int) -> Batch:
-    """A fake micro-batch of `micro_batch_size` rows of `width` tokens, with so many targets in each."""
+def micro_batch(width: int, n_targets: int, micro_batch_size: int, sequence: int | None = None) -> Batch:
+    """A fake micro-batch of `micro_batch_size` rows of `width` tokens, with so many targets in each.
+
+    `sequence` is the length of sequences that lie end to end in a single row, a multiple of it.
+    """
+    if sequence is not None:
+        return blank_row([sequence] * (width // sequence), n_targets)
     tokens, n = torch.empty(micro_batch_size, width, dtype=torch.int64), micro_batch_size * n_targets
     return Batch(tokens, torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.int64), micro_batch_size * width)
 
 
 def as_fake(batch: Batch) -> Batch:
     """A fake micro-batch of the same shapes."""
-    tokens, positions, targets = (torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in batch.tensors)
-    return Batch(tokens, positions, targets, batch.n_tokens)
+    return batch.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 # What kernels on CUDA keep or take that those of fake CPU tensors do not.
@@ -155,8 +169,8 @@ def use_fused_dropout(model: nn.Module) -> None:
 class FlashAttentionMemory(TorchDispatchMode):
     """What FlashAttention's backward pass takes while it runs, to be entered after the tracker that is to see it.
 
-    After mha_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of the queries' gradients
-    and of each row, and the gradients of grouped keys and values once for each query head.
+    After mha_bwd and mha_varlen_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of the
+    queries' gradients and of each row, and the gradients of grouped keys and values once for each query head.
     """
 
     def __init__(self) -> None:
@@ -164,16 +178,25 @@ class FlashAttentionMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator, and hold that memory until it has returned."""
-        taken = _taken(*args[1:3]) if func is FLASH_BACKWARD else []
+        taken: list[Tensor] = []
+        if func is FLASH_BACKWARD:  # queries [B, heads, S, head_dim], keys [B, kv heads, S, head_dim]
+            q, k = args[1:3]
+            taken = _taken(q, q.shape[0] * _blocks(q.shape[2], ROW_BLOCK), q.shape[1], k.shape[1])
+        elif func.__name__ == VARLEN_BACKWARD:  # [S, heads, head_dim], [S, kv heads, head_dim], n + 1 offsets
+            q, k, offsets = args[1], args[2], args[6]
+            taken = _taken(q, len(q) + ROW_BLOCK * (len(offsets) - 1), q.shape[1], k.shape[1])
         out = func(*args, **(kwargs or {}))
         del taken
         return out
 
 
-def _taken(q: Tensor, k: Tensor) -> list[Tensor]:
-    """Tensors of that size. Queries are [B, heads, S, head_dim], keys [B, kv heads, S, head_dim]."""
-    n_rows, heads, length, size = q.shape
-    head_block = HEAD_BLOCK if size <= 128 else 2 * HEAD_BLOCK
-    length, size = -(-length // ROW_BLOCK) * ROW_BLOCK, -(-size // head_block) * head_block
-    sums = [torch.empty(n_rows, heads, length), torch.empty(n_rows, heads, length, size)]
-    return sums if k.shape[1] == heads else [*sums, torch.empty_like(q), torch.empty_like(q)]
+def _taken(q: Tensor, n_rows: int, heads: int, kv_heads: int) -> list[Tensor]:
+    """Tensors of that size."""
+    size = _blocks(q.shape[-1], HEAD_BLOCK if q.shape[-1] <= 128 else 2 * HEAD_BLOCK)
+    sums = [torch.empty(heads, n_rows), torch.empty(heads, n_rows, size)]
+    return sums if kv_heads == heads else [*sums, torch.empty_like(q), torch.empty_like(q)]
+
+
+def _blocks(n: int, block: int) -> int:
+    """The smallest multiple of the block that is at least n."""
+    return -(-n // block) * block

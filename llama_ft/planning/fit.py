@@ -105,8 +105,16 @@ def with_samples(config: TrainConfig, lengths: Lengths, n_samples: int) -> tuple
     return replace(config, training=replace(config.training, micro_batch_size=n_samples)), lengths
 
 
+def with_packing(config: TrainConfig, lengths: Lengths, n_tokens: int) -> tuple[TrainConfig, Lengths]:
+    """Up to so many tokens of an update's samples end to end."""
+    return replace(config, training=replace(config.training, packing=n_tokens)), lengths
+
+
+Vary = Callable[[TrainConfig, Lengths, int], tuple[TrainConfig, Lengths]]
+
+
 def largest(
-    vary: Callable[[TrainConfig, Lengths, int], tuple[TrainConfig, Lengths]],
+    vary: Vary,
     config: TrainConfig,
     lengths: Lengths,
     traits: Traits,

@@ -6,6 +6,7 @@ import torch
 
 from llama_ft.config import DeviceChoice, GpuConfig, TrainConfig
 from llama_ft.device import gpu_index, why_no_gpu
+from llama_ft.model.attention import has_varlen
 from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
@@ -37,8 +38,12 @@ class Traits:
         return Precision.of(config, "cuda" if self.on_cuda else "cpu", self.has_bf16)
 
     def repeats_keys(self, is_16bit: bool) -> bool:
-        """Whether attention there repeats the keys and values of grouped queries: `transformer.repeats_keys`."""
+        """Whether attention there repeats the keys and values of grouped queries: `attention.repeats_keys`."""
         return self.on_cuda and not (self.has_flash and is_16bit)
+
+    def takes_segments(self, is_16bit: bool, head_dim: int) -> bool:
+        """Whether one call there takes all sequences of a packed row: `attention.takes_segments`."""
+        return self.on_cuda and self.has_flash and is_16bit and has_varlen(head_dim)
 
 
 def traits_of(gpu: GpuConfig) -> Traits:

@@ -43,9 +43,24 @@ def _computed(q: Tensor, k: Tensor, is_causal: bool) -> float:
     return (n_q + 1) / (2 * n_k) if is_causal else 1.0
 
 
-ATTENTION: dict[Any, Callable[..., float]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int, *_: Any) -> float:
+    """Of a packed row whose sequences are all as long as the longest, as those of `run_costs` are."""
+    each = (len(q) // longest, q.shape[1], longest, q.shape[2])
+    return float(sdpa_flop_count(each, each, each)) * (longest + 1) / (2 * longest)
+
+
+def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> float:
+    longest: int = others[4]
+    each = (len(q) // longest, q.shape[1], longest, q.shape[2])
+    return float(sdpa_backward_flop_count(each, each, each, each)) * (longest + 1) / (2 * longest)
+
+
+# By the operator's name: those of sequences in a packed row are there once they have been imported.
+ATTENTION: dict[str, Callable[..., float]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "torch_attn::_varlen_attn": _varlen,
+    "torch_attn::_varlen_attn_backward": _varlen_backward,
 }
 
 
@@ -65,8 +80,8 @@ class OperatorCounter(TorchDispatchMode):
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet, flops = func._overloadpacket, 0.0
-        if packet in ATTENTION:
-            flops = ATTENTION[packet](*args, **kwargs)
+        if (name := func.name()) in ATTENTION:
+            flops = ATTENTION[name](*args, **kwargs)
         elif packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
         outputs = _tensors(out) or _tensors(_written(func, args))
@@ -89,12 +104,9 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
-    """The arguments that an operator which returns nothing writes to.
-
-    AdamW's gradients are marked so too, as it can unscale them; our step does that before.
-    """
+    """The arguments that an operator which returns nothing writes to."""
     written = zip(func._schema.arguments, args, strict=False)
-    return [value for each, value in written if each.alias_info and each.alias_info.is_write and each.name != "grads"]
+    return [value for each, value in written if each.alias_info and each.alias_info.is_write]
 
 
 def scale(operators: Operators, factor: float) -> Operators:

@@ -20,7 +20,7 @@ from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB
 
 MAX_POINTS = 200  # of a timeline: few enough to draw
-Key = tuple[tuple[bool, ...], Traits]
+Key = tuple[tuple[bool, ...], int, Traits]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def predict(
 def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
     """Equal for runs that share fake steps."""
     switches = tuple(getattr(config.optim, each.name) for each in TECHNIQUES if each.changes_operators)
-    return switches, relevant_traits(traits_of(gpu), config)
+    packed = config.accumulation_steps if config.training.packing else 0  # the samples of an update share passes
+    return switches, packed, relevant_traits(traits_of(gpu), config)
 
 
 def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:

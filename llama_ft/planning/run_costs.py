@@ -2,18 +2,20 @@
 
 A step's operators depend on its micro-batches' widths and numbers of targets, and are linear in the number of layers,
 or of groups of layers that are checkpointed together. So steps are run at a few widths and numbers of targets, on
-one layer or group and on two; between and beyond them is a line.
+one layer or group and on two; between and beyond them is a line. Packed rows are run with sequences of one length,
+for which attention costs what it costs for the data's.
 """
 
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 
 from llama_ft.config import TrainConfig
-from llama_ft.data.collate import epoch_batches
+from llama_ft.data.collate import Batch
 from llama_ft.data.dataset import Sample
-from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, padding_of, update
+from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, update, windows_of
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.operators import OperatorCounter, Operators, scale, total
 
@@ -43,27 +45,29 @@ class StepOperators:
 def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits: Traits) -> list[RunCosts]:
     """The operators of whole runs; they differ only in techniques which do not change those of a micro-batch."""
     config, training = configs[0], configs[0].training
-    batches = epoch_batches(samples, training.micro_batch_size, 0, training.seed, padding_of(config, traits))
+    batches = [batch for window in windows_of(config, samples, traits).epoch(0) for batch in window]
     # Other epochs' widths and targets differ where a micro-batch has several samples, and only there.
     shapes = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
     widths, targets = [width for width, _ in shapes], [n_targets for _, n_targets in shapes]
     layers = depths(config)
-    accumulates = any(each.accumulation_steps > 1 for each in configs)
+    n_steps = [windows_of(each, samples, traits).steps_per_epoch for each in configs]
+    accumulates = min(n_steps) < len(batches)
+    sequence = None if training.packing is None else mean_sequence(batches)
+    at = knots(widths) if sequence is None else knots_of_sequences(widths, sequence)
     steps = [
         # Targets concern the head alone.
-        step_operators(config, n, knots(widths), knots(targets) if n == min(layers) else [], traits, accumulates)
+        step_operators(config, n, at, knots(targets) if n == min(layers) else [], traits, accumulates, sequence)
         for n in layers
     ]
     costs = []
-    for each in configs:
-        n_steps = -(-len(widths) // each.accumulation_steps)
+    for n in n_steps:
         parts = [_at_knots(steps[0].by_targets, targets)]
         for step, share in zip(steps, layers.values(), strict=True):
-            added = scale(step.accumulated, len(widths) - n_steps)
-            epoch = total([_at_knots(step.by_width, widths), added, scale(step.update, n_steps)])
+            added = scale(step.accumulated, len(widths) - n)
+            epoch = total([_at_knots(step.by_width, widths), added, scale(step.update, n)])
             parts.append(scale(epoch, share))
         n_tokens, epochs = sum(len(sample) for sample in samples), training.epochs
-        costs.append(RunCosts(scale(total(parts), epochs), n_steps * epochs, len(samples) * epochs, n_tokens * epochs))
+        costs.append(RunCosts(scale(total(parts), epochs), n * epochs, len(samples) * epochs, n_tokens * epochs))
     return costs
 
 
@@ -76,15 +80,24 @@ def depths(config: TrainConfig) -> dict[int, float]:
 
 
 def step_operators(
-    config: TrainConfig, n_layers: int, widths: Sequence[int], targets: Sequence[int], traits: Traits, accumulates: bool
+    config: TrainConfig,
+    n_layers: int,
+    widths: Sequence[int],
+    targets: Sequence[int],
+    traits: Traits,
+    accumulates: bool,
+    sequence: int | None,
 ) -> StepOperators:
-    """Run steps of these widths, and of these numbers of targets in a micro-batch."""
-    size = config.training.micro_batch_size
+    """Run steps of these widths, and of these numbers of targets in a micro-batch.
+
+    `sequence` is how long those are that lie end to end in a row; None without packing.
+    """
+    size = config.training.micro_batch_size if sequence is None else 1
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:
 
         def count(width: int, n_targets: int = 1, n_micro_batches: int = 1) -> Operators:
-            batch = micro_batch(width, n_targets, size)
+            batch = micro_batch(width, n_targets, size, sequence)
             return _counted(lambda: step([batch] * n_micro_batches))
 
         give_gradients(step)
@@ -116,6 +129,18 @@ def knots(values: Sequence[int]) -> list[int]:
     """A few of the values, the smallest and the largest among them, with about as many values between each two."""
     ordered = sorted(values)
     return sorted({ordered[(len(values) - 1) * index // (N_KNOTS - 1)] for index in range(N_KNOTS)})
+
+
+def mean_sequence(batches: Sequence[Batch]) -> int:
+    """The length of which the sequences of packed rows could all be, for the same FLOPs of attention."""
+    lengths = [length for batch in batches if batch.segments for length in batch.segments.lengths]
+    return round(sum(length**2 for length in lengths) / sum(lengths))
+
+
+def knots_of_sequences(widths: Sequence[int], sequence: int) -> list[int]:
+    """Widths of rows of such sequences, from below the smallest of the widths to above the largest."""
+    counts = {min(widths) // sequence, round(median(widths) / sequence), -(-max(widths) // sequence)}
+    return [n * sequence for n in sorted({max(1, n) for n in counts})]
 
 
 def interpolation_weights(values: Sequence[int], at: Sequence[int]) -> list[float]:

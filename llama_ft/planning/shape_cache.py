@@ -72,9 +72,11 @@ def _key(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _recipe(out: Any, inputs: Sequence[Tensor]) -> tuple[Any, Recipe] | None:
-    """How to make such outputs again; None if they are not plain tensors on the CPU."""
+    """How to make such outputs again; None if they are not plain tensors on the CPU, or a lazy conjugate."""
     kind, outputs = (type(out), list(out)) if isinstance(out, list | tuple) else (Tensor, [out])
     if not outputs or not all(isinstance(each, FakeTensor) and each.fake_device.type == "cpu" for each in outputs):
+        return None
+    if any(each.is_conj() for each in outputs):
         return None
     recipe: Recipe = []
     storages = {tensor.untyped_storage()._cdata: index for index, tensor in reversed(list(enumerate(inputs)))}

@@ -42,13 +42,17 @@ def table1(
 
     Memory that the plan's `rows` have for this card is not found again.
     """
+    is_packed = config.training.packing is not None
+    config = replace(config, training=replace(config.training, packing=None))  # which leaves no micro-batches
     longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
     equal = [longest] * (config.ga.steps * config.training.micro_batch_size)  # an effective batch of it
     all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
+    notes += ["Without packing, which the plan above has."] if is_packed else []
     runs = {_key(run): run for _, _, *pair in all_contrasts for run in pair}
     refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
     known = {}
-    if len(lengths) >= config.training.micro_batch_size:  # else the plan's micro-batches are smaller than the table's
+    # Else the plan's rows are packed, or its micro-batches are smaller than the table's.
+    if not is_packed and len(lengths) >= config.training.micro_batch_size:
         own = [row for row in rows if row.gpu == gpu.name]
         known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in own}
     samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once

@@ -100,6 +100,7 @@ class Advice:
     combination: str | None = None
     longest_sequence: int | None = None  # tokens of a sample; None where none fits or it was not looked for
     largest_micro_batch: int | None = None  # samples of this data
+    packing: int | None = None  # tokens of the largest packed rows, where the plan has such
     lines: list[str] = field(default_factory=list)  # for people
 
     @property

@@ -109,7 +109,7 @@ def _other_run(measured: Result, planned: Result, settings: list[Difference]) ->
     if None not in sizes and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"
     for key, a, b in settings:
-        is_of_run = key == "training.micro_batch_size" or planned.optim.get(key.partition(".")[0])
+        is_of_run = key in ("training.micro_batch_size", "training.packing") or planned.optim.get(key.partition(".")[0])
         if is_of_run and "auto" not in (a, b):
             return f"{key} is {a} in the sweep, {b} in the plan"
     return None
@@ -150,7 +150,10 @@ def group_settings(group: Group) -> Settings:
     settings = next(filter(None, map(run_settings, group.folders)), None)
     if settings is None:
         result = group.results[0]
-        known = {"training": {"micro_batch_size": result.micro_batch_size}, "gpu": {"name": result.gpu}}
+        known = {
+            "training": {"micro_batch_size": result.micro_batch_size, "packing": result.packing},
+            "gpu": {"name": result.gpu},
+        }
         limit = {"measure": {"memory_limit_mib": group.memory_limit_mib}}
         return flat({**result.techniques, **known, **limit}) | environment
     return settings | environment

@@ -105,8 +105,9 @@ def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
     optims = [row.optim for row in plan.rows]
     size = plan.training["micro_batch_size"]
-    notes = technique_notes(optims, plan.techniques, size)
-    if not any(optim.get("ga") for optim in optims):
+    packing = plan.training.get("packing")
+    notes = technique_notes(optims, plan.techniques, size, packing)
+    if packing is None and not any(optim.get("ga") for optim in optims):
         notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
     if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
         notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")

@@ -132,6 +132,7 @@ def planned_group(plan: Plan, gpu: Settings, variant: str = "") -> Group:
             data=plan.data.name,
             techniques=plan.techniques,
             micro_batch_size=plan.training["micro_batch_size"],
+            packing=plan.training.get("packing"),
             command=plan.command,
             status="oom" if row.fits is False else row.status,
             memory_limit_mib=limit,

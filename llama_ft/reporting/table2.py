@@ -67,12 +67,16 @@ def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount
     return mark if value is None else f"{form(value)} {mark}"
 
 
-def technique_notes(optims: Sequence[dict[str, bool]], settings: dict[str, Settings], batch: int) -> list[str]:
+def technique_notes(
+    optims: Sequence[dict[str, bool]], settings: dict[str, Settings], batch: int, packing: int | None
+) -> list[str]:
     """What the techniques do in a table's columns, and which are off in all; `batch` is a micro-batch's samples."""
     notes = []
     if any(optim.get("ga") for optim in optims):
-        steps = settings["ga"]["steps"]
-        notes.append(f"GA: micro-batches of {batch}, an update every {steps * batch} samples instead of every {batch}.")
+        steps, of = settings["ga"]["steps"], f"micro-batches of {batch}, " if packing is None else ""
+        notes.append(f"GA: {of}an update every {steps * batch} samples instead of every {batch}.")
+    if packing is not None:
+        notes.append(f"The samples of an update are laid end to end, up to {packing:,} tokens (training.packing).")
     if any(optim.get("mp") and optim.get("lora") for optim in optims):
         if settings["mp"]["frozen_weights"] == "compute":
             notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
@@ -85,7 +89,7 @@ def technique_notes(optims: Sequence[dict[str, bool]], settings: dict[str, Setti
 def _notes(group: Group) -> list[str]:
     results = group.results
     began = next((r for r in results if r.config_hash), results[0])  # a refused run's values may be any
-    notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size)
+    notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from llama_ft.config import GradientCheckpointingConfig
+from llama_ft.model.attention import Mask
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.techniques.mixed_precision import Precision
 
@@ -22,14 +23,12 @@ def checkpoint_layers(model: Transformer, every: int = 1) -> None:
     GradientCheckpointingConfig(every)  # checks it
     run_group = model.run_layers
 
-    def run_checkpointed(
-        layers: nn.ModuleList, x: Tensor, rotary: Tensor, mask: Tensor | None, caches: Caches
-    ) -> Tensor:
+    def run_checkpointed(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
         for start in range(0, len(layers), every):
             group = slice(start, start + every)
             # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
             # gradient, and the reentrant form would then give none to any weight of any block.
-            x = checkpoint(run_group, layers[group], x, rotary, mask, caches[group], use_reentrant=False)
+            x = checkpoint(run_group, layers[group], x, turns, mask, caches[group], use_reentrant=False)
         return x
 
     model.run_layers = run_checkpointed

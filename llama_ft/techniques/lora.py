@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama_ft.config import LoraConfig, UserError
-from llama_ft.model.transformer import Transformer, at_least_fp32
+from llama_ft.kernels import at_least_fp32
+from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.mixed_precision import Precision
 
 
@@ -75,7 +76,7 @@ class LoRALinear(nn.Linear):
         b: Tensor = self.lora_B
         if not torch.is_autocast_enabled(x.device.type):  # which would cast them, once for a whole step
             a, b = a.to(x.dtype), b.to(x.dtype)
-        return y + F.linear(F.linear(self.dropout(x), a), b) * self.scale
+        return y + F.linear(F.linear(self.dropout(x), a) * self.scale, b)  # scaled where it is small
 
     @torch.no_grad()
     def merge(self) -> None:

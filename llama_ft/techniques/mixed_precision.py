@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from llama_ft.config import Dtype, MixedPrecisionConfig, TrainConfig, UserError
+from llama_ft.kernels import has_16bit_products
 from llama_ft.model.storage import Dense, Storage
 
 # oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
@@ -48,7 +49,8 @@ class Precision:
     @property
     def pad_multiple(self) -> int:
         """Padding a batch's length to a multiple of this is faster; under a causal mask it changes no result."""
-        return CPU_16BIT_PAD_MULTIPLE if self.device_type == "cpu" and self.compute != torch.float32 else 1
+        uses_onednn = self.device_type == "cpu" and self.compute != torch.float32 and has_16bit_products(self.compute)
+        return CPU_16BIT_PAD_MULTIPLE if uses_onednn else 1
 
 
 def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bool) -> Precision:

@@ -17,7 +17,7 @@ from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result
 # By their names in the tracker: W&B keeps a config.yaml of its own.
 RUN_FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
 # Of the result: what the config says already, and what is for machines.
-NOT_TRACKED = "schema_version optim techniques model data gpu micro_batch_size breakdown command".split()
+NOT_TRACKED = "schema_version optim techniques model data gpu micro_batch_size packing breakdown command".split()
 SECONDS_TO_START, SECONDS_TO_STEP, SECONDS_TO_FINISH = 60, 30, 150
 
 Table = tuple[list[str], list[list[Any]]]  # columns, and a row for each run, whose first two values name it

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from llama_ft.data.collate import NO_PADDING, Padding, epoch_batches
+from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, epoch_groups, pack
 from llama_ft.data.dataset import Sample
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.training.position import Position
@@ -22,27 +23,48 @@ class Windows:
     accumulation_steps: int = 1
     seed: int = 0
     padding: Padding = NO_PADDING
+    packing: int | None = (
+        None  # tokens up to which a window's samples are laid end to end; None leaves them as they are
+    )
     pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
 
     @classmethod
     def over(
-        cls, samples: Sequence[Sample], step: TrainStep, micro_batch_size: int, accumulation_steps: int, seed: int = 0
+        cls,
+        samples: Sequence[Sample],
+        step: TrainStep,
+        micro_batch_size: int,
+        accumulation_steps: int,
+        seed: int = 0,
+        packing: int | None = None,
     ) -> "Windows":
         """Those of a training step, padded and pinned as its precision and device want them."""
         padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
-        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, step.device.type == "cuda")
+        pin = step.device.type == "cuda"
+        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Window]:
         """The windows of an epoch, counted from 0, from the window `first` on; collated as they are asked for."""
-        first_batch = first * self.accumulation_steps
-        batches = epoch_batches(self.samples, self.micro_batch_size, number, self.seed, self.padding, first_batch)
-        return windows((batch.pinned() if self.pin else batch for batch in batches), self.accumulation_steps)
+        groups = epoch_groups(len(self.samples), self.micro_batch_size, number, self.seed)
+        for window in windows(groups[first * self.accumulation_steps :], self.accumulation_steps):
+            batches = self.lay_out([[self.samples[index] for index in group] for group in window])
+            yield [batch.pinned() if self.pin else batch for batch in batches]
+
+    def lay_out(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
+        """The micro-batches of a window: a group each, or all of its samples end to end."""
+        if self.packing is None:
+            return [collate(group, self.padding) for group in groups]
+        return pack(list(chain.from_iterable(groups)), self.packing, self.padding)
+
+    @property
+    def window_size(self) -> int:
+        """Samples in a window; the last of an epoch may have fewer."""
+        return self.micro_batch_size * self.accumulation_steps
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch."""
-        n_micro_batches = -(-len(self.samples) // self.micro_batch_size)
-        return -(-n_micro_batches // self.accumulation_steps)
+        return -(-len(self.samples) // self.window_size)
 
 
 @dataclass(frozen=True)

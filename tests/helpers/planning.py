@@ -10,7 +10,7 @@ ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)
 CPU_PROFILE = GpuConfig(name="cpu", device=DeviceChoice.cpu)
 
 # A wide head over few layers: a fake run is quick, and a token needs enough for the allocator's pages to differ.
-WIDE_HEAD = ModelConfig("wide", 32, 1, 2, 2, 48, vocab_size=100_000, max_seq_len=24)
+WIDE_HEAD = ModelConfig("wide", 32, 1, 2, 2, 48, vocab_size=200_000, max_seq_len=24)
 SHORT = ((12, 4), (20, 6), (9, 2), (16, 3), (14, 9))
 
 

@@ -1,0 +1,145 @@
+"""The least time that a row's work takes on this machine, from two rates that are measured here.
+
+A pass's matrix products take their FLOPs over the machine's rate at their own shapes, or the bytes of their weights and
+gradients over its bandwidth, whichever is longer: a product overlaps its own traffic. AdamW's traffic comes on top, as
+it can begin only when the gradients are there. Activations' traffic, norms, rotations and the loss are left out.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from statistics import mean
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.peers import workload
+from benchmarks.peers.workload import LORA_RANK, LORA_TARGETS, SIZES, WINDOW, Row, Sizes
+from llama_ft.kernels import has_16bit_products
+
+ADAMW_BYTES = 7 * 4  # a trained parameter: weight, gradient and two moments are read, all but the gradient written
+ROUNDS = 10  # of which the fastest counts: a limit is what the machine can do
+Length = tuple[int, int]  # positions that a sample's next tokens are predicted at, and how many of them are trained on
+Rates = dict[str, float]  # GFLOP/s by format and kind of row, such as `fp32 apart full`
+
+
+def lengths(n_samples: int) -> list[Length]:
+    """The work's samples."""
+    pairs = workload.samples()[:n_samples]
+    return [(tokens.numel() - 1, workload.n_targets(labels)) for tokens, labels in pairs]
+
+
+def linear_layers(c: Sizes) -> dict[tuple[int, int], int]:
+    """How many there are of each inputs and outputs, the head left out."""
+    return {(c.dim, c.dim): 4 * c.n_layers, (c.dim, c.ffn_dim): 2 * c.n_layers, (c.ffn_dim, c.dim): c.n_layers}
+
+
+def n_multiplied(c: Sizes) -> int:
+    """Weights that are multiplied with: all but embeddings and norms."""
+    return sum(n * n_in * n_out for (n_in, n_out), n in linear_layers(c).items()) + c.dim * c.vocab_size
+
+
+def n_trained(lora: bool, c: Sizes) -> int:
+    """Parameters that are updated."""
+    if lora:
+        return c.n_layers * len(LORA_TARGETS) * LORA_RANK * 2 * c.dim
+    return n_multiplied(c) + c.vocab_size * c.dim + (2 * c.n_layers + 1) * c.dim
+
+
+def flops(length: Length, lora: bool, c: Sizes = SIZES) -> float:
+    """Of the products of one sample's step: 2 a multiply-add, the head at trained positions alone, attention causal."""
+    positions, targets = length
+    layers = 2 * positions * (n_multiplied(c) - c.dim * c.vocab_size)
+    head = 2 * targets * c.dim * c.vocab_size
+    attention = 3 * 2 * c.n_layers * positions * (positions + 1) * c.dim  # 2 products, and 4 backward
+    if not lora:
+        return 3 * (layers + head) + attention
+    factor = 2 * positions * LORA_RANK * c.dim * len(LORA_TARGETS)  # one of an adapter's two, in a layer
+    # Of frozen weights no gradient, and none of the embeddings, where the first layer's queries, keys, values begin.
+    return 2 * (layers + head) + attention - 6 * positions * c.dim**2 + factor * (6 * c.n_layers - 1)
+
+
+def limit(
+    row: Row, samples: Sequence[Length], gflop_s: Rates, bandwidth_gb_s: float, c: Sizes = SIZES
+) -> dict[str, float]:
+    """The least seconds of a row's work on these samples, and what they are of."""
+    lora, bandwidth = row.has("lora"), bandwidth_gb_s * 1e9
+    # Of the formats that a row may compute in, the faster one: 16-bit operands can be multiplied in fp32.
+    rates = [rate for key, rate in gflop_s.items() if key.endswith(kind(row)) and (row.has("mp") or "fp32" in key)]
+    rate = max(rates) * 1e9
+    stored = 2 if lora and row.has("mp") else 4  # bytes of a weight: masters are fp32
+    pass_bytes = 2 * stored * n_multiplied(c) + (0 if lora else 4 * n_trained(lora, c))
+    update_bytes = ADAMW_BYTES * n_trained(lora, c)
+    windows = [samples[first : first + row.window] for first in range(0, len(samples), row.window)]
+    passes = windows if row.has("packed") else [[length] for length in samples]
+    work = [sum(flops(length, lora, c) for length in each) for each in passes]
+    seconds = sum(max(each / rate, pass_bytes / bandwidth) for each in work) + len(windows) * update_bytes / bandwidth
+    return {
+        "flops": sum(work),
+        "gflop_s": rate / 1e9,
+        "bytes": len(passes) * pass_bytes + len(windows) * update_bytes,
+        "bandwidth_gb_s": bandwidth_gb_s,
+        "seconds": seconds,
+        "tokens_per_s": sum(positions + 1 for positions, _ in samples) / seconds,
+    }
+
+
+def kind(row: Row) -> str:
+    """Of a row's products: how many rows they have, and which there are."""
+    return f"{'packed' if row.has('packed') else 'apart'} {'lora' if row.has('lora') else 'full'}"
+
+
+def fastest(act: Callable[[], object]) -> float:
+    """Seconds."""
+    seconds = []
+    for _ in range(ROUNDS + 2):
+        began = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def product_seconds(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> tuple[float, float, float]:
+    """Of a linear layer: its output, the gradient of its input, the gradient of its weight."""
+    x, weight, gradient = (torch.randn(shape).to(dtype) for shape in ((n_rows, n_in), (n_out, n_in), (n_rows, n_out)))
+    acts = (lambda: F.linear(x, weight), lambda: gradient @ weight, lambda: gradient.T @ x)
+    forward, of_input, of_weight = map(fastest, acts)
+    return forward, of_input, of_weight
+
+
+def measured_rates(dtype: torch.dtype, positions: int, targets: int) -> Rates:
+    """Of all linear layers and the head, at so many rows: with the weights' gradients and without."""
+    layers = [(n, positions, n_in, n_out) for (n_in, n_out), n in linear_layers(SIZES).items()]
+    work, full, lora = 0.0, 0.0, 0.0
+    for n, rows, n_in, n_out in [*layers, (1, targets, SIZES.dim, SIZES.vocab_size)]:
+        forward, of_input, of_weight = product_seconds(rows, n_in, n_out, dtype)
+        work += n * 2 * rows * n_in * n_out / 1e9
+        full += n * (forward + of_input + of_weight)
+        lora += n * (forward + of_input)
+    return {"full": 3 * work / full, "lora": 2 * work / lora}
+
+
+def measured_bandwidth() -> float:
+    """GB/s of y += x on tensors that no cache holds: the lines that are written were read, as AdamW's are."""
+    x, y = torch.ones(2**26), torch.ones(2**26)
+    return 3 * x.nbytes / fastest(lambda: y.add_(x)) / 1e9
+
+
+def measured(told: Namespace) -> dict[str, Any]:
+    """What the machine can do."""
+    usage, found = workload.Usage(), lengths(told.samples)
+    positions, targets = (mean(each) for each in zip(*found, strict=True))
+    dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_16bit_products(torch.bfloat16) else {})
+    rates = {
+        f"{name} {layout} {which}": rate
+        for name, dtype in dtypes.items()
+        for layout, n in (("apart", 1), ("packed", WINDOW))
+        for which, rate in measured_rates(dtype, round(n * positions), round(n * targets)).items()
+    }
+    return {"gflop_s": rates, "bandwidth_gb_s": measured_bandwidth(), **usage.stop()}
+
+
+if __name__ == "__main__":
+    told = workload.arguments()
+    workload.tell(told, measured(told))

@@ -1,0 +1,244 @@
+"""The work that every side does, the plain loop that most of them do it in, and how it is timed.
+
+A side runs in its own Python, so this imports nothing but PyTorch. Weights have transformers' names and rotary layout.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a LLaMA decoder."""
+
+    dim: int = 512
+    n_layers: int = 8
+    n_heads: int = 8
+    ffn_dim: int = 1376
+    vocab_size: int = 32000
+    max_seq_len: int = 512
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+
+
+SIZES = Sizes()
+LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
+ADAMW: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
+WINDOW = 8  # samples in an optimizer step with gradient accumulation
+N_SAMPLES, PROMPT_SHARE, IGNORED = 200, 0.6, -100
+N_WARM_UP = 4  # samples, the last ones, whose lengths are not those that are timed first
+ROWS = "baseline ga mp lora ga_mp ga_lora mp_lora ga_mp_lora ga_packed ga_lora_packed".split()
+Pair = tuple[Tensor, Tensor]  # int64 [1, T] tokens, and labels, the prompt's IGNORED; not shifted
+Forward = Callable[[Tensor, Tensor], Tensor]  # mean loss of a sample's target tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """A combination of techniques, such as `ga_mp_lora`; `packed` is ours alone."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in ROWS:
+            raise ValueError(self.name)
+
+    def has(self, technique: str) -> bool:
+        """Whether a technique is on."""
+        return technique in self.name.split("_")
+
+    @property
+    def window(self) -> int:
+        """Samples in an optimizer step."""
+        return WINDOW if self.has("ga") else 1
+
+    @property
+    def of_peers(self) -> str:
+        """The row that the peers, which do not pack, are compared in."""
+        return self.name.removesuffix("_packed")
+
+
+def weights() -> dict[str, Tensor]:
+    """Normal(0, 0.02) for matrices, 1 for norms; the same everywhere."""
+    c, generator = SIZES, torch.Generator().manual_seed(0)
+
+    def matrix(*shape: int) -> Tensor:
+        return torch.empty(shape).normal_(0.0, 0.02, generator=generator)
+
+    out = {"model.embed_tokens.weight": matrix(c.vocab_size, c.dim)}
+    for layer in range(c.n_layers):
+        prefix = f"model.layers.{layer}."
+        for name in "qkvo":
+            out[f"{prefix}self_attn.{name}_proj.weight"] = matrix(c.dim, c.dim)
+        for name, shape in (("gate", (c.ffn_dim, c.dim)), ("up", (c.ffn_dim, c.dim)), ("down", (c.dim, c.ffn_dim))):
+            out[f"{prefix}mlp.{name}_proj.weight"] = matrix(*shape)
+        for name in ("input", "post_attention"):
+            out[f"{prefix}{name}_layernorm.weight"] = torch.ones(c.dim)
+    return out | {"model.norm.weight": torch.ones(c.dim), "lm_head.weight": matrix(c.vocab_size, c.dim)}
+
+
+def lora_a(layer: int, target: str) -> Tensor:
+    """[rank, dim], Kaiming-uniform: where an adapter's A begins; its B is zero."""
+    generator = torch.Generator().manual_seed(1000 + 10 * layer + LORA_TARGETS.index(target))
+    bound = 1 / math.sqrt(SIZES.dim)
+    return torch.empty(LORA_RANK, SIZES.dim).uniform_(-bound, bound, generator=generator)
+
+
+def samples() -> list[Pair]:
+    """Of ragged lengths such as Alpaca's; tokens are Zipf-distributed, so that there is something to learn."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.exp(math.log(90) + 0.55 * torch.randn(N_SAMPLES, generator=generator))
+    frequencies = 1 / torch.arange(1, SIZES.vocab_size - 2, dtype=torch.float64)
+    pairs = []
+    for length in lengths.round().clamp(32, SIZES.max_seq_len).long().tolist():
+        tokens = torch.multinomial(frequencies, length, replacement=True, generator=generator) + 3
+        labels = tokens.clone()
+        labels[: round(PROMPT_SHARE * length)] = IGNORED
+        pairs.append((tokens[None], labels[None]))
+    return pairs
+
+
+def n_targets(labels: Tensor) -> int:
+    """Tokens that are trained on."""
+    return int((labels != IGNORED).sum())
+
+
+def machine_cpu_s() -> float:
+    """Processor seconds of all processes, and of others on the same host, since the machine started (Linux)."""
+    user, nice, system, _, _, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+
+
+def own_cpu_s() -> float:
+    """Processor seconds of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+class Usage:
+    """What a stretch of this process takes of the machine, and what others take meanwhile, in processors."""
+
+    def __init__(self) -> None:
+        self._cpu = machine_cpu_s(), own_cpu_s()
+        self._began = time.perf_counter()
+
+    def stop(self) -> dict[str, float]:
+        """Seconds, and the processors that were busy on average."""
+        seconds = time.perf_counter() - self._began
+        own = own_cpu_s() - self._cpu[1]
+        others = machine_cpu_s() - self._cpu[0] - own
+        return {"seconds": seconds, "own_cpu": own / seconds, "others_cpu": max(0.0, others / seconds)}
+
+
+class Meter:
+    """Times a training, and notes its losses and peak memory."""
+
+    def __init__(self, window: int) -> None:
+        self.window = window
+        self.losses: list[tuple[float, int, int]] = []  # mean of so many target tokens, of so many samples
+        self.n_tokens = 0
+
+    def start(self) -> None:
+        """Begin. The peak of memory begins here too, where the system allows it: making weights is not training."""
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._usage = Usage()
+
+    def add(self, loss: float, targets: int, tokens: int, n_samples: int = 1) -> None:
+        """Note a micro-batch, or a window."""
+        self.losses.append((loss, targets, n_samples))
+        self.n_tokens += tokens
+
+    def stop(self) -> dict[str, Any]:
+        """End, and say what was measured."""
+        usage = self._usage.stop()
+        status = Path("/proc/self/status").read_text()
+        return usage | {
+            "tokens": self.n_tokens,
+            "tokens_per_s": self.n_tokens / usage["seconds"],
+            "peak_rss_mib": int(status.split("VmHWM:")[1].split()[0]) / 1024,
+            "first_loss": mean_loss(self.losses, self.window),  # before the first update: dropout has no effect yet
+            "last_loss": mean_loss(self.losses[::-1], WINDOW),
+        }
+
+
+def mean_loss(losses: Iterable[tuple[float, int, int]], n_samples: int) -> float:
+    """Mean over the target tokens of the first so many samples."""
+    total, n_tokens = 0.0, 0
+    for loss, targets, size in losses:
+        if n_samples <= 0:
+            break
+        total, n_tokens, n_samples = total + loss * targets, n_tokens + targets, n_samples - size
+    return total / n_tokens
+
+
+def arguments() -> argparse.Namespace:
+    """What a side is told; PyTorch is prepared."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("side")
+    parser.add_argument("row", type=Row)
+    parser.add_argument("samples", type=int)
+    parser.add_argument("threads", type=int)
+    told = parser.parse_args()
+    torch.set_num_threads(told.threads)
+    torch.manual_seed(0)
+    return told
+
+
+def autocast(row: Row) -> torch.autocast:
+    """bf16 where mixed precision is on."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=row.has("mp"))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def warm_up(row: Row, forward: Forward, parameters: Sequence[nn.Parameter]) -> None:
+    """Forward and backward passes that are not timed. Weights stay; the optimizer's state is made in the timed part."""
+    for tokens, labels in samples()[-N_WARM_UP:]:
+        with autocast(row):
+            loss = forward(tokens, labels)
+        loss.backward()
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def plain_loop(told: argparse.Namespace, model: nn.Module, forward: Forward) -> dict[str, Any]:
+    """What one writes who has a model and no framework around it. GA is the mean of the samples' means, not clipped."""
+    model.train()
+    row, parameters = told.row, trained(model)
+    optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
+    pairs, meter = samples()[: told.samples], Meter(row.window)
+    warm_up(row, forward, parameters)
+    meter.start()
+    for number, (tokens, labels) in enumerate(pairs, 1):
+        with autocast(row):
+            loss = forward(tokens, labels)
+        (loss / row.window).backward()
+        if number % row.window == 0 or number == len(pairs):
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        meter.add(loss.item(), n_targets(labels), tokens.numel())
+    return meter.stop()
+
+
+def tell(told: argparse.Namespace, measured: dict[str, Any], packages: Sequence[str] = ()) -> None:
+    """Print the run's line."""
+    run = {"side": told.side, "row": told.row.name, "samples": told.samples, "threads": told.threads}
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)}
+    print(json.dumps(run | measured | {"versions": versions}), flush=True)

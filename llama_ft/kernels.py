@@ -1,0 +1,136 @@
+"""The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library, get_kernel
+from torch.utils._pytree import tree_map
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x in fp32, or in fp64 where that is what it is."""
+    return x.float() if x.dtype.itemsize == 2 else x
+
+
+BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
+
+
+def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
+    """Use the kernels of runs from now on, in the whole process.
+
+    On a GPU fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in
+    16 bit and else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell,
+    builds a plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute
+    capability 8.0, the card's or the one given instead, there is no FlashAttention.
+
+    On a CPU 16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the
+    CPU has. `use_products_of` does the same for matrix products.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
+    elif device.type == "cpu":
+        attend_in_fp32()
+
+
+def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
+    """Let the matrix products of a 16-bit dtype be computed in fp32 if oneDNN has no kernels for it on this CPU.
+
+    PyTorch's own would be loops over elements, up to 30 times slower.
+    """
+    if device.type == "cpu" and dtype.itemsize == 2 and not has_16bit_products(dtype):
+        multiply_in_fp32()
+
+
+@cache
+def has_16bit_products(dtype: torch.dtype) -> bool:
+    """Whether PyTorch gives matrix products in a 16-bit format to oneDNN on this CPU; else it loops over elements."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    return bool(getattr(torch.ops.mkldnn, supports[dtype])())
+
+
+# PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
+# the memory tracker sees, stays in 16 bit. Operands are made fp32, which is exact, and the result is rounded once, as
+# matrix units do that sum in fp32.
+
+
+@cache
+def attend_in_fp32() -> Library:
+    """Let 16-bit attention be computed in fp32 from now on."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return _replace({name: _attention, f"{name}_backward": _in_fp32})
+
+
+@cache
+def multiply_in_fp32() -> Library:
+    """Let 16-bit products for which oneDNN has no kernels be computed in fp32 from now on."""
+    return _replace({"mm": _product} | dict.fromkeys(("bmm", "addmm", "baddbmm"), _slow_in_fp32))
+
+
+def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
+    """Replace kernels of ATen for the CPU, for as long as what is returned lives; each is given the old one."""
+    library = Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that kernels are replaced
+        for name, kernel in kernels.items():
+            new = partial(kernel, get_kernel(f"aten::{name}", "CPU"))
+            library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
+    return library
+
+
+def _is_slow(tensor: Tensor) -> bool:
+    return tensor.dtype.itemsize == 2 and not has_16bit_products(tensor.dtype)
+
+
+def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a kernel makes of fp32 in the place of 16-bit tensors."""
+    if args[0].dtype.itemsize == 2:
+        args = tuple(at_least_fp32(each) if isinstance(each, Tensor) else each for each in args)
+        kwargs = {name: at_least_fp32(each) if isinstance(each, Tensor) else each for name, each in kwargs.items()}
+    return kernel.call_boxed(keys, *args, **kwargs)
+
+
+def _in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same, rounded."""
+    return tree_map(lambda each: each.to(args[0].dtype), _unrounded(kernel, keys, *args, **kwargs))
+
+
+def _slow_in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for formats without kernels of oneDNN."""
+    if not _is_slow(args[0]):
+        return kernel.call_boxed(keys, *args, **kwargs)
+    return _in_fp32(kernel, keys, *args, **kwargs)
+
+
+def _attention(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same for attention, which returns its rows' log-sum-exp too, and keeps that in fp32 whatever the format."""
+    out, log_sum_exp = _unrounded(kernel, keys, *args, **kwargs)
+    return out.to(args[0].dtype), log_sum_exp
+
+
+def _product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
+    """[m, k] times [k, n], with little in fp32 at a time: the larger side of the result is cut into blocks.
+
+    A single row is left to PyTorch, which has a good kernel for it: reading the weights is all its work.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if m == 1 or not _is_slow(a):
+        return kernel.call_boxed(keys, a, b)  # type: ignore[no-any-return]
+    out = a.new_empty(m, n)
+    size = max(64, BLOCK_BYTES // (4 * max(k, min(m, n), 1)))
+    if n >= m:
+        a = a.float()
+        for part, columns in zip(out.split(size, 1), b.split(size, 1), strict=True):
+            part.copy_(kernel.call_boxed(keys, a, columns.float()))
+    else:
+        b = b.float()
+        for part, rows in zip(out.split(size), a.split(size), strict=True):
+            part.copy_(kernel.call_boxed(keys, rows.float(), b))
+    return out
