@@ -6,12 +6,13 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from experiments.shared import gradient_of, load_tiny, relative_error, sample_records, tiny_tokenizer
+from experiments.shared import CPU, gradient_of, load_tiny, relative_error, sample_records, tiny_tokenizer
 from experiments.study import Log, Numbers
 from llama_ft.cli import composed_config
 from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.dataset import encode_record
+from llama_ft.kernels import use_products_of
 from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.fake_run import fake_run
@@ -45,6 +46,7 @@ def records_batch() -> Batch:
 def gradient(model: Transformer, batch: Batch, precision: Precision, scale: float = 1.0) -> Tensor:
     """Of the batch's mean loss times a scale, flat, fp32, as a precision computes it."""
     model.zero_grad(set_to_none=True)
+    use_products_of(CPU, precision.compute)
     with precision.autocast():
         loss = summed_loss(model, batch) / batch.n_targets
     (loss * scale).backward()

@@ -14,6 +14,7 @@ from experiments.study import Study, conduct
 ANSWERS = Path(__file__).parents[2] / "docs" / "answers.md"
 # Claims whose numbers are times, or depend on how much is measured.
 OTHER_WHEN_QUICK = {("lora", 5), ("gradient_accumulation", 4), ("kv_cache", 1), ("kv_cache", 2), ("kv_cache", 4)}
+OTHER_ELSEWHERE = {("mixed_precision", 2)}  # a few elements of a million: another CPU's fp16 may round one more to 0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def quick_run(study: Study, folder: Path) -> dict[str, Any]:
     assert (folder / f"{study.name}.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / f"{study.name}.json").read_text())
     assert (folder / f"{study.name}.md").read_text() == study.table_of(record)
-    again = [n for n in cited() if n.study == study.name and (n.study, n.claim) not in OTHER_WHEN_QUICK]
+    again = [n for n in cited() if n.study == study.name and (n.study, n.claim) not in OTHER_WHEN_QUICK | OTHER_ELSEWHERE]
     # Other CPUs round otherwise, which steps of training enlarge.
     assert [number for number in again if not number.is_shown(number.value_in(record), 0.02)] == []
     return record
