@@ -1,11 +1,14 @@
 """The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
 
+import re
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.utils._pytree import tree_map
@@ -16,6 +19,8 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
+MIN_ONEDNN_SIZE = 32  # of each dimension of a product
+ONEDNN_MULTIPLE = 16
 BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
 
 
@@ -28,7 +33,8 @@ def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = No
     capability 8.0, the card's or the one given instead, there is no FlashAttention.
 
     On a CPU 16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the
-    CPU has. `use_products_of` does the same for matrix products.
+    CPU has. `use_products_of` does the same for matrix products. Those in fp32 are oneDNN's where MKL, which PyTorch
+    takes, leaves half of the CPU unused.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
@@ -36,6 +42,8 @@ def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = No
         torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
     elif device.type == "cpu":
         attend_in_fp32()
+        if mkl_is_slow():
+            multiply_by_onednn()
 
 
 def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
@@ -56,6 +64,26 @@ def has_16bit_products(dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, supports[dtype])())
 
 
+@cache
+def mkl_is_slow() -> bool:
+    """Whether MKL computes fp32 products without AVX-512 on a CPU that has it: on all but Intel's."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and torch.cpu._is_avx512_supported()
+        and cpu_vendor() != "GenuineIntel"
+    )
+
+
+def cpu_vendor() -> str:
+    """The CPU's maker as Linux names it; empty elsewhere."""
+    try:
+        match = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return ""
+    return match[1] if match else ""
+
+
 # PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
 # the memory tracker sees, stays in 16 bit. Operands are made fp32, which is exact, and the result is rounded once, as
 # matrix units do that sum in fp32.
@@ -74,6 +102,12 @@ def multiply_in_fp32() -> Library:
     return _replace({"mm": _product} | dict.fromkeys(("bmm", "addmm", "baddbmm"), _slow_in_fp32))
 
 
+@cache
+def multiply_by_onednn() -> Library:
+    """Let fp32 products of many numbers be computed by oneDNN from now on."""
+    return _replace({"mm": _onednn_product})
+
+
 def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
     """Replace kernels of ATen for the CPU, for as long as what is returned lives; each is given the old one."""
     library = Library("aten", "IMPL")
@@ -83,6 +117,28 @@ def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
             new = partial(kernel, get_kernel(f"aten::{name}", "CPU"))
             library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
     return library
+
+
+def _onednn_product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
+    """[m, k] times [k, n]; small products, whose kernels take longer to find than to run, are left to MKL.
+
+    oneDNN builds kernels for each shape that it meets, and keeps them; so that ragged lengths do not fill the memory,
+    rows, and what is summed over, are made a multiple.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if a.dtype != torch.float32 or min(m, k, n) < MIN_ONEDNN_SIZE:
+        return kernel.call_boxed(keys, a, b)  # type: ignore[no-any-return]
+    if k % ONEDNN_MULTIPLE:
+        a, b = _longer(a.t(), k).t(), _longer(b, k)
+    linear = torch.ops.mkldnn._linear_pointwise  # what PyTorch's compiler makes of a linear layer
+    if m % ONEDNN_MULTIPLE == 0:
+        return linear(a, b.t(), None, "none", [], "")  # type: ignore[no-any-return]
+    return linear(_longer(a, m), b.t(), None, "none", [], "")[:m].clone()  # type: ignore[no-any-return]
+
+
+def _longer(rows: Tensor, n: int) -> Tensor:
+    """The n rows, and as many rows of zeros as make their number a multiple."""
+    return F.pad(rows, (0, 0, 0, -n % ONEDNN_MULTIPLE))
 
 
 def _is_slow(tensor: Tensor) -> bool:

@@ -23,6 +23,16 @@ from llama_ft.config import DataConfig, ModelConfig, TrainConfig
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_of_runs() -> None:
+    """Those of a run, in all tests: whichever test first loads a model would else change the others' last digits."""
+    import torch
+
+    from llama_ft.kernels import use_kernels_of
+
+    use_kernels_of(torch.device("cpu"))
+
+
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """This process's environment for a command of the checkout; a PYTHONPATH in `extra` comes before the checkout."""
     variables = {key: value for key, value in os.environ.items() if key not in ("HYDRA_FULL_ERROR", "COLUMNS")}

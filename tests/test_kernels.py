@@ -111,3 +111,21 @@ def test_decoding_a_token_at_a_time_is_that_of_the_whole(through_fp32) -> None:
 def test_fp32_products_are_as_before(through_fp32) -> None:
     a, b = torch.randn(6, 5), torch.randn(5, 7)
     assert torch.equal(a @ b, torch.mm(a, b, out=torch.empty(6, 7)))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
+@pytest.mark.parametrize(("rows", "n_in", "n_out"), [(37, 64, 48), (92, 33, 70), (64, 512, 32), (5, 8, 8), (1, 64, 64)])
+def test_fp32_products_of_onednn_are_those_of_fp64(rows: int, n_in: int, n_out: int) -> None:
+    kernels.multiply_by_onednn()  # for the rest of the process
+    x, w, grad = (torch.randn(shape) for shape in ((2, rows, n_in), (n_out, n_in), (2, rows, n_out)))
+    x, w = x.requires_grad_(), w.requires_grad_()
+    y = F.linear(x, w)
+    y.backward(grad)
+    assert y.is_contiguous()
+    for value, exact in (
+        (y, x.double() @ w.double().T),
+        (x.grad, grad.double() @ w.double()),
+        (w.grad, grad.double().flatten(0, 1).T @ x.double().flatten(0, 1)),
+    ):
+        assert value.untyped_storage().nbytes() == value.nbytes  # no padding is kept
+        assert (value.double() - exact).abs().max() <= 1e-6 * exact.abs().max()
