@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from benchmarks.peers import workload
 from benchmarks.peers.workload import LORA_RANK, LORA_TARGETS, SIZES, WINDOW, Row, Sizes
-from llama_ft.kernels import has_16bit_products
+from llama_ft.kernels import has_16bit_products, use_kernels_of
 
 ADAMW_BYTES = 7 * 4  # a trained parameter: weight, gradient and two moments are read, all but the gradient written
 ROUNDS = 10  # of which the fastest counts: a limit is what the machine can do
@@ -142,4 +142,5 @@ def measured(told: Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     told = workload.arguments()
+    use_kernels_of(torch.device("cpu"))  # a limit is what the faster library can do
     workload.tell(told, measured(told))
