@@ -19,7 +19,7 @@ def at_least_fp32(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize == 2 else x
 
 
-MIN_ONEDNN_SIZE = 32  # of each dimension of a product
+MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds
 ONEDNN_MULTIPLE = 16
 BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
 
@@ -126,7 +126,7 @@ def _onednn_product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
     rows, and what is summed over, are made a multiple.
     """
     (m, k), n = a.shape, b.shape[1]
-    if a.dtype != torch.float32 or min(m, k, n) < MIN_ONEDNN_SIZE:
+    if a.dtype != torch.float32 or m * k * n < MIN_ONEDNN_PRODUCT:
         return kernel.call_boxed(keys, a, b)  # type: ignore[no-any-return]
     if k % ONEDNN_MULTIPLE:
         a, b = _longer(a.t(), k).t(), _longer(b, k)

@@ -115,7 +115,8 @@ def test_fp32_products_are_as_before(through_fp32) -> None:
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 @pytest.mark.parametrize(("rows", "n_in", "n_out"), [(37, 64, 48), (92, 33, 70), (64, 512, 32), (5, 8, 8), (1, 64, 64)])
-def test_fp32_products_of_onednn_are_those_of_fp64(rows: int, n_in: int, n_out: int) -> None:
+def test_fp32_products_of_onednn_are_those_of_fp64(monkeypatch, rows: int, n_in: int, n_out: int) -> None:
+    monkeypatch.setattr(kernels, "MIN_ONEDNN_PRODUCT", 2**10)
     kernels.multiply_by_onednn()  # for the rest of the process
     x, w, grad = (torch.randn(shape) for shape in ((2, rows, n_in), (n_out, n_in), (2, rows, n_out)))
     x, w = x.requires_grad_(), w.requires_grad_()
