@@ -13,15 +13,14 @@ from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.utils._pytree import tree_map
 
+MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds of an fp32 product from which on oneDNN's kernels are worth building
+ONEDNN_MULTIPLE = 16  # to which rows are rounded up there, so that lengths share kernels
+BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
+
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """x in fp32, or in fp64 where that is what it is."""
     return x.float() if x.dtype.itemsize == 2 else x
-
-
-MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds
-ONEDNN_MULTIPLE = 16
-BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
 
 
 def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:

@@ -25,7 +25,7 @@ NOTES = """\
 - Ratios: ours to the fastest peer, and to the peer with the smallest RSS. There are none where the first losses, of the
   samples of the first update, differ by more than 1e-5 of the loss (16 bit: 2e-3).
 - Alike for all: weights, samples and their order, fused AdamW at a constant rate, 16-bit format, threads, and the
-  environment of our runs (`llama_ft/launch/process.py`: huge pages, less spinning), which peers would not have by
+  environment of our runs (`llama_ft/launch/process.py`: pages kept, less spinning), which peers would not have by
   themselves.
 - Time is that of training alone, peak RSS that of the whole process meanwhile; making weights and a warm-up of four
   samples come before.
