@@ -23,7 +23,7 @@ from llama_ft.launch.run import MeasuredRun
 from llama_ft.measure import card
 from llama_ft.measure.card import Card, Nvml, attention_kernel
 from llama_ft.measure.stopwatch import Stopwatch
-from llama_ft.measure.worst_case import measure_worst_case
+from llama_ft.measure.worst_case import measure_worst_case, warm_up
 from llama_ft.model.attention import repeats_keys
 from llama_ft.planning.gpu_traits import profile_here
 from llama_ft.records.result import new_result
@@ -261,6 +261,7 @@ def test_the_allocators_peak_is_of_a_pass_that_is_not_tracked(monkeypatch) -> No
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: calls.append(len(passes)))
     measure_worst_case(step, Windows(ragged_samples()))
+    warm_up(step, Windows(ragged_samples()))
     n_tracked = sum(tracked for _, tracked in passes)
     assert calls == [n_tracked]  # once, when the last tracked one is over
     widths = [width for width, _ in passes[n_tracked:]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.models import relative, small_model
 from helpers.planning import ON_CPU, ON_CUDA, small_config
-from helpers.training import COMBINATIONS, make_step, name, ragged_samples
+from helpers.training import COMBINATIONS, gradients, make_step, name, ragged_samples, step_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -32,9 +32,8 @@ from llama_ft.planning import predict
 from llama_ft.planning.fake_run import as_fake, fake_run, fake_step, windows_of
 from llama_ft.planning.operators import OperatorCounter, bytes_of, flops_of
 from llama_ft.planning.run_costs import run_costs
-from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import Windows
-from llama_ft.training.step import TrainStep, Window
+from llama_ft.training.step import Window
 
 needs_varlen = pytest.mark.skipif(not has_varlen(16), reason="this PyTorch has no variable-length attention")
 SAMPLES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=9).map(
@@ -84,29 +83,6 @@ def test_windows_have_the_samples_that_they_have_without_packing(size: int) -> N
 
 
 # The same step
-
-
-def gradients(step: TrainStep, window: Window) -> list[Tensor]:
-    """Before they are clipped; nothing is updated."""
-    found: list[Tensor] = []
-    step.max_grad_norm = float("inf")
-    hook = step.optimizer.register_step_pre_hook(
-        lambda optimizer, *_: found.extend(p.grad.clone() for p in optimizer.param_groups[0]["params"])
-    )
-    step.dry_run(window)
-    hook.remove()
-    return found
-
-
-def step_in(config: TrainConfig, optim: OptimConfig, dtype: torch.dtype) -> TrainStep:
-    """A step whose weights have a dtype, without dropout, with an adapter that does something."""
-    config.lora.dropout = 0.0
-    step = make_step(config, optim)
-    step.model.to(dtype)
-    for layer in step.model.modules():
-        if isinstance(layer, LoRALinear):
-            torch.nn.init.normal_(layer.lora_B, std=0.1)
-    return step
 
 
 @pytest.mark.parametrize("optim", COMBINATIONS, ids=name)

@@ -102,6 +102,12 @@ def test_packing_is_said_in_the_place_of_micro_batches(tmp_path: Path) -> None:
     assert "packing=2048" in (tmp_path / "plan.html").read_text()
 
 
+def test_a_plan_with_compiled_layers_says_that_it_is_of_others() -> None:
+    compiled = replace(one_card(), training=one_card().training | {"compile": True})
+    assert "training.compile is not modelled" in " ".join(printed(compiled, 200).split())
+    assert "training.compile" not in printed(one_card(), 200)
+
+
 def test_csv_holds_every_number_unrounded(written: Path) -> None:
     lines = csv_rows(written / "plan.csv")
     assert [line["combination"] for line in lines] == EIGHT

@@ -116,7 +116,7 @@ def finetune(
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
     config = TrainingConfig(
-        lr, epochs, micro_batch_size, packing, None, warmup_ratio, weight_decay, max_grad_norm, seed
+        lr, epochs, micro_batch_size, packing, False, None, warmup_ratio, weight_decay, max_grad_norm, seed
     )
     torch.manual_seed(seed)
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)

@@ -19,6 +19,7 @@ class TrainingConfig:
     packing: int | None = setting(
         None, "tokens up to which an update's samples are laid end to end; null is off", at_least=1
     )
+    compile: bool = setting(False, "compile the model's layers by torch.compile; memory is tracked without")
     max_samples: int | None = setting(None, "train on the first n samples only; null is all", at_least=1)
     warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")

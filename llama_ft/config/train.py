@@ -89,8 +89,9 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         # As before these keys were there.
         if self.adapter is None:
             del measured["adapter"]
-        if self.training.packing is None:
-            del measured["training"]["packing"]
+        for key in ("packing", "compile"):
+            if not measured["training"][key]:
+                del measured["training"][key]
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
         for holder, key in ((measured["data"], "path"), *named):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None

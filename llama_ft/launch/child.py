@@ -26,6 +26,7 @@ from llama_ft.system import MIB
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 HINTS = {
+    "No working C++ compiler": "training.compile=true needs one, such as g++",
     "CUDA driver error": "PYTORCH_ALLOC_CONF=expandable_segments:False may help",
     "CUDA error": "CUDA_LAUNCH_BLOCKING=1 makes the traceback show where",
 }

@@ -22,11 +22,12 @@ from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
-from llama_ft.measure.worst_case import measure_worst_case
+from llama_ft.measure.worst_case import measure_worst_case, warm_up
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training.compilation import compile_layers
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
@@ -92,6 +93,11 @@ class MeasuredRun:
         training, samples = self.config.training, self.dataset.samples
         self.stage = "the first optimizer step"
         use = measure_worst_case(step, data, self.log)
+        if training.compile:
+            self.log("compiling the layers ...")
+            compile_layers(step.model, is_packed=data.packing is not None)
+        if training.compile or step.device.type == "cuda":
+            warm_up(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
             watch = self._loop(step, data, file, fixed)

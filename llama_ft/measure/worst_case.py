@@ -16,21 +16,23 @@ from llama_ft.training.step import TrainStep, Window
 
 
 def measure_worst_case(step: TrainStep, data: Windows, log: Log = silent) -> MemoryUse:
-    """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards.
+    """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards."""
+    return track_memory(step, hardest_windows(data), log)
 
-    On CUDA the allocator's own peak statistics start here, with a pass that is not tracked: the tracker holds each
+
+def warm_up(step: TrainStep, data: Windows) -> None:
+    """Let kernels be loaded and layers compiled before the first step; weights and random state are as before.
+
+    On CUDA the allocator's own peak statistics start here, since nothing is tracked here: the tracker holds each
     operator's inputs and outputs until it has returned.
     """
-    hardest = hardest_windows(data)
-    use = track_memory(step, hardest, log)
     if step.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
-        by_length = sorted(data.samples, key=len)
-        usual = [data.lay_out([[sample]]) for sample in (by_length[len(by_length) // 2], by_length[0])]
-        for window in [*hardest, *usual]:  # other widths have other kernels, which are loaded when first used
-            step.dry_run(window)
-    return use
+    by_length = sorted(data.samples, key=len)
+    usual = [data.lay_out([[sample]]) for sample in (by_length[len(by_length) // 2], by_length[0])]
+    for window in [*hardest_windows(data), *usual]:  # other widths have other kernels, which are loaded when first used
+        step.dry_run(window)
 
 
 def track_memory(step: TrainStep, hardest: list[Window], log: Log = silent) -> MemoryUse:

@@ -77,7 +77,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.group_size = config.n_heads // config.n_kv_heads  # query heads that share a head of keys and values
-        self.repeats_keys, self.takes_segments = repeats_keys, takes_segments  # attributes, for plans of other devices
+        # Attributes, so that plans can be made for other devices, and attention be kept from a compiler.
+        self.repeats_keys, self.takes_segments, self.attend = repeats_keys, takes_segments, attend
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, q_dim, bias=False)
         self.wk = nn.Linear(config.dim, kv_dim, bias=False)
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
         if self.group_size > 1 and self.repeats_keys(q, mask):
             k, v = (t.repeat_interleave(self.group_size, dim=1) for t in (k, v))
-        out = attend(q, k, v, mask, isinstance(mask, Segments) and self.takes_segments(q))
+        out = self.attend(q, k, v, mask, isinstance(mask, Segments) and self.takes_segments(q))
         return self.wo(out.flatten(-2))  # type: ignore[no-any-return]
 
 

@@ -69,6 +69,7 @@ class Result:
     config_hash: str | None = None  # None for a run that was refused before it began
     settings_hash: str | None = None  # equal for runs that differ in their techniques alone
     packing: int | None = None  # tokens up to which the samples of an update were laid end to end
+    compiled: bool = False  # whether the layers were
     memory_limit_mib: int | None = None
     device: str | None = None
     compute_dtype: str | None = None
@@ -118,6 +119,7 @@ def unmeasured_result(settings: Settings, command: str, error: str | None = None
         techniques={name: settings[name] for name in settings["optim"]},
         micro_batch_size=settings["training"]["micro_batch_size"],
         packing=settings["training"].get("packing"),
+        compiled=settings["training"].get("compile", False),
         command=command,
         error=error,
     )

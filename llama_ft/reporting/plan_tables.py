@@ -114,6 +114,8 @@ def plan_notes(plan: Plan) -> list[str]:
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
+    if plan.training.get("compile"):
+        notes.append("training.compile is not modelled: memory and times are those of layers that are not compiled.")
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)

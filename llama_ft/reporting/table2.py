@@ -90,6 +90,8 @@ def _notes(group: Group) -> list[str]:
     results = group.results
     began = next((r for r in results if r.config_hash), results[0])  # a refused run's values may be any
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
+    if began.compiled:
+        notes.append("Layers are compiled (training.compile); memory by category is that of a pass without.")
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:

@@ -1,13 +1,15 @@
 """Training steps of small models, in every combination of techniques."""
 
 import torch
+from torch import Tensor
 
 from llama_ft.config import OptimConfig, TrainConfig
 from llama_ft.config.techniques import combinations
 from llama_ft.data.dataset import Sample
+from llama_ft.techniques.lora import LoRALinear
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.setup import set_up
-from llama_ft.training.step import TrainStep
+from llama_ft.training.step import TrainStep, Window
 
 from .models import CPU
 
@@ -33,3 +35,26 @@ def make_step(config: TrainConfig, optim: OptimConfig) -> TrainStep:
     config.optim, config.checkpoint = optim, "random"
     torch.manual_seed(config.training.seed)
     return set_up(config, Precision.of(config, "cpu", has_bf16=True), CPU)
+
+
+def gradients(step: TrainStep, window: Window) -> list[Tensor]:
+    """Before they are clipped; nothing is updated."""
+    found: list[Tensor] = []
+    step.max_grad_norm = float("inf")
+    hook = step.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: found.extend(p.grad.clone() for p in optimizer.param_groups[0]["params"])
+    )
+    step.dry_run(window)
+    hook.remove()
+    return found
+
+
+def step_in(config: TrainConfig, optim: OptimConfig, dtype: torch.dtype) -> TrainStep:
+    """A step whose weights have a dtype, without dropout, with an adapter that does something."""
+    config.lora.dropout = 0.0
+    step = make_step(config, optim)
+    step.model.to(dtype)
+    for layer in step.model.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return step

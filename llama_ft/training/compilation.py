@@ -1,0 +1,21 @@
+"""`torch.compile` (Ansel et al. 2024, doi 10.1145/3620665.3640366) of the model's layers."""
+
+import warnings
+
+import torch
+
+from llama_ft.model.transformer import Attention, Transformer, TransformerBlock
+
+
+def compile_layers(model: Transformer, is_packed: bool = False) -> None:
+    """Let each layer be compiled when it first runs: once for all layers, and for batches of any length.
+
+    Attention of packed rows stays as it is: it would be compiled anew for each row's lengths.
+    """
+    # Rotary embeddings are complex products, which are left as they are.
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
+    for module in model.layers.modules():
+        if is_packed and isinstance(module, Attention):
+            module.attend = torch.compiler.disable(module.attend)
+        if isinstance(module, TransformerBlock):
+            module.compile(dynamic=True)

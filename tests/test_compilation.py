@@ -1,0 +1,40 @@
+"""Compiled layers against the same layers as they are."""
+
+import shutil
+
+import pytest
+import torch
+from helpers.models import relative
+from helpers.planning import small_config
+from helpers.training import gradients, ragged_samples, step_in
+
+from llama_ft.config import OptimConfig
+from llama_ft.training.compilation import compile_layers
+from llama_ft.training.loop import Windows
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++"),
+    # Of PyTorch's own making.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize(
+    ("optim", "packing"), [(OptimConfig(), None), (OptimConfig(lora=True, gc=True), 70)], ids=["full", "lora_gc_packed"]
+)
+def test_compiled_layers_give_the_same_gradients(optim: OptimConfig, packing: int | None) -> None:
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    config = small_config()
+    step = step_in(config, optim, torch.float32)
+    windows = list(Windows(ragged_samples(), 1, 4, packing=packing).epoch(0))
+    expected = [gradients(step, window) for window in windows]
+    compile_layers(step.model, is_packed=packing is not None)
+    found = [gradients(step, windows[0])]
+    n_graphs = counters["stats"]["unique_graphs"]
+    found += [gradients(step, window) for window in windows[1:]]
+    assert n_graphs > 0
+    assert counters["stats"]["unique_graphs"] == n_graphs  # other lengths need no others
+    for a, b in zip(found, expected, strict=True):
+        assert max(map(relative, a, b)) <= 5e-6
