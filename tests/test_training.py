@@ -13,7 +13,6 @@ from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
 from llama_ft.techniques.lora import LoRALinear
-from llama_ft.training.cross_entropy import SummedCrossEntropy
 from llama_ft.training.loop import StepOutput, Windows, train
 from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
@@ -263,18 +262,3 @@ def test_evaluation_is_the_mean_over_target_tokens_and_changes_nothing(small_con
     assert one_by_one == pytest.approx(evaluate_loss(step, [collate(samples)]), rel=1e-5)
     assert equal(before, parameters(step))
     assert step.model.training
-
-
-def test_summed_cross_entropy_is_that_of_pytorch_and_keeps_one_matrix() -> None:
-    generator = torch.Generator().manual_seed(3)
-    logits = 5 * torch.randn(7, 11, generator=generator, dtype=torch.float64)
-    targets = torch.randint(11, (7,), generator=generator)
-    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    loss = SummedCrossEntropy.apply(ours, targets)
-    expected = torch.nn.functional.cross_entropy(theirs, targets, reduction="sum")
-    (3 * loss).backward(retain_graph=True)
-    (3 * expected).backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-14)
-    assert torch.allclose(ours.grad, theirs.grad, rtol=1e-13, atol=1e-15)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # rather than a wrong gradient
-        loss.backward()

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from llama_ft.data.collate import Batch
 from llama_ft.kernels import at_least_fp32
+from llama_ft.model.autograd import SummedCrossEntropy
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import target_tokens
 from llama_ft.techniques.mixed_precision import Precision
-from llama_ft.training.cross_entropy import SummedCrossEntropy
 
 Window = Sequence[Batch]  # the micro-batches of one optimizer step
 

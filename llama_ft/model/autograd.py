@@ -1,0 +1,83 @@
+"""Functions that keep less for their backward pass than PyTorch would, and make no more passes over memory for it.
+
+A second backward pass, through the gradients, is PyTorch's error.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llama_ft.kernels import at_least_fp32
+
+
+class RMSNormed(torch.autograd.Function):
+    """`weight * x / sqrt(mean(x**2) + eps)`; of x in 16 bit no copy in fp32 is kept, nor what the gain multiplies.
+
+    `apply` takes x, [..., D], the gain, [D], and eps; it returns [..., D], rounded to x's dtype before the gain.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Keeps x and one number of each row."""
+        x_fp32 = at_least_fp32(x)
+        scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return (x_fp32 * scale).to(x.dtype) * weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Of y = x * scale the gradient is g to x's `scale * (g - y * mean(g * y))`."""
+        x, weight, scale = ctx.saved_tensors
+        to_x = to_weight = None
+        normed = at_least_fp32(x) * scale
+        if ctx.needs_input_grad[1]:
+            to_weight = (gradient * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            to_normed = at_least_fp32(gradient * weight)
+            along = (to_normed * normed).mean(-1, keepdim=True)
+            to_x = to_normed.sub_(normed.mul_(along)).mul_(scale).to(x.dtype)
+        return to_x, to_weight, None
+
+
+class SwiGLU(torch.autograd.Function):
+    """`silu(gate) * up`; silu(gate) is computed again in the backward pass. `apply` takes the two, of one shape."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        """Keeps both."""
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """To gate and to up."""
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(..., reduction="sum")`, which makes two more matrices of targets by vocabulary.
+
+    `apply` takes logits, [N, V] in fp32 or fp64, and targets, int64 [N]; it returns a scalar.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        """Keeps the log-probabilities."""
+        log_probabilities = logits.log_softmax(-1)
+        ctx.save_for_backward(log_probabilities, targets)
+        return -log_probabilities.gather(-1, targets[:, None]).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Probabilities less one at the target, made in the place of what was kept."""
+        log_probabilities, targets = ctx.saved_tensors
+        probabilities = log_probabilities.exp_()
+        probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1
+        return probabilities.mul_(gradient), None
