@@ -25,7 +25,7 @@ class Prompt:
 
 
 def prompt_of(record: Json) -> str:
-    """What the model goes on with: `prompt`, or the others in Alpaca's template; a UserError if it is unclear."""
+    """What the model goes on with: `prompt`, or the instruction in Alpaca's template; a UserError if it is unclear."""
     given = {key: record[key] for key in KEYS if record.get(key) is not None}
     for key, text in given.items():
         if not isinstance(text, str):
