@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import EvaluateConfig, UserError
-from llama_ft.files import Json, output_folder, write_text
+from llama_ft.config import EvaluateConfig
+from llama_ft.files import Json, explained, output_folder, write_text
 from llama_ft.records import write_record
 from llama_ft.records.evaluation import EvaluatedText, Evaluation
 from llama_ft.reporting.evaluation import evaluation_table
@@ -106,15 +106,13 @@ def report(result: Evaluation, answers: str, folder: Path, console: Console) -> 
     """Print the table, and write it, the numbers and the answers."""
     table = evaluation_table(result)
     names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answers else [TABLE_FILE, JSON_FILE]
-    try:
+    with explained(f"output={folder} cannot be written to"):
         if answers:
             write_text(folder / ANSWERS_FILE, answers)
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
         write_text(folder / TABLE_FILE, markdown(table))
         write_record(result, folder / JSON_FILE)  # last: where it is, all is
-    except OSError as error:
-        raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
     print_table(table, console)
     console.print(f"\nWritten: {', '.join(names)} in {folder}", highlight=False, markup=False, soft_wrap=True)
 

@@ -33,12 +33,28 @@ def regular(file: Path) -> Path:
     return file
 
 
-def read_json(file: Path, holds: str) -> Json:
-    """A JSON object; `holds` says for people what a file holds that cannot be read.
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """Raise a UserError that says the problem, and the system's reason, where a file inside cannot be used."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem}: {error.strerror}") from error
 
-    Raises:
-        UserError: if the file cannot be read, or holds something else.
-    """
+
+def text_of(file: Path, name: str) -> str:
+    """A UTF-8 file's text, line ends as they are, without a byte-order mark; a UserError calls it by the name."""
+    with explained(f"{name} cannot be read"):
+        content = regular(file).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{name} cannot be read: line {line} is not UTF-8 text; save it as UTF-8") from error
+
+
+def read_json(file: Path, holds: str) -> Json:
+    """A JSON object; a UserError if the file cannot be read, of which `holds` says what it holds, or has none."""
     try:
         content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -63,7 +79,9 @@ def why_no_folder(path: Path) -> str:
 
 
 def unread_hint(folder: Path) -> str:
-    """For people: weights in a folder in formats that are not read, and what to do about it."""
+    """For people: what lies in a folder in the place of weights that are read, and what to do about it."""
+    if (folder / ADAPTER_FILE).is_file():
+        return f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
     if any(folder.glob("*.gguf")):
         return f"; {NO_GGUF}"
     return "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
@@ -92,8 +110,7 @@ def whole_file(file: Path) -> Iterator[Path]:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into: renamed when the block ends, removed when it fails.
 
-    Raises:
-        OSError: if the folder is there already and not empty, or cannot be made.
+    A folder that is there already and not empty, or cannot be made, is an OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -141,10 +158,8 @@ def to_disk(path: Path) -> None:
 def locked(folder: Path, wait_seconds: float = 0) -> Iterator[int]:
     """Hold a folder for this process and for whoever inherits the descriptor that is given.
 
-    The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends.
-
-    Raises:
-        UserError: if another process holds it for longer than `wait_seconds`.
+    The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends. If
+    another process holds it for longer than `wait_seconds`, that is a UserError.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -188,28 +203,21 @@ def _text(file: Path) -> str:
 def output_folder(output: str | None, kind: str, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
     """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
 
-    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`; `files` are what is written, the JSON first.
-
-    Raises:
-        UserError: if it cannot be made or written into, another process writes into it, or files lie there that are
-            not ours.
+    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`; `files` are what is written, the JSON first. If it
+    cannot be, another process writes into it, or others' files of these names lie there, that is a UserError.
     """
     folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
-    try:
+    with explained(f"output={folder}: the folder cannot be made"):
         if not output:
             folder = new_folder(str(folder))
             made[:1] = [folder]
         else:
             folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output={folder}: the folder cannot be made: {error.strerror}") from error
     try:
         with locked(folder):
-            try:  # before anything long begins
+            with explained(f"output={folder} cannot be written to"):  # before anything long begins
                 TemporaryFile(dir=folder).close()
-            except OSError as error:
-                raise UserError(f"output={folder} cannot be written to: {error.strerror}") from error
             check_replaceable(folder, files)
             yield folder
     finally:

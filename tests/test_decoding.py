@@ -540,8 +540,3 @@ def test_stop_string_over_the_tokens_of_a_text(tokenizer, text):
     given += stop.push(stream.flush()) + stop.flush()
     expected, found = first_stop(text, ["### Instruction:", "🙃"])
     assert (given.removeprefix(" "), stop.found) == (expected, found)
-
-
-def test_empty_stop_string_is_refused():
-    with pytest.raises(UserError, match="empty string"):
-        StopAt(["a", ""])

@@ -401,7 +401,7 @@ WRONG = {
     "text=missing.txt": r"text=missing\.txt cannot be read: No such file",
     "text=.": r"text=\. cannot be read: Is a directory",
     "text=empty.txt": r"text=empty\.txt is empty",
-    "text=latin1.txt": r"text=latin1\.txt cannot be read: it is not UTF-8",
+    "text=latin1.txt": r"text=latin1\.txt cannot be read: line 1 is not UTF-8 text",
     'text=""': "text=.* is not allowed: it must be a text",
     "window=64 stride=65": "stride=65 is not allowed: it must be between 1 and the window of 64",
     "window=64": "window and stride are for text=FILE, and there is none",

@@ -114,12 +114,12 @@ BAD: dict[str, tuple[Any, str]] = {
     "empty instruction": ({"instruction": " \n"}, "instruction is empty"),
     "number": ({"prompt": 3}, "prompt must be a text"),
     "input": ({"prompt": "a", "input": "b"}, "input belongs to an instruction"),
-    "array": ([], "a record must be an object with prompt or instruction, not list"),
+    "array": ([], "a record must be an object such as"),
     "json": ("{\n", "not valid JSON"),
     "taken": ({"prompt": "a", "answer": "b"}, "answer is what the answer will be under"),
     "long": ({"prompt": "Hello " * 200}, "tokens, and the model's context is 128"),
-    "kept surrogate": ('{"prompt": "a", "kept": "\\ud800"}\n', "half of a surrogate pair"),
-    "kept infinity": ('{"prompt": "a", "kept": Infinity}\n', "it holds an infinity"),
+    "kept surrogate": ('{"prompt": "a", "kept": "\\ud800"}\n', "surrogates not allowed"),
+    "kept infinity": ('{"prompt": "a", "kept": Infinity}\n', "not JSON compliant"),
     "surrogate": ('{"prompt": "\\ud800"}\n', "prompt is not text"),
 }
 

@@ -3,14 +3,14 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
 from math import isnan
 from pathlib import Path
 from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
-from llama_ft.data.json_records import json_records
+from llama_ft.data.json_records import as_object, json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.system import Pace
@@ -108,10 +108,7 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
 
 
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
-    """The first records of a JSON array or of a JSONL file, and how many of them were bad and skipped.
-
-    A file that cannot be read is a UserError, and so is a bad record that is not to be skipped, or if all are bad.
-    """
+    """The first records of a JSON or JSONL file, and how many bad ones were skipped; a UserError if they may not be."""
     records, n_skipped, first_reason = list[Record](), 0, ""
     for where, value in islice(json_records(path, ("instruction",)), first):
         try:
@@ -135,27 +132,24 @@ def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     prompt = prompt_text(record.instruction, record.input)
     prompt_ids = tokenizer.encode(prompt, bos=True)
     tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
-    n_prompt = len(prompt_ids)
-    if tokens[:n_prompt] != prompt_ids:
-        n_prompt = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt_ids, tokens, strict=False)))
-    return Sample(tokens, n_prompt)
+    pairs = zip(prompt_ids, tokens, strict=False)
+    return Sample(tokens, next((n for n, (one, other) in enumerate(pairs) if one != other), len(prompt_ids)))
 
 
 def as_record(value: object) -> Record:
     """The record in a JSON value; a ValueError says what is wrong with it."""
-    if isinstance(value, ValueError):
-        raise ValueError(f"not valid JSON: {value}")
-    if not isinstance(value, dict):
-        raise ValueError(f"a record must be an object with instruction, input and output, not {type(value).__name__}")
+    record = as_object(value)
     # Null and NaN, which pandas makes of a spreadsheet's empty cell, are no values.
-    given = {key: part for key, part in value.items() if part is not None and not (type(part) is float and isnan(part))}
-    record = {"input": ""} | given
+    given = {
+        key: part for key, part in record.items() if part is not None and not (type(part) is float and isnan(part))
+    }
+    texts = {"input": ""} | given
     for key in ("instruction", "input", "output"):
-        if key not in record:
-            raise ValueError(f"{key} is {'null or NaN' if key in value else 'missing'}")
-        if not isinstance(record[key], str):
+        if key not in texts:
+            raise ValueError(f"{key} is {'null or NaN' if key in record else 'missing'}")
+        if not isinstance(texts[key], str):
             raise ValueError(f"{key} must be a text")
-        record[key].encode()  # raises a ValueError at half of a surrogate pair
-    if not record["instruction"].strip():
+        texts[key].encode()  # raises a ValueError at half of a surrogate pair
+    if not texts["instruction"].strip():
         raise ValueError("instruction is empty")
-    return Record(record["instruction"], record["input"], record["output"], str(record.get("task") or ""))
+    return Record(texts["instruction"], texts["input"], texts["output"], str(texts.get("task") or ""))

@@ -22,10 +22,7 @@ class SpecialTokens:
 
 
 def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
-    """What is said beside a tokenizer's file and, if it lies elsewhere, in the checkpoint's folder.
-
-    A file that is there and no JSON object is a UserError.
-    """
+    """What is said beside a tokenizer's file, and in the checkpoint's folder; a UserError where it is damaged."""
     beside = _content(tokenizer.with_name(TOKENIZER_CONFIG))
     added = beside.get("added_tokens_decoder")
     tokens = added.items() if isinstance(added, dict) else ()

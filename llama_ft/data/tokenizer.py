@@ -14,7 +14,7 @@ import sentencepiece
 
 from llama_ft.config import ModelConfig, ModelSource, UserError
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
-from llama_ft.files import LFS_HINT, LFS_POINTER
+from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
@@ -23,27 +23,17 @@ class Tokenizer:
     """Text to token ids and back, whatever the format of the file."""
 
     def __init__(self, file: Path, checkpoint: str | None = None) -> None:
-        """Load a file, whose content says its format; the checkpoint's folder may name more ends of text.
-
-        Raises:
-            UserError: if it or the package that reads it is missing, or it is damaged or of another kind.
-        """
+        """Load a file, whose content says its format; a UserError if it cannot be. The checkpoint may name ends."""
         if not file.is_file():
             is_folder = "is a folder: give the tokenizer.model or tokenizer.json in it"
             raise UserError(f"tokenizer={file}: {is_folder if file.is_dir() else 'there is no such file'}")
-        try:
-            with file.open("rb") as stream:
-                start = stream.read(1024)
-        except OSError as error:
-            raise UserError(f"tokenizer={file} cannot be read: {error.strerror}") from error
+        with explained(f"tokenizer={file} cannot be read"), file.open("rb") as stream:
+            start = stream.read(1024)
         if start.startswith(LFS_POINTER):
             raise UserError(f"tokenizer={file} {LFS_HINT}")
-        named = named_tokens(file, checkpoint)
-        self._format: _HuggingFace | Tiktoken | _SentencePiece
-        if JSON_START.match(start):
-            self._format = _HuggingFace(file, named)
-        else:
-            self._format = (Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece)(file, named)
+        self.file, self.is_json = file, JSON_START.match(start) is not None
+        kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece
+        self._format = kind(file, named_tokens(file, checkpoint))
         self.vocab_size: int = self._format.vocab_size
         self.bos_id: int | None = self._format.bos_id  # None where texts begin without
         self.eos_id: int = self._format.eos_id  # what an answer that is trained on ends with
@@ -112,10 +102,7 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    """A byte-level BPE in `tokenizer.json`, as of Llama 3.
-
-    LLaMA-2's splits spaces otherwise than the SentencePiece model, so it is refused.
-    """
+    """A byte-level BPE in `tokenizer.json`, as of Llama 3. LLaMA-2's is refused: it splits spaces otherwise."""
 
     LLAMA_3_BOS, LLAMA_3_ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 

@@ -14,6 +14,7 @@ from llama_ft.data.tokenizer import Tiktoken
 from llama_ft.files import Json
 
 Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others
+FAST_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 SPACE = "▁"  # stands for a space in SentencePiece's pieces
 # Llama 3's special tokens by index; the others are reserved.
 LLAMA_3_NAMES = {
@@ -29,11 +30,8 @@ LLAMA_3_1_NAMES = LLAMA_3_NAMES | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|
 def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
     """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`, LLaMA-2's or Llama 3's.
 
-    Args:
-        llama_3_1: whether special tokens have the names of Llama 3.1, and later, rather than 3.
-
-    Raises:
-        UserError: if it cannot be read, or splits text in a way that tokenizer.json cannot express.
+    With `llama_3_1`, special tokens have the names that they have since. A file that splits text in a way that
+    tokenizer.json cannot express is a UserError.
     """
     is_ranks = Tiktoken.LINE.match(file.read_bytes())
     special, parts = _from_ranks(file, llama_3_1) if is_ranks else _from_sentencepiece(file)
@@ -48,13 +46,7 @@ def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
     template = {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": tokens}
     content = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **parts}
     content["post_processor"] = template
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "clean_up_tokenization_spaces": False,
-    }
-    return {"tokenizer.json": content, "tokenizer_config.json": config}
+    return {"tokenizer.json": content, "tokenizer_config.json": FAST_TOKENIZER | {"bos_token": bos, "eos_token": eos}}
 
 
 def _from_sentencepiece(file: Path) -> tuple[Special, Json]:

@@ -49,7 +49,6 @@ def beam_search(
 
     Args:
         state: the prompt in n_beams equal rows, of which the first alone begins, with room for max_new_tokens.
-        n_beams: running beams, and hypotheses that are kept; 1 is greedy decoding.
         length_penalty: exponent of the length that totals are divided by; above 0 favours longer continuations.
         early_stopping: end once n_beams hypotheses are finished; else when no running beam's present score beats them.
         n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.

@@ -30,9 +30,8 @@ def chat(answer: TextFn, use_adapter: TextFn, read_line: Callable[[], str], log:
 
     Args:
         answer: generates and shows what follows a prompt. A UserError of it is logged, and the dialogue goes on.
-        use_adapter: changes to the adapter in a folder; an empty name is none. A UserError of it is logged, too.
+        use_adapter: likewise changes to the adapter in a folder; an empty name is none.
         read_line: the next line without its line break; raises EOFError after the last.
-        log: for what is no answer.
     """
     log("an instruction a line; /help says more, /quit ends")
     about = ""

@@ -35,11 +35,8 @@ def generate(
 ) -> list[list[Answer]]:
     """`config.num_return_sequences` answers to each of a batch of prompts: those it gets by itself, up to rounding.
 
-    Args:
-        on_text: given the first answer's text piece by piece, once it is certain; that of a beam search at its end.
-
-    Raises:
-        UserError: if a prompt leaves no room in the model's context, or the logits are not finite.
+    `on_text` is given the first answer's text piece by piece, once it is certain; that of a beam search at its end. A
+    prompt that leaves no room in the model's context is a UserError, and so are logits that are not finite.
     """
     batch = [encode_prompt(tokenizer, prompt, model.config.max_seq_len) for prompt in prompts]
     n_answers = config.num_return_sequences

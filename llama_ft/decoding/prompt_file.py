@@ -14,9 +14,9 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import GenerateFn, LoadFn, ignore
+from llama_ft.decoding.generate import LoadFn, ignore
 from llama_ft.decoding.prompts import Prompt
-from llama_ft.files import try_lock
+from llama_ft.files import explained, try_lock
 from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
@@ -31,11 +31,7 @@ def answer_keys(config: GenerateConfig) -> set[str]:
 
 
 def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt]) -> str:
-    """What makes the answers what they are. Where files lie is not part of it, nor what changes speed and memory only.
-
-    Args:
-        dtype: that of the arithmetic, after `auto` has been resolved.
-    """
+    """What makes the answers what they are: not where files lie, nor what changes speed and memory only."""
     base = (config.base or config.checkpoint) if config.compare else None
     names = [config.checkpoint, str(config.tokenizer_file), config.adapter, base]
     builtin = {"builtin": str(config.model.builtin_dir)}
@@ -71,13 +67,14 @@ def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answer
     file = Path(os.path.expanduser(name))
     if file.exists() and not file.is_file():
         raise UserError(f"output={file}: it must be a file")
-    with _explained(file):
+    cannot = f"output={file} cannot be written"
+    with explained(cannot):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = file.open("ab", buffering=0)  # a line is written or refused, and nothing is left for closing
 
     def write(line: str) -> None:
         rest = line.encode()
-        with _explained(file):
+        with explained(cannot):
             while rest:
                 rest = rest[stream.write(rest) :]
 
@@ -116,21 +113,12 @@ def print_line(line: str) -> None:
     print(line, end="", flush=True)
 
 
-@contextmanager
-def _explained(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"output={file} cannot be written: {error.strerror}") from error
-
-
 def answer_prompts(
     config: GenerateConfig, prompts: Sequence[Prompt], dtype: str, load: LoadFn, progress: Progress, log: Log
 ) -> None:
     """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
 
-    Raises:
-        UserError: before anything is generated, if the output is of other prompts or settings.
+    Before anything is generated, a UserError says if the output is of other prompts or settings.
     """
     made_with = settings_hash(config, dtype, prompts)
 
@@ -144,9 +132,12 @@ def answer_prompts(
             return
         answer = load(is_base)
         with progress("answers of the base" if is_base else "answers", len(rest)) as advance:
-            for prompt, answers in zip(rest, _asked(answer, rest, config.batch_size, advance), strict=True):
-                base = base_texts[len(lines.texts)] if base_texts is not None else None
-                lines.add(AnsweredPrompt(prompt.record, answers, made_with, base))
+            for start in range(0, len(rest), config.batch_size):
+                batch = rest[start : start + config.batch_size]
+                for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], ignore), strict=True):
+                    base = base_texts[len(lines.texts)] if base_texts is not None else None
+                    lines.add(AnsweredPrompt(prompt.record, answers, made_with, base))
+                advance(len(batch))
 
     with lines_for() as lines:
         try:
@@ -159,13 +150,3 @@ def answer_prompts(
         finally:
             if config.output is not None and lines.texts:
                 log(f"{len(lines.texts)} of {len(prompts)} prompts are answered in {config.output}")
-
-
-def _asked(
-    answer: GenerateFn, prompts: Sequence[Prompt], batch_size: int, advance: Callable[[int], None]
-) -> Iterator[list[Answer]]:
-    """The answers to each prompt, which are asked batch by batch."""
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start : start + batch_size]
-        yield from answer([prompt.text for prompt in batch], ignore)
-        advance(len(batch))

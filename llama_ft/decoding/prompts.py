@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ft.config import UserError
-from llama_ft.data.json_records import json_records
+from llama_ft.data.json_records import as_object, json_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import Json
@@ -25,11 +25,7 @@ class Prompt:
 
 
 def prompt_of(record: Json) -> str:
-    """The text that the model goes on with: `prompt` as it is, or `instruction` and `input` in Alpaca's template.
-
-    Raises:
-        UserError: if the record has neither or both, or they are empty or no text.
-    """
+    """What the model goes on with: `prompt`, or the instruction in Alpaca's template; a UserError if it is unclear."""
     given = {key: record[key] for key in KEYS if record.get(key) is not None}
     for key, text in given.items():
         if not isinstance(text, str):
@@ -54,33 +50,24 @@ def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
 
 
 def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, context: int) -> list[Prompt]:
-    """The prompts of a JSON array or of a JSONL file, in its order.
+    """The prompts of a JSON or JSONL file; a UserError if it cannot be read or has no record, or names the bad ones.
 
-    Args:
-        reserved: keys that a record may not have, since its answer will.
-        context: tokens that prompt and answer have room in.
-
-    Raises:
-        UserError: if the file cannot be read or has no record, or naming the records that are bad.
+    A record may not have the reserved keys, since its answer will; a prompt must leave room in a context of so many
+    tokens.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
     for where, value in json_records(file, KEYS):
         try:
-            if isinstance(value, Exception):
-                raise UserError(f"not valid JSON: {value}")
-            if not isinstance(value, dict):
-                raise UserError(f"a record must be an object with prompt or instruction, not {type(value).__name__}")
-            if taken := sorted(value.keys() & set(reserved)):
+            record = as_object(value)
+            if taken := sorted(record.keys() & set(reserved)):
                 raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
-            prompt = Prompt(prompt_of(value), value)
+            prompt = Prompt(prompt_of(record), record)
             encode_prompt(tokenizer, prompt.text, context)
-            json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
+            json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
             prompts.append(prompt)
-        except UserError as error:
+        except (UserError, ValueError) as error:
             problems.append(f"{where}: {error}")
-        except ValueError:
-            problems.append(f"{where}: it holds an infinity or half of a surrogate pair, which JSON cannot")
     if problems:
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise UserError(f"prompts={file}: {'; '.join(problems[:MAX_NAMED])}{more}")

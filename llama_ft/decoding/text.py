@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 
-from llama_ft.config import UserError
 from llama_ft.data.tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"  # what decoding puts in the place of bytes that are no UTF-8
@@ -56,10 +55,9 @@ class StopAt:
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        """Take in the strings; an empty one is a UserError."""
+        """Take in the strings, of which none is empty."""
         self._strings = tuple(strings)
-        if "" in self._strings:
-            raise UserError("decoding.stop has an empty string, which would end every text at once: leave it out")
+        self._longest = max(map(len, self._strings), default=0)
         self.found: str | None = None  # the string that ended the text
         self._held = ""
 
@@ -76,7 +74,8 @@ class StopAt:
             start, self.found = min(matches, key=lambda match: (match[0] + len(match[1]), match[0]))
             self._held = ""
             return text[:start]
-        n_held = max((_overlap(text, string) for string in self._strings), default=0)
+        ends = range(min(len(text), self._longest), 0, -1)
+        n_held = next((n for n in ends if any(string.startswith(text[-n:]) for string in self._strings)), 0)
         certain, self._held = text[: len(text) - n_held], text[len(text) - n_held :]
         return certain
 
@@ -84,9 +83,3 @@ class StopAt:
         """The text that was held back, at the end: no stop string has come of it."""
         rest, self._held = self._held, ""
         return rest
-
-
-def _overlap(text: str, string: str) -> int:
-    """Characters of the longest end of the text with which the string begins, the whole string not counted."""
-    longest = min(len(text), len(string) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

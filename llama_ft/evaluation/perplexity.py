@@ -11,7 +11,7 @@ from llama_ft.config import UserError
 from llama_ft.data.collate import NO_PADDING, Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.files import regular
+from llama_ft.files import text_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.evaluation import Perplexity
 from llama_ft.training.step import summed_loss
@@ -30,11 +30,7 @@ class Text:
 
 def read_text(file: Path, tokenizer: Tokenizer) -> Text:
     """Read a UTF-8 file and tokenize it as one text, line ends as they are, with BOS before it and no EOS."""
-    try:
-        text = regular(file).read_bytes().decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise UserError(f"text={file} cannot be read: {reason}") from error
+    text = text_of(file, f"text={file}")
     tokens = tokenizer.encode(text, bos=True)
     if len(tokens) < 2:
         raise UserError(f"text={file} is empty")

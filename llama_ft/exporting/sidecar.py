@@ -7,9 +7,9 @@ from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
-from llama_ft.data.tokenizer import JSON_START, Tokenizer, check_vocabulary
-from llama_ft.data.tokenizer_json import tokenizer_files
-from llama_ft.files import HF_CONFIG, Json, read_json
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
+from llama_ft.files import HF_CONFIG, Json, explained, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 
@@ -29,36 +29,32 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer: Path | None = None
-        self._loaded: Tokenizer | None = None
-        self._find_tokenizer()
+        self._tokenizer = self._found_tokenizer()
         self._ids = self._special_ids()
-        if config.to is Format.hf:
-            self.files = self._hf_files()
-        else:
-            self.files = {} if self._tokenizer is None else self._meta_files(self._tokenizer)
+        self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
 
-    def _find_tokenizer(self) -> None:
-        """Load the tokenizer, if there is one that we can read."""
+    def _found_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
         if name is None:
-            return
-        file = Path(os.path.expanduser(name))
+            return None
         try:
-            check_vocabulary(loaded := Tokenizer(file, config.checkpoint), file, config.model, config.checkpoint)
-            self._tokenizer, self._loaded = file, loaded
+            tokenizer = Tokenizer(Path(os.path.expanduser(name)), config.checkpoint)
+            check_vocabulary(tokenizer, tokenizer.file, config.model, config.checkpoint)
+            return tokenizer
         except UserError as error:
             if config.tokenizer is not None:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
+            return None
 
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
-        if self._settings is not None or self._loaded is not None:
+        if self._settings is not None or self._tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
         if self._config.to is Format.hf:
             guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
@@ -68,7 +64,7 @@ class SidecarFiles:
     def _with_tokenizers(self, name: str, content: Json) -> Json:
         """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
         said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
-        if (tokenizer := self._loaded) is None:
+        if (tokenizer := self._tokenizer) is None:
             return said
         ends = said["eos_token_id"]
         ids = dict(said)
@@ -90,35 +86,34 @@ class SidecarFiles:
             files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
-        folder = self._source if self._tokenizer is None else self._tokenizer.parent
+        folder = self._source if self._tokenizer is None else self._tokenizer.file.parent
         files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
         if self._tokenizer is None:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
-        files[_usual_name(self._tokenizer)] = _read(self._tokenizer)
+        files[_usual_name(self._tokenizer)] = _read(self._tokenizer.file)
         is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
         return files if is_whole else self._made(self._tokenizer) | files
 
-    def _meta_files(self, tokenizer: Path) -> dict[str, bytes]:
-        """The tokenizer alone; of tokenizer.json also what says which of its tokens ends a text."""
-        files = {(name := _usual_name(tokenizer)): _read(tokenizer)}
-        if name == TOKENIZER_FILES[1]:
-            said = tokenizer.with_name(TOKENIZER_CONFIG)
+    def _meta_files(self) -> dict[str, bytes]:
+        """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
+        if (tokenizer := self._tokenizer) is None:
+            return {}
+        files = {_usual_name(tokenizer): _read(tokenizer.file)}
+        if tokenizer.is_json:
+            said = tokenizer.file.with_name(TOKENIZER_CONFIG)
             files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
         return files
 
-    def _made(self, tokenizer: Path) -> dict[str, bytes]:
+    def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
-        if _usual_name(tokenizer) == TOKENIZER_FILES[1]:
-            tokens = json.loads(tokenizer.read_text(encoding="utf-8"))["added_tokens"]
-            names = {token["id"]: token["content"] for token in tokens}
-            config: Json = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-            assert self._loaded is not None
-            special = {"bos_token": self._loaded.bos_id, "eos_token": self._loaded.eos_id}
-            config |= {key: names[number] for key, number in special.items() if number in names}
-            return {TOKENIZER_CONFIG: _json(config)}
+        if tokenizer.is_json:
+            names = {token["id"]: token["content"] for token in json.loads(_read(tokenizer.file))["added_tokens"]}
+            special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+            named = {key: names[number] for key, number in special.items() if number in names}
+            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named)}
         try:
-            made = tokenizer_files(tokenizer, llama_3_1=self._config.model.rope_factor != 1)
+            made = tokenizer_files(tokenizer.file, llama_3_1=self._config.model.rope_factor != 1)
         except UserError as error:
             self._log(f"{error}; transformers may split text otherwise")
             return {}
@@ -139,16 +134,14 @@ class SidecarFiles:
         return content | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
 
 
-def _usual_name(tokenizer: Path) -> str:
-    """The name that a tokenizer's file has beside a checkpoint, by its content."""
-    return TOKENIZER_FILES[1] if JSON_START.match(_read(tokenizer)) else TOKENIZER_FILES[0]
+def _usual_name(tokenizer: Tokenizer) -> str:
+    """The name that a tokenizer's file has beside a checkpoint."""
+    return TOKENIZER_FILES[1 if tokenizer.is_json else 0]
 
 
 def _read(file: Path) -> bytes:
-    try:
+    with explained(f"{file} cannot be read"):
         return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
 
 def _json(content: Json) -> bytes:

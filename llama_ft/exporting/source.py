@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, Dtype, ModelConfig, UserError
+from llama_ft.config import ConvertConfig, ModelConfig, UserError
+from llama_ft.device import DTYPES
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
@@ -16,8 +17,6 @@ from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import check_base_of, check_copies
 from llama_ft.techniques.lora import lora_scale
 from llama_ft.techniques.peft import Factors, read_adapter
-
-DTYPES = {Dtype.fp32: torch.float32, Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16}
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def open_source(config: ConvertConfig) -> Source:
             sizes, own = replace(sizes, tie_word_embeddings=False), own | {OUTPUT: own[EMBEDDING]}
         check_copies(adapter, {OUTPUT: own[EMBEDDING]} | own)
         changed = {name: merged(own[name], factors) for name, factors in adapter.weights.items()}
-    dtypes = {name: DTYPES.get(config.dtype, weight.dtype) for name, weight in own.items()}
+    dtypes = {name: DTYPES.get(config.dtype.name, weight.dtype) for name, weight in own.items()}
     weights = {name: rounded(name, weight, dtypes[name]) for name, weight in (own | changed).items()}
     return Source(sizes, checkpoint, weights)
 

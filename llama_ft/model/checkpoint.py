@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import UserError
-from llama_ft.files import ADAPTER_FILE, HF_CONFIG, META_PARAMS, WEIGHTS_FILE, read_json, unread_hint, why_no_folder
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, read_json, unread_hint, why_no_folder
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
@@ -20,6 +20,7 @@ from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Pace
 
+HUGGING_FACE = "Hugging Face"  # whose format it is, for people
 INDEX_FILE = "model.safetensors.index.json"
 
 Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
@@ -33,14 +34,13 @@ class Checkpoint:
     kind: str  # whose format it is, for people
     n_files: int
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
-    is_builtin: bool = False  # then nobody needs to be told
 
     @torch.no_grad()
     def load_into(self, model: Transformer, storage: Storage, log: Callable[[str], None]) -> None:
         """Fill a materialised model, on any device. Beside the model, one piece of a tensor lives."""
         total = sum(weight.n_bytes for weight in self.weights.values())
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
-        if not self.is_builtin:
+        if self.folder != model.config.builtin_dir:  # of which nobody needs to be told
             log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
         done, pace = 0, Pace()
         for name, weight in self.weights.items():
@@ -52,55 +52,41 @@ class Checkpoint:
                     log(f"weights: {done / total:.0%} read")
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """The tensors in a folder by our names, not compared with a model yet."""
-
-    kind: str
-    n_files: int
-    shards: Shards
-    is_hf: bool  # then wq and wk are in Hugging Face's layout
-
-
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
     """Find the weights in a folder; a UserError if they are missing, damaged, or not this model's."""
-    try:
-        stored = _open(folder, model)
-    except OSError as error:
-        raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
-    return Checkpoint(folder, stored.kind, stored.n_files, _fitting(folder, stored, model))
+    with explained(f"checkpoint={folder} cannot be read"):
+        kind, n_files, shards = _open(folder, model)
+    return Checkpoint(folder, kind, n_files, _fitting(folder, shards, model, kind == HUGGING_FACE))
 
 
-def _open(folder: Path, model: Transformer) -> _Stored:
+def _open(folder: Path, model: Transformer) -> tuple[str, int, Shards]:
+    """Whose format the weights have, their files' number, and the tensors, which are not compared with a model yet."""
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
         tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
         sizes = own_sizes(metadata, folder / WEIGHTS_FILE)
         if sizes is None:
-            return _open_hf(folder, tensors, 1, model)
+            return HUGGING_FACE, 1, _hf_shards(folder, tensors, model)
         check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
-        return _Stored("llama_ft", 1, {name: [stored] for name, stored in tensors.items()}, False)
+        return "llama_ft", 1, {name: [stored] for name, stored in tensors.items()}
     if (folder / INDEX_FILE).is_file():
-        return _open_hf(folder, *_read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()}), model)
+        tensors, n_files = _read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()})
+        return HUGGING_FACE, n_files, _hf_shards(folder, tensors, model)
     if files := _meta_files(folder):
         factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
-        return _Stored("Meta", len(files), meta_tensors(folder), False)
+        return "Meta", len(files), meta_tensors(folder)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
-    hint = unread_hint(folder)
-    if (folder / ADAPTER_FILE).is_file():
-        hint = f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
-    raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){hint}")
+    raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){unread_hint(folder)}")
 
 
-def _open_hf(folder: Path, tensors: dict[str, StoredTensor], n_files: int, model: Transformer) -> _Stored:
+def _hf_shards(folder: Path, tensors: dict[str, StoredTensor], model: Transformer) -> Shards:
     check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
     ours = {hf_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     # In Meta's layout under our names a tensor would be taken for Hugging Face's: such names must stay unknown.
-    shards = {ours.get(name, f"Hugging Face's {name}"): [stored] for name, stored in tensors.items()}
-    return _Stored("Hugging Face", n_files, shards, True)
+    return {ours.get(name, f"Hugging Face's {name}"): [stored] for name, stored in tensors.items()}
 
 
 def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, StoredTensor], int]:
@@ -143,12 +129,12 @@ def _meta_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: (len(file.name), file.name))  # 100 after 99
 
 
-def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Weight]:
+def _fitting(folder: Path, stored: Shards, model: Transformer, is_hf: bool) -> dict[str, Weight]:
     """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
     where = f"checkpoint={folder} does not fit model={model.config.name}"
-    their_name = hf_name if stored.is_hf else str
+    their_name = hf_name if is_hf else str
     expected = dict(model.named_parameters())
-    shards = {name: parts for name, parts in stored.shards.items() if not ROTARY_TABLES.fullmatch(name)}
+    shards = {name: parts for name, parts in stored.items() if not ROTARY_TABLES.fullmatch(name)}
     if missing := [name for name in expected if name not in shards]:
         raise UserError(f"{where}: {len(missing)} tensors are missing, such as {their_name(missing[0])}")
     # Of a tied output some checkpoints hold another copy.
@@ -161,7 +147,7 @@ def _fitting(folder: Path, stored: _Stored, model: Transformer) -> dict[str, Wei
         if weight is None:
             shapes, hint = " and ".join(str(part.shape) for part in shards[name]), _missing_shards(shape, shards[name])
             raise UserError(f"{where}: {their_name(name)} is {shapes}, and should be {shape}{hint}")
-        rotated = stored.is_hf and is_rotated(name)
+        rotated = is_hf and is_rotated(name)
         weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
     if OUTPUT in weights and OUTPUT not in expected and not are_equal(weights[OUTPUT], weights[EMBEDDING]):
         names = f"{their_name(OUTPUT)} and {their_name(EMBEDDING)}"

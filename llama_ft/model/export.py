@@ -1,9 +1,10 @@
 """A model's weights written as a checkpoint's folder, in Hugging Face's format or in Meta's, piece by piece."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from llama_ft.config import ModelConfig
@@ -26,11 +27,9 @@ _META_SPLITS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 
 def write_hf(
     weights: Weights, config: ModelConfig, content: Json, folder: Path, n_files: int | None, advance: Advance
 ) -> None:
-    """Write what transformers loads; an OSError if it cannot be written.
+    """Write what transformers loads, config.json with its content; an OSError if it cannot be written.
 
-    Args:
-        content: of config.json.
-        n_files: at most as many as there are tensors; None is one for every 5 GB.
+    `n_files` are at most as many as there are tensors; None is one for every 5 GB.
     """
     theirs = {
         hf_name(name): permuted(weight, config.head_dim, to_hf=True) if is_rotated(name) else weight
@@ -63,17 +62,15 @@ def _shared_out(weights: Weights, n_files: int) -> list[list[str]]:
 
 
 def write_meta(weights: Weights, config: ModelConfig, folder: Path, n_shards: int, advance: Advance) -> None:
-    """Write what Meta's code loads, on as many GPUs as there are shards.
+    """Write what Meta's code loads, on as many GPUs as there are shards; an OSError if it cannot be written.
 
-    Raises:
-        UserError: if the format does not know one of the model's sizes.
-        OSError: if it cannot be written.
+    A UserError says which of the model's sizes the format does not know.
     """
     params = meta_params(config)
     if config.tie_word_embeddings:
         weights = {**weights, OUTPUT: weights[EMBEDDING]}  # Meta's files hold both
     dims = {name: _split_dim(name, config) for name in weights}
-    forms = {name: (_part_shape(weight, dims[name], n_shards), weight.dtype) for name, weight in weights.items()}
+    forms = {name: _form(weight, dims[name], n_shards) for name, weight in weights.items()}
     with ExitStack() as files:
         paths = [folder / f"consolidated.{number:02}.pth" for number in range(n_shards)]
         shards = [files.enter_context(closing(PthFile(path, forms))) for path in paths]
@@ -82,7 +79,7 @@ def write_meta(weights: Weights, config: ModelConfig, folder: Path, n_shards: in
                 parts = [streams.enter_context(shard.tensor(name)) for shard in shards]
                 for first, rows in weight.pieces(1):
                     for number, part in enumerate(parts):
-                        part.write(as_bytes(_part(rows, first, dims[name], forms[name][0], number)))
+                        part.write(as_bytes(_part(rows, first, dims[name], forms[name].shape, number)))
                     advance(rows.nbytes)
     write_json(folder / META_PARAMS, params)
 
@@ -94,11 +91,13 @@ def _split_dim(name: str, config: ModelConfig) -> int | None:
     return _META_SPLITS.get(name.removesuffix(".weight").rpartition(".")[2])
 
 
-def _part_shape(weight: Weight, split_dim: int | None, n_shards: int) -> list[int]:
-    return [size // n_shards if dim == split_dim else size for dim, size in enumerate(weight.shape)]
+def _form(weight: Weight, split_dim: int | None, n_shards: int) -> Tensor:
+    """A shard's part of a weight as a meta tensor."""
+    shape = [size // n_shards if dim == split_dim else size for dim, size in enumerate(weight.shape)]
+    return torch.empty(shape, dtype=weight.dtype, device="meta")
 
 
-def _part(rows: Tensor, first: int, dim: int | None, shape: list[int], shard: int) -> Tensor:
+def _part(rows: Tensor, first: int, dim: int | None, shape: Sequence[int], shard: int) -> Tensor:
     """What a shard, whose part of the weight has this shape, holds of the weight's rows from the first on."""
     if dim is None:
         return rows

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, unread_hint, why_no_folder
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, unread_hint, why_no_folder
 from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR, Sizes, hf_sizes, meta_sizes, own_sizes
@@ -21,10 +21,8 @@ def sizes_of(folder: Path) -> Sizes:
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
-    try:
+    with explained(f"checkpoint={folder} cannot be read"):
         return {"name": _name(folder), **_sizes(folder)}
-    except OSError as error:
-        raise UserError(f"checkpoint={folder} cannot be read: {error.strerror}") from error
 
 
 def _name(folder: Path) -> str:

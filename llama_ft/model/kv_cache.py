@@ -29,8 +29,7 @@ class LayerCache:
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values, [B, K, S, E] each, and return all so far, [B, K, length, E].
 
-        Raises:
-            ValueError: if there is no room for them.
+        A ValueError says that there is no room for them.
         """
         start, end = self.length, self.length + keys.shape[2]
         if end > self.keys.shape[2]:

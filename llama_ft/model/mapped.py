@@ -5,7 +5,6 @@ safetensors make are private and writable: what was read stays resident beside i
 against a limit on the process's data segment.
 """
 
-import io
 import json
 import math
 import mmap
@@ -22,10 +21,9 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import UserError
-from llama_ft.files import LFS_HINT, LFS_POINTER, regular
+from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
 PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
-MAX_PICKLE_BYTES = 64 * 2**20  # of what says where the tensors of a .pth are; of LLaMA's largest it is below 1 MiB
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -78,14 +76,11 @@ class StoredTensor(NamedTuple):
 
 
 def _mapped(path: Path) -> mmap.mmap:
-    """A file, mapped read-only."""
-    try:
-        with regular(path).open("rb") as file:
+    with explained(f"{path} cannot be read"), regular(path).open("rb") as file:
+        try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except ValueError as error:
-        raise UserError(f"{path} is empty") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is empty") from error
 
 
 def rows_at_once(shape: Sequence[int], multiple: int) -> int:
@@ -97,10 +92,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     """The tensors of a safetensors file by name, and its metadata. Nothing but the header is read.
 
     The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
-    (https://huggingface.co/docs/safetensors)
-
-    Raises:
-        UserError: if the file is damaged or cut short, or a tensor is not floating-point.
+    (https://huggingface.co/docs/safetensors) A file that is damaged, or a tensor not floating-point, is a UserError.
     """
     file = _mapped(path)
     if file[: len(LFS_POINTER)] == LFS_POINTER:
@@ -133,8 +125,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
 def read_pth(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a file of `torch.save` by name. No code in it is run, and no tensor is read.
 
-    Raises:
-        UserError: if the file is damaged or cut short, or holds something else than floating-point tensors.
+    A file that is damaged, or holds something else than floating-point tensors, is a UserError.
     """
     file = _mapped(path)
     if file[:2] != b"PK":
@@ -152,14 +143,6 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """A small part of a file of `torch.save`, which compresses none: a compressed one could become any size."""
-    info = archive.getinfo(name)
-    if info.compress_type != zipfile.ZIP_STORED or info.file_size > MAX_PICKLE_BYTES:
-        raise ValueError(f"{name} is compressed, or larger than {MAX_PICKLE_BYTES >> 20} MiB")
-    return archive.read(name)
-
-
 class _TensorUnpickler(pickle.Unpickler):
     """Finds a file's tensors. The format is in PyTorch's documentation, "Serialization semantics".
 
@@ -170,11 +153,13 @@ class _TensorUnpickler(pickle.Unpickler):
         pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if pickled is None:
             raise ValueError("there is no data.pkl in it")
-        super().__init__(io.BytesIO(_member(archive, pickled)))
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):  # it could become any size
+            raise ValueError("it is compressed, as torch.save leaves no file")
+        super().__init__(archive.open(pickled))
         self._file, self._archive = file, archive
         self._folder = pickled.removesuffix("data.pkl")
         byteorder = self._folder + "byteorder"
-        if byteorder in archive.namelist() and _member(archive, byteorder) != b"little":
+        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
             raise ValueError("its numbers are not little-endian")
 
     def find_class(self, module: str, name: str) -> Any:
@@ -197,8 +182,6 @@ class _TensorUnpickler(pickle.Unpickler):
         """The dtype of a tensor's data, and where they begin and end."""
         _, dtype, key, _, _ = pid
         info = self._archive.getinfo(f"{self._folder}data/{key}")
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} is compressed")
         n_name, n_extra = struct.unpack_from(local_header := "<26x2H", self._file, info.header_offset)
         start = info.header_offset + struct.calcsize(local_header) + n_name + n_extra
         return dtype, start, min(start + info.file_size, len(self._file))

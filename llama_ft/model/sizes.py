@@ -90,10 +90,8 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
 def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
     """The sizes in Meta's `params.json`; `vocab_size` only where the file has one.
 
-    The width of the feed-forward layer follows from three numbers, as in the model of Meta's repository.
-
-    Args:
-        rope_factor: of a file that says that frequencies are scaled, and not by how much.
+    The width of the feed-forward layer follows from three numbers, as in the model of Meta's repository. `rope_factor`
+    is that of a file that says that frequencies are scaled, and not by how much.
     """
     params = read_json(file, HOLDS_SIZES)
     defaults = {"n_kv_heads": params.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0}

@@ -3,9 +3,8 @@
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
 from llama_ft.kernels import use_products_of
-from llama_ft.model.checkpoint import open_checkpoint
+from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Dense, Storage
@@ -29,14 +28,6 @@ def silent(line: str) -> None:
     """Log nothing."""
 
 
-class Weights(Protocol):
-    """Where a model's weights come from."""
-
-    def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
-        """Fill a materialised model, whatever its modules have become."""
-        ...
-
-
 @dataclass(frozen=True)
 class RandomWeights:
     """Normal(0, 0.02) for matrices and 1 for norms, from the seed alone; drawn on the device the weights are on."""
@@ -46,7 +37,7 @@ class RandomWeights:
 
     @torch.no_grad()
     def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
-        """Draw the weights."""
+        """Fill a materialised model, whatever its modules have become."""
         parameters = [model.get_parameter(name) for name in self.names]
         generator = torch.Generator(parameters[0].device).manual_seed(self.seed)
         for parameter in parameters:
@@ -62,7 +53,7 @@ def build(config: ModelConfig) -> Transformer:
         return Transformer(config)
 
 
-def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Weights:
+def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpoint | RandomWeights:
     """The weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
 
     Nothing is read yet, but a folder that has no weights for this model raises a UserError.
@@ -73,7 +64,7 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Weights
     if checkpoint != "builtin":
         return open_checkpoint(Path(os.path.expanduser(checkpoint)), model)
     try:
-        return replace(open_checkpoint(config.builtin_dir, model), is_builtin=True)
+        return open_checkpoint(config.builtin_dir, model)
     except UserError as error:
         raise UserError(f"{error}; a model of your own sizes begins with checkpoint=random") from error
 

@@ -5,15 +5,15 @@ safetensors' own writer takes whole tensors, torch.save a whole file's.
 
 import io
 import json
-import math
 import pickle
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,12 +47,15 @@ def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advanc
                 advance(rows.nbytes)
 
 
-class _StorageId(tuple[object, ...]):
-    """Stands for the data of a tensor while the tensor is pickled."""
+class _Data(NamedTuple):
+    """Stands for a tensor's data while the tensor is pickled."""
+
+    dtype: torch.dtype
+    n_elements: int
 
 
-class _Tensor:
-    """Pickled as torch.save pickles a tensor, by PyTorch's "Serialization semantics"; the key names its data."""
+class _Pickler(pickle.Pickler):
+    """Pickles meta tensors as torch.save does, by PyTorch's "Serialization semantics"; their data are 0, 1, 2 …"""
 
     _STORAGES: ClassVar = {
         torch.float64: torch.DoubleStorage,
@@ -61,27 +64,29 @@ class _Tensor:
         torch.bfloat16: torch.BFloat16Storage,
     }
 
-    def __init__(self, key: str, shape: list[int], dtype: torch.dtype) -> None:
-        self.storage = _StorageId(("storage", self._STORAGES[dtype], key, "cpu", math.prod(shape)))
-        self.shape = tuple(shape)
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file, protocol=2)
+        self._keys = count()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        stride = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, stride, False, OrderedDict())
+    def reducer_override(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return NotImplemented
+        data, shape = _Data(value.dtype, value.numel()), tuple(value.shape)
+        return torch._utils._rebuild_tensor_v2, (data, 0, shape, value.stride(), False, OrderedDict())
 
-
-class _Pickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
-        return tuple(value) if isinstance(value, _StorageId) else None
+        if not isinstance(value, _Data):
+            return None
+        return "storage", self._STORAGES[value.dtype], str(next(self._keys)), "cpu", value.n_elements
 
 
 class PthFile:
     """A file as torch.save writes it, whose tensors' data are written one after the other."""
 
-    def __init__(self, file: Path, weights: Mapping[str, tuple[list[int], torch.dtype]]) -> None:
-        """Write all that comes before the data, given each weight's shape and dtype."""
-        self._keys = {name: str(index) for index, name in enumerate(weights)}
-        _Pickler(pickled := io.BytesIO(), protocol=2).dump({n: _Tensor(self._keys[n], *weights[n]) for n in weights})
+    def __init__(self, file: Path, weights: dict[str, Tensor]) -> None:
+        """Write all that comes before the data, given the weights as meta tensors."""
+        self._keys = {name: index for index, name in enumerate(weights)}
+        _Pickler(pickled := io.BytesIO()).dump(weights)
         self._archive = zipfile.ZipFile(file, "w")
         for name, content in (("data.pkl", pickled.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
             self._archive.writestr(f"archive/{name}", content)
