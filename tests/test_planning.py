@@ -30,7 +30,6 @@ from llama_ft.planning.fake_run import (
     fake_run,
     fake_step,
     give_gradients,
-    padding_of,
     update,
     windows_of,
 )
@@ -257,7 +256,7 @@ def counted(config: TrainConfig, windows: list[list[Sample]]) -> list[Operators]
     """The operators of each optimizer step."""
     counters = []
     with fake_step(config, ON_CUDA) as step:
-        padding = padding_of(config, ON_CUDA)
+        padding = windows_of(config, [], ON_CUDA).padding
         step([as_fake(collate([windows[0][0]], padding))])  # makes the optimizer's state
         for window in windows:
             counters.append(OperatorCounter())

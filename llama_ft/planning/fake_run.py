@@ -66,14 +66,9 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
         yield make_step(model, config, on_cpu)
 
 
-def padding_of(config: TrainConfig, traits: Traits) -> Padding:
-    """How far a run there pads its micro-batches."""
-    return Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
-
-
 def windows_of(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> Windows:
     """The optimizer steps of a run there."""
-    training, padding = config.training, padding_of(config, traits)
+    training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
     size, steps = training.micro_batch_size, config.accumulation_steps
     return Windows(samples, size, steps, training.seed, padding, training.packing)
 
