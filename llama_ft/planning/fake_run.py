@@ -98,7 +98,7 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
         tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
-        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_flash and config.optim.mp else nullcontext()
+        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             first_step = len(tracker.events)
             tracker.claim_gradients(give_gradients(step))

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 
 from llama_ft.config import TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError
-from llama_ft.measure.memory import Event, MemoryUse, bytes_alive
+from llama_ft.measure.memory import Event, bytes_alive
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.planning.operators import bound_by_resource, bytes_of, flops_of
@@ -26,12 +26,10 @@ Key = tuple[tuple[bool, ...], int, Traits]
 class Needs:
     """What a run needs and computes, whatever the card's sizes."""
 
-    use: MemoryUse
+    run: FakeRun  # without its events
     reserved_mib: dict[int, float]  # by bytes of workspaces
     timeline: list[MemoryPoint]  # of the last optimizer step
     costs: RunCosts
-    trainable_params: int
-    total_params: int
 
 
 def predict(
@@ -88,8 +86,7 @@ def needs_of(
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):
         run = fake_run(config, samples, traits)
         reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MIB for size in workspaces}
-        points = timeline(run.events, run.last_step)
-        needs.append(Needs(run.use, reserved, points, costs, run.trainable_params, run.total_params))
+        needs.append(Needs(replace(run, events=[]), reserved, timeline(run.events, run.last_step), costs))
     return needs
 
 
@@ -118,12 +115,12 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
     if needs is None:
         row.error = refusal(config, gpu)
         return row
-    use, costs, workspace_mib = needs.use, needs.costs, workspace_bytes(gpu) / MIB
+    use, costs, workspace_mib = needs.run.use, needs.costs, workspace_bytes(gpu) / MIB
 
     def with_workspace(memory: dict[str, float]) -> dict[str, float]:
         return memory | {"other": memory["other"] + workspace_mib}
 
-    row.trainable_params, row.total_params = needs.trainable_params, needs.total_params
+    row.trainable_params, row.total_params = needs.run.trainable_params, needs.run.total_params
     row.peak_memory_mib, row.peak_phase = use.peak_mib + workspace_mib, use.phase
     row.memory_mib, row.memory_max_mib = with_workspace(use.at_peak_mib), with_workspace(use.max_mib)
     row.breakdown = list(use.breakdown)
