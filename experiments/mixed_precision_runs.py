@@ -149,7 +149,7 @@ def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> 
     keys = {"model": model, "optim": combination, "mp.frozen_weights": frozen, "training.micro_batch_size": size}
     config = composed_config("plan", [f"{key}={value}" for key, value in keys.items()], PlanConfig)
     samples = blank_samples([(n_tokens // size + 1, n_tokens // size // 2)] * size * config.ga.steps)
-    use = fake_run(config, samples, Traits(on_cuda=True, has_bf16=True, has_flash=True)).use
+    use = fake_run(config, samples, Traits(on_cuda=True, has_bf16=True)).use
     return {"peak": use.peak_mib, "activation": use.max_mib["activation"]}
 
 

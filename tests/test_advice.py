@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_ft.config import DataConfig, Goal, GpuConfig, OptimConfig, PlanConfig, TrainingConfig, UserError
 from llama_ft.planning import fit
 from llama_ft.planning.advice import SPARE, Adviser, by_size, fastest, has_room, smallest
-from llama_ft.planning.fit import largest, reserved_mib, with_packing, with_samples, with_tokens
+from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, reserved_mib, varied
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
@@ -67,7 +67,7 @@ def test_what_is_found_fits_and_one_more_does_not(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fit, "reserved_mib", reserved)
         traits = traits_of(card("a", 1000))
-        number = largest(with_samples, config_for(), SHORT, traits, 0, limit, range(1, highest + 1), step)
+        number = largest(MICRO_BATCH, config_for(), SHORT, traits, 0, limit, range(1, highest + 1), step)
     assert 0 <= number <= highest
     assert number == 0 or (number in tried and needs[number - 1] <= limit)
     assert number == highest or (number + 1 in tried and needs[number] > limit)
@@ -78,12 +78,12 @@ def test_what_is_found_fits_and_one_more_does_not(
 
 def test_search_on_real_fake_runs_equals_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_for(optim=OptimConfig(lora=True))
-    needs = {n: need(*with_tokens(config, SHORT, n)) for n in range(12, CONTEXT + 1)}
+    needs = {n: need(*varied(MAX_LENGTH, config, SHORT, n)) for n in range(12, CONTEXT + 1)}
     assert len(set(needs.values())) >= 2
     monkeypatch.setattr(fit, "reserved_mib", lambda _, lengths, *card: needs[lengths[0][0]])
     for limit in sorted({*needs.values(), *(mib - 0.5 for mib in needs.values())}):
         fitting = [n for n in needs if needs[n] <= limit and needs.get(n + 1, limit + 1) > limit]
-        number = largest(with_tokens, config, SHORT, traits_of(config.gpu), 0, limit, range(12, CONTEXT + 1), 5)
+        number = largest(MAX_LENGTH, config, SHORT, traits_of(config.gpu), 0, limit, range(12, CONTEXT + 1), 5)
         assert number in (fitting or [11])
 
 
@@ -91,7 +91,7 @@ def test_a_run_that_cannot_begin_ends_the_search() -> None:
     config = replace(config_for(optim=OptimConfig(lora=True)))
     config.lora.targets = ["wx"]
     with pytest.raises(UserError, match="no linear layer"):
-        largest(with_tokens, config, SHORT, traits_of(config.gpu), 0, 1.0, range(2, CONTEXT + 1), 20)
+        largest(MAX_LENGTH, config, SHORT, traits_of(config.gpu), 0, 1.0, range(2, CONTEXT + 1), 20)
 
 
 # What is advised
@@ -142,8 +142,8 @@ def test_fastest_that_fits_is_named_with_its_limits(needs: dict[str, float]) -> 
     config, longest, size = config_for(optim=optim), advice.longest_sequence, advice.largest_micro_batch
     assert longest is not None
     assert size is not None
-    assert need(*with_tokens(config, SHORT, longest)) <= limit
-    assert longest == CONTEXT or need(*with_tokens(config, SHORT, longest + 1)) > limit
+    assert need(*varied(MAX_LENGTH, config, SHORT, longest)) <= limit
+    assert longest == CONTEXT or need(*varied(MAX_LENGTH, config, SHORT, longest + 1)) > limit
     assert need(with_size(config, size)) <= limit
     assert size == len(SHORT) or need(with_size(config, size + 1)) > limit
     assert f"data.max_length={longest}" in advice.lines[1]
@@ -261,7 +261,7 @@ def test_with_packing_it_is_the_packed_row_that_is_made_larger_or_smaller(packin
     config = replace(config_for(), optim=optim, training=TrainingConfig(packing=packing))
 
     def needed(n_tokens: int) -> float:
-        return need(*with_packing(config, SHORT, n_tokens))
+        return need(*varied(PACKING, config, SHORT, n_tokens))
 
     assert needed(20) < needed(40) < needed(66) == needed(1000)  # in whole pages
     gpu = card("a", 10 + math.ceil((needed(40) + 1) / (1 - SPARE)))

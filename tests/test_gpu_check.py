@@ -43,7 +43,6 @@ def test_what_was_found_elsewhere_is_not_taken_for_this_device(tmp_path: Path, m
         monkeypatch.setattr(gpu_check.sys, "argv", ["check", "--output", str(tmp_path), *options])
         assert gpu_check.main() == 0
     assert runs == ["the CPU", "A", "B", "B"]
-    assert [gpu_check.new_folder(tmp_path, "plan").name for _ in range(2)] == ["plan", "plan_2"]
 
 
 @pytest.mark.parametrize(("limit_s", "status"), [(0.05, "out of time"), (60, "failed")])

@@ -10,8 +10,9 @@ from conftest import CHECKOUT, run
 
 from benchmarks.peers import __main__ as command
 from benchmarks.peers import compare, limit, others, ours, workload
-from benchmarks.peers.compare import LABELS, MACHINE, OURS
-from benchmarks.peers.workload import Row, Sizes
+from benchmarks.peers.compare import LABELS, MACHINE
+from benchmarks.peers.workload import OURS, Row, Sizes
+from llama_ft.data.collate import collate
 from llama_ft.planning.operators import OperatorCounter, flops_of
 
 TINY = Sizes(dim=32, n_layers=2, n_heads=2, ffn_dim=64, vocab_size=300)
@@ -42,7 +43,7 @@ def test_flops_are_those_of_the_real_step(name: str) -> None:
     step, (tokens, labels) = ours.made(Row(name)), workload.samples()[0]
     sample = ours.Sample(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels))
     with OperatorCounter() as counter:
-        step(ours.batches([sample], ours.Padding(), None))
+        step([collate([sample])])
     positions, lora = len(sample) - 1, name == "lora"
     scores_again = TINY.n_layers * positions * (positions + 1) * TINY.dim  # in the kernel's backward pass
     counted = flops_of(counter.operators)["float32"] - scores_again
@@ -115,7 +116,6 @@ def test_runs_take_turns_and_are_done_once(tmp_path: Path, monkeypatch: pytest.M
         return None if each.side == OTHER and each.repeat == 2 else line(each.side, each.row, 100)
 
     monkeypatch.setattr(command, "quiet_run", quiet_run)
-    monkeypatch.setattr(command, "CAN_PACK", True)
     options = ["--rows", "ga", "ga_packed", "--repeats", "2", "--hf-python", "a", "--alt-python", "b"]
     monkeypatch.setattr(command.sys, "argv", ["peers", *options, "--output", str(tmp_path)])
     assert command.main() == 1

@@ -30,7 +30,6 @@ from llama_ft.planning.fake_run import (
     fake_run,
     fake_step,
     give_gradients,
-    padding_of,
     update,
     windows_of,
 )
@@ -173,7 +172,7 @@ def test_grouped_queries_cost_repeated_keys_and_values_where_no_kernel_takes_the
     """And no S x S scores: on CUDA the memory-efficient kernel takes what is repeated."""
     multi_head, grouped, samples = small_config(), small_config(), [Sample([1] * 65, 5)]
     grouped.model = replace(grouped.model, n_kv_heads=1)
-    older = Traits(on_cuda=True, has_bf16=False, has_flash=False)
+    older = Traits(on_cuda=True, has_bf16=False)
 
     def kept(config, traits) -> float:
         return fake_run(config, samples, traits).use.max_mib["activation"]
@@ -186,7 +185,7 @@ def test_grouped_queries_cost_repeated_keys_and_values_where_no_kernel_takes_the
 
 
 def test_what_a_profile_says_of_its_card() -> None:
-    older = Traits(on_cuda=True, has_bf16=False, has_flash=False)
+    older = Traits(on_cuda=True, has_bf16=False)
     assert traits_of(card(capability="7.5")) == older
     assert traits_of(card(capability="8.6")) == ON_CUDA
     assert traits_of(CPU_PROFILE) == ON_CPU
@@ -257,7 +256,7 @@ def counted(config: TrainConfig, windows: list[list[Sample]]) -> list[Operators]
     """The operators of each optimizer step."""
     counters = []
     with fake_step(config, ON_CUDA) as step:
-        padding = padding_of(config, ON_CUDA)
+        padding = windows_of(config, [], ON_CUDA).padding
         step([as_fake(collate([windows[0][0]], padding))])  # makes the optimizer's state
         for window in windows:
             counters.append(OperatorCounter())

@@ -26,6 +26,7 @@ from rich.table import Table
 from benchmarks.gpu import kernels, runs
 from benchmarks.gpu.check import Numbers, Part, Setting, Status, write
 from llama_ft.device import why_no_gpu
+from llama_ft.files import new_folder
 from llama_ft.system import MIB
 
 PARTS = (
@@ -112,7 +113,7 @@ def start_part(part: Part, file: Path, asked: Numbers, limit_s: float) -> None:
 def run_part(part: Part, arguments: argparse.Namespace) -> int:
     """Run a part here, and write its file."""
     output = arguments.output.absolute()
-    folder = new_folder(output, part.name)
+    folder = new_folder(str(output / part.name))  # runs of an earlier try would be taken for this one's
     setting = Setting(folder, arguments.dry, arguments.model or likely_model(), arguments.data, arguments.tokenizer)
     began, asked, file = time.monotonic(), asked_of(arguments), output / f"{part.name}.json"
     try:
@@ -123,14 +124,6 @@ def run_part(part: Part, arguments: argparse.Namespace) -> int:
         return 1
     write(file, asked, "done", time.monotonic() - began, outcome)
     return 0
-
-
-def new_folder(parent: Path, name: str) -> Path:
-    """A folder of that name, or with a number: runs of an earlier try would be taken for this one's."""
-    names = (name, *(f"{name}_{n}" for n in range(2, 10_000)))
-    folder = parent / next(each for each in names if not (parent / each).exists())
-    folder.mkdir(parents=True)
-    return folder
 
 
 def likely_model() -> str:

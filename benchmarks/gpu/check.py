@@ -14,6 +14,7 @@ import torch
 from experiments.study import Claim
 from llama_ft.config import GpuConfig
 from llama_ft.device import choose_device
+from llama_ft.files import write_text
 from llama_ft.kernels import use_kernels_of
 from llama_ft.records.result import Result, read_result
 
@@ -91,6 +92,4 @@ def write(file: Path, asked: Numbers, status: Status, seconds: float, outcome: O
     listed = [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims]
     content = {"part": file.stem, "asked": asked, "status": status, "seconds": round(seconds, 1)}
     content |= {"claims": listed, "numbers": numbers}
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(file)
+    write_text(file, json.dumps(content, indent=1, default=str) + "\n")

@@ -23,7 +23,7 @@ def step_memory(model: str, n_layers: int, n_tokens: int, combination: str, ever
     gc = {"optim.gc": every > 0, "gc.every": max(1, every)}
     keys = {"model": model, "model.n_layers": n_layers, "optim": combination, "mp.dtype": "bf16"} | gc
     config = composed_config("plan", [f"{key}={value}" for key, value in keys.items()], PlanConfig)
-    with fake_step(config, Traits(on_cuda=False, has_bf16=True, has_flash=True)) as step:
+    with fake_step(config, Traits(on_cuda=False, has_bf16=True)) as step:
         batch = micro_batch(n_tokens, n_tokens // 2, 1)
         with MemoryTracker(step.model, step.optimizer, batch.tensors) as tracker:
             step([batch])

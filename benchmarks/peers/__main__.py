@@ -10,24 +10,23 @@ says how to make the peers' environments, and what is measured. On Linux, on the
 import argparse
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from benchmarks.peers.compare import LABELS, MACHINE, MAX_OTHERS, OURS, Run, markdown, summary
+from benchmarks.peers.compare import LABELS, MACHINE, MAX_OTHERS, Run, markdown, summary
 from benchmarks.peers.limit import lengths
-from benchmarks.peers.ours import CAN_PACK
-from benchmarks.peers.workload import N_SAMPLES, ROWS, Row, machine_cpu_s
+from benchmarks.peers.workload import N_SAMPLES, OURS, ROWS, Row
 from llama_ft.device import device_name
-from llama_ft.files import write_text
+from llama_ft.files import write_json, write_text
 from llama_ft.launch.process import child_environment
 from llama_ft.system import MIB, total_memory_bytes
 
@@ -37,45 +36,34 @@ CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 TRIES = 3  # of a run beside which others are busy
 
 
-@dataclass(frozen=True)
-class Planned:
+class Planned(NamedTuple):
     """A run to be done."""
 
     side: str
-    row: str
+    row: Row
     repeat: int
-    python: str
-
-    def is_done_by(self, run: Run, about: Run) -> bool:
-        """Whether a line is this run's, with the same settings and code."""
-        own: dict[str, object] = {"side": self.side, "row": self.row, "repeat": self.repeat}
-        return all(run.get(key) == value for key, value in (about | own).items())
 
 
 def main() -> int:
     """Do the runs that are missing; print the table, and leave it with its numbers."""
     told = _arguments()
-    output, about = told.output.absolute(), {"samples": told.samples, "threads": told.threads, "code": code()}
-    output.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in told.rows if CAN_PACK or not row.has("packed")]
-    if rows != told.rows:
-        print("rows with packing are left out: this llama_ft has none", flush=True)
-    file, failed = output / "results.jsonl", 0
-    runs = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    plan = list(planned(rows, told))
+    about = {"samples": told.samples, "threads": told.threads, "code": code()}
+    told.output.mkdir(parents=True, exist_ok=True)
+    file, used = told.output / "results.jsonl", list[Run]()
+    earlier = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    plan = list(planned(told))
     for number, each in enumerate(plan, 1):
-        title = f"{number}/{len(plan)} repeat {each.repeat} {each.row}, {each.side}"
-        if any(each.is_done_by(run, about) for run in runs):
+        title, own = f"{number}/{len(plan)} repeat {each.repeat} {each.row}, {each.side}", about | each._asdict()
+        if run := next((run for run in earlier if own.items() <= run.items()), None):
             print(f"{title}: done before", flush=True)
-        elif (run := quiet_run(each, title, told)) is None:
-            failed += 1
-        else:
-            runs.append(run | about | {"repeat": each.repeat, "date": date.today().isoformat()})
+        elif measured := quiet_run(each, title, told):
+            run = measured | own | {"date": date.today().isoformat()}
             with file.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(runs[-1]) + "\n")
-    used = [run for run in runs if any(each.is_done_by(run, about) for each in plan)]
-    report(rows, used, about, output)
-    print(f"{failed} runs failed\n" if failed else "", f"Numbers: {output}", sep="")
+                stream.write(json.dumps(run) + "\n")
+        used += [run] if run else []
+    report(told, used, about)
+    failed = len(plan) - len(used)
+    print(f"{failed} runs failed\n" if failed else "", f"Numbers: {told.output}", sep="")
     return 1 if failed else 0
 
 
@@ -83,11 +71,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf-python", help="Python with transformers and peft; without it these are left out")
     parser.add_argument("--alt-python", help="Python with litgpt and torchtune; without it these are left out")
-    parser.add_argument("--rows", nargs="+", type=Row, default=[Row(name) for name in ROWS], help=" ".join(ROWS))
+    parser.add_argument("--rows", nargs="+", type=Row, choices=ROWS, default=ROWS, metavar="ROW", help=" ".join(ROWS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--samples", type=int, default=40, help=f"of a run, at most {N_SAMPLES}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--patience", type=float, default=60, help="seconds to wait for an idle machine before a run")
     parser.add_argument("--output", type=Path, default=Path("outputs/peers"), help="folder of the results")
     told = parser.parse_args()
     if not 1 <= told.samples <= N_SAMPLES or told.repeats < 1 or told.threads < 1:
@@ -95,43 +82,49 @@ def _arguments() -> argparse.Namespace:
     return told
 
 
-def planned(rows: list[Row], told: argparse.Namespace) -> Iterator[Planned]:
+def python_of(side: str, told: argparse.Namespace) -> str | None:
+    """The Python that a side runs in; None if it is left out."""
+    if side in (OURS, MACHINE):
+        return sys.executable
+    python: str | None = told.hf_python if side.startswith("transformers") else told.alt_python
+    return python
+
+
+def planned(told: argparse.Namespace) -> Iterator[Planned]:
     """All runs, each once; the side that comes first is another one in each repeat."""
-    pythons = {"transformers_loop": told.hf_python, "transformers_trainer": told.hf_python, OURS: sys.executable}
-    sides = {side: python for side in LABELS if (python := pythons.get(side, told.alt_python))}
-    seen = set()
+    sides = [side for side in LABELS if python_of(side, told)]
     for repeat in range(1, told.repeats + 1):
-        yield Planned(MACHINE, "baseline", repeat, sys.executable)
+        yield Planned(MACHINE, Row("baseline"), repeat)
         first = (repeat - 1) % len(sides)
-        for row in rows:
-            for side in [*list(sides)[first:], *list(sides)[:first]]:
-                each = Planned(side, row.name if side == OURS else row.of_peers, repeat, sides[side])
-                if each not in seen:
-                    yield each
-                seen.add(each)
+        turns = [(side, row) for row in told.rows for side in sides[first:] + sides[:first]]
+        yield from dict.fromkeys(Planned(side, row.of_side(side), repeat) for side, row in turns)
 
 
 def quiet_run(each: Planned, title: str, told: argparse.Namespace) -> Run | None:
-    """The quietest of up to three tries, which end with the first that others left alone; None if it fails."""
-    best: Run | None = None
-    for _ in range(TRIES):
-        wait_until_idle(told.patience)
-        command = [each.python, "-m", f"benchmarks.peers.{MODULES.get(each.side, 'others')}", each.side, each.row]
-        done = subprocess.run(
-            [*command, str(told.samples), str(told.threads)],
-            cwd=CHECKOUT, env=environment(told.threads), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        )  # fmt: skip
+    """The quietest of up to three tries, which end with the first that others left alone; None if one fails."""
+    tries: list[Run] = []
+    while len(tries) < TRIES and not (tries and tries[-1]["others_cpu"] <= MAX_OTHERS):
+        module = f"benchmarks.peers.{MODULES.get(each.side, 'others')}"
+        command = [python_of(each.side, told), "-m", module, each.side, each.row, str(told.samples), str(told.threads)]
+        began, others, env = time.monotonic(), others_cpu_s(), environment(told.threads)
+        done = subprocess.run(command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
         if done.returncode != 0:
             print(f"{title}: FAILED: {(done.stderr.strip() or 'no message').splitlines()[-1]}", flush=True)
             return None
+        used = max(0.0, (others_cpu_s() - others) / (time.monotonic() - began))
         run: Run = json.loads(done.stdout.splitlines()[-1])
         speed = f"{run['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in run else "rates measured"
-        print(f"{title}: {speed}; others used {run['others_cpu']:.2f} processors", flush=True)
-        if best is None or run["others_cpu"] < best["others_cpu"]:
-            best = run
-        if run["others_cpu"] <= MAX_OTHERS:
-            break
-    return best
+        print(f"{title}: {speed}; others used {used:.2f} processors", flush=True)
+        tries.append(run | {"others_cpu": used})
+    return min(tries, key=lambda run: run["others_cpu"])
+
+
+def others_cpu_s() -> float:
+    """Processor seconds that others than our processes have used, of other machines on this host too (Linux)."""
+    user, nice, system, _, _, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
+    ours = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    everyone = (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
+    return everyone - sum(used.ru_utime + used.ru_stime for used in ours)
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -141,52 +134,34 @@ def environment(threads: int) -> dict[str, str]:
     return env
 
 
-def wait_until_idle(patience_s: float) -> None:
-    """Wait for a second in which hardly anything runs, so long at most."""
-    end = time.monotonic() + patience_s
-    while time.monotonic() < end:
-        before = machine_cpu_s()
-        time.sleep(1)
-        if machine_cpu_s() - before < MAX_OTHERS:
-            return
-
-
-def report(rows: list[Row], runs: list[Run], about: dict[str, Any], output: Path) -> None:
+def report(told: argparse.Namespace, runs: list[Run], about: Run) -> None:
     """Print and write what the runs say."""
-    summaries = [summary(row, runs, lengths(about["samples"])) for row in rows]
-    torch.set_num_threads(about["threads"])  # which the name says
+    summaries = [summary(row, runs, lengths(told.samples)) for row in told.rows]
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    torch.set_num_threads(told.threads)  # which the device's name says
     record = about | {
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", "benchmarks.peers", *sys.argv[1:]]),
-        "machine": machine(),
+        "machine": {
+            "device": device_name(torch.device("cpu")),
+            "flags": [flag for flag in CPU_FLAGS if flag in flags],
+            "processors": os.cpu_count(),
+            "memory_mib": round(total_memory_bytes() / MIB),
+        },
         "versions": {run["side"]: run["versions"] for run in runs},
         "measured": [run for run in runs if run["side"] == MACHINE],
         "rows": summaries,
     }
     page = markdown(summaries)
-    write_text(output / "results.json", json.dumps(record, indent=1) + "\n")
-    write_text(output / "results.md", page)
+    write_json(told.output / "results.json", record)
+    write_text(told.output / "results.md", page)
     print(page)
 
 
-def machine() -> dict[str, Any]:
-    """What the numbers are of."""
-    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    return {
-        "device": device_name(torch.device("cpu")),
-        "flags": [flag for flag in CPU_FLAGS if flag in flags],
-        "processors": os.cpu_count(),
-        "memory_mib": round(total_memory_bytes() / MIB),
-    }
-
-
-def code() -> str | None:
-    """The commit that is measured, `-dirty` where files differ from it; None outside a checkout."""
+def code() -> str:
+    """The commit that is measured, `-dirty` where files differ from it."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":

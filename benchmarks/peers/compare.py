@@ -6,11 +6,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks.peers.limit import Length, limit
-from benchmarks.peers.workload import Row
+from benchmarks.peers.workload import OURS, Row
 from experiments.study import table
 
 Run = dict[str, Any]  # a run's line
-OURS, MACHINE = "llama_ft", "machine"
+MACHINE = "machine"
 MAX_OTHERS = 0.08  # processors that others may use during a run: on two, a busy one slows OpenMP's loops many times
 LABELS = {
     "transformers_loop": "transformers + PEFT, loop",
@@ -44,11 +44,10 @@ def summary(row: Row, runs: Sequence[Run], samples: Sequence[Length]) -> dict[st
     """A row's numbers, in JSON's types."""
     sides = {}
     for side in LABELS:
-        own = [run for run in runs if (run["side"], run["row"]) == (side, row.name if side == OURS else row.of_peers)]
-        if own:
+        if own := [run for run in runs if (run["side"], run["row"]) == (side, row.of_side(side))]:
             keys = ("tokens_per_s", "peak_rss_mib", "first_loss", "last_loss", "others_cpu")
             sides[side] = {key: [run[key] for run in own] for key in keys}
-    found: dict[str, Any] = {"row": row.name, "sides": sides, "refused": disagreement(row, sides)}
+    found: dict[str, Any] = {"row": row, "sides": sides, "refused": disagreement(row, sides)}
     peers = [each for side, each in sides.items() if side != OURS]
     if peers and OURS in sides and found["refused"] is None:
         speed, rss = median(sides[OURS]["tokens_per_s"]), median(sides[OURS]["peak_rss_mib"])

@@ -5,21 +5,23 @@ gradients over its bandwidth, whichever is longer: a product overlaps its own tr
 it can begin only when the gradients are there. Activations' traffic, norms, rotations and the loss are left out.
 """
 
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import mean
+from timeit import repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.peers import workload
 from benchmarks.peers.workload import LORA_RANK, LORA_TARGETS, SIZES, WINDOW, Row, Sizes
 from llama_ft.kernels import has_16bit_products, use_kernels_of
 
 ADAMW_BYTES = 7 * 4  # a trained parameter: weight, gradient and two moments are read, all but the gradient written
-ROUNDS = 10  # of which the fastest counts: a limit is what the machine can do
+ROUNDS = 12  # of which the fastest counts: a limit is what the machine can do
 Length = tuple[int, int]  # positions that a sample's next tokens are predicted at, and how many of them are trained on
 Rates = dict[str, float]  # GFLOP/s by format and kind of row, such as `fp32 apart full`
 
@@ -90,46 +92,32 @@ def kind(row: Row) -> str:
     return f"{'packed' if row.has('packed') else 'apart'} {'lora' if row.has('lora') else 'full'}"
 
 
-def fastest(act: Callable[[], object]) -> float:
+def fastest(function: Callable[..., object], *arguments: Tensor) -> float:
     """Seconds."""
-    seconds = []
-    for _ in range(ROUNDS + 2):
-        began = time.perf_counter()
-        act()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def product_seconds(n_rows: int, n_in: int, n_out: int, dtype: torch.dtype) -> tuple[float, float, float]:
-    """Of a linear layer: its output, the gradient of its input, the gradient of its weight."""
-    x, weight, gradient = (torch.randn(shape).to(dtype) for shape in ((n_rows, n_in), (n_out, n_in), (n_rows, n_out)))
-    acts = (lambda: F.linear(x, weight), lambda: gradient @ weight, lambda: gradient.T @ x)
-    forward, of_input, of_weight = map(fastest, acts)
-    return forward, of_input, of_weight
+    return min(repeat(partial(function, *arguments), number=1, repeat=ROUNDS))
 
 
 def measured_rates(dtype: torch.dtype, positions: int, targets: int) -> Rates:
     """Of all linear layers and the head, at so many rows: with the weights' gradients and without."""
     layers = [(n, positions, n_in, n_out) for (n_in, n_out), n in linear_layers(SIZES).items()]
-    work, full, lora = 0.0, 0.0, 0.0
+    work, of_weights, others = 0.0, 0.0, 0.0
     for n, rows, n_in, n_out in [*layers, (1, targets, SIZES.dim, SIZES.vocab_size)]:
-        forward, of_input, of_weight = product_seconds(rows, n_in, n_out, dtype)
+        x, weight, gradient = (torch.randn(shape).to(dtype) for shape in ((rows, n_in), (n_out, n_in), (rows, n_out)))
         work += n * 2 * rows * n_in * n_out / 1e9
-        full += n * (forward + of_input + of_weight)
-        lora += n * (forward + of_input)
-    return {"full": 3 * work / full, "lora": 2 * work / lora}
+        others += n * (fastest(F.linear, x, weight) + fastest(torch.mm, gradient, weight))
+        of_weights += n * fastest(torch.mm, gradient.T, x)
+    return {"full": 3 * work / (others + of_weights), "lora": 2 * work / others}
 
 
 def measured_bandwidth() -> float:
     """GB/s of y += x on tensors that no cache holds: the lines that are written were read, as AdamW's are."""
     x, y = torch.ones(2**26), torch.ones(2**26)
-    return 3 * x.nbytes / fastest(lambda: y.add_(x)) / 1e9
+    return 3 * x.nbytes / fastest(y.add_, x) / 1e9
 
 
 def measured(told: Namespace) -> dict[str, Any]:
     """What the machine can do."""
-    usage, found = workload.Usage(), lengths(told.samples)
-    positions, targets = (mean(each) for each in zip(*found, strict=True))
+    positions, targets = (mean(each) for each in zip(*lengths(told.samples), strict=True))
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_16bit_products(torch.bfloat16) else {})
     rates = {
         f"{name} {layout} {which}": rate
@@ -137,7 +125,7 @@ def measured(told: Namespace) -> dict[str, Any]:
         for layout, n in (("apart", 1), ("packed", WINDOW))
         for which, rate in measured_rates(dtype, round(n * positions), round(n * targets)).items()
     }
-    return {"gflop_s": rates, "bandwidth_gb_s": measured_bandwidth(), **usage.stop()}
+    return {"gflop_s": rates, "bandwidth_gb_s": measured_bandwidth()}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """llama_ft's own configuration, set-up and training step on the work."""
 
 from argparse import Namespace
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,20 +11,18 @@ from benchmarks.peers.workload import LORA_ALPHA, LORA_DROPOUT, LORA_RANK, SIZES
 from llama_ft.config import DataConfig, GpuConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, TrainingConfig
 from llama_ft.config.checks import DeviceChoice, Dtype
 from llama_ft.config.techniques import GradientAccumulationConfig, MixedPrecisionConfig
-from llama_ft.data import collate as collation
-from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import Sample
 from llama_ft.device import choose_device, has_bf16, use_device
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training.loop import Windows
 from llama_ft.training.setup import set_up
-from llama_ft.training.step import TrainStep, Window
+from llama_ft.training.step import TrainStep
 
 PACKING = 1024  # tokens in a pass at most: a window's
-CAN_PACK = hasattr(collation, "pack")
-OUR_TARGETS = {"q_proj": "wq", "v_proj": "wv"}
+OUR_TARGETS = {"wq": "q_proj", "wv": "v_proj"}
 
 
 def configured(row: Row) -> TrainConfig:
@@ -37,7 +34,7 @@ def configured(row: Row) -> TrainConfig:
         optim=OptimConfig(**{name: row.has(name) for name in ("ga", "mp", "lora")}),
         ga=GradientAccumulationConfig(steps=WINDOW),
         mp=MixedPrecisionConfig(dtype=Dtype.bf16),
-        lora=LoraConfig(LORA_RANK, LORA_ALPHA, dropout=LORA_DROPOUT, targets=list(OUR_TARGETS.values())),
+        lora=LoraConfig(LORA_RANK, LORA_ALPHA, dropout=LORA_DROPOUT, targets=list(OUR_TARGETS)),
         training=TrainingConfig(lr=workload.ADAMW["lr"]),
         data=DataConfig("sample"),
         gpu=GpuConfig("cpu", DeviceChoice.cpu),
@@ -51,7 +48,7 @@ def load(model: Transformer) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("lora_A"):
             _, layer, _, ours, _ = name.split(".")
-            parameter.copy_(workload.lora_a(int(layer), {v: k for k, v in OUR_TARGETS.items()}[ours]))
+            parameter.copy_(workload.lora_a(int(layer), OUR_TARGETS[ours]))
         elif not name.endswith("lora_B"):  # which is zero
             weight = theirs[hf_name(name)]
             parameter.copy_(permute_rotary(weight, n_heads, to_hf=False) if is_rotated(name) else weight)
@@ -67,25 +64,18 @@ def made(row: Row) -> TrainStep:
     return step
 
 
-def batches(group: Sequence[Sample], padding: Padding, packing: int | None) -> Window:
-    """A window's micro-batches, collated when they are needed: a sample each, or packed."""
-    if packing:
-        return list(collation.pack(group, packing, padding))  # type: ignore[attr-defined, unused-ignore]
-    return [collate([sample], padding) for sample in group]
-
-
 def measured(told: Namespace) -> dict[str, Any]:
     """Train, timed as the others are."""
     row, step, meter = told.row, made(told.row), Meter(told.row.window)
-    padding, packing = Padding(step.precision.pad_multiple, SIZES.max_seq_len), PACKING if row.has("packed") else None
     pairs = workload.samples()
     samples = [Sample(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels)) for tokens, labels in pairs]
+    data = Windows.over(samples, step, 1, row.window, packing=PACKING if row.has("packed") else None)
     for sample in samples[-workload.N_WARM_UP :]:
-        step.dry_run(batches([sample], padding, packing))
+        step.dry_run(data.lay_out([[sample]]))
     step.optimizer.state.clear()  # it is made in the timed part, as the others' is
     meter.start()
     for group in windows(samples[: told.samples], row.window):
-        window = batches(group, padding, packing)
+        window = data.lay_out([[sample] for sample in group])  # collated when it is needed
         loss = step(window)[0].item()
         meter.add(loss, sum(batch.n_targets for batch in window), sum(map(len, group)), len(group))
     return meter.stop()

@@ -6,9 +6,7 @@ A side runs in its own Python, so this imports nothing but PyTorch. Weights have
 import argparse
 import json
 import math
-import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -36,39 +34,34 @@ class Sizes:
 
 
 SIZES = Sizes()
+OURS = "llama_ft"  # the side that is us
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
 ADAMW: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
 WINDOW = 8  # samples in an optimizer step with gradient accumulation
 N_SAMPLES, PROMPT_SHARE, IGNORED = 200, 0.6, -100
 N_WARM_UP = 4  # samples, the last ones, whose lengths are not those that are timed first
-ROWS = "baseline ga mp lora ga_mp ga_lora mp_lora ga_mp_lora ga_packed ga_lora_packed".split()
 Pair = tuple[Tensor, Tensor]  # int64 [1, T] tokens, and labels, the prompt's IGNORED; not shifted
 Forward = Callable[[Tensor, Tensor], Tensor]  # mean loss of a sample's target tokens
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(str):
     """A combination of techniques, such as `ga_mp_lora`; `packed` is ours alone."""
-
-    name: str
-
-    def __post_init__(self) -> None:
-        if self.name not in ROWS:
-            raise ValueError(self.name)
 
     def has(self, technique: str) -> bool:
         """Whether a technique is on."""
-        return technique in self.name.split("_")
+        return technique in self.split("_")
 
     @property
     def window(self) -> int:
         """Samples in an optimizer step."""
         return WINDOW if self.has("ga") else 1
 
-    @property
-    def of_peers(self) -> str:
-        """The row that the peers, which do not pack, are compared in."""
-        return self.name.removesuffix("_packed")
+    def of_side(self, side: str) -> "Row":
+        """The row that a side runs: the peers do not pack."""
+        return self if side == OURS else Row(self.removesuffix("_packed"))
+
+
+ROWS = [Row(name) for name in "baseline ga mp lora ga_mp ga_lora mp_lora ga_mp_lora ga_packed ga_lora_packed".split()]
 
 
 def weights() -> dict[str, Tensor]:
@@ -116,33 +109,6 @@ def n_targets(labels: Tensor) -> int:
     return int((labels != IGNORED).sum())
 
 
-def machine_cpu_s() -> float:
-    """Processor seconds of all processes, and of others on the same host, since the machine started (Linux)."""
-    user, nice, system, _, _, *others = map(int, Path("/proc/stat").read_text().split()[1:9])
-    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
-
-
-def own_cpu_s() -> float:
-    """Processor seconds of this process."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
-
-
-class Usage:
-    """What a stretch of this process takes of the machine, and what others take meanwhile, in processors."""
-
-    def __init__(self) -> None:
-        self._cpu = machine_cpu_s(), own_cpu_s()
-        self._began = time.perf_counter()
-
-    def stop(self) -> dict[str, float]:
-        """Seconds, and the processors that were busy on average."""
-        seconds = time.perf_counter() - self._began
-        own = own_cpu_s() - self._cpu[1]
-        others = machine_cpu_s() - self._cpu[0] - own
-        return {"seconds": seconds, "own_cpu": own / seconds, "others_cpu": max(0.0, others / seconds)}
-
-
 class Meter:
     """Times a training, and notes its losses and peak memory."""
 
@@ -155,7 +121,7 @@ class Meter:
         """Begin. The peak of memory begins here too, where the system allows it: making weights is not training."""
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self._usage = Usage()
+        self._began = time.perf_counter()
 
     def add(self, loss: float, targets: int, tokens: int, n_samples: int = 1) -> None:
         """Note a micro-batch, or a window."""
@@ -164,11 +130,12 @@ class Meter:
 
     def stop(self) -> dict[str, Any]:
         """End, and say what was measured."""
-        usage = self._usage.stop()
+        seconds = time.perf_counter() - self._began
         status = Path("/proc/self/status").read_text()
-        return usage | {
+        return {
+            "seconds": seconds,
             "tokens": self.n_tokens,
-            "tokens_per_s": self.n_tokens / usage["seconds"],
+            "tokens_per_s": self.n_tokens / seconds,
             "peak_rss_mib": int(status.split("VmHWM:")[1].split()[0]) / 1024,
             "first_loss": mean_loss(self.losses, self.window),  # before the first update: dropout has no effect yet
             "last_loss": mean_loss(self.losses[::-1], WINDOW),
@@ -239,6 +206,5 @@ def plain_loop(told: argparse.Namespace, model: nn.Module, forward: Forward) -> 
 
 def tell(told: argparse.Namespace, measured: dict[str, Any], packages: Sequence[str] = ()) -> None:
     """Print the run's line."""
-    run = {"side": told.side, "row": told.row.name, "samples": told.samples, "threads": told.threads}
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)}
-    print(json.dumps(run | measured | {"versions": versions}), flush=True)
+    print(json.dumps(measured | {"versions": versions}), flush=True)

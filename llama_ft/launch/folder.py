@@ -41,7 +41,10 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     saved = checkpoints(run_dir)
     others = [*(name for name in present if name != RESULT_FILE), *(folder.name for folder in saved)]
     earlier = earlier_config(run_dir) if others else None
-    written = _written(earlier)
+    written = {RESULT_FILE}  # what the earlier run may have written
+    if earlier:
+        trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE) if earlier.optim.lora else (WEIGHTS_FILE,)
+        written |= {*ALWAYS, *(trained if earlier.training.save else ())}
     for name in present if earlier else others:
         if earlier is None or name not in written or (run_dir / name).is_symlink() or not (run_dir / name).is_file():
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
@@ -55,19 +58,11 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     if metrics is not None:
         write_text(run_dir / METRICS_FILE, metrics)
     kept = (CONFIG_FILE,) if metrics is None else (CONFIG_FILE, METRICS_FILE)
-    for name in filter(lambda name: name not in kept, present):
+    for name in set(present) - set(kept):
         (run_dir / name).unlink()
     for name in written:
         for leftover in run_dir.glob(f".{name}.*.tmp"):
             leftover.unlink()
-
-
-def _written(config: TrainConfig | None) -> set[str]:
-    """The files that a run which was told this may have written."""
-    if config is None:
-        return {RESULT_FILE}
-    trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE) if config.optim.lora else (WEIGHTS_FILE,)
-    return {RESULT_FILE, *ALWAYS, *(trained if config.training.save else ())}
 
 
 def earlier_config(run_dir: Path) -> TrainConfig | None:

@@ -30,23 +30,20 @@ from llama_ft.system import (
 )
 
 POLL_SECONDS = 0.1
-# Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside one
-# busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
-THREADS_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
-# glibc gives free memory back to the system, and each step would take new pages, which cost a tenth of its time: it is
-# to keep them. Blocks from 16 MiB on are apart all the same, since smaller ones that are put where they were leave no
-# room for the next, and a run's memory grows; as huge pages (Linux, glibc 2.35 and later) new ones cost less.
-PAGES_ENVIRONMENT = {
-    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**24}:glibc.malloc.trim_threshold={2**46}"
+RUN_ENVIRONMENT = {
+    # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside
+    # one busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
+    "GOMP_SPINCOUNT": "10000",
+    # glibc gives free memory back to the system, and each step would take new pages, which cost a tenth of its time: it
+    # is to keep them. Blocks from 16 MiB on are apart all the same, since smaller ones that are put where they were
+    # leave no room for the next, and a run's memory grows; as huge pages (Linux, glibc 2.35) new ones cost less.
+    "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**24}:glibc.malloc.trim_threshold={2**46}",
 }
 # The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
 # into: it reserves less, and what the planner's model of it says (`planning/allocator.py`). Under Windows the driver
 # may lack the calls for it, and the first allocation fails (pytorch/pytorch#192330).
 ALLOCATOR_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # of any age
-# A run on the CPU sees no GPU: PyTorch would make a context there all the same, of hundreds of MiB on both sides, when
-# an optimizer steps (2.13) or memory is pinned.
-CPU_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": ""}
 SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
@@ -94,9 +91,8 @@ def run_in_child(
         stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
     result = read_result(run_dir)
     if result is None:
-        result = new_result(config, command)
+        result, limit_mib = new_result(config, command), config.measure.memory_limit_mib
         seen.was_oom_kill = oom_kills() > kills_before
-        limit_mib = config.measure.memory_limit_mib
         result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
         write_result(run_dir, result)
     if seen.was_interrupted:
@@ -113,14 +109,8 @@ def changed_ns(file: Path) -> int | None:
 
 def start(run_dir: Path, command: str, check_fit: bool, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
-    program = [
-        sys.executable,
-        "-m",
-        "llama_ft.launch.child",
-        str(run_dir),
-        command,
-        *([CHECK_FIT] if check_fit else []),
-    ]
+    program = [sys.executable, "-m", "llama_ft.launch.child", str(run_dir), command]
+    program += [CHECK_FIT] if check_fit else []
     pipe, environment = subprocess.PIPE, child_environment(on_cpu)
     with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
         return subprocess.Popen(
@@ -134,8 +124,10 @@ def child_environment(on_cpu: bool) -> dict[str, str]:
     set_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     allocator = {} if set_by_user or is_wsl() else ALLOCATOR_ENVIRONMENT
     # Its lines are for us, whatever the terminal's encoding is.
-    ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"} | (CPU_ENVIRONMENT if on_cpu else {})
-    return THREADS_ENVIRONMENT | PAGES_ENVIRONMENT | allocator | os.environ | ours
+    ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"}
+    if on_cpu:  # PyTorch would make a context on a GPU that it sees, of hundreds of MiB, when an optimizer steps (2.13)
+        ours["CUDA_VISIBLE_DEVICES"] = ""
+    return RUN_ENVIRONMENT | allocator | os.environ | ours
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, on_step: OnStep) -> None:

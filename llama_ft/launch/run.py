@@ -9,15 +9,7 @@ import torch
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
-from llama_ft.device import (
-    about_device,
-    choose_device,
-    device_name,
-    has_bf16,
-    peak_rss_mib,
-    use_device,
-    versions,
-)
+from llama_ft.device import about_device, choose_device, device_name, has_bf16, peak_rss_mib, use_device, versions
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
@@ -75,11 +67,10 @@ class MeasuredRun:
             self.card.note_kernels(config.model, precision.compute)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
-        counts = [(each.numel(), each.requires_grad) for each in step.model.parameters()]
-        total, trainable = sum(n for n, _ in counts), sum(n for n, is_trained in counts if is_trained)
-        percent = 100 * trainable / total
+        total = sum(each.numel() for each in step.model.parameters())
+        trainable = sum(each.numel() for each in step.model.parameters() if each.requires_grad)
         self.result.total_params, self.result.trainable_params = total, trainable
-        self.result.trainable_percent = percent
+        self.result.trainable_percent = percent = 100 * trainable / total
         self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
         samples, training = self.dataset.samples, config.training
         size, steps = training.micro_batch_size, config.accumulation_steps

@@ -6,9 +6,10 @@ the log with what each storage turned out to be.
 """
 
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
 
@@ -151,20 +152,27 @@ class MemoryTracker(TorchDispatchMode):
 
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""
-        peak, peak_event, phase, total = 0, 0, "load", 0
-        now: dict[str, int] = defaultdict(int)
-        most: dict[str, int] = defaultdict(int)
-        for number, (allocation, sign, when) in enumerate(self.events):
-            total += sign * allocation.nbytes
-            now[allocation.category] += sign * allocation.nbytes
-            most[allocation.category] = max(most[allocation.category], now[allocation.category])
-            if total > peak:
-                peak, peak_event, phase = total, number, when
-        alive: dict[tuple[str, str, str], int] = defaultdict(int)  # bytes at the peak
-        for allocation, sign, _ in self.events[: peak_event + 1]:
+        alive = bytes_alive(self.events)
+        totals = [sum(now) for now in zip(*alive.values(), strict=True)]
+        peak = totals.index(max(totals))
+        parts: Counter[tuple[str, str, str]] = Counter()  # bytes at the peak
+        for allocation, sign, _ in self.events[: peak + 1]:
             dtype = str(allocation.dtype).removeprefix("torch.")
-            alive[allocation.category, dtype, allocation.item] += sign * allocation.nbytes
-        parts = sorted((key, nbytes) for key, nbytes in alive.items() if nbytes)
-        at_peak = {name: sum(nbytes for key, nbytes in parts if key[0] == name) / MIB for name in CATEGORIES}
-        items = [MemoryItem(category, dtype, n / MIB, item or None) for (category, dtype, item), n in parts]
-        return MemoryUse(peak / MIB, phase, at_peak, {name: most[name] / MIB for name in CATEGORIES}, items)
+            parts[allocation.category, dtype, allocation.item] += sign * allocation.nbytes
+        return MemoryUse(
+            peak_mib=totals[peak] / MIB,
+            phase=self.events[peak][2],
+            at_peak_mib={name: series[peak] / MIB for name, series in alive.items()},
+            max_mib={name: max(series) / MIB for name, series in alive.items()},
+            breakdown=[
+                MemoryItem(name, dtype, n / MIB, item or None) for (name, dtype, item), n in sorted(parts.items()) if n
+            ],
+        )
+
+
+def bytes_alive(events: Sequence[Event]) -> dict[str, list[int]]:
+    """Of each category how much is alive after each event."""
+    return {
+        name: list(accumulate(sign * each.nbytes if each.category == name else 0 for each, sign, _ in events))
+        for name in CATEGORIES
+    }

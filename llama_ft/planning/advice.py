@@ -7,7 +7,7 @@ from heapq import nlargest
 from typing import Literal, NamedTuple
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
-from llama_ft.planning.fit import Vary, largest, reserved_mib, with_packing, with_samples, with_tokens
+from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, reserved_mib
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
@@ -18,7 +18,6 @@ from llama_ft.records.plan import Advice, PlanRow
 # (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.
 SPARE = 0.05
 MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
-MICRO_BATCH = "training.micro_batch_size"
 
 
 class Size(NamedTuple):
@@ -27,10 +26,9 @@ class Size(NamedTuple):
     key: str
     name: str  # for people
     field: str  # of `Advice`
-    vary: Vary
     now: int
     most: int  # with which everything is
-    whole: str = "the data"
+    whole: str
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,8 @@ class Adviser:
             return self._cheapest()
         if len(self.gpus) == 1:
             return self._for_card(self.gpus[0])
-        advice = Advice("fit", None, lines=[self._in_a_line(gpu) for gpu in self.gpus])
-        advice.lines.append("gpu=CARD says of one card how long a sequence and how large a micro-batch still fit")
-        return advice
+        more = "gpu=CARD says of one card how long a sequence and how large a micro-batch still fit"
+        return Advice("fit", None, lines=[*map(self._in_a_line, self.gpus), more])
 
     def _for_card(self, gpu: GpuConfig) -> Advice:
         advice = Advice("fit", gpu.name, lines=[self._in_a_line(gpu)])
@@ -146,37 +143,34 @@ class Adviser:
             advice.lines.append(f"no {size.key} is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
 
-    def _size(self, row: PlanRow) -> "Size":
+    def _run(self, row: PlanRow) -> PlanConfig:
+        return replace(self.config, optim=OptimConfig(**row.optim))
+
+    def _size(self, row: PlanRow) -> Size:
         """What decides how much is computed at once: samples of a micro-batch, or tokens of a packed row."""
-        training, config = self.config.training, replace(self.config, optim=OptimConfig(**row.optim))
-        if training.packing is None:
-            field = "largest_micro_batch"
-            return Size(MICRO_BATCH, "micro-batch", field, with_samples, training.micro_batch_size, len(self.lengths))
-        update = nlargest(training.micro_batch_size * config.accumulation_steps, (tokens for tokens, _ in self.lengths))
-        most = sum(update) - len(update)
-        return Size("training.packing", "packing", "packing", with_packing, training.packing, most, "an update")
+        size, packing = self.config.training.micro_batch_size, self.config.training.packing
+        if packing is None:
+            return Size(MICRO_BATCH, "micro-batch", "largest_micro_batch", size, len(self.lengths), "the data")
+        update = nlargest(size * self._run(row).accumulation_steps, (tokens for tokens, _ in self.lengths))
+        return Size(PACKING, "packing", "packing", packing, sum(update) - len(update), "an update")
 
     def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, numbers: range) -> tuple[int, int]:
         """The most tokens of a sample, and the largest size, that fit; each one below its range if none do."""
         limit_mib = gpu.usable_mib or 0.0
         if has_room(row) or not row.fits:
             limit_mib *= 1 - SPARE
-        config, size = replace(self.config, optim=OptimConfig(**row.optim)), self._size(row)
-        run = config, self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib
-        jobs = {
-            "tokens": (with_tokens, *run, tokens, max(self.lengths)[0]),
-            "size": (size.vary, *run, numbers, size.now),
-        }
+        size, run = self._size(row), (self._run(row), self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib)
+        searched = {MAX_LENGTH: (tokens, max(self.lengths)[0]), size.key: (numbers, size.now)}
         found: dict[str, int] = {}
-        with self.progress(f"longest sequence, largest {size.name}", len(jobs)) as advance:
-            for name, number in side_by_side(largest, jobs):
-                found[name] = number
+        with self.progress(f"longest sequence, largest {size.name}", len(searched)) as advance:
+            for key, number in side_by_side(largest, {key: (key, *run, *each) for key, each in searched.items()}):
+                found[key] = number
                 advance(1)
-        return found["tokens"], found["size"]
+        return found[MAX_LENGTH], found[size.key]
 
     def _smallest_card(self, row: PlanRow, gpu: GpuConfig) -> str:
         """The smallest known card on which a combination fits, in a line."""
-        config = replace(self.config, optim=OptimConfig(**row.optim))
+        config = self._run(row)
         cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > (gpu.memory_mib or 0)]
         if not cards:
             return "no larger card is known"

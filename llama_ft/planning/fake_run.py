@@ -66,14 +66,9 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
         yield make_step(model, config, on_cpu)
 
 
-def padding_of(config: TrainConfig, traits: Traits) -> Padding:
-    """How far a run there pads its micro-batches."""
-    return Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
-
-
 def windows_of(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> Windows:
     """The optimizer steps of a run there."""
-    training, padding = config.training, padding_of(config, traits)
+    training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
     size, steps = training.micro_batch_size, config.accumulation_steps
     return Windows(samples, size, steps, training.seed, padding, training.packing)
 
@@ -103,7 +98,7 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
         tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
-        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_flash and config.optim.mp else nullcontext()
+        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             first_step = len(tracker.events)
             tracker.claim_gradients(give_gradients(step))

@@ -1,7 +1,6 @@
 """Whether a run fits, by fake runs: on the GPU that is here, and up to which number of tokens or samples on a card."""
 
 from bisect import bisect_left
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from llama_ft.system import MIB
 # What CUDA's libraries and kernels take when they are first used, beside the context that is there when free memory is
 # asked for: they are loaded late. The profiles' largest context, of an H100, is 676 MiB, and a fresh one about 450.
 LIBRARIES_MIB = 300
+MICRO_BATCH, PACKING, MAX_LENGTH = "training.micro_batch_size", "training.packing", "data.max_length"
 
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
@@ -94,27 +94,21 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
     return [other for other in others if other != optim]
 
 
-def with_tokens(config: TrainConfig, lengths: Lengths, n_tokens: int) -> tuple[TrainConfig, Lengths]:
-    """Samples of so many tokens, all trained on but BOS, enough of them for a window: the hardest of this length."""
-    n_samples = config.training.micro_batch_size * config.accumulation_steps
-    return config, [(n_tokens, 1)] * min(len(lengths), n_samples)
+def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:
+    """The run with another micro-batch size, packing or longest sample.
 
-
-def with_samples(config: TrainConfig, lengths: Lengths, n_samples: int) -> tuple[TrainConfig, Lengths]:
-    """So many samples in a micro-batch."""
-    return replace(config, training=replace(config.training, micro_batch_size=n_samples)), lengths
-
-
-def with_packing(config: TrainConfig, lengths: Lengths, n_tokens: int) -> tuple[TrainConfig, Lengths]:
-    """Up to so many tokens of an update's samples end to end."""
-    return replace(config, training=replace(config.training, packing=n_tokens)), lengths
-
-
-Vary = Callable[[TrainConfig, Lengths, int], tuple[TrainConfig, Lengths]]
+    Samples of a length are all trained on but for BOS, and enough for a window: no others of this length are harder.
+    """
+    if key == MAX_LENGTH:
+        n_samples = config.training.micro_batch_size * config.accumulation_steps
+        return config, [(number, 1)] * min(len(lengths), n_samples)
+    if key == PACKING:
+        return replace(config, training=replace(config.training, packing=number)), lengths
+    return replace(config, training=replace(config.training, micro_batch_size=number)), lengths
 
 
 def largest(
-    vary: Vary,
+    key: str,
     config: TrainConfig,
     lengths: Lengths,
     traits: Traits,
@@ -129,13 +123,13 @@ def largest(
     larger number does not.
 
     Args:
-        vary: changes a run to one with such a number.
+        key: the setting that is looked for, as `varied` has it.
         limit_mib: what may be reserved at most.
         step: of the first try above the numbers' start; it doubles while runs fit. Then the range is bisected.
     """
 
     def is_too_large(number: int) -> bool:
-        return reserved_mib(*vary(config, lengths, number), traits, workspace) > limit_mib
+        return reserved_mib(*varied(key, config, lengths, number), traits, workspace) > limit_mib
 
     fits, end = numbers.start - 1, numbers.stop
     while fits + step < end and not is_too_large(fits + step):

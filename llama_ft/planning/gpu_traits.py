@@ -21,8 +21,7 @@ class Traits:
     """Cards with equal traits run a combination in the same way."""
 
     on_cuda: bool
-    has_bf16: bool  # computes in bf16 itself
-    has_flash: bool  # has FlashAttention for its 16-bit format
+    has_bf16: bool  # computes in bf16 itself; on CUDA, has FlashAttention for its 16-bit format
 
     @property
     def rounding(self) -> int:
@@ -39,26 +38,25 @@ class Traits:
 
     def repeats_keys(self, is_16bit: bool) -> bool:
         """Whether attention there repeats the keys and values of grouped queries: `attention.repeats_keys`."""
-        return self.on_cuda and not (self.has_flash and is_16bit)
+        return self.on_cuda and not (self.has_bf16 and is_16bit)
 
     def takes_segments(self, is_16bit: bool, head_dim: int) -> bool:
         """Whether one call there takes all sequences of a packed row: `attention.takes_segments`."""
-        return self.on_cuda and self.has_flash and is_16bit and has_varlen(head_dim)
+        return self.on_cuda and self.has_bf16 and is_16bit and has_varlen(head_dim)
 
 
 def traits_of(gpu: GpuConfig) -> Traits:
     """The traits of a profile's card; of the CPU where it is no card's."""
     if gpu.device is not DeviceChoice.cuda:
-        return Traits(on_cuda=False, has_bf16=True, has_flash=True)
-    newer = (gpu.capability or (8, 0)) >= (8, 0)
-    return Traits(on_cuda=True, has_bf16=newer, has_flash=newer)
+        return Traits(on_cuda=False, has_bf16=True)
+    return Traits(on_cuda=True, has_bf16=(gpu.capability or (8, 0)) >= (8, 0))
 
 
 def relevant_traits(traits: Traits, config: TrainConfig) -> Traits:
     """The traits without those that this combination and model do not feel, so that equal runs are run once."""
     if config.optim.mp or config.model.n_kv_heads != config.model.n_heads:
         return traits
-    return replace(traits, has_bf16=True, has_flash=True)
+    return replace(traits, has_bf16=True)
 
 
 def workspace_bytes(gpu: GpuConfig) -> int:

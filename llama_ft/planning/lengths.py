@@ -30,7 +30,12 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     try:
         if tokenizer is not None:
             samples = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log).samples
-            return _described(name, [(len(sample), sample.n_prompt) for sample in samples])
+            counts = [len(sample) for sample in samples]
+            tokens, longest = sum(counts), max(counts)
+            spread = f"median {median(counts):g}, longest {longest}"
+            about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread})"
+            lengths = [(len(sample), sample.n_prompt) for sample in samples]
+            return lengths, PlannedData(name, about, False, len(samples), longest, tokens)
     except NothingLeft as error:  # which train will say too
         reason = str(error)
     n_samples, length = config.training.max_samples or config.data.first or STAND_IN_SAMPLES, config.max_length
@@ -40,12 +45,6 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
     )
     lengths = [(length, 1)] * n_samples  # all but BOS are trained on: the most that can be
     return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length)
-
-
-def _described(name: str, lengths: Lengths) -> tuple[Lengths, PlannedData]:
-    middle, tokens, longest = median(n for n, _ in lengths), sum(n for n, _ in lengths), max(n for n, _ in lengths)
-    about = f"{len(lengths):,} samples of {name}, {tokens:,} tokens (median {middle:g}, longest {longest})"
-    return lengths, PlannedData(name, about, False, len(lengths), longest, tokens)
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:

@@ -118,8 +118,7 @@ def total(parts: Iterable[Operators]) -> Operators:
     """All operators of all parts. Negative counts, of a difference, stay."""
     summed: Operators = Counter()
     for part in parts:
-        for key, count in part.items():
-            summed[key] += count
+        summed.update(part)
     return summed
 
 

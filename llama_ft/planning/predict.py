@@ -3,18 +3,17 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import groupby, product
 
 from llama_ft.config import TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError
-from llama_ft.measure.memory import Event, MemoryUse
+from llama_ft.measure.memory import Event, bytes_alive
 from llama_ft.planning.allocator import reserved_bytes
-from llama_ft.planning.fake_run import fake_run
+from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.planning.operators import bound_by_resource, bytes_of, flops_of
 from llama_ft.planning.processes import Progress, no_progress, side_by_side
 from llama_ft.planning.run_costs import RunCosts, run_costs
-from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import MemoryPoint, PlanRow
 from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB
@@ -27,12 +26,10 @@ Key = tuple[tuple[bool, ...], int, Traits]
 class Needs:
     """What a run needs and computes, whatever the card's sizes."""
 
-    use: MemoryUse
+    run: FakeRun  # without its events
     reserved_mib: dict[int, float]  # by bytes of workspaces
     timeline: list[MemoryPoint]  # of the last optimizer step
     costs: RunCosts
-    trainable_params: int
-    total_params: int
 
 
 def predict(
@@ -89,8 +86,7 @@ def needs_of(
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):
         run = fake_run(config, samples, traits)
         reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MIB for size in workspaces}
-        points = timeline(run.events, run.last_step)
-        needs.append(Needs(run.use, reserved, points, costs, run.trainable_params, run.total_params))
+        needs.append(Needs(replace(run, events=[]), reserved, timeline(run.events, run.last_step), costs))
     return needs
 
 
@@ -99,29 +95,18 @@ def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
 
     Fused AdamW allocates nothing in a step whose state is there: its point is what is alive when it runs.
     """
-    now: dict[str, int] = defaultdict(int)
+    alive = bytes_alive(events)
 
-    def apply(event: Event) -> None:
-        now[event[0].category] += event[1] * event[0].nbytes
-
-    def point(number: int, phase: str) -> MemoryPoint:
-        return MemoryPoint(number, phase, {name: now[name] / MIB for name in CATEGORIES})
+    def point(index: int, phase: str) -> MemoryPoint:
+        return MemoryPoint(index - begin, phase, {name: series[index] / MIB for name, series in alive.items()})
 
     begin = next(number for number in range(start, len(events)) if events[number][2] == "forward")
     end = next((n for n in range(begin, len(events)) if events[n][2] == "after the step"), len(events))
-    for event in events[:begin]:  # accumulated gradients included
-        apply(event)
     width = max(1, -(-(end - begin) // MAX_POINTS))
-    points: list[MemoryPoint] = []
-    highest = 0
-    for number, event in enumerate(events[begin:end]):
-        apply(event)
-        if number % width == 0 or points[-1].phase != event[2]:
-            points.append(point(number, event[2]))
-            highest = sum(now.values())
-        elif (total := sum(now.values())) > highest:
-            highest, points[-1] = total, point(number, event[2])
-    return [*points, point(end - begin, "optimizer step")]
+    totals = [sum(now) for now in zip(*alive.values(), strict=True)]
+    neighbours = groupby(range(begin, end), lambda index: ((index - begin) // width, events[index][2]))
+    points = [point(max(few, key=totals.__getitem__), phase) for (_, phase), few in neighbours]
+    return [*points, replace(point(end - 1, "optimizer step"), event=end - begin)]
 
 
 def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
@@ -130,12 +115,12 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
     if needs is None:
         row.error = refusal(config, gpu)
         return row
-    use, costs, workspace_mib = needs.use, needs.costs, workspace_bytes(gpu) / MIB
+    use, costs, workspace_mib = needs.run.use, needs.costs, workspace_bytes(gpu) / MIB
 
     def with_workspace(memory: dict[str, float]) -> dict[str, float]:
         return memory | {"other": memory["other"] + workspace_mib}
 
-    row.trainable_params, row.total_params = needs.trainable_params, needs.total_params
+    row.trainable_params, row.total_params = needs.run.trainable_params, needs.run.total_params
     row.peak_memory_mib, row.peak_phase = use.peak_mib + workspace_mib, use.phase
     row.memory_mib, row.memory_max_mib = with_workspace(use.at_peak_mib), with_workspace(use.max_mib)
     row.breakdown = list(use.breakdown)

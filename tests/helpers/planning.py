@@ -5,8 +5,8 @@ from typing import Any
 from llama_ft.config import DataConfig, DeviceChoice, GpuConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_ft.planning.gpu_traits import Traits
 
-ON_CPU = Traits(on_cuda=False, has_bf16=True, has_flash=True)
-ON_CUDA = Traits(on_cuda=True, has_bf16=True, has_flash=True)
+ON_CPU = Traits(on_cuda=False, has_bf16=True)
+ON_CUDA = Traits(on_cuda=True, has_bf16=True)
 CPU_PROFILE = GpuConfig(name="cpu", device=DeviceChoice.cpu)
 
 # A wide head over few layers: a fake run is quick, and a token needs enough for the allocator's pages to differ.
