@@ -9,7 +9,7 @@ from llama_ft.config.techniques import combination_label, table_order
 from llama_ft.reporting.matching import NOT_COMPARED, as_typed, run_settings
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
 from llama_ft.reporting.table import UNKNOWN, Rows, Table
-from llama_ft.reporting.table2 import FAILED, Measure, cell, measure_notes
+from llama_ft.reporting.table2 import Measure, cell, failures, measure_notes
 
 BEST = "*"
 COLUMNS = (
@@ -92,7 +92,7 @@ def run_table(group: Group) -> Table:
         for n, settings in enumerate(group.settings)
     ]
     head = [(first, [*others, *(measure.title for measure in measures)])]
-    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *_failures(group)]
+    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *failures(group.results, group.labels)]
     return Table(group.title, head, rows, notes, max_columns=len(head[0][1]), gap=2)
 
 
@@ -102,13 +102,3 @@ def _column(group: Group, measure: Measure) -> list[str]:
     best = min(known) if len(known) > 1 and measure.key != "train_loss_before" else None
     marks = [BEST if best is not None and value == best else "" for value in values]
     return [f"{m}{cell(r, measure.key, measure.form)}" for m, r in zip(marks, group.results, strict=True)]
-
-
-def _failures(group: Group) -> list[str]:
-    """What runs died of, each reason once."""
-    runs: dict[str, list[str]] = {}
-    for result, label in zip(group.results, group.labels, strict=True):
-        if result.status in FAILED:
-            runs.setdefault(" ".join(str(result.error).split()), []).append(label)
-    more = {reason: f" and {len(labels) - 1} more" if len(labels) > 1 else "" for reason, labels in runs.items()}
-    return [f"{labels[0]}{more[reason]}: {reason}" for reason, labels in runs.items()]
