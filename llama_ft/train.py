@@ -32,7 +32,7 @@ from llama_ft.records.result import (
     unmeasured_result,
     write_result,
 )
-from llama_ft.reporting.progress import RunProgress, ending
+from llama_ft.reporting.progress import Bar, ending
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import start_tracker, track_sweep
@@ -130,7 +130,8 @@ class TrainCommand:
     def run(self, config: TrainConfig, run_dir: Path, lock: int) -> Result:
         """Run in a process of its own, watched."""
         group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
-        with RunProgress(self.console, title) as display:
+        self.console.print(title, style="bold", highlight=False, markup=False)
+        with Bar(self.console) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
 
             log = partial(self.log_once, log=display.message)

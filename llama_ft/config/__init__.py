@@ -13,7 +13,6 @@ from llama_ft.config.groups import (
     GpuConfig,
     MatrixRates,
     MeasureConfig,
-    PlanCheckConfig,
     ReportConfig,
     TrackerConfig,
     TrackerKind,

@@ -1,6 +1,7 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,27 @@ def is_device(gpu: Settings, group: Group) -> bool:
 
 def differing_settings(a: Settings, b: Settings) -> list[Difference]:
     """Each setting that both have and that differs, in the order of their names."""
-    keys = sorted(key for key in a.keys() & b.keys() if a[key] != b[key] and not key.startswith(NOT_COMPARED))
-    if "gpu.name" in keys:  # what a card has is in its profile's name already
-        keys = [key for key in keys if not key.startswith("gpu.") or key == "gpu.name"]
+    both = sorted(a.keys() & b.keys())
+    keys = varied([{key: side[key] for key in both} for side in (a, b)])
     return [(key, as_typed(a[key]), as_typed(b[key])) for key in keys]
+
+
+def varied(configs: Sequence[Settings]) -> list[str]:
+    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
+
+    def differ(key: str, among: Sequence[Settings]) -> bool:
+        return len({as_typed(config.get(key)) for config in among}) > 1
+
+    all_keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(NOT_COMPARED))
+    keys = [key for key in all_keys if differ(key, configs)]
+    for section in ("model", "data", "gpu"):
+        if (name := f"{section}.name") in keys:
+            alike: dict[Any, list[Settings]] = {}
+            for config in configs:
+                alike.setdefault(config.get(name), []).append(config)
+            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
+            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
+    return keys
 
 
 def as_typed(value: Any) -> str:
