@@ -74,9 +74,9 @@ class DataConfig:
         """What people call this data: a file that is given in the place of the built-in set by the file's name."""
         return Path(self.path).name if self.path and self.is_builtin else self.name
 
-    def check_for(self, model: ModelConfig) -> None:
+    def check_for(self, model: ModelConfig, needs_records: bool = True) -> None:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
-        if self.path is None and self.url is None and not self.is_builtin:
+        if needs_records and self.path is None and self.url is None and not self.is_builtin:
             raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
         limit, length = model.max_seq_len, self.max_length or model.max_seq_len
         check(length <= limit, "data.max_length", length, f"at most model.max_seq_len={limit}")
