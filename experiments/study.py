@@ -97,9 +97,8 @@ def main(study: Study) -> None:
 def run_command(function: Callable[[], int], purpose: str, options: type[Options], study: str = "") -> None:
     """Be `python -m experiments.STUDY`, or `python -m experiments`."""
     ConfigStore.instance().store(name="study_schema", node=options)  # for --help
-    about, more = f"{purpose} {EXIT_STATUS}", ("--help", "--version")
-    examples = ("quick=true", "output=DIR tracker=wandb")
-    cli.run_command(function, StudyUsage("study", about, "[KEY=VALUE ...]", options, examples, more, study))
+    about, examples = f"{purpose} {EXIT_STATUS}", ("quick=true", "output=DIR tracker=wandb")
+    cli.run_command(function, StudyUsage("study", about, "[KEY=VALUE ...]", options, examples, study=study))
 
 
 def read_options(arguments: list[str], schema: type[T]) -> T:

@@ -32,7 +32,6 @@ USAGE = cli.Usage(
         "checkpoint=llama-2-7b-hf adapter=outputs/mine to=hf output=mine dtype=bf16",
         "model=tiny adapter=outputs/lora to=hf output=tiny-hf",
     ),
-    ("--help", "--version"),
 )
 FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
 
@@ -65,10 +64,7 @@ def main() -> int:
 
 def check_free(output: Path, config: ConvertConfig) -> None:
     """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
-    try:
-        is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
-    except OSError as error:
-        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
+    is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     if os.path.lexists(output) and not is_empty:
         raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
 

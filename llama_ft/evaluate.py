@@ -33,7 +33,6 @@ USAGE = cli.Usage(
         "checkpoint=outputs/full base=builtin data.path=records.jsonl",
         "text=book.txt window=512 stride=256 exact_match=false",
     ),
-    ("--help", "--version"),
 )
 JSON_FILE, TABLE_FILE, ANSWERS_FILE = "evaluate.json", "evaluate.md", "answers.jsonl"
 

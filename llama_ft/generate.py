@@ -34,7 +34,6 @@ USAGE = cli.Usage(
         "interactive=true adapter=outputs/mine",
         "prompt=Hello kv_cache=false decoding=beam",
     ),
-    ("--help", "--version"),
 )
 
 

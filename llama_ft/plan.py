@@ -25,7 +25,6 @@ USAGE = cli.Usage(
         "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit training=course",
         "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
     ),
-    ("--help", "--version"),
 )
 
 

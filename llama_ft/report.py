@@ -27,18 +27,14 @@ USAGE = cli.Usage(
         "outputs/table2 outputs/plan",
         "outputs/table2 tracker.upload=true",
     ),
-    ("--help", "--version"),
 )
 
 
 def main() -> int:
     """Report on the folders given."""
-    arguments = sys.argv[1:]
-    named = [text for text in arguments if "=" not in text or os.path.exists(text)]
-    overrides, folders = (
-        [text for text in arguments if text not in named],
-        [Path(os.path.expanduser(text)) for text in named],
-    )
+    named = [text for text in sys.argv[1:] if "=" not in text or os.path.exists(text)]
+    overrides = [text for text in sys.argv[1:] if text not in named]
+    folders = [Path(os.path.expanduser(text)) for text in named]
     config = cli.composed_config("report", overrides, ReportConfig)
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")

@@ -12,12 +12,13 @@ from typing import cast
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, read_write
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
+from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
-from llama_ft.config.checks import Settings, literal
+from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
@@ -31,7 +32,7 @@ from llama_ft.records.result import (
     unmeasured_result,
     write_result,
 )
-from llama_ft.reporting.progress import RunProgress, ending
+from llama_ft.reporting.progress import Bar, ending
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import start_tracker, track_sweep
@@ -52,9 +53,6 @@ class TrainCommand:
     def job(self, config: DictConfig) -> None:
         """One run. Hydra calls it for each."""
         settings = HydraConfig.get()
-        runtime = cast(DictConfig, settings.runtime)
-        with read_write(runtime):  # a folder's name may hold `${`
-            runtime.merge_with(literal(OmegaConf.to_container(runtime)))
         os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
         run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
         try:
@@ -132,7 +130,8 @@ class TrainCommand:
     def run(self, config: TrainConfig, run_dir: Path, lock: int) -> Result:
         """Run in a process of its own, watched."""
         group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
-        with RunProgress(self.console, title) as display:
+        self.console.print(title, style="bold", highlight=False, markup=False)
+        with Bar(self.console) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
 
             log = partial(self.log_once, log=display.message)
@@ -229,6 +228,7 @@ USAGE = cli.Usage(
         "-m optim.lora=true lora.rank=4,16 hydra.sweep.dir=outputs/rank",
         "model=llama2_7b checkpoint=DIR tokenizer=FILE data=alpaca_200 training=course optim=mp_lora",
     ),
+    tuple(OPTIONS),
 )
 
 

@@ -364,15 +364,6 @@ def test_special_characters_of_hydras_keys_need_the_quotes_that_the_error_gives(
     assert train(advice).folders == ["out (1)"]
 
 
-@pytest.mark.parametrize("mode", [(), ("-m", "optim=lora")])
-def test_a_working_folder_may_be_called_like_an_interpolation(train, tmp_path, monkeypatch, mode):
-    (tmp_path / "${x}").mkdir()
-    monkeypatch.chdir(tmp_path / "${x}")
-    outcome = train(*mode)
-    assert (outcome.status, len(outcome.folders)) == (0, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["${x}"]
-
-
 @pytest.mark.parametrize(
     ("arguments", "count"),
     [

@@ -357,14 +357,12 @@ def test_the_limit_is_in_the_picture_where_it_is_one_on_the_allocator() -> None:
 
 
 DAMAGED = ["", '{"schema_version": 2, "sta', "null", '{"schema_version": 1}', '{"model": "a"}', "[" * 10**5]
-EDITED = [{"techniques": {}}, {"techniques": {"ga": {"steps": "x"}}}, {"breakdown": [{"category": "x"}]}, {"optim": 1}]
 
 
-@pytest.mark.parametrize("change", EDITED, ids=str)
-def test_an_edited_result_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_an_edited_result_is_named(tmp_path: Path) -> None:
     write(tmp_path, "ga_mp_lora")
     file = tmp_path / "ga_mp_lora" / "result.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"optim": 1}))
     assert report(tmp_path).stderr.startswith(f"error: {file} is damaged: ")
 
 

@@ -1,26 +1,26 @@
-"""Composing the config with Hydra, and checking it."""
+"""Composing the config with Hydra, checking it, and saying what in it may surprise."""
 
 import copy
 import hashlib
 import os
 import re
 import sys
+from collections.abc import Collection, Iterator
 from dataclasses import is_dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
-from llama_ft.cli.remarks import remarks
-from llama_ft.cli.texts import as_typed
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.cli.texts import as_typed, parsed
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import new_folder
 
@@ -45,7 +45,7 @@ def run_name(*, _root_: DictConfig) -> str:
     swept = swept_keys(_root_)
     parts = sorted(
         f"{override.key_or_group}={override.get_value_element_as_str()}"
-        for override in _parsed(list(_root_.hydra.overrides.task))
+        for override in parsed(list(_root_.hydra.overrides.task))
         if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
     )
     plain = [combination_name(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)]
@@ -60,7 +60,7 @@ def run_name(*, _root_: DictConfig) -> str:
 
 def typed_overrides() -> list[Override]:
     """The overrides on the command line."""
-    return _parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
+    return parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
 
 
 def swept_keys(config: DictConfig) -> set[str]:
@@ -90,17 +90,38 @@ def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
 
 def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) -> T:
     """The config as checked dataclasses; a UserError names a wrong key."""
-    parsed = _parsed(overrides)
-    for override in parsed:
+    typed = parsed(overrides)
+    for override in typed:
         _check_value(schema, override)
-    given = {override.key_or_group for override in parsed}
+    given = {override.key_or_group for override in typed}
     checked = OmegaConf.to_object(_with_adapter(_with_sizes(config, given), given, schema))
     assert isinstance(checked, schema)
     return checked
 
 
-def _parsed(overrides: list[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(overrides)
+def remarks(config: Any, overrides: list[str], swept: Collection[str] = ()) -> Iterator[str]:
+    """A line for each technique and each key whose value, given in the overrides, changes nothing, and for backslashes.
+
+    Args:
+        config: the checked config that the overrides led to.
+        swept: keys and groups of which a sweep has several values: a technique that is on in some of its runs is used.
+    """
+    keys = [override.key_or_group for override in parsed(overrides)]
+    used = config.used_techniques if isinstance(config, TrainConfig) else set()
+    for each in TECHNIQUES:
+        idle = [key for key in keys if key.startswith(f"{each.name}.")]
+        if idle and each.name not in used and not {"optim", f"optim.{each.name}"} & set(swept):
+            yield f"{', '.join(idle)}: no effect without optim.{each.name}=true"
+    for key in keys:
+        entry, _ = setting_of(type(config), key)
+        if entry is None:  # Hydra's own
+            continue
+        if (needs := entry.metadata.get("needs")) and not attrgetter(needs.partition("=")[0])(config):
+            yield f"{key}: no effect without {needs}"
+        value = attrgetter(key)(config)
+        texts = value if isinstance(value, list) else [value]
+        if any(isinstance(text, str) and re.search(r"\\[nt]", text) for text in texts):
+            yield f"{key}: a backslash stays a backslash; for a line break type, in bash, $'{key}=...\\n...'"
 
 
 def _check_value(schema: type, override: Override) -> None:
@@ -116,10 +137,7 @@ def _check_value(schema: type, override: Override) -> None:
     ):
         raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))
     if "???" in (value if isinstance(value, list) else [value]):
-        raise UserError(
-            f"{key}=??? is not allowed: by itself ??? marks what is missing; with a blank after it, in quotes,"
-            " it is a text"
-        )
+        raise UserError(f"{key}=??? is not allowed: ??? marks what is missing; with a blank, in quotes, it is a text")
 
 
 def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 
 from llama_ft.cli.explain import TEXTS, setting_of
@@ -29,10 +30,15 @@ def as_typed(arguments: Sequence[str], schema: type, *, sweeps: bool = False) ->
     return [_argument(argument, schema, sweeps) for argument in arguments]
 
 
-def parsed(argument: str) -> Override | None:
-    """An argument as Hydra reads it; None if it cannot."""
+def parsed(arguments: Sequence[str]) -> list[Override]:
+    """Arguments as Hydra reads them; a HydraException at one that it cannot read."""
+    return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def _value(argument: str) -> Any:
+    """What Hydra makes of an argument's value, a sweep included; None if it cannot read it."""
     try:
-        return OverridesParser.create().parse_override(argument)
+        return parsed([argument])[0].value()
     except HydraException:
         return None
 
@@ -43,9 +49,9 @@ def _argument(argument: str, schema: type, sweeps: bool) -> str:
     if match is None or (kind not in TEXTS and kind != list[str]):
         return argument
     start, value = match[1], match[3]
-    as_hydra = parsed(argument) if sweeps or kind == list[str] else None
-    sweep = as_hydra.value() if as_hydra is not None and as_hydra.is_sweep_override() else None
-    if sweep is not None and (kind == list[str] or not (isinstance(sweep, ChoiceSweep) and sweep.simple_form)):
+    sweep = _value(argument) if sweeps or kind == list[str] else None
+    is_simple = isinstance(sweep, ChoiceSweep) and sweep.simple_form and kind != list[str]
+    if isinstance(sweep, Sweep | Glob) and not is_simple:
         return argument  # several lists, or choice(a,b), glob(*)
     if kind == list[str]:
         items = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
@@ -61,8 +67,7 @@ def _argument(argument: str, schema: type, sweeps: bool) -> str:
 def _text(value: str) -> str:
     """A text as Hydra is to be given it."""
     text = unquoted(value)
-    override = parsed(f"key={value}")
-    is_read = value and override is not None and override.value() == text and not re.search(r"\$\{|\\", text)
+    is_read = value and _value(f"key={value}") == text and not re.search(r"\$\{|\\", text)
     return value if is_read else QuotedString(literal(text), Quote.double).with_quotes()
 
 

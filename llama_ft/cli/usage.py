@@ -45,7 +45,7 @@ class Usage:
     arguments: str
     schema: type
     examples: tuple[str, ...]
-    options: tuple[str, ...] = tuple(OPTIONS)
+    options: tuple[str, ...] = ("--help", "--version")  # of OPTIONS
 
     @property
     def module(self) -> str:

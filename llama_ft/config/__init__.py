@@ -8,7 +8,18 @@ from llama_ft.config.checks import Combinations, DeviceChoice, Dtype, Format, Go
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
-from llama_ft.config.groups import DataConfig, GpuConfig, MatrixRates, MeasureConfig, PlanCheckConfig, TrainingConfig
+from llama_ft.config.groups import (
+    DataConfig,
+    GpuConfig,
+    MatrixRates,
+    MeasureConfig,
+    ReportConfig,
+    TrackerConfig,
+    TrackerKind,
+    TrackerMode,
+    TrainingConfig,
+    UploadConfig,
+)
 from llama_ft.config.model import FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
@@ -23,7 +34,6 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.tracker import ReportConfig, TrackerConfig, TrackerKind, TrackerMode, UploadConfig
 from llama_ft.config.train import TrainConfig
 
 SCHEMAS = {  # of the commands

@@ -2,7 +2,10 @@
 
 import enum
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields
+from pathlib import Path
 from typing import Any
 
 Settings = dict[str, Any]  # a section of the config in JSON's types, with the schema's keys
@@ -53,6 +56,25 @@ def check_settings(section: Any, prefix: str = "") -> None:
         least = entry.metadata.get("at_least")
         if least is not None and value is not None:
             check(value >= least, key, value, f"at least {least}{', or null' if entry.default is None else ''}")
+
+
+def flat(settings: Any, prefix: str = "") -> Settings:
+    """Nested settings by full name: `{"lora": {"rank": 16}}` as `{"lora.rank": 16}`."""
+    if not isinstance(settings, dict):
+        return {prefix.removesuffix("."): settings}
+    return {k: v for key, value in settings.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Make whatever a damaged file leads to in this block a UserError that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"{file} cannot be read: {reason}") from error
 
 
 def literal(value: Any) -> Any:

@@ -1,5 +1,6 @@
-"""The config groups, one dataclass each, with every key's default and what is allowed."""
+"""The config groups, one dataclass each, with every key's default and what is allowed; what `report` can be told."""
 
+import enum
 import math
 import re
 from dataclasses import asdict, dataclass, field
@@ -7,6 +8,11 @@ from pathlib import Path
 
 from llama_ft.config.checks import DeviceChoice, OnBadRecord, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
+
+# What tracks runs; chosen as a group.
+TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
+# W&B's mode; `auto` is online where an API key is configured, else offline.
+TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
 
 
 @dataclass
@@ -69,9 +75,9 @@ class DataConfig:
         """What people call this data: a file that is given in the place of the built-in set by the file's name."""
         return Path(self.path).name if self.path and self.is_builtin else self.name
 
-    def check_for(self, model: ModelConfig) -> None:
+    def check_for(self, model: ModelConfig, needs_records: bool = True) -> None:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
-        if self.path is None and self.url is None and not self.is_builtin:
+        if needs_records and self.path is None and self.url is None and not self.is_builtin:
             raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
         limit, length = model.max_seq_len, self.max_length or model.max_seq_len
         check(length <= limit, "data.max_length", length, f"at most model.max_seq_len={limit}")
@@ -150,3 +156,34 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "measure.")
+
+
+@dataclass
+class TrackerConfig:
+    """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
+
+    kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
+    mode: TrackerMode = setting(TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline")
+    project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft")
+    entity: str | None = setting(None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own")
+    group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder")
+    tags: list[str] = setting([], "W&B tags beside those of techniques, model and card; [] is those of WANDB_TAGS")
+    notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES")
+
+    def __post_init__(self) -> None:
+        holds = self.project is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.project) is not None
+        check(holds, "tracker.project", self.project, "1 to 128 characters without / \\ # ? % :")
+
+
+@dataclass
+class UploadConfig(TrackerConfig):
+    """The tracker for runs that are over. What is not given is as each run was told."""
+
+    upload: bool = setting(False, "send every run, and the sweep, to the tracker again from the local files")
+
+
+@dataclass
+class ReportConfig:
+    """Everything `python -m llama_ft.report` can be told beside folders."""
+
+    tracker: UploadConfig = field(default_factory=UploadConfig)

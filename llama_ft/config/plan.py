@@ -35,11 +35,7 @@ class PlanConfig(TrainConfig):
         if self.checkpoint is None:
             self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
-        if self.has_lengths:
-            self.data.check_for(self.model)
-        else:
-            length, longest = self.max_length, self.model.max_seq_len
-            check(length <= longest, "data.max_length", length, f"at most model.max_seq_len={longest}")
+        self.data.check_for(self.model, needs_records=self.has_lengths)
         if self.both and self.combinations is Combinations.one:
             typed = f"both=[{','.join(self.both)}]"
             raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llama_ft.config.checks import Dtype, check, check_settings, setting
 
@@ -111,43 +111,28 @@ COURSE = tuple(each for each in TECHNIQUES if each.in_course)
 LABELS = {each.name: each.label for each in TECHNIQUES}
 
 
-class _Switches:
-    """What the dataclass of the switches can do."""
+# Any: its fields are known at run time alone.
+_Switches: Any = make_dataclass("_Switches", [(each.name, bool, setting(False, each.meaning)) for each in TECHNIQUES])
+
+
+class OptimConfig(_Switches):  # type: ignore[misc]
+    """Which techniques are on: a switch for each."""
 
     @property
     def combination(self) -> str:
         """The techniques that are on, joined by `_`; `baseline` if none is."""
-        return combination_name(asdict(self))  # type: ignore[call-overload]
+        return combination_name(asdict(self))
 
     def switched(self, **switches: bool) -> "OptimConfig":
         """The same combination with some techniques switched on or off."""
-        return replace(self, **switches)  # type: ignore[type-var, return-value]
+        return replace(self, **switches)
 
     @property
     def as_typed(self) -> str:
         """The combination as one types it: a preset, and the switches that no preset has."""
-        switches: dict[str, bool] = asdict(self)  # type: ignore[call-overload]
-        preset = combination_name({each.name: switches[each.name] for each in COURSE})
-        others = [f"optim.{each.name}=true" for each in TECHNIQUES if not each.in_course and switches[each.name]]
+        preset = combination_name({each.name: getattr(self, each.name) for each in COURSE})
+        others = [f"optim.{each.name}=true" for each in TECHNIQUES if not each.in_course and getattr(self, each.name)]
         return " ".join([f"optim={preset}", *others])
-
-
-if TYPE_CHECKING:
-
-    @dataclass
-    class OptimConfig(_Switches):
-        """Which techniques are on: a switch for each."""
-
-        def __init__(self, **switches: bool) -> None: ...
-
-        def __getattr__(self, name: str) -> bool: ...
-
-else:
-    OptimConfig = make_dataclass(
-        "OptimConfig", [(each.name, bool, setting(False, each.meaning)) for each in TECHNIQUES], bases=(_Switches,)
-    )
-    OptimConfig.__module__ = __name__  # so that processes can pass it to each other
-    OptimConfig.__doc__ = "Which techniques are on: a switch for each."
 
 
 @dataclass

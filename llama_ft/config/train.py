@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import Settings, UserError, literal, setting
+from llama_ft.config.checks import Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
-from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrainingConfig
+from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig, TrainingConfig
 from llama_ft.config.source import ModelSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
-from llama_ft.config.tracker import TrackerConfig
 
 
 def read_config(file: Path) -> "TrainConfig":
@@ -19,14 +18,9 @@ def read_config(file: Path) -> "TrainConfig":
     import yaml
     from omegaconf import OmegaConf
 
-    try:
+    with readable(file):
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), literal(yaml.safe_load(file.read_bytes())))
         return cast(TrainConfig, OmegaConf.to_object(merged))
-    except UserError:
-        raise
-    except Exception as error:  # YAML's and OmegaConf's own errors, and whatever else a damaged file leads to
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"{file} cannot be read: {reason}") from error
 
 
 @dataclass

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
-from llama_ft.config.checks import Settings
+from llama_ft.config.checks import flat
 from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, parse_line
@@ -81,21 +81,13 @@ def earlier_config(run_dir: Path) -> TrainConfig | None:
 def differences(there: TrainConfig, here: TrainConfig) -> str:
     """For people: the settings in which two runs differ, of those that change what is run."""
     measured, shown = (
-        [_flat(form) for form in forms]
+        [flat(form) for form in forms]
         for forms in ((there.measured(), here.measured()), (there.to_dict(), here.to_dict()))
     )
     keys = [key for key in measured[0] | measured[1] if measured[0].get(key) != measured[1].get(key)]
     parts = [f"{key} ({shown[0].get(key)} there, {shown[1].get(key)} here)" for key in keys[:N_SHOWN]]
     parts += [f"{len(keys) - N_SHOWN} more"] if len(keys) > N_SHOWN else []
     return ", ".join(parts) or "a file that data.path, tokenizer or checkpoint names has changed since"
-
-
-def _flat(section: Settings, prefix: str = "") -> Settings:
-    """The settings by dotted key."""
-    flat: Settings = {}
-    for key, value in section.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _first_lines(metrics_file: Path, n_steps: int) -> str:

@@ -1,6 +1,5 @@
 """What runs and plans leave behind: each record a dataclass, written and read in one place, without torch."""
 
-import json
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -9,13 +8,12 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from llama_ft.config import UserError
-from llama_ft.files import regular, write_text
+from llama_ft.files import read_json, write_json
 
 SCHEMA_VERSION = 2  # of every record that has a file of its own
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")  # of memory
 
 R = TypeVar("R")
-
 
 _adapter = cache(TypeAdapter)  # making one takes milliseconds
 
@@ -40,15 +38,9 @@ def parse(kind: type[R], content: Any, where: str) -> R:
 
 def read_record(kind: type[R], file: Path) -> R:
     """A record from its file; a UserError if that cannot be read or holds something else."""
-    try:
-        content = json.loads(regular(file).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: it is not valid JSON ({error})") from error
-    return parse(kind, content, str(file))
+    return parse(kind, read_json(file, "what was found"), str(file))
 
 
 def write_record(record: Any, file: Path) -> None:
     """Write a record as JSON, whole or not at all."""
-    write_text(file, json.dumps(asdict(record), indent=2) + "\n")
+    write_json(file, asdict(record))

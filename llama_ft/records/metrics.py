@@ -5,7 +5,9 @@ import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
+
+from pydantic import Field
 
 from llama_ft.records import parse
 
@@ -17,7 +19,7 @@ FLUSH_SECONDS = 0.25
 class StepMetrics:
     """One optimizer step."""
 
-    step: int  # counted from 1
+    step: Annotated[int, Field(ge=1, lt=2**53)]  # counted from 1
     total_steps: int
     loss: float  # mean over the step's target tokens, in nats
     grad_norm: float | None  # before clipping; None where it was not finite and the step was skipped
@@ -26,10 +28,6 @@ class StepMetrics:
     tokens_per_s: float  # of this step
     memory_mib: float  # in use after the step
     time_s: float  # of training so far
-
-    def __post_init__(self) -> None:
-        if not 0 < self.step < 2**53:
-            raise ValueError("step must be at least 1")
 
     def line(self) -> str:
         """The step's line in the file."""

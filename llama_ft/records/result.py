@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import DataConfig, TrainConfig, UserError
+from llama_ft.config import DataConfig, TrainConfig
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
-from llama_ft.records import CATEGORIES, SCHEMA_VERSION, read_record, write_record
+from llama_ft.records import SCHEMA_VERSION, read_record, write_record
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
@@ -26,10 +26,6 @@ class MemoryItem:
     dtype: str
     mib: float
     item: str | None = None  # what it is, where the category alone does not say
-
-    def __post_init__(self) -> None:
-        if self.category not in CATEGORIES:
-            raise ValueError(f"category must be one of {', '.join(CATEGORIES)}")
 
 
 @dataclass
@@ -133,22 +129,13 @@ def write_result(run_dir: Path, result: Result) -> None:
 def read_result(run_dir: Path) -> Result | None:
     """The folder's result, None if it has none; a UserError if it is none that this version writes."""
     file = run_dir / RESULT_FILE
-    if not file.is_file():
-        return None
-    result = read_record(Result, file)
-    steps, frozen = (
-        result.techniques.get(name, {}).get(key) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))
-    )
-    if not isinstance(steps, int) or not isinstance(frozen, str):  # which tables speak of
-        raise UserError(f"{file} is damaged: techniques must have ga.steps and mp.frozen_weights")
-    return result
+    return read_record(Result, file) if file.is_file() else None
 
 
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
     """Whether a run was on a profile's device: any CPU is `cpu`; a card has its name, as `NVIDIA A100` `a100_40gb`."""
     is_on_cuda = result.peak_memory_reserved_mib is not None
     words = re.findall(r"[a-z]+|\d+", re.sub(r"_\d+gb$", "", gpu.lower()))
-    model = (
-        r"[^a-z\d]*".join(words) + r"\b(?! (?:ti|super|laptop)\b)(?!.* mig )"
-    )  # an L40 is no L4, nor is a slice a card
+    # An L40 is no L4, nor is a slice a card.
+    model = r"[^a-z\d]*".join(words) + r"\b(?! (?:ti|super|laptop)\b)(?!.* mig )"
     return is_on_cuda == on_cuda and (not on_cuda or bool(re.search(rf"\b{model}", (result.device or "").lower())))

@@ -104,7 +104,7 @@ def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Compar
         notes = ["Difference: of B from A, in percent of A; of the loss, B less A."]
         if any(result.status == "oom" for result in (*a.results, *b.results)):
             notes.append("×: out of memory.")
-        notes += failures(a.results, " in A") + failures(b.results, " in B")
+        notes += _failures(a, " in A") + _failures(b, " in B")
         settings = matching.differing_settings(matching.group_settings(a), matching.group_settings(b))
         comparisons.append(Comparison(f"{matching.subject(a)}: A and B", a, b, SWEEPS, settings, notes))
     return comparisons, alone
@@ -124,9 +124,13 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
         is_bound = plan.time.kind == "bound" and any(row.runtime_s is not None for row in b.results)
         comparison = Comparison(title, a, b, SWEEP_AND_PLAN, settings, [], not_alike, is_bound)
         comparison.notes.extend([*summary(comparison), *notes, *_plan_notes(plan, comparison), *why])
-        comparison.notes.extend(failures(a.results, ", measured") + failures(b.results, ", predicted"))
+        comparison.notes.extend(_failures(a, ", measured") + _failures(b, ", predicted"))
         comparisons.append(comparison)
     return comparisons, left_out
+
+
+def _failures(group: Group, suffix: str) -> list[str]:
+    return failures(group.results, [result.combination + suffix for result in group.results])
 
 
 def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[str, ...], list[str]]:

@@ -1,16 +1,17 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from llama_ft.config import UserError
-from llama_ft.config.checks import Settings
+from llama_ft.config.checks import Settings, flat, readable
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import CONFIG_FILE, Result, ran_on
 from llama_ft.reporting.results import Group, planned_group
+from llama_ft.reporting.table import by_reason
 
 # The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
 # sizes were typed: not what is run.
@@ -92,10 +93,8 @@ def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[D
     settings = differing_settings(group_settings(group), flat(planned_settings))
     sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
     notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
-    other: dict[str, list[str]] = {}  # combinations by reason
-    for a, b in zip(*(side.results for side in common(group, rows)), strict=True):
-        if reason := _other_run(a, b, settings):
-            other.setdefault(reason, []).append(a.combination)
+    alike = zip(*(side.results for side in common(group, rows)), strict=True)
+    other = by_reason((why, a.combination) for a, b in alike if (why := _other_run(a, b, settings)))
     notes += [f"Left out, since {reason}: {', '.join(names)}." for reason, names in other.items()]
     measured, planned = common(group, rows, without=[name for names in other.values() for name in names])
     if not measured.results:
@@ -132,10 +131,27 @@ def is_device(gpu: Settings, group: Group) -> bool:
 
 def differing_settings(a: Settings, b: Settings) -> list[Difference]:
     """Each setting that both have and that differs, in the order of their names."""
-    keys = sorted(key for key in a.keys() & b.keys() if a[key] != b[key] and not key.startswith(NOT_COMPARED))
-    if "gpu.name" in keys:  # what a card has is in its profile's name already
-        keys = [key for key in keys if not key.startswith("gpu.") or key == "gpu.name"]
+    both = sorted(a.keys() & b.keys())
+    keys = varied([{key: side[key] for key in both} for side in (a, b)])
     return [(key, as_typed(a[key]), as_typed(b[key])) for key in keys]
+
+
+def varied(configs: Sequence[Settings]) -> list[str]:
+    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
+
+    def differ(key: str, among: Sequence[Settings]) -> bool:
+        return len({as_typed(config.get(key)) for config in among}) > 1
+
+    all_keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(NOT_COMPARED))
+    keys = [key for key in all_keys if differ(key, configs)]
+    for section in ("model", "data", "gpu"):
+        if (name := f"{section}.name") in keys:
+            alike: dict[Any, list[Settings]] = {}
+            for config in configs:
+                alike.setdefault(config.get(name), []).append(config)
+            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
+            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
+    return keys
 
 
 def as_typed(value: Any) -> str:
@@ -145,18 +161,10 @@ def as_typed(value: Any) -> str:
 
 def group_settings(group: Group) -> Settings:
     """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
-    versions = next((result.versions for result in group.results if result.versions), {})
-    environment = {"device": group.device} | versions
-    settings = next(filter(None, map(run_settings, group.folders)), None)
-    if settings is None:
-        result = group.results[0]
-        known = {
-            "training": {"micro_batch_size": result.micro_batch_size, "packing": result.packing},
-            "gpu": {"name": result.gpu},
-        }
-        limit = {"measure": {"memory_limit_mib": group.memory_limit_mib}}
-        return flat({**result.techniques, **known, **limit}) | environment
-    return settings | environment
+    first, versions = group.results[0], next((result.versions for result in group.results if result.versions), {})
+    known = flat({**first.techniques, "gpu": {"name": first.gpu}})
+    settings = next(filter(None, map(run_settings, group.folders)), known)
+    return settings | {"device": group.device} | versions
 
 
 def run_settings(folder: Path) -> Settings | None:
@@ -164,15 +172,5 @@ def run_settings(folder: Path) -> Settings | None:
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
-    try:
+    with readable(file):
         return flat(yaml.safe_load(file.read_bytes()))
-    except Exception as error:  # whatever a damaged file makes the parser say
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} cannot be read: {reason}") from error
-
-
-def flat(settings: Any, prefix: str = "") -> Settings:
-    """Nested settings by full name: `{"lora": {"rank": 16}}` as `{"lora.rank": 16}`."""
-    if not isinstance(settings, dict):
-        return {prefix.removesuffix("."): settings}
-    return {k: v for key, value in settings.items() for k, v in flat(value, f"{prefix}{key}.").items()}

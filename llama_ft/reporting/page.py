@@ -94,7 +94,8 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
             config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
             run = {"result": result, "label": label, "folder": shown_dir.as_posix(), "ending": ending(result)}
-            run["charts"] = run_charts(steps) if steps else {} if has_curves else None
+            curves = {title: [points_of(steps, key)] for key, title in CURVES.items()} if steps else {}
+            run["charts"] = charts(curves, ("#0072B2",), [line.step for line in steps]) if has_curves else None
             run["config"] = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
             runs.append(run)
         section = {"table": table, "bars": bars, "limit": f"limit {limit:,} MiB" if limit is not None else ""}
@@ -108,14 +109,8 @@ def points_of(metrics: list[StepMetrics], key: str) -> Points:
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
-def run_charts(metrics: list[StepMetrics]) -> dict[str, bytes]:
-    """A picture for each of CURVES, all over the same steps, by what is read aloud of it."""
-    curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()}
-    return charts(curves, ("#0072B2",), [line.step for line in metrics])
-
-
 def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
-    """A picture for each title, of its curves in their colours, over axes that take in `steps`."""
+    """A picture of the curves of each title, over axes that take in `steps`, by what is read aloud of it."""
     pictures = {}
     for title, lines in curves.items():
         draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)

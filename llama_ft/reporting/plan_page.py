@@ -7,12 +7,11 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
-from llama_ft.config.checks import Settings
+from llama_ft.config.checks import Settings, flat
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
-from llama_ft.reporting.matching import flat
 from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
 from llama_ft.reporting.plan_tables import cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import baseline_of, planned_group

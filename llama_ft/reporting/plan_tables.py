@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.plan import Plan, PlanRow, Table1, Table1Cell
-from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, technique_rows
+from llama_ft.records.plan import Plan, Table1, Table1Cell
+from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
 # What runs when memory peaks, short enough for eight columns beside each other.
@@ -119,15 +119,9 @@ def plan_notes(plan: Plan) -> list[str]:
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)
-    reasons: dict[str, list[PlanRow]] = {}  # rows that failed by why they did
-    for row in plan.rows:
-        if row.error:
-            reasons.setdefault(" ".join(row.error.split()), []).append(row)
-    for why, rows in reasons.items():
-        names = ", ".join(dict.fromkeys(row.combination for row in rows))
-        gpus = ", ".join(dict.fromkeys(row.gpu for row in rows))
-        notes.append(f"{names} on {gpus}: {why}" if len(plan.gpus) > 1 else f"{names}: {why}")
-    return notes
+    several = len(plan.gpus) > 1
+    failed = [(row.error, row.combination + (f" on {row.gpu}" if several else "")) for row in plan.rows if row.error]
+    return notes + [f"{', '.join(names)}: {why}" for why, names in by_reason(failed).items()]
 
 
 def _memory_notes(plan: Plan) -> list[str]:
@@ -141,12 +135,10 @@ def _memory_notes(plan: Plan) -> list[str]:
         ]
         sizes = sorted({gpu["context_mib"] for gpu in gpus if gpu["context_mib"]})
         unknown = [gpu["name"] for gpu in gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
-        if sizes:
-            context = f"{sizes[0]:,} MiB" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,} MiB, by card,"
-            without = f" (of {', '.join(unknown)} not known and not counted)" if unknown else ""
-            needed = f"reserved, and {context} for the CUDA context and its libraries{without}"
-        else:
-            needed = "reserved; the CUDA context is not counted, since its size is not known (gpu.context_mib)"
+        context = " to ".join(f"{size:,}" for size in dict.fromkeys((*sizes[:1], *sizes[-1:])))
+        needed = f"reserved, and {context} MiB for the CUDA context and its libraries" if sizes else "reserved"
+        if unknown:
+            needed += f"; the CUDA context of {', '.join(unknown)} is not known (gpu.context_mib) and not counted"
         if len(gpus) == 1 and gpus[0]["memory_mib"]:
             needed += f"; {gpus[0]['name']} has {gpus[0]['memory_mib']:,} MiB"
         notes.append(f"Needed: {needed}.")

@@ -14,32 +14,32 @@ from llama_ft.reporting.table import amount
 PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no terminal
 
 
-class RunProgress(Progress):
-    """Listens to one run."""
+class Bar(Progress):
+    """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, console: Console, title: str) -> None:
-        count, numbers = TextColumn("  {task.completed}/{task.total}"), TextColumn("{task.fields[numbers]}")
-        columns = (count, BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
+    def __init__(self, console: Console) -> None:
+        what, numbers = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
+        columns = (what, MofNCompleteColumn(), BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
-        self._last_plain = time.monotonic()
-        console.print(title, style="bold", highlight=False, markup=False)
+        self._last_line = time.monotonic()
 
     def message(self, line: str) -> None:
-        """Print a line of the run."""
+        """Print a line beside the bar."""
         self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
-    def step(self, metrics: StepMetrics) -> None:
-        """Move the bar."""
-        numbers = (
-            f"loss {metrics.loss:.3f}  lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s"
-            f"  {metrics.memory_mib:,.0f} MiB"
-        )
+    def show(self, title: str, done: int, total: int, numbers: str = "") -> None:
+        """How far it is."""
         if not self.task_ids:
-            self.add_task("", total=metrics.total_steps, numbers=numbers)
-        self.update(self.task_ids[0], completed=metrics.step, numbers=numbers)
-        if self.disable and time.monotonic() - self._last_plain > PLAIN_SECONDS:
-            self.message(f"{metrics.step}/{metrics.total_steps}  {numbers}")
-            self._last_plain = time.monotonic()
+            self.add_task(title, total=total, numbers=numbers)
+        self.update(self.task_ids[0], completed=done, numbers=numbers)
+        if self.disable and time.monotonic() - self._last_line > PLAIN_SECONDS:
+            self.message(f"{title} {done}/{total}  {numbers}".strip())
+            self._last_line = time.monotonic()
+
+    def step(self, metrics: StepMetrics) -> None:
+        """How far a run is."""
+        figures = f"loss {metrics.loss:.3f}  lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s"
+        self.show("", metrics.step, metrics.total_steps, f"{figures}  {metrics.memory_mib:,.0f} MiB")
 
 
 def ending(result: Result) -> str:
@@ -56,17 +56,13 @@ def ending(result: Result) -> str:
 @contextmanager
 def progress_bar(console: Console, title: str, total: int, unit: int = 1) -> Iterator[Callable[[int], None]]:
     """A bar of whole units while the block runs; what is given is called with how many more of `total` are done."""
-    done, n_units, last_line = 0, round(total / unit), time.monotonic()
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task(title, total=n_units)
+    done, n_units = 0, round(total / unit)
+    with Bar(console) as bar:
+        bar.add_task(f"{title}:", total=n_units, numbers="")
 
         def advance(count: int) -> None:
-            nonlocal done, last_line
+            nonlocal done
             done += count
-            bars.update(task, completed=done // unit)
-            if not console.is_terminal and time.monotonic() - last_line > PLAIN_SECONDS:
-                console.print(f"  {title}: {done // unit}/{n_units}", highlight=False, markup=False, soft_wrap=True)
-                last_line = time.monotonic()
+            bar.show(f"{title}:", done // unit, n_units)
 
         yield advance

@@ -1,15 +1,13 @@
 """A sweep over settings, such as learning rates, as one table: a row for each run, a column for each setting varied."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_label, table_order
-from llama_ft.reporting.matching import NOT_COMPARED, as_typed, run_settings
+from llama_ft.reporting.matching import as_typed, run_settings, varied
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
 from llama_ft.reporting.table import UNKNOWN, Rows, Table
-from llama_ft.reporting.table2 import FAILED, Measure, cell, measure_notes
+from llama_ft.reporting.table2 import Measure, cell, failures, measure_notes
 
 BEST = "*"
 COLUMNS = (
@@ -37,7 +35,7 @@ def _gathered(groups: list[Group]) -> Group | None:
     """One group of all runs, in the order of their settings; None if nobody knows how they differ."""
     runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
     known = [run_settings(folder) for _, folder in runs]
-    if not (keys := _varied([settings for settings in known if settings])):
+    if not (keys := varied([settings for settings in known if settings])):
         return None
     values = []
     for (_, folder), settings in zip(runs, known, strict=True):
@@ -54,24 +52,6 @@ def _gathered(groups: list[Group]) -> Group | None:
         techniques = {TECHNIQUES_COLUMN: label} if len(set(labels)) > 1 else {}
         columns.append(techniques | texts | ({DEVICE: result.device or UNKNOWN} if len(devices) > 1 else {}))
     return Group("" if len(set(labels)) > 1 else labels[0], results, folders, columns)
-
-
-def _varied(configs: Sequence[Settings]) -> list[str]:
-    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
-
-    def differ(key: str, among: Sequence[Settings]) -> bool:
-        return len({as_typed(config.get(key)) for config in among}) > 1
-
-    keys = [key for key in dict.fromkeys(key for config in configs for key in config) if differ(key, configs)]
-    keys = [key for key in keys if not key.startswith(NOT_COMPARED)]
-    for section in ("model", "data", "gpu"):
-        if (name := f"{section}.name") in keys:
-            alike: dict[Any, list[Settings]] = {}
-            for config in configs:
-                alike.setdefault(config.get(name), []).append(config)
-            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
-            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
-    return keys
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
@@ -92,7 +72,7 @@ def run_table(group: Group) -> Table:
         for n, settings in enumerate(group.settings)
     ]
     head = [(first, [*others, *(measure.title for measure in measures)])]
-    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *_failures(group)]
+    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *failures(group.results, group.labels)]
     return Table(group.title, head, rows, notes, max_columns=len(head[0][1]), gap=2)
 
 
@@ -102,13 +82,3 @@ def _column(group: Group, measure: Measure) -> list[str]:
     best = min(known) if len(known) > 1 and measure.key != "train_loss_before" else None
     marks = [BEST if best is not None and value == best else "" for value in values]
     return [f"{m}{cell(r, measure.key, measure.form)}" for m, r in zip(marks, group.results, strict=True)]
-
-
-def _failures(group: Group) -> list[str]:
-    """What runs died of, each reason once."""
-    runs: dict[str, list[str]] = {}
-    for result, label in zip(group.results, group.labels, strict=True):
-        if result.status in FAILED:
-            runs.setdefault(" ".join(str(result.error).split()), []).append(label)
-    more = {reason: f" and {len(labels) - 1} more" if len(labels) > 1 else "" for reason, labels in runs.items()}
-    return [f"{labels[0]}{more[reason]}: {reason}" for reason, labels in runs.items()]

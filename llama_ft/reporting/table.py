@@ -57,6 +57,14 @@ def amount(value: float) -> str:
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
+def by_reason(entries: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Names by the reason, in one line, that they have in common; each entry is a reason and a name."""
+    names: dict[str, list[str]] = {}
+    for reason, name in entries:
+        names.setdefault(" ".join(reason.split()), []).append(name)
+    return names
+
+
 def is_failure(cell: str) -> bool:
     """Whether a cell says that a run fails, with or without a number before the mark."""
     return cell in MARKS.values() or cell.endswith(f" {MARKS['oom']}")

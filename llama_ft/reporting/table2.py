@@ -8,7 +8,7 @@ from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
-from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, record_table, technique_rows
+from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, record_table, technique_rows
 
 FAILED = ("killed", "interrupted", "error")  # with no result to report
 
@@ -98,7 +98,7 @@ def _notes(group: Group) -> list[str]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
     if retried := [f"{r.combination} {r.card.n_alloc_retries}" for r in results if r.card and r.card.n_alloc_retries]:
         notes.append(f"The allocator emptied its cache to find room, which takes time, so often: {', '.join(retried)}.")
-    return notes + measure_notes(group) + failures(results)
+    return notes + measure_notes(group) + failures(results, [r.combination for r in results])
 
 
 def measure_notes(group: Group) -> list[str]:
@@ -122,10 +122,13 @@ def measure_notes(group: Group) -> list[str]:
     return notes
 
 
-def failures(results: Sequence[Result], suffix: str = "") -> list[str]:
-    """What runs died of that no mark explains; `suffix` follows a run's name."""
-    failed = [r for r in results if r.status in FAILED]
-    return [f"{r.combination}{suffix}: {' '.join(str(r.error).split())}" for r in failed]
+def failures(results: Sequence[Result], names: Sequence[str]) -> list[str]:
+    """What runs, called by these names, died of that no mark explains, each reason once."""
+    failed = [(str(r.error), name) for r, name in zip(results, names, strict=True) if r.status in FAILED]
+    return [
+        f"{first}{f' and {len(more)} more' if more else ''}: {reason}"
+        for reason, (first, *more) in by_reason(failed).items()
+    ]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:

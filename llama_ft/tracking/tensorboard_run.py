@@ -10,8 +10,7 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from llama_ft.config.checks import Settings
-from llama_ft.reporting.matching import flat
+from llama_ft.config.checks import Settings, flat
 from llama_ft.tracking.base import Table, Tracker
 
 SECONDS_TO_FLUSH = 5  # TensorBoard is behind a run by so much at most
