@@ -27,8 +27,8 @@ NOTES = """\
 - Alike for all: weights, samples and their order, fused AdamW at a constant rate, 16-bit format, threads, and the
   environment of our runs (`llama_ft/launch/process.py`: pages kept, less spinning), which peers would not have by
   themselves.
-- Time is that of training alone, peak RSS that of the whole process meanwhile; making weights and a warm-up of four
-  samples come before.
+- Time is that of training alone, peak RSS that of the whole process; making weights and a warm-up of four samples, each
+  with an optimizer step at rate 0, come before. Trainer makes its optimizer's state in the timed part.
 - Ours clips gradients to norm 1; the others do not. With GA, ours and Trainer divide by the window's target tokens; the
   others take the mean of the samples' means.
 - MP: the peers' is autocast over fp32 weights; ours stores frozen weights in 16 bit.

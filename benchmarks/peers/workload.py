@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,23 +176,29 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def warm_up(row: Row, forward: Forward, parameters: Sequence[nn.Parameter]) -> None:
-    """Forward and backward passes that are not timed. Weights stay; the optimizer's state is made in the timed part."""
+def warm_up(row: Row, forward: Forward, optimizer: torch.optim.Optimizer) -> None:
+    """Steps that are not timed, as our dry run's: the optimizer's state is made, and is zero after; weights stay."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
     for tokens, labels in samples()[-N_WARM_UP:]:
         with autocast(row):
             loss = forward(tokens, labels)
         loss.backward()
-    for parameter in parameters:
-        parameter.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for tensor in chain.from_iterable(state.values() for state in optimizer.state.values()):
+        tensor.zero_()
 
 
 def plain_loop(told: argparse.Namespace, model: nn.Module, forward: Forward) -> dict[str, Any]:
     """What one writes who has a model and no framework around it. GA is the mean of the samples' means, not clipped."""
     model.train()
-    row, parameters = told.row, trained(model)
-    optimizer = torch.optim.AdamW(parameters, fused=True, **ADAMW)
+    row, optimizer = told.row, torch.optim.AdamW(trained(model), fused=True, **ADAMW)
     pairs, meter = samples()[: told.samples], Meter(row.window)
-    warm_up(row, forward, parameters)
+    warm_up(row, forward, optimizer)
     meter.start()
     for number, (tokens, labels) in enumerate(pairs, 1):
         with autocast(row):
