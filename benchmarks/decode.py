@@ -3,16 +3,19 @@
     python -m benchmarks.decode llama2_7b 128 128 --dtype bf16 --output benchmarks/decode-h200
     python -m benchmarks.decode llama2_7b_1layer 64 32 --rounds 3
 
-The arguments: model, tokens of the prompt, new tokens. Time does not depend on what the weights are; both models have
-the same, so the texts are compared too. transformers' generate has its cache on, and its own loop.
+The arguments: model, tokens of the prompt, new tokens. Each measurement is a fresh process. Time does not depend on
+what the weights are; all have the same, so the texts are compared too. transformers' generate has its cache on, its
+own loop, and PyTorch's own kernels.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,13 +28,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.config.presets import preset
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_name, versions
-from llama_ft.kernels import use_kernels_of
+from llama_ft.device import device_name, peak_rss_mib, versions
+from llama_ft.kernels import use_kernels_of, use_products_of
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
+from llama_ft.system import MIB
 
+TRANSFORMERS = "transformers"
+SIDES = ("cached", "uncached", TRANSFORMERS)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,7 +65,7 @@ def reference(model: Transformer) -> LlamaForCausalLM:
 
 
 @torch.inference_mode()
-def ours(model: Transformer, prompt: list[int], n_new: int, kv_cache: bool) -> Tensor:
+def ours(model: Transformer, prompt: list[int], n_new: int, *, kv_cache: bool) -> Tensor:
     """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
     state = GenerationState(model, [prompt], n_new, kv_cache)
     for _ in range(n_new):
@@ -78,44 +84,43 @@ def transformers_generate(model: LlamaForCausalLM, prompt: list[int], n_new: int
     return output[:, len(prompt) :]  # type: ignore[no-any-return]
 
 
-def seconds(act: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """How long it takes, and what comes of it, read by the host."""
-    began = time.perf_counter()
-    tokens = act().cpu()
-    return time.perf_counter() - began, tokens
-
-
-def measure(config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
-    """Seconds, tokens per second and peak memory of the three, and whether their texts agree."""
+def timed(side: str, config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype) -> dict[str, Any]:
+    """One side's seconds, tokens and peak memory, in this process; transformers' has PyTorch's own kernels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    use_kernels_of(device)
-    model = load_model(config, "random", device, dtype).eval()
-    theirs = reference(model)
+    if side != TRANSFORMERS:
+        use_kernels_of(device)
+        use_products_of(device, dtype)
+    model = load_model(config, "random", device, torch.float32).to(dtype).eval()
     prompt = torch.randint(3, config.vocab_size, (n_prompt,), generator=torch.Generator().manual_seed(0)).tolist()
-    acts: dict[str, Callable[[], Tensor]] = {
-        "cached": lambda: ours(model, prompt, n_new, True),
-        "uncached": lambda: ours(model, prompt, n_new, False),
-        "transformers": lambda: transformers_generate(theirs, prompt, n_new),
-    }
-    ours(model, prompt, 2, True), ours(model, prompt, 2, False), transformers_generate(theirs, prompt, 2)  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in acts}
-    texts, peaks = {}, {}
+    act: Callable[[int], Tensor] = partial(ours, model, prompt, kv_cache=side == "cached")
+    if side == TRANSFORMERS:
+        act = partial(transformers_generate, reference(model), prompt)
+    act(2)  # warm-up
+    began = time.perf_counter()
+    tokens = act(n_new).flatten().tolist()
+    taken = time.perf_counter() - began
+    peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else peak_rss_mib()
+    return {"seconds": taken, "tokens": tokens, "peak_memory_mib": peak, "device": device_name(device)}
+
+
+def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
+    """Seconds, tokens per second and peak memory of the sides, in fresh processes, and whether their texts agree."""
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(rounds):
-        for name in sorted(acts, reverse=number % 2 == 1):  # neither always comes first
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            taken, texts[name] = seconds(acts[name])
-            times[name].append(taken)
-            if device.type == "cuda":
-                peaks[name] = torch.cuda.max_memory_allocated(device) / 2**20
-            print(f"round {number + 1}, {name}: {taken:.2f} s, {n_new / taken:.1f} tokens/s", flush=True)
+        for side in SIDES[:: 1 if number % 2 else -1]:  # neither always comes first
+            command = [sys.executable, "-m", "benchmarks.decode", *arguments, "--side", side]
+            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            runs[side].append(json.loads(output.splitlines()[-1]))
+            taken, n_new = runs[side][-1]["seconds"], len(runs[side][-1]["tokens"])
+            print(f"round {number + 1}, {side}: {taken:.2f} s, {n_new / taken:.1f} tokens/s", flush=True)
+    texts = {side: of_side[0]["tokens"] for side, of_side in runs.items()}
     return {
-        "device": device_name(device),
-        "seconds": times,
-        "tokens_per_s": {name: n_new / median(taken) for name, taken in times.items()},
-        "peak_memory_mib": peaks or None,  # beside both models' weights
+        "device": runs[TRANSFORMERS][0]["device"],
+        "seconds": {side: [run["seconds"] for run in of_side] for side, of_side in runs.items()},
+        "tokens_per_s": {s: len(texts[s]) / median(run["seconds"] for run in runs[s]) for s in SIDES},
+        "peak_memory_mib": {side: median(run["peak_memory_mib"] for run in of_side) for side, of_side in runs.items()},
         "same_tokens_as_transformers": {
-            name: int((texts[name] == texts["transformers"]).sum()) for name in ("cached", "uncached")
+            side: sum(map(int.__eq__, texts[side], texts[TRANSFORMERS])) for side in SIDES if side != TRANSFORMERS
         },
     }
 
@@ -130,18 +135,22 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder to write decode.json into")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # the one that this process times
     arguments = parser.parse_args()
     config = preset("model", arguments.model, ModelConfig)
     n_prompt, n_new = arguments.prompt_tokens, arguments.new_tokens
     if n_prompt < 1 or n_new < 1 or arguments.rounds < 1 or n_prompt + n_new > config.max_seq_len:
         parser.error(f"prompt and new tokens must be at least 1, and together at most {config.max_seq_len}; rounds too")
-    result = measure(config, n_prompt, n_new, DTYPES[arguments.dtype], arguments.rounds)
+    if arguments.side:
+        print(json.dumps(timed(arguments.side, config, n_prompt, n_new, DTYPES[arguments.dtype])))
+        return
+    result = measure(sys.argv[1:], arguments.rounds)
     about = {
         "date": date.today().isoformat(),
         "command": f"python -m benchmarks.decode {' '.join(sys.argv[1:])}",
         "versions": versions() | {"transformers": transformers.__version__},
     }
-    text = json.dumps(about | vars(arguments) | result, indent=2, default=str) + "\n"
+    text = json.dumps(about | result, indent=2) + "\n"
     print(text, end="")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
