@@ -46,7 +46,7 @@ def test_a_model_of_full_size_on_every_card() -> None:
     for row in rows.values():
         assert weights < (row.peak_memory_mib or 0) < 1.25 * weights
         assert row.fits == ((row.required_mib or 0) <= (row.total_memory_mib or 0))
-    assert not rows["t4_16gb"].fits
+    assert not rows["rtx3060_12gb"].fits
     assert rows["a100_40gb"].fits
     assert rows["t4_16gb"].breakdown != rows["a100_40gb"].breakdown  # fp16 against bf16
     assert set(made.techniques) == {"ga", "mp", "lora", "gc"}
