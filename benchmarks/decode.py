@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.config.presets import preset
 from llama_ft.decoding.state import GenerationState
-from llama_ft.device import device_name, peak_rss_mib, versions
+from llama_ft.device import device_name, versions
 from llama_ft.kernels import use_kernels_of, use_products_of
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.sizes import hf_config
@@ -96,10 +96,12 @@ def timed(side: str, config: ModelConfig, n_prompt: int, n_new: int, dtype: torc
     if side == TRANSFORMERS:
         act = partial(transformers_generate, reference(model), prompt)
     act(2)  # warm-up
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     tokens = act(n_new).flatten().tolist()
     taken = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else peak_rss_mib()
+    peak = torch.cuda.max_memory_allocated(device) / MIB if device.type == "cuda" else None
     return {"seconds": taken, "tokens": tokens, "peak_memory_mib": peak, "device": device_name(device)}
 
 
@@ -118,7 +120,7 @@ def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
         "device": runs[TRANSFORMERS][0]["device"],
         "seconds": {side: [run["seconds"] for run in of_side] for side, of_side in runs.items()},
         "tokens_per_s": {s: len(texts[s]) / median(run["seconds"] for run in runs[s]) for s in SIDES},
-        "peak_memory_mib": {side: median(run["peak_memory_mib"] for run in of_side) for side, of_side in runs.items()},
+        "peak_memory_mib": {side: of_side[0]["peak_memory_mib"] for side, of_side in runs.items()},  # on a GPU
         "same_tokens_as_transformers": {
             side: sum(map(int.__eq__, texts[side], texts[TRANSFORMERS])) for side in SIDES if side != TRANSFORMERS
         },

@@ -21,15 +21,14 @@ from llama_ft.files import write_json, write_text
 from llama_ft.records.metrics import METRICS_FILE
 from llama_ft.records.result import RESULT_FILE
 
-COMMON = "checkpoint=random training.micro_batch_size=1 training.save=false tracker=disabled"
+COMMON = "gpu=cpu checkpoint=random training.micro_batch_size=1 training.save=false tracker=disabled"
 SAMPLES, LAYERS, N_STEPS = (100, 200, 400, 800), (1, 2, 4, 8), 2000
 
 
 def run(folder: Path, arguments: str) -> dict[str, Any]:
-    """One run's result; those that are there are not run again."""
-    if not (folder / RESULT_FILE).exists():
-        command = [sys.executable, "-m", "llama_ft.train", *COMMON.split(), *arguments.split()]
-        subprocess.run([*command, f"hydra.run.dir={folder}"], check=True)
+    """One run's result."""
+    command = [sys.executable, "-m", "llama_ft.train", *COMMON.split(), *arguments.split(), f"hydra.run.dir={folder}"]
+    subprocess.run(command, check=True)
     return dict(json.loads((folder / RESULT_FILE).read_text()))
 
 
@@ -69,7 +68,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Do what is missing, and write the figures."""
+    """Do the runs, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/steady"))
     folder: Path = parser.parse_args().output

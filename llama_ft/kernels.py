@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds of an fp32 product from which on oneDNN's kernels are worth building
 ONEDNN_MULTIPLE = 16  # to which rows are rounded up there, so that lengths share kernels
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # ATen's matrix products
 BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
 
 
@@ -98,7 +99,7 @@ def attend_in_fp32() -> Library:
 @cache
 def multiply_in_fp32() -> Library:
     """Let 16-bit products for which oneDNN has no kernels be computed in fp32 from now on."""
-    return _replace({"mm": _product} | dict.fromkeys(("bmm", "addmm", "baddbmm"), _slow_in_fp32))
+    return _replace(dict.fromkeys(PRODUCTS, _slow_in_fp32) | {"mm": _product})
 
 
 @cache
@@ -115,7 +116,15 @@ def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
         for name, kernel in kernels.items():
             new = partial(kernel, get_kernel(f"aten::{name}", "CPU"))
             library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
+            if name in PRODUCTS:  # as PyTorch's compiler calls them
+                library.impl(f"{name}.out", partial(_into, new), "CPU", with_keyset=True, allow_override=True)
     return library
+
+
+def _into(kernel: Callable[..., Tensor], keys: Any, *args: Any, out: Tensor, **kwargs: Any) -> Tensor:
+    """What a kernel returns, put into a tensor that is there."""
+    result = kernel(keys, *args, **kwargs)
+    return out.resize_(result.shape).copy_(result)
 
 
 def _onednn_product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:

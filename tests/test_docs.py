@@ -289,7 +289,7 @@ def test_the_guides_plans_are_those_in_benchmarks() -> None:
         assert not spare or (spare in page and float(row["margin_mib"]) == 2519)
     advice = text(CHECKOUT / "benchmarks" / "plan-rtx4090_24gb" / "plan.md").partition("### goal=fit")[2]
     assert "optim=ga_mp_lora (" in advice
-    assert "training.micro_batch_size=4" in advice
+    assert "training.micro_batch_size=6" in advice
     longest = re.search(r"data\.max_length=(\d+)", advice)
     assert longest
     assert f"{int(longest[1]):,} tokens" in page

@@ -56,6 +56,17 @@ def test_other_products_are_rounded_once(through_fp32, dtype) -> None:
     assert is_rounded_once(F.linear(a[0], b[0], bias[0, 0]), a[0].double() @ b[0].double().T + bias[0, 0].double())
 
 
+@pytest.mark.parametrize("dtype", [*FORMATS, torch.float32])
+def test_products_into_a_tensor_are_the_same(through_fp32, monkeypatch, dtype) -> None:
+    """As PyTorch's compiler asks for them."""
+    monkeypatch.setattr(kernels, "MIN_ONEDNN_PRODUCT", 1)
+    a, b, bias = (torch.randn(3, 8, 8).to(dtype) for _ in range(3))
+    for product, *of in ((torch.mm, a[0], b[0]), (torch.bmm, a, b), (torch.baddbmm, bias, a, b)):
+        for out in (torch.empty(0, dtype=dtype), torch.empty_like(product(*of))):
+            product(*of, out=out)
+            assert torch.equal(out, product(*of))
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_rounded_once(through_fp32, dtype, masked: bool) -> None:

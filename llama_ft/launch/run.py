@@ -160,6 +160,6 @@ class MeasuredRun:
         if device.type == "cuda":
             result.peak_memory_mib = torch.cuda.max_memory_allocated(device) / MIB
             result.peak_memory_reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
-            unseen = result.peak_memory_mib - use.peak_mib
+            unseen = max(0.0, result.peak_memory_mib - use.peak_mib)  # compiled layers may need less than was tracked
             result.memory_mib["other"] += unseen
             result.breakdown.append(MemoryItem("other", "-", unseen, "workspaces and rounding"))

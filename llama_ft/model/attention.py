@@ -93,7 +93,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, in_one_call: bool = Fals
         in_one_call: whether FlashAttention takes `Segments` at once, as `takes_segments` has it.
     """
     if not isinstance(mask, Segments):
-        causal = mask is None and q.shape[2] > 1  # a single query is the last one, and may attend to all keys
+        # A single query is the last one, and may attend to all keys. A bool, whatever a compiler makes of lengths.
+        causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210
         grouped = k.shape[1] < q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
     rows = [t.transpose(1, 2) for t in (q, k, v)]  # [1, S, H or K, E], as they lie in memory

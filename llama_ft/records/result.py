@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import DataConfig, TrainConfig
+from llama_ft.config import DataConfig, TrainConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
 from llama_ft.records import SCHEMA_VERSION, read_record, write_record
@@ -129,7 +129,14 @@ def write_result(run_dir: Path, result: Result) -> None:
 def read_result(run_dir: Path) -> Result | None:
     """The folder's result, None if it has none; a UserError if it is none that this version writes."""
     file = run_dir / RESULT_FILE
-    return read_record(Result, file) if file.is_file() else None
+    if not file.is_file():
+        return None
+    result = read_record(Result, file)
+    if not all(key in result.techniques.get(name, {}) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))):
+        raise UserError(
+            f"{file} is damaged: techniques must have ga.steps and mp.frozen_weights, of which tables speak"
+        )
+    return result
 
 
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:

@@ -162,7 +162,9 @@ def as_typed(value: Any) -> str:
 def group_settings(group: Group) -> Settings:
     """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
     first, versions = group.results[0], next((result.versions for result in group.results if result.versions), {})
-    known = flat({**first.techniques, "gpu": {"name": first.gpu}})
+    training = {"micro_batch_size": first.micro_batch_size, "packing": first.packing}
+    limit = {"memory_limit_mib": group.memory_limit_mib}
+    known = flat({**first.techniques, "training": training, "gpu": {"name": first.gpu}, "measure": limit})
     settings = next(filter(None, map(run_settings, group.folders)), known)
     return settings | {"device": group.device} | versions
 

@@ -119,9 +119,12 @@ def plan_notes(plan: Plan) -> list[str]:
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)
-    several = len(plan.gpus) > 1
-    failed = [(row.error, row.combination + (f" on {row.gpu}" if several else "")) for row in plan.rows if row.error]
-    return notes + [f"{', '.join(names)}: {why}" for why, names in by_reason(failed).items()]
+    failed = [row for row in plan.rows if row.error]
+    cards = by_reason((row.error or "", row.gpu) for row in failed)
+    for why, names in by_reason((row.error or "", row.combination) for row in failed).items():
+        on = f" on {', '.join(cards[why])}" if len(plan.gpus) > 1 else ""
+        notes.append(f"{', '.join(names)}{on}: {why}")
+    return notes
 
 
 def _memory_notes(plan: Plan) -> list[str]:

@@ -58,11 +58,11 @@ def amount(value: float) -> str:
 
 
 def by_reason(entries: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names by the reason, in one line, that they have in common; each entry is a reason and a name."""
-    names: dict[str, list[str]] = {}
+    """Names, each once, by the reason, in one line, that they have in common; each entry is a reason and a name."""
+    names: dict[str, dict[str, None]] = {}
     for reason, name in entries:
-        names.setdefault(" ".join(reason.split()), []).append(name)
-    return names
+        names.setdefault(" ".join(reason.split()), {})[name] = None
+    return {reason: list(group) for reason, group in names.items()}
 
 
 def is_failure(cell: str) -> bool:

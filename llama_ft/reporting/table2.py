@@ -91,7 +91,7 @@ def _notes(group: Group) -> list[str]:
     began = next((r for r in results if r.config_hash), results[0])  # a refused run's values may be any
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if began.compiled:
-        notes.append("Layers are compiled (training.compile); memory by category is that of a pass without.")
+        notes.append("Layers are compiled (training.compile); tensors are counted before they are.")
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
@@ -125,10 +125,7 @@ def measure_notes(group: Group) -> list[str]:
 def failures(results: Sequence[Result], names: Sequence[str]) -> list[str]:
     """What runs, called by these names, died of that no mark explains, each reason once."""
     failed = [(str(r.error), name) for r, name in zip(results, names, strict=True) if r.status in FAILED]
-    return [
-        f"{first}{f' and {len(more)} more' if more else ''}: {reason}"
-        for reason, (first, *more) in by_reason(failed).items()
-    ]
+    return [f"{', '.join(names)}: {reason}" for reason, names in by_reason(failed).items()]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:

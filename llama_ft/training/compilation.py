@@ -8,9 +8,9 @@ from llama_ft.model.transformer import Attention, Transformer, TransformerBlock
 
 
 def compile_layers(model: Transformer, is_packed: bool = False) -> None:
-    """Let each layer be compiled when it first runs: once for all layers, and for batches of any length.
+    """Let each layer be compiled when it first runs, for batches of any length. Alike layers share what is compiled.
 
-    Attention of packed rows stays as it is: it would be compiled anew for each row's lengths.
+    `is_packed` keeps attention out, which would be compiled anew for the lengths in each packed row.
     """
     # Rotary embeddings are complex products, which are left as they are.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
