@@ -54,11 +54,11 @@ def text_of(file: Path, name: str) -> str:
 
 
 def read_json(file: Path, holds: str) -> Json:
-    """A JSON object; a UserError if the file cannot be read, of which `holds` says what it holds, or has none."""
+    """A JSON object. A UserError, which names what the file `holds`, if it cannot be read or has no such object."""
     try:
         content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): it says {holds}") from error
+        raise UserError(f"{file} cannot be read ({error.strerror}); it holds {holds}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
@@ -201,10 +201,11 @@ def _text(file: Path) -> str:
 
 @contextmanager
 def output_folder(output: str | None, kind: str, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
-    """The folder for a command's results, held by this process; folders made for it go again if it stays empty.
+    """The folder for a command's results: `output`, or else a new one, `outputs/KIND/TIME_NAME`.
 
-    It is `output`, or else a new one, `outputs/KIND/TIME_NAME`; `files` are what is written, the JSON first. If it
-    cannot be, another process writes into it, or others' files of these names lie there, that is a UserError.
+    This process holds it meanwhile. Folders that were made for it are removed if it stays empty. `files` are those that
+    will be written, the JSON first. A UserError if they cannot be, if another process writes into the folder, or if
+    files of these names lie there that are not ours.
     """
     folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first

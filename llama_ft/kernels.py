@@ -25,34 +25,39 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 
 def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
-    """Use the kernels of runs from now on, in the whole process.
+    """Use the kernels of runs on a GPU from now on, in the whole process.
 
-    On a GPU fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in
-    16 bit and else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell,
-    builds a plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute
-    capability 8.0, the card's or the one given instead, there is no FlashAttention.
-
-    On a CPU 16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the
-    CPU has. `use_products_of` does the same for matrix products. Those in fp32 are oneDNN's where MKL, which PyTorch
-    takes, leaves half of the CPU unused.
+    fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in 16 bit and
+    else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell, builds a
+    plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute capability
+    8.0, the card's or the one given instead, there is no FlashAttention.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.backends.cuda.enable_flash_sdp((capability or torch.cuda.get_device_capability(device)) >= (8, 0))
-    elif device.type == "cpu":
-        attend_in_fp32()
-        if mkl_is_slow():
-            multiply_by_onednn()
 
 
 def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
-    """Let the matrix products of a 16-bit dtype be computed in fp32 if oneDNN has no kernels for it on this CPU.
+    """Let the products and attention of a 16-bit dtype be computed in fp32 if oneDNN has no kernels for it on this CPU.
 
     PyTorch's own would be loops over elements, up to 30 times slower.
     """
     if device.type == "cpu" and dtype.itemsize == 2 and not has_16bit_products(dtype):
         multiply_in_fp32()
+        attend_in_fp32()
+
+
+def use_training_kernels(device: torch.device) -> None:
+    """Use the kernels on a CPU that are faster where there are many tokens, though each call takes longer to begin.
+
+    16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the CPU has.
+    fp32 products are oneDNN's where MKL, which PyTorch takes, leaves half of the CPU unused.
+    """
+    if device.type == "cpu":
+        attend_in_fp32()
+        if mkl_is_slow():
+            multiply_by_onednn()
 
 
 @cache

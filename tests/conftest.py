@@ -28,9 +28,9 @@ def kernels_of_runs() -> None:
     """Those of a run, in all tests: whichever test first loads a model would else change the others' last digits."""
     import torch
 
-    from llama_ft.kernels import use_kernels_of
+    from llama_ft.kernels import use_training_kernels
 
-    use_kernels_of(torch.device("cpu"))
+    use_training_kernels(torch.device("cpu"))
 
 
 def environment(extra: dict[str, str] | None = None) -> dict[str, str]:

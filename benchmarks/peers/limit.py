@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.peers import workload
 from benchmarks.peers.workload import LORA_RANK, LORA_TARGETS, SIZES, WINDOW, Row, Sizes
-from llama_ft.kernels import has_16bit_products, use_kernels_of
+from llama_ft.kernels import has_16bit_products, use_training_kernels
 
 ADAMW_BYTES = 7 * 4  # a trained parameter: weight, gradient and two moments are read, all but the gradient written
 ROUNDS = 12  # of which the fastest counts: a limit is what the machine can do
@@ -130,5 +130,5 @@ def measured(told: Namespace) -> dict[str, Any]:
 
 if __name__ == "__main__":
     told = workload.arguments()
-    use_kernels_of(torch.device("cpu"))  # a limit is what the faster library can do
+    use_training_kernels(torch.device("cpu"))  # a limit is what the faster library can do
     workload.tell(told, measured(told))

@@ -13,6 +13,7 @@ from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.kernels import use_training_kernels
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
 from llama_ft.model.transformer import Transformer
@@ -137,6 +138,7 @@ def _step_and_windows(
     if longest > context:
         cut = f"encode(records, tokenizer, max_length={context})"
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
+    use_training_kernels(model.tok_embeddings.weight.device)
     compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
     step = TrainStep(model, make_optimizer(model.parameters(), config), compute, config.max_grad_norm)
     size, packing = config.micro_batch_size, config.packing

@@ -1,6 +1,7 @@
 """Functions that keep less for their backward pass than PyTorch would, and make no more passes over memory for it.
 
-A second backward pass, through the gradients, is PyTorch's error.
+A second backward pass, through the gradients, is PyTorch's error. Where no gradient is wanted operators are called
+directly: for a single token `apply` takes as long as they do.
 """
 
 from typing import Any
@@ -13,19 +14,36 @@ from torch.autograd.function import once_differentiable
 from llama_ft.kernels import at_least_fp32
 
 
-class RMSNormed(torch.autograd.Function):
-    """`weight * x / sqrt(mean(x**2) + eps)`; of x in 16 bit no copy in fp32 is kept, nor what the gain multiplies.
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * x / sqrt(mean(x**2) + eps)`, [..., D] to [..., D], rounded to x's dtype before the gain, [D]."""
+    if torch.is_grad_enabled():
+        return RMSNormed.apply(x, weight, eps)  # type: ignore[no-any-return, no-untyped-call]
+    return _normed(x, weight, eps)[0]
 
-    `apply` takes x, [..., D], the gain, [D], and eps; it returns [..., D], rounded to x's dtype before the gain.
-    """
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm, and what each row of x is multiplied by."""
+    x_fp32 = at_least_fp32(x)
+    scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+    return (x_fp32 * scale).to(x.dtype) * weight, scale
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up` of two tensors of one shape."""
+    if torch.is_grad_enabled():
+        return SwiGLU.apply(gate, up)  # type: ignore[no-any-return, no-untyped-call]
+    return F.silu(gate) * up
+
+
+class RMSNormed(torch.autograd.Function):
+    """`rms_norm`; of x in 16 bit no copy in fp32 is kept, nor what the gain multiplies."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keeps x and one number of each row."""
-        x_fp32 = at_least_fp32(x)
-        scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
+        normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x_fp32 * scale).to(x.dtype) * weight
+        return normed
 
     @staticmethod
     @once_differentiable
@@ -44,7 +62,7 @@ class RMSNormed(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """`silu(gate) * up`; silu(gate) is computed again in the backward pass. `apply` takes the two, of one shape."""
+    """`swiglu`; silu(gate) is computed again in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:

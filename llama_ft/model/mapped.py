@@ -154,7 +154,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if pickled is None:
             raise ValueError("there is no data.pkl in it")
         if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):  # it could become any size
-            raise ValueError("it is compressed, as torch.save leaves no file")
+            raise ValueError("it is compressed; torch.save compresses nothing")
         super().__init__(archive.open(pickled))
         self._file, self._archive = file, archive
         self._folder = pickled.removesuffix("data.pkl")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from llama_ft.config import ModelConfig
 from llama_ft.kernels import at_least_fp32
 from llama_ft.model.attention import Mask, Segments, attend, repeats_keys, takes_segments
-from llama_ft.model.autograd import RMSNormed, SwiGLU
+from llama_ft.model.autograd import rms_norm, swiglu
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
 EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] to [..., D]. Rounds to x's dtype before the gain, as Meta's code and transformers do."""
-        return RMSNormed.apply(x, self.weight, self.eps)  # type: ignore[no-any-return, no-untyped-call]
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
@@ -106,7 +106,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] to [B, S, D]."""
-        return self.w2(SwiGLU.apply(self.w1(x), self.w3(x)))  # type: ignore[no-any-return, no-untyped-call]
+        return self.w2(swiglu(self.w1(x), self.w3(x)))  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):

@@ -97,7 +97,7 @@ def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimCon
 def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:
     """The run with another micro-batch size, packing or longest sample.
 
-    Samples of a length are all trained on but for BOS, and enough for a window: no others of this length are harder.
+    In samples of one length everything but BOS is trained on, which is the hardest, and there are enough for a window.
     """
     if key == MAX_LENGTH:
         n_samples = config.training.micro_batch_size * config.accumulation_steps

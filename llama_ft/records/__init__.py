@@ -38,7 +38,7 @@ def parse(kind: type[R], content: Any, where: str) -> R:
 
 def read_record(kind: type[R], file: Path) -> R:
     """A record from its file; a UserError if that cannot be read or holds something else."""
-    return parse(kind, read_json(file, "what was found"), str(file))
+    return parse(kind, read_json(file, "what was measured or planned"), str(file))
 
 
 def write_record(record: Any, file: Path) -> None:

@@ -133,9 +133,7 @@ def read_result(run_dir: Path) -> Result | None:
         return None
     result = read_record(Result, file)
     if not all(key in result.techniques.get(name, {}) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))):
-        raise UserError(
-            f"{file} is damaged: techniques must have ga.steps and mp.frozen_weights, of which tables speak"
-        )
+        raise UserError(f"{file} is damaged: ga.steps or mp.frozen_weights is missing in techniques")
     return result
 
 

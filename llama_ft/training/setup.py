@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llama_ft import techniques
 from llama_ft.config import TrainConfig, TrainingConfig
-from llama_ft.kernels import use_products_of
+from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import Log, build, materialise, open_weights, silent
 from llama_ft.techniques.adapter import begin_with
@@ -34,6 +34,7 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
     model = shape_model(config, precision)
     use_products_of(device, precision.compute)
+    use_training_kernels(device)
     allocate(model, device)
     weights.load_into(model, precision.storage(frozen=config.optim.lora), log)
     if config.adapter is not None:
