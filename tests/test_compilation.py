@@ -1,14 +1,17 @@
 """Compiled layers against the same layers as they are."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 from helpers.models import relative
 from helpers.planning import small_config
 from helpers.training import gradients, ragged_samples, step_in
 
 from llama_ft.config import OptimConfig
+from llama_ft.records.result import read_result
 from llama_ft.training.compilation import compile_layers
 from llama_ft.training.loop import Windows
 
@@ -40,3 +43,16 @@ def test_compiled_layers_give_the_same_gradients(optim: OptimConfig, packing: in
     assert counters["stats"]["unique_graphs"] == n_graphs  # other lengths need no others
     for a, b in zip(found, expected, strict=True):
         assert max(map(relative, a, b)) <= 5e-6
+
+
+@pytest.mark.process
+def test_a_run_with_mixed_precision_is_compiled_before_it_is_timed(tmp_path: Path) -> None:
+    keys = ["optim=mp_lora", "training.compile=true", "training.max_samples=16", "tracker=disabled"]
+    done = run("llama_ft.train", *keys, "training.save=false", "hydra.run.dir=run", cwd=tmp_path, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    said = [done.stdout.index(words) for words in ("compiling the layers", "1/2", "ok: peak")]
+    assert said == sorted(said)
+    result = read_result(tmp_path / "run")
+    assert result is not None
+    assert result.compiled
+    assert (result.runtime_s or 0) < 5  # compiling takes longer
