@@ -4,45 +4,20 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from math import isnan
 from pathlib import Path
 from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
-from llama_ft.data.json_records import as_object, json_records
-from llama_ft.data.prompt import prompt_text
+from llama_ft.data.json_records import json_records
+from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
+from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
+FIRST_KEYS = tuple(keys[0] for keys in KINDS.values())  # a file that is one object is a record if it has one of these
 SAMPLE_DIR = Path(__file__).parent / "sample"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One instruction with its answer."""
-
-    instruction: str
-    input: str
-    output: str
-    task: str = ""  # by which evaluation groups records; may be missing
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A tokenized record: BOS, prompt, answer, EOS. The first `n_prompt` tokens are not trained on."""
-
-    tokens: list[int]
-    n_prompt: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def n_targets(self) -> int:
-        """Number of tokens that are trained on."""
-        return len(self.tokens) - self.n_prompt
 
 
 @dataclass(frozen=True)
@@ -84,11 +59,15 @@ def load_dataset(
     path = records_file(config, log)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
     encoded, wanted, pace = list[Sample](), records[:max_samples], Pace()
-    for record in wanted:
-        encoded.append(encode_record(record, tokenizer))
+    template = choose_template(config.template, tokenizer)
+    for number, record in enumerate(wanted):
+        try:
+            encoded.append(template.sample(record, tokenizer, config.train_on))
+        except ValueError as error:
+            raise UserError(f"{path}, record {number}: {error}") from error
         if pace.is_due():
             log(f"data: {len(encoded):,} of {len(wanted):,} records tokenized")
-    samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
+    samples = [sample.cut(max_length) for sample in encoded]
     n_truncated = sum(len(sample) > max_length for sample in encoded)
     kept = [sample for sample in samples if sample.n_targets > 0]
     if not kept:
@@ -109,10 +88,11 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
 
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
     """The first records of a JSON or JSONL file, and how many bad ones were skipped; a UserError if they may not be."""
-    records, n_skipped, first_reason = list[Record](), 0, ""
-    for where, value in islice(json_records(path, ("instruction",)), first):
+    records, n_skipped, first_reason, kind = list[Record](), 0, "", ""
+    for where, value in islice(json_records(path, FIRST_KEYS), first):
         try:
-            records.append(as_record(value))
+            records.append(as_record(value, kind))
+            kind = kind or kind_of(value)
         except ValueError as error:
             if on_bad_record is OnBadRecord.error:
                 advice = "data.on_bad_record=skip leaves such records out"
@@ -121,35 +101,3 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
     if n_skipped and not records:
         raise UserError(f"{path}: all {n_skipped} records are bad, the first is {first_reason}")
     return records, n_skipped
-
-
-def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
-    """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
-
-    The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it counts
-    as answer, so that no token of the answer goes untrained.
-    """
-    prompt = prompt_text(record.instruction, record.input)
-    prompt_ids = tokenizer.encode(prompt, bos=True)
-    tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
-    pairs = zip(prompt_ids, tokens, strict=False)
-    return Sample(tokens, next((n for n, (one, other) in enumerate(pairs) if one != other), len(prompt_ids)))
-
-
-def as_record(value: object) -> Record:
-    """The record in a JSON value; a ValueError says what is wrong with it."""
-    record = as_object(value)
-    # Null and NaN, which pandas makes of a spreadsheet's empty cell, are no values.
-    given = {
-        key: part for key, part in record.items() if part is not None and not (type(part) is float and isnan(part))
-    }
-    texts = {"input": ""} | given
-    for key in ("instruction", "input", "output"):
-        if key not in texts:
-            raise ValueError(f"{key} is {'null or NaN' if key in record else 'missing'}")
-        if not isinstance(texts[key], str):
-            raise ValueError(f"{key} must be a text")
-        texts[key].encode()  # raises a ValueError at half of a surrogate pair
-    if not texts["instruction"].strip():
-        raise ValueError("instruction is empty")
-    return Record(texts["instruction"], texts["input"], texts["output"], str(texts.get("task") or ""))

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, read_records, records_file
+from llama_ft.data.dataset import SAMPLE_DIR, read_records, records_file
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
 
@@ -37,7 +39,7 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     records, samples, n_truncated = list[Record](), list[Sample](), 0
     for record in read:
         whole = encode_record(record, tokenizer)
-        sample = Sample(whole.tokens[: config.max_length], whole.n_prompt)
+        sample = whole.cut(config.max_length)
         prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
         if sample.n_targets > 0 and len(prompt) < config.model.max_seq_len:
             records.append(record)
