@@ -78,8 +78,8 @@ class ChatTemplate:
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
         """The whole conversation, of which all answers, the last one, or all but the first token are trained on.
 
-        Answers are what the template marks as such, else what follows when it is given one message more; the latter
-        end with the token that ends them.
+        Answers are what the template marks as such, else what it writes when it is given one message more, up to the
+        special token that ends it.
         """
         messages = record.messages
         text, spans = _unmarked(self._render(messages, tokenizer, False))
@@ -103,7 +103,7 @@ class ChatTemplate:
             problem = "the chat template writes earlier turns otherwise once there are later ones"
             raise ValueError(f"{problem}: give data.train_on=last, or a template with {{% generation %}}")
         bare = through.rstrip()
-        is_ended = any(bare.endswith(name) for name in tokenizer.end_names)
+        is_ended = bare.endswith(tuple(tokenizer.special))
         return len(before), len(bare if is_ended else through)
 
 

@@ -99,8 +99,8 @@ def as_record(value: object, kind: str = "") -> Record:
         return Record(prompt, "", completion, task)
     messages: object = record.get(found)
     if found == "prompt":  # a conversation in two parts
-        completion = record.get("completion")
-        ending = completion if isinstance(completion, list) else [_message("assistant", completion)]
+        answer = record.get("completion")
+        ending = answer if isinstance(answer, list) else [_message("assistant", answer)]
         messages = [*record["prompt"], *ending]
     return conversation_record(messages, task)
 

@@ -35,6 +35,7 @@ class Tiktoken:
         self.bos_id, self.eos_id = self._n_base, self._n_base + 1
         self.ends = [*named.ends, *(self._n_base + index for index in self.ENDS)]
         self.last_spelled = self._n_base - 1
+        self.special: dict[str, int] = {}  # of which the file says no names
 
     @staticmethod
     def ranks(file: Path) -> dict[bytes, int]:
@@ -57,10 +58,6 @@ class Tiktoken:
         """Refused: the file does not say what its special tokens are called."""
         advice = "python -m llama_ft.convert to=hf makes a folder with tokenizer.json"
         raise UserError(f"tokenizer={self._encoding.name} does not name the tokens of a chat template: {advice}")
-
-    def name_of(self, number: int) -> str:
-        """Unknown."""
-        return ""
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special ones left out."""

@@ -44,10 +44,10 @@ class Tokenizer:
             raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
         # What ends a text that is generated. A BOS does not, whatever an old config.json says.
         self.end_ids = frozenset({*self._format.ends} - {self.bos_id} | {self.eos_id})
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id}
-        known = {key: self._format.name_of(number) for key, number in ids.items() if number is not None}
+        self.special: dict[str, int] = self._format.special  # tokens by their names
+        ids, names = {"bos_token": self.bos_id, "eos_token": self.eos_id}, {n: name for name, n in self.special.items()}
+        known = {key: names[number] for key, number in ids.items() if number in names}
         self.special_names = known | dict(named.names)  # what chat templates know them by
-        self.end_names = [self._format.name_of(number) for number in self.end_ids]
         # Rows that a model needs: special tokens that no text can spell may lie beyond them.
         self.n_used = 1 + max(self._format.last_spelled, self.eos_id, self.bos_id or 0)
 
@@ -105,17 +105,17 @@ class _SentencePiece:
         spelled = (number for number in reversed(range(self.vocab_size)) if not self._processor.is_control(number))
         self.last_spelled = next(spelled, -1)
         control = filter(self._processor.is_control, range(self.vocab_size))
-        self._special = {self.name_of(number): number for number in control} | dict(named.added)
+        self.special = {self._processor.id_to_piece(number): number for number in control} | dict(named.added)
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
 
     def encode_chat(self, text: str) -> tuple[list[int], Offsets]:
-        parts = re.split(f"({'|'.join(map(re.escape, self._special))})", text)
+        parts = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
         ids, offsets, place = list[int](), Offsets(), 0
         for index, part in enumerate(parts):
             if index % 2:
-                ids.append(self._special[part])
+                ids.append(self.special[part])
                 offsets.append((place, place + len(part)))
             else:
                 found: Any = self._processor.encode(part, out_type="offset_mapping")
@@ -127,9 +127,6 @@ class _SentencePiece:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode(ids))
-
-    def name_of(self, number: int) -> str:
-        return str(self._processor.id_to_piece(number)) if number < self.vocab_size else ""
 
 
 class _HuggingFace:
@@ -157,7 +154,7 @@ class _HuggingFace:
         called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
         self._tokenizer.add_special_tokens(called)
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {token.content: number for number, token in added.items() if token.special}
+        special = self.special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.last_spelled = max((vocabulary[name] for name in vocabulary.keys() - special.keys()), default=-1)
@@ -188,6 +185,3 @@ class _HuggingFace:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-    def name_of(self, number: int) -> str:
-        return self._tokenizer.id_to_token(number) or ""
