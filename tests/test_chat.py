@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from llama_ft.config import TrainOn, UserError
 from llama_ft.data.records import Record, as_record
-from llama_ft.data.template import choose_template
+from llama_ft.data.template import choose_template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from tests.helpers.chats import TEMPLATES, save_tokenizer, without_marks
 
@@ -67,7 +67,7 @@ def test_a_prompt_is_transformers_generation_prompt(folder):
     tokenizer = Tokenizer(folder / "tokenizer.json")
     template, record = choose_template("chat", tokenizer), as_record({"messages": TURNS})
     expected = theirs.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
-    assert template.prompt(record, tokenizer) == expected
+    assert encode_prompt(template.prompt(record), tokenizer) == expected
     sample = template.sample(record, tokenizer, TrainOn.last)
     assert list(sample.tokens[: sample.spans[0][0]]) == expected
 
@@ -144,7 +144,7 @@ def test_templates_that_cannot_be_used(tmp_path):
     save_tokenizer(tmp_path, "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}")
     tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
     with pytest.raises(ValueError, match="the chat template does not take it: roles must alternate"):
-        choose_template("chat", tokenizer).prompt(record, tokenizer)
+        choose_template("chat", tokenizer).prompt(record)
     with pytest.raises(UserError, match=r"data.template=chatty: there is no such file; .* auto, alpaca, chat, plain"):
         choose_template("chatty", tokenizer)
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
@@ -152,13 +152,13 @@ def test_templates_that_cannot_be_used(tmp_path):
         choose_template(str(tmp_path / "broken.jinja"), tokenizer)
     (tmp_path / "escape.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="unsafe"):
-        choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record, tokenizer)
+        choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record)
     (tmp_path / "forgets.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
     with pytest.raises(ValueError, match=r"writes earlier turns otherwise .* data.train_on=last"):
         choose_template(str(tmp_path / "forgets.jinja"), tokenizer).sample(record, tokenizer, TrainOn.assistant)
     for name in ("alpaca", "plain"):
         with pytest.raises(ValueError, match=f"data.template={name} has no place for a conversation of several turns"):
-            choose_template(name, tokenizer).prompt(record, tokenizer)
+            choose_template(name, tokenizer).prompt(record)
 
 
 def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
@@ -175,7 +175,6 @@ def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     for chat_template in (text, [{"name": "default", "template": text}]):
         file.write_text(json.dumps(said | {"chat_template": chat_template}))
         tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-        assert choose_template("auto", tokenizer).name == "chat"
-        assert choose_template("auto", tokenizer).prompt(Record("foxes", "", ""), tokenizer) == tokenizer.encode(
-            "foxes"
-        )
+        template = choose_template("auto", tokenizer)
+        assert template.name == "chat"
+        assert encode_prompt(template.prompt(Record("foxes", "", "")), tokenizer) == tokenizer.encode("foxes")

@@ -26,6 +26,7 @@ from llama_ft.data.collate import Padding
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.evaluation import measures
@@ -71,7 +72,7 @@ def config_of(model: ModelConfig = SMALL, data: dict[str, Any] | None = None, **
 
 
 def evaluation_set(tokenizer: Tokenizer, **settings: Any) -> EvaluationSet:
-    return load_records(config_of(**settings), tokenizer, lambda line: None)
+    return load_records(config_of(**settings), tokenizer, ALPACA_TEMPLATE, lambda line: None)
 
 
 # Perplexity of a text

@@ -86,8 +86,12 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         for key in ("packing", "compile"):
             if not measured["training"][key]:
                 del measured["training"][key]
+        for key, default in (("template", "auto"), ("train_on", "assistant")):
+            if measured["data"][key] == default:
+                del measured["data"][key]
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
-        for holder, key in ((measured["data"], "path"), *named):
+        data = [(measured["data"], key) for key in ("path", "template") if key in measured["data"]]
+        for holder, key in (*data, *named):
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return measured
 

@@ -11,8 +11,9 @@ from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.data.download import fetch
 from llama_ft.data.json_records import json_records
 from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
-from llama_ft.data.template import choose_template
+from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
@@ -28,13 +29,14 @@ class Dataset:
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
     n_dropped: int  # samples of which the cut left no answer to train on
+    template: str = "alpaca"  # in which they are written down
 
     def describe(self) -> str:
         """One line for people."""
         lengths = [len(sample) for sample in self.samples]
         trained = sum(sample.n_targets for sample in self.samples)
         text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
-        text += f", {trained / sum(lengths):.0%} of them trained on"
+        text += f", {trained / sum(lengths):.0%} of them trained on, template {self.template}"
         notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
         return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
 
@@ -49,17 +51,24 @@ def silent(line: str) -> None:
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
-    return load_dataset(config.data, load_tokenizer(config), config.max_length, config.training.max_samples, log)
+    tokenizer = load_tokenizer(config)
+    template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log, template)
 
 
 def load_dataset(
-    config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None, log: Log = silent
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_samples: int | None,
+    log: Log = silent,
+    template: Template | None = None,
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
     path = records_file(config, log)
     records, n_skipped = read_records(path, config.on_bad_record, config.first)
     encoded, wanted, pace = list[Sample](), records[:max_samples], Pace()
-    template = choose_template(config.template, tokenizer)
+    template = template or choose_template(config.template, tokenizer)
     for number, record in enumerate(wanted):
         try:
             encoded.append(template.sample(record, tokenizer, config.train_on))
@@ -74,7 +83,7 @@ def load_dataset(
         if samples:
             raise NothingLeft(f"{path}: max_length={max_length} leaves no answer to train on")
         raise UserError(f"{path}: there are no records")
-    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
+    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept), template.name)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:

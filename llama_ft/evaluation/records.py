@@ -7,9 +7,8 @@ from pathlib import Path
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, read_records, records_file
-from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
 
@@ -27,7 +26,9 @@ class EvaluationSet:
     majority: Majority
 
 
-def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
+def load_records(
+    config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Callable[[str], None]
+) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
     A file or record that is bad or cannot be had is a UserError, and so is it if none is left.
@@ -37,11 +38,13 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     read, n_skipped = _read(file, config.data)
     read = read[: config.max_samples]
     records, samples, n_truncated = list[Record](), list[Sample](), 0
-    for record in read:
-        whole = encode_record(record, tokenizer)
+    for number, record in enumerate(read):
+        try:
+            whole, prompt = template.sample(record, tokenizer, config.data.train_on), template.prompt(record)
+        except ValueError as error:
+            raise UserError(f"{file}, record {number}: {error}") from error
         sample = whole.cut(config.max_length)
-        prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
-        if sample.n_targets > 0 and len(prompt) < config.model.max_seq_len:
+        if sample.n_targets > 0 and len(encode_prompt(prompt, tokenizer)) < config.model.max_seq_len:
             records.append(record)
             samples.append(sample)
             n_truncated += len(sample) < len(whole)
