@@ -470,7 +470,7 @@ def test_windows_and_strides_that_are_allowed() -> None:
 def test_the_whole_command(tmp_path: Path) -> None:
     done = run("llama_ft.evaluate", "max_samples=3", "max_new_tokens=2", "checkpoint=random", cwd=tmp_path)
     assert done.returncode == 0
-    assert re.fullmatch("device: .*\n", done.stderr)
+    assert re.fullmatch("template: alpaca\ndevice: .*\n", done.stderr)
     assert "\x1b" not in done.stdout
     assert done.stdout.startswith("\ntiny, 3 held-out records of sample\n")
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()

@@ -65,7 +65,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
-            raise UserError(f"data.template={name} is no chat template that can be read: {error}") from error
+            raise UserError(f"template {name} is no chat template that can be read: {error}") from error
 
     def _render(self, messages: Sequence[Message], asks: bool) -> str:
         """The text of a conversation, and with `asks` of what comes before the assistant's next answer."""

@@ -40,8 +40,8 @@ class TextTemplate:
     def prompt(self, record: Record) -> str:
         """The text up to where the answer follows at once."""
         if record.conversation:
-            whole = "a conversation of several turns, or with more than texts of user and assistant"
-            raise ValueError(f"data.template={self.name} has no place for {whole}: give data.template=chat, or a FILE")
+            whole = "a conversation of several turns, or of more than texts of user and assistant"
+            raise ValueError(f"template {self.name} has no place for {whole}: take chat, or a FILE in Jinja")
         if self.name == ALPACA:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
@@ -65,7 +65,7 @@ ALPACA_TEMPLATE = TextTemplate(ALPACA)
 
 
 def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None = None) -> Template:
-    """The template of `data.template`; a UserError if there is none.
+    """The template that is asked for; a UserError if there is none.
 
     Args:
         choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: what
@@ -79,11 +79,11 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
         file = Path(os.path.expanduser(choice))
         if not file.is_file():
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
-            raise UserError(f"data.template={choice}: there is no such file; else it must be one of {allowed}")
-        return ChatTemplate(text_of(file, f"data.template={file}"), choice, tokenizer.special_names)
+            raise UserError(f"template {choice}: there is no such file; else it must be one of {allowed}")
+        return ChatTemplate(text_of(file, f"template {file}"), choice, tokenizer.special_names)
     if not tokenizer.chat_template:
         where = f"no chat template lies beside tokenizer={tokenizer.file}"
-        raise UserError(f"data.template=chat: {where}; give data.template=FILE, a chat template in Jinja, or alpaca")
+        raise UserError(f"template chat: {where}; take alpaca, or a FILE, which is a chat template in Jinja")
     return ChatTemplate(tokenizer.chat_template, CHAT, tokenizer.special_names)
 
 

@@ -47,7 +47,7 @@ class _Dialogue:
 
     def system(self, text: str) -> None:
         if text.strip() and not self.remembers:
-            raise UserError(f"template={self._template.name} has no place for a system message")
+            raise UserError(f"template {self._template.name} has no place for a system message")
         self._messages = [{"role": "system", "content": text.strip()}] if text.strip() else []
 
     def raw(self, text: str) -> None:
