@@ -533,6 +533,8 @@ def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path, files)
     settings = ("training.max_samples=4", "training.lr=0.1", "tracker=disabled", "hydra.run.dir=run")
     done = run("llama_ft.train", *arguments, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    ends = "<|end_of_text|> (301); config.json says 2; generation_config.json says 2"  # LlamaConfig's own
+    assert f"tokenizer: texts begin with <|begin_of_text|> (300), end with {ends}\n" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["model"], result["status"]) == ("Small_3.2", "ok")
     trained = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path / "run").eval()
