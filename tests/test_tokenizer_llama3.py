@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,6 +285,13 @@ def test_tokens_beyond_the_rows_of_a_model(files, tmp_path, special, fits):
     ):
         with pytest.raises(UserError, match=f"has 557 pieces, but model=mine has a vocabulary of 556: {advice}"):
             check_vocabulary(Tokenizer(file), file, model, checkpoint)
+
+
+def test_a_model_may_be_padded_to_a_round_number_of_rows(files):
+    tokenizer = Tokenizer(files.json)  # of 556 pieces
+    for rows, fits in ((576, True), (1024, True), (560, False), (1088, False)):
+        with nullcontext() if fits else pytest.raises(UserError, match="has 556 pieces, but model=mine has"):
+            check_vocabulary(tokenizer, files.json, ModelConfig(name="mine", vocab_size=rows), None)
 
 
 @pytest.mark.parametrize(

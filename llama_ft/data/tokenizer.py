@@ -18,6 +18,8 @@ from llama_ft.config import ModelConfig, ModelSource, UserError
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
+# Rows that a model may have beyond its tokenizer's pieces, which make their number a round one: Qwen 2.5 has 399.
+MAX_PADDING, ROUND = 511, 64
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
 
@@ -83,12 +85,12 @@ def load_tokenizer(source: ModelSource, log: Callable[[str], None] = lambda _: N
 def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, checkpoint: str | None) -> None:
     """Raise a UserError unless a tokenizer is the model's.
 
-    One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number. Any may have
-    more special tokens than there are rows: [PAD], added for batches that are not ours.
+    It may have somewhat fewer pieces, since some models are padded to a round number; beside the checkpoint any number
+    fewer. It may have more special tokens than there are rows: [PAD], added for batches that are not ours.
     """
     beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
-    most = math.inf if beside else tokenizer.vocab_size
-    if not tokenizer.n_used <= model.vocab_size <= most:
+    padding = math.inf if beside else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
+    if not tokenizer.n_used <= model.vocab_size <= tokenizer.vocab_size + padding:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
         advice = "give the tokenizer that belongs to the model"
         if beside:
@@ -175,9 +177,8 @@ class _HuggingFace:
     def decode(self, ids: list[int]) -> str:
         if not self._has_bytes:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        tokens = map(self._tokenizer.id_to_token, ids)
-        known = [token for token in tokens if token is not None and token not in self.special]
-        return str(self._tokenizer.decoder.decode(self._with_bytes_decoded(known)))
+        tokens = [token for token in map(self._tokenizer.id_to_token, ids) if token and token not in self.special]
+        return str(self._tokenizer.decoder.decode(self._with_bytes_decoded(tokens)))
 
     def _with_bytes_decoded(self, tokens: list[str]) -> list[str]:
         """The tokens, those of bytes that follow each other as their text; U+FFFD for each byte that is no UTF-8.
