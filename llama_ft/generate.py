@@ -47,7 +47,7 @@ def main() -> int:
     from llama_ft.data.template import choose_template
     from llama_ft.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, log)
     template = choose_template(config.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
     prompts = read_asked(config, tokenizer, template)
     from llama_ft.decoding.load import Models

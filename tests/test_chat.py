@@ -170,7 +170,7 @@ def test_templates_that_cannot_be_used(tmp_path):
 def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     save_tokenizer(tmp_path)
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json")).name == "alpaca"
-    with pytest.raises(UserError, match=r"data.template=chat: no chat template lies beside .*; take alpaca, or a FILE"):
+    with pytest.raises(UserError, match=r"template chat: no chat template lies beside .*; take alpaca, or a FILE"):
         choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json"), "plain").name == "plain"
     file = tmp_path / "tokenizer_config.json"

@@ -21,9 +21,14 @@ class SpecialTokens:
     eos: str | None
     adds_bos: bool  # before a text, whatever the tokenizer's own file says
     added: Mapping[str, int]  # tokens added to the tokenizer's own
-    ends: list[int]
     names: Mapping[str, str]  # by what chat templates call them: bos_token, eos_token …
     chat_template: str | None
+    said: list[tuple[str, list[int]]]  # the files that name ends, and which
+
+    @property
+    def ends(self) -> list[int]:
+        """The ends that all files name."""
+        return [end for _, ids in self.said for end in ids]
 
 
 def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
@@ -34,15 +39,15 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else tokenizer.parent
     folders = {tokenizer.parent, Path(os.path.expanduser(str(elsewhere)))}
     files = [folder / name for name in (HF_CONFIG, GENERATION_CONFIG) for folder in sorted(folders)]
-    values = [_content(file).get("eos_token_id") for file in files]
+    said = [(file.name, _ids(_content(file).get("eos_token_id"))) for file in files]
     return SpecialTokens(
         _name(beside.get("bos_token")),
         _name(beside.get("eos_token")),
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
-        [end for value in values for end in (value if isinstance(value, list) else [value]) if type(end) is int],
         {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
         next(filter(None, (_chat_template(folder) for folder in sorted(folders))), None),
+        [(name, ids) for name, ids in said if ids],
     )
 
 
@@ -55,6 +60,11 @@ def _chat_template(folder: Path) -> str | None:
         named = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}
         said = named.get("default")
     return said if isinstance(said, str) else None
+
+
+def _ids(value: object) -> list[int]:
+    """A number, or those in a list."""
+    return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 
 def _content(file: Path) -> Json:
