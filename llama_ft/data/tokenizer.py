@@ -2,6 +2,7 @@
 
 LLaMA-2's is a SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), `tokenizer.model`. Llama 3's is a list
 of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face, the format of most other models.
+A GGUF file holds either kind.
 """
 
 import base64
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import sentencepiece
 
-from llama_ft.config import ModelConfig, ModelSource, UserError
-from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
+from llama_ft.config import ModelConfig, ModelSource, UserError, is_gguf
+from llama_ft.data.byte_level import LLAMA_3
+from llama_ft.data.gguf_tokenizer import tokenizer_content
+from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, home_of, named_tokens
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
@@ -27,13 +30,12 @@ class Tokenizer:
         if not file.is_file():
             is_folder = "is a folder: give the tokenizer.model or tokenizer.json in it"
             raise UserError(f"tokenizer={file}: {is_folder if file.is_dir() else 'there is no such file'}")
-        with explained(f"tokenizer={file} cannot be read"), file.open("rb") as stream:
-            start = stream.read(1024)
-        if start.startswith(LFS_POINTER):
+        self.file, content = file, read_tokenizer(file)
+        if content.startswith(LFS_POINTER):
             raise UserError(f"tokenizer={file} {LFS_HINT}")
-        self.file, self.is_json = file, JSON_START.match(start) is not None
-        kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece
-        self._format = kind(file, named_tokens(file, checkpoint))
+        self.is_json, self.named = JSON_START.match(content) is not None, named_tokens(file, checkpoint)
+        kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(content) else _SentencePiece
+        self._format = kind(file, content, self.named)
         self.vocab_size: int = self._format.vocab_size
         self.bos_id: int | None = self._format.bos_id  # None where texts begin without
         self.eos_id: int = self._format.eos_id  # what an answer that is trained on ends with
@@ -54,6 +56,14 @@ class Tokenizer:
         return self._format.decode([token for token in ids if token < self.vocab_size])  # a padded model has more
 
 
+def read_tokenizer(file: Path) -> bytes:
+    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
+    if is_gguf(file):
+        return tokenizer_content(file)
+    with explained(f"tokenizer={file} cannot be read"):
+        return file.read_bytes()
+
+
 def load_tokenizer(source: ModelSource) -> Tokenizer:
     """The tokenizer of a model; a UserError if it is missing, damaged, or another model's."""
     tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
@@ -67,7 +77,7 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
     One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number. Any may have
     more special tokens than there are rows: [PAD], added for batches that are not ours.
     """
-    beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
+    beside = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
     most = math.inf if beside else tokenizer.vocab_size
     if not tokenizer.n_used <= model.vocab_size <= most:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
@@ -80,9 +90,9 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
 class _SentencePiece:
     """LLaMA-2's, and the built-in one."""
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer={file} is not a SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
@@ -106,13 +116,13 @@ class _HuggingFace:
 
     LLAMA_3_BOS, LLAMA_3_ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise _missing("tokenizers", file) from error
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: {error}") from error
         if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
@@ -156,24 +166,20 @@ class _HuggingFace:
 class Tiktoken:
     """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
 
-    # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
+    # How many special tokens there are stands, as the rule by which text is split, in the code of
     # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second;
     # Llama 3.1's <|eom_id|> and <|eot_id|> end messages.
-    PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
     N_SPECIAL, ENDS = 256, (8, 9)
     LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
             import tiktoken
         except ImportError as error:
             raise _missing("tiktoken", file) from error
-        ranks = self.ranks(file)
+        ranks = self.ranks(file, content)
         self._encoding = tiktoken.Encoding(
-            file.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
+            file.name, pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
         )
         self._n_base = len(ranks)
         self.vocab_size = self._n_base + self.N_SPECIAL
@@ -182,10 +188,10 @@ class Tiktoken:
         self.last_spelled = self._n_base - 1
 
     @staticmethod
-    def ranks(file: Path) -> dict[bytes, int]:
+    def ranks(file: Path, content: bytes) -> dict[bytes, int]:
         """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
         try:
-            lines = [line.split() for line in file.read_bytes().splitlines()]
+            lines = [line.split() for line in content.splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:
             raise UserError(f"tokenizer={file} is damaged: it has a line that is no token with its rank") from error

@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
-from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
+from llama_ft.data.gguf_tokenizer import tokenizer_settings
+from llama_ft.data.special_tokens import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
 from llama_ft.files import HF_CONFIG, Json, explained, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
@@ -16,9 +17,10 @@ from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
-HF_TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-""".split()
+HF_TOKENIZER_FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    CHAT_TEMPLATE,
+)
 
 
 class SidecarFiles:
@@ -86,12 +88,12 @@ class SidecarFiles:
             files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
-        folder = self._source if self._tokenizer is None else self._tokenizer.file.parent
+        folder = self._source if self._tokenizer is None else home_of(self._tokenizer.file)
         files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
         if self._tokenizer is None:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
-        files[_usual_name(self._tokenizer)] = _read(self._tokenizer.file)
+        files[_usual_name(self._tokenizer)] = read_tokenizer(self._tokenizer.file)
         is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
         return files if is_whole else self._made(self._tokenizer) | files
 
@@ -99,24 +101,27 @@ class SidecarFiles:
         """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
         if (tokenizer := self._tokenizer) is None:
             return {}
-        files = {_usual_name(tokenizer): _read(tokenizer.file)}
+        files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
         if tokenizer.is_json:
-            said = tokenizer.file.with_name(TOKENIZER_CONFIG)
+            said = home_of(tokenizer.file) / TOKENIZER_CONFIG
             files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
         return files
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
+        said = tokenizer_settings(tokenizer.file)[TOKENIZER_CONFIG] if is_gguf(tokenizer.file) else {}
         if tokenizer.is_json:
-            names = {token["id"]: token["content"] for token in json.loads(_read(tokenizer.file))["added_tokens"]}
+            content = json.loads(read_tokenizer(tokenizer.file))
+            names = {token["id"]: token["content"] for token in content["added_tokens"]}
             special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
             named = {key: names[number] for key, number in special.items() if number in names}
-            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named)}
+            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named | said)}
         try:
             made = tokenizer_files(tokenizer.file, llama_3_1=self._config.model.rope_factor != 1)
         except UserError as error:
             self._log(f"{error}; transformers may split text otherwise")
-            return {}
+            return {TOKENIZER_CONFIG: _json(said)} if said else {}
+        made[TOKENIZER_CONFIG] |= said
         return {name: _json(content) for name, content in made.items()}
 
     def hf_config(self, model: ModelConfig, dtype: str) -> Json:
