@@ -40,8 +40,8 @@ def load(
     Args:
         model: a name of `conf/model`, such as `tiny` or `llama2_7b`; or a folder in Meta's, Hugging Face's or our
             format, or a GGUF file, whose sizes and weights are taken.
-        checkpoint: the weights: `builtin` (of tiny), `random`, a folder or a GGUF file. None is that given as `model`, or
-            builtin.
+        checkpoint: the weights: `builtin` (of tiny), `random`, a folder or a GGUF file. None is that given as `model`,
+            or builtin.
         tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
         dtype: of the weights.
         device: None is the GPU where there is one, else the CPU.

@@ -31,9 +31,11 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer = self._found_tokenizer()
-        self._ids = self._special_ids()
-        self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
+        self.tokenizer = self._found_tokenizer()
+        self.files: dict[str, bytes] = {}
+        if config.to is not Format.gguf:
+            self._ids = self._special_ids()
+            self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
 
     def _found_tokenizer(self) -> Tokenizer | None:
         """The tokenizer, if there is one that we can read."""
@@ -47,7 +49,7 @@ class SidecarFiles:
             check_vocabulary(tokenizer, tokenizer.file, config.model, config.checkpoint)
             return tokenizer
         except UserError as error:
-            if config.tokenizer is not None:
+            if config.tokenizer is not None or config.to is Format.gguf:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
@@ -56,7 +58,7 @@ class SidecarFiles:
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
-        if self._settings is not None or self._tokenizer is not None:
+        if self._settings is not None or self.tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
         if self._config.to is Format.hf:
             guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
@@ -66,7 +68,7 @@ class SidecarFiles:
     def _with_tokenizers(self, name: str, content: Json) -> Json:
         """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
         said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
-        if (tokenizer := self._tokenizer) is None:
+        if (tokenizer := self.tokenizer) is None:
             return said
         ends = said["eos_token_id"]
         ids = dict(said)
@@ -88,18 +90,18 @@ class SidecarFiles:
             files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
-        folder = self._source if self._tokenizer is None else home_of(self._tokenizer.file)
+        folder = self._source if self.tokenizer is None else home_of(self.tokenizer.file)
         files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
-        files[_usual_name(self._tokenizer)] = read_tokenizer(self._tokenizer.file)
+        files[_usual_name(self.tokenizer)] = read_tokenizer(self.tokenizer.file)
         is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
-        return files if is_whole else self._made(self._tokenizer) | files
+        return files if is_whole else self._made(self.tokenizer) | files
 
     def _meta_files(self) -> dict[str, bytes]:
         """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
-        if (tokenizer := self._tokenizer) is None:
+        if (tokenizer := self.tokenizer) is None:
             return {}
         files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
         if tokenizer.is_json:

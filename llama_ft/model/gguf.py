@@ -22,7 +22,7 @@ from llama_ft.model.transformer import EMBEDDING, OUTPUT, rotary_frequencies
 # By architecture, whether wq and wk are in Hugging Face's rotary layout; llama.cpp stores LLaMA's in Meta's.
 ARCHITECTURES = {"llama": False}
 ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
-_KEYS = {
+KEYS = {  # of sizes in the metadata, after the architecture's name
     "dim": "embedding_length",
     "n_layers": "block_count",
     "n_heads": "attention.head_count",
@@ -124,7 +124,7 @@ def gguf_sizes(path: Path) -> Sizes:
         if said.get(key):
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported")
     defaults = {"n_kv_heads": said.get("attention.head_count"), "rope_theta": 10000.0}
-    sizes: dict[str, Any] = numbers_of(said, _KEYS, defaults, path)
+    sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
     if (embedding := header.tensors.get(gguf_name(EMBEDDING))) is None:
         raise UserError(f"{path}: there is no {gguf_name(EMBEDDING)} in it")
     sizes["vocab_size"] = embedding.shape[0]
@@ -144,7 +144,8 @@ def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[st
     if factor != 1 and (kind := said.get("rope.scaling.type", "linear")) not in ("linear", "none"):
         raise UserError(f"{path}: rotary embeddings of type {kind} are not supported, only linear and Llama 3.1's")
     if ROPE_FREQUENCIES not in header.tensors:
-        return {"rope_factor": 1.0} if factor == 1 or kind == "none" else {"rope_factor": factor, "rope_original_context": 0}
+        is_linear = kind == "linear"
+        return {"rope_factor": factor if is_linear else 1.0} | ({"rope_original_context": 0} if is_linear else {})
     _, tensors = read_gguf(path)
     divisors = tensors[ROPE_FREQUENCIES].rows(0, tensors[ROPE_FREQUENCIES].shape[0])
     scaling = META_SCALING | {"rope_factor": round(float(divisors.max()), 4)}

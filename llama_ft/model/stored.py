@@ -67,9 +67,7 @@ def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
     return None
 
 
-def _joined_pieces(
-    shape: list[int], parts: Sequence[Part], dim: int, multiple: int
-) -> Iterator[tuple[int, Tensor]]:
+def _joined_pieces(shape: list[int], parts: Sequence[Part], dim: int, multiple: int) -> Iterator[tuple[int, Tensor]]:
     """The pieces of a weight that lies in several files, split along a dimension."""
     step = rows_at_once(shape, multiple)
     for first in range(0, shape[0], step):
