@@ -1,4 +1,4 @@
-"""`python -m llama_ft.convert`: a checkpoint in Meta's or Hugging Face's format, with an adapter merged into it."""
+"""`python -m llama_ft.convert`: a checkpoint in Meta's, Hugging Face's or GGUF's format, with an adapter merged in."""
 
 import os
 import shutil
@@ -12,28 +12,31 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import ConvertConfig, Format, UserError
-from llama_ft.files import whole_folder
+from llama_ft.files import whole_file, whole_folder
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.system import MIB
 
 if TYPE_CHECKING:
+    from llama_ft.exporting.gguf import GgufFile
     from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import Source
 
 USAGE = cli.Usage(
     "convert",
-    "A checkpoint in Hugging Face's format or in Meta's, from either, or from a run: with an adapter merged into it, in"
-    " another dtype, in as many files as you like. It is written piece by piece, whole or not at all.",
-    "checkpoint=DIR to=hf|meta output=DIR [adapter=DIR] [KEY=VALUE ...]",
+    "A checkpoint in Hugging Face's format, in Meta's or as a GGUF file, from any of these, or from a run: with an"
+    " adapter merged into it, in another dtype, in as many files as you like. It is written piece by piece, whole or"
+    " not at all.",
+    "checkpoint=DIR|FILE.gguf to=hf|meta|gguf output=DIR|FILE.gguf [adapter=DIR] [KEY=VALUE ...]",
     ConvertConfig,
     (
         "checkpoint=llama-2-7b to=hf output=llama-2-7b-hf",
         "checkpoint=llama-2-7b-hf to=meta output=llama-2-7b shards=2",
         "checkpoint=llama-2-7b-hf adapter=outputs/mine to=hf output=mine dtype=bf16",
         "model=tiny adapter=outputs/lora to=hf output=tiny-hf",
+        "checkpoint=mine to=gguf output=mine.gguf dtype=q8_0",
     ),
 )
-FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta"}
+FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta", Format.gguf: "GGUF"}
 
 
 def main() -> int:
@@ -47,18 +50,22 @@ def main() -> int:
     from llama_ft.exporting.source import open_source
 
     source, sidecar = open_source(config), SidecarFiles(config, log)
-    n_bytes = check_room(source, config, output)
+    gguf = gguf_file(source, sidecar, config, log) if config.to is Format.gguf else None
+    n_bytes = gguf.n_bytes if gguf else folder_bytes(source, config)
+    check_room(n_bytes, config, output)
     assert config.to is not None
     log(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MIB:,.0f} MiB from {source.checkpoint.folder}")
     try:
-        with whole_folder(output) as folder, progress_bar(errors, "MiB written", n_bytes, unit=MIB) as advance:
-            write(source, sidecar, config, folder, advance)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        whole = whole_file(output) if gguf else whole_folder(output)
+        with whole as place, progress_bar(errors, "MiB written", n_bytes, unit=MIB) as advance:
+            gguf.write(place, advance) if gguf else write(source, sidecar, config, place, advance)
     except OSError as error:
         raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
     if config.to is Format.meta:
         warn_of_context(config, log)
-    files = sorted(file.name for file in output.iterdir())
-    console.print(f"Written: {', '.join(files)} in {config.output}", highlight=False, markup=False, soft_wrap=True)
+    files = "" if gguf else f"{', '.join(sorted(file.name for file in output.iterdir()))} in "
+    console.print(f"Written: {files}{config.output}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -69,8 +76,23 @@ def check_free(output: Path, config: ConvertConfig) -> None:
         raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
 
 
-def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
-    """Bytes of the weights to be written; a UserError if the disk lacks them, or the shards cannot be made."""
+def gguf_file(
+    source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, log: Callable[[str], None]
+) -> "GgufFile":
+    """The GGUF file to be written; a UserError if the format lacks something that the model has."""
+    from llama_ft.exporting.gguf import GgufFile
+
+    if sidecar.tokenizer is None:
+        raise UserError(f"checkpoint={config.checkpoint}: there is no tokenizer, which GGUF needs: give tokenizer=FILE")
+    file = GgufFile(source.weights, source.model, sidecar.tokenizer, config.dtype)
+    if file.unquantized:
+        reason = "their rows are no multiple of 32 numbers, as Q8_0 needs"
+        log(f"{len(file.unquantized)} weights are written as F16: {reason}")
+    return file
+
+
+def folder_bytes(source: "Source", config: ConvertConfig) -> int:
+    """Bytes of the weights to be written into a folder; a UserError if the shards cannot be made."""
     from llama_ft.model.sizes import meta_params
     from llama_ft.model.transformer import EMBEDDING
 
@@ -84,11 +106,15 @@ def check_room(source: "Source", config: ConvertConfig, output: Path) -> int:
     elif n_shards > len(source.weights):
         n_tensors = len(source.weights)
         raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the model's tensors")
+    return n_bytes
+
+
+def check_room(n_bytes: int, config: ConvertConfig, output: Path) -> None:
+    """Raise a UserError if the disk lacks so many bytes."""
     free = shutil.disk_usage(next(folder for folder in output.parents if folder.is_dir())).free
     if n_bytes > free:
         room = f"{n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
         raise UserError(f"output={config.output}: {room}")
-    return n_bytes
 
 
 def write(

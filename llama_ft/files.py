@@ -20,7 +20,6 @@ WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in on
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
-NO_GGUF = "GGUF is not read, give the model's folder in Hugging Face's format"
 
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's
 
@@ -73,8 +72,6 @@ def write_json(file: Path, content: Json) -> None:
 
 def why_no_folder(path: Path) -> str:
     """For people: why there is no folder under a name."""
-    if path.suffix == ".gguf":
-        return NO_GGUF
     return "it is a file: give the folder that it lies in" if path.exists() else "there is no such folder"
 
 
@@ -82,8 +79,8 @@ def unread_hint(folder: Path) -> str:
     """For people: what lies in a folder in the place of weights that are read, and what to do about it."""
     if (folder / ADAPTER_FILE).is_file():
         return f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
-    if any(folder.glob("*.gguf")):
-        return f"; {NO_GGUF}"
+    if files := sorted(folder.glob("*.gguf")):
+        return f"; give a GGUF file by its name: checkpoint={files[0]}"
     return "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
 
 

@@ -40,10 +40,10 @@ def load(
 
     Args:
         model: a name of `conf/model`, such as `tiny` or `llama2_7b`; or a folder in Meta's, Hugging Face's or our
-            format, whose sizes and weights are taken.
-        checkpoint: the weights: `builtin` (of tiny), `random`, or a folder. None is the folder given as `model`, or
-            builtin.
-        tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the folder, or the built-in one.
+            format, or a GGUF file, whose sizes and weights are taken.
+        checkpoint: the weights: `builtin` (of tiny), `random`, a folder or a GGUF file. None is that given as `model`,
+            or builtin.
+        tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
         dtype: of the weights.
         device: None is the GPU where there is one, else the CPU.
         seed: of random weights.
@@ -52,7 +52,7 @@ def load(
         UserError: if a name is unknown, the weights are not this model's, or there is no tokenizer or no such device.
     """
     folder, is_name = Path(os.path.expanduser(model)), (config_dir() / "model" / f"{model}.yaml").is_file()
-    if folder.is_dir() and not is_name:
+    if folder.exists() and not is_name:
         sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
     elif str(model) == FROM_CHECKPOINT:
         raise UserError("give the checkpoint's folder as the model: load(FOLDER)")

@@ -23,7 +23,14 @@ from llama_ft.config.groups import (
 from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
-from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer
+from llama_ft.config.source import (
+    GGUF_MAGIC,
+    TOKENIZER_FILES,
+    ModelSource,
+    TrainedSource,
+    found_tokenizer,
+    is_gguf,
+)
 from llama_ft.config.techniques import (
     COURSE,
     LABELS,

@@ -15,10 +15,10 @@ class UserError(Exception):
     """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
 
 
-# A floating-point format, or how one is chosen. Each key says which of these it allows.
-Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16"])
+# A format of numbers, or how one is chosen. Each key says which of these it allows.
+Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "q8_0"])
 # Whose format a checkpoint has.
-Format = enum.Enum("Format", ["hf", "meta"])
+Format = enum.Enum("Format", ["hf", "meta", "gguf"])
 # What a record that cannot be used does: stop the run, or be skipped and counted.
 OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
 # What of a record is trained on: the assistant's turns, all that is read, or the last turn.

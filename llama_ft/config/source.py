@@ -11,13 +11,26 @@ from llama_ft.config.groups import GpuConfig
 from llama_ft.config.model import ModelConfig
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 the second is made from the first
+GGUF_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a checkpoint is a GGUF file, by its name or its first bytes, and no folder."""
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError:  # the code that needs the file has the better message
+        return False
 
 
 def found_tokenizer(model: ModelConfig, checkpoint: str | None) -> str | None:
-    """The tokenizer in a checkpoint's folder; None if it has none, or if the model has its own."""
+    """The tokenizer in a checkpoint, a GGUF file or a folder; None if it has none, or if the model has its own."""
     if model.is_builtin or checkpoint in (None, "builtin", "random"):
         return None
-    files = [Path(os.path.expanduser(str(checkpoint))) / name for name in TOKENIZER_FILES]
+    place = Path(os.path.expanduser(str(checkpoint)))
+    files = [place] if is_gguf(place) else [place / name for name in TOKENIZER_FILES]
     return next((str(file) for file in files if file.is_file()), None)
 
 

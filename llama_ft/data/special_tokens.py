@@ -1,10 +1,15 @@
-"""What the files around a tokenizer say of where texts begin and end. Models name several ends, in several files."""
+"""What the files around a tokenizer, or a GGUF file, say of where texts begin and end, and how a chat is written.
+
+Models name several ends, in several files.
+"""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llama_ft.config import is_gguf
+from llama_ft.data.gguf_tokenizer import tokenizer_settings
 from llama_ft.files import HF_CONFIG, Json, read_json, text_of
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
@@ -31,34 +36,39 @@ class SpecialTokens:
         return [end for _, ids in self.said for end in ids]
 
 
+def home_of(tokenizer: Path) -> Path:
+    """Where a tokenizer's settings are: in its folder or, of a GGUF file, in itself."""
+    return tokenizer if is_gguf(tokenizer) else tokenizer.parent
+
+
 def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
-    """What is said beside a tokenizer's file, and in the checkpoint's folder; a UserError where it is damaged."""
-    beside = _content(tokenizer.with_name(TOKENIZER_CONFIG))
+    """What is said beside a tokenizer's file, and in the checkpoint; a UserError where it is damaged."""
+    home = home_of(tokenizer)
+    beside = _content(home, TOKENIZER_CONFIG)
     added = beside.get("added_tokens_decoder")
     tokens = added.items() if isinstance(added, dict) else ()
-    elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else tokenizer.parent
-    folders = {tokenizer.parent, Path(os.path.expanduser(str(elsewhere)))}
-    files = [folder / name for name in (HF_CONFIG, GENERATION_CONFIG) for folder in sorted(folders)]
-    said = [(file.name, _ids(_content(file).get("eos_token_id"))) for file in files]
+    elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
+    places = sorted({home, Path(os.path.expanduser(str(elsewhere)))})
+    files = [(name, place) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
+    said = [(name, _ids(_content(place, name).get("eos_token_id"))) for name, place in files]
     return SpecialTokens(
         _name(beside.get("bos_token")),
         _name(beside.get("eos_token")),
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
         {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
-        next(filter(None, (_chat_template(folder) for folder in sorted(folders))), None),
+        next(filter(None, map(_chat_template, places)), None),
         [(name, ids) for name, ids in said if ids],
     )
 
 
-def _chat_template(folder: Path) -> str | None:
-    """The folder's chat template, which transformers writes into a file of its own since version 5."""
-    if (file := folder / CHAT_TEMPLATE).is_file():
+def _chat_template(place: Path) -> str | None:
+    """The chat template, which transformers writes into a file of its own since version 5."""
+    if (file := place / CHAT_TEMPLATE).is_file():
         return text_of(file, str(file))
-    said = _content(folder / TOKENIZER_CONFIG).get("chat_template")
+    said = _content(place, TOKENIZER_CONFIG).get("chat_template")
     if isinstance(said, list):  # several, of which one is the default
-        named = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}
-        said = named.get("default")
+        said = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}.get("default")
     return said if isinstance(said, str) else None
 
 
@@ -67,8 +77,11 @@ def _ids(value: object) -> list[int]:
     return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 
-def _content(file: Path) -> Json:
-    return read_json(file, "which tokens are special") if file.is_file() else {}
+def _content(place: Path, name: str) -> Json:
+    """What a file in a folder says of special tokens; of a GGUF file, what such a file would say."""
+    if is_gguf(place):
+        return tokenizer_settings(place).get(name, {})
+    return read_json(place / name, "which tokens are special") if (place / name).is_file() else {}
 
 
 def _name(token: object) -> str | None:

@@ -72,7 +72,7 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
             an adapter was `trained_with`, if that is known, else the checkpoint's own if it has one, else Alpaca's.
     """
     if choice == AUTO:
-        choice = trained_with or (CHAT if tokenizer.chat_template else ALPACA)
+        choice = trained_with or (CHAT if tokenizer.named.chat_template else ALPACA)
     if choice in (ALPACA, PLAIN):
         return TextTemplate(choice)
     if choice != CHAT:
@@ -81,10 +81,10 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
             raise UserError(f"template {choice}: there is no such file; else it must be one of {allowed}")
         return ChatTemplate(text_of(file, f"template {file}"), choice, tokenizer.special_names)
-    if not tokenizer.chat_template:
+    if not tokenizer.named.chat_template:
         where = f"no chat template lies beside tokenizer={tokenizer.file}"
         raise UserError(f"template chat: {where}; take alpaca, or a FILE, which is a chat template in Jinja")
-    return ChatTemplate(tokenizer.chat_template, CHAT, tokenizer.special_names)
+    return ChatTemplate(tokenizer.named.chat_template, CHAT, tokenizer.special_names)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -5,30 +5,27 @@ import re
 from pathlib import Path
 
 from llama_ft.config import UserError
+from llama_ft.data.byte_level import LLAMA_3
 from llama_ft.data.special_tokens import Offsets, SpecialTokens
 
 
 class Tiktoken:
     """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
 
-    # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
+    # How many special tokens there are stands, as the rule by which text is split, in the code of
     # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second;
     # Llama 3.1's <|eom_id|> and <|eot_id|> end messages.
-    PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
     N_SPECIAL, ENDS = 256, (8, 9)
     LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
             import tiktoken
         except ImportError as error:
             raise missing_package("tiktoken", file) from error
-        ranks = self.ranks(file)
+        ranks = self.ranks(file, content)
         self._encoding = tiktoken.Encoding(
-            file.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
+            file.name, pat_str=LLAMA_3, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
         )
         self._n_base = len(ranks)
         self.vocab_size = self._n_base + self.N_SPECIAL
@@ -38,10 +35,10 @@ class Tiktoken:
         self.special: dict[str, int] = {}  # of which the file says no names
 
     @staticmethod
-    def ranks(file: Path) -> dict[bytes, int]:
+    def ranks(file: Path, content: bytes) -> dict[bytes, int]:
         """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
         try:
-            lines = [line.split() for line in file.read_bytes().splitlines()]
+            lines = [line.split() for line in content.splitlines()]
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         except ValueError as error:
             raise UserError(f"tokenizer={file} is damaged: it has a line that is no token with its rank") from error

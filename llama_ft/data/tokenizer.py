@@ -2,6 +2,7 @@
 
 LLaMA-2's is a SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226), `tokenizer.model`. Llama 3's is a list
 of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face, the format of most other models.
+A GGUF file holds either kind.
 """
 
 import math
@@ -14,8 +15,9 @@ from typing import Any
 
 import sentencepiece
 
-from llama_ft.config import ModelConfig, ModelSource, UserError
-from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, named_tokens
+from llama_ft.config import ModelConfig, ModelSource, UserError, is_gguf
+from llama_ft.data.gguf_tokenizer import tokenizer_content
+from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, home_of, named_tokens
 from llama_ft.data.tiktoken_file import Tiktoken, missing_package
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
@@ -32,15 +34,12 @@ class Tokenizer:
         if not file.is_file():
             is_folder = "is a folder: give the tokenizer.model or tokenizer.json in it"
             raise UserError(f"tokenizer={file}: {is_folder if file.is_dir() else 'there is no such file'}")
-        with explained(f"tokenizer={file} cannot be read"), file.open("rb") as stream:
-            start = stream.read(1024)
-        if start.startswith(LFS_POINTER):
+        self.file, content = file, read_tokenizer(file)
+        if content.startswith(LFS_POINTER):
             raise UserError(f"tokenizer={file} {LFS_HINT}")
-        self.file, self.is_json = file, JSON_START.match(start) is not None
-        kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece
-        named = named_tokens(file, checkpoint)
-        self._format = kind(file, named)
-        self.chat_template = named.chat_template
+        self.is_json, self.named = JSON_START.match(content) is not None, named_tokens(file, checkpoint)
+        kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(content) else _SentencePiece
+        self._format = kind(file, content, self.named)
         self.vocab_size: int = self._format.vocab_size
         self.bos_id: int | None = self._format.bos_id  # None where texts begin without
         self.eos_id: int = self._format.eos_id  # what an answer that is trained on ends with
@@ -51,8 +50,7 @@ class Tokenizer:
         self.special: dict[str, int] = self._format.special  # tokens by their names
         ids, names = {"bos_token": self.bos_id, "eos_token": self.eos_id}, {n: name for name, n in self.special.items()}
         known = {key: names[number] for key, number in ids.items() if number in names}
-        self.special_names = known | dict(named.names)  # what chat templates know them by
-        self._said = named.said
+        self.special_names = known | dict(self.named.names)  # what chat templates know them by
         # Rows that a model needs: special tokens that no text can spell may lie beyond them.
         self.n_used = 1 + max(self._format.last_spelled, self.eos_id, self.bos_id or 0)
 
@@ -74,9 +72,17 @@ class Tokenizer:
         names = {number: f"{name} ({number})" for name, number in self.special.items()}
         begin = "without BOS" if self.bos_id is None else f"with {names.get(self.bos_id, self.bos_id)}"
         ends = [str(names.get(end, end)) for end in (self.eos_id, *sorted(self.end_ids - {self.eos_id}))]
-        agree = all(self.eos_id in ids and {*ids} == {*self._said[0][1]} for _, ids in self._said)
-        files = () if agree else (f"; {name} says {', '.join(map(str, ids))}" for name, ids in self._said)
+        agree = all(self.eos_id in ids and {*ids} == {*self.named.said[0][1]} for _, ids in self.named.said)
+        files = () if agree else (f"; {name} says {', '.join(map(str, ids))}" for name, ids in self.named.said)
         return f"texts begin {begin}, end with {', '.join(ends)}{''.join(files)}"
+
+
+def read_tokenizer(file: Path) -> bytes:
+    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
+    if is_gguf(file):
+        return tokenizer_content(file)
+    with explained(f"tokenizer={file} cannot be read"):
+        return file.read_bytes()
 
 
 def load_tokenizer(source: ModelSource, log: Callable[[str], None] = lambda _: None) -> Tokenizer:
@@ -97,7 +103,7 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
     It may have somewhat fewer pieces, since some models are padded to a round number; beside the checkpoint any number
     fewer. It may have more special tokens than there are rows: [PAD], added for batches that are not ours.
     """
-    beside = checkpoint is not None and file.absolute().parent == Path(os.path.expanduser(checkpoint)).absolute()
+    beside = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
     padding = math.inf if beside else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
     if not tokenizer.n_used <= model.vocab_size <= tokenizer.vocab_size + padding:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
@@ -110,9 +116,9 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
 class _SentencePiece:
     """LLaMA-2's, and the built-in one."""
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer={file} is not a SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
@@ -154,13 +160,13 @@ class _HuggingFace:
     LLAMA_3_BOS, LLAMA_3_ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
     LLAMA_2_END, BYTE = "</s>", re.compile("<0x([0-9A-F]{2})>")
 
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
+    def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
             import tokenizers
         except ImportError as error:
             raise missing_package("tokenizers", file) from error
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: {error}") from error
         self._has_bytes = getattr(self._tokenizer.model, "byte_fallback", False) and self._tokenizer.decoder is not None

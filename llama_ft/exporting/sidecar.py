@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer
-from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
+from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
+from llama_ft.data.gguf_tokenizer import tokenizer_settings
+from llama_ft.data.special_tokens import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
 from llama_ft.files import HF_CONFIG, Json, explained, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
@@ -16,9 +17,10 @@ from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
-HF_TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
-""".split()
+HF_TOKENIZER_FILES = (
+    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    CHAT_TEMPLATE,
+)
 
 
 class SidecarFiles:
@@ -29,9 +31,11 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self._tokenizer = self._found_tokenizer()
-        self._ids = self._special_ids()
-        self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
+        self.tokenizer = self._found_tokenizer()
+        self.files: dict[str, bytes] = {}
+        if config.to is not Format.gguf:
+            self._ids = self._special_ids()
+            self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
 
     def _found_tokenizer(self) -> Tokenizer | None:
         """The tokenizer, if there is one that we can read."""
@@ -45,7 +49,7 @@ class SidecarFiles:
             check_vocabulary(tokenizer, tokenizer.file, config.model, config.checkpoint)
             return tokenizer
         except UserError as error:
-            if config.tokenizer is not None:
+            if config.tokenizer is not None or config.to is Format.gguf:
                 raise
             what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
             self._log(f"{error}; {what}")
@@ -54,7 +58,7 @@ class SidecarFiles:
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
-        if self._settings is not None or self._tokenizer is not None:
+        if self._settings is not None or self.tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
         if self._config.to is Format.hf:
             guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
@@ -64,7 +68,7 @@ class SidecarFiles:
     def _with_tokenizers(self, name: str, content: Json) -> Json:
         """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
         said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
-        if (tokenizer := self._tokenizer) is None:
+        if (tokenizer := self.tokenizer) is None:
             return said
         ends = said["eos_token_id"]
         ids = dict(said)
@@ -86,37 +90,40 @@ class SidecarFiles:
             files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
-        folder = self._source if self._tokenizer is None else self._tokenizer.file.parent
+        folder = self._source if self.tokenizer is None else home_of(self.tokenizer.file)
         files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
-        if self._tokenizer is None:
+        if self.tokenizer is None:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
-        files[_usual_name(self._tokenizer)] = _read(self._tokenizer.file)
+        files[_usual_name(self.tokenizer)] = read_tokenizer(self.tokenizer.file)
         is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
-        return files if is_whole else self._made(self._tokenizer) | files
+        return files if is_whole else self._made(self.tokenizer) | files
 
     def _meta_files(self) -> dict[str, bytes]:
         """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
-        if (tokenizer := self._tokenizer) is None:
+        if (tokenizer := self.tokenizer) is None:
             return {}
-        files = {_usual_name(tokenizer): _read(tokenizer.file)}
+        files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
         if tokenizer.is_json:
-            said = tokenizer.file.with_name(TOKENIZER_CONFIG)
+            said = home_of(tokenizer.file) / TOKENIZER_CONFIG
             files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
         return files
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
+        said = tokenizer_settings(tokenizer.file)[TOKENIZER_CONFIG] if is_gguf(tokenizer.file) else {}
         if tokenizer.is_json:
-            names = {token["id"]: token["content"] for token in json.loads(_read(tokenizer.file))["added_tokens"]}
+            content = json.loads(read_tokenizer(tokenizer.file))
+            names = {token["id"]: token["content"] for token in content["added_tokens"]}
             special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
             named = {key: names[number] for key, number in special.items() if number in names}
-            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named)}
+            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named | said)}
         try:
             made = tokenizer_files(tokenizer.file, llama_3_1=self._config.model.rope_factor != 1)
         except UserError as error:
             self._log(f"{error}; transformers may split text otherwise")
-            return {}
+            return {TOKENIZER_CONFIG: _json(said)} if said else {}
+        made[TOKENIZER_CONFIG] |= said
         return {name: _json(content) for name, content in made.items()}
 
     def hf_config(self, model: ModelConfig, dtype: str) -> Json:

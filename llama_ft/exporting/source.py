@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, ModelConfig, UserError
+from llama_ft.config import ConvertConfig, Format, ModelConfig, UserError
 from llama_ft.device import DTYPES
+from llama_ft.exporting.gguf import dtype_in_gguf
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
@@ -42,6 +43,8 @@ def open_source(config: ConvertConfig) -> Source:
         check_copies(adapter, {OUTPUT: own[EMBEDDING]} | own)
         changed = {name: merged(own[name], factors) for name, factors in adapter.weights.items()}
     dtypes = {name: DTYPES.get(config.dtype.name, weight.dtype) for name, weight in own.items()}
+    if config.to is Format.gguf:
+        dtypes = {name: dtype_in_gguf(own[name], config.dtype, dtype) for name, dtype in dtypes.items()}
     weights = {name: rounded(name, weight, dtypes[name]) for name, weight in (own | changed).items()}
     return Source(sizes, checkpoint, weights)
 

@@ -1,18 +1,20 @@
-"""Checkpoints as they are found on disk: Hugging Face's, Meta's and our own, read piece by piece into a model.
+"""Checkpoints as they are found on disk: Hugging Face's, Meta's, GGUF and our own, read piece by piece into a model.
 
 Everything that can be wrong with one is found before its first tensor is read.
 """
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from llama_ft.config import UserError
+from llama_ft.config import UserError, is_gguf
 from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, read_json, unread_hint, why_no_folder
-from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
+from llama_ft.model.formats import ROTARY_TABLES, gguf_name, hf_name, is_rotated
+from llama_ft.model.gguf import ARCHITECTURES, QuantizedTensor, architecture, gguf_sizes, read_gguf
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
 from llama_ft.model.storage import Storage
@@ -20,17 +22,28 @@ from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Pace
 
-HUGGING_FACE = "Hugging Face"  # whose format it is, for people
 INDEX_FILE = "model.safetensors.index.json"
 
-Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
+Stored = StoredTensor | QuantizedTensor
+Shards = Mapping[str, Sequence[Stored]]  # by our names; a tensor's parts, in the order of the files
+
+
+class Format(NamedTuple):
+    """What tells a checkpoint's weights from ours."""
+
+    kind: str  # whose format it is, for people
+    their_name: Callable[[str], str] = str
+    in_halves: bool = False  # whether wq and wk are in Hugging Face's rotary layout
+
+
+HUGGING_FACE = Format("Hugging Face", hf_name, in_halves=True)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder's weights, checked against a model, not read yet."""
+    """Weights in a folder or a GGUF file, checked against a model, not read yet."""
 
-    folder: Path
+    folder: Path  # or file
     kind: str  # whose format it is, for people
     n_files: int
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
@@ -53,13 +66,13 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
-    """Find the weights in a folder; a UserError if they are missing, damaged, or not this model's."""
+    """Find the weights in a folder, or a GGUF file; a UserError if they are missing, damaged, or not this model's."""
     with explained(f"checkpoint={folder} cannot be read"):
-        kind, n_files, shards = _open(folder, model)
-    return Checkpoint(folder, kind, n_files, _fitting(folder, shards, model, kind == HUGGING_FACE))
+        form, n_files, shards = _open_gguf(folder, model) if is_gguf(folder) else _open(folder, model)
+    return Checkpoint(folder, form.kind, n_files, _fitting(folder, shards, model, form))
 
 
-def _open(folder: Path, model: Transformer) -> tuple[str, int, Shards]:
+def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
     """Whose format the weights have, their files' number, and the tensors, which are not compared with a model yet."""
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
@@ -69,7 +82,7 @@ def _open(folder: Path, model: Transformer) -> tuple[str, int, Shards]:
         if sizes is None:
             return HUGGING_FACE, 1, _hf_shards(folder, tensors, model)
         check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
-        return "llama_ft", 1, {name: [stored] for name, stored in tensors.items()}
+        return Format("llama_ft"), 1, {name: [stored] for name, stored in tensors.items()}
     if (folder / INDEX_FILE).is_file():
         tensors, n_files = _read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()})
         return HUGGING_FACE, n_files, _hf_shards(folder, tensors, model)
@@ -77,16 +90,28 @@ def _open(folder: Path, model: Transformer) -> tuple[str, int, Shards]:
         factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
-        return "Meta", len(files), meta_tensors(folder)
+        return Format("Meta"), len(files), meta_tensors(folder)
     looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
     raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){unread_hint(folder)}")
 
 
-def _hf_shards(folder: Path, tensors: dict[str, StoredTensor], model: Transformer) -> Shards:
+def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
+    check_sizes(gguf_sizes(file), model.config, file)
+    numbers, tensors = read_gguf(file)
+    form = Format(f"GGUF {numbers}", gguf_name, in_halves=ARCHITECTURES[architecture(file)])
+    return form, 1, _renamed(tensors, model, form)
+
+
+def _hf_shards(folder: Path, tensors: Mapping[str, StoredTensor], model: Transformer) -> Shards:
     check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
-    ours = {hf_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # In Meta's layout under our names a tensor would be taken for Hugging Face's: such names must stay unknown.
-    return {ours.get(name, f"Hugging Face's {name}"): [stored] for name, stored in tensors.items()}
+    return _renamed(tensors, model, HUGGING_FACE)
+
+
+def _renamed(tensors: Mapping[str, Stored], model: Transformer, form: Format) -> Shards:
+    """The tensors by our names."""
+    ours = {form.their_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    # In Meta's layout under our names a tensor would be taken for theirs: such names must stay unknown.
+    return {ours.get(name, f"{form.kind}'s {name}"): [stored] for name, stored in tensors.items()}
 
 
 def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, StoredTensor], int]:
@@ -110,14 +135,14 @@ def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, Stor
     return {name: files[file][name] for name, file in weight_map.items() if name in files[file]}, len(files)
 
 
-def meta_tensors(folder: Path) -> Shards:
+def meta_tensors(folder: Path) -> dict[str, list[StoredTensor]]:
     """The tensors of a folder in Meta's format; a UserError if a file is missing or damaged."""
     files = _meta_files(folder)
     expected = [f"consolidated.{number:02}.pth" for number in range(max(1, len(files)))]
     if missing := sorted(set(expected) - {file.name for file in files}):
         there = ", ".join(file.name for file in files) or "none"
         raise UserError(f"checkpoint={folder}: {missing[0]} is missing; there is {there}")
-    shards: Shards = {}
+    shards: dict[str, list[StoredTensor]] = {}
     for file in files:
         for name, stored in read_pth(file).items():
             shards.setdefault(name, []).append(stored)
@@ -129,11 +154,10 @@ def _meta_files(folder: Path) -> list[Path]:
     return sorted(files, key=lambda file: (len(file.name), file.name))  # 100 after 99
 
 
-def _fitting(folder: Path, stored: Shards, model: Transformer, is_hf: bool) -> dict[str, Weight]:
+def _fitting(folder: Path, stored: Shards, model: Transformer, form: Format) -> dict[str, Weight]:
     """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
     where = f"checkpoint={folder} does not fit model={model.config.name}"
-    their_name = hf_name if is_hf else str
-    expected = dict(model.named_parameters())
+    expected, their_name = dict(model.named_parameters()), form.their_name
     shards = {name: parts for name, parts in stored.items() if not ROTARY_TABLES.fullmatch(name)}
     if missing := [name for name in expected if name not in shards]:
         raise UserError(f"{where}: {len(missing)} tensors are missing, such as {their_name(missing[0])}")
@@ -147,7 +171,7 @@ def _fitting(folder: Path, stored: Shards, model: Transformer, is_hf: bool) -> d
         if weight is None:
             shapes, hint = " and ".join(str(part.shape) for part in shards[name]), _missing_shards(shape, shards[name])
             raise UserError(f"{where}: {their_name(name)} is {shapes}, and should be {shape}{hint}")
-        rotated = is_hf and is_rotated(name)
+        rotated = form.in_halves and is_rotated(name)
         weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
     if OUTPUT in weights and OUTPUT not in expected and not are_equal(weights[OUTPUT], weights[EMBEDDING]):
         names = f"{their_name(OUTPUT)} and {their_name(EMBEDDING)}"
@@ -155,7 +179,7 @@ def _fitting(folder: Path, stored: Shards, model: Transformer, is_hf: bool) -> d
     return {name: weights[name] for name in expected}
 
 
-def _missing_shards(shape: list[int], parts: list[StoredTensor]) -> str:
+def _missing_shards(shape: list[int], parts: Sequence[Stored]) -> str:
     """A hint where the parts would make up the weight if there were more of them, or hold nothing."""
     if not (part := math.prod(parts[0].shape)):
         return "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"

@@ -1,11 +1,12 @@
-"""The sizes of the model in a checkpoint's folder, for `model=from_checkpoint`."""
+"""The sizes of the model in a checkpoint, a folder or a GGUF file, for `model=from_checkpoint`."""
 
 import re
 from pathlib import Path
 
-from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError
+from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError, is_gguf
 from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, unread_hint, why_no_folder
 from llama_ft.model.checkpoint import meta_tensors
+from llama_ft.model.gguf import gguf_sizes
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR, Sizes, hf_sizes, meta_sizes, own_sizes
 from llama_ft.model.stored import are_equal, joined
@@ -15,10 +16,12 @@ LLAMA_3_VOCABULARY = 128_000  # and more: LLaMA-2's has 32,000
 
 
 def sizes_of(folder: Path) -> Sizes:
-    """The sizes of the model in a folder by the names of `ModelConfig`; a UserError if it says none that we know.
+    """The sizes of the model in a checkpoint by the names of `ModelConfig`; a UserError if it says none that we know.
 
     Of Hugging Face's format the folder needs config.json alone.
     """
+    if is_gguf(folder):
+        return {"name": _name(folder), **gguf_sizes(folder)}
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
     with explained(f"checkpoint={folder} cannot be read"):
@@ -26,9 +29,9 @@ def sizes_of(folder: Path) -> Sizes:
 
 
 def _name(folder: Path) -> str:
-    """The folder's name, for tables and file names; never that of a model whose files ship with the package."""
+    """The checkpoint's name, for tables and file names; never that of a model whose files ship with the package."""
     path = folder.resolve()
-    name = path.name
+    name = folder.stem if is_gguf(folder) else path.name
     if path.parent.name == "snapshots":  # in the cache of huggingface_hub: models--OWNER--NAME/snapshots/REVISION
         name = path.parent.parent.name.rpartition("--")[2]
     name = re.sub(r"[^\w.+-]", "_", name) or FROM_CHECKPOINT

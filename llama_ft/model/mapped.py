@@ -75,7 +75,8 @@ class StoredTensor(NamedTuple):
         return self.offset + row * math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
-def _mapped(path: Path) -> mmap.mmap:
+def mapped(path: Path) -> mmap.mmap:
+    """A file, mapped; a UserError if it cannot be read, or is empty."""
     with explained(f"{path} cannot be read"), regular(path).open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -94,7 +95,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
     (https://huggingface.co/docs/safetensors) A file that is damaged, or a tensor not floating-point, is a UserError.
     """
-    file = _mapped(path)
+    file = mapped(path)
     if file[: len(LFS_POINTER)] == LFS_POINTER:
         raise UserError(f"{path} {LFS_HINT}")
     size, begin = len(file), 8 + int.from_bytes(file[:8], "little")
@@ -127,7 +128,7 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
 
     A file that is damaged, or holds something else than floating-point tensors, is a UserError.
     """
-    file = _mapped(path)
+    file = mapped(path)
     if file[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")
     try:

@@ -96,8 +96,8 @@ def hf_sizes(file: Path) -> Sizes:
             raise UserError(f"{file}: {key}={config[key]} is not supported in {kind}, it must be {allowed}")
     tied = config.get("tie_word_embeddings") is True
     defaults = {"n_kv_heads": config.get("num_attention_heads"), "max_seq_len": 2048, "norm_eps": 1e-6}
-    sizes = _numbers(config, _HF_KEYS, defaults, file) | {"tie_word_embeddings": tied} | _hf_rope(config, file)
-    head_size = _numbers(config, {"head_size": "head_dim"}, {"head_size": 0}, file)["head_size"]
+    sizes = numbers_of(config, _HF_KEYS, defaults, file) | {"tie_word_embeddings": tied} | _hf_rope(config, file)
+    head_size = numbers_of(config, {"head_size": "head_dim"}, {"head_size": 0}, file)["head_size"]
     is_usual = head_size * sizes["n_heads"] in (0, sizes["dim"])
     features = {key: key in _HF_TYPES[kind].features for key in FEATURES}
     return {**sizes, "head_size": None if is_usual else head_size, **features}
@@ -115,7 +115,7 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
         raise UserError(f"{file}: partial_rotary_factor={share} is not supported, it must be 1")
     fixed: dict[str, dict[str, float]] = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0}}
     theta = {"rope_theta": config.get("rope_theta") or 10000.0}
-    return fixed.get(kind, {}) | _numbers(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
+    return fixed.get(kind, {}) | numbers_of(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
 
 
 def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
@@ -126,12 +126,12 @@ def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
     """
     params = read_json(file, HOLDS_SIZES)
     defaults = {"n_kv_heads": params.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0}
-    sizes = _numbers(params, {key: key for key in _META_KEYS}, defaults, file) | {"rope_factor": 1.0}
+    sizes = numbers_of(params, {key: key for key in _META_KEYS}, defaults, file) | {"rope_factor": 1.0}
     if params.get("use_scaled_rope"):
         keys = {"rope_factor": "rope_scaling_factor", "rope_high_freq_factor": "rope_high_freq_factor"}
-        sizes |= META_SCALING | _numbers(params, keys, META_SCALING | {"rope_factor": rope_factor}, file)
+        sizes |= META_SCALING | numbers_of(params, keys, META_SCALING | {"rope_factor": rope_factor}, file)
     keys = {key: key for key in ("ffn_dim_multiplier", "multiple_of", "vocab_size")}
-    width = _numbers(params, keys, {"ffn_dim_multiplier": 1.0, "multiple_of": 256, "vocab_size": -1}, file)
+    width = numbers_of(params, keys, {"ffn_dim_multiplier": 1.0, "multiple_of": 256, "vocab_size": -1}, file)
     sizes["ffn_dim"] = _ffn_dim(sizes["dim"], width["ffn_dim_multiplier"], width["multiple_of"])
     if width["vocab_size"] != -1:  # in LLaMA-2's files -1: the tokenizer's
         sizes["vocab_size"] = width["vocab_size"]
@@ -214,7 +214,7 @@ def _agree(theirs: str | float | None, ours: str | float | None) -> bool:
     return theirs == ours
 
 
-def _numbers(content: Json, keys: Mapping[str, str], defaults: Mapping[str, object], file: Path) -> dict[str, float]:
+def numbers_of(content: Json, keys: Mapping[str, str], defaults: Mapping[str, object], file: Path) -> dict[str, float]:
     """Numbers by our names for `keys` of theirs; the default where one is missing or null."""
     numbers = {}
     for ours, key in keys.items():

@@ -4,16 +4,35 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama_ft.model.formats import permute_rotary
-from llama_ft.model.mapped import StoredTensor, rows_at_once
+from llama_ft.model.mapped import rows_at_once
 
 # (first row, rows) over a weight, in groups of a multiple of so many rows. Each is valid until the next is asked for,
 # and must not be written to: it may be a view of the file.
 Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
+
+
+class Part(Protocol):
+    """A tensor in a file: a weight, or a shard of it."""
+
+    @property
+    def shape(self) -> list[int]:
+        """Its dimensions."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the numbers that are read."""
+
+    def pieces(self, multiple: int) -> Iterator[tuple[int, Tensor]]:
+        """As a weight's."""
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """A copy of these rows."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +49,7 @@ class Weight:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
+def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
     """The weight of a shape that a file's tensor, or those of several shards, make up; None if they do not.
 
     Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
@@ -48,9 +67,7 @@ def joined(shape: list[int], parts: Sequence[StoredTensor]) -> Weight | None:
     return None
 
 
-def _joined_pieces(
-    shape: list[int], parts: Sequence[StoredTensor], dim: int, multiple: int
-) -> Iterator[tuple[int, Tensor]]:
+def _joined_pieces(shape: list[int], parts: Sequence[Part], dim: int, multiple: int) -> Iterator[tuple[int, Tensor]]:
     """The pieces of a weight that lies in several files, split along a dimension."""
     step = rows_at_once(shape, multiple)
     for first in range(0, shape[0], step):

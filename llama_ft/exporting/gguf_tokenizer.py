@@ -1,0 +1,68 @@
+"""A tokenizer as the metadata of a GGUF file."""
+
+import json
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.data.byte_level import rule_name
+from llama_ft.data.gguf_tokenizer import TokenType
+from llama_ft.data.tiktoken_file import Tiktoken
+from llama_ft.data.tokenizer import Tokenizer, read_tokenizer
+from llama_ft.data.tokenizer_json import tokenizer_files
+from llama_ft.files import Json
+
+ADDED_SCORE = -1000.0  # of tokens that SentencePiece's model lacks, as llama.cpp's own converter has it
+Tokens = dict[int, tuple[str, TokenType, float]]  # by id: the text, what it is, and SentencePiece's score
+
+
+def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
+    """The metadata, without `tokenizer.` before each key; a UserError if GGUF cannot express how text is split.
+
+    There is a token for each row of the embedding, as llama.cpp wants it, and none beyond them.
+    """
+    content, named = read_tokenizer(tokenizer.file), tokenizer.named
+    if Tiktoken.LINE.match(content):
+        content = json.dumps(tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"]).encode()
+    is_json = content.lstrip().startswith(b"{")
+    tokens, said = _byte_level(tokenizer, content) if is_json else _sentencepiece(tokenizer, content)
+    begin_or_end = {tokenizer.bos_id, *tokenizer.end_ids}
+    tokens |= {i: (text, TokenType.CONTROL, score) for i, (text, _, score) in tokens.items() if i in begin_or_end}
+    rows = [tokens.get(number, (f"[PAD{number}]", TokenType.UNUSED, ADDED_SCORE)) for number in range(n_rows)]
+    ids = {text: number for number, (text, *_) in enumerate(rows)}
+    texts, kinds, scores = zip(*rows, strict=True)
+    said |= {"ggml.tokens": list(texts), "ggml.token_type": [int(kind) for kind in kinds]}
+    said |= {} if is_json else {"ggml.scores": list(scores)}
+    bos_id = ids.get(named.bos or "") if tokenizer.bos_id is None else tokenizer.bos_id
+    others = sorted(tokenizer.end_ids - {tokenizer.eos_id}, key=lambda end: "eom" in texts[end])
+    numbers = {"bos": bos_id, "eos": tokenizer.eos_id} | dict(zip(("eot", "eom"), others, strict=False))
+    said |= {f"ggml.{name}_token_id": number for name, number in numbers.items() if number is not None}
+    said["ggml.add_bos_token"] = tokenizer.bos_id is not None
+    return said | ({"chat_template": named.chat_template} if named.chat_template else {})
+
+
+def _byte_level(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
+    parts = json.loads(content)
+    if (rule := rule_name(parts)) is None:
+        problem = "splits text by a rule that has no name in GGUF, or none that is known here"
+        raise UserError(f"tokenizer={tokenizer.file} {problem}: to=hf writes it as it is")
+    tokens: Tokens = {number: (text, TokenType.NORMAL, 0.0) for text, number in parts["model"]["vocab"].items()}
+    for token in parts["added_tokens"]:
+        kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        tokens[token["id"]] = (token["content"], kind, 0.0)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
+    return tokens, {"ggml.model": "gpt2", "ggml.pre": rule, "ggml.merges": merges}
+
+
+def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2
+    model = schema.ModelProto.FromString(content)
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    changes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
+    if trainer.model_type != trainer.BPE or changes:
+        raise UserError(f"tokenizer={tokenizer.file} is not like LLaMA-2's: a GGUF file for LLaMA cannot hold it")
+    added = {number: (name, TokenType.CONTROL, ADDED_SCORE) for name, number in tokenizer.named.added.items()}
+    pieces = {i: (piece.piece, TokenType(piece.type), piece.score) for i, piece in enumerate(model.pieces)}
+    said = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": normalizer.add_dummy_prefix}
+    return added | pieces, said | {"ggml.unknown_token_id": trainer.unk_id}

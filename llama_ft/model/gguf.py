@@ -1,0 +1,160 @@
+"""A model in a GGUF file, llama.cpp's format: its sizes, and its weights, quantized or not."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from llama_ft.config import ModelConfig, UserError
+from llama_ft.config.checks import Settings
+from llama_ft.gguf_file import Header, read_header
+from llama_ft.model.formats import gguf_name
+from llama_ft.model.mapped import StoredTensor, mapped, rows_at_once
+from llama_ft.model.sizes import META_SCALING, Sizes, numbers_of
+from llama_ft.model.transformer import EMBEDDING, OUTPUT, rotary_frequencies
+
+# By architecture, whether wq and wk are in Hugging Face's rotary layout; llama.cpp stores LLaMA's in Meta's.
+ARCHITECTURES = {"llama": False}
+ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
+KEYS = {  # of sizes in the metadata, after the architecture's name
+    "dim": "embedding_length",
+    "n_layers": "block_count",
+    "n_heads": "attention.head_count",
+    "n_kv_heads": "attention.head_count_kv",
+    "ffn_dim": "feed_forward_length",
+    "max_seq_len": "context_length",
+    "norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def gguf_package(path: Path) -> ModuleType:
+    """The package that knows the types of numbers; a UserError if it is not there."""
+    try:
+        import gguf
+        import gguf.quants
+    except ImportError as error:
+        raise UserError(f"{path} needs the package gguf: pip install 'llama_ft[gguf]'") from error
+    return gguf
+
+
+class QuantizedTensor(NamedTuple):
+    """Where a tensor lies in a file whose numbers are quantized, in blocks within a row; they are read as fp32."""
+
+    raw: StoredTensor  # uint8, [..., bytes of a row]
+    shape: list[int]
+    kind: Any  # gguf.GGMLQuantizationType
+    quants: Any  # gguf.quants
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the numbers that are read."""
+        return torch.float32
+
+    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) over the whole tensor, in groups of a multiple of rows."""
+        step = rows_at_once(self.shape, multiple)
+        for first in range(0, self.shape[0], step):
+            yield first, self.rows(first, min(first + step, self.shape[0]))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """These rows."""
+        return torch.from_numpy(self.quants.dequantize(self.raw.rows(first, last).numpy(), self.kind))
+
+
+def read_gguf(path: Path) -> tuple[str, dict[str, StoredTensor | QuantizedTensor]]:
+    """The type that most numbers have, and the tensors by name. No tensor is read."""
+    gguf, file, infos = gguf_package(path), mapped(path), read_header(path).tensors
+    tensors: dict[str, StoredTensor | QuantizedTensor] = {}
+    counts: Counter[str] = Counter()
+    for name, info in infos.items():
+        kind = _kind(gguf, path, name, info.type_number)
+        block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        *outer, row = info.shape or [1]
+        if row % block or not info.shape:
+            raise UserError(f"{path} is damaged: {name} is {info.shape}, and {kind.name} has blocks of {block} numbers")
+        if kind.name in _DTYPES:
+            stored = StoredTensor(file, info.offset, _DTYPES[kind.name], info.shape)
+        else:
+            stored = StoredTensor(file, info.offset, torch.uint8, [*outer, row // block * n_bytes])
+        if (end := stored.offset + stored.n_bytes) > len(file):
+            missing = f"{name} ends at byte {end:,} of {len(file):,}"
+            raise UserError(f"{path} was not downloaded or copied completely: {missing}")
+        plain = kind.name in _DTYPES
+        tensors[name] = stored if plain else QuantizedTensor(stored, info.shape, kind, gguf.quants)
+        counts[kind.name] += math.prod(info.shape)
+    return max(counts, key=counts.__getitem__, default="empty"), tensors
+
+
+def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
+    """The type of a tensor's numbers; a UserError if it cannot be read."""
+    try:
+        kind = gguf.GGMLQuantizationType(type_number)
+    except ValueError as error:
+        raise UserError(f"{path}: {name} is stored as type {type_number}, which gguf does not know") from error
+    if kind.name not in _DTYPES:
+        _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.quants.dequantize(torch.zeros(1, n_bytes, dtype=torch.uint8).numpy(), kind)
+        except NotImplementedError as error:
+            raise UserError(f"{path}: {name} is stored as {kind.name}, which is not read") from error
+    return kind
+
+
+def architecture(path: Path) -> str:
+    """Whose architecture the model has; a UserError if it is not supported."""
+    name = read_header(path).metadata.get("general.architecture")
+    if name not in ARCHITECTURES:
+        raise UserError(f"{path}: the architecture {name} is not supported, it must be {' or '.join(ARCHITECTURES)}")
+    return str(name)
+
+
+def gguf_sizes(path: Path) -> Sizes:
+    """The sizes in a file's metadata; a UserError if it holds another architecture than those that are supported."""
+    prefix, header = f"{architecture(path)}.", read_header(path)
+    said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
+    for key in ("expert_count", "attention.sliding_window"):
+        if said.get(key):
+            raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported")
+    defaults = {"n_kv_heads": said.get("attention.head_count"), "rope_theta": 10000.0}
+    sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
+    if (embedding := header.tensors.get(gguf_name(EMBEDDING))) is None:
+        raise UserError(f"{path}: there is no {gguf_name(EMBEDDING)} in it")
+    sizes["vocab_size"] = embedding.shape[0]
+    sizes["tie_word_embeddings"] = gguf_name(OUTPUT) not in header.tensors
+    usual = sizes["dim"] // max(1, sizes["n_heads"])
+    head_dim = said.get("attention.key_length", said.get("rope.dimension_count", usual))
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if said.get(key, head_dim) != head_dim:
+            raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported, heads are {head_dim} wide")
+    sizes["head_size"] = None if head_dim * sizes["n_heads"] == sizes["dim"] else head_dim
+    return sizes | _rope(path, header, said, sizes)
+
+
+def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[str, Any]) -> Settings:
+    """How rotary frequencies are scaled."""
+    factor, kind = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0, None
+    if factor != 1 and (kind := said.get("rope.scaling.type", "linear")) not in ("linear", "none"):
+        raise UserError(f"{path}: rotary embeddings of type {kind} are not supported, only linear and Llama 3.1's")
+    if ROPE_FREQUENCIES not in header.tensors:
+        is_linear = kind == "linear"
+        return {"rope_factor": factor if is_linear else 1.0} | ({"rope_original_context": 0} if is_linear else {})
+    _, tensors = read_gguf(path)
+    divisors = tensors[ROPE_FREQUENCIES].rows(0, tensors[ROPE_FREQUENCIES].shape[0])
+    scaling = META_SCALING | {"rope_factor": round(float(divisors.max()), 4)}
+    ours = rope_divisors(ModelConfig("gguf", **cast(Settings, {**sizes, **scaling})))
+    if divisors.shape != ours.shape or not torch.allclose(divisors, ours, rtol=1e-3):
+        raise UserError(f"{path}: {ROPE_FREQUENCIES} are not Llama 3.1's, which alone are supported")
+    return scaling
+
+
+def rope_divisors(config: ModelConfig) -> Tensor:
+    """What each rotary frequency is divided by: fp32, [E / 2]."""
+    return rotary_frequencies(replace(config, rope_factor=1.0)) / rotary_frequencies(config)
