@@ -11,7 +11,16 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import UserError
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, read_json, unread_hint, why_no_folder
+from llama_ft.files import (
+    HF_CONFIG,
+    INDEX_FILE,
+    META_PARAMS,
+    WEIGHTS_FILE,
+    explained,
+    read_json,
+    unread_hint,
+    why_no_folder,
+)
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
@@ -21,7 +30,6 @@ from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Pace
 
 HUGGING_FACE = "Hugging Face"  # whose format it is, for people
-INDEX_FILE = "model.safetensors.index.json"
 
 Shards = dict[str, list[StoredTensor]]  # by our names; a tensor's parts, in the order of the files
 
