@@ -272,7 +272,7 @@ WRONG_CHOICE = [
         "model=/models/llama",
         "model",
         "/models/llama",
-        "; a folder is checkpoint=/models/llama, ",
+        "; a folder is checkpoint=/models/llama, a name on the Hugging Face hub checkpoint=hub:/models/llama$",
     ),
     ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
     ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "it must be basic, & plugin"),
