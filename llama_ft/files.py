@@ -17,6 +17,7 @@ from typing import IO, Any
 from llama_ft.config import UserError
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
+INDEX_FILE = "model.safetensors.index.json"  # which tensor lies in which file, where they are several
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
@@ -72,7 +73,10 @@ def write_json(file: Path, content: Json) -> None:
 
 def why_no_folder(path: Path) -> str:
     """For people: why there is no folder under a name."""
-    return "it is a file: give the folder that it lies in" if path.exists() else "there is no such folder"
+    if path.exists():
+        return "it is a file: give the folder that it lies in"
+    may_be_name = len(path.parts) == 2 and not path.parent.exists()
+    return "there is no such folder" + f"; a name on the Hugging Face hub is hub:{path}" * may_be_name
 
 
 def unread_hint(folder: Path) -> str:

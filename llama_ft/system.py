@@ -24,6 +24,13 @@ def first_sentence(text: str) -> str:
     return next(iter(text.strip().splitlines()), "").split(". ")[0].rstrip(".")
 
 
+def first_cause(error: BaseException) -> str:
+    """What the first cause of an exception says: "Connection refused" rather than all that happened because of it."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
 def is_wsl() -> bool:
     """Whether this is Linux under Windows (WSL 2), where CUDA is Windows' driver's."""
     return Path("/dev/dxg").exists()

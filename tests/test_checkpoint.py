@@ -39,9 +39,8 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, UserError
-from llama_ft.files import WEIGHTS_FILE
+from llama_ft.files import INDEX_FILE, WEIGHTS_FILE
 from llama_ft.model import mapped
-from llama_ft.model.checkpoint import INDEX_FILE
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.formats import hf_name
 from llama_ft.model.mapped import StoredTensor

@@ -16,7 +16,7 @@ from helpers.commands import single_runs
 from helpers.models import trained_adapter
 from omegaconf import OmegaConf
 
-from llama_ft import cli, plan
+from llama_ft import cli, hub, plan
 from llama_ft.config import SCHEMAS, GenerateConfig, ModelConfig, TrainConfig
 from llama_ft.config.presets import preset
 from llama_ft.model.sizes import hf_config
@@ -97,12 +97,16 @@ MakeCheckpoints = Callable[[tuple[str, ...]], None]
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeCheckpoints:
     """Makes the folders that a command names, so far as they are looked into before anything begins."""
     monkeypatch.chdir(tmp_path)
+    for fetch in ("fetch", "fetch_weights"):
+        monkeypatch.setattr(hub, fetch, lambda key, name: Path(name.removeprefix("hub:")))
 
     def make(arguments: tuple[str, ...]) -> None:
-        names = [argument.partition("=")[2] for argument in arguments if argument.startswith("checkpoint=")]
+        names = [argument.partition("=")[2].removeprefix("hub:") for argument in arguments if "checkpoint=" in argument]
+        is_chosen = any(argument.startswith("model=") for argument in arguments)  # else it is the default
+        sizes = ModelConfig("any") if is_chosen else preset("model", "tiny", ModelConfig)
         for folder in (Path(name) for name in names if name not in ("random", "builtin")):
             folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps(hf_config(ModelConfig("any"), "float16", 1, 2)))
+            (folder / "config.json").write_text(json.dumps(hf_config(sizes, "float16", 1, 2)))
             (folder / "tokenizer.model").touch()
 
     return make

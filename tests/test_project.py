@@ -158,7 +158,7 @@ COMMANDS = ("train", "generate", "evaluate", "plan", "report", "convert")
 LAYERS = [
     ("config", "system"),
     ("files", "kernels", "device"),
-    ("records",),
+    ("records", "hub"),
     ("model", "data"),
     ("techniques",),
     ("measure", "training", "decoding", "evaluation", "exporting"),

@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 import torch
 
+from llama_ft import hub
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.presets import config_dir, preset
@@ -40,9 +41,9 @@ def load(
 
     Args:
         model: a name of `conf/model`, such as `tiny` or `llama2_7b`; or a folder in Meta's, Hugging Face's or our
-            format, or a GGUF file, whose sizes and weights are taken.
-        checkpoint: the weights: `builtin` (of tiny), `random`, a folder or a GGUF file. None is that given as `model`,
-            or builtin.
+            format, a GGUF file, or `hub:ORG/NAME[@REVISION]` on the Hugging Face hub: its sizes and weights are taken.
+        checkpoint: the weights: `builtin` (of tiny), `random`, a folder, a GGUF file, or a name on the hub. None is
+            that given as `model`, or builtin.
         tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
         dtype: of the weights.
         device: None is the GPU where there is one, else the CPU.
@@ -51,6 +52,7 @@ def load(
     Raises:
         UserError: if a name is unknown, the weights are not this model's, or there is no tokenizer or no such device.
     """
+    model, checkpoint = hub.local("model", model), hub.local("checkpoint", checkpoint)
     folder, is_name = Path(os.path.expanduser(model)), (config_dir() / "model" / f"{model}.yaml").is_file()
     if folder.exists() and not is_name:
         sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
@@ -134,10 +136,13 @@ def save(model: Transformer, folder: str | Path) -> None:
 def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False) -> None:
     """Give a model the LoRA adapter in a folder: merged into its weights, or beside them, where it alone is trainable.
 
+    Args:
+        folder: its two files' place, or `hub:ORG/NAME`.
+
     Raises:
         UserError: if there is no adapter, it is damaged, or of another model.
     """
-    _load_adapter(model, Path(os.path.expanduser(folder)), merge)
+    _load_adapter(model, Path(os.path.expanduser(hub.local("adapter", folder))), merge)
     if not merge:
         model.requires_grad_(False)
         for layer in lora_layers(model).values():

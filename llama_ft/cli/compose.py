@@ -18,11 +18,21 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from llama_ft import hub
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import (
+    FROM_CHECKPOINT,
+    SCHEMAS,
+    TECHNIQUES,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+    UserError,
+    config_dir,
+)
 from llama_ft.config.techniques import combination_name
-from llama_ft.files import new_folder
+from llama_ft.files import HF_CONFIG, new_folder
 
 T = TypeVar("T")
 LONGEST_NAME = 140  # bytes of a folder's; where a file system is encrypted 143 is all it takes
@@ -94,8 +104,12 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
     for override in typed:
         _check_value(schema, override)
     given = {override.key_or_group for override in typed}
+    config = copy.deepcopy(config)
+    named = _with_hub_folders(config, given, schema)
     checked = OmegaConf.to_object(_with_adapter(_with_sizes(config, given), given, schema))
     assert isinstance(checked, schema)
+    for key, name in named.items() if not issubclass(schema, PlanConfig) else ():
+        hub.fetch_weights(key, name)
     return checked
 
 
@@ -140,25 +154,56 @@ def _check_value(schema: type, override: Override) -> None:
         raise UserError(f"{key}=??? is not allowed: ??? marks what is missing; with a blank, in quotes, it is a text")
 
 
-def _with_sizes(config: DictConfig, given: set[str]) -> DictConfig:
-    """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs."""
-    sized = copy.deepcopy(config)
-    if "model" in config:
-        sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
-    if OmegaConf.select(config, "model.name") != FROM_CHECKPOINT:
+def _with_hub_folders(config: DictConfig, given: set[str], schema: type) -> dict[str, str]:
+    """Put folders in the cache in the place of names on the hub, weights left out; the names by key.
+
+    Unless a model is chosen, such a checkpoint says the sizes.
+    """
+    keys = ("checkpoint", "base", "adapter", "tokenizer")
+    named = {key: str(config[key]) for key in keys if key in config and hub.is_hub_name(config[key])}
+    if "checkpoint" in named and _is_default(config.model, given):
+        config.model.name = FROM_CHECKPOINT
+    for key, name in named.items():
+        path = hub.fetch(key, name)
+        if key == "checkpoint" and path.is_dir() and not (path / HF_CONFIG).is_file():
+            if not issubclass(schema, PlanConfig):
+                hub.fetch_weights(key, name)
+            elif config.model.name == FROM_CHECKPOINT:
+                problem = "is in Meta's format, which says the sizes in the weights, and a plan fetches none"
+                raise UserError(f"checkpoint={name} {problem}: give model=NAME, such as llama2_7b")
+        config[key] = str(path)
+    return named
+
+
+def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
+    """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs.
+
+    It is to where no model is chosen, and the checkpoint is one of another model than the default.
+    """
+    if "model" not in sized:
         return sized
-    if config.checkpoint in (None, "builtin", "random"):
+    sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
+    is_asked, weights = sized.model.name == FROM_CHECKPOINT, OmegaConf.select(sized, "checkpoint")
+    has_folder = weights not in (None, "builtin", "random")
+    if is_asked and not has_folder:
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
+    folder = Path(os.path.expanduser(weights or ""))
+    if not is_asked and not (has_folder and folder.exists() and _is_default(sized.model, given)):
+        return sized
     from llama_ft.model.folder import sizes_of
 
-    folder = Path(os.path.expanduser(config.checkpoint))
-    for key, value in sizes_of(folder).items():
-        if key not in sized.model.given:
+    said = {key: value for key, value in sizes_of(folder).items() if key not in sized.model.given}
+    if is_asked or any(sized.model[key] != value for key, value in said.items() if key != "name"):
+        for key, value in said.items():
             try:
                 sized.model[key] = value
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
+
+
+def _is_default(model: DictConfig, given: set[str]) -> bool:
+    return "model" not in given and model.name == "tiny"
 
 
 def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConfig:

@@ -12,7 +12,10 @@ from typing import Any, get_args, get_type_hints
 from llama_ft.config import TrainConfig, UserError, config_dir
 
 TEXTS = (str, str | None)  # types of keys
-FILES = {"data": "a file is data.path=", "model": "a folder is model=from_checkpoint checkpoint="}  # not a choice
+FILES = {  # what is not a choice
+    "data": "a file is data.path={0}",
+    "model": "a folder is checkpoint={0}, a name on the Hugging Face hub checkpoint=hub:{0}",
+}
 RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
     "training.batch_size": "use training.micro_batch_size",
     "model.context": "use model.max_seq_len",
@@ -53,7 +56,7 @@ def not_allowed(schema: type, key: str, value: str) -> str:
     if names := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
         allowed = f"one of {', '.join(names)}"
         if key in FILES and re.search(r"[./~]", value):
-            allowed += f"; {FILES[key]}{value}"
+            allowed += f"; {FILES[key].format(value)}"
     elif is_dataclass(kind):
         allowed = f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
     elif names := choices(entry, kind):

@@ -9,7 +9,7 @@ import requests
 
 from llama_ft.config import UserError
 from llama_ft.files import whole_file
-from llama_ft.system import MIB, Pace
+from llama_ft.system import MIB, Pace, first_cause
 
 TRIES = 3  # of a download whose connection breaks
 TIMEOUT_SECONDS = 20.0  # to connect, and for each read
@@ -50,10 +50,10 @@ def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Callable[[str]
     except BrokenPipeError:  # raised by `log` where nobody reads it any more
         raise
     except requests.RequestException as error:
-        raise UserError(f"data.url={url}: {_reason(error)}; {BY_HAND}") from error
+        raise UserError(f"data.url={url}: {first_cause(error)}; {BY_HAND}") from error
     except (OSError, RuntimeError) as error:  # the latter where there is no home folder
         advice = f"name another folder with data.cache_dir=DIR, or {BY_HAND}"
-        raise UserError(f"data.cache_dir={cache_dir}: {_reason(error)}; {advice}") from error
+        raise UserError(f"data.cache_dir={cache_dir}: {first_cause(error)}; {advice}") from error
     return file
 
 
@@ -71,7 +71,7 @@ def _download(url: str, file: Path, name: str, log: Callable[[str], None]) -> No
         except requests.exceptions.ChunkedEncodingError as error:  # the connection broke
             if not tries_left:
                 raise
-            log(f"{name}: {_reason(error)}; trying again")
+            log(f"{name}: {first_cause(error)}; trying again")
 
 
 def _receive(url: str, file: Path, log: Callable[[str], None]) -> None:
@@ -85,10 +85,3 @@ def _receive(url: str, file: Path, log: Callable[[str], None]) -> None:
             out.write(chunk)
             if pace.is_due():
                 log(f"{out.tell() / MIB:.1f}{total} MiB downloaded")
-
-
-def _reason(error: BaseException) -> str:
-    """What the first cause of an exception says: "Connection refused" rather than all that happened because of it."""
-    while cause := error.__cause__ or error.__context__:
-        error = cause
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

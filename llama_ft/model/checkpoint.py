@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 
 from llama_ft.config import UserError, is_gguf
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, read_json, unread_hint, why_no_folder
+from llama_ft.files import (
+    HF_CONFIG,
+    INDEX_FILE,
+    META_PARAMS,
+    WEIGHTS_FILE,
+    explained,
+    read_json,
+    unread_hint,
+    why_no_folder,
+)
 from llama_ft.model.formats import ROTARY_TABLES, gguf_name, hf_name, is_rotated
 from llama_ft.model.gguf import ARCHITECTURES, QuantizedTensor, architecture, gguf_sizes, read_gguf
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
@@ -21,8 +30,6 @@ from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Pace
-
-INDEX_FILE = "model.safetensors.index.json"
 
 Stored = StoredTensor | QuantizedTensor
 Shards = Mapping[str, Sequence[Stored]]  # by our names; a tensor's parts, in the order of the files

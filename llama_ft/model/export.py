@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from llama_ft.config import ModelConfig
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, Json, write_json
-from llama_ft.model.checkpoint import INDEX_FILE
+from llama_ft.files import HF_CONFIG, INDEX_FILE, META_PARAMS, WEIGHTS_FILE, Json, write_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.formats import hf_name, is_rotated
 from llama_ft.model.sizes import meta_params

@@ -28,12 +28,16 @@ def sizes_of(folder: Path) -> Sizes:
         return {"name": _name(folder), **_sizes(folder)}
 
 
+def hub_repository(folder: Path) -> str | None:
+    """ORG/NAME of a folder in the cache of huggingface_hub, which is models--ORG--NAME/snapshots/REVISION."""
+    match = re.fullmatch(r"models--(.+)/snapshots/[^/]+", "/".join(folder.parts[-3:]))
+    return match[1].replace("--", "/") if match else None
+
+
 def _name(folder: Path) -> str:
     """The checkpoint's name, for tables and file names; never that of a model whose files ship with the package."""
     path = folder.resolve()
-    name = folder.stem if is_gguf(folder) else path.name
-    if path.parent.name == "snapshots":  # in the cache of huggingface_hub: models--OWNER--NAME/snapshots/REVISION
-        name = path.parent.parent.name.rpartition("--")[2]
+    name = folder.stem if is_gguf(folder) else (hub_repository(path) or path.name).rpartition("/")[2]
     name = re.sub(r"[^\w.+-]", "_", name) or FROM_CHECKPOINT
     return f"{name}-checkpoint" if (PACKAGE_DIR / "model" / name).is_dir() else name
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, Json, read_json, why_no_folder, write_json
+from llama_ft.model.folder import hub_repository
 from llama_ft.model.formats import hf_name, is_rotated, our_name, permute_rotary
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import check_sizes, own_sizes
@@ -97,13 +98,15 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> N
     """Write the model's adapter into a folder; a UserError if it has none, or the files cannot be written.
 
     Args:
-        base: the checkpoint that it was trained on, of which PEFT then knows the place; None names none.
+        base: the checkpoint that it was trained on, of which PEFT then knows the place, or the name on the Hugging Face
+            hub; None names none.
     """
     layers = lora_layers(model)
     if not layers:
         raise UserError("the model has no LoRA adapter to be saved")
     if base not in (None, "builtin", "random"):
         base = os.path.abspath(os.path.expanduser(base))
+        base = hub_repository(Path(base)) or base
     names = {name: _peft_name(name) for name in layers}
     layer = next(iter(layers.values()))
     config = PeftConfig(

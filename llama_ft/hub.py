@@ -1,0 +1,167 @@
+"""Models by name from the Hugging Face hub: `hub:ORG/NAME[@REVISION]`, or one file of it, `hub:ORG/NAME/FILE.gguf`.
+
+`huggingface_hub` downloads, resumes and caches. Token, cache, endpoint and offline mode are where it has them: HF_TOKEN
+or `hf auth login`, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE. What is fetched, and where it lies, is said on standard error.
+"""
+
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llama_ft.config import TOKENIZER_FILES, UserError
+from llama_ft.files import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    HF_CONFIG,
+    INDEX_FILE,
+    META_PARAMS,
+    WEIGHTS_FILE,
+    read_json,
+)
+from llama_ft.system import MIB, first_cause
+
+T = TypeVar("T")
+NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+\.gguf))?(?:@(.+))?")
+SMALL_FILES = f"""
+    {HF_CONFIG} {META_PARAMS} {INDEX_FILE} {ADAPTER_CONFIG_FILE} generation_config.json chat_template.jinja
+    tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+""".split()  # what a folder says beside its weights
+NEEDED = {"adapter": (ADAPTER_CONFIG_FILE,), "tokenizer": TOKENIZER_FILES}  # one of them; of others what says the sizes
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def is_hub_name(name: object) -> bool:
+    """Whether this names something on the hub."""
+    return str(name).startswith("hub:")
+
+
+@cache
+def fetch(key: str, name: str) -> Path:
+    """A repository's folder in the cache, with all but the weights; or the one file that is named. Once a process.
+
+    Args:
+        key: of the config: `checkpoint`, `base`, `adapter`, whose folder is whole, or `tokenizer`, which is a file.
+
+    Raises:
+        UserError: if the name, the network, the rights, the cache or what lies there is at fault.
+    """
+    repo, file, revision = _parts(key, name)
+    with _explained(key, name, repo):
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.utils.tqdm import tqdm
+
+        if file is not None:
+            path = Path(hf_hub_download(repo, file, revision=revision))
+            folder = path.parents[file.count("/")]
+        else:
+            wanted = [*SMALL_FILES, *([ADAPTER_FILE] if key == "adapter" else [])]
+            no_bar: Any = partial(tqdm, disable=True)
+            path = folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=no_bar))
+    if file is None:
+        files, needed = _files(repo, folder), NEEDED.get(key, (HF_CONFIG, META_PARAMS))
+        found = next((each for each in needed if each in files), None)
+        if found is None:
+            raise UserError(f"{key}={name}: there is no {' or '.join(needed)} in it{_hint(repo, files)}")
+        path = folder / found if key == "tokenizer" else folder
+    print(f"{key}={name} is {path} (revision {folder.name[:7]})", file=sys.stderr)
+    return path
+
+
+@cache
+def fetch_weights(key: str, name: str) -> Path:
+    """The same with the weights, of which only the files are fetched that will be read; a UserError as in `fetch`."""
+    folder, repo = fetch(key, name), _parts(key, name)[0]
+    if folder.is_file() or key in NEEDED:
+        return folder
+    files = _files(repo, folder)
+    if WEIGHTS_FILE in files:
+        wanted = [WEIGHTS_FILE]
+    elif INDEX_FILE in files:
+        weight_map = read_json(folder / INDEX_FILE, "which file holds which tensor").get("weight_map")
+        wanted = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    else:
+        wanted = [each for each in files if re.fullmatch(r"consolidated\.\d+\.pth", each)]
+    if not wanted:
+        raise UserError(f"{key}={name}: there are no weights in it that are read{_hint(repo, files)}")
+    if missing := [each for each in wanted if not (folder / each).is_file()]:
+        size, free = sum(files.get(each, 0) for each in missing), shutil.disk_usage(folder).free
+        if size > free:
+            room = f"{size / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free in {folder}"
+            raise UserError(f"{key}={name}: {room}: HF_HOME=DIR names another place for the cache")
+        print(f"{key}={name}: downloading {size / MIB:,.0f} MiB ({', '.join(missing)})", file=sys.stderr)
+        with _explained(key, name, repo):
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.utils.tqdm import tqdm
+
+            bar: Any = partial(tqdm, disable=None)  # where there is a terminal
+            snapshot_download(repo, revision=folder.name, allow_patterns=missing, tqdm_class=bar)
+    return folder
+
+
+def local(key: str, name: T) -> T | Path:
+    """Where a name on the hub lies in the cache, as in `fetch_weights`; anything else as it is."""
+    return fetch_weights(key, str(name)) if is_hub_name(name) else name
+
+
+def _parts(key: str, name: str) -> tuple[str, str | None, str | None]:
+    """Repository, file and revision."""
+    if not (match := NAME.fullmatch(name)):
+        shapes = "hub:ORG/NAME or hub:ORG/NAME/FILE.gguf, with @REVISION or without"
+        raise UserError(f"{key}={name} is not allowed: it must be {shapes}")
+    return match[1], match[2], match[3]
+
+
+def _files(repo: str, folder: Path) -> Mapping[str, int]:
+    """Bytes of each of a repository's files; of a cache that an older client filled, offline, those that are there."""
+    from huggingface_hub import get_cached_repo_tree
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+    try:
+        return {file.path: file.size for file in get_cached_repo_tree(repo, revision=folder.name)}
+    except CachedRepoTreeNotFoundError:
+        return {file.name: file.stat().st_size for file in folder.iterdir()}
+
+
+def _hint(repo: str, files: Mapping[str, int]) -> str:
+    """What lies in a repository in the place of what is read, and what to do about it."""
+    if ADAPTER_CONFIG_FILE in files:
+        return f"; it is a LoRA adapter: give adapter=hub:{repo}, and as checkpoint what it was trained on"
+    if found := sorted(file for file in files if file.endswith(".gguf")):
+        return f"; of its GGUF files one is checkpoint=hub:{repo}/{found[0]}"
+    found = sorted(file for file in files if file.endswith(".bin"))
+    return f"; {found[0]} is not read: name a repository with safetensors, or convert it" if found else ""
+
+
+@contextmanager
+def _explained(key: str, name: str, repo: str) -> Iterator[None]:
+    """Make what can go wrong in a download a UserError that says what to do."""
+    try:
+        from huggingface_hub import constants, errors
+    except ImportError as error:
+        raise UserError(f"{key}={name} needs the package huggingface_hub: pip install 'llama_ft[hub]'") from error
+    hub, cached = constants.ENDPOINT, f"the cache, {constants.HF_HUB_CACHE}"
+    try:
+        yield
+    except Exception as error:  # the HTTP library's, of which there are two, are no kind of one another
+        reason = next(iter(first_cause(error).splitlines()), "")
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
+        problems: dict[type[Exception], str] = {  # the narrower ones first
+            errors.HFValidationError: f"is not allowed: {reason}",
+            errors.GatedRepoError: f"is gated: accept its terms at {hub}/{repo}, then {LOG_IN}",
+            errors.RevisionNotFoundError: f"has no such revision: {hub}/{repo}/commits lists them",
+            errors.RepositoryNotFoundError: f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}",
+            errors.RemoteEntryNotFoundError: f"is not there: {hub}/{repo}/tree/main lists the files",
+            errors.LocalEntryNotFoundError: f"is not, or not whole, in {cached}, and {why}: fetch it with a connection",
+            errors.HfHubHTTPError: f"cannot be had: {reason}; try later, or {LOG_IN}",
+        }
+        said = next((text for kind, text in problems.items() if isinstance(error, kind)), None)
+        if said is None and isinstance(error, OSError) and error.strerror:
+            where = error.filename or cached
+            said = f"cannot be kept in {where}: {error.strerror}; HF_HOME=DIR names another place"
+        said = said or f"broke off: {reason}; the same command goes on from there"
+        raise UserError(f"{key}={name} {said}") from error
