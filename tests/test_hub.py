@@ -137,6 +137,7 @@ def test_a_second_time_costs_one_request(server: Hub, capsys: pytest.CaptureFixt
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.process
 def test_a_plan_fetches_no_weights(server: Hub, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     arguments = [f"checkpoint={NAME}", "gpu=cpu", "optim=lora", "data.first=20", "output=plan"]
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
@@ -214,6 +215,7 @@ def test_adapter_tokenizer_and_base(server: Hub, files: Files, reference: Any, t
 # The commands, and the library
 
 
+@pytest.mark.process
 def test_training(server: Hub, tmp_path: Path) -> None:
     """In a process of its own, which knows the hub by its environment."""
     arguments = [f"checkpoint={NAME}", "optim=lora,mp_lora", "training.max_samples=4", "data.max_length=64"]
