@@ -51,6 +51,7 @@ def fetch(key: str, name: str) -> Path:
         UserError: if the name, the network, the rights, the cache or what lies there is at fault.
     """
     repo, file, revision = _parts(key, name)
+    needed = NEEDED.get(key, (HF_CONFIG, META_PARAMS))
     with _explained(key, name, repo):
         from huggingface_hub import hf_hub_download, snapshot_download
         from huggingface_hub.utils.tqdm import tqdm
@@ -59,13 +60,12 @@ def fetch(key: str, name: str) -> Path:
             path = Path(hf_hub_download(repo, file, revision=revision))
             folder = path.parents[file.count("/")]
         else:
-            wanted = [*SMALL_FILES, *([ADAPTER_FILE] if key == "adapter" else [])]
+            wanted = [*SMALL_FILES, ADAPTER_FILE] if key == "adapter" else SMALL_FILES
             no_bar: Any = partial(tqdm, disable=True)
             path = folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, tqdm_class=no_bar))
     if file is None:
-        files, needed = _files(repo, folder), NEEDED.get(key, (HF_CONFIG, META_PARAMS))
-        found = next((each for each in needed if each in files), None)
-        if found is None:
+        files = _files(repo, folder)
+        if (found := next((each for each in needed if each in files), None)) is None:
             raise UserError(f"{key}={name}: there is no {' or '.join(needed)} in it{_hint(repo, files)}")
         path = folder / found if key == "tokenizer" else folder
     print(f"{key}={name} is {path} (revision {folder.name[:7]})", file=sys.stderr)
@@ -79,13 +79,12 @@ def fetch_weights(key: str, name: str) -> Path:
     if folder.is_file() or key in NEEDED:
         return folder
     files = _files(repo, folder)
+    wanted = [each for each in files if re.fullmatch(r"consolidated\.\d+\.pth", each)]
     if WEIGHTS_FILE in files:
         wanted = [WEIGHTS_FILE]
     elif INDEX_FILE in files:
         weight_map = read_json(folder / INDEX_FILE, "which file holds which tensor").get("weight_map")
         wanted = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    else:
-        wanted = [each for each in files if re.fullmatch(r"consolidated\.\d+\.pth", each)]
     if not wanted:
         raise UserError(f"{key}={name}: there are no weights in it that are read{_hint(repo, files)}")
     if missing := [each for each in wanted if not (folder / each).is_file()]:
@@ -95,11 +94,10 @@ def fetch_weights(key: str, name: str) -> Path:
             raise UserError(f"{key}={name}: {room}: HF_HOME=DIR names another place for the cache")
         print(f"{key}={name}: downloading {size / MIB:,.0f} MiB ({', '.join(missing)})", file=sys.stderr)
         with _explained(key, name, repo):
-            from huggingface_hub import snapshot_download
-            from huggingface_hub.utils.tqdm import tqdm
+            from huggingface_hub import hf_hub_download
 
-            bar: Any = partial(tqdm, disable=None)  # where there is a terminal
-            snapshot_download(repo, revision=folder.name, allow_patterns=missing, tqdm_class=bar)
+            for each in missing:  # here, where Ctrl-C ends it at once, and not in threads
+                hf_hub_download(repo, each, revision=folder.name)
     return folder
 
 
@@ -144,24 +142,24 @@ def _explained(key: str, name: str, repo: str) -> Iterator[None]:
         from huggingface_hub import constants, errors
     except ImportError as error:
         raise UserError(f"{key}={name} needs the package huggingface_hub: pip install 'llama_ft[hub]'") from error
-    hub, cached = constants.ENDPOINT, f"the cache, {constants.HF_HUB_CACHE}"
+    hub, cache_dir = constants.ENDPOINT, constants.HF_HUB_CACHE
     try:
         yield
-    except Exception as error:  # the HTTP library's, of which there are two, are no kind of one another
+    except Exception as error:  # of the HTTP library, whose version is not ours to choose, any
         reason = next(iter(first_cause(error).splitlines()), "")
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
+        broken = f"broke off: {reason}; the same command goes on from there"
+        where = getattr(error, "filename", None) or f"the cache, {cache_dir}"
+        unwritten = f"cannot be kept in {where}: {reason}; HF_HOME=DIR names another place"
         problems: dict[type[Exception], str] = {  # the narrower ones first
             errors.HFValidationError: f"is not allowed: {reason}",
             errors.GatedRepoError: f"is gated: accept its terms at {hub}/{repo}, then {LOG_IN}",
             errors.RevisionNotFoundError: f"has no such revision: {hub}/{repo}/commits lists them",
             errors.RepositoryNotFoundError: f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}",
             errors.RemoteEntryNotFoundError: f"is not there: {hub}/{repo}/tree/main lists the files",
-            errors.LocalEntryNotFoundError: f"is not, or not whole, in {cached}, and {why}: fetch it with a connection",
+            errors.LocalEntryNotFoundError: f"is not whole in the cache, {cache_dir}, and {why}: connect to fetch it",
             errors.HfHubHTTPError: f"cannot be had: {reason}; try later, or {LOG_IN}",
+            OSError: unwritten if getattr(error, "errno", None) else broken,
         }
-        said = next((text for kind, text in problems.items() if isinstance(error, kind)), None)
-        if said is None and isinstance(error, OSError) and error.strerror:
-            where = error.filename or cached
-            said = f"cannot be kept in {where}: {error.strerror}; HF_HOME=DIR names another place"
-        said = said or f"broke off: {reason}; the same command goes on from there"
+        said = next((text for kind, text in problems.items() if isinstance(error, kind)), broken)
         raise UserError(f"{key}={name} {said}") from error

@@ -271,12 +271,7 @@ WRONG_CHOICE = [
     ("optim=[ga,mp]", "optim", "ga,", "baseline & ga_mp_lora"),
     ("data=mydata.json", "data", "mydata.json", "alpaca & a file is data.path=mydata.json$"),
     ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
-    (
-        "model=/models/llama",
-        "model",
-        "/models/llama",
-        "; a folder is checkpoint=/models/llama, a name on the Hugging Face hub checkpoint=hub:/models/llama$",
-    ),
+    ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, a folder is checkpoint=/models/llama$"),
     ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
     ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "it must be basic, & plugin"),
 ]

@@ -137,6 +137,7 @@ def test_a_second_time_costs_one_request(server: Hub, capsys: pytest.CaptureFixt
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.process
 def test_a_plan_fetches_no_weights(server: Hub, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     arguments = [f"checkpoint={NAME}", "gpu=cpu", "optim=lora", "data.first=20", "output=plan"]
     monkeypatch.setattr(sys, "argv", ["plan", *arguments])
@@ -214,6 +215,7 @@ def test_adapter_tokenizer_and_base(server: Hub, files: Files, reference: Any, t
 # The commands, and the library
 
 
+@pytest.mark.process
 def test_training(server: Hub, tmp_path: Path) -> None:
     """In a process of its own, which knows the hub by its environment."""
     arguments = [f"checkpoint={NAME}", "optim=lora,mp_lora", "training.max_samples=4", "data.max_length=64"]
@@ -310,12 +312,12 @@ def test_a_gated_repository(server: Hub, files: Files, monkeypatch: pytest.Monke
 def test_without_a_network(server: Hub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the cache is used, of a hub that is down, or away, or not to be asked."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    asked, cache = f"checkpoint={NAME}", f"in the cache, {constants.HF_HUB_CACHE}, and"
+    asked, cache = f"checkpoint={NAME}", f"whole in the cache, {constants.HF_HUB_CACHE}, and"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(server.url, NOBODY)
     for broken, reason in (
         ((server, "is_down", True), f"{server.url} cannot be reached (Server error '503 Service Unavailable'"),
         ((constants, "HUGGINGFACE_CO_URL_TEMPLATE", template), f"{NOBODY} cannot be reached (Connection refused)"),
-        ((constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set: fetch it with a connection"),
+        ((constants, "HF_HUB_OFFLINE", True), "HF_HUB_OFFLINE is set: connect to fetch it"),
     ):
         with monkeypatch.context() as patched:
             if NOBODY in reason:
@@ -330,7 +332,7 @@ def test_without_a_network(server: Hub, files: Files, monkeypatch: pytest.Monkey
             assert composed("plan", asked).checkpoint == str(folder_of(files))
             no_weights = refusal(asked)
         for problem in (nothing, no_weights):
-            assert problem.startswith(f"checkpoint={NAME} is not, or not whole, {cache} {reason}")
+            assert problem.startswith(f"checkpoint={NAME} is not {cache} {reason}")
         shutil.rmtree(constants.HF_HUB_CACHE)
 
 

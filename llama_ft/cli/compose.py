@@ -21,21 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 from llama_ft import hub
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
-from llama_ft.config import (
-    FROM_CHECKPOINT,
-    SCHEMAS,
-    TECHNIQUES,
-    ModelConfig,
-    PlanConfig,
-    TrainConfig,
-    UserError,
-    config_dir,
-)
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config.plan import PlanConfig
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import HF_CONFIG, new_folder
 
 T = TypeVar("T")
 LONGEST_NAME = 140  # bytes of a folder's; where a file system is encrypted 143 is all it takes
+DEFAULT_MODEL = "tiny"  # of conf/
 LONGEST_END = 24  # characters of a value in a name that would be too long
 
 
@@ -105,7 +98,7 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
         _check_value(schema, override)
     given = {override.key_or_group for override in typed}
     config = copy.deepcopy(config)
-    named = _with_hub_folders(config, given, schema)
+    named = _with_hub_folders(config, schema)
     checked = OmegaConf.to_object(_with_adapter(_with_sizes(config, given), given, schema))
     assert isinstance(checked, schema)
     for key, name in named.items() if not issubclass(schema, PlanConfig) else ():
@@ -154,24 +147,19 @@ def _check_value(schema: type, override: Override) -> None:
         raise UserError(f"{key}=??? is not allowed: ??? marks what is missing; with a blank, in quotes, it is a text")
 
 
-def _with_hub_folders(config: DictConfig, given: set[str], schema: type) -> dict[str, str]:
-    """Put folders in the cache in the place of names on the hub, weights left out; the names by key.
-
-    Unless a model is chosen, such a checkpoint says the sizes.
-    """
+def _with_hub_folders(config: DictConfig, schema: type) -> dict[str, str]:
+    """Put folders in the cache in the place of names on the hub, weights left out; the names by key."""
     keys = ("checkpoint", "base", "adapter", "tokenizer")
     named = {key: str(config[key]) for key in keys if key in config and hub.is_hub_name(config[key])}
-    if "checkpoint" in named and _is_default(config.model, given):
-        config.model.name = FROM_CHECKPOINT
     for key, name in named.items():
         path = hub.fetch(key, name)
-        if key == "checkpoint" and path.is_dir() and not (path / HF_CONFIG).is_file():
+        config[key] = str(path)
+        if key == "checkpoint" and path.is_dir() and not (path / HF_CONFIG).is_file():  # in the weights are sizes too
             if not issubclass(schema, PlanConfig):
                 hub.fetch_weights(key, name)
-            elif config.model.name == FROM_CHECKPOINT:
+            elif config.model.name in (FROM_CHECKPOINT, DEFAULT_MODEL):
                 problem = "is in Meta's format, which says the sizes in the weights, and a plan fetches none"
                 raise UserError(f"checkpoint={name} {problem}: give model=NAME, such as llama2_7b")
-        config[key] = str(path)
     return named
 
 
@@ -188,7 +176,8 @@ def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
     if is_asked and not has_folder:
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a folder: give checkpoint=DIR")
     folder = Path(os.path.expanduser(weights or ""))
-    if not is_asked and not (has_folder and folder.exists() and _is_default(sized.model, given)):
+    is_open = "model" not in given and sized.model.name == DEFAULT_MODEL and has_folder and folder.exists()
+    if not (is_asked or is_open):
         return sized
     from llama_ft.model.folder import sizes_of
 
@@ -200,10 +189,6 @@ def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
             except (OmegaConfBaseException, ValueError) as error:
                 raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
     return sized
-
-
-def _is_default(model: DictConfig, given: set[str]) -> bool:
-    return "model" not in given and model.name == "tiny"
 
 
 def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConfig:

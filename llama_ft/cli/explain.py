@@ -13,8 +13,8 @@ from llama_ft.config import TrainConfig, UserError, config_dir
 
 TEXTS = (str, str | None)  # types of keys
 FILES = {  # what is not a choice
-    "data": "a file is data.path={0}",
-    "model": "a folder is checkpoint={0}, a name on the Hugging Face hub checkpoint=hub:{0}",
+    "data": "a file is data.path=",
+    "model": "of the Hugging Face hub it is checkpoint=hub:ORG/NAME, a folder is checkpoint=",
 }
 RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
     "training.batch_size": "use training.micro_batch_size",
@@ -56,7 +56,7 @@ def not_allowed(schema: type, key: str, value: str) -> str:
     if names := sorted(file.stem for file in (config_dir() / key).glob("*.yaml")):
         allowed = f"one of {', '.join(names)}"
         if key in FILES and re.search(r"[./~]", value):
-            allowed += f"; {FILES[key].format(value)}"
+            allowed += f"; {FILES[key]}{value}"
     elif is_dataclass(kind):
         allowed = f"set by its keys, {', '.join(f'{key}.{field.name}' for field in fields(kind))}"
     elif names := choices(entry, kind):
