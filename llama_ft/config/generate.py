@@ -62,7 +62,7 @@ class GenerateConfig(TrainedSource):
     prompt: str | None = setting(None, "a text to go on with")
     instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
-    prompts: str | None = setting(None, "many: a JSON or JSONL file of records with prompt, or instruction and input")
+    prompts: str | None = setting(None, "many: a file of records with prompt, or instruction and input")
     output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
     batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1, needs="prompts=FILE")
     interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")

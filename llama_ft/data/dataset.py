@@ -1,17 +1,17 @@
-"""Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
+"""Instruction records, and the tokenized samples made of them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from math import isnan
 from pathlib import Path
 from statistics import median
 
-from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
+from llama_ft.config import DataConfig, OnBadRecord, OnLong, TrainConfig, UserError
 from llama_ft.data.download import fetch
-from llama_ft.data.json_records import as_object, json_records
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.record_files import as_object, records_in
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.system import Pace
 
@@ -52,7 +52,7 @@ class Dataset:
     samples: list[Sample]
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
-    n_dropped: int  # samples of which the cut left no answer to train on
+    n_dropped: int  # longer samples left out: all where `data.on_long=drop`, else those with no answer before the cut
 
     def describe(self) -> str:
         """One line for people."""
@@ -65,7 +65,7 @@ class Dataset:
 
 
 class NothingLeft(UserError):
-    """Every sample was cut before its answer."""
+    """Every sample is too long."""
 
 
 def silent(line: str) -> None:
@@ -81,21 +81,13 @@ def load_dataset(
     config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None, log: Log = silent
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
-    path = records_file(config, log)
-    records, n_skipped = read_records(path, config.on_bad_record, config.first)
-    encoded, wanted, pace = list[Sample](), records[:max_samples], Pace()
-    for record in wanted:
-        encoded.append(encode_record(record, tokenizer))
-        if pace.is_due():
-            log(f"data: {len(encoded):,} of {len(wanted):,} records tokenized")
-    samples = [Sample(sample.tokens[:max_length], sample.n_prompt) for sample in encoded]
-    n_truncated = sum(len(sample) > max_length for sample in encoded)
-    kept = [sample for sample in samples if sample.n_targets > 0]
-    if not kept:
-        if samples:
-            raise NothingLeft(f"{path}: max_length={max_length} leaves no answer to train on")
-        raise UserError(f"{path}: there are no records")
-    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
+    reader = Reader(records_file(config, log), config, log)
+    samples = [sample for _, sample in reader.samples(tokenizer, max_length, max_samples)]
+    if not samples:
+        reader.check_records()
+        none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
+        raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
+    return Dataset(samples, reader.n_skipped, reader.n_truncated, reader.n_dropped)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:
@@ -107,20 +99,66 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
     return SAMPLE_DIR / "train.jsonl"
 
 
+class Reader:
+    """Records read one at a time, the samples made of them, and what became of them so far."""
+
+    def __init__(self, path: Path, config: DataConfig, log: Log = silent) -> None:
+        self.path, self._config, self._log = path, config, log
+        self.n_records = 0  # good ones
+        self.n_skipped = self.n_truncated = self.n_dropped = 0
+
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or all are bad."""
+        config, first_reason = self._config, ""
+        values = records_in(self.path, ("instruction",), config.columns.given, config.subset, config.split)
+        for where, value in islice(values, config.first):
+            try:
+                record = as_record(value)
+            except ValueError as error:
+                if config.on_bad_record is OnBadRecord.error:
+                    advice = "data.on_bad_record=skip leaves such records out"
+                    raise UserError(f"{self.path}, {where}: {error}. {advice}") from error
+                self.n_skipped, first_reason = self.n_skipped + 1, first_reason or f"{where}: {error}"
+            else:
+                self.n_records += 1
+                yield where, record
+        if self.n_skipped and not self.n_records:
+            raise UserError(f"{self.path}: all {self.n_skipped} records are bad, the first is {first_reason}")
+
+    def samples(self, tokenizer: Tokenizer, max_length: int, most: int | None) -> Iterator[tuple[Record, Sample]]:
+        """The samples of the first `most` good records, each as `data.on_long` has it."""
+        pace = Pace()
+        for where, record in islice(self.records(), most):
+            sample = self.fitted(where, encode_record(record, tokenizer), max_length)
+            if pace.is_due():
+                self._log(f"data: {self.n_records:,} records tokenized")
+            if sample is not None:
+                yield record, sample
+
+    def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
+        """The sample, cut where it is too long; None if it is dropped; a UserError if it may not be so long."""
+        if len(sample) <= max_length:
+            return sample
+        if self._config.on_long is OnLong.error:
+            limit = f"{len(sample):,} tokens are more than the {max_length:,} of data.max_length or the model's context"
+            raise UserError(f"{self.path}, {where}: {limit}. data.on_long=truncate cuts such samples, drop drops them")
+        cut = Sample(sample.tokens[:max_length], sample.n_prompt)
+        if self._config.on_long is OnLong.drop or cut.n_targets <= 0:
+            self.n_dropped += 1
+            return None
+        self.n_truncated += 1
+        return cut
+
+    def check_records(self) -> None:
+        """Raise a UserError if there was no record."""
+        if not self.n_records:
+            raise UserError(f"{self.path}: there are no records")
+
+
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
-    """The first records of a JSON or JSONL file, and how many bad ones were skipped; a UserError if they may not be."""
-    records, n_skipped, first_reason = list[Record](), 0, ""
-    for where, value in islice(json_records(path, ("instruction",)), first):
-        try:
-            records.append(as_record(value))
-        except ValueError as error:
-            if on_bad_record is OnBadRecord.error:
-                advice = "data.on_bad_record=skip leaves such records out"
-                raise UserError(f"{path}, {where}: {error}. {advice}") from error
-            n_skipped, first_reason = n_skipped + 1, first_reason or f"{where}: {error}"
-    if n_skipped and not records:
-        raise UserError(f"{path}: all {n_skipped} records are bad, the first is {first_reason}")
-    return records, n_skipped
+    """The first records of a file, and how many bad ones were skipped; a UserError if they may not be."""
+    reader = Reader(path, DataConfig(path.name, on_bad_record=on_bad_record, first=first))
+    return [record for _, record in reader.records()], reader.n_skipped
 
 
 def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:

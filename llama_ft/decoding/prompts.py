@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ft.config import UserError
-from llama_ft.data.json_records import as_object, json_records
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.record_files import as_object, records_in
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import Json
 
@@ -50,14 +50,14 @@ def encode_prompt(tokenizer: Tokenizer, text: str, context: int) -> list[int]:
 
 
 def read_prompts(file: Path, reserved: Collection[str], tokenizer: Tokenizer, context: int) -> list[Prompt]:
-    """The prompts of a JSON or JSONL file; a UserError if it cannot be read or has no record, or names the bad ones.
+    """The prompts of a file of records; a UserError if it cannot be read or has no record, or names the bad ones.
 
     A record may not have the reserved keys, since its answer will; a prompt must leave room in a context of so many
     tokens.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for where, value in json_records(file, KEYS):
+    for where, value in records_in(file, KEYS):
         try:
             record = as_object(value)
             if taken := sorted(record.keys() & set(reserved)):
