@@ -15,7 +15,7 @@ from experiments.figure import BLUE, GREY, ORANGE, drawn
 from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import ModelConfig
-from llama_ft.data.dataset import encode_record
+from llama_ft.data.template import encode_record
 from llama_ft.decoding.beam import beam_search
 from llama_ft.decoding.sampling import Greedy, keep_top_k, keep_top_p
 from llama_ft.decoding.state import GenerationState

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from experiments.shared import alpaca_samples, gradient_of, largest_error, load_tiny, relative_error
 from experiments.study import Log
 from llama_ft.data.collate import collate
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.model.transformer import RMSNorm, Transformer
 from llama_ft.techniques.gradient_accumulation import target_tokens, windows
 from llama_ft.techniques.mixed_precision import Precision

@@ -11,7 +11,7 @@ from experiments.study import Log, Numbers
 from llama_ft.cli import composed_config
 from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
-from llama_ft.data.dataset import encode_record
+from llama_ft.data.template import encode_record
 from llama_ft.kernels import use_products_of
 from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer

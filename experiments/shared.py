@@ -10,8 +10,9 @@ from torch import Tensor, nn
 import llama_ft as lf
 from llama_ft.config import ModelConfig, OnBadRecord
 from llama_ft.config.presets import preset
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, read_records
+from llama_ft.data.dataset import SAMPLE_DIR, read_records
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import Transformer
 
@@ -51,7 +52,7 @@ def alpaca_samples() -> list[Sample]:
     lengths = json.loads(ALPACA_LENGTHS.read_text(encoding="utf-8"))["lengths"]
     text, starts = prompt_source(), accumulate((n_tokens for _, n_tokens in lengths), initial=0)
     return [
-        Sample([text[index % len(text)] for index in range(start, start + n_tokens)], n_prompt)
+        Sample.after([text[index % len(text)] for index in range(start, start + n_tokens)], n_prompt)
         for start, (n_prompt, n_tokens) in zip(starts, lengths, strict=False)
     ]
 

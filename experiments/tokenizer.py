@@ -15,8 +15,9 @@ from experiments.figure import BLUE, GREY, ORANGE, drawn
 from experiments.shared import alpaca_samples, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config.checks import setting
-from llama_ft.data.dataset import Record, Sample, encode_record
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.training.loop import Windows
 

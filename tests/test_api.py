@@ -152,7 +152,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: list(lf.finetune(model, samples, micro_batch_size=0)): "training.micro_batch_size=0 is not allowed",
         lambda: list(lf.finetune(model, samples, accumulation_steps=0)): "ga.steps=0 is not allowed",
         lambda: list(lf.finetune(model, [])): "there are no samples",
-        lambda: lf.measure_memory(model, [lf.Sample([1] * 4000, 1)]): "a sample has 4000 tokens",
+        lambda: lf.measure_memory(model, [lf.Sample.after([1] * 4000, 1)]): "a sample has 4000 tokens",
         lambda: lf.predict("tiny", "all"): "name one model and one card",
         lambda: lf.predict("tiny", "cpu", lengths=[1]): "lengths must be",
         lambda: lf.save(model, tmp_path / "file"): "no such folder can be made",

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from llama_ft.config import PACKAGE_DIR, DataConfig, OnBadRecord, UserError
 from llama_ft.data.collate import PAD_ID, Padding, collate, epoch_groups
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, encode_record, load_dataset, read_records
+from llama_ft.data.dataset import SAMPLE_DIR, load_dataset, read_records
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.system import Pace
 from llama_ft.training import loop
@@ -410,7 +412,7 @@ def test_what_became_of_the_records_is_said(file, tiny):
 @st.composite
 def made_up_samples(draw: st.DrawFn) -> list[Sample]:
     tokens = draw(st.lists(st.lists(st.integers(1, 99), min_size=2, max_size=12), min_size=1, max_size=5))
-    return [Sample(row, draw(st.integers(1, len(row) - 1))) for row in tokens]
+    return [Sample.after(row, draw(st.integers(1, len(row) - 1))) for row in tokens]
 
 
 def naive_targets(samples: list[Sample], width: int) -> list[tuple[int, int]]:
@@ -443,7 +445,7 @@ def test_batch_is_what_naive_padding_and_shifting_give(samples, pad_multiple):
 
 
 def test_loss_at_the_positions_is_the_loss_with_ignored_labels():
-    samples = [Sample([1, 5, 6, 7, 2], 3), Sample([1, 8, 2], 1), Sample([1, 9, 9, 2], 2)]
+    samples = [Sample.after([1, 5, 6, 7, 2], 3), Sample.after([1, 8, 2], 1), Sample.after([1, 9, 9, 2], 2)]
     batch = collate(samples)
     rows, width = batch.tokens.shape
     logits = torch.randn(rows, width, 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -456,7 +458,7 @@ def test_loss_at_the_positions_is_the_loss_with_ignored_labels():
 
 
 def numbered_samples(count: int) -> list[Sample]:
-    return [Sample([1, 100 + index, *[7] * (index % 5), 2], 1) for index in range(count)]
+    return [Sample.after([1, 100 + index, *[7] * (index % 5), 2], 1) for index in range(count)]
 
 
 def flat(groups: list[list[int]]) -> list[int]:
@@ -512,7 +514,7 @@ def test_sample_is_the_training_part(tiny):
 
 
 def test_padding_to_a_multiple_ends_at_the_context():
-    sample = Sample([1] * 101, 1)
+    sample = Sample.after([1] * 101, 1)
     assert collate([sample], Padding(32, max_width=1024)).tokens.shape == (1, 128)
     assert collate([sample], Padding(32, max_width=108)).tokens.shape == (1, 108)
     assert collate([sample], Padding(32, max_width=100)).tokens.shape == (1, 100)

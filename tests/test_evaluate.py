@@ -23,8 +23,9 @@ from rich.console import Console
 from llama_ft import evaluate
 from llama_ft.config import DataConfig, DecodingConfig, EvaluateConfig, ModelConfig, ModelSource, OnBadRecord, UserError
 from llama_ft.data.collate import Padding
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample
+from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.evaluation import measures
@@ -156,7 +157,7 @@ def test_numbers_that_are_none_are_refused() -> None:
     damaged = make_model(SMALL)
     damaged.norm.weight.data[0] = math.nan
     with pytest.raises(UserError, match="the loss is nan in float32"):
-        perplexity(damaged, [Sample([1, 2, 3], 1)], 1)
+        perplexity(damaged, [Sample.after([1, 2, 3], 1)], 1)
 
 
 # Perplexity of responses

@@ -17,7 +17,7 @@ from helpers.training import ragged_samples
 from llama_ft.config import GpuConfig, MixedPrecisionConfig, ModelConfig
 from llama_ft.config.presets import preset
 from llama_ft.data.collate import collate, end_to_end
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.decoding.state import GenerationState
 from llama_ft.device import use_device, why_no_gpu
 from llama_ft.measure.card import attention_kernel
@@ -54,7 +54,7 @@ def step_on(device: str, precision: Precision) -> TrainStep:
 
 
 def sample_of(n_tokens: int) -> Sample:
-    return Sample([5] * n_tokens, 3)
+    return Sample.after([5] * n_tokens, 3)
 
 
 def test_losses_equal_those_on_the_cpu() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from llama_ft.config import OptimConfig
 from llama_ft.data.collate import Padding, collate
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.measure.worst_case import hardest_groups, hardest_windows, track_memory
 from llama_ft.records import CATEGORIES
@@ -160,7 +160,7 @@ def test_a_long_dry_run_says_how_far_it_is(tiny_config, monkeypatch) -> None:
 
 
 def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
-    samples = [Sample([5] * length, length - n) for length, n in [(120, 4), (9, 5), (114, 90), (96, 94)]]
+    samples = [Sample.after([5] * length, length - n) for length, n in [(120, 4), (9, 5), (114, 90), (96, 94)]]
     peaks = []
     for sample in samples:
         step = make_step(tiny_config, OptimConfig(lora=True))
@@ -176,7 +176,7 @@ def test_neither_longest_nor_most_targets_can_be_hardest(tiny_config) -> None:
     st.tuples(*[st.integers(0, 50)] * 3),
 )
 def test_hardest_micro_batches_are_hard_by_any_convex_measure(lengths, micro_batch_size, multiple, factors):
-    samples = [Sample([5] * (n_prompt + n), n_prompt) for n_prompt, n in lengths]
+    samples = [Sample.after([5] * (n_prompt + n), n_prompt) for n_prompt, n in lengths]
 
     def hardness(group: Sequence[Sample]) -> int:
         batch = collate(group, Padding(multiple))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llama_ft.config import OptimConfig, TrainConfig
 from llama_ft.data.collate import Batch, Padding, collate, pack
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.measure.worst_case import (
     hardest_windows,
     measure_worst_case,
@@ -37,7 +37,7 @@ from llama_ft.training.step import Window
 
 needs_varlen = pytest.mark.skipif(not has_varlen(16), reason="this PyTorch has no variable-length attention")
 SAMPLES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=9).map(
-    lambda lengths: [Sample(list(range(1, p + n + 1)), p) for p, n in lengths]
+    lambda lengths: [Sample.after(list(range(1, p + n + 1)), p) for p, n in lengths]
 )
 
 
@@ -323,7 +323,7 @@ def test_costs_of_a_run_lie_close_to_those_counted_row_by_row(ga: bool) -> None:
 
 @needs_varlen
 def test_on_a_card_a_row_keeps_one_output_and_its_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
-    config, samples = small_config(mp=True, ga=True), [Sample([1] * 73, 5)] * 4
+    config, samples = small_config(mp=True, ga=True), [Sample.after([1] * 73, 5)] * 4
     config.training.packing, config.ga.steps, model = 1000, 4, config.model
 
     def made() -> Counter[int]:

@@ -41,7 +41,7 @@ def test_transformers_and_we_do_the_same_work(name: str) -> None:
 @pytest.mark.parametrize("name", ["baseline", "lora"])
 def test_flops_are_those_of_the_real_step(name: str) -> None:
     step, (tokens, labels) = ours.made(Row(name)), workload.samples()[0]
-    sample = ours.Sample(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels))
+    sample = ours.Sample.after(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels))
     with OperatorCounter() as counter:
         step([collate([sample])])
     positions, lora = len(sample) - 1, name == "lora"

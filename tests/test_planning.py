@@ -19,7 +19,7 @@ from helpers.training import COMBINATIONS, name, ragged_samples
 
 from llama_ft.config import Dtype, MatrixRates, OptimConfig, Technique, TrainConfig, UserError
 from llama_ft.data.collate import collate
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_windows, measure_worst_case
 from llama_ft.planning import predict
@@ -81,7 +81,7 @@ def test_fp16_with_its_scaler() -> None:
 
 
 def test_two_micro_batches_need_what_eight_need() -> None:
-    config, samples, peaks = small_config(ga=True), [Sample([1] * 33, 5)] * 16, set()
+    config, samples, peaks = small_config(ga=True), [Sample.after([1] * 33, 5)] * 16, set()
     for config.ga.steps in (2, 8):
         real = measured(config, samples)
         assert fake_run(config, samples, ON_CPU).use == real
@@ -99,7 +99,7 @@ def comings_and_goings(events: list[Event]) -> list[list[int]]:
 @pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if not optim.ga], ids=name)
 def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimConfig) -> None:
     """With gradient accumulation the micro-batches before the last are left out, which leave nothing but gradients."""
-    config, samples = replace(small_config(), optim=optim), [Sample([1] * 33, 20)] * 3
+    config, samples = replace(small_config(), optim=optim), [Sample.after([1] * 33, 20)] * 3
     planned = fake_run(config, samples, ON_CUDA).events
     (window,) = hardest_windows(windows_of(config, samples, ON_CUDA))
     with fake_step(config, ON_CUDA) as step:
@@ -116,7 +116,7 @@ def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimCo
 def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(optim: OptimConfig) -> None:
     config = replace(small_config(), optim=optim)
     config.ga.steps = 2
-    run = fake_run(config, [Sample([1] * 33, 5)] * 4, ON_CPU)
+    run = fake_run(config, [Sample.after([1] * 33, 5)] * 4, ON_CPU)
     points = predict.timeline(run.events, run.last_step)
     assert max(sum(point.memory_mib.values()) for point in points) == pytest.approx(run.use.peak_mib)
     assert list(dict.fromkeys(point.phase for point in points)) == ["forward", "backward", "optimizer step"]
@@ -146,7 +146,7 @@ def test_on_a_card_each_storage_is_rounded_up() -> None:
 def test_flash_attention_takes_fp32_sums_and_gradients_of_grouped_heads(
     n_kv_heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, samples = small_config(mp=True), [Sample([1] * 201, 5)]
+    config, samples = small_config(mp=True), [Sample.after([1] * 201, 5)]
     config.model = replace(config.model, n_kv_heads=n_kv_heads)
     with_kernel = Counter(storage.nbytes for storage in made(config, samples, ON_CUDA))
     monkeypatch.setattr("llama_ft.planning.fake_run.FLASH_BACKWARD", None)
@@ -160,7 +160,7 @@ def test_flash_attention_takes_fp32_sums_and_gradients_of_grouped_heads(
 
 
 def test_dropout_on_a_card_keeps_a_byte_a_value() -> None:
-    config, samples = small_config(lora=True), [Sample([1] * 33, 5)]
+    config, samples = small_config(lora=True), [Sample.after([1] * 33, 5)]
     masks = [
         sum(storage.nbytes for storage in made(config, samples, traits) if storage.dtype == torch.bool)
         for traits in (ON_CPU, ON_CUDA)
@@ -170,7 +170,7 @@ def test_dropout_on_a_card_keeps_a_byte_a_value() -> None:
 
 def test_grouped_queries_cost_repeated_keys_and_values_where_no_kernel_takes_them() -> None:
     """And no S x S scores: on CUDA the memory-efficient kernel takes what is repeated."""
-    multi_head, grouped, samples = small_config(), small_config(), [Sample([1] * 65, 5)]
+    multi_head, grouped, samples = small_config(), small_config(), [Sample.after([1] * 65, 5)]
     grouped.model = replace(grouped.model, n_kv_heads=1)
     older = Traits(on_cuda=True, has_bf16=False)
 
@@ -244,7 +244,7 @@ def test_flops_of_a_step_are_those_of_its_matrix_products() -> None:
     """Forward 2 FLOPs a weight and token, backward twice that, but none for the input of the first products."""
     config, n_tokens, n_targets = small_config(), 32, 7
     model = config.model
-    (costs,) = run_costs([config], [Sample([1] * (n_tokens + 1), n_tokens + 1 - n_targets)], ON_CUDA)
+    (costs,) = run_costs([config], [Sample.after([1] * (n_tokens + 1), n_tokens + 1 - n_targets)], ON_CUDA)
     per_layer = 4 * model.dim**2 + 3 * model.dim * model.ffn_dim
     of_weights = 6 * (per_layer * model.n_layers * n_tokens + model.dim * model.vocab_size * n_targets)
     # One product of S (S + 1) / 2 causal scores, all heads; there are 2 in forward and 5 in backward.
@@ -270,7 +270,7 @@ def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(on: str,
     config = small_config(**dict.fromkeys(on.split(), True))
     config.model = replace(config.model, n_layers=n_layers)
     config.ga.steps, config.gc.every = 2, every
-    samples = [Sample([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
+    samples = [Sample.after([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
     (costs,) = run_costs([config], samples, ON_CUDA)
     (step,) = counted(config, [samples[: config.accumulation_steps]])
     assert costs.steps == (3 if config.optim.ga else 6)

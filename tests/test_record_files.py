@@ -25,8 +25,9 @@ from llama_ft.cli.explain import explain
 from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, OnLong, TrainConfig, UserError
 from llama_ft.config.content import content_hash
 from llama_ft.config.evaluate import EvaluateConfig
-from llama_ft.data.dataset import NothingLeft, encode_record, load_dataset, read_records
+from llama_ft.data.dataset import NothingLeft, load_dataset, read_records
 from llama_ft.data.record_files import records_in
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.evaluation.records import load_records
 
@@ -447,6 +448,7 @@ READ = """
 import json, sys
 from llama_ft.config import UserError
 from llama_ft.data.record_files import records_in
+from llama_ft.data.template import encode_record
 for name, split in json.loads(sys.argv[1]):
     try:
         found = [row["output"] for _, row in records_in(name, ("instruction",), split=split)]

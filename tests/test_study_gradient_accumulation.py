@@ -12,7 +12,8 @@ from experiments import gradient_accumulation as study
 from experiments import gradient_accumulation_runs as runs
 from experiments.shared import ALPACA_LENGTHS
 from llama_ft.config import OnBadRecord
-from llama_ft.data.dataset import encode_record, read_records
+from llama_ft.data.dataset import read_records
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.training import step

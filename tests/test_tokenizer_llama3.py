@@ -20,8 +20,10 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, UserError
-from llama_ft.data.dataset import Record, encode_record, load_data
+from llama_ft.data.dataset import load_data
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
 TINY = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"

@@ -11,7 +11,7 @@ from benchmarks.gpu.check import Numbers, Outcome, Setting, synchronize
 from experiments.study import Claim
 from llama_ft.config import DataConfig, GpuConfig, ModelConfig, OptimConfig, TrainConfig
 from llama_ft.config.presets import preset
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.decoding.state import GenerationState
 from llama_ft.device import about_device, device_name, has_bf16, versions
 from llama_ft.measure.card import Card, attention_kernel
@@ -139,7 +139,7 @@ def tracker(setting: Setting) -> Outcome:
             preset("model", name, ModelConfig), data=DataConfig("sample"), checkpoint="random", optim=optim
         )
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
-        data = Windows.over([Sample([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
+        data = Windows.over([Sample.after([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
         hardest = hardest_windows(data)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # of the combination before it

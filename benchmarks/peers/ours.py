@@ -11,7 +11,7 @@ from benchmarks.peers.workload import LORA_ALPHA, LORA_DROPOUT, LORA_RANK, SIZES
 from llama_ft.config import DataConfig, GpuConfig, LoraConfig, ModelConfig, OptimConfig, TrainConfig, TrainingConfig
 from llama_ft.config.checks import DeviceChoice, Dtype
 from llama_ft.config.techniques import GradientAccumulationConfig, MixedPrecisionConfig
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.device import choose_device, has_bf16, use_device
 from llama_ft.model.formats import hf_name, is_rotated, permute_rotary
 from llama_ft.model.transformer import Transformer
@@ -68,7 +68,9 @@ def measured(told: Namespace) -> dict[str, Any]:
     """Train, timed as the others are."""
     row, step, meter = told.row, made(told.row), Meter(told.row.window)
     pairs = workload.samples()
-    samples = [Sample(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels)) for tokens, labels in pairs]
+    samples = [
+        Sample.after(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels)) for tokens, labels in pairs
+    ]
     data = Windows.over(samples, step, 1, row.window, packing=PACKING if row.has("packed") else None)
     for sample in samples[-workload.N_WARM_UP :]:
         step.dry_run(data.lay_out([[sample]]))

@@ -7,7 +7,7 @@ from llama_ft.api.models import complete, load, load_adapter, save
 from llama_ft.api.planning import predict
 from llama_ft.api.training import encode, finetune, measure_memory, read_records
 from llama_ft.config import UserError
-from llama_ft.data.dataset import Record, Sample
+from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.model.transformer import Transformer

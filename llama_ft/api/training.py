@@ -10,8 +10,10 @@ import torch
 from llama_ft.api.models import DtypeName, dtype_of
 from llama_ft.config import OnBadRecord, TrainingConfig, UserError
 from llama_ft.config.techniques import GradientAccumulationConfig
-from llama_ft.data.dataset import SAMPLE_DIR, Record, Sample, as_record, encode_record
+from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.dataset import read_records as _read_records
+from llama_ft.data.records import Record, Sample, as_record
+from llama_ft.data.template import encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.kernels import use_training_kernels
 from llama_ft.measure.memory import MemoryUse
@@ -55,7 +57,7 @@ def encode(
             except ValueError as error:
                 raise UserError(f"record {number}: {error}") from error
         sample = encode_record(record, tokenizer)
-        sample = Sample(sample.tokens[:max_length], sample.n_prompt)
+        sample = sample.cut(max_length)
         if sample.n_targets > 0:
             samples.append(sample)
     return samples

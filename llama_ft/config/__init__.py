@@ -4,7 +4,17 @@ Plain dataclasses that know nothing of Hydra. `OmegaConf.to_object` runs `__post
 each check names the key, the value it got and what is allowed.
 """
 
-from llama_ft.config.checks import Combinations, DeviceChoice, Dtype, Format, Goal, OnBadRecord, OnLong, UserError
+from llama_ft.config.checks import (
+    Combinations,
+    DeviceChoice,
+    Dtype,
+    Format,
+    Goal,
+    OnBadRecord,
+    OnLong,
+    TrainOn,
+    UserError,
+)
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig

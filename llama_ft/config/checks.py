@@ -23,6 +23,8 @@ Format = enum.Enum("Format", ["hf", "meta"])
 OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
 # What a sample that is longer than allowed does: be cut, be left out, or stop the run.
 OnLong = enum.Enum("OnLong", ["truncate", "drop", "error"])
+# What of a record is trained on: the assistant's turns, all that is read, or the last turn.
+TrainOn = enum.Enum("TrainOn", ["assistant", "all", "last"])
 # Where to run; `auto` is CUDA where there is a GPU, else the CPU.
 DeviceChoice = enum.Enum("DeviceChoice", ["auto", "cpu", "cuda"])
 # Which combinations are planned: all of the techniques', or the one that is asked for.

@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import DeviceChoice, OnBadRecord, OnLong, UserError, check, check_settings, setting
+from llama_ft.config.checks import DeviceChoice, OnBadRecord, OnLong, TrainOn, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
 # What tracks runs; chosen as a group.
@@ -86,6 +86,11 @@ class DataConfig:
     first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
     max_length: int | None = setting(None, "the most tokens of a sample; null is the model's context", at_least=2)
     on_long: OnLong = setting(OnLong.truncate, "longer samples are cut, dropped, or stop the run; counted")
+    template: str = setting(
+        "auto",
+        "chat, the checkpoint's own; alpaca; plain; a FILE in Jinja; auto is chat where there is one, else alpaca",
+    )
+    train_on: TrainOn = setting(TrainOn.assistant, "the assistant's turns, all that is read, or the last turn alone")
     on_bad_record: OnBadRecord = setting(OnBadRecord.error, "a bad record stops the run, or is skipped and counted")
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.model.attention import Segments
 
 PAD_ID = 0  # any piece would do: no real token looks at padding, and padding has no target
@@ -110,11 +110,11 @@ def _batch(
     positions: list[int] = []
     targets: list[int] = []
     for start, sample in zip(starts, samples, strict=True):
-        end = start + len(sample) - 1
-        tokens.view(-1)[start:end] = torch.tensor(sample.tokens[:-1])
-        # The token at position i predicts token i + 1, so targets begin one position before the answer does.
-        positions += range(start + sample.n_prompt - 1, end)
-        targets += sample.tokens[sample.n_prompt :]
+        tokens.view(-1)[start : start + len(sample) - 1] = torch.tensor(sample.tokens[:-1])
+        for first, end in sample.spans:
+            # The token at position i predicts token i + 1, so targets begin one position before what is trained on.
+            positions += range(start + first - 1, start + end - 1)
+            targets += sample.tokens[first:end]
     n_tokens = sum(len(sample) for sample in samples)
     return Batch(tokens, torch.tensor(positions), torch.tensor(targets), n_tokens, segments)
 

@@ -4,45 +4,20 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from math import isnan
 from pathlib import Path
 from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, OnLong, TrainConfig, UserError
 from llama_ft.data.download import fetch
-from llama_ft.data.prompt import prompt_text
-from llama_ft.data.record_files import as_object, records_in
+from llama_ft.data.record_files import records_in
+from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
+from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
+FIRST_KEYS = tuple(keys[0] for keys in KINDS.values())  # a file that is one object is a record if it has one of these
 SAMPLE_DIR = Path(__file__).parent / "sample"
-
-
-@dataclass(frozen=True)
-class Record:
-    """One instruction with its answer."""
-
-    instruction: str
-    input: str
-    output: str
-    task: str = ""  # by which evaluation groups records; may be missing
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A tokenized record: BOS, prompt, answer, EOS. The first `n_prompt` tokens are not trained on."""
-
-    tokens: list[int]
-    n_prompt: int
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    @property
-    def n_targets(self) -> int:
-        """Number of tokens that are trained on."""
-        return len(self.tokens) - self.n_prompt
 
 
 @dataclass(frozen=True)
@@ -82,7 +57,8 @@ def load_dataset(
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
     reader = Reader(records_file(config, log), config, log)
-    samples = [sample for _, sample in reader.samples(tokenizer, max_length, max_samples)]
+    template = choose_template(config.template, tokenizer)
+    samples = [sample for _, sample in reader.samples(template, tokenizer, max_length, max_samples)]
     if not samples:
         reader.check_records()
         none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
@@ -104,35 +80,52 @@ class Reader:
 
     def __init__(self, path: Path, config: DataConfig, log: Log = silent) -> None:
         self.path, self._config, self._log = path, config, log
-        self.n_records = 0  # good ones
+        self.n_records, self._first_bad = 0, ""  # of good ones
         self.n_skipped = self.n_truncated = self.n_dropped = 0
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or all are bad."""
-        config, first_reason = self._config, ""
-        values = records_in(self.path, ("instruction",), config.columns.given, config.subset, config.split)
+        config, kind = self._config, ""
+        values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
         for where, value in islice(values, config.first):
             try:
-                record = as_record(value)
+                record = as_record(value, kind)
+                kind = kind or kind_of(value)
             except ValueError as error:
-                if config.on_bad_record is OnBadRecord.error:
-                    advice = "data.on_bad_record=skip leaves such records out"
-                    raise UserError(f"{self.path}, {where}: {error}. {advice}") from error
-                self.n_skipped, first_reason = self.n_skipped + 1, first_reason or f"{where}: {error}"
-            else:
-                self.n_records += 1
-                yield where, record
+                self._skip(where, error)
+                continue
+            self.n_records += 1
+            yield where, record
         if self.n_skipped and not self.n_records:
-            raise UserError(f"{self.path}: all {self.n_skipped} records are bad, the first is {first_reason}")
+            raise UserError(f"{self.path}: all {self.n_skipped} records are bad, the first is {self._first_bad}")
 
-    def samples(self, tokenizer: Tokenizer, max_length: int, most: int | None) -> Iterator[tuple[Record, Sample]]:
-        """The samples of the first `most` good records, each as `data.on_long` has it."""
+    def _skip(self, where: str, error: ValueError) -> None:
+        if self._config.on_bad_record is OnBadRecord.error:
+            advice = "data.on_bad_record=skip leaves such records out"
+            raise UserError(f"{self.path}, {where}: {error}. {advice}") from error
+        self.n_skipped += 1
+        self._first_bad = self._first_bad or f"{where}: {error}"
+
+    def whole_samples(self, template: Template, tokenizer: Tokenizer) -> Iterator[tuple[str, Record, Sample]]:
+        """(where, record, sample) of each good one, however long it is."""
         pace = Pace()
-        for where, record in islice(self.records(), most):
-            sample = self.fitted(where, encode_record(record, tokenizer), max_length)
+        for where, record in self.records():
+            try:
+                sample = template.sample(record, tokenizer, self._config.train_on)
+            except ValueError as error:  # bad too
+                self.n_records -= 1
+                self._skip(where, error)
+                continue
             if pace.is_due():
                 self._log(f"data: {self.n_records:,} records tokenized")
-            if sample is not None:
+            yield where, record, sample
+
+    def samples(
+        self, template: Template, tokenizer: Tokenizer, max_length: int, most: int | None
+    ) -> Iterator[tuple[Record, Sample]]:
+        """The samples of the first `most` good records, each as `data.on_long` has it."""
+        for where, record, whole in islice(self.whole_samples(template, tokenizer), most):
+            if (sample := self.fitted(where, whole, max_length)) is not None:
                 yield record, sample
 
     def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
@@ -142,8 +135,8 @@ class Reader:
         if self._config.on_long is OnLong.error:
             limit = f"{len(sample):,} tokens are more than the {max_length:,} of data.max_length or the model's context"
             raise UserError(f"{self.path}, {where}: {limit}. data.on_long=truncate cuts such samples, drop drops them")
-        cut = Sample(sample.tokens[:max_length], sample.n_prompt)
-        if self._config.on_long is OnLong.drop or cut.n_targets <= 0:
+        cut = sample.cut(max_length)
+        if self._config.on_long is OnLong.drop or not cut.n_targets:
             self.n_dropped += 1
             return None
         self.n_truncated += 1
@@ -159,35 +152,3 @@ def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = Non
     """The first records of a file, and how many bad ones were skipped; a UserError if they may not be."""
     reader = Reader(path, DataConfig(path.name, on_bad_record=on_bad_record, first=first))
     return [record for _, record in reader.records()], reader.n_skipped
-
-
-def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
-    """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
-
-    The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it counts
-    as answer, so that no token of the answer goes untrained.
-    """
-    prompt = prompt_text(record.instruction, record.input)
-    prompt_ids = tokenizer.encode(prompt, bos=True)
-    tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
-    pairs = zip(prompt_ids, tokens, strict=False)
-    return Sample(tokens, next((n for n, (one, other) in enumerate(pairs) if one != other), len(prompt_ids)))
-
-
-def as_record(value: object) -> Record:
-    """The record in a JSON value; a ValueError says what is wrong with it."""
-    record = as_object(value)
-    # Null and NaN, which pandas makes of a spreadsheet's empty cell, are no values.
-    given = {
-        key: part for key, part in record.items() if part is not None and not (type(part) is float and isnan(part))
-    }
-    texts = {"input": ""} | given
-    for key in ("instruction", "input", "output"):
-        if key not in texts:
-            raise ValueError(f"{key} is {'null or NaN' if key in record else 'missing'}")
-        if not isinstance(texts[key], str):
-            raise ValueError(f"{key} must be a text")
-        texts[key].encode()  # raises a ValueError at half of a surrogate pair
-    if not texts["instruction"].strip():
-        raise ValueError("instruction is empty")
-    return Record(texts["instruction"], texts["input"], texts["output"], str(texts.get("task") or ""))

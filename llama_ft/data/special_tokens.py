@@ -5,9 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ft.files import HF_CONFIG, Json, read_json
+from llama_ft.files import HF_CONFIG, Json, read_json, text_of
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+Offsets = list[tuple[int, int]]  # of each token its characters, from the first to the end
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class SpecialTokens:
     adds_bos: bool  # before a text, whatever the tokenizer's own file says
     added: Mapping[str, int]  # tokens added to the tokenizer's own
     ends: list[int]
+    names: Mapping[str, str]  # by what chat templates call them: bos_token, eos_token …
+    chat_template: str | None
 
 
 def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
@@ -36,7 +41,20 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
         [end for value in values for end in (value if isinstance(value, list) else [value]) if type(end) is int],
+        {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
+        next(filter(None, (_chat_template(folder) for folder in sorted(folders))), None),
     )
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The folder's chat template, which transformers writes into a file of its own since version 5."""
+    if (file := folder / CHAT_TEMPLATE).is_file():
+        return text_of(file, str(file))
+    said = _content(folder / TOKENIZER_CONFIG).get("chat_template")
+    if isinstance(said, list):  # several, of which one is the default
+        named = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}
+        said = named.get("default")
+    return said if isinstance(said, str) else None
 
 
 def _content(file: Path) -> Json:

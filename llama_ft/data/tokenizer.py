@@ -4,16 +4,17 @@ LLaMA-2's is a SentencePiece model (Kudo and Richardson 2018, arXiv 1808.06226),
 of ranks, also `tokenizer.model`, from Meta, and `tokenizer.json` from Hugging Face, the format of most other models.
 """
 
-import base64
 import math
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from llama_ft.config import ModelConfig, ModelSource, UserError
-from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, named_tokens
+from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, named_tokens
+from llama_ft.data.tiktoken_file import Tiktoken, missing_package
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
@@ -33,7 +34,9 @@ class Tokenizer:
             raise UserError(f"tokenizer={file} {LFS_HINT}")
         self.file, self.is_json = file, JSON_START.match(start) is not None
         kind = _HuggingFace if self.is_json else Tiktoken if Tiktoken.LINE.match(start) else _SentencePiece
-        self._format = kind(file, named_tokens(file, checkpoint))
+        named = named_tokens(file, checkpoint)
+        self._format = kind(file, named)
+        self.chat_template = named.chat_template
         self.vocab_size: int = self._format.vocab_size
         self.bos_id: int | None = self._format.bos_id  # None where texts begin without
         self.eos_id: int = self._format.eos_id  # what an answer that is trained on ends with
@@ -41,6 +44,10 @@ class Tokenizer:
             raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
         # What ends a text that is generated. A BOS does not, whatever an old config.json says.
         self.end_ids = frozenset({*self._format.ends} - {self.bos_id} | {self.eos_id})
+        self.special: dict[str, int] = self._format.special  # tokens by their names
+        ids, names = {"bos_token": self.bos_id, "eos_token": self.eos_id}, {n: name for name, n in self.special.items()}
+        known = {key: names[number] for key, number in ids.items() if number in names}
+        self.special_names = known | dict(named.names)  # what chat templates know them by
         # Rows that a model needs: special tokens that no text can spell may lie beyond them.
         self.n_used = 1 + max(self._format.last_spelled, self.eos_id, self.bos_id or 0)
 
@@ -48,6 +55,10 @@ class Tokenizer:
         """Token ids of the text, with BOS before and EOS after it where asked for. Text never spells such a token."""
         before = [self.bos_id] if bos and self.bos_id is not None else []
         return before + self._format.encode(text) + [self.eos_id] * eos
+
+    def encode_chat(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids of what a chat template has written, which spells special tokens; and where its characters are."""
+        return self._format.encode_chat(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
@@ -93,9 +104,26 @@ class _SentencePiece:
         self.ends = [*named.ends, *{end} - {unknown}]
         spelled = (number for number in reversed(range(self.vocab_size)) if not self._processor.is_control(number))
         self.last_spelled = next(spelled, -1)
+        control = filter(self._processor.is_control, range(self.vocab_size))
+        self.special = {self._processor.id_to_piece(number): number for number in control} | dict(named.added)
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
+
+    def encode_chat(self, text: str) -> tuple[list[int], Offsets]:
+        parts = re.split(f"({'|'.join(map(re.escape, self.special))})", text)
+        ids, offsets, place = list[int](), Offsets(), 0
+        for index, part in enumerate(parts):
+            if index % 2:
+                ids.append(self.special[part])
+                offsets.append((place, place + len(part)))
+            else:
+                found: Any = self._processor.encode(part, out_type="offset_mapping")
+                ids += found["ids"]
+                # Of a character in several bytes only the last one's token has its offsets.
+                offsets += [(place + first, place + max(end, first + 1)) for first, end in found["offsets"]]
+            place += len(part)
+        return ids, offsets
 
     def decode(self, ids: list[int]) -> str:
         return str(self._processor.decode(ids))
@@ -110,7 +138,7 @@ class _HuggingFace:
         try:
             import tokenizers
         except ImportError as error:
-            raise _missing("tokenizers", file) from error
+            raise missing_package("tokenizers", file) from error
         try:
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises nothing narrower
@@ -126,7 +154,7 @@ class _HuggingFace:
         called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
         self._tokenizer.add_special_tokens(called)
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {token.content: number for number, token in added.items() if token.special}
+        special = self.special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.last_spelled = max((vocabulary[name] for name in vocabulary.keys() - special.keys()), default=-1)
@@ -149,59 +177,11 @@ class _HuggingFace:
     def encode(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def encode_chat(self, text: str) -> tuple[list[int], Offsets]:
+        self._tokenizer.encode_special_tokens = False
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = True
+        return list(encoding.ids), list(encoding.offsets)
+
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-
-class Tiktoken:
-    """Llama 3's `tokenizer.model`: the base tokens with their ranks, which are their ids; 256 special ones follow."""
-
-    # How text is split before pairs are merged, and how many special tokens there are, stand in the code of
-    # https://github.com/meta-llama/llama3, llama/tokenizer.py, alone. BOS is the first special token, EOS the second;
-    # Llama 3.1's <|eom_id|> and <|eot_id|> end messages.
-    PATTERN = (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-        r"|\s+(?!\S)|\s+"
-    )
-    N_SPECIAL, ENDS = 256, (8, 9)
-    LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
-
-    def __init__(self, file: Path, named: SpecialTokens) -> None:
-        try:
-            import tiktoken
-        except ImportError as error:
-            raise _missing("tiktoken", file) from error
-        ranks = self.ranks(file)
-        self._encoding = tiktoken.Encoding(
-            file.name, pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens={}, explicit_n_vocab=len(ranks)
-        )
-        self._n_base = len(ranks)
-        self.vocab_size = self._n_base + self.N_SPECIAL
-        self.bos_id, self.eos_id = self._n_base, self._n_base + 1
-        self.ends = [*named.ends, *(self._n_base + index for index in self.ENDS)]
-        self.last_spelled = self._n_base - 1
-
-    @staticmethod
-    def ranks(file: Path) -> dict[bytes, int]:
-        """The ranks by token. tiktoken's own reader would take what it has cached for another file of this name."""
-        try:
-            lines = [line.split() for line in file.read_bytes().splitlines()]
-            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        except ValueError as error:
-            raise UserError(f"tokenizer={file} is damaged: it has a line that is no token with its rank") from error
-        every_byte = {bytes([value]) for value in range(256)}
-        if sorted(ranks.values()) != list(range(len(ranks))) or not every_byte <= ranks.keys():
-            raise UserError(f"tokenizer={file} is damaged: its ranks are not 0, 1, 2 … or lack a byte")
-        return ranks
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-        return self._encoding.encode_ordinary(text)
-
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids, special ones left out."""
-        return self._encoding.decode([token for token in ids if token < self._n_base])
-
-
-def _missing(package: str, file: Path) -> UserError:
-    return UserError(f"tokenizer={file} needs the package {package}: pip install 'llama_ft[llama3]'")

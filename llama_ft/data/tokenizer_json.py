@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.data.tokenizer import Tiktoken
+from llama_ft.data.tiktoken_file import Tiktoken
 from llama_ft.files import Json
 
 Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others

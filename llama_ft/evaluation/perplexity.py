@@ -9,7 +9,7 @@ import torch
 
 from llama_ft.config import UserError
 from llama_ft.data.collate import NO_PADDING, Padding, collate
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import text_of
 from llama_ft.model.transformer import Transformer
@@ -48,7 +48,7 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
     samples: list[Sample] = []
     for start in range(0, len(tokens), stride):
         n_seen = max(1, window - stride) if start else 1
-        sample = Sample(list(tokens[start : start + window]), n_seen)
+        sample = Sample.after(list(tokens[start : start + window]), n_seen)
         if sample.n_targets > 0:
             samples.append(sample)
         if start + window >= len(tokens):

@@ -5,8 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
-from llama_ft.data.dataset import SAMPLE_DIR, Reader, Record, Sample, records_file
+from llama_ft.data.dataset import SAMPLE_DIR, Reader, records_file
 from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import ALPACA, choose_template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
 
@@ -32,7 +34,8 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
     reader, records, samples, n_without_room = Reader(file, config.data, log), list[Record](), list[Sample](), 0
-    for record, sample in reader.samples(tokenizer, config.max_length, config.max_samples):
+    template = choose_template(ALPACA, tokenizer)
+    for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
         prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
         if len(prompt) < config.model.max_seq_len:
             records.append(_with_task(record))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding, blank_row
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_windows
 from llama_ft.model.transformer import Attention

@@ -5,7 +5,8 @@ from statistics import median
 
 from llama_ft.config import PlanConfig, UserError, found_tokenizer
 from llama_ft.config.plan import STAND_IN_SAMPLES
-from llama_ft.data.dataset import NothingLeft, Sample, load_dataset
+from llama_ft.data.dataset import NothingLeft, load_dataset
+from llama_ft.data.records import Sample
 from llama_ft.data.tokenizer import load_tokenizer
 from llama_ft.records.plan import PlannedData
 
@@ -49,4 +50,4 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
 
 def blank_samples(lengths: Lengths) -> list[Sample]:
     """Samples of these lengths, of any tokens."""
-    return [Sample([0] * n_tokens, n_prompt) for n_tokens, n_prompt in lengths]
+    return [Sample.after([0] * n_tokens, n_prompt) for n_tokens, n_prompt in lengths]

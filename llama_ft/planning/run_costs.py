@@ -14,7 +14,7 @@ from statistics import median
 
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, update, windows_of
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.operators import OperatorCounter, Operators, scale, total

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, epoch_groups, pack
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.training.position import Position
 from llama_ft.training.step import TrainStep, Window

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from llama_ft.config import OptimConfig, TrainConfig
 from llama_ft.config.techniques import combinations
-from llama_ft.data.dataset import Sample
+from llama_ft.data.records import Sample
 from llama_ft.techniques.lora import LoRALinear
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.setup import set_up
@@ -25,7 +25,7 @@ def ragged_samples(lengths: tuple[int, ...] = (30, 12, 25, 8, 17, 40, 9, 21)) ->
     generator = torch.Generator().manual_seed(0)
     prompts = (5, 2, 23, 3, 10, 4, 7, 19)
     return [
-        Sample(torch.randint(0, 101, (length,), generator=generator).tolist(), prompt)
+        Sample.after(torch.randint(0, 101, (length,), generator=generator).tolist(), prompt)
         for length, prompt in zip(lengths, prompts, strict=True)
     ]
 

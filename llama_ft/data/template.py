@@ -1,0 +1,92 @@
+"""Templates: how a record becomes the text that a model reads, and which of its tokens are trained on."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+from llama_ft.config import TrainOn, UserError
+from llama_ft.data.chat_template import ChatTemplate
+from llama_ft.data.prompt import prompt_text
+from llama_ft.data.records import Record, Sample
+from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.files import text_of
+
+AUTO, ALPACA, CHAT, PLAIN = "auto", "alpaca", "chat", "plain"
+
+
+class Template(Protocol):
+    """A way to write records down."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        ...
+
+    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
+        """The record's tokens; a ValueError says why the template does not take it."""
+        ...
+
+    def prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
+        """The tokens before the record's answer; a ValueError says why the template does not take it."""
+        ...
+
+
+class TextTemplate:
+    """Instruction and answer as one text: Alpaca's template, or with `plain` none."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def _text(self, record: Record) -> str:
+        if record.conversation:
+            whole = "a conversation of several turns, or with more than texts of user and assistant"
+            raise ValueError(f"data.template={self.name} has no place for {whole}: give data.template=chat, or a FILE")
+        if self.name == ALPACA:
+            return prompt_text(record.instruction, record.input)
+        return "\n".join(filter(None, (record.instruction, record.input)))
+
+    def prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
+        """BOS and the prompt."""
+        return tokenizer.encode(self._text(record), bos=True)
+
+    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
+        """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
+
+        The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it
+        counts as answer, so that no token of the answer goes untrained.
+        """
+        prompt = self._text(record)
+        tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
+        if train_on is TrainOn.all:
+            return Sample.after(tokens, 1)
+        prompt_ids = tokenizer.encode(prompt, bos=True)
+        pairs = enumerate(zip(prompt_ids, tokens, strict=False))
+        return Sample.after(tokens, next((n for n, (one, other) in pairs if one != other), len(prompt_ids)))
+
+
+def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None = None) -> Template:
+    """The template of `data.template`; a UserError if there is none.
+
+    Args:
+        choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: what
+            an adapter was `trained_with`, if that is known, else the checkpoint's own if it has one, else Alpaca's.
+    """
+    if choice == AUTO:
+        choice = trained_with or (CHAT if tokenizer.chat_template else ALPACA)
+    if choice in (ALPACA, PLAIN):
+        return TextTemplate(choice)
+    if choice != CHAT:
+        file = Path(os.path.expanduser(choice))
+        if not file.is_file():
+            allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
+            raise UserError(f"data.template={choice}: there is no such file; else it must be one of {allowed}")
+        return ChatTemplate(text_of(file, f"data.template={file}"), choice)
+    if not tokenizer.chat_template:
+        where = f"no chat template lies beside tokenizer={tokenizer.file}"
+        raise UserError(f"data.template=chat: {where}; give data.template=FILE, a chat template in Jinja, or alpaca")
+    return ChatTemplate(tokenizer.chat_template, CHAT)
+
+
+def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
+    """A record in Alpaca's template, of which the answer and EOS are trained on."""
+    return TextTemplate(ALPACA).sample(record, tokenizer, TrainOn.assistant)

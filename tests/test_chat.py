@@ -1,0 +1,181 @@
+"""Conversations: kinds of records, chat templates against transformers, what of them is trained on."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from llama_ft.config import TrainOn, UserError
+from llama_ft.data.records import Record, as_record
+from llama_ft.data.template import choose_template
+from llama_ft.data.tokenizer import Tokenizer
+from tests.helpers.chats import TEMPLATES, save_tokenizer, without_marks
+
+TURNS = [
+    {"role": "user", "content": "What is the plural of fox?"},
+    {"role": "assistant", "content": "foxes"},
+    {"role": "user", "content": "And of ox? 日本 "},
+    {"role": "assistant", "content": "oxen,\n  it is said"},
+]
+SYSTEM = {"role": "system", "content": "You help."}
+CONVERSATIONS = {"one turn": TURNS[:2], "two turns": TURNS, "with a system prompt": [SYSTEM, *TURNS]}
+NO_SYSTEM = ("llama 2",)
+
+
+@pytest.fixture(scope="module", params=TEMPLATES)
+def template(request: pytest.FixtureRequest) -> str:
+    return TEMPLATES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(template, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    save_tokenizer(folder, template)
+    return folder
+
+
+def mask_of(sample) -> list[int]:
+    return [int(any(first <= n < end for first, end in sample.spans)) for n in range(len(sample))]
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_ids_and_masks_are_transformers(folder, template, conversation):
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        conversation, return_assistant_tokens_mask=True, return_dict=True
+    )
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    sample = choose_template("auto", tokenizer).sample(
+        as_record({"messages": conversation}), tokenizer, TrainOn.assistant
+    )
+    assert list(sample.tokens) == theirs["input_ids"]
+    assert mask_of(sample) == theirs["assistant_masks"]
+    assert sample.n_targets == sum(theirs["assistant_masks"]) > 0
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
+def test_answers_are_found_where_the_template_marks_none(folder, template, conversation, tmp_path):
+    tokenizer, record = Tokenizer(folder / "tokenizer.json"), as_record({"messages": conversation})
+    (tmp_path / "bare.jinja").write_text(without_marks(template))
+    marked, bare = choose_template("chat", tokenizer), choose_template(str(tmp_path / "bare.jinja"), tokenizer)
+    for train_on in TrainOn:
+        assert bare.sample(record, tokenizer, train_on) == marked.sample(record, tokenizer, train_on)
+
+
+def test_a_prompt_is_transformers_generation_prompt(folder):
+    theirs = AutoTokenizer.from_pretrained(folder)
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    template, record = choose_template("chat", tokenizer), as_record({"messages": TURNS})
+    expected = theirs.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
+    assert template.prompt(record, tokenizer) == expected
+    sample = template.sample(record, tokenizer, TrainOn.last)
+    assert list(sample.tokens[: sample.spans[0][0]]) == expected
+
+
+def test_what_is_trained_on(tmp_path):
+    save_tokenizer(tmp_path, TEMPLATES["chatml"])
+    tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": [SYSTEM, *TURNS]})
+    template = choose_template("chat", tokenizer)
+    texts = {}
+    for train_on in TrainOn:
+        sample = template.sample(record, tokenizer, train_on)
+        names = [tokenizer.decode(list(sample.tokens[first:end])) for first, end in sample.spans]
+        texts[train_on.name] = names
+        assert all(sample.tokens[end - 1] == tokenizer.encode_chat("<|im_end|>")[0][0] for _, end in sample.spans) or (
+            train_on is TrainOn.all
+        )
+    assert texts["assistant"] == ["foxes", "oxen,\n  it is said"]
+    assert texts["last"] == ["oxen,\n  it is said"]
+    assert texts["all"] == [
+        "system\nYou help.\nuser\nWhat is the plural of fox?\nassistant\nfoxes\n"
+        "user\nAnd of ox? 日本 \nassistant\noxen,\n  it is said\n"
+    ]
+
+
+SAME = [
+    {"messages": TURNS[:2]},
+    {"conversations": [{"from": "human", "value": TURNS[0]["content"]}, {"from": "gpt", "value": "foxes"}]},
+    {"prompt": TURNS[0]["content"], "completion": "foxes"},
+    {"prompt": TURNS[:1], "completion": TURNS[1:2]},
+    {"prompt": TURNS[:1], "completion": "foxes"},
+    {"instruction": TURNS[0]["content"], "input": "", "output": "foxes"},
+    {"prompt": "ignored", "prompt_id": "7", "messages": TURNS[:2], "task": None},
+]
+
+
+@pytest.mark.parametrize("record", SAME, ids=[" ".join(record) for record in SAME])
+def test_kinds_of_records_that_say_the_same_are_the_same(record):
+    assert as_record(record) == Record(TURNS[0]["content"], "", "foxes")
+
+
+def test_a_conversation_keeps_what_its_template_may_read():
+    thinking = [TURNS[0], {"role": "assistant", "content": "foxes", "reasoning_content": "Hm."}]
+    assert as_record({"messages": thinking}).messages == thinking
+    assert as_record({"messages": TURNS}).messages == TURNS
+    asked = Record("Sort.", "b a", "a b").messages
+    assert [message["content"] for message in asked] == ["Sort.\n\nb a", "a b"]
+
+
+BAD = {
+    "no answer": ({"messages": TURNS[:1]}, "the last of its messages must be the assistant's"),
+    "ends with a question": ({"messages": TURNS[:3]}, "the last of its messages must be the assistant's"),
+    "empty": ({"messages": []}, "the last of its messages must be the assistant's"),
+    "no list": ({"messages": "Hello"}, "a conversation must be a list of messages"),
+    "null": ({"messages": None}, "a conversation must be a list of messages"),
+    "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; there are"),
+    "no content": ({"messages": [TURNS[0], {"role": "assistant"}]}, "the content of message 2 must be a text"),
+    "a part list": ({"messages": [TURNS[0], {"role": "assistant", "content": [{}]}]}, "content of message 2 must be a"),
+    "a text as message": ({"messages": [TURNS[0], "foxes"]}, "message 2 must be an object with role and content"),
+    "half a prompt": (
+        {"prompt": "x"},
+        "instruction is missing; it has prompt, and records have messages",
+    ),
+    "completion null": ({"prompt": "x", "completion": None}, "completion is null or NaN"),
+}
+
+
+@pytest.mark.parametrize(("record", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_conversation_says_why(record, reason):
+    with pytest.raises(ValueError, match=reason):
+        as_record(record)
+
+
+def test_templates_that_cannot_be_used(tmp_path):
+    save_tokenizer(tmp_path, "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}")
+    tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
+    with pytest.raises(ValueError, match="the chat template does not take it: roles must alternate"):
+        choose_template("chat", tokenizer).prompt(record, tokenizer)
+    with pytest.raises(UserError, match=r"data.template=chatty: there is no such file; .* auto, alpaca, chat, plain"):
+        choose_template("chatty", tokenizer)
+    (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
+    with pytest.raises(UserError, match=r"broken\.jinja is no chat template that can be read"):
+        choose_template(str(tmp_path / "broken.jinja"), tokenizer)
+    (tmp_path / "escape.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(ValueError, match="unsafe"):
+        choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record, tokenizer)
+    (tmp_path / "forgets.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
+    with pytest.raises(ValueError, match=r"writes earlier turns otherwise .* data.train_on=last"):
+        choose_template(str(tmp_path / "forgets.jinja"), tokenizer).sample(record, tokenizer, TrainOn.assistant)
+    for name in ("alpaca", "plain"):
+        with pytest.raises(ValueError, match=f"data.template={name} has no place for a conversation of several turns"):
+            choose_template(name, tokenizer).prompt(record, tokenizer)
+
+
+def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
+    save_tokenizer(tmp_path)
+    assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json")).name == "alpaca"
+    with pytest.raises(
+        UserError, match=r"data.template=chat: no chat template lies beside .*; give data.template=FILE"
+    ):
+        choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
+    assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json"), "plain").name == "plain"
+    file = tmp_path / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    text = "{{ messages[0].content }}"
+    for chat_template in (text, [{"name": "default", "template": text}]):
+        file.write_text(json.dumps(said | {"chat_template": chat_template}))
+        tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+        assert choose_template("auto", tokenizer).name == "chat"
+        assert choose_template("auto", tokenizer).prompt(Record("foxes", "", ""), tokenizer) == tokenizer.encode(
+            "foxes"
+        )
