@@ -16,6 +16,7 @@ from llama_ft.config.checks import (
     UserError,
 )
 from llama_ft.config.convert import ConvertConfig
+from llama_ft.config.data_command import DataCommandConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
@@ -48,6 +49,7 @@ from llama_ft.config.techniques import (
 from llama_ft.config.train import TrainConfig
 
 SCHEMAS = {  # of the commands
+    "data": DataCommandConfig,
     "train": TrainConfig,
     "report": ReportConfig,
     "plan": PlanConfig,
