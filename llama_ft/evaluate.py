@@ -15,6 +15,7 @@ from llama_ft.config import EvaluateConfig
 from llama_ft.files import Json, explained, output_folder, write_text
 from llama_ft.records import write_record
 from llama_ft.records.evaluation import EvaluatedText, Evaluation
+from llama_ft.records.result import template_of_run
 from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table import markdown, print_table
@@ -76,6 +77,7 @@ def main() -> int:
 
 def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInputs":
     """What the models are measured on; a UserError if it cannot be had, or the tokenizer is not the model's."""
+    from llama_ft.data.template import choose_template
     from llama_ft.data.tokenizer import load_tokenizer
     from llama_ft.evaluation.measures import EvalInputs
     from llama_ft.evaluation.perplexity import read_text
@@ -83,7 +85,9 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
 
     tokenizer = load_tokenizer(config)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
-    return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
+    template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    log(f"template: {template.name}")
+    return EvalInputs(tokenizer, template, load_records(config, tokenizer, template, log), text)
 
 
 def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:

@@ -12,9 +12,11 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import GenerateConfig
+from llama_ft.records.result import template_of_run
 from llama_ft.reporting.progress import progress_bar
 
 if TYPE_CHECKING:
+    from llama_ft.data.template import Template
     from llama_ft.data.tokenizer import Tokenizer
     from llama_ft.decoding.load import Models
     from llama_ft.decoding.prompts import Prompt
@@ -42,13 +44,17 @@ def main() -> int:
     config = cli.composed_config("generate", sys.argv[1:], GenerateConfig)
     errors = Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
+    from llama_ft.data.template import choose_template
     from llama_ft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config)
-    prompts = read_asked(config, tokenizer)
+    template = choose_template(config.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    prompts = read_asked(config, tokenizer, template)
     from llama_ft.decoding.load import Models
 
     models = Models(config, tokenizer, log)
+    if config.prompt is None:
+        log(f"template: {template.name}")
     if config.prompts is not None:
         from llama_ft.decoding.generate import ignore
         from llama_ft.decoding.prompt_file import answer_prompts
@@ -57,7 +63,7 @@ def main() -> int:
         progress = partial(progress_bar, errors) if config.output is not None else lambda *_: nullcontext(ignore)
         answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
     elif config.interactive:
-        converse(config, models, log)
+        converse(config, models, template, log)
     else:
         from llama_ft.decoding.show import show_answers
 
@@ -65,24 +71,24 @@ def main() -> int:
     return 0
 
 
-def read_asked(config: GenerateConfig, tokenizer: "Tokenizer") -> "list[Prompt]":
+def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Template") -> "list[Prompt]":
     """The prompts, as far as they are known at the start, checked before a model is loaded, which may take long."""
-    from llama_ft.decoding.prompts import Prompt, encode_prompt, prompt_of, read_prompts
+    from llama_ft.decoding.prompts import Prompt, encode_in_context, prompt_of, read_prompts
 
     if config.prompts is not None:
         from llama_ft.decoding.prompt_file import answer_keys
 
         file = Path(os.path.expanduser(config.prompts))
-        return read_prompts(file, answer_keys(config), tokenizer, config.model.max_seq_len)
+        return read_prompts(file, answer_keys(config), tokenizer, config.model.max_seq_len, template, config.system)
     if config.interactive:
         return []
     record = {"prompt": config.prompt, "instruction": config.instruction, "input": config.input}
-    prompt = Prompt(prompt_of(record), record)
-    encode_prompt(tokenizer, prompt.text, config.model.max_seq_len)
+    prompt = Prompt(prompt_of(record, template, config.system), record)
+    encode_in_context(prompt.text, tokenizer, config.model.max_seq_len)
     return [prompt]
 
 
-def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None]) -> None:
+def converse(config: GenerateConfig, models: "Models", template: "Template", log: Callable[[str], None]) -> None:
     """Answer line after line, with the models kept."""
     from llama_ft.decoding.chat import chat, line_reader
     from llama_ft.decoding.show import show_answers
@@ -103,10 +109,10 @@ def converse(config: GenerateConfig, models: "Models", log: Callable[[str], None
 
     base = models.load(True) if config.base is not None else bare
 
-    def show(prompt: str) -> None:
-        show_answers(prompt, lambda is_base: base if is_base else answer, config, log)
+    def show(prompt: str) -> str:
+        return show_answers(prompt, lambda is_base: base if is_base else answer, config, log)
 
-    chat(show, use, line_reader(), log)
+    chat(show, use, line_reader(), log, template, config.system)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
     for call, words in {
         lambda: lf.load("llama9"): "model=llama9 is not allowed: it must be one of .*tiny",
         lambda: lf.load("llama2_7b"): "no built-in weights: give checkpoint=DIR",
-        lambda: lf.complete(model, tokenizer): "give either an instruction or a prompt",
+        lambda: lf.complete(model, tokenizer): "give one of an instruction, a prompt, and messages",
         lambda: lf.add_lora(model, targets=["q_proj"]): "no linear layer is named q_proj",
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
         lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc",

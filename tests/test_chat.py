@@ -1,15 +1,21 @@
 """Conversations: kinds of records, chat templates against transformers, what of them is trained on."""
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from llama_ft.config import TrainOn, UserError
+from llama_ft.config import PACKAGE_DIR, TrainOn, UserError
 from llama_ft.data.records import Record, as_record
-from llama_ft.data.template import choose_template
+from llama_ft.data.template import choose_template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer_json import tokenizer_files
+from llama_ft.decoding.chat import chat
 from tests.helpers.chats import TEMPLATES, save_tokenizer, without_marks
 
 TURNS = [
@@ -67,7 +73,7 @@ def test_a_prompt_is_transformers_generation_prompt(folder):
     tokenizer = Tokenizer(folder / "tokenizer.json")
     template, record = choose_template("chat", tokenizer), as_record({"messages": TURNS})
     expected = theirs.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
-    assert template.prompt(record, tokenizer) == expected
+    assert encode_prompt(template.prompt(record), tokenizer) == expected
     sample = template.sample(record, tokenizer, TrainOn.last)
     assert list(sample.tokens[: sample.spans[0][0]]) == expected
 
@@ -144,29 +150,27 @@ def test_templates_that_cannot_be_used(tmp_path):
     save_tokenizer(tmp_path, "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}")
     tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
     with pytest.raises(ValueError, match="the chat template does not take it: roles must alternate"):
-        choose_template("chat", tokenizer).prompt(record, tokenizer)
-    with pytest.raises(UserError, match=r"data.template=chatty: there is no such file; .* auto, alpaca, chat, plain"):
+        choose_template("chat", tokenizer).prompt(record)
+    with pytest.raises(UserError, match=r"template chatty: there is no such file; .* auto, alpaca, chat, plain"):
         choose_template("chatty", tokenizer)
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
     with pytest.raises(UserError, match=r"broken\.jinja is no chat template that can be read"):
         choose_template(str(tmp_path / "broken.jinja"), tokenizer)
     (tmp_path / "escape.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="unsafe"):
-        choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record, tokenizer)
+        choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record)
     (tmp_path / "forgets.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
     with pytest.raises(ValueError, match=r"writes earlier turns otherwise .* data.train_on=last"):
         choose_template(str(tmp_path / "forgets.jinja"), tokenizer).sample(record, tokenizer, TrainOn.assistant)
     for name in ("alpaca", "plain"):
-        with pytest.raises(ValueError, match=f"data.template={name} has no place for a conversation of several turns"):
-            choose_template(name, tokenizer).prompt(record, tokenizer)
+        with pytest.raises(ValueError, match=f"template {name} has no place for a conversation of several turns"):
+            choose_template(name, tokenizer).prompt(record)
 
 
 def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     save_tokenizer(tmp_path)
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json")).name == "alpaca"
-    with pytest.raises(
-        UserError, match=r"data.template=chat: no chat template lies beside .*; give data.template=FILE"
-    ):
+    with pytest.raises(UserError, match=r"data.template=chat: no chat template lies beside .*; take alpaca, or a FILE"):
         choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json"), "plain").name == "plain"
     file = tmp_path / "tokenizer_config.json"
@@ -175,7 +179,99 @@ def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     for chat_template in (text, [{"name": "default", "template": text}]):
         file.write_text(json.dumps(said | {"chat_template": chat_template}))
         tokenizer = Tokenizer(tmp_path / "tokenizer.json")
-        assert choose_template("auto", tokenizer).name == "chat"
-        assert choose_template("auto", tokenizer).prompt(Record("foxes", "", ""), tokenizer) == tokenizer.encode(
-            "foxes"
-        )
+        template = choose_template("auto", tokenizer)
+        assert template.name == "chat"
+        assert encode_prompt(template.prompt(Record("foxes", "", "")), tokenizer) == tokenizer.encode("foxes")
+
+
+@pytest.mark.parametrize("style", ["llama 2", "mistral", "vicuna", "zephyr"])
+def test_a_sentencepiece_model_reads_templates_as_transformers_does(tmp_path, style):
+    file = tmp_path / "tokenizer.model"
+    shutil.copy(PACKAGE_DIR / "model" / "tiny" / "tokenizer.model", file)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[style])
+    tokenizer, record = Tokenizer(file), as_record({"messages": TURNS})
+    sample = choose_template("auto", tokenizer).sample(record, tokenizer, TrainOn.assistant)
+    for name, content in tokenizer_files(file, llama_3_1=False).items():
+        (tmp_path / name).write_text(json.dumps(content))
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        TURNS, return_assistant_tokens_mask=True, return_dict=True
+    )
+    assert list(sample.tokens) == theirs["input_ids"]
+    assert mask_of(sample) == theirs["assistant_masks"]
+
+
+# The commands
+
+
+def saved_model(folder: Path) -> Path:
+    """A small LLaMA with random weights and a chat template, as transformers saves it."""
+    made = save_tokenizer(folder, TEMPLATES["chatml"])
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(made), max_position_embeddings=256, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def run_in(folder: Path, module: str, *arguments: str, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"llama_ft.{module}", *arguments]
+    done = subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done
+
+
+@pytest.mark.process
+def test_an_instruct_model_is_trained_and_asked_in_its_own_template(tmp_path):
+    source = ("model=from_checkpoint", f"checkpoint={saved_model(tmp_path / 'model')}")
+    records = [{"messages": messages} for messages in CONVERSATIONS.values()]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = ("optim=lora", "tracker=disabled", "training.epochs=2", "hydra.run.dir=run")
+    done = run_in(tmp_path, "train", *source, "data.path=chat.jsonl", *options)
+    assert ", template chat" in done.stdout
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["template"] == "chat"
+    asked = [{"messages": [SYSTEM, TURNS[0]]}, {"instruction": TURNS[0]["content"]}]
+    (tmp_path / "asked.json").write_text(json.dumps(asked))
+    options = ("system=You help.", "decoding.max_new_tokens=4", "prompts=asked.json")
+    answers = [
+        json.loads(line)["answer"] for line in run_in(tmp_path, "generate", *source, *options).stdout.splitlines()
+    ]
+    assert answers[0] == answers[1]
+    talk = ("interactive=true", "adapter=run", "decoding.max_new_tokens=4")
+    said = run_in(tmp_path, "generate", *source, *talk, text="One.\nTwo.\n/system Be kind.\nThree.\n").stderr
+    assert "template: chat" in said
+    assert "a conversation; /help says more" in said
+    for choice, refused in (("alpaca", "has no place for a conversation"), ("nowhere", "there is no such file")):
+        done = subprocess.run(
+            [sys.executable, "-m", "llama_ft.evaluate", *source, "data.path=chat.jsonl", f"data.template={choice}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert refused in done.stderr.splitlines()[-1]
+
+
+def test_a_dialogue_remembers_what_was_said_until_it_begins_anew(tmp_path):
+    save_tokenizer(tmp_path, TEMPLATES["chatml"])
+    template = choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
+    lines, prompts, said = iter(["One.", "/input ox", "Two?", "/system Be kind.", "Three."]), list[str](), list[str]()
+
+    def answer(prompt: str) -> str:
+        prompts.append(prompt)
+        return "Yes."
+
+    def read_line() -> str:
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        return line
+
+    chat(answer, pytest.fail, read_line, said.append, template, "You help.")
+    turn = "<|im_start|>{}\n{}<|im_end|>\n".format
+    begun = turn("system", "You help.") + turn("user", "One.")
+    ask = "<|im_start|>assistant\n"
+    assert prompts == [
+        begun + ask,
+        begun + turn("assistant", "Yes.") + turn("user", "Two?\n\nox") + ask,
+        turn("system", "Be kind.") + turn("user", "Three.") + ask,
+    ]
+    said.clear()
+    lines = iter(["/system Be kind."])
+    chat(answer, pytest.fail, read_line, said.append)
+    assert said[1] == "error: template alpaca has no place for a system message"

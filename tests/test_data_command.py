@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_every_record_is_in_one_bar(lengths):
     assert [bin.records for bin in bins] == numpy.histogram(lengths, ends)[0].tolist()
     assert sum(bin.records for bin in bins) == len(lengths)
     assert 1 <= len(bins) <= 12
-    for one, following in zip(bins, bins[1:], strict=False):
+    for one, following in pairwise(bins):
         assert one.last == following.first - 1
 
 

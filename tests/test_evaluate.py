@@ -26,6 +26,7 @@ from llama_ft.data.collate import Padding
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.evaluation import measures
@@ -71,7 +72,7 @@ def config_of(model: ModelConfig = SMALL, data: dict[str, Any] | None = None, **
 
 
 def evaluation_set(tokenizer: Tokenizer, **settings: Any) -> EvaluationSet:
-    return load_records(config_of(**settings), tokenizer, lambda line: None)
+    return load_records(config_of(**settings), tokenizer, ALPACA_TEMPLATE, lambda line: None)
 
 
 # Perplexity of a text
@@ -469,7 +470,7 @@ def test_windows_and_strides_that_are_allowed() -> None:
 def test_the_whole_command(tmp_path: Path) -> None:
     done = run("llama_ft.evaluate", "max_samples=3", "max_new_tokens=2", "checkpoint=random", cwd=tmp_path)
     assert done.returncode == 0
-    assert re.fullmatch("device: .*\n", done.stderr)
+    assert re.fullmatch("template: alpaca\ndevice: .*\n", done.stderr)
     assert "\x1b" not in done.stdout
     assert done.stdout.startswith("\ntiny, 3 held-out records of sample\n")
     (folder,) = (tmp_path / "outputs" / "evaluations").iterdir()

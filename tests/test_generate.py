@@ -25,7 +25,7 @@ from llama_ft import generate as generate_command
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.chat import chat, line_reader
+from llama_ft.decoding.chat import COMMANDS, chat, line_reader
 from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.decoding.show import show_answers
 from llama_ft.model.transformer import Transformer
@@ -165,7 +165,7 @@ def test_errors_in_a_dialogue_are_a_line_and_it_goes_on():
 
 def test_help_names_every_command():
     (said,) = dialogue(pytest.fail, "/help")
-    assert set(re.findall(r"^/\w+", said, re.MULTILINE)) == {"/input", "/raw", "/adapter", "/help", "/quit"}
+    assert set(re.findall(r"^/\w+", said, re.MULTILINE)) == {*(f"/{name}" for name in COMMANDS), "/quit"}
 
 
 def test_a_dialogue_changes_adapters():

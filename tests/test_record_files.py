@@ -27,7 +27,7 @@ from llama_ft.config.content import content_hash
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.data.dataset import NothingLeft, load_dataset, read_records
 from llama_ft.data.record_files import records_in
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.evaluation.records import load_records
 
@@ -353,15 +353,25 @@ def test_long_samples_are_cut_dropped_or_refused(tmp_path, tiny, policy):
     config = DataConfig("mine", str(file), on_long=policy)
     evaluate = EvaluateConfig(model=preset_tiny(), data=config)
     evaluate.data.max_length = 200
+    reads = [
+        lambda: load_dataset(config, tiny, 200, None),
+        lambda: load_records(evaluate, tiny, ALPACA_TEMPLATE, print).about,
+    ]
     if policy is OnLong.error:
         limit = f"{len(whole[1])} tokens are more than the 200 of data.max_length or the model's context"
         advice = "data.on_long=truncate cuts such samples, drop drops them"
         message = re.escape(f"records.jsonl, record 1 (line 2): {limit}. {advice}")
-        for load in (lambda: load_dataset(config, tiny, 200, None), lambda: load_records(evaluate, tiny, print)):
+        for load in (
+            lambda: load_dataset(config, tiny, 200, None),
+            lambda: load_records(evaluate, tiny, ALPACA_TEMPLATE, print),
+        ):
             with pytest.raises(UserError, match=message):
-                load()
+                read()
         return
-    dataset, evaluated = load_dataset(config, tiny, 200, None), load_records(evaluate, tiny, print).about
+    dataset, evaluated = (
+        load_dataset(config, tiny, 200, None),
+        load_records(evaluate, tiny, ALPACA_TEMPLATE, print).about,
+    )
     expected = (3, 1, 1) if policy is OnLong.truncate else (2, 0, 2)
     assert (len(dataset.samples), dataset.n_truncated, dataset.n_dropped) == expected
     assert (evaluated.records, evaluated.truncated, evaluated.dropped) == expected
@@ -448,7 +458,7 @@ READ = """
 import json, sys
 from llama_ft.config import UserError
 from llama_ft.data.record_files import records_in
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
 for name, split in json.loads(sys.argv[1]):
     try:
         found = [row["output"] for _, row in records_in(name, ("instruction",), split=split)]

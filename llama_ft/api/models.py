@@ -1,7 +1,7 @@
 """Models: loading, asking and saving them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
@@ -11,9 +11,10 @@ import torch
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.presets import config_dir, preset
-from llama_ft.data.prompt import prompt_text
+from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
+from llama_ft.decoding.prompts import prompt_of
 from llama_ft.device import DTYPES, why_no_gpu
 from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
@@ -81,27 +82,32 @@ def complete(
     *,
     input: str = "",
     prompt: str | None = None,
+    messages: Sequence[Mapping[str, object]] | None = None,
+    template: str = "auto",
     max_new_tokens: int = 128,
     temperature: float | None = None,
     top_p: float = 1.0,
     stop: str | Sequence[str] = (),
     seed: int = 0,
 ) -> str:
-    """The model's answer to an instruction, put into Alpaca's template, or its continuation of a prompt.
+    """The model's answer to an instruction or to a conversation, or its continuation of a prompt.
 
     Args:
+        messages: a conversation of role and content, the last of which is the user's.
+        template: in which instruction and messages are written down, as of `encode`.
         temperature: None takes the most probable token each time; a number samples.
         top_p: when sampling, the share of probability that is sampled from.
         stop: a text, or several, before which the answer ends.
 
     Raises:
-        UserError: unless one of instruction and prompt is given, or if the prompt does not fit the model's context.
+        UserError: unless one of instruction, prompt and messages is given, or if they do not fit the model's context.
     """
     if temperature is None and top_p != 1:
         raise UserError("top_p belongs to sampling: give temperature too")
-    if (instruction is None) == (prompt is None):
-        raise UserError("give either an instruction or a prompt")
-    text = prompt if prompt is not None else prompt_text(str(instruction), input)
+    if [instruction, prompt, messages].count(None) != 2:
+        raise UserError("give one of an instruction, a prompt, and messages")
+    asked = {"instruction": instruction, "input": input, "prompt": prompt, "messages": messages and [*messages]}
+    text = prompt_of(asked, choose_template(template, tokenizer))
     stops = [stop] if isinstance(stop, str) else list(stop)
     config = DecodingConfig(max_new_tokens=max_new_tokens, stop=stops, seed=seed)
     if temperature is not None:

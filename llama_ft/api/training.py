@@ -4,16 +4,17 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from llama_ft.api.models import DtypeName, dtype_of
-from llama_ft.config import OnBadRecord, TrainingConfig, UserError
+from llama_ft.config import OnBadRecord, TrainingConfig, TrainOn, UserError
 from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.records import Record, Sample, as_record
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.kernels import use_training_kernels
 from llama_ft.measure.memory import MemoryUse
@@ -38,26 +39,33 @@ def read_records(file: str | Path | None = None) -> list[Record]:
 
 
 def encode(
-    records: Iterable[Record | Mapping[str, str]], tokenizer: Tokenizer, max_length: int | None = None
+    records: Iterable[Record | Mapping[str, object]],
+    tokenizer: Tokenizer,
+    max_length: int | None = None,
+    *,
+    template: str = "auto",
+    train_on: Literal["assistant", "all", "last"] = "assistant",
 ) -> list[Sample]:
-    """Tokenize records with Alpaca's template. The prompt is not trained on, the answer and EOS are.
+    """Tokenize records. The prompt is not trained on, the answer and what ends it are.
 
     Args:
-        records: each with `instruction`, `output` and, if it needs one, `input`.
+        records: each with `instruction`, `output` and, if it needs one, `input`; with `messages` of role and content;
+            or with `prompt` and `completion`.
         max_length: longer samples are truncated to so many tokens; those left with no answer are dropped.
+        template: `chat` is the tokenizer's own, `alpaca`, `plain` or the name of a file in Jinja; `auto` is chat where
+            there is one, else alpaca.
+        train_on: the assistant's turns, all that is read, or the last turn alone.
 
     Raises:
-        UserError: naming the record that lacks one of them.
+        UserError: naming the record that lacks one of them, or that the template does not take.
     """
-    samples = []
+    chosen, samples = choose_template(template, tokenizer), []
     for number, record in enumerate(records, 1):
-        if not isinstance(record, Record):
-            try:
-                record = as_record(record)
-            except ValueError as error:
-                raise UserError(f"record {number}: {error}") from error
-        sample = encode_record(record, tokenizer)
-        sample = sample.cut(max_length)
+        try:
+            whole = record if isinstance(record, Record) else as_record(record)
+            sample = chosen.sample(whole, tokenizer, TrainOn[train_on]).cut(max_length)
+        except ValueError as error:
+            raise UserError(f"record {number}: {error}") from error
         if sample.n_targets > 0:
             samples.append(sample)
     return samples

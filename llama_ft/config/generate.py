@@ -60,12 +60,14 @@ class GenerateConfig(TrainedSource):
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     prompt: str | None = setting(None, "a text to go on with")
-    instruction: str | None = setting(None, "instead of a prompt: what to do, put into Alpaca's template")
+    instruction: str | None = setting(None, "instead of a prompt: what to do, written down in the template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
-    prompts: str | None = setting(None, "many: a file of records with prompt, or instruction and input")
+    system: str | None = setting(None, "a system message before instructions, for a chat template")
+    template: str = setting("auto", "chat, alpaca, plain or a FILE in Jinja; auto is what was trained with, if known")
+    prompts: str | None = setting(None, "many: a file of records with prompt, instruction and input, or messages")
     output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
     batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1, needs="prompts=FILE")
-    interactive: bool = setting(False, "keep the model, and answer an instruction a line; /help there says more")
+    interactive: bool = setting(False, "keep the model, and answer line after line; /help there says more")
     compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")
 
     def __post_init__(self) -> None:
@@ -78,6 +80,8 @@ class GenerateConfig(TrainedSource):
             raise UserError("instruction is empty: say what is to be done, or give a prompt")
         if self.input and self.instruction is None:
             raise UserError("input belongs to an instruction, and there is none")
+        if self.system is not None and self.prompt is not None:
+            raise UserError("system belongs to an instruction, and prompt is taken as it is: leave out one of them")
         if self.output is not None and self.prompts is None:
             raise UserError("output is for the answers to prompts=FILE; a single answer goes to standard output")
         if self.compare and self.adapter is None and self.base is None:

@@ -88,12 +88,13 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
                 del measured["training"][key]
         data = measured["data"]
         data["columns"] = self.data.columns.given
-        for key in ("columns", "subset", "split", "on_long"):
-            if data[key] in ({}, None, "truncate"):
+        for key in ("columns", "subset", "split", "on_long", "template", "train_on"):
+            if data[key] in ({}, None, "truncate", "auto", "assistant"):
                 del data[key]
         data["path"] = content_hash(data["path"], data=True) if data["path"] else None
-        for key in {"tokenizer", "checkpoint", "adapter"} & measured.keys():
-            measured[key] = content_hash(files.get(measured[key], measured[key])) if measured[key] else None
+        named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
+        for holder, key in [(data, "template")] * ("template" in data) + named:
+            holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return measured
 
     def hash(self, without: tuple[str, ...] = ()) -> str:

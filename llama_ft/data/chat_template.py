@@ -5,7 +5,7 @@ since they come from strangers, and `{% generation %}` … `{% endgeneration %}`
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -47,12 +47,16 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes what HTML would
 
 
+class Rendered(str):
+    """What a chat template has written: a text that spells special tokens."""
+
+
 class ChatTemplate:
     """A chat template, compiled."""
 
-    def __init__(self, text: str, name: str) -> None:
-        """Compile it; a UserError says where it is wrong."""
-        self.name = name
+    def __init__(self, text: str, name: str, special_names: Mapping[str, str]) -> None:
+        """Compile it, for a tokenizer that has these special tokens; a UserError says where it is wrong."""
+        self.name, self._known = name, {"tools": None, "documents": None, **special_names}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
@@ -61,19 +65,18 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
-            raise UserError(f"data.template={name} is no chat template that can be read: {error}") from error
+            raise UserError(f"template {name} is no chat template that can be read: {error}") from error
 
-    def _render(self, messages: Sequence[Message], tokenizer: Tokenizer, asks: bool) -> str:
+    def _render(self, messages: Sequence[Message], asks: bool) -> str:
         """The text of a conversation, and with `asks` of what comes before the assistant's next answer."""
-        known = {"tools": None, "documents": None, "add_generation_prompt": asks, **tokenizer.special_names}
         try:
-            return self._template.render(messages=messages, **known)
+            return self._template.render(messages=messages, add_generation_prompt=asks, **self._known)
         except Exception as error:  # strangers' code: it may fail in any way
             raise ValueError(f"the chat template does not take it: {error}") from error
 
-    def prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
+    def prompt(self, record: Record) -> str:
         """The conversation up to where the record's answer begins."""
-        return tokenizer.encode_chat(_unmarked(self._render(record.messages[:-1], tokenizer, True))[0])[0]
+        return Rendered(_unmarked(self._render(record.messages[:-1], True))[0])
 
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
         """The whole conversation, of which all answers, the last one, or all but the first token are trained on.
@@ -82,7 +85,7 @@ class ChatTemplate:
         special token that ends it.
         """
         messages = record.messages
-        text, spans = _unmarked(self._render(messages, tokenizer, False))
+        text, spans = _unmarked(self._render(messages, False))
         tokens, offsets = tokenizer.encode_chat(text)
         if train_on is TrainOn.all:
             return Sample.after(tokens, 1)
@@ -97,8 +100,8 @@ class ChatTemplate:
 
     def _answer(self, messages: Sequence[Message], number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
         """Where in the conversation's text the answer stands that is this message of it."""
-        before = self._render(messages[:number], tokenizer, True)
-        through = self._render(messages[: number + 1], tokenizer, False)
+        before = self._render(messages[:number], True)
+        through = self._render(messages[: number + 1], False)
         if not (through.startswith(before) and text.startswith(through)):
             problem = "the chat template writes earlier turns otherwise once there are later ones"
             raise ValueError(f"{problem}: give data.train_on=last, or a template with {{% generation %}}")

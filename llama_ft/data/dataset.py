@@ -13,6 +13,7 @@ from llama_ft.data.record_files import records_in
 from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
 from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
@@ -28,13 +29,14 @@ class Dataset:
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
     n_dropped: int  # longer samples left out: all where `data.on_long=drop`, else those with no answer before the cut
+    template: str = "alpaca"  # in which they are written down
 
     def describe(self) -> str:
         """One line for people."""
         lengths = [len(sample) for sample in self.samples]
         trained = sum(sample.n_targets for sample in self.samples)
         text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
-        text += f", {trained / sum(lengths):.0%} of them trained on"
+        text += f", {trained / sum(lengths):.0%} of them trained on, template {self.template}"
         notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
         return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
 
@@ -49,21 +51,28 @@ def silent(line: str) -> None:
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
-    return load_dataset(config.data, load_tokenizer(config), config.max_length, config.training.max_samples, log)
+    tokenizer = load_tokenizer(config)
+    template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log, template)
 
 
 def load_dataset(
-    config: DataConfig, tokenizer: Tokenizer, max_length: int, max_samples: int | None, log: Log = silent
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_samples: int | None,
+    log: Log = silent,
+    template: Template | None = None,
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
     reader = Reader(records_file(config, log), config, log)
-    template = choose_template(config.template, tokenizer)
+    template = template or choose_template(config.template, tokenizer)
     samples = [sample for _, sample in reader.samples(template, tokenizer, max_length, max_samples)]
     if not samples:
         reader.check_records()
         none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
         raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
-    return Dataset(samples, reader.n_skipped, reader.n_truncated, reader.n_dropped)
+    return Dataset(samples, reader.n_skipped, reader.n_truncated, reader.n_dropped, template.name)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llama_ft.config import TrainOn, UserError
-from llama_ft.data.chat_template import ChatTemplate
+from llama_ft.data.chat_template import ChatTemplate, Rendered
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
@@ -26,8 +26,8 @@ class Template(Protocol):
         """The record's tokens; a ValueError says why the template does not take it."""
         ...
 
-    def prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
-        """The tokens before the record's answer; a ValueError says why the template does not take it."""
+    def prompt(self, record: Record) -> str:
+        """The text before the record's answer; a ValueError says why the template does not take it."""
         ...
 
 
@@ -37,17 +37,14 @@ class TextTemplate:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def _text(self, record: Record) -> str:
+    def prompt(self, record: Record) -> str:
+        """The text up to where the answer follows at once."""
         if record.conversation:
-            whole = "a conversation of several turns, or with more than texts of user and assistant"
-            raise ValueError(f"data.template={self.name} has no place for {whole}: give data.template=chat, or a FILE")
+            whole = "a conversation of several turns, or of more than texts of user and assistant"
+            raise ValueError(f"template {self.name} has no place for {whole}: take chat, or a FILE in Jinja")
         if self.name == ALPACA:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
-
-    def prompt(self, record: Record, tokenizer: Tokenizer) -> list[int]:
-        """BOS and the prompt."""
-        return tokenizer.encode(self._text(record), bos=True)
 
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
         """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
@@ -55,7 +52,7 @@ class TextTemplate:
         The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it
         counts as answer, so that no token of the answer goes untrained.
         """
-        prompt = self._text(record)
+        prompt = self.prompt(record)
         tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
         if train_on is TrainOn.all:
             return Sample.after(tokens, 1)
@@ -64,8 +61,11 @@ class TextTemplate:
         return Sample.after(tokens, next((n for n, (one, other) in pairs if one != other), len(prompt_ids)))
 
 
+ALPACA_TEMPLATE = TextTemplate(ALPACA)
+
+
 def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None = None) -> Template:
-    """The template of `data.template`; a UserError if there is none.
+    """The template that is asked for; a UserError if there is none.
 
     Args:
         choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: what
@@ -79,14 +79,19 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
         file = Path(os.path.expanduser(choice))
         if not file.is_file():
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
-            raise UserError(f"data.template={choice}: there is no such file; else it must be one of {allowed}")
-        return ChatTemplate(text_of(file, f"data.template={file}"), choice)
+            raise UserError(f"template {choice}: there is no such file; else it must be one of {allowed}")
+        return ChatTemplate(text_of(file, f"template {file}"), choice, tokenizer.special_names)
     if not tokenizer.chat_template:
         where = f"no chat template lies beside tokenizer={tokenizer.file}"
-        raise UserError(f"data.template=chat: {where}; give data.template=FILE, a chat template in Jinja, or alpaca")
-    return ChatTemplate(tokenizer.chat_template, CHAT)
+        raise UserError(f"template chat: {where}; take alpaca, or a FILE, which is a chat template in Jinja")
+    return ChatTemplate(tokenizer.chat_template, CHAT, tokenizer.special_names)
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of what a model is to go on with: BOS first, which a chat template spells itself."""
+    return tokenizer.encode_chat(text)[0] if isinstance(text, Rendered) else tokenizer.encode(text, bos=True)
 
 
 def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
     """A record in Alpaca's template, of which the answer and EOS are trained on."""
-    return TextTemplate(ALPACA).sample(record, tokenizer, TrainOn.assistant)
+    return ALPACA_TEMPLATE.sample(record, tokenizer, TrainOn.assistant)

@@ -1,4 +1,4 @@
-"""A dialogue a line at a time: each line is an instruction by itself, or a command."""
+"""A dialogue a line at a time: with a chat template a conversation, else each line an instruction by itself."""
 
 import io
 import re
@@ -8,13 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from llama_ft.config import UserError
+from llama_ft.data.records import Record
+from llama_ft.data.template import ALPACA_TEMPLATE, Template, TextTemplate
 from llama_ft.decoding.prompts import prompt_of
 
 TextFn = Callable[[str], None]
+AnswerFn = Callable[[str], str]
 ASK = "> "
 HELP = """\
-TEXT          an instruction, put into Alpaca's template; earlier ones are not remembered
-/input TEXT   what the next instruction is about
+TEXT          what you ask; a chat template is given the conversation so far, other templates this line alone
+/input TEXT   what the next line is about
+/system TEXT  begin a new conversation with this system message; without TEXT with none
 /raw TEXT     a prompt as it is, without the template
 /adapter DIR  answer with this adapter from now on, on the same weights; without DIR with none
 /help         this text
@@ -25,41 +29,81 @@ class _Stopped(KeyboardInterrupt):
     """Ctrl-C while an answer is given."""
 
 
-def chat(answer: TextFn, use_adapter: TextFn, read_line: Callable[[], str], log: TextFn) -> None:
+class _Dialogue:
+    """What has been said, as far as the template takes it, and what the commands do."""
+
+    def __init__(
+        self, answer: AnswerFn, use_adapter: TextFn, log: TextFn, template: Template, system: str | None
+    ) -> None:
+        self._answer, self._use_adapter, self._log, self._template = answer, use_adapter, log, template
+        self.remembers, self._about = not isinstance(template, TextTemplate), ""
+        self.system(system or "")
+
+    def help(self, _: str) -> None:
+        self._log(HELP)
+
+    def input(self, text: str) -> None:
+        self._about = text.strip()
+
+    def system(self, text: str) -> None:
+        if text.strip() and not self.remembers:
+            raise UserError(f"template {self._template.name} has no place for a system message")
+        self._messages = [{"role": "system", "content": text.strip()}] if text.strip() else []
+
+    def raw(self, text: str) -> None:
+        with _stoppable():
+            self._answer(prompt_of({"prompt": text}))
+
+    def adapter(self, text: str) -> None:
+        self._use_adapter(text.strip())
+
+    def say(self, text: str) -> None:
+        """Let a line be answered, and remember it with its answer."""
+        if not text.strip():
+            return
+        asked = Record(text.strip(), self._about, "").messages[0]
+        record = {"messages": [*self._messages, asked]} if self.remembers else {"instruction": text.strip()}
+        with _stoppable():
+            reply = self._answer(prompt_of({"input": self._about} | record, self._template))
+        self._messages += [asked, {"role": "assistant", "content": reply}]
+        self._about = ""
+
+
+COMMANDS = ("input", "system", "raw", "adapter", "help")
+
+
+def chat(
+    answer: AnswerFn,
+    use_adapter: TextFn,
+    read_line: Callable[[], str],
+    log: TextFn,
+    template: Template = ALPACA_TEMPLATE,
+    system: str | None = None,
+) -> None:
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
     Args:
-        answer: generates and shows what follows a prompt. A UserError of it is logged, and the dialogue goes on.
+        answer: generates, shows and returns what follows a prompt. A UserError of it is logged, and the dialogue goes
+            on.
         use_adapter: likewise changes to the adapter in a folder; an empty name is none.
         read_line: the next line without its line break; raises EOFError after the last.
+        system: the system message that the conversation begins with.
     """
-    log("an instruction a line; /help says more, /quit ends")
-    about = ""
+    dialogue = _Dialogue(answer, use_adapter, log, template, system)
+    log(f"{'a conversation' if dialogue.remembers else 'an instruction a line'}; /help says more, /quit ends")
     while True:
         try:
             line = read_line()
         except (EOFError, KeyboardInterrupt):
             break
         match = re.fullmatch(r"\s*/(\w+)(?:\s(.*))?", line, re.DOTALL)  # a command's text may begin with spaces
-        command, text = (match[1], match[2] or "") if match else ("", line.strip())
+        command, text = (match[1], match[2] or "") if match else ("say", line)
         if command == "quit":
             break
-        if command == "help":
-            log(HELP)
-        elif command == "input":
-            about = text.strip()
-        elif command == "raw":
-            with _logged(log), _stoppable():
-                answer(prompt_of({"prompt": text}))
-        elif command == "adapter":
-            with _logged(log):
-                use_adapter(text.strip())
-        elif command:
-            log(f"error: /{command} is no command; /help lists them")
-        elif text:
-            with _logged(log), _stoppable():
-                answer(prompt_of({"instruction": text, "input": about}))
-            about = ""
+        with _logged(log):
+            if match and command not in COMMANDS:
+                raise UserError(f"/{command} is no command; /help lists them")
+            getattr(dialogue, command)(text)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from llama_ft.config import DecodingConfig, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import beam_search
-from llama_ft.decoding.prompts import encode_prompt
+from llama_ft.decoding.prompts import encode_in_context
 from llama_ft.decoding.sampling import Greedy, Sampling
 from llama_ft.decoding.state import GenerationState
 from llama_ft.decoding.text import StopAt, TextStream
@@ -38,7 +38,7 @@ def generate(
     `on_text` is given the first answer's text piece by piece, once it is certain; that of a beam search at its end. A
     prompt that leaves no room in the model's context is a UserError, and so are logits that are not finite.
     """
-    batch = [encode_prompt(tokenizer, prompt, model.config.max_seq_len) for prompt in prompts]
+    batch = [encode_in_context(prompt, tokenizer, model.config.max_seq_len) for prompt in prompts]
     n_answers = config.num_return_sequences
     writers = [
         _Writer(tokenizer, config.stop, min(config.max_new_tokens, model.config.max_seq_len - len(tokens)))

@@ -36,8 +36,8 @@ def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt])
     names = [config.checkpoint, str(config.tokenizer_file), config.adapter, base]
     builtin = {"builtin": str(config.model.builtin_dir)}
     files = [content_hash(builtin.get(name, name)) if name else None for name in names]
-    records = [prompt.record for prompt in prompts]
-    settings = [asdict(config.decoding), config.model.sizes, files, dtype, config.compare, records]
+    asked = [(prompt.text, prompt.record) for prompt in prompts]
+    settings = [asdict(config.decoding), config.model.sizes, files, dtype, config.compare, asked]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 

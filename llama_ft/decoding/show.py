@@ -16,8 +16,11 @@ BASE, FINE_TUNED = "base", "fine-tuned"
 MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
 
 
-def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callable[[str], None]) -> None:
-    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end."""
+def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callable[[str], None]) -> str:
+    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
+
+    Returns the text of the first one, with `compare` of the fine-tuned model.
+    """
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):
@@ -27,7 +30,7 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callabl
         print_comparison(*compared)
     elif config.decoding.num_return_sequences == 1:
         with streamed_line() as write:
-            _, summary = _ask(load(False), prompt, write, config)
+            answers, summary = _ask(load(False), prompt, write, config)
         log(summary)
     else:
         answers, summary = _ask(load(False), prompt, ignore, config)
@@ -35,6 +38,7 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callabl
             log(f"answer {number}, ended by {answer.finish}:")
             print(answer.text, flush=True)
         log(summary)
+    return answers[0].text
 
 
 def _ask(

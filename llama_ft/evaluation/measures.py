@@ -10,7 +10,7 @@ import torch
 
 from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
-from llama_ft.data.prompt import prompt_text
+from llama_ft.data.template import Template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
@@ -31,6 +31,7 @@ class EvalInputs:
     """What models are measured on."""
 
     tokenizer: Tokenizer
+    template: Template
     data: EvaluationSet
     text: Text | None
 
@@ -82,7 +83,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     answers: list[Answer] = []
     exact_match = None
     if config.exact_match:
-        prompts = [prompt_text(record.instruction, record.input) for record in records]
+        prompts = [inputs.template.prompt(record) for record in records]
         with progress("answers", len(prompts)) as advance:
             answers = greedy_answers(model, inputs.tokenizer, prompts, config, advance)
         correct = [matches(answer.text, record.output) for answer, record in zip(answers, records, strict=True)]

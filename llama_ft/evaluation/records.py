@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
 from llama_ft.data.dataset import SAMPLE_DIR, Reader, records_file
-from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
-from llama_ft.data.template import ALPACA, choose_template
+from llama_ft.data.template import Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
 
@@ -26,7 +25,9 @@ class EvaluationSet:
     majority: Majority
 
 
-def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[str], None]) -> EvaluationSet:
+def load_records(
+    config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Callable[[str], None]
+) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
     A file or record that is bad or cannot be had is a UserError, and so is it if none is left.
@@ -34,10 +35,8 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, log: Callable[[st
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
     reader, records, samples, n_without_room = Reader(file, config.data, log), list[Record](), list[Sample](), 0
-    template = choose_template(ALPACA, tokenizer)
     for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
-        prompt = tokenizer.encode(prompt_text(record.instruction, record.input), bos=True)
-        if len(prompt) < config.model.max_seq_len:
+        if len(encode_prompt(template.prompt(record), tokenizer)) < config.model.max_seq_len:
             records.append(_with_task(record))
             samples.append(sample)
         else:

@@ -1,6 +1,8 @@
 """`result.json`: what a run leaves behind, however it ends."""
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -66,6 +68,8 @@ class Result:
     settings_hash: str | None = None  # equal for runs that differ in their techniques alone
     packing: int | None = None  # tokens up to which the samples of an update were laid end to end
     compiled: bool = False  # whether the layers were
+    template: str | None = None  # in which records were written down: alpaca, plain, chat or a file
+    ends: str | None = None  # of texts, by name
     memory_limit_mib: int | None = None
     device: str | None = None
     compute_dtype: str | None = None
@@ -135,6 +139,15 @@ def read_result(run_dir: Path) -> Result | None:
     if not all(key in result.techniques.get(name, {}) for name, key in (("ga", "steps"), ("mp", "frozen_weights"))):
         raise UserError(f"{file} is damaged: ga.steps or mp.frozen_weights is missing in techniques")
     return result
+
+
+def template_of_run(folder: str | None) -> str | None:
+    """The template that the run in a folder trained with; None where that is not known."""
+    path = Path(os.path.expanduser(folder or ""))
+    with suppress(UserError):  # of another version, or of another program
+        result = read_result(path) if folder and path.is_dir() else None
+        return result.template if result else None
+    return None
 
 
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:

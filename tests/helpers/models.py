@@ -66,8 +66,8 @@ def trained_adapter(
     """What a run with LoRA of rank 4 leaves, with an adapter that changes much."""
     folder.mkdir()
     adapted = make_model(config)
-    add_lora(adapted, 4, alpha, 0.0, targets)
     torch.manual_seed(3)
+    add_lora(adapted, 4, alpha, 0.0, targets)
     for name, parameter in adapted.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=std)
