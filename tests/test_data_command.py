@@ -18,7 +18,8 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.config import PACKAGE_DIR, DataCommandConfig, UserError
 from llama_ft.data.__main__ import main
-from llama_ft.data.inspection import histogram, inspect_data, segments
+from llama_ft.data.inspection import histogram, inspect_data
+from llama_ft.data.inspection import parts as parts_of
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
 from llama_ft.data.template import encode_record
@@ -66,14 +67,22 @@ def test_figures_of_the_real_records(test_data):
         lengths.append(len(whole) + 2)
         shared = next((n for n, pair in enumerate(zip(start, whole, strict=False)) if len({*pair}) > 1), len(start))
         answers += len(whole) - shared + 1
-    assert (report.records, report.tokens, report.lengths.median, report.lengths.longest) == (200, 24_200, 96, 405)
+    assert (report.records, report.tokens) == (200, 24_200)
+    assert (report.lengths["median"], report.lengths["longest"]) == (96, 405)
     assert report.trained_tokens == answers
     p90, p99 = numpy.percentile(lengths, [90, 99], method="inverted_cdf")
     found = report.lengths
-    assert (found.shortest, found.p90, found.p99) == (min(lengths), p90, p99)
-    assert found.mean == pytest.approx(numpy.mean(lengths))
-    edges = [bin.first for bin in report.histogram] + [max(lengths) + 1]
-    assert [bin.records for bin in report.histogram] == numpy.histogram(lengths, edges)[0].tolist()
+    assert (found["shortest"], found["p90"], found["p99"]) == (min(lengths), p90, p99)
+    assert found["mean"] == pytest.approx(numpy.mean(lengths))
+    assert report.histogram == {
+        "0 – 49": 1,
+        "50 – 99": 103,
+        "100 – 149": 53,
+        "150 – 199": 21,
+        "200 – 249": 13,
+        "250 – 299": 1,
+        "300 or more": 8,
+    }
     assert (report.template, report.ends, report.too_long.records) == ("alpaca", ["</s>"], 0)
     first, middle, longest = report.examples
     assert (first.where, middle.tokens, longest.tokens) == ("record 0", sorted(lengths)[99], 405)
@@ -82,21 +91,22 @@ def test_figures_of_the_real_records(test_data):
 @settings(derandomize=True, database=None, deadline=None, max_examples=200)
 @given(lengths=st.lists(st.integers(1, 200_000), min_size=1, max_size=60).map(sorted))
 def test_every_record_is_in_one_bar(lengths):
-    bins = histogram(lengths)
-    ends = [bin.first for bin in bins] + [max(lengths) + 1]
-    assert [bin.records for bin in bins] == numpy.histogram(lengths, ends)[0].tolist()
-    assert sum(bin.records for bin in bins) == len(lengths)
-    assert 1 <= len(bins) <= 12
-    for one, following in pairwise(bins):
-        assert one.last == following.first - 1
+    bars = histogram(lengths)
+    starts = [int(name.split()[0].replace(",", "")) for name in bars]
+    assert list(bars.values()) == numpy.histogram(lengths, [*starts, max(lengths) + 1])[0].tolist()
+    assert 1 <= len(bars) <= 12
+    assert len({later - earlier for earlier, later in pairwise(starts)}) <= 1
+    *others, last = bars
+    assert all(int(name.split()[-1].replace(",", "")) + 1 in starts for name in others)
+    assert last.endswith("or more") or int(last.split()[-1].replace(",", "")) >= max(lengths)
 
 
 @pytest.mark.parametrize(
     ("policy", "counts", "said"),
     [
-        ("truncate", (1, 0), "data.on_long=truncate, 1 cut, 0 left out: record 3 (line 4)."),
-        ("drop", (0, 1), "data.on_long=drop, 0 cut, 1 left out: record 3 (line 4)."),
-        ("error", (0, 0), "data.on_long=error, a run stops: record 3 (line 4)."),
+        ("truncate", (1, 0), "data.on_long=truncate, 1 cut, 0 left out: first record 3 (line 4)."),
+        ("drop", (0, 1), "data.on_long=drop, 0 cut, 1 left out: first record 3 (line 4)."),
+        ("error", (0, 0), "data.on_long=error, a run stops: first record 3 (line 4)."),
     ],
 )
 def test_what_is_the_matter_with_records_is_said(records, policy, counts, said):
@@ -108,8 +118,8 @@ def test_what_is_the_matter_with_records_is_said(records, policy, counts, said):
     text = printed(report)
     for line in (
         f"More than 100 tokens, {said}",
-        "The same twice: first record 0 (line 1) and record 2 (line 3).",
-        "Empty answers: record 1 (line 2).",
+        "The same twice: first record 0 (line 1), record 2 (line 3).",
+        "Empty answers: first record 1 (line 2).",
     ):
         assert line in text
     assert lengths[-1] > 300  # the longest is shown whole, whatever becomes of it
@@ -132,20 +142,20 @@ def test_bad_records_and_none(records):
 @given(output=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\ufffd"), max_size=20))
 def test_an_example_is_the_text_in_its_parts(output):
     record = Record("Say it.", "", output)
-    parts = segments(encode_record(record, TINY), TINY)
-    assert "".join(part.text for part in parts) == f"<s>{prompt_text('Say it.')}{output}</s>"
-    assert [part.is_trained_on for part in parts] == [False, True]
-    assert parts[1].text in (f"{output}</s>", f":{output}</s>")  # the colon where one piece is both
+    parts = parts_of(encode_record(record, TINY), TINY)
+    assert "".join(text for text, _ in parts) == f"<s>{prompt_text('Say it.')}{output}</s>"
+    assert [is_trained_on for _, is_trained_on in parts] == [False, True]
+    assert parts[1][0] in (f"{output}</s>", f":{output}</s>")  # the colon where one piece is both
 
 
 def test_parts_of_a_conversation_and_characters_that_are_split():
     tokens = TINY.encode("Hi 日本 there", bos=True, eos=True)
-    whole = "".join(part.text for part in segments(Sample(tokens, ()), TINY))
+    whole = "".join(text for text, _ in parts_of(Sample(tokens, ()), TINY))
     for edge in range(2, len(tokens) - 1):
         spans = ((1, 2), (edge, len(tokens) - 1)) if edge > 2 else ((edge, len(tokens) - 1),)
-        parts = segments(Sample(tokens, spans), TINY)
-        assert "".join(part.text for part in parts) == whole == "<s>Hi 日本 there</s>"
-        assert sum(part.is_trained_on for part in parts) == len(spans)
+        parts = parts_of(Sample(tokens, spans), TINY)
+        assert "".join(text for text, _ in parts) == whole == "<s>Hi 日本 there</s>"
+        assert sum(is_trained_on for _, is_trained_on in parts) == len(spans)
 
 
 def test_what_is_trained_on_is_in_colour_or_between_marks(records):
@@ -164,7 +174,7 @@ def test_a_long_part_is_shortened_on_the_screen_alone(tmp_path):
     text = data_markdown(report)
     assert "characters …]" in text
     assert "````text\n" in text  # a fence that the text does not close
-    assert len(report.examples[0].segments[1].text) > 4500
+    assert len(report.examples[0].parts[1][0]) > 4500
 
 
 # The command

@@ -22,7 +22,8 @@ from hydra.errors import HydraException
 
 from llama_ft import cli
 from llama_ft.cli.explain import explain
-from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, OnLong, TrainConfig, UserError
+from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, UserError
+from llama_ft.config.checks import OnLong
 from llama_ft.config.content import content_hash
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.data.dataset import NothingLeft, load_dataset, read_records
@@ -361,17 +362,11 @@ def test_long_samples_are_cut_dropped_or_refused(tmp_path, tiny, policy):
         limit = f"{len(whole[1])} tokens are more than the 200 of data.max_length or the model's context"
         advice = "data.on_long=truncate cuts such samples, drop drops them"
         message = re.escape(f"records.jsonl, record 1 (line 2): {limit}. {advice}")
-        for load in (
-            lambda: load_dataset(config, tiny, 200, None),
-            lambda: load_records(evaluate, tiny, ALPACA_TEMPLATE, print),
-        ):
+        for read in reads:
             with pytest.raises(UserError, match=message):
                 read()
         return
-    dataset, evaluated = (
-        load_dataset(config, tiny, 200, None),
-        load_records(evaluate, tiny, ALPACA_TEMPLATE, print).about,
-    )
+    dataset, evaluated = reads[0](), reads[1]()
     expected = (3, 1, 1) if policy is OnLong.truncate else (2, 0, 2)
     assert (len(dataset.samples), dataset.n_truncated, dataset.n_dropped) == expected
     assert (evaluated.records, evaluated.truncated, evaluated.dropped) == expected

@@ -20,16 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
-from llama_ft.config import (
-    FROM_CHECKPOINT,
-    SCHEMAS,
-    TECHNIQUES,
-    ColumnsConfig,
-    ModelConfig,
-    TrainConfig,
-    UserError,
-    config_dir,
-)
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config.groups import ColumnsConfig
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import new_folder
 

@@ -4,23 +4,12 @@ Plain dataclasses that know nothing of Hydra. `OmegaConf.to_object` runs `__post
 each check names the key, the value it got and what is allowed.
 """
 
-from llama_ft.config.checks import (
-    Combinations,
-    DeviceChoice,
-    Dtype,
-    Format,
-    Goal,
-    OnBadRecord,
-    OnLong,
-    TrainOn,
-    UserError,
-)
+from llama_ft.config.checks import Combinations, DeviceChoice, Dtype, Format, Goal, OnBadRecord, TrainOn, UserError
 from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.data_command import DataCommandConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
-    ColumnsConfig,
     DataConfig,
     GpuConfig,
     MatrixRates,

@@ -21,7 +21,7 @@ def content_hash(name: str, *, data: bool = False) -> str:
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():
-            files = path.rglob("*") if data else path.iterdir()
+            files = filter(Path.is_file, path.rglob("*") if data else path.iterdir())
             for file in sorted(file for file in files if data or CHECKPOINT_FILES.fullmatch(file.name)):
                 digest.update(file.name.encode())
                 _add(digest, file)
@@ -33,8 +33,6 @@ def content_hash(name: str, *, data: bool = False) -> str:
 
 
 def _add(digest: "hashlib._Hash", file: Path) -> None:
-    if file.is_dir():
-        return
     size = file.stat().st_size
     digest.update(f"{size}:".encode())
     with file.open("rb") as stream:

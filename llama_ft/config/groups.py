@@ -11,7 +11,6 @@ from llama_ft.config.model import ModelConfig
 
 # What tracks runs; chosen as a group.
 TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
-HUB = "hub:"  # begins the name of what lies on the Hugging Face hub
 # W&B's mode; `auto` is online where an API key is configured, else offline.
 TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
 
@@ -74,9 +73,7 @@ class DataConfig:
     """Records to train on: the built-in set, a file or a folder, or a data set on the Hugging Face hub."""
 
     name: str = setting("???", "which data this is")
-    path: str | None = setting(
-        None, "JSON, JSONL, CSV, TSV or Parquet, a folder of the library datasets, or hub:ORG/NAME[@REVISION]"
-    )
+    path: str | None = setting(None, "JSON, JSONL, CSV, TSV, Parquet; a folder of datasets; hub:ORG/NAME[@REVISION]")
     subset: str | None = setting(None, "of a folder or a hub: data set that has several; null where there is one")
     split: str | None = setting(None, "of a folder or a hub: data set; null is train")
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)

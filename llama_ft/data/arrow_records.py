@@ -1,14 +1,15 @@
 """Rows of Parquet files, of folders and of data sets on the Hugging Face hub, through the library `datasets`."""
 
+import io
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.config.groups import HUB
 
+HUB = "hub:"  # begins the name of what lies on the Hugging Face hub
 SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves of one split, and of several
 
 
@@ -27,7 +28,7 @@ def arrow_rows(name: str, subset: str | None, split: str | None) -> Iterator[tup
         import datasets
     except ImportError as error:
         raise UserError(f"{name} needs the package datasets: pip install 'llama_ft[data]'") from error
-    with _quiet(datasets):
+    with _quiet():
         loaded = _loaded(datasets, name, subset)
     if isinstance(loaded, dict):
         wanted = split or "train"
@@ -67,17 +68,12 @@ def _reason(datasets: Any, error: Exception, path: str, revision: str, subset: s
 
 
 @contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the libraries' progress bars, warnings and tries; what fails is said once, by the error."""
-    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
-    levels, had_bars = [logger.level for logger in loggers], not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
+    before = logging.root.manager.disable
+    logging.disable()
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
+        logging.disable(before)

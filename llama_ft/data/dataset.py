@@ -7,7 +7,8 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
-from llama_ft.config import DataConfig, OnBadRecord, OnLong, TrainConfig, UserError
+from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
+from llama_ft.config.checks import OnLong
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
 from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from llama_ft.config import UserError
-from llama_ft.config.groups import HUB
-from llama_ft.data.arrow_records import arrow_rows
+from llama_ft.data.arrow_records import HUB, arrow_rows
 from llama_ft.files import Json, explained, regular
 
 PACKED = (".gz", ".zst")
