@@ -26,7 +26,7 @@ from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, U
 from llama_ft.config.checks import OnLong
 from llama_ft.config.content import content_hash
 from llama_ft.config.evaluate import EvaluateConfig
-from llama_ft.data.dataset import NothingLeft, load_dataset, read_records
+from llama_ft.data.dataset import NothingLeft, load_dataset, read_records, records_file
 from llama_ft.data.record_files import records_in
 from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
 from llama_ft.data.tokenizer import Tokenizer
@@ -447,6 +447,12 @@ def hub(folders) -> Iterator[str]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_a_download_is_announced():
+    lines: list[str] = []
+    assert str(records_file(DataConfig("any", "hub:org/name@main"), lines.append)) == "hub:org/name@main"
+    assert lines == ["data: hub:org/name@main is downloaded, unless the cache of datasets has it"]
 
 
 READ = """

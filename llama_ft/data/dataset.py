@@ -9,6 +9,7 @@ from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.config.checks import OnLong
+from llama_ft.data.arrow_records import HUB
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
 from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
@@ -29,7 +30,7 @@ class Dataset:
     samples: list[Sample]
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
-    n_dropped: int  # longer samples left out: all where `data.on_long=drop`, else those with no answer before the cut
+    n_dropped: int  # samples left out: longer ones where `data.on_long=drop`, and those with no answer to train on
     template: str = "alpaca"  # in which they are written down
 
     def describe(self) -> str:
@@ -79,6 +80,8 @@ def load_dataset(
 def records_file(config: DataConfig, log: Log = silent) -> Path:
     """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in."""
     if config.path:
+        if config.path.startswith(HUB):
+            log(f"data: {config.path} is downloaded, unless the cache of datasets has it")
         return Path(os.path.expanduser(config.path))
     if config.url:
         return fetch(config.url, config.git_blob_id, config.cache_dir, log)
@@ -140,16 +143,15 @@ class Reader:
 
     def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
         """The sample, cut where it is too long; None if it is dropped; a UserError if it may not be so long."""
-        if len(sample) <= max_length:
-            return sample
-        if self._config.on_long is OnLong.error:
+        is_long = len(sample) > max_length
+        if is_long and self._config.on_long is OnLong.error:
             limit = f"{len(sample):,} tokens are more than the {max_length:,} of data.max_length or the model's context"
             raise UserError(f"{self.path}, {where}: {limit}. data.on_long=truncate cuts such samples, drop drops them")
-        cut = sample.cut(max_length)
-        if self._config.on_long is OnLong.drop or not cut.n_targets:
+        cut = sample.cut(max_length) if is_long else sample
+        if not cut.n_targets or (is_long and self._config.on_long is OnLong.drop):
             self.n_dropped += 1
             return None
-        self.n_truncated += 1
+        self.n_truncated += is_long
         return cut
 
     def check_records(self) -> None:

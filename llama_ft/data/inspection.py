@@ -38,9 +38,7 @@ def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, 
             n_tokens, n_trained = n_tokens + len(sample), n_trained + sample.n_targets
     reader.check_records()
     names = {number: name for name, number in tokenizer.special.items()}
-    by_length = sorted(wholes, key=lambda whole: len(whole[1]))
-    lengths = [len(sample) for _, sample in by_length]
-    shown = {"First": wholes[0], "Of median length": by_length[(len(wholes) - 1) // 2], "Longest": by_length[-1]}
+    lengths = sorted(len(sample) for _, sample in wholes)
     return DataReport(
         data=config.data.title,
         tokenizer=str(tokenizer.file),
@@ -58,10 +56,16 @@ def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, 
         trained_tokens=n_trained,
         duplicates=Places(max(0, len(same) - 1), same[:2]),
         empty_answers=Places(len(empty), empty[:MAX_NAMED]),
-        examples=[Example(name, where, len(each), parts(each, tokenizer)) for name, (where, each) in shown.items()],
+        examples=_examples(wholes, tokenizer),
         settings=config.to_dict(),
         command=command,
     )
+
+
+def _examples(wholes: list[tuple[str, Sample]], tokenizer: Tokenizer) -> list[Example]:
+    by_length = sorted(wholes, key=lambda whole: len(whole[1]))
+    shown = {"First": wholes[0], "Of median length": by_length[(len(wholes) - 1) // 2], "Longest": by_length[-1]}
+    return [Example(name, where, len(sample), parts(sample, tokenizer)) for name, (where, sample) in shown.items()]
 
 
 def _has_empty_answer(record: Record) -> bool:

@@ -62,12 +62,12 @@ def as_object(value: Any) -> Json:
 
 def _values(name: str, keys: Iterable[str], subset: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
     file = Path(name)
-    if name.startswith(HUB) or file.is_dir() or file.suffix == ".parquet":
+    if name.startswith(HUB) or file.is_dir() or file.suffix.lower() == ".parquet":
         return arrow_rows(name, subset, split)
     for key, value in (("subset", subset), ("split", split)):
         if value is not None:
             raise UserError(f"data.{key}={value}: {file} is one file, and has none; leave it out")
-    kind = (file.with_suffix("") if file.suffix in PACKED else file).suffix
+    kind = (file.with_suffix("") if file.suffix in PACKED else file).suffix.lower()
     return _table(file, DELIMITERS[kind]) if kind in DELIMITERS else _json(file, keys)
 
 
