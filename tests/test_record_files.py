@@ -26,8 +26,9 @@ from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, U
 from llama_ft.config.checks import OnLong
 from llama_ft.config.content import content_hash
 from llama_ft.config.evaluate import EvaluateConfig
-from llama_ft.data.dataset import NothingLeft, load_dataset, read_records, records_file
+from llama_ft.data.dataset import NothingLeft, Reader, load_dataset, read_records, records_file
 from llama_ft.data.record_files import records_in
+from llama_ft.data.records import Sample
 from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.evaluation.records import load_records
@@ -375,6 +376,12 @@ def test_long_samples_are_cut_dropped_or_refused(tmp_path, tiny, policy):
         load_dataset(config, tiny, 9, None)
 
 
+def test_a_short_sample_with_nothing_to_train_on_is_left_out(tmp_path):
+    reader = Reader(tmp_path, DataConfig("mine", on_long=OnLong.error))
+    assert reader.fitted("record 0", Sample([1, 2, 3], ()), 9) is None
+    assert reader.n_dropped == 1
+
+
 def preset_tiny() -> ModelConfig:
     return checked().model
 
@@ -459,6 +466,7 @@ READ = """
 import json, sys
 from llama_ft.config import UserError
 from llama_ft.data.record_files import records_in
+from llama_ft.data.records import Sample
 from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
 for name, split in json.loads(sys.argv[1]):
     try:
