@@ -5,6 +5,7 @@ import os
 import sys
 import textwrap
 from functools import partial
+from typing import Any
 
 import hydra
 from rich.console import Console
@@ -19,7 +20,7 @@ def main() -> int:
     """Run the command that the first argument names; list the commands if there is none."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in SCHEMAS:
-        command = importlib.import_module(f"llama_ft.{first}")
+        command = command_module(first)
         del sys.argv[1]
         cli.run_command(command.main, command.USAGE)
     elif first in ("-sc", "--shell-completion"):
@@ -34,9 +35,14 @@ def main() -> int:
     return 0
 
 
+def command_module(name: str) -> Any:
+    """The module of a command; llama_ft.data is a package too."""
+    return importlib.import_module("llama_ft.data.__main__" if name == "data" else f"llama_ft.{name}")
+
+
 def print_commands(console: Console) -> None:
     """What `llama-ft` and `python -m llama_ft` print."""
-    lines = {name: str(importlib.import_module(f"llama_ft.{name}").__doc__).splitlines()[0] for name in SCHEMAS}
+    lines = {name: str(command_module(name).__doc__).splitlines()[0] for name in SCHEMAS}
     rows = [(f"python -m llama_ft.{name}", line.partition(": ")[2].replace("`", "")) for name, line in lines.items()]
     wrapped = partial(textwrap.fill, width=console.width, break_on_hyphens=False)
     for text in (

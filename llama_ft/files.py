@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -38,8 +39,8 @@ def explained(problem: str) -> Iterator[None]:
     """Raise a UserError that says the problem, and the system's reason, where a file inside cannot be used."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"{problem}: {error.strerror}") from error
+    except (OSError, EOFError, zlib.error) as error:  # the latter two at a .gz that is damaged
+        raise UserError(f"{problem}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def text_of(file: Path, name: str) -> str:

@@ -373,7 +373,7 @@ def test_a_long_tokenization_says_how_far_it_is(file, tiny, monkeypatch):
     monkeypatch.setattr(Pace, "SECONDS", 0)
     lines = []
     load_dataset(DataConfig("mine", str(write(file, [GOOD] * 3))), tiny, 1024, 2, lines.append)
-    assert lines == ["data: 1 of 2 records tokenized", "data: 2 of 2 records tokenized"]
+    assert lines == ["data: 1 records tokenized", "data: 2 records tokenized"]
 
 
 # Truncation
@@ -392,7 +392,7 @@ def test_truncation_is_counted(file, tiny, max_length):
         return
     dataset = load_dataset(config, tiny, max_length, None)
     assert [sample.tokens for sample in dataset.samples] == [sample.tokens[:max_length] for sample in kept]
-    assert dataset.n_truncated == sum(len(sample.tokens) > max_length for sample in whole)
+    assert dataset.n_truncated == sum(len(sample.tokens) > max_length for sample in kept)
     assert dataset.n_dropped == len(whole) - len(kept)
     assert all(0 < sample.n_targets <= max_length for sample in dataset.samples)
 
@@ -401,9 +401,9 @@ def test_what_became_of_the_records_is_said(file, tiny):
     values = [GOOD, GOOD | {"output": "word " * 300}, {}, GOOD | {"instruction": "word " * 300}, {"instruction": "x"}]
     config = DataConfig("mine", str(write(file, values)), on_bad_record=OnBadRecord.skip)
     dataset = load_dataset(config, tiny, 200, None)
-    assert (len(dataset.samples), dataset.n_skipped, dataset.n_truncated, dataset.n_dropped) == (2, 2, 2, 1)
+    assert (len(dataset.samples), dataset.n_skipped, dataset.n_truncated, dataset.n_dropped) == (2, 2, 1, 1)
     assert dataset.describe().startswith("2 samples, ")
-    assert dataset.describe().endswith("; 2 bad records skipped; 2 truncated; 1 dropped")
+    assert dataset.describe().endswith("; 2 bad records skipped; 1 truncated; 1 dropped")
 
 
 # Batches

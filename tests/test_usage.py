@@ -21,17 +21,17 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft import __version__, cli, plan
-from llama_ft.__main__ import print_commands
+from llama_ft.__main__ import command_module, print_commands
 from llama_ft.cli.compose import composed
 from llama_ft.cli.usage import Usage, print_help, table
 from llama_ft.config import config_dir
 
-COMMANDS = ["train", "report", "plan", "generate", "evaluate", "convert"]
+COMMANDS = ["data", "train", "report", "plan", "generate", "evaluate", "convert"]
 WIDE = 1000
 
 
 def usage_of(command: str) -> Usage:
-    usage = importlib.import_module(f"llama_ft.{command}").USAGE
+    usage = command_module(command).USAGE
     assert isinstance(usage, Usage)
     return usage
 

@@ -30,7 +30,7 @@ from llama_ft.training.step import TrainStep
 
 
 def read_records(file: str | Path | None = None) -> list[Record]:
-    """The records of a JSON or JSONL file, of whatever kind; None is the built-in training set.
+    """The records of a file, a folder or hub:ORG/NAME, as `data.path` takes; None is the built-in training set.
 
     Raises:
         UserError: naming the record that is wrong.

@@ -22,6 +22,7 @@ from llama_ft import hub
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
 from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config.groups import ColumnsConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import HF_CONFIG, new_folder
@@ -139,7 +140,8 @@ def _check_value(schema: type, override: Override) -> None:
         raise UserError(no_such_key(schema, key))
     if (
         (expected is bool and not isinstance(value, bool))  # OmegaConf takes 1 for true
-        or (is_dataclass(expected) and not isinstance(value, str))  # of a list of presets the last would win
+        # Of a list of presets the last would win.
+        or (is_dataclass(expected) and not isinstance(value, dict if expected is ColumnsConfig else str))
         or (expected in TEXTS and value == "")  # $FILE where that is not set; the built-in one would be taken
     ):
         raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))

@@ -107,8 +107,9 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
     text = str(error)
     if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
         return not_allowed(schema, match[1], match[2])
-    if match := re.match(r"Could not override '([^']+)'", text):
-        return no_such_key(schema, match[1])
+    if match := re.match(r"Could not override '([^']+)'.*?=(.*)", text, re.DOTALL):
+        key_is_there = setting_of(schema, match[1])[0] is not None
+        return not_allowed(schema, match[1], match[2]) if key_is_there else no_such_key(schema, match[1])
     if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
         return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):

@@ -6,6 +6,7 @@ each check names the key, the value it got and what is allowed.
 
 from llama_ft.config.checks import Combinations, DeviceChoice, Dtype, Format, Goal, OnBadRecord, TrainOn, UserError
 from llama_ft.config.convert import ConvertConfig
+from llama_ft.config.data_command import DataCommandConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
 from llama_ft.config.groups import (
@@ -44,6 +45,7 @@ from llama_ft.config.techniques import (
 from llama_ft.config.train import TrainConfig
 
 SCHEMAS = {  # of the commands
+    "data": DataCommandConfig,
     "train": TrainConfig,
     "report": ReportConfig,
     "plan": PlanConfig,

@@ -21,6 +21,8 @@ Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "
 Format = enum.Enum("Format", ["hf", "meta", "gguf"])
 # What a record that cannot be used does: stop the run, or be skipped and counted.
 OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
+# What a sample that is longer than allowed does: be cut, be left out, or stop the run.
+OnLong = enum.Enum("OnLong", ["truncate", "drop", "error"])
 # What of a record is trained on: the assistant's turns, all that is read, or the last turn.
 TrainOn = enum.Enum("TrainOn", ["assistant", "all", "last"])
 # Where to run; `auto` is CUDA where there is a GPU, else the CPU.

@@ -13,15 +13,16 @@ CHECKPOINT_FILES = re.compile(
 N_PIECES, PIECE_BYTES = 64, 2**16  # read of larger files, evenly spaced and both ends included
 
 
-def content_hash(name: str) -> str:
-    """A hash of a file, or of the checkpoint in a folder; the name itself where there is neither."""
+def content_hash(name: str, *, data: bool = False) -> str:
+    """A hash of a file, or of the checkpoint, or all `data`, in a folder; the name itself where there is neither."""
     digest = hashlib.sha256()
     try:
         path = Path(os.path.expanduser(name))
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():
-            for file in sorted(file for file in path.iterdir() if CHECKPOINT_FILES.fullmatch(file.name)):
+            files = filter(Path.is_file, path.rglob("*") if data else path.iterdir())
+            for file in sorted(file for file in files if data or CHECKPOINT_FILES.fullmatch(file.name)):
                 digest.update(file.name.encode())
                 _add(digest, file)
         else:

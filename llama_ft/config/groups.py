@@ -6,7 +6,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from llama_ft.config.checks import DeviceChoice, OnBadRecord, TrainOn, UserError, check, check_settings, setting
+from llama_ft.config.checks import DeviceChoice, OnBadRecord, OnLong, TrainOn, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
 # What tracks runs; chosen as a group.
@@ -50,16 +50,39 @@ class TrainingConfig:
 
 
 @dataclass
+class ColumnsConfig:
+    """Other names that a record's keys have in a file: `data.columns={instruction: question, output: answer}`."""
+
+    instruction: str | None = setting(None, "the name that instruction has in data.path; null is its own")
+    input: str | None = setting(None, "the name that input has there")
+    output: str | None = setting(None, "the name that output has there")
+    task: str | None = setting(None, "the name that task, by which evaluate counts, has there")
+    messages: str | None = setting(None, "the name that messages has there")
+    conversations: str | None = setting(None, "the name that conversations has there")
+    prompt: str | None = setting(None, "the name that prompt has there")
+    completion: str | None = setting(None, "the name that completion has there")
+
+    @property
+    def given(self) -> dict[str, str]:
+        """Their names by ours."""
+        return {ours: theirs for ours, theirs in vars(self).items() if theirs is not None}
+
+
+@dataclass
 class DataConfig:
-    """Instruction records: the built-in set, or a JSON or JSONL file of {instruction, input, output}."""
+    """Records to train on: the built-in set, a file or a folder, or a data set on the Hugging Face hub."""
 
     name: str = setting("???", "which data this is")
-    path: str | None = setting(None, "a JSON or JSONL file of {instruction, input, output}")
+    path: str | None = setting(None, "JSON, JSONL, CSV, TSV, Parquet; a folder of datasets; hub:ORG/NAME[@REVISION]")
+    subset: str | None = setting(None, "of a folder or a hub: data set that has several; null where there is one")
+    split: str | None = setting(None, "of a folder or a hub: data set; null is train")
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     url: str | None = setting(None, "where the file is downloaded from if data.path names none")
     git_blob_id: str | None = setting(None, "id of the download as git hash-object prints it; null accepts any file")
     cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
     first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
-    max_length: int | None = setting(None, "longer samples are truncated; null is the model's context", at_least=2)
+    max_length: int | None = setting(None, "the most tokens of a sample; null is the model's context", at_least=2)
+    on_long: OnLong = setting(OnLong.truncate, "longer samples are cut, dropped, or stop the run; counted")
     template: str = setting(
         "auto",
         "chat, the checkpoint's own; alpaca; plain; a FILE in Jinja; auto is chat where there is one, else alpaca",
@@ -83,7 +106,7 @@ class DataConfig:
     def check_for(self, model: ModelConfig, needs_records: bool = True) -> None:
         """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
         if needs_records and self.path is None and self.url is None and not self.is_builtin:
-            raise UserError(f"data={self.name} needs data.path=FILE: a JSON or JSONL file of instruction records")
+            raise UserError(f"data={self.name} needs data.path=FILE: a file of records")
         limit, length = model.max_seq_len, self.max_length or model.max_seq_len
         check(length <= limit, "data.max_length", length, f"at most model.max_seq_len={limit}")
 

@@ -86,12 +86,14 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         for key in ("packing", "compile"):
             if not measured["training"][key]:
                 del measured["training"][key]
-        for key, default in (("template", "auto"), ("train_on", "assistant")):
-            if measured["data"][key] == default:
-                del measured["data"][key]
+        data = measured["data"]
+        data["columns"] = self.data.columns.given
+        for key in ("columns", "subset", "split", "on_long", "template", "train_on"):
+            if data[key] in ({}, None, "truncate", "auto", "assistant"):
+                del data[key]
+        data["path"] = content_hash(data["path"], data=True) if data["path"] else None
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
-        data = [(measured["data"], key) for key in ("path", "template") if key in measured["data"]]
-        for holder, key in (*data, *named):
+        for holder, key in [(data, "template")] * ("template" in data) + named:
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return measured
 

@@ -1,18 +1,21 @@
-"""Instruction records from JSON or JSONL files, and the tokenized samples made of them."""
+"""Instruction records, and the tokenized samples made of them."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
+from llama_ft.config.checks import OnLong
 from llama_ft.data.download import fetch
-from llama_ft.data.json_records import json_records
+from llama_ft.data.record_files import records_in
 from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
 from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.hub import is_hub_name
 from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
@@ -28,7 +31,7 @@ class Dataset:
     samples: list[Sample]
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
-    n_dropped: int  # samples of which the cut left no answer to train on
+    n_dropped: int  # samples left out: longer ones where `data.on_long=drop`, and those with no answer to train on
     template: str = "alpaca"  # in which they are written down
     ends: str = ""  # where they begin and end, for people
 
@@ -43,7 +46,7 @@ class Dataset:
 
 
 class NothingLeft(UserError):
-    """Every sample was cut before its answer."""
+    """Every sample is too long."""
 
 
 def silent(line: str) -> None:
@@ -66,49 +69,102 @@ def load_dataset(
     template: Template | None = None,
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
-    path = records_file(config, log)
-    records, n_skipped = read_records(path, config.on_bad_record, config.first)
-    encoded, wanted, pace = list[Sample](), records[:max_samples], Pace()
+    reader = Reader(records_file(config, log), config, log)
     template = template or choose_template(config.template, tokenizer)
-    for number, record in enumerate(wanted):
-        try:
-            encoded.append(template.sample(record, tokenizer, config.train_on))
-        except ValueError as error:
-            raise UserError(f"{path}, record {number}: {error}") from error
-        if pace.is_due():
-            log(f"data: {len(encoded):,} of {len(wanted):,} records tokenized")
-    samples = [sample.cut(max_length) for sample in encoded]
-    n_truncated = sum(len(sample) > max_length for sample in encoded)
-    kept = [sample for sample in samples if sample.n_targets > 0]
-    if not kept:
-        if samples:
-            raise NothingLeft(f"{path}: max_length={max_length} leaves no answer to train on")
-        raise UserError(f"{path}: there are no records")
-    n_dropped = len(samples) - len(kept)
-    return Dataset(kept, n_skipped, n_truncated, n_dropped, template.name, tokenizer.describe_ends())
+    made = reader.samples(template, tokenizer, max_length, max_samples)
+    samples = [replace(sample, tokens=array("i", sample.tokens)) for _, sample in made]  # 4 bytes a token, not 36
+    if not samples:
+        reader.check_records()
+        none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
+        raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
+    counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
+    return Dataset(samples, *counts, template.name, tokenizer.describe_ends())
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:
     """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in."""
     if config.path:
+        if is_hub_name(config.path):
+            log(f"data: {config.path} is downloaded, unless the cache of datasets has it")
         return Path(os.path.expanduser(config.path))
     if config.url:
         return fetch(config.url, config.git_blob_id, config.cache_dir, log)
     return SAMPLE_DIR / "train.jsonl"
 
 
+class Reader:
+    """Records read one at a time, the samples made of them, and what became of them so far."""
+
+    def __init__(self, path: Path, config: DataConfig, log: Log = silent) -> None:
+        self.path, self._config, self._log = path, config, log
+        self.n_records, self._first_bad = 0, ""  # of good ones
+        self.n_skipped = self.n_truncated = self.n_dropped = 0
+
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or all are bad."""
+        config, kind = self._config, ""
+        values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
+        for where, value in islice(values, config.first):
+            try:
+                record = as_record(value, kind)
+                kind = kind or kind_of(value)
+            except ValueError as error:
+                self._skip(where, error)
+                continue
+            self.n_records += 1
+            yield where, record
+        if self.n_skipped and not self.n_records:
+            raise UserError(f"{self.path}: all {self.n_skipped} records are bad, the first is {self._first_bad}")
+
+    def _skip(self, where: str, error: ValueError) -> None:
+        if self._config.on_bad_record is OnBadRecord.error:
+            advice = "data.on_bad_record=skip leaves such records out"
+            raise UserError(f"{self.path}, {where}: {error}. {advice}") from error
+        self.n_skipped += 1
+        self._first_bad = self._first_bad or f"{where}: {error}"
+
+    def whole_samples(self, template: Template, tokenizer: Tokenizer) -> Iterator[tuple[str, Record, Sample]]:
+        """(where, record, sample) of each good one, however long it is."""
+        pace = Pace()
+        for where, record in self.records():
+            try:
+                sample = template.sample(record, tokenizer, self._config.train_on)
+            except ValueError as error:  # bad too
+                self.n_records -= 1
+                self._skip(where, error)
+                continue
+            if pace.is_due():
+                self._log(f"data: {self.n_records:,} records tokenized")
+            yield where, record, sample
+
+    def samples(
+        self, template: Template, tokenizer: Tokenizer, max_length: int, most: int | None
+    ) -> Iterator[tuple[Record, Sample]]:
+        """The samples of the first `most` good records, each as `data.on_long` has it."""
+        for where, record, whole in islice(self.whole_samples(template, tokenizer), most):
+            if (sample := self.fitted(where, whole, max_length)) is not None:
+                yield record, sample
+
+    def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
+        """The sample, cut where it is too long; None if it is dropped; a UserError if it may not be so long."""
+        is_long = len(sample) > max_length
+        if is_long and self._config.on_long is OnLong.error:
+            limit = f"{len(sample):,} tokens are more than the {max_length:,} of data.max_length or the model's context"
+            raise UserError(f"{self.path}, {where}: {limit}. data.on_long=truncate cuts such samples, drop drops them")
+        cut = sample.cut(max_length) if is_long else sample
+        if not cut.n_targets or (is_long and self._config.on_long is OnLong.drop):
+            self.n_dropped += 1
+            return None
+        self.n_truncated += is_long
+        return cut
+
+    def check_records(self) -> None:
+        """Raise a UserError if there was no record."""
+        if not self.n_records:
+            raise UserError(f"{self.path}: there are no records")
+
+
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
-    """The first records of a JSON or JSONL file, and how many bad ones were skipped; a UserError if they may not be."""
-    records, n_skipped, first_reason, kind = list[Record](), 0, "", ""
-    for where, value in islice(json_records(path, FIRST_KEYS), first):
-        try:
-            records.append(as_record(value, kind))
-            kind = kind or kind_of(value)
-        except ValueError as error:
-            if on_bad_record is OnBadRecord.error:
-                advice = "data.on_bad_record=skip leaves such records out"
-                raise UserError(f"{path}, {where}: {error}. {advice}") from error
-            n_skipped, first_reason = n_skipped + 1, first_reason or f"{where}: {error}"
-    if n_skipped and not records:
-        raise UserError(f"{path}: all {n_skipped} records are bad, the first is {first_reason}")
-    return records, n_skipped
+    """The first records of a file, and how many bad ones were skipped; a UserError if they may not be."""
+    reader = Reader(path, DataConfig(path.name, on_bad_record=on_bad_record, first=first))
+    return [record for _, record in reader.records()], reader.n_skipped

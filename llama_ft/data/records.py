@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from llama_ft.data.json_records import as_object
+from llama_ft.data.record_files import as_object
 from llama_ft.files import Json
 
 Message = Json  # of a conversation: its role and content, and what else a chat template may read

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ft.config import UserError
-from llama_ft.data.json_records import as_object, json_records
+from llama_ft.data.record_files import as_object, records_in
 from llama_ft.data.records import Record, conversation_record
 from llama_ft.data.template import ALPACA_TEMPLATE, Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
@@ -84,14 +84,14 @@ def read_prompts(
     template: Template = ALPACA_TEMPLATE,
     system: str | None = None,
 ) -> list[Prompt]:
-    """The prompts of a JSON or JSONL file; a UserError if it cannot be read or has no record, or names the bad ones.
+    """The prompts of a file of records; a UserError if it cannot be read or has no record, or names the bad ones.
 
     A record may not have the reserved keys, since its answer will; a prompt must leave room in a context of so many
     tokens.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
-    for where, value in json_records(file, KEYS + CONVERSATIONS):
+    for where, value in records_in(file, KEYS + CONVERSATIONS):
         try:
             record = as_object(value)
             if taken := sorted(record.keys() & set(reserved)):
@@ -100,7 +100,7 @@ def read_prompts(
             encode_in_context(prompt.text, tokenizer, context)
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
             prompts.append(prompt)
-        except (UserError, ValueError) as error:
+        except (UserError, ValueError, TypeError) as error:  # of a type that JSON has not, too
             problems.append(f"{where}: {error}")
     if problems:
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""

@@ -3,10 +3,9 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
-from llama_ft.data.dataset import SAMPLE_DIR, read_records, records_file
+from llama_ft.data.dataset import SAMPLE_DIR, Reader, records_file
 from llama_ft.data.records import Record, Sample
 from llama_ft.data.template import Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
@@ -35,32 +34,27 @@ def load_records(
     """
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
-    read, n_skipped = _read(file, config.data)
-    read = read[: config.max_samples]
-    records, samples, n_truncated = list[Record](), list[Sample](), 0
-    for number, record in enumerate(read):
-        try:
-            whole, prompt = template.sample(record, tokenizer, config.data.train_on), template.prompt(record)
-        except ValueError as error:
-            raise UserError(f"{file}, record {number}: {error}") from error
-        sample = whole.cut(config.max_length)
-        if sample.n_targets > 0 and len(encode_prompt(prompt, tokenizer)) < config.model.max_seq_len:
-            records.append(record)
+    reader, records, samples, n_without_room = Reader(file, config.data, log), list[Record](), list[Sample](), 0
+    for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
+        if len(encode_prompt(template.prompt(record), tokenizer)) < config.model.max_seq_len:
+            records.append(_with_task(record))
             samples.append(sample)
-            n_truncated += len(sample) < len(whole)
+        else:
+            n_without_room += 1
     if not records:
-        reason = "no prompt leaves room for an answer" if read else "there are no records"
-        raise UserError(f"{file}: {reason}")
+        reader.check_records()
+        raise UserError(f"{file}: no prompt leaves room for an answer")
     about = EvaluatedRecords(
         name=config.data.title,
         file=file.name if builtin else str(file),  # the package's place says nothing
         is_held_out=builtin,
         records=len(records),
-        skipped=n_skipped,
-        truncated=n_truncated,
-        dropped=len(read) - len(records),
+        skipped=reader.n_skipped,
+        truncated=reader.n_truncated,
+        dropped=reader.n_dropped + n_without_room,
     )
-    known, _ = _read(SAMPLE_DIR / "train.jsonl", replace(config.data, first=None)) if builtin else (records, 0)
+    trained = Reader(SAMPLE_DIR / "train.jsonl", DataConfig("sample"))
+    known = (_with_task(record) for _, record in trained.records()) if builtin else records
     majority = majority_of(records, known, "training split" if builtin else "same records")
     return EvaluationSet(about, records, samples, majority)
 
@@ -94,7 +88,5 @@ def _share(correct: Sequence[bool]) -> tuple[int, int, float]:
     return sum(correct), len(correct), sum(correct) / len(correct)
 
 
-def _read(file: Path, config: DataConfig) -> tuple[list[Record], int]:
-    """The records, each with a task, and how many bad ones were skipped."""
-    records, n_skipped = read_records(file, config.on_bad_record, config.first)
-    return [replace(record, task=record.task or NO_TASK) for record in records], n_skipped
+def _with_task(record: Record) -> Record:
+    return replace(record, task=record.task or NO_TASK)

@@ -21,7 +21,7 @@ from llama_ft.records.result import Result
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
 CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
 # For terminals whose encoding lacks them.
-SUBSTITUTES = str.maketrans("×–·→↑↓", "x-->^v")
+SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]")
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
 NOT_IN_CSV = tuple("command optim techniques breakdown timeline versions loss_samples card schema_version".split())
