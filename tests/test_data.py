@@ -391,7 +391,7 @@ def test_truncation_is_counted(file, tiny, max_length):
             load_dataset(config, tiny, max_length, None)
         return
     dataset = load_dataset(config, tiny, max_length, None)
-    assert [sample.tokens for sample in dataset.samples] == [sample.tokens[:max_length] for sample in kept]
+    assert [list(sample.tokens) for sample in dataset.samples] == [sample.tokens[:max_length] for sample in kept]
     assert dataset.n_truncated == sum(len(sample.tokens) > max_length for sample in kept)
     assert dataset.n_dropped == len(whole) - len(kept)
     assert all(0 < sample.n_targets <= max_length for sample in dataset.samples)
