@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, config_dir
 from llama_ft.config.presets import preset
@@ -54,9 +54,9 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 def reference(model: Transformer) -> LlamaForCausalLM:
     """transformers' model with the same weights: shared, but for queries and keys, whose rotary layout differs."""
     c = model.config
-    config = LlamaConfig(**hf_config(c, "float32", 1, 2))
+    config = AutoConfig.for_model(**hf_config(c, "float32", 1, 2))
     with torch.device("meta"):
-        theirs = LlamaForCausalLM(config)
+        theirs = AutoModelForCausalLM.from_config(config)
     theirs.load_state_dict(to_hf(model.state_dict(), c), assign=True)
     theirs.tie_weights()
     device = model.output.weight.device

@@ -81,7 +81,7 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
     from llama_ft.evaluation.perplexity import read_text
     from llama_ft.evaluation.records import load_records
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, log)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
     return EvalInputs(tokenizer, load_records(config, tokenizer, log), text)
 

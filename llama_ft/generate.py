@@ -44,7 +44,7 @@ def main() -> int:
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     from llama_ft.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, log)
     prompts = read_asked(config, tokenizer)
     from llama_ft.decoding.load import Models
 

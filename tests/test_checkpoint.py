@@ -13,6 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from helpers.models import CPU, change_json
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoConfig, LlamaForCausalLM
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import WEIGHTS_FILE
@@ -111,6 +112,19 @@ def test_a_config_of_2023_is_read(tmp_path):
     assert_same(ours(folder), theirs("mha"))
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_a_config_leaves_out_is_its_types_default(tmp_path, kind):
+    said = {"hidden_size": 4096, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 64}
+    said |= {"model_type": kind, "vocab_size": 8, "rope_theta": 5e5}
+    said |= {"sliding_window": None} if kind == "mistral" else {}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    expected, sizes = AutoConfig.for_model(**said), hf_sizes(tmp_path / "config.json")
+    assert sizes["n_kv_heads"] == expected.num_key_value_heads
+    assert sizes["max_seq_len"] == expected.max_position_embeddings
+    assert sizes["norm_eps"] == expected.rms_norm_eps
+    assert sizes["head_size"] == (128 if kind == "qwen3" else None)
+
+
 def test_a_single_file_comes_before_an_index_as_in_transformers(tmp_path):
     write_hf("gqa", tmp_path)
     (tmp_path / INDEX_FILE).write_text("{}")
@@ -168,6 +182,13 @@ def test_pieces_make_up_the_whole(tmp_path, monkeypatch, kind, n_elements):
     assert len(pieces) > 100
     # No more than asked for, unless one head's rows of 96 elements are more, which the permutation needs together.
     assert max(rows.numel() for _, rows in pieces) <= max(n_elements, 16 * 96)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_pieces_make_up_biases_and_norms(monkeypatch, name):
+    whole = ours(hf_folder(name)).state_dict()
+    monkeypatch.setattr(mapped, "PIECE_ELEMENTS", 7)
+    assert all(torch.equal(weight, whole[key]) for key, weight in ours(hf_folder(name)).state_dict().items())
 
 
 def test_what_is_read_is_logged():
@@ -266,7 +287,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
 @pytest.fixture
 def copy_of(tmp_path: Path) -> Callable[[str], Path]:
     """Makes a checkpoint to be damaged."""
-    return lambda kind: WRITERS[kind](tmp_path / kind)
+    return lambda kind: WRITERS.get(kind, partial(write_hf, kind))(tmp_path / kind)
 
 
 @pytest.fixture
@@ -364,7 +385,13 @@ def test_files_that_cannot_be_read_are_refused(copy_of, refusal, monkeypatch, na
         ("hf", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "does not say the model's rope_low_freq"),
         ("hf", "rope_parameters", {"type": "dynamic", "factor": 8.0}, "of type dynamic are not supported, only"),
         ("hf", "rope_parameters", "default", "must be a JSON object"),
-        ("hf", "model_type", "mistral", "model_type=mistral is not supported, it must be llama"),
+        ("hf", "model_type", "mixtral", "mixtral is not supported, it must be llama, mistral, qwen2 or qwen3"),
+        ("hf", "model_type", "mistral", "sliding_window=4096 is not supported in mistral, it must be null"),
+        ("hf", "model_type", "qwen2", "model.qkv_bias is False and there True"),
+        ("hf", "model_type", "qwen3", "model.qk_norm is False and there True"),
+        ("qwen2", "use_sliding_window", True, "use_sliding_window=True is not supported in qwen2, it must be False"),
+        ("qwen3", "attention_bias", True, "attention_bias=True is not supported in qwen3, it must be False"),
+        ("hf", "partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported, it must be 1"),
         ("hf", "tie_word_embeddings", True, "model.tie_word_embeddings is False and there True"),
         ("hf", "attention_bias", True, "attention_bias=True is not supported"),
         ("hf", "hidden_act", "gelu", "hidden_act=gelu is not supported"),
@@ -383,7 +410,7 @@ def test_files_that_cannot_be_read_are_refused(copy_of, refusal, monkeypatch, na
 )
 def test_sizes_of_another_model_are_refused(copy_of, refusal, kind, key, value, message):
     folder = copy_of(kind)
-    change_json(folder / {"hf": "config.json", "meta": "params.json"}[kind], **{key: value})
+    change_json(folder / ("params.json" if kind == "meta" else "config.json"), **{key: value})
     assert message in refusal(folder)
 
 

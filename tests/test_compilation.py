@@ -1,6 +1,7 @@
 """Compiled layers against the same layers as they are."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def test_compiled_layers_give_the_same_gradients(optim: OptimConfig, packing: in
     torch.compiler.reset()
     counters.clear()
     config = small_config()
+    config.model = replace(config.model, qkv_bias=True, qk_norm=packing is None)
     step = step_in(config, optim, torch.float32)
     windows = list(Windows(ragged_samples(), 1, 4, packing=packing).epoch(0))
     expected = [gradients(step, window) for window in windows]

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from llama_ft.techniques.adapter import Adapters, load_adapter
 from llama_ft.techniques.lora import LoRALinear, add_lora, lora_layers
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.techniques.peft import save_adapter
+from llama_ft.training.saver import save_trained
 from llama_ft.training.setup import set_up
 
 __all__ = ["converted", "files"]  # fixtures
@@ -60,6 +62,9 @@ __all__ = ["converted", "files"]  # fixtures
 def pth(folder: Path) -> list[dict[str, Tensor]]:
     """The shards of a folder in Meta's format, as torch reads them."""
     return [torch.load(file, weights_only=True) for file in sorted(folder.glob("consolidated.*.pth"))]
+
+
+ALL_LINEAR = [(name, "all_linear") for name in ("llama3_1", "qwen2", "qwen3")]
 
 
 # Round trips
@@ -111,15 +116,24 @@ def test_files_are_as_their_libraries_write_them(tmp_path, converted):
 PUBLISHED = {"llama2_7b": (None, 256), "llama2_70b": (1.3, 4096), "llama3_8b": (1.3, 1024), "llama3_2_1b": (1.5, 256)}
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "llama2_13b", "llama3_1_8b", "llama3_2_3b", "tinyllama_1b"])
+OTHERS = ["llama2_13b", "llama3_1_8b", "llama3_2_3b", "tinyllama_1b", "mistral_7b", "qwen2_5_7b", "qwen3_8b"]
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OTHERS])
 def test_params_and_config_say_a_models_sizes(tmp_path, name):
     cli.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         model = OmegaConf.to_object(compose("plan", [f"model={name}"])).model
-    params, content = meta_params(model), hf_config(model, "bfloat16", 1, 2)
-    (tmp_path / "params.json").write_text(json.dumps(params))
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    for sizes in (meta_sizes(tmp_path / "params.json", math.nan), hf_sizes(tmp_path / "config.json")):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16", 1, 2)))
+    read = [hf_sizes(tmp_path / "config.json")]
+    if name.startswith("qwen"):
+        with pytest.raises(UserError, match=r"Meta's format knows no qk.*: such a model is written with to=hf"):
+            meta_params(model)
+    else:
+        params = meta_params(model)
+        (tmp_path / "params.json").write_text(json.dumps(params))
+        read.append(meta_sizes(tmp_path / "params.json", math.nan))
+    for sizes in read:
         assert all(getattr(model, key) == value for key, value in sizes.items())
     if name in PUBLISHED:
         assert (params.get("ffn_dim_multiplier"), params["multiple_of"]) == PUBLISHED[name]
@@ -138,7 +152,9 @@ def test_what_is_written_has_the_same_logits_there_and_here(tmp_path, converted,
     n_tensors = len(tensors(hf_folder(name)))
     converted(f"checkpoint={hf_folder(name)}", "to=hf", f"output={tmp_path / 'hf'}", f"shards={n_tensors}")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == n_tensors
-    assert_same(ours(tmp_path / "hf"), AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval())
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(written) is type(theirs(name))
+    assert_same(ours(tmp_path / "hf"), written)
     if name in TO_META:
         converted(f"checkpoint={hf_folder(name)}", "to=meta", f"output={tmp_path / 'meta'}")
         # What the context is, Meta's files do not say; and by how much Llama 3.2 scales, no more than 3.1.
@@ -160,7 +176,7 @@ def test_a_model_from_its_folder(tmp_path):
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("mha", "default"), *(("gqa", kind) for kind in ADAPTERS), ("llama3_1", "all_linear"), ("tied", "with_head")],
+    [("mha", "default"), *(("gqa", kind) for kind in ADAPTERS), ("tied", "with_head"), *ALL_LINEAR],
 )
 def test_an_adapter_of_peft(tmp_path, name, kind, merge):
     reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
@@ -172,7 +188,7 @@ def test_an_adapter_of_peft(tmp_path, name, kind, merge):
         assert relative(model(tokens), plain(tokens)) > 0.05
 
 
-@pytest.mark.parametrize("name", ["mha", "gqa", "tied"])
+@pytest.mark.parametrize("name", ["mha", "gqa", "tied", "qwen2", "qwen3"])
 @pytest.mark.parametrize(("targets", "rslora"), [(["wq", "wk"], True), (EVERYWHERE, False)])
 def test_an_adapter_of_ours_in_peft_and_back(tmp_path, name, targets, rslora):
     model = ours(hf_folder(name))
@@ -324,7 +340,10 @@ def test_what_cannot_be_trained_further_is_said(tmp_path, kind, arguments, messa
 # Merged exports
 
 
-@pytest.mark.parametrize(("name", "kind"), [("gqa", "all_linear"), ("gqa", "patterns"), ("tied", "with_head")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gqa", "all_linear"), ("gqa", "patterns"), ("tied", "with_head"), *ALL_LINEAR],
+)
 def test_a_merged_export(tmp_path, converted, name, kind):
     reference = peft_adapter(theirs(name), tmp_path / "adapter", kind)
     source = f"checkpoint={hf_folder(name)}", f"adapter={tmp_path / 'adapter'}"
@@ -334,7 +353,7 @@ def test_a_merged_export(tmp_path, converted, name, kind):
     tokens = torch.arange(3, 100)[None]
     with torch.no_grad():
         assert relative(merged(tokens).logits, reference(tokens).logits) <= 1e-5
-    assert merged.config.tie_word_embeddings is (name == "tied" and kind != "with_head")
+    assert merged.config.tie_word_embeddings is (name == "qwen2")  # a head that is adapted is tied no more
     if name == "tied":  # PEFT merges the head into the embedding too, and says so
         return
     theirs_merged = reference.merge_and_unload().state_dict()
@@ -342,6 +361,21 @@ def test_a_merged_export(tmp_path, converted, name, kind):
     assert all(relative(tensor, theirs_merged[weight]) <= 1e-6 for weight, tensor in written.items())
     converted(*source, "to=hf", f"output={tmp_path / 'rounded'}", "dtype=bf16")
     assert are_equal(tensors(tmp_path / "rounded"), {key: tensor.bfloat16() for key, tensor in written.items()})
+
+
+def test_what_a_run_left_of_a_close_relative_is_exported(tmp_path, converted):
+    """Of its own files alone, whose metadata say the features."""
+    for name in ("qwen2", "qwen3"):
+        (folder := tmp_path / name).mkdir()
+        model = ours(hf_folder(name))
+        save_trained(model, folder)
+        converted(f"checkpoint={folder}", "to=hf", f"output={folder / 'hf'}")
+        written = AutoModelForCausalLM.from_pretrained(folder / "hf").eval()
+        assert type(written) is type(theirs(name))
+        assert_same(ours(folder), written)
+    both = replace(config_of("qwen3"), qkv_bias=True)
+    with pytest.raises(UserError, match="no model_type of Hugging Face has qkv_bias and qk_norm"):
+        hf_config(both, "float32", 1, 2)
 
 
 def test_what_a_run_left_is_exported(tmp_path, converted):
@@ -435,13 +469,15 @@ def test_a_tokenizer_json_ends_texts_alike_in_every_format(tmp_path, converted, 
     assert (theirs.bos_token_id, theirs.eos_token_id) == (300, 301)
 
 
-def test_sizes_that_are_given_are_written(tmp_path, converted):
+@pytest.mark.parametrize("name", ["gqa", "mistral"])
+def test_sizes_that_are_given_are_written(tmp_path, converted, name):
     out = tmp_path / "out"
     converted(
-        f"checkpoint={hf_folder('gqa')}", "to=hf", f"output={out}", "model.rope_theta=30000", "model.norm_eps=1e-3"
+        f"checkpoint={hf_folder(name)}", "to=hf", f"output={out}", "model.rope_theta=30000", "model.norm_eps=1e-3"
     )
     model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert model.config.rms_norm_eps == 1e-3
+    assert type(model) is type(theirs(name))
     assert sizes_of(out)["rope_theta"] == 30000.0
     assert_same(ours(out), model)
 
@@ -497,6 +533,8 @@ def test_a_run_on_a_llama_3_2_of_which_only_the_folder_is_named(tmp_path, files)
     settings = ("training.max_samples=4", "training.lr=0.1", "tracker=disabled", "hydra.run.dir=run")
     done = run("llama_ft.train", *arguments, *settings, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    ends = "<|end_of_text|> (301); config.json says 2; generation_config.json says 2"  # LlamaConfig's own
+    assert f"tokenizer: texts begin with <|begin_of_text|> (300), end with {ends}\n" in done.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (result["model"], result["status"]) == ("Small_3.2", "ok")
     trained = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder), tmp_path / "run").eval()

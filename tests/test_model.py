@@ -26,8 +26,9 @@ def test_logits_equal_transformers(n_kv_heads):
         assert relative(model(tokens), reference(model)(tokens).logits) <= 1e-5
 
 
-def test_gradients_equal_transformers():
-    model = small_model(2)
+@pytest.mark.parametrize("feature", ["qkv_bias", "qk_norm"])
+def test_gradients_equal_transformers(feature):
+    model = small_model(2, **{feature: True})
     hf = reference(model)
     tokens = torch.randint(0, 101, (2, 20), generator=torch.Generator().manual_seed(2))
     model(tokens).logsumexp(-1).sum().backward()
@@ -147,6 +148,10 @@ def test_random_weights_depend_on_the_seed_alone():
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert not torch.equal(first.output.weight, other.output.weight)
     assert first.output.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    config = replace(small_config(), qkv_bias=True, qk_norm=True)
+    attention = load_model(config, "random", CPU, torch.float32).layers[0].attention
+    assert (attention.wk.bias == 0).all()
+    assert (attention.k_norm.weight == 1).all()
 
 
 def test_tiny_fits_8_mb_with_its_tokenizer_in_16_bit(tiny_config):

@@ -90,7 +90,7 @@ def test_windows_have_the_samples_that_they_have_without_packing(size: int) -> N
 def test_gradients_are_those_without_packing(optim: OptimConfig, dtype: torch.dtype, tolerance: float) -> None:
     """With MP in fp64, where autocast leaves everything as it is; in 16 bit they differ by its rounding."""
     config = small_config()
-    config.model = replace(config.model, n_kv_heads=2)
+    config.model = replace(config.model, n_kv_heads=2, qkv_bias=True, qk_norm=True)
     if dtype == torch.float32 and optim.mp:
         tolerance = 0.05
     step = step_in(config, optim, dtype)
@@ -356,3 +356,10 @@ def test_a_config_without_packing_has_the_hash_that_it_had() -> None:
     before = config.hash()
     config.training.packing = 100
     assert config.hash() != before
+
+
+def test_a_model_without_features_has_the_hash_that_it_had() -> None:
+    config = small_config()
+    assert not {"qkv_bias", "qk_norm"} & config.measured()["model"].keys()
+    hashes = {replace(config, model=replace(config.model, **{key: True})).hash() for key in ("qkv_bias", "qk_norm")}
+    assert len(hashes | {config.hash()}) == 3

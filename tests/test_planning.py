@@ -62,6 +62,10 @@ def test_a_fake_run_needs_what_the_real_one_needs(optim: OptimConfig) -> None:
     ("on", "section", "key", "value"),
     [
         ("", "model", "n_kv_heads", 2),
+        ("", "model", "qkv_bias", True),
+        ("mp lora gc", "model", "qkv_bias", True),
+        ("lora", "model", "qk_norm", True),
+        ("mp gc", "model", "qk_norm", True),
         ("lora", "training", "micro_batch_size", 3),
         ("mp lora", "mp", "frozen_weights", Dtype.fp32),
         ("mp", "mp", "trainable_weights", Dtype.compute),

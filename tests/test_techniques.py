@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.decode import reference
 from llama_ft.config import Dtype, MixedPrecisionConfig, ModelConfig, OptimConfig, UserError, config_dir
 from llama_ft.data.collate import Batch, Padding, collate
+from llama_ft.model.attention import attend
 from llama_ft.model.formats import permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import windows
@@ -135,8 +137,9 @@ class TestLora:
         add_lora(model, 4, 8.0, 0.0, ["wq", "wv"])
         assert torch.equal(model(tokens), before)
 
-    def test_logits_and_gradients_equal_peft(self) -> None:
-        model = small_model(2)
+    @pytest.mark.parametrize("feature", ["qkv_bias", "qk_norm"])
+    def test_logits_and_gradients_equal_peft(self, feature: str) -> None:
+        model = small_model(2, **{feature: True})
         config = PeftConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
         peft = get_peft_model(reference(model), config)
         add_lora(model, 4, 8.0, 0.0, ["wq", "wv"])
@@ -252,12 +255,20 @@ class TestMixedPrecision:
         assert not precision.scaler().is_enabled()
         assert precision.pad_multiple == 1
 
-    def test_matrix_products_run_in_16_bit_and_the_loss_is_close_to_fp32(self) -> None:
-        model, precision = small_model(), mixed_precision(MixedPrecisionConfig(), "cpu", True)
-        batch = collate(ragged_samples())
+    @pytest.mark.parametrize("features", [{}, {"qkv_bias": True, "qk_norm": True}])
+    def test_matrix_products_run_in_16_bit_and_the_loss_is_close_to_fp32(self, features: dict[str, bool]) -> None:
+        model, precision = small_model(2, **features), mixed_precision(MixedPrecisionConfig(), "cpu", True)
+        batch, attention = collate(ragged_samples()), model.layers[0].attention
+
+        def in_16_bit(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
+            assert {q.dtype, k.dtype, v.dtype} == {torch.bfloat16}
+            return attend(q, k, v, *others)
+
+        attention.attend = in_16_bit
         with precision.autocast():
             assert model(torch.arange(5)[None]).dtype == torch.bfloat16
             rough = summed_loss(model, batch)
+        attention.attend = attend
         assert rough.item() == pytest.approx(summed_loss(model, batch).item(), rel=2e-2)
         assert rough.dtype == torch.float32
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from llama_ft.config import UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.data.tokenizer_json import tokenizer_files
+from llama_ft.decoding.text import TextStream
 
 __all__ = ["files"]  # a fixture
 TINY = CHECKOUT / "llama_ft" / "model" / "tiny" / "tokenizer.model"
@@ -34,8 +35,24 @@ def made(file: Path, folder: Path, llama_3_1: bool = False) -> PreTrainedTokeniz
     return AutoTokenizer.from_pretrained(folder)
 
 
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
+    stream = TextStream(tokenizer)
+    return "".join([*map(stream.push, ids), stream.flush()])
+
+
 def assert_same(theirs: PreTrainedTokenizerBase, file: Path, texts: list[str]) -> None:
-    ours = Tokenizer(file)
+    """And what is made is read by us as the file itself, whatever the ids."""
+    ours, read = Tokenizer(file), Tokenizer(Path(theirs.name_or_path) / "tokenizer.json")
+    assert (read.bos_id, read.eos_id, read.vocab_size) == (ours.bos_id, ours.eos_id, ours.vocab_size)
+    generator = random.Random(0)
+    for text in texts:
+        ids = ours.encode(text)
+        assert read.encode(text) == ids, text
+        # With bytes that are no UTF-8 beside those that are; SentencePiece has a sign for the unknown, 0.
+        broken = ids[:1] + [generator.choice([*ids, *range(3, 259)]) for _ in range(12)]
+        for each in (ids, broken):
+            assert read.decode(each) == ours.decode(each), each
+            assert streamed(read, each) == streamed(ours, each), each
     assert (theirs.bos_token_id, theirs.eos_token_id, len(theirs)) == (ours.bos_id, ours.eos_id, ours.vocab_size)
     for text in texts:
         ids = ours.encode(text, bos=True)
@@ -52,6 +69,39 @@ def test_llama_2s(tmp_path, test_data):
     records = json.loads((test_data / "alpaca_data_200.json").read_text())
     texts = [f"{record['instruction']}\n{record['input']}\n{record['output']}" for record in records]
     assert_same(made(file, tmp_path), file, TEXTS[:-1] + MORE + random_texts() + texts)
+
+
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": None, "pre_tokenizer": METASPACE},  # as Mistral's
+        {  # as Yi's: no space is put first
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+        },
+    ],
+    ids=["mistral", "yi"],
+)
+def test_other_tokenizers_with_bytes_are_read_as_by_transformers(tmp_path, change):
+    content = tokenizer_files(TINY, False)["tokenizer.json"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | change), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), Tokenizer(tmp_path / "tokenizer.json")
+    assert ours.describe_ends() == "texts begin with <s> (1), end with </s> (2)"  # by its name, as nothing says it
+    for text in TEXTS[:-1] + MORE + random_texts():
+        ids = ours.encode(text, bos=True)
+        assert theirs(text).input_ids == ids, text
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
 
 
 def test_llama_3s_of_meta(tmp_path, files):

@@ -7,6 +7,7 @@ import base64
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,6 +246,27 @@ def test_every_file_may_name_an_end(files, tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
     (tmp_path / "generation_config.json").unlink()
     assert (Tokenizer(sp).eos_id, Tokenizer(sp).end_ids) == (2, {2, 2048})
+    assert Tokenizer(sp).describe_ends() == (
+        "texts begin with <s> (1), end with </s> (2), <|im_end|> (2048); config.json says 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_generation", "files"),
+    [
+        (2, [2, 0], "; config.json says 2; generation_config.json says 2, 0"),
+        ([0, 2], [2, 0], ""),
+        (None, [2, 0], ""),
+        (0, None, "; config.json says 0"),  # where answers that are trained on do not end
+    ],
+)
+def test_where_texts_end_is_said_with_the_files_that_disagree(tmp_path, in_config, in_generation, files):
+    file = bpe(tmp_path / "smol", SMOL, None, eos_token=SMOL[2])
+    file.with_name("config.json").write_text(json.dumps({"eos_token_id": in_config}))
+    file.with_name("generation_config.json").write_text(json.dumps({"eos_token_id": in_generation}))
+    assert Tokenizer(file).describe_ends() == (
+        f"texts begin without BOS, end with <|im_end|> (2), <|endoftext|> (0){files}"
+    )
 
 
 @pytest.mark.parametrize(("special", "fits"), [(True, True), (False, False)])
@@ -265,11 +287,18 @@ def test_tokens_beyond_the_rows_of_a_model(files, tmp_path, special, fits):
             check_vocabulary(Tokenizer(file), file, model, checkpoint)
 
 
+def test_a_model_may_be_padded_to_a_round_number_of_rows(files):
+    tokenizer = Tokenizer(files.json)  # of 556 pieces
+    for rows, fits in ((576, True), (1024, True), (560, False), (1088, False)):
+        with nullcontext() if fits else pytest.raises(UserError, match="has 556 pieces, but model=mine has"):
+            check_vocabulary(tokenizer, files.json, ModelConfig(name="mine", vocab_size=rows), None)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"post_processor": None, "added_tokens": []}, "does not say which token ends a text"),
-        ({"decoder": None}, r"is no byte-level BPE, as Llama 3's is; of LLaMA-2 give tokenizer\.model"),
+        ({"decoder": None}, "is no byte-level BPE, as Llama 3's is, nor one with bytes, as LLaMA-2's$"),
     ],
 )
 def test_json_of_another_kind(files, tmp_path, change, reason):

@@ -8,6 +8,7 @@ from llama_ft.config.checks import Settings, check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
 MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # beyond any model that exists: a larger value is a mistake
+FEATURES = ("qkv_bias", "qk_norm")  # what LLaMA has not, and a close relative has
 FROM_CHECKPOINT = "from_checkpoint"  # the choice that takes its sizes from the checkpoint's folder
 
 
@@ -31,6 +32,8 @@ class ModelConfig:
     rope_original_context: int = setting(8192, "context of the pretraining, in tokens; 0: all frequencies are slow")
     tie_word_embeddings: bool = setting(False, "the output layer's weight is the embedding's")
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
+    qkv_bias: bool = setting(False, "wq, wk and wv have biases: Qwen 2 and 2.5")
+    qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys: Qwen 3")
     # Those of these keys that were typed: they win over what a checkpoint says.
     given: list[str] = field(default_factory=list, compare=False)
 
@@ -56,8 +59,9 @@ class ModelConfig:
 
     @property
     def sizes(self) -> Settings:
-        """What tells models apart: all keys but the name, and who said them."""
-        return {key: value for key, value in asdict(self).items() if key not in ("name", "given")}
+        """What tells models apart: all keys but the name, and who said them; features only where they are on."""
+        off = {key for key in FEATURES if not getattr(self, key)}  # as in files written before they were there
+        return {key: value for key, value in asdict(self).items() if key not in ("name", "given", *off)}
 
     @property
     def head_dim(self) -> int:

@@ -10,7 +10,7 @@ from llama_ft.config.checks import Dtype, Settings, UserError, check_settings, s
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.model import ModelConfig
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 only the first is read
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 the second is made from the first
 GGUF_MAGIC = b"GGUF"
 
 
@@ -41,7 +41,7 @@ class ModelSource:
     model: ModelConfig = field(default_factory=ModelConfig)
     checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
     tokenizer: str | None = setting(
-        None, "a tokenizer.model, or a byte-level tokenizer.json; null is the model's own, or the one in the checkpoint"
+        None, "a tokenizer.model, or a BPE's tokenizer.json; null is the model's own, or the one in the checkpoint"
     )
 
     def __post_init__(self) -> None:

@@ -53,6 +53,7 @@ class Dataset:
     n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
     n_dropped: int  # samples of which the cut left no answer to train on
+    ends: str = ""  # where they begin and end, for people
 
     def describe(self) -> str:
         """One line for people."""
@@ -95,7 +96,7 @@ def load_dataset(
         if samples:
             raise NothingLeft(f"{path}: max_length={max_length} leaves no answer to train on")
         raise UserError(f"{path}: there are no records")
-    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept))
+    return Dataset(kept, n_skipped, n_truncated, len(samples) - len(kept), tokenizer.describe_ends())
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:

@@ -24,8 +24,13 @@ class SpecialTokens:
     eos: str | None
     adds_bos: bool  # before a text, whatever the tokenizer's own file says
     added: Mapping[str, int]  # tokens added to the tokenizer's own
-    ends: list[int]
+    said: list[tuple[str, list[int]]]  # the files that name ends, and which
     chat_template: str | None
+
+    @property
+    def ends(self) -> list[int]:
+        """The ends that all files name."""
+        return [end for _, ids in self.said for end in ids]
 
 
 def home_of(tokenizer: Path) -> Path:
@@ -41,15 +46,21 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     tokens = added.items() if isinstance(added, dict) else ()
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
     places = sorted({home, Path(os.path.expanduser(str(elsewhere)))})
-    values = [_content(place, name).get("eos_token_id") for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
+    files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
+    said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(
         _name(beside.get("bos_token")),
         _name(beside.get("eos_token")),
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
-        [end for value in values for end in (value if isinstance(value, list) else [value]) if type(end) is int],
+        [(name, ids) for name, ids in said if ids],
         next(filter(None, map(_chat_template, places)), None),
     )
+
+
+def _ids(value: object) -> list[int]:
+    """A number, or those in a list."""
+    return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 
 def _chat_template(place: Path) -> str | None:

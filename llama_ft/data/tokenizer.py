@@ -9,6 +9,8 @@ import base64
 import math
 import os
 import re
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import sentencepiece
@@ -19,6 +21,8 @@ from llama_ft.data.gguf_tokenizer import tokenizer_content
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, SpecialTokens, home_of, named_tokens
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained
 
+# Rows that a model may have beyond its tokenizer's pieces, which make their number a round one: Qwen 2.5 has 399.
+MAX_PADDING, ROUND = 511, 64
 JSON_START = re.compile(rb'\s*\{\s*"')  # of a tokenizer.json, whatever its name
 
 
@@ -43,6 +47,8 @@ class Tokenizer:
             raise UserError(f"tokenizer={file} has no BOS or no EOS piece, which LLaMA needs")
         # What ends a text that is generated. A BOS does not, whatever an old config.json says.
         self.end_ids = frozenset({*self._format.ends} - {self.bos_id} | {self.eos_id})
+        self.special: dict[str, int] = self._format.special  # tokens by their names
+        self._said = self.named.said
         # Rows that a model needs: special tokens that no text can spell may lie beyond them.
         self.n_used = 1 + max(self._format.last_spelled, self.eos_id, self.bos_id or 0)
 
@@ -55,6 +61,15 @@ class Tokenizer:
         """The text of the ids, special tokens left out. SentencePiece drops the space it put before a first word."""
         return self._format.decode([token for token in ids if token < self.vocab_size])  # a padded model has more
 
+    def describe_ends(self) -> str:
+        """One line for people: where texts begin and end, first the end that is trained; and files that disagree."""
+        names = {number: f"{name} ({number})" for name, number in self.special.items()}
+        begin = "without BOS" if self.bos_id is None else f"with {names.get(self.bos_id, self.bos_id)}"
+        ends = [str(names.get(end, end)) for end in (self.eos_id, *sorted(self.end_ids - {self.eos_id}))]
+        agree = all(self.eos_id in ids and {*ids} == {*self._said[0][1]} for _, ids in self._said)
+        files = () if agree else (f"; {name} says {', '.join(map(str, ids))}" for name, ids in self._said)
+        return f"texts begin {begin}, end with {', '.join(ends)}{''.join(files)}"
+
 
 def read_tokenizer(file: Path) -> bytes:
     """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
@@ -64,22 +79,27 @@ def read_tokenizer(file: Path) -> bytes:
         return file.read_bytes()
 
 
-def load_tokenizer(source: ModelSource) -> Tokenizer:
-    """The tokenizer of a model; a UserError if it is missing, damaged, or another model's."""
+def load_tokenizer(source: ModelSource, log: Callable[[str], None] = lambda _: None) -> Tokenizer:
+    """The tokenizer of a model; a UserError if it is missing, damaged, or another model's.
+
+    Of a model that is not built in, `log` is told where texts begin and end.
+    """
     tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
     check_vocabulary(tokenizer, source.tokenizer_file, source.model, source.checkpoint)
+    if not source.model.is_builtin:
+        log(f"tokenizer: {tokenizer.describe_ends()}")
     return tokenizer
 
 
 def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, checkpoint: str | None) -> None:
     """Raise a UserError unless a tokenizer is the model's.
 
-    One that lies beside the checkpoint may have fewer pieces: some models are padded to a round number. Any may have
-    more special tokens than there are rows: [PAD], added for batches that are not ours.
+    It may have somewhat fewer pieces, since some models are padded to a round number; beside the checkpoint any number
+    fewer. It may have more special tokens than there are rows: [PAD], added for batches that are not ours.
     """
     beside = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
-    most = math.inf if beside else tokenizer.vocab_size
-    if not tokenizer.n_used <= model.vocab_size <= most:
+    padding = math.inf if beside else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
+    if not tokenizer.n_used <= model.vocab_size <= tokenizer.vocab_size + padding:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
         advice = "give the tokenizer that belongs to the model"
         if beside:
@@ -103,6 +123,8 @@ class _SentencePiece:
         self.ends = [*named.ends, *{end} - {unknown}]
         spelled = (number for number in reversed(range(self.vocab_size)) if not self._processor.is_control(number))
         self.last_spelled = next(spelled, -1)
+        control = filter(self._processor.is_control, range(self.vocab_size))
+        self.special = {self._processor.id_to_piece(number): number for number in control} | dict(named.added)
 
     def encode(self, text: str) -> list[int]:
         return list(self._processor.encode(text))
@@ -112,9 +134,10 @@ class _SentencePiece:
 
 
 class _HuggingFace:
-    """A byte-level BPE in `tokenizer.json`, as of Llama 3. LLaMA-2's is refused: it splits spaces otherwise."""
+    """A BPE in `tokenizer.json`: a byte-level one, as of Llama 3, or one with pieces for bytes, as of LLaMA-2."""
 
     LLAMA_3_BOS, LLAMA_3_ENDS = "<|begin_of_text|>", ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")
+    LLAMA_2_END, BYTE = "</s>", re.compile("<0x([0-9A-F]{2})>")
 
     def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
@@ -125,8 +148,9 @@ class _HuggingFace:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the package raises nothing narrower
             raise UserError(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: {error}") from error
-        if not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
-            raise UserError(f"tokenizer={file} is no byte-level BPE, as Llama 3's is; of LLaMA-2 give tokenizer.model")
+        self._has_bytes = getattr(self._tokenizer.model, "byte_fallback", False) and self._tokenizer.decoder is not None
+        if not self._has_bytes and not isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel):
+            raise UserError(f"tokenizer={file} is no byte-level BPE, as Llama 3's is, nor one with bytes, as LLaMA-2's")
         # What a file says of the batches of its maker is not ours.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -136,7 +160,7 @@ class _HuggingFace:
         called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
         self._tokenizer.add_special_tokens(called)
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {token.content: number for number, token in added.items() if token.special}
+        special = self.special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         self.last_spelled = max((vocabulary[name] for name in vocabulary.keys() - special.keys()), default=-1)
@@ -146,7 +170,7 @@ class _HuggingFace:
         # An id that stands for text ends nothing: config.json may have LlamaConfig's 2, whatever that is here.
         self.ends = [end for end in named.ends if end in added]
         self.ends += [special[name] for name in self.LLAMA_3_ENDS if name in special]
-        self.eos_id = special.get(named.eos or "", next(iter(self.ends), -1))
+        self.eos_id = special.get(named.eos or "", next(iter(self.ends), special.get(self.LLAMA_2_END, -1)))
         if self.eos_id == -1:
             needed = f"{TOKENIZER_CONFIG} with its eos_token must lie beside it"
             raise UserError(f"tokenizer={file} does not say which token ends a text: {needed}")
@@ -160,7 +184,24 @@ class _HuggingFace:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        if not self._has_bytes:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        tokens = [token for token in map(self._tokenizer.id_to_token, ids) if token and token not in self.special]
+        return str(self._tokenizer.decoder.decode(self._with_bytes_decoded(tokens)))
+
+    def _with_bytes_decoded(self, tokens: list[str]) -> list[str]:
+        """The tokens, those of bytes that follow each other as their text; U+FFFD for each byte that is no UTF-8.
+
+        So SentencePiece has it. The package's ByteFallback gives up the whole characters beside a broken one too.
+        """
+        texts: list[str] = []
+        for is_bytes, run in groupby(tokens, lambda token: self.BYTE.fullmatch(token) is not None):
+            if is_bytes:
+                values = bytes(int(token[3:5], 16) for token in run)
+                # Surrogates stand for single bytes that are no UTF-8.
+                run = iter([re.sub("[\udc80-\udcff]", "\ufffd", values.decode(errors="surrogateescape"))])
+            texts += run
+        return texts
 
 
 class Tiktoken:
@@ -184,6 +225,7 @@ class Tiktoken:
         self._n_base = len(ranks)
         self.vocab_size = self._n_base + self.N_SPECIAL
         self.bos_id, self.eos_id = self._n_base, self._n_base + 1
+        self.special: dict[str, int] = {}  # of which the file says no names
         self.ends = [*named.ends, *(self._n_base + index for index in self.ENDS)]
         self.last_spelled = self._n_base - 1
 

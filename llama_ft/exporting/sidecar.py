@@ -133,8 +133,8 @@ class SidecarFiles:
             return ours
         left_out = {*OF_THE_SOURCE_ALONE}
         changed = {"max_position_embeddings", "tie_word_embeddings", *self._ids}
-        if {*model.given} - {*NO_CHECK}:  # then any may have; rotary numbers stand in one of two places
-            changed, left_out = {*ours}, left_out | {"rope_parameters"}
+        if {*model.given} - {*NO_CHECK}:  # then any size may have; rotary numbers stand in one of two places
+            changed, left_out = {*ours} - {"architectures", "model_type"}, left_out | {"rope_parameters"}
         content = {key: value for key, value in self._settings.items() if key not in left_out}
         content |= {key: ours[key] for key in ours if key in changed}
         content.pop("torch_dtype", None)

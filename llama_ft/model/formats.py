@@ -1,7 +1,8 @@
 """Names and layout of the weights in Meta's, in Hugging Face's and in GGUF checkpoints.
 
 Our names and layout are Meta's. The one difference in layout to Hugging Face's is owned here: Meta rotates adjacent
-pairs of a head's features, Hugging Face rotates its two halves, so the rows of wq and wk are permuted between the two.
+pairs of a head's features, Hugging Face rotates its two halves, so the rows of wq and wk are permuted between the two,
+and with them their biases, and the weights of the norms that queries and keys have in Qwen 3.
 """
 
 import re
@@ -18,6 +19,8 @@ _HF_NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -45,12 +48,12 @@ ROTARY_TABLES = re.compile(r"rope\.freqs|.*rope_freqs\.weight|.*\.rotary_emb\.in
 
 
 def is_rotated(name: str) -> bool:
-    """Whether the rows of this weight are permuted between the two layouts."""
-    return name.endswith(("attention.wq.weight", "attention.wk.weight"))
+    """Whether the rows of this weight, or bias, are permuted between the two layouts."""
+    return re.search(r"attention\.(wq|wk|q_norm|k_norm)\.(weight|bias)$", name) is not None
 
 
 def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
-    """Reorder the rows of wq or wk [heads * E, D] between Meta's adjacent pairs and Hugging Face's halves."""
+    """Reorder rows of wq or wk, [heads * E, ...], between Meta's adjacent pairs and Hugging Face's halves."""
     pairs = (-1, 2) if to_hf else (2, -1)
     heads: Tensor = weight.unflatten(0, (n_heads, *pairs))
     return heads.transpose(1, 2).reshape(weight.shape)
@@ -58,11 +61,11 @@ def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
 
 def hf_name(name: str) -> str:
     """The name of a weight in transformers' LlamaForCausalLM; a UserError if the model has no weight of this name."""
-    match = re.fullmatch(r"(layers\.\d+\.)?(.+)\.weight", name)
+    match = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.weight|\.bias)", name)
     if match is None or match[2] not in _HF_NAMES:
         raise UserError(f"{name} is not a weight of a LLaMA decoder")
     prefix = f"model.{match[1]}" if match[1] else ""
-    return f"{prefix}{_HF_NAMES[match[2]]}.weight"
+    return f"{prefix}{_HF_NAMES[match[2]]}{match[3]}"
 
 
 def gguf_name(name: str) -> str:

@@ -3,10 +3,10 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import FEATURES, ModelConfig, UserError
 from llama_ft.files import Json, read_json
 
 Sizes = Mapping[str, str | float | None]  # fields of ModelConfig by name
@@ -27,8 +27,31 @@ _HF_KEYS = {
     "max_seq_len": "max_position_embeddings",
     "norm_eps": "rms_norm_eps",
 }
-# What no other value is supported of.
-_HF_FIXED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+
+
+@dataclass(frozen=True)
+class _HfType:
+    """A `model_type` of transformers, as far as it is not LLaMA's; its configuration_TYPE.py has the defaults."""
+
+    fixed: Json  # what no other value is supported of
+    defaults: Json = field(default_factory=dict)  # of what `config.json` leaves out
+    features: tuple[str, ...] = ()
+
+
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768}
+_HF_TYPES = {
+    "llama": _HfType({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}),
+    "mistral": _HfType(
+        {"hidden_act": "silu", "sliding_window": None},
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    ),
+    "qwen2": _HfType({"hidden_act": "silu", "use_sliding_window": False}, _QWEN, ("qkv_bias",)),
+    "qwen3": _HfType(
+        {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False},
+        _QWEN | {"head_dim": 128},
+        ("qk_norm",),
+    ),
+}
 # How rotary frequencies are scaled, by `rope_type`. (transformers' modeling_rope_utils.py has the keys.)
 _HF_SCALING: dict[str, dict[str, str]] = {
     "default": {},
@@ -57,21 +80,27 @@ def own_sizes(metadata: Mapping[str, str], file: Path) -> Sizes | None:
         sizes["max_seq_len"] = sizes.pop("context")
     if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
         raise UserError(f"{file} is damaged: its metadata cannot be read, {min(unknown)} is no size of a model")
-    return sizes
+    return dict.fromkeys(FEATURES, False) | sizes
 
 
 def hf_sizes(file: Path) -> Sizes:
-    """The sizes in Hugging Face's `config.json`; a UserError if it describes another architecture than LLaMA's."""
+    """The sizes in Hugging Face's `config.json`; a UserError if it describes an architecture that is not supported."""
     config = read_json(file, HOLDS_SIZES)
-    for key, value in _HF_FIXED.items():
+    if (kind := config.get("model_type", "llama")) not in _HF_TYPES:
+        *most, last = _HF_TYPES
+        raise UserError(f"{file}: model_type={kind} is not supported, it must be {', '.join(most)} or {last}")
+    config = _HF_TYPES[kind].defaults | config
+    for key, value in _HF_TYPES[kind].fixed.items():
         if config.get(key, value) != value:
-            raise UserError(f"{file}: {key}={config[key]} is not supported, it must be {value}")
+            allowed = "null" if value is None else value
+            raise UserError(f"{file}: {key}={config[key]} is not supported in {kind}, it must be {allowed}")
     tied = config.get("tie_word_embeddings") is True
     defaults = {"n_kv_heads": config.get("num_attention_heads"), "max_seq_len": 2048, "norm_eps": 1e-6}
     sizes = numbers_of(config, _HF_KEYS, defaults, file) | {"tie_word_embeddings": tied} | _hf_rope(config, file)
     head_size = numbers_of(config, {"head_size": "head_dim"}, {"head_size": 0}, file)["head_size"]
     is_usual = head_size * sizes["n_heads"] in (0, sizes["dim"])
-    return {**sizes, "head_size": None if is_usual else head_size}
+    features = {key: key in _HF_TYPES[kind].features for key in FEATURES}
+    return {**sizes, "head_size": None if is_usual else head_size, **features}
 
 
 def _hf_rope(config: Json, file: Path) -> dict[str, float]:
@@ -82,6 +111,8 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _HF_SCALING:
         raise UserError(f"{file}: rotary embeddings of type {kind} are not supported, only default, linear and llama3")
+    if (share := rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))) not in (None, 1):
+        raise UserError(f"{file}: partial_rotary_factor={share} is not supported, it must be 1")
     fixed: dict[str, dict[str, float]] = {"default": {"rope_factor": 1.0}, "linear": {"rope_original_context": 0}}
     theta = {"rope_theta": config.get("rope_theta") or 10000.0}
     return fixed.get(kind, {}) | numbers_of(rope, {"rope_theta": "rope_theta"} | _HF_SCALING[kind], theta, file)
@@ -112,14 +143,22 @@ def _ffn_dim(dim: float, multiplier: float, multiple_of: float) -> int:
 
 
 def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> Json:
-    """What `config.json` holds of a model, in the keys of transformers 4, which 5 and other readers take too."""
+    """What `config.json` holds of a model, in the keys of transformers 4, which 5 and other readers take too.
+
+    A UserError if transformers has no architecture with all of its features.
+    """
+    features = tuple(key for key in FEATURES if getattr(config, key))
+    kind = next((kind for kind, each in _HF_TYPES.items() if each.features == features), None)
+    if kind is None:
+        raise UserError(f"no model_type of Hugging Face has {' and '.join(features)}")
     rope: Json | None = None
     if config.rope_factor != 1:
-        kind = "linear" if config.rope_original_context == 0 else "llama3"
-        rope = {"rope_type": kind} | {key: getattr(config, ours) for ours, key in _HF_SCALING[kind].items()}
+        scaling = "linear" if config.rope_original_context == 0 else "llama3"
+        rope = {"rope_type": scaling} | {key: getattr(config, ours) for ours, key in _HF_SCALING[scaling].items()}
     return {
-        "architectures": ["LlamaForCausalLM"],
-        **_HF_FIXED,
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        **_HF_TYPES[kind].fixed,
         **{key: getattr(config, ours) for ours, key in _HF_KEYS.items()},
         "head_dim": config.head_dim,
         "rope_theta": config.rope_theta,
@@ -133,6 +172,9 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
 
 def meta_params(config: ModelConfig) -> Json:
     """What `params.json` holds of a model; a UserError if Meta's format has no key for one of its sizes."""
+    for key in FEATURES:
+        if getattr(config, key):
+            raise UserError(f"Meta's format knows no {key}: such a model is written with to=hf")
     if config.head_dim * config.n_heads != config.dim:
         raise UserError(f"Meta's format knows no head_dim={config.head_dim} other than dim / n_heads")
     scaled = config.rope_factor != 1

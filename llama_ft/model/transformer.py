@@ -1,6 +1,7 @@
 """The decoder of LLaMA 2 (Touvron et al. 2023, arXiv 2307.09288) and of Llama 3 (Meta 2024, arXiv 2407.21783).
 
-Parameters have the names of Meta's checkpoints.
+Mistral's is the same, Qwen 2's has biases, Qwen 3's norms of queries and keys. Parameters have the names of Meta's
+checkpoints; what those lack is called as in transformers.
 
 Shapes: B batch, S sequence, D model.dim, H n_heads, K n_kv_heads, E head_dim, F ffn_dim, V vocab_size,
 N positions whose logits are asked for.
@@ -78,15 +79,19 @@ class Attention(nn.Module):
         # Attributes, so that plans can be made for other devices, and attention be kept from a compiler.
         self.repeats_keys, self.takes_segments, self.attend = repeats_keys, takes_segments, attend
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.wq = nn.Linear(config.dim, q_dim, bias=False)
-        self.wk = nn.Linear(config.dim, kv_dim, bias=False)
-        self.wv = nn.Linear(config.dim, kv_dim, bias=False)
+        self.wq = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
+        self.wk = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
+        self.wv = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(q_dim, config.dim, bias=False)
+        # Of each head, after transformers' Qwen3Attention.
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
-        q, k = rotate(q, turns), rotate(k, turns)
+        # Under autocast a norm with a weight in fp32 gives fp32, and attention takes one dtype.
+        q, k = (rotate(t, turns).to(v.dtype) for t in (self.q_norm(q), self.k_norm(k)))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
         if self.group_size > 1 and self.repeats_keys(q, mask):

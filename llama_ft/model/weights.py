@@ -30,7 +30,7 @@ def silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Normal(0, 0.02) for matrices and 1 for norms, from the seed alone; drawn on the device the weights are on."""
+    """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases, from the seed alone; drawn on the weights' device."""
 
     names: Sequence[str]  # of the decoder's own parameters, in the order in which they are drawn
     seed: int
@@ -40,9 +40,9 @@ class RandomWeights:
         """Fill a materialised model, whatever its modules have become."""
         parameters = [model.get_parameter(name) for name in self.names]
         generator = torch.Generator(parameters[0].device).manual_seed(self.seed)
-        for parameter in parameters:
+        for name, parameter in zip(self.names, parameters, strict=True):
             if parameter.dim() == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             else:
                 parameter.normal_(0.0, INIT_STD, generator=generator)
 

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from helpers.models import CPU, relative
 from llama_ft.config import ModelConfig
@@ -41,6 +41,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "linear": {"num_key_value_heads": 6, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "tied": {"num_key_value_heads": 3, "tie_word_embeddings": True},
     "wide_heads": {"num_key_value_heads": 3, "head_dim": 32},
+    "mistral": {"num_key_value_heads": 3, "model_type": "mistral", "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 3, "model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 3, "model_type": "qwen3", "head_dim": 24},
 }
 TO_META = ["mha", "gqa", "llama3_1", "tied"]  # Meta's format has no words for the others
 # Hugging Face's names, and how Meta's parallel layers split the weight.
@@ -78,11 +81,12 @@ atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
 
 def theirs(name: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
     """transformers' model with weights far from uniform."""
-    model = LlamaForCausalLM(LlamaConfig(**(SIZES | MODELS[name]))).eval()
+    config = AutoConfig.for_model(**({"model_type": "llama"} | SIZES | MODELS[name]))
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + (parameter.dim() == 1))
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.15 + key.endswith("norm.weight"))
     model.tie_weights()
     return model.to(dtype)
 

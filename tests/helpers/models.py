@@ -29,8 +29,8 @@ def small_config(n_kv_heads: int = 4) -> ModelConfig:
     )
 
 
-def small_model(n_kv_heads: int = 4, seed: int = 0) -> Transformer:
-    model = load_model(small_config(n_kv_heads), "random", CPU, torch.float32, seed)
+def small_model(n_kv_heads: int = 4, seed: int = 0, **features: bool) -> Transformer:
+    model = load_model(replace(small_config(n_kv_heads), **features), "random", CPU, torch.float32, seed)
     with torch.no_grad():
         for parameter in model.parameters():  # away from 0.02, so that attention and gains are far from uniform
             parameter.mul_(5.0) if parameter.dim() == 2 else parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)))
