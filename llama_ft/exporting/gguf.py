@@ -12,7 +12,7 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.exporting.gguf_tokenizer import gguf_tokenizer
 from llama_ft.files import Json
 from llama_ft.model.formats import gguf_name, is_rotated
-from llama_ft.model.gguf import ARCHITECTURES, KEYS, ROPE_FREQUENCIES, gguf_package, rope_divisors
+from llama_ft.model.gguf import ARCHITECTURES, KEYS, ROPE_FREQUENCIES, architecture_of, gguf_package, rope_divisors
 from llama_ft.model.stored import Weight, in_memory, permuted
 from llama_ft.model.transformer import EMBEDDING
 from llama_ft.model.writing import Advance, as_bytes
@@ -37,7 +37,8 @@ class GgufFile:
     def __init__(self, weights: Mapping[str, Weight], config: ModelConfig, tokenizer: Tokenizer, asked: Dtype) -> None:
         """Put it together; a UserError if the format, or the package, lacks something that the model has."""
         self._gguf: Any = gguf_package(Path("to=gguf"))
-        self._architecture, halves = "llama", ARCHITECTURES["llama"]
+        self._architecture = architecture_of(config)
+        halves = ARCHITECTURES[self._architecture].in_halves
         self._weights = {
             gguf_name(name): permuted(weight, config.head_dim, to_hf=True) if halves and is_rotated(name) else weight
             for name, weight in weights.items()

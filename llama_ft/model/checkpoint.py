@@ -98,7 +98,7 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
 def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
     check_sizes(gguf_sizes(file), model.config, file)
     numbers, tensors = read_gguf(file)
-    form = Format(f"GGUF {numbers}", gguf_name, in_halves=ARCHITECTURES[architecture(file)])
+    form = Format(f"GGUF {numbers}", gguf_name, in_halves=ARCHITECTURES[architecture(file)].in_halves)
     return form, 1, _renamed(tensors, model, form)
 
 

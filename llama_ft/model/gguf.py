@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import FEATURES, ModelConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.gguf_file import Header, read_header
 from llama_ft.model.formats import gguf_name
@@ -19,8 +19,19 @@ from llama_ft.model.mapped import StoredTensor, mapped, rows_at_once
 from llama_ft.model.sizes import META_SCALING, Sizes, numbers_of
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, rotary_frequencies
 
-# By architecture, whether wq and wk are in Hugging Face's rotary layout; llama.cpp stores LLaMA's in Meta's.
-ARCHITECTURES = {"llama": False}
+
+class Architecture(NamedTuple):
+    """What llama.cpp knows a model by."""
+
+    features: tuple[str, ...] = ()  # of `FEATURES`
+    in_halves: bool = True  # whether wq and wk are in Hugging Face's rotary layout
+
+
+ARCHITECTURES = {  # Mistral's is LLaMA's, which alone llama.cpp stores in Meta's layout
+    "llama": Architecture(in_halves=False),
+    "qwen2": Architecture(("qkv_bias",)),
+    "qwen3": Architecture(("qk_norm",)),
+}
 ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
 KEYS = {  # of sizes in the metadata, after the architecture's name
     "dim": "embedding_length",
@@ -109,16 +120,26 @@ def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
 
 
 def architecture(path: Path) -> str:
-    """Whose architecture the model has; a UserError if it is not supported."""
+    """The architecture in a file; a UserError if it is not supported."""
     name = read_header(path).metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise UserError(f"{path}: the architecture {name} is not supported, it must be {' or '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: the architecture {name} is not supported, it must be {', '.join(ARCHITECTURES)}")
     return str(name)
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The architecture of a model; a UserError if llama.cpp knows none like it."""
+    features = tuple(key for key in FEATURES if getattr(config, key))
+    name = next((name for name, each in ARCHITECTURES.items() if each.features == features), None)
+    if name is None:
+        raise UserError(f"no architecture of llama.cpp has {' and '.join(features)}")
+    return name
 
 
 def gguf_sizes(path: Path) -> Sizes:
     """The sizes in a file's metadata; a UserError if it holds another architecture than those that are supported."""
-    prefix, header = f"{architecture(path)}.", read_header(path)
+    name, header = architecture(path), read_header(path)
+    prefix = f"{name}."
     said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     for key in ("expert_count", "attention.sliding_window"):
         if said.get(key):
@@ -135,6 +156,7 @@ def gguf_sizes(path: Path) -> Sizes:
         if said.get(key, head_dim) != head_dim:
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported, heads are {head_dim} wide")
     sizes["head_size"] = None if head_dim * sizes["n_heads"] == sizes["dim"] else head_dim
+    sizes |= {key: key in ARCHITECTURES[name].features for key in FEATURES}
     return sizes | _rope(path, header, said, sizes)
 
 
