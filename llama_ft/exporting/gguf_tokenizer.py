@@ -72,7 +72,8 @@ def _adds_space(parts: Json) -> bool | None:
         return None
     if not splits and kinds in (["Prepend", "Replace"], ["Replace"]):
         return kinds[0] == "Prepend"
-    return splits.get("prepend_scheme") != "never" if splits.get("type") == "Metaspace" and not kinds else None
+    is_metaspace = splits.get("type") == "Metaspace" and not kinds
+    return bool(splits.get("prepend_scheme") != "never") if is_metaspace else None
 
 
 def _from_sentencepiece(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
