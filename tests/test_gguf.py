@@ -178,18 +178,23 @@ def test_quantized_numbers_are_those_of_the_package(tmp_path, monkeypatch, kind)
 
 # Tokenizers
 
+# As Mistral publishes it, in parts.
+TEKKEN = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+TEKKEN += r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+TEKKEN += r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     "llama-bpe": pre_tokenizers.Split(tokenizers.Regex(SPLIT), "isolated"),
     "qwen2": pre_tokenizers.Split(tokenizers.Regex(SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")), "isolated"),
     "smollm": pre_tokenizers.Digits(individual_digits=True),
     "gpt-2": None,
+    "tekken": pre_tokenizers.Split(tokenizers.Regex(TEKKEN), "isolated"),
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
 def byte_level(pre: str) -> tokenizers.Tokenizer:
     """A tokenizer that splits text in a published way, trained on a few words."""
-    trained, split = tokenizers.Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe")), SPLITS[pre]
+    trained, split = tokenizers.Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken"))), SPLITS[pre]
     level = pre_tokenizers.ByteLevel(False, use_regex=pre in ("smollm", "gpt-2"))
     trained.pre_tokenizer = pre_tokenizers.Sequence([split, level]) if split else level
     if pre == "qwen2":
@@ -241,7 +246,9 @@ def test_byte_level_tokenizers(tmp_path, pre):
         assert read.encode(text) == ids, text
         assert read.decode(ids) == trained.decode(ids)
     assert (read.eos_id, read.end_ids, read.vocab_size) == (1, {1, 2}, trained.get_vocab_size())
-    assert read.bos_id == (0 if pre == "llama-bpe" else None)  # llama.cpp's default, where the file does not say
+    assert read.bos_id == (
+        0 if pre in ("llama-bpe", "tekken") else None
+    )  # llama.cpp's default, where the file does not say
     assert read.named.chat_template == TEMPLATE
 
 
@@ -439,8 +446,8 @@ def damaged(content: bytes, kind: str) -> bytes:
     [
         ("empty", "is empty"),
         ("another", "is no GGUF file, or is damaged: it does not begin with GGUF"),
-        ("big-endian", "is a big-endian GGUF file, which is not read"),
-        ("version 1", "is a GGUF file of version 1: only 2 and 3 are read"),
+        ("big-endian", "is big-endian: GGUF is read in versions 2 and 3, little-endian"),
+        ("version 1", "is of version 1: GGUF is read in versions 2 and 3"),
         ("header", "is damaged, or was not copied completely: its header cannot be read"),
         ("counts", "is damaged, or was not copied completely: its header cannot be read"),
         ("cut", "was not downloaded or copied completely: "),
@@ -481,6 +488,9 @@ def test_tensors_that_are_not_supported(tmp_path):
     integers = {"output.weight": (np.zeros((120, 96), np.int32), Kind.I32)}
     with pytest.raises(UserError, match=r"output.weight is stored as I32, which is not read"):
         ours(write(tmp_path / "a.gguf", weights_of("gqa") | integers, settings_of("gqa")))
+    short = {"output_norm.weight": (np.zeros(102, np.uint8), Kind.Q8_0)}
+    with pytest.raises(UserError, match=r"output_norm.weight, \[96\], is no rows of blocks of 32 \(Q8_0\)"):
+        ours(write(tmp_path / "d.gguf", weights_of("gqa") | short, settings_of("gqa")))
     unknown = {"blk.0.attn_q.bias": (np.zeros(96, np.float32), Kind.F32)}
     with pytest.raises(UserError, match=r"1 tensors are not the model's, such as GGUF F32's blk.0.attn_q.bias"):
         ours(write(tmp_path / "b.gguf", weights_of("gqa") | unknown, settings_of("gqa")))

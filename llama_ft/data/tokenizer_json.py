@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.data.byte_level import RULES, added_tokens, bos_before, bpe, tokenizer_json
+from llama_ft.data.byte_level import RULES, added_tokens, bos_before, tokenizer_json
 from llama_ft.data.tokenizer import Tiktoken, read_tokenizer
 from llama_ft.files import Json
 
@@ -69,14 +69,18 @@ def _from_sentencepiece(file: Path, content: bytes) -> tuple[Special, Json]:
     ]
     return special, {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added_tokens({name: (number, True) for name, number in special}),
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
         "post_processor": bos_before(*special[0]),
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": bpe(pieces, _merges(scores), unk_token=special[2][0], fuse_unk=True, byte_fallback=True),
+        "model": {
+            "type": "BPE",
+            "unk_token": special[2][0],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": pieces,
+            "merges": _merges(scores),
+        },
     }
 
 

@@ -67,7 +67,7 @@ def _from_json(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
 def _adds_space(parts: Json) -> bool | None:
     """Whether a BPE of LLaMA-2's kind puts a space before a text; None if it is of another kind."""
     normalizer, splits = parts.get("normalizer") or {}, parts.get("pre_tokenizer") or {}
-    kinds = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+    kinds = [str(step["type"]) for step in normalizer.get("normalizers", [normalizer]) if step]
     if not parts["model"].get("byte_fallback"):
         return None
     if not splits and kinds in (["Prepend", "Replace"], ["Replace"]):

@@ -88,18 +88,15 @@ def read_gguf(path: Path) -> tuple[str, dict[str, StoredTensor | QuantizedTensor
     for name, info in infos.items():
         kind = _kind(gguf, path, name, info.type_number)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-        *outer, row = info.shape or [1]
-        if row % block or not info.shape:
-            raise UserError(f"{path} is damaged: {name} is {info.shape}, and {kind.name} has blocks of {block} numbers")
-        if kind.name in _DTYPES:
-            stored = StoredTensor(file, info.offset, _DTYPES[kind.name], info.shape)
-        else:
-            stored = StoredTensor(file, info.offset, torch.uint8, [*outer, row // block * n_bytes])
-        if (end := stored.offset + stored.n_bytes) > len(file):
+        if not info.shape or info.shape[-1] % block or (block > 1 and len(info.shape) == 1):
+            raise UserError(f"{path} is damaged: {name}, {info.shape}, is no rows of blocks of {block} ({kind.name})")
+        dtype = _DTYPES.get(kind.name, torch.uint8)
+        row_bytes = info.shape[-1] // block * n_bytes
+        raw = StoredTensor(file, info.offset, dtype, [*info.shape[:-1], row_bytes // dtype.itemsize])
+        if (end := raw.offset + raw.n_bytes) > len(file):
             missing = f"{name} ends at byte {end:,} of {len(file):,}"
             raise UserError(f"{path} was not downloaded or copied completely: {missing}")
-        plain = kind.name in _DTYPES
-        tensors[name] = stored if plain else QuantizedTensor(stored, info.shape, kind, gguf.quants)
+        tensors[name] = raw if kind.name in _DTYPES else QuantizedTensor(raw, info.shape, kind, gguf.quants)
         counts[kind.name] += math.prod(info.shape)
     return max(counts, key=counts.__getitem__, default="empty"), tensors
 
@@ -146,12 +143,12 @@ def gguf_sizes(path: Path) -> Sizes:
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported")
     defaults = {"n_kv_heads": said.get("attention.head_count"), "rope_theta": 10000.0}
     sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
-    if (embedding := header.tensors.get(gguf_name(EMBEDDING))) is None:
+    embedding = header.tensors.get(gguf_name(EMBEDDING))
+    if embedding is None or not embedding.shape:
         raise UserError(f"{path}: there is no {gguf_name(EMBEDDING)} in it")
-    sizes["vocab_size"] = embedding.shape[0]
-    sizes["tie_word_embeddings"] = gguf_name(OUTPUT) not in header.tensors
-    usual = sizes["dim"] // max(1, sizes["n_heads"])
-    head_dim = said.get("attention.key_length", said.get("rope.dimension_count", usual))
+    sizes |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": gguf_name(OUTPUT) not in header.tensors}
+    usual = said.get("rope.dimension_count", sizes["dim"] // max(1, sizes["n_heads"]))
+    head_dim = numbers_of(said, {"head_size": "attention.key_length"}, {"head_size": usual}, path)["head_size"]
     for key in ("attention.value_length", "rope.dimension_count"):
         if said.get(key, head_dim) != head_dim:
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported, heads are {head_dim} wide")
@@ -162,12 +159,12 @@ def gguf_sizes(path: Path) -> Sizes:
 
 def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[str, Any]) -> Settings:
     """How rotary frequencies are scaled."""
-    factor, kind = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0, None
-    if factor != 1 and (kind := said.get("rope.scaling.type", "linear")) not in ("linear", "none"):
+    factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0
+    kind = said.get("rope.scaling.type", "linear") if factor != 1 else "none"
+    if kind not in ("linear", "none"):
         raise UserError(f"{path}: rotary embeddings of type {kind} are not supported, only linear and Llama 3.1's")
     if ROPE_FREQUENCIES not in header.tensors:
-        is_linear = kind == "linear"
-        return {"rope_factor": factor if is_linear else 1.0} | ({"rope_original_context": 0} if is_linear else {})
+        return {"rope_factor": 1.0} if kind == "none" else {"rope_factor": factor, "rope_original_context": 0}
     _, tensors = read_gguf(path)
     divisors = tensors[ROPE_FREQUENCIES].rows(0, tensors[ROPE_FREQUENCIES].shape[0])
     scaling = META_SCALING | {"rope_factor": round(float(divisors.max()), 4)}
