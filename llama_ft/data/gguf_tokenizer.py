@@ -5,10 +5,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config import UserError
+from llama_ft.config import UserError, is_gguf
 from llama_ft.config.checks import readable
 from llama_ft.data.byte_level import RULES, SAME_RULES, tokenizer_json
-from llama_ft.files import Json
+from llama_ft.files import Json, explained
 from llama_ft.gguf_file import read_header
 
 KEYS = "tokenizer.ggml."
@@ -51,6 +51,14 @@ class Said:
     def refused(self, problem: str) -> UserError:
         """An error that says what to do about a problem."""
         return UserError(f"tokenizer={self.path}: {problem}; give tokenizer=FILE, the model's tokenizer.json or .model")
+
+
+def read_tokenizer(file: Path) -> bytes:
+    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
+    if is_gguf(file):
+        return tokenizer_content(file)
+    with explained(f"tokenizer={file} cannot be read"):
+        return file.read_bytes()
 
 
 def tokenizer_content(path: Path) -> bytes:

@@ -11,7 +11,8 @@ from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.byte_level import RULES, added_tokens, bos_before, tokenizer_json
-from llama_ft.data.tokenizer import Tiktoken, read_tokenizer
+from llama_ft.data.gguf_tokenizer import read_tokenizer
+from llama_ft.data.tokenizer import Tiktoken
 from llama_ft.files import Json
 
 Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others

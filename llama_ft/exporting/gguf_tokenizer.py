@@ -6,8 +6,8 @@ from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.byte_level import rule_name
-from llama_ft.data.gguf_tokenizer import TokenType
-from llama_ft.data.tokenizer import Tiktoken, Tokenizer, read_tokenizer
+from llama_ft.data.gguf_tokenizer import TokenType, read_tokenizer
+from llama_ft.data.tokenizer import Tiktoken, Tokenizer
 from llama_ft.data.tokenizer_json import tokenizer_files
 from llama_ft.files import Json
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
-from llama_ft.data.gguf_tokenizer import tokenizer_settings
+from llama_ft.data.gguf_tokenizer import read_tokenizer, tokenizer_settings
 from llama_ft.data.special_tokens import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
 from llama_ft.files import HF_CONFIG, Json, explained, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
