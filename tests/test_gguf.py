@@ -419,7 +419,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path, converted):
     narrow.save_pretrained(tmp_path / "narrow")
     arguments = [f"checkpoint={tmp_path / 'narrow'}", f"tokenizer={TINY}", "to=gguf", "dtype=q8_0"]
     printed = converted(*arguments, f"output={tmp_path / 'b.gguf'}")
-    assert "2 weights are written as F16: their rows are no multiple of 32 numbers, as Q8_0 needs" in printed
+    assert "2 weights are written as F16: their rows are no multiple of 32, as Q8_0 needs" in printed
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == (Kind.F16, Kind.Q8_0)
     assert_same(tmp_path / "b.gguf", reference(tmp_path / "b.gguf"))

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +14,10 @@ from torch import Tensor
 from llama_ft.config import FEATURES, ModelConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.gguf_file import Header, read_header
-from llama_ft.model.formats import gguf_name
-from llama_ft.model.mapped import StoredTensor, mapped, rows_at_once
+from llama_ft.model.formats import hf_name
+from llama_ft.model.mapped import Part, QuantizedTensor, StoredTensor, mapped
 from llama_ft.model.sizes import META_SCALING, Sizes, numbers_of
-from llama_ft.model.transformer import EMBEDDING, OUTPUT, rotary_frequencies
+from llama_ft.model.transformer import rotary_frequencies
 
 
 class Architecture(NamedTuple):
@@ -32,6 +32,7 @@ ARCHITECTURES = {  # Mistral's is LLaMA's, which alone llama.cpp stores in Meta'
     "qwen2": Architecture(("qkv_bias",)),
     "qwen3": Architecture(("qk_norm",)),
 }
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
 KEYS = {  # of sizes in the metadata, after the architecture's name
     "dim": "embedding_length",
@@ -56,34 +57,10 @@ def gguf_package(path: Path) -> ModuleType:
     return gguf
 
 
-class QuantizedTensor(NamedTuple):
-    """Where a tensor lies in a file whose numbers are quantized, in blocks within a row; they are read as fp32."""
-
-    raw: StoredTensor  # uint8, [..., bytes of a row]
-    shape: list[int]
-    kind: Any  # gguf.GGMLQuantizationType
-    quants: Any  # gguf.quants
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the numbers that are read."""
-        return torch.float32
-
-    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) over the whole tensor, in groups of a multiple of rows."""
-        step = rows_at_once(self.shape, multiple)
-        for first in range(0, self.shape[0], step):
-            yield first, self.rows(first, min(first + step, self.shape[0]))
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """These rows."""
-        return torch.from_numpy(self.quants.dequantize(self.raw.rows(first, last).numpy(), self.kind))
-
-
-def read_gguf(path: Path) -> tuple[str, dict[str, StoredTensor | QuantizedTensor]]:
+def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
     """The type that most numbers have, and the tensors by name. No tensor is read."""
     gguf, file, infos = gguf_package(path), mapped(path), read_header(path).tensors
-    tensors: dict[str, StoredTensor | QuantizedTensor] = {}
+    tensors: dict[str, Part] = {}
     counts: Counter[str] = Counter()
     for name, info in infos.items():
         kind = _kind(gguf, path, name, info.type_number)
@@ -133,6 +110,13 @@ def architecture_of(config: ModelConfig) -> str:
     return name
 
 
+def gguf_names(config: ModelConfig) -> Callable[[str], str]:
+    """llama.cpp's names of a model's weights, for ours."""
+    gguf: Any = gguf_package(Path("GGUF"))
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture_of(config).upper()], config.n_layers)
+    return lambda name: str(table.get_name(hf_name(name), (".weight", ".bias")))
+
+
 def gguf_sizes(path: Path) -> Sizes:
     """The sizes in a file's metadata; a UserError if it holds another architecture than those that are supported."""
     name, header = architecture(path), read_header(path)
@@ -143,10 +127,10 @@ def gguf_sizes(path: Path) -> Sizes:
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported")
     defaults = {"n_kv_heads": said.get("attention.head_count"), "rope_theta": 10000.0}
     sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
-    embedding = header.tensors.get(gguf_name(EMBEDDING))
+    embedding = header.tensors.get(EMBEDDING)
     if embedding is None or not embedding.shape:
-        raise UserError(f"{path}: there is no {gguf_name(EMBEDDING)} in it")
-    sizes |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": gguf_name(OUTPUT) not in header.tensors}
+        raise UserError(f"{path}: there is no {EMBEDDING} in it")
+    sizes |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": OUTPUT not in header.tensors}
     usual = said.get("rope.dimension_count", sizes["dim"] // max(1, sizes["n_heads"]))
     head_dim = numbers_of(said, {"head_size": "attention.key_length"}, {"head_size": usual}, path)["head_size"]
     for key in ("attention.value_length", "rope.dimension_count"):
