@@ -27,10 +27,11 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama_ft import api
-from llama_ft.config import ModelConfig, UserError
+from llama_ft import api, cli
+from llama_ft.config import GenerateConfig, ModelConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.decoding.load import check_sources
 from llama_ft.gguf_file import read_header
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.gguf import read_gguf, rope_divisors
@@ -515,6 +516,27 @@ def test_tokenizers_that_are_not_supported(tmp_path, settings, message):
     with pytest.raises(UserError) as caught:
         Tokenizer(write(tmp_path / "t.gguf", {}, content))
     assert message in str(caught.value)
+
+
+def test_commands_take_a_file_as_they_take_a_folder(tmp_path):
+    file = with_tokenizer(tmp_path)
+    arguments = ["model=from_checkpoint", f"checkpoint={file}", f"base={file}", "prompt=a", "compare=true"]
+    config = cli.composed_config("generate", arguments, GenerateConfig)
+    assert (config.model.name, config.model.vocab_size, config.tokenizer) == ("model", 340, str(file))
+    check_sources(config)
+    assert load_tokenizer(config).eos_id == 1  # with fewer pieces than the model has rows
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"model.gguf was not downloaded or copied completely: output_norm.weight ends"):
+        check_sources(config)
+
+
+def test_another_tokenizer_can_be_given(tmp_path):
+    """Where the file's own is not read; the file still says which token ends a text."""
+    other = settings_of_byte_level(byte_level("smollm"), "smollm") | {"tokenizer.ggml.model": "bert"}
+    file = write(tmp_path / "t.gguf", {}, other | {"tokenizer.ggml.eot_token_id": 5})
+    given = Tokenizer(TINY, str(file))
+    assert (given.eos_id, given.end_ids) == (2, {2, 5})
+    assert Tokenizer(TINY, str(write(tmp_path / "none.gguf", {}, {}))).end_ids == {2}
 
 
 def test_what_cannot_be_written(tmp_path, converted, monkeypatch):

@@ -39,7 +39,7 @@ class ModelSource:
     """A model, its weights and its tokenizer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    checkpoint: str | None = setting(None, "builtin, random or a folder; null is builtin where the model has one")
+    checkpoint: str | None = setting(None, "builtin, random, a folder or a GGUF file; null is the model's builtin")
     tokenizer: str | None = setting(
         None, "a tokenizer.model, or a BPE's tokenizer.json; null is the model's own, or the one in the checkpoint"
     )
