@@ -17,7 +17,6 @@ from llama_ft.reporting.progress import progress_bar
 from llama_ft.system import MIB
 
 if TYPE_CHECKING:
-    from llama_ft.exporting.gguf import GgufFile
     from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import Source
 
@@ -50,7 +49,7 @@ def main() -> int:
     from llama_ft.exporting.source import open_source
 
     source, sidecar = open_source(config), SidecarFiles(config, log)
-    gguf = gguf_file(source, sidecar, config, log) if config.to is Format.gguf else None
+    gguf = sidecar.gguf_file(source) if config.to is Format.gguf else None
     n_bytes = gguf.n_bytes if gguf else folder_bytes(source, config)
     check_room(n_bytes, config, output)
     assert config.to is not None
@@ -74,21 +73,6 @@ def check_free(output: Path, config: ConvertConfig) -> None:
     is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     if os.path.lexists(output) and not is_empty:
         raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
-
-
-def gguf_file(
-    source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, log: Callable[[str], None]
-) -> "GgufFile":
-    """The GGUF file to be written; a UserError if the format lacks something that the model has."""
-    from llama_ft.exporting.gguf import GgufFile
-
-    if sidecar.tokenizer is None:
-        raise UserError(f"checkpoint={config.checkpoint}: there is no tokenizer, which GGUF needs: give tokenizer=FILE")
-    file = GgufFile(source.weights, source.model, sidecar.tokenizer, config.dtype)
-    if file.unquantized:
-        reason = "their rows are no multiple of 32 numbers, as Q8_0 needs"
-        log(f"{len(file.unquantized)} weights are written as F16: {reason}")
-    return file
 
 
 def folder_bytes(source: "Source", config: ConvertConfig) -> int:

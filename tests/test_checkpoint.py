@@ -349,10 +349,9 @@ def test_folders_without_weights_are_refused(tmp_path, refusal):
     assert "pytorch_model*.bin is not read, convert it to safetensors" in refusal(tmp_path)
     assert "it is a file: give the folder" in refusal(tmp_path / "pytorch_model.bin")
     (gguf := tmp_path / "llama.gguf").touch()
-    for place in (tmp_path, gguf):
-        assert "GGUF is not read, give the model's folder in Hugging Face's format" in refusal(place)
-        with pytest.raises(UserError, match="GGUF is not read, give the model's folder"):
-            sizes_of(place)
+    assert f"; give a GGUF file by its name: checkpoint={gguf}" in refusal(tmp_path)
+    with pytest.raises(UserError, match="; give a GGUF file by its name: checkpoint="):
+        sizes_of(tmp_path)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS_FILE, "config.json", INDEX_FILE, META_FILE, "params.json"])

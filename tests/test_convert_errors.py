@@ -248,9 +248,9 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
     ("arguments", "message"),
     [
         ("", "model=from_checkpoint takes its sizes from a folder: give checkpoint=DIR"),
-        ("model=tiny output=x", "give to=hf or to=meta"),
+        ("model=tiny output=x", "give to=hf, to=meta or to=gguf"),
         ("model=tiny to=hf", "give output=DIR"),
-        ("model=tiny to=gguf output=x", "to=gguf is not allowed: it must be one of hf, meta"),
+        ("model=tiny to=onnx output=x", "to=onnx is not allowed: it must be one of hf, meta, gguf"),
         ("model=tiny to=hf output=x shards=0", "shards=0 is not allowed: it must be between 1 and 1000"),
         ("model=tiny to=hf output=x checkpoint=random", "there are no weights to convert"),
         ("model=llama2_7b to=hf output=x", "give checkpoint=DIR"),

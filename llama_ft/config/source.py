@@ -39,7 +39,7 @@ class ModelSource:
     """A model, its weights and its tokenizer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    checkpoint: str | None = setting(None, "builtin, random, a folder or hub:ORG/NAME; null is the model's builtin")
+    checkpoint: str | None = setting(None, "builtin, random, a folder, a GGUF file, hub:ORG/NAME; null is builtin")
     tokenizer: str | None = setting(
         None, "a tokenizer.model, or a BPE's tokenizer.json; null is the model's own, or the one in the checkpoint"
     )

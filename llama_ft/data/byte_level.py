@@ -80,23 +80,6 @@ def bos_before(bos: str, bos_id: int) -> Json:
     return {"type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": tokens}
 
 
-def bpe(vocabulary: Mapping[str, int], merges: Sequence[Any], **settings: Any) -> Json:
-    """The model; the settings are those of a byte-level one unless others are given."""
-    return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        **settings,
-        "vocab": dict(vocabulary),
-        "merges": list(merges),
-    }
-
-
 def tokenizer_json(
     vocabulary: Mapping[str, int], merges: Sequence[Any], added: Added, rule: Rule, bos: str | None
 ) -> Json:
@@ -110,12 +93,10 @@ def tokenizer_json(
     """
     return {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added_tokens(added),
         "normalizer": rule.normalizer,
         "pre_tokenizer": _sequence(rule),
         "post_processor": bos_before(bos, added[bos][0]) if bos else None,
         "decoder": BYTE_LEVEL,
-        "model": bpe(vocabulary, merges, ignore_merges=rule.ignore_merges),
+        "model": {"type": "BPE", "ignore_merges": rule.ignore_merges, "vocab": vocabulary, "merges": merges},
     }

@@ -5,10 +5,10 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config import UserError
+from llama_ft.config import UserError, is_gguf
 from llama_ft.config.checks import readable
 from llama_ft.data.byte_level import RULES, SAME_RULES, tokenizer_json
-from llama_ft.files import Json
+from llama_ft.files import Json, explained
 from llama_ft.gguf_file import read_header
 
 KEYS = "tokenizer.ggml."
@@ -21,18 +21,15 @@ class TokenType(IntEnum):
 
 
 class Said:
-    """What a file says of its tokenizer; a UserError if it has none that is read."""
+    """What a file says of its tokenizer, of whatever kind; a UserError if it is damaged."""
 
     def __init__(self, path: Path) -> None:
         metadata = read_header(path).metadata
         self.path, self.chat_template = path, metadata.get("tokenizer.chat_template")
         self.values = {key.removeprefix(KEYS): metadata[key] for key in metadata if key.startswith(KEYS)}
         self.kind = self.values.get("model")
-        if self.kind not in ("llama", "gpt2"):
-            problem = f"its tokenizer is of type {self.kind}, and only gpt2 and llama are read"
-            raise self.refused(problem if self.kind else "there is no tokenizer in it")
         with readable(path):
-            self.tokens: list[str] = self.values["tokens"]
+            self.tokens: list[str] = self.values.get("tokens") or []
             kinds = self.values.get("token_type") or [TokenType.NORMAL] * len(self.tokens)
             self.tokens_and_types = list(zip(self.tokens, map(TokenType, kinds), strict=True))
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "eot": "eot", "eom": "eom"}
@@ -53,9 +50,20 @@ class Said:
         return UserError(f"tokenizer={self.path}: {problem}; give tokenizer=FILE, the model's tokenizer.json or .model")
 
 
+def read_tokenizer(file: Path) -> bytes:
+    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
+    if is_gguf(file):
+        return tokenizer_content(file)
+    with explained(f"tokenizer={file} cannot be read"):
+        return file.read_bytes()
+
+
 def tokenizer_content(path: Path) -> bytes:
     """The content of a tokenizer.json, or of a SentencePiece model; a UserError if the tokenizer is of another kind."""
     said = Said(path)
+    if said.kind not in ("llama", "gpt2"):
+        problem = f"its tokenizer is of type {said.kind}, and only gpt2 and llama are read"
+        raise said.refused(problem if said.kind else "there is no tokenizer in it")
     with readable(path):
         return _sentencepiece(said) if said.kind == "llama" else json.dumps(_byte_level(said)).encode()
 

@@ -27,8 +27,8 @@ class SpecialTokens:
     adds_bos: bool  # before a text, whatever the tokenizer's own file says
     added: Mapping[str, int]  # tokens added to the tokenizer's own
     names: Mapping[str, str]  # by what chat templates call them: bos_token, eos_token …
-    chat_template: str | None
     said: list[tuple[str, list[int]]]  # the files that name ends, and which
+    chat_template: str | None
 
     @property
     def ends(self) -> list[int]:
@@ -49,17 +49,22 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     tokens = added.items() if isinstance(added, dict) else ()
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
     places = sorted({home, Path(os.path.expanduser(str(elsewhere)))})
-    files = [(name, place) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
-    said = [(name, _ids(_content(place, name).get("eos_token_id"))) for name, place in files]
+    files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
+    said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(
         _name(beside.get("bos_token")),
         _name(beside.get("eos_token")),
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
         {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
-        next(filter(None, map(_chat_template, places)), None),
         [(name, ids) for name, ids in said if ids],
+        next(filter(None, map(_chat_template, places)), None),
     )
+
+
+def _ids(value: object) -> list[int]:
+    """A number, or those in a list."""
+    return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 
 def _chat_template(place: Path) -> str | None:
@@ -70,11 +75,6 @@ def _chat_template(place: Path) -> str | None:
     if isinstance(said, list):  # several, of which one is the default
         said = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}.get("default")
     return said if isinstance(said, str) else None
-
-
-def _ids(value: object) -> list[int]:
-    """A number, or those in a list."""
-    return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 
 def _content(place: Path, name: str) -> Json:

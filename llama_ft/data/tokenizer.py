@@ -15,11 +15,11 @@ from typing import Any
 
 import sentencepiece
 
-from llama_ft.config import ModelConfig, ModelSource, UserError, is_gguf
-from llama_ft.data.gguf_tokenizer import tokenizer_content
+from llama_ft.config import ModelConfig, ModelSource, UserError
+from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, home_of, named_tokens
 from llama_ft.data.tiktoken_file import Tiktoken, missing_package
-from llama_ft.files import LFS_HINT, LFS_POINTER, explained
+from llama_ft.files import LFS_HINT, LFS_POINTER
 
 # Rows that a model may have beyond its tokenizer's pieces, which make their number a round one: Qwen 2.5 has 399.
 MAX_PADDING, ROUND = 511, 64
@@ -75,14 +75,6 @@ class Tokenizer:
         agree = all(self.eos_id in ids and {*ids} == {*self.named.said[0][1]} for _, ids in self.named.said)
         files = () if agree else (f"; {name} says {', '.join(map(str, ids))}" for name, ids in self.named.said)
         return f"texts begin {begin}, end with {', '.join(ends)}{''.join(files)}"
-
-
-def read_tokenizer(file: Path) -> bytes:
-    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
-    if is_gguf(file):
-        return tokenizer_content(file)
-    with explained(f"tokenizer={file} cannot be read"):
-        return file.read_bytes()
 
 
 def load_tokenizer(source: ModelSource, log: Callable[[str], None] = lambda _: None) -> Tokenizer:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.data.byte_level import RULES, added_tokens, bos_before, bpe, tokenizer_json
+from llama_ft.data.byte_level import RULES, added_tokens, bos_before, tokenizer_json
+from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.tiktoken_file import Tiktoken
-from llama_ft.data.tokenizer import read_tokenizer
 from llama_ft.files import Json
 
 Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others
@@ -70,14 +70,18 @@ def _from_sentencepiece(file: Path, content: bytes) -> tuple[Special, Json]:
     ]
     return special, {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "added_tokens": added_tokens({name: (number, True) for name, number in special}),
         "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
         "post_processor": bos_before(*special[0]),
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": bpe(pieces, _merges(scores), unk_token=special[2][0], fuse_unk=True, byte_fallback=True),
+        "model": {
+            "type": "BPE",
+            "unk_token": special[2][0],
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": pieces,
+            "merges": _merges(scores),
+        },
     }
 
 

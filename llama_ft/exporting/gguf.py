@@ -1,7 +1,7 @@
 """A model written as a GGUF file, for llama.cpp and what is built on it, a piece of a tensor at a time."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,46 +10,48 @@ import torch
 from llama_ft.config import Dtype, ModelConfig
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.exporting.gguf_tokenizer import gguf_tokenizer
+from llama_ft.exporting.source import Q8_0_BLOCK, Source
 from llama_ft.files import Json
-from llama_ft.model.formats import gguf_name, is_rotated
-from llama_ft.model.gguf import ARCHITECTURES, KEYS, ROPE_FREQUENCIES, gguf_package, rope_divisors
-from llama_ft.model.stored import Weight, in_memory, permuted
-from llama_ft.model.transformer import EMBEDDING
+from llama_ft.model.formats import is_rotated
+from llama_ft.model.gguf import (
+    ARCHITECTURES,
+    EMBEDDING,
+    KEYS,
+    ROPE_FREQUENCIES,
+    architecture_of,
+    gguf_names,
+    gguf_package,
+    rope_divisors,
+)
+from llama_ft.model.stored import in_memory, permuted
 from llama_ft.model.writing import Advance, as_bytes
 
-BLOCK = 32  # numbers of Q8_0 that share a scale
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-
-
-def dtype_in_gguf(weight: Weight, asked: Dtype, dtype: torch.dtype) -> torch.dtype:
-    """That in which a weight is written; before it is quantized, where it is to be and its rows are whole blocks."""
-    if len(weight.shape) == 1 or dtype == torch.float64:  # llama.cpp multiplies by fp32 norms alone
-        return torch.float32
-    if asked is Dtype.q8_0:
-        return torch.float16 if weight.shape[-1] % BLOCK else torch.float32
-    return dtype
 
 
 class GgufFile:
     """A model about to be written."""
 
-    def __init__(self, weights: Mapping[str, Weight], config: ModelConfig, tokenizer: Tokenizer, asked: Dtype) -> None:
+    def __init__(self, source: Source, tokenizer: Tokenizer, asked: Dtype, log: Callable[[str], None]) -> None:
         """Put it together; a UserError if the format, or the package, lacks something that the model has."""
+        config = source.model
         self._gguf: Any = gguf_package(Path("to=gguf"))
-        self._architecture, halves = "llama", ARCHITECTURES["llama"]
+        self._architecture = architecture_of(config)
+        in_halves, their_name = ARCHITECTURES[self._architecture].in_halves, gguf_names(config)
         self._weights = {
-            gguf_name(name): permuted(weight, config.head_dim, to_hf=True) if halves and is_rotated(name) else weight
-            for name, weight in weights.items()
+            their_name(name): permuted(each, config.head_dim, to_hf=True) if in_halves and is_rotated(name) else each
+            for name, each in source.weights.items()
         }
         kinds = {name: _TYPES[weight.dtype] for name, weight in self._weights.items()}
-        self.unquantized = [name for name in kinds if kinds[name] == "F16" and asked is Dtype.q8_0]
         if asked is Dtype.q8_0:
+            if rest := list(kinds.values()).count("F16"):
+                log(f"{rest} weights are written as F16: their rows are no multiple of {Q8_0_BLOCK}, as Q8_0 needs")
             kinds = {n: "Q8_0" if len(self._weights[n].shape) > 1 and kinds[n] == "F32" else kinds[n] for n in kinds}
         if config.rope_factor != 1 and config.rope_original_context:
             self._weights[ROPE_FREQUENCIES], kinds[ROPE_FREQUENCIES] = in_memory(rope_divisors(config)), "F32"
         self._kinds = {name: self._gguf.GGMLQuantizationType[kind] for name, kind in kinds.items()}
-        self._file_type = kinds[gguf_name(EMBEDDING)]
+        self._file_type = kinds[EMBEDDING]
         self._metadata = self._sizes(config) | {
             f"tokenizer.{key}": value
             for key, value in gguf_tokenizer(tokenizer, config.vocab_size, config.rope_factor != 1).items()

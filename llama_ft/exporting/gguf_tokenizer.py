@@ -1,13 +1,14 @@
 """A tokenizer as the metadata of a GGUF file."""
 
 import json
+import re
 from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.byte_level import rule_name
-from llama_ft.data.gguf_tokenizer import TokenType
+from llama_ft.data.gguf_tokenizer import TokenType, read_tokenizer
 from llama_ft.data.tiktoken_file import Tiktoken
-from llama_ft.data.tokenizer import Tokenizer, read_tokenizer
+from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.data.tokenizer_json import tokenizer_files
 from llama_ft.files import Json
 
@@ -24,14 +25,14 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     if Tiktoken.LINE.match(content):
         content = json.dumps(tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"]).encode()
     is_json = content.lstrip().startswith(b"{")
-    tokens, said = _byte_level(tokenizer, content) if is_json else _sentencepiece(tokenizer, content)
+    tokens, said = (_from_json if is_json else _from_sentencepiece)(tokenizer, content)
     begin_or_end = {tokenizer.bos_id, *tokenizer.end_ids}
     tokens |= {i: (text, TokenType.CONTROL, score) for i, (text, _, score) in tokens.items() if i in begin_or_end}
     rows = [tokens.get(number, (f"[PAD{number}]", TokenType.UNUSED, ADDED_SCORE)) for number in range(n_rows)]
     ids = {text: number for number, (text, *_) in enumerate(rows)}
     texts, kinds, scores = zip(*rows, strict=True)
     said |= {"ggml.tokens": list(texts), "ggml.token_type": [int(kind) for kind in kinds]}
-    said |= {} if is_json else {"ggml.scores": list(scores)}
+    said |= {"ggml.scores": list(scores)} if said["ggml.model"] == "llama" else {}
     bos_id = ids.get(named.bos or "") if tokenizer.bos_id is None else tokenizer.bos_id
     others = sorted(tokenizer.end_ids - {tokenizer.eos_id}, key=lambda end: "eom" in texts[end])
     numbers = {"bos": bos_id, "eos": tokenizer.eos_id} | dict(zip(("eot", "eom"), others, strict=False))
@@ -40,20 +41,43 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     return said | ({"chat_template": named.chat_template} if named.chat_template else {})
 
 
-def _byte_level(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
+def _from_json(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
     parts = json.loads(content)
-    if (rule := rule_name(parts)) is None:
+    merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in parts["model"]["merges"]]
+    tokens: Tokens = {number: (text, TokenType.NORMAL, 0.0) for text, number in parts["model"]["vocab"].items()}
+    unknown, said = parts["model"].get("unk_token"), dict[str, Any]()
+    if rule := rule_name(parts):
+        said = {"ggml.model": "gpt2", "ggml.pre": rule, "ggml.merges": [" ".join(merge) for merge in merges]}
+    elif (adds_space := _adds_space(parts)) is not None:
+        # Merges are in the order of SentencePiece's scores.
+        scores = {"".join(merge): -float(rank) for rank, merge in reversed([*enumerate(merges)])}
+        for number, (text, _, _) in tokens.items():
+            kind = TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
+            tokens[number] = (text, kind, scores.get(text, -float(len(merges))))
+        said = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": adds_space}
+        said |= {"ggml.unknown_token_id": parts["model"]["vocab"][unknown]} if unknown else {}
+    else:
         problem = "splits text by a rule that has no name in GGUF, or none that is known here"
         raise UserError(f"tokenizer={tokenizer.file} {problem}: to=hf writes it as it is")
-    tokens: Tokens = {number: (text, TokenType.NORMAL, 0.0) for text, number in parts["model"]["vocab"].items()}
     for token in parts["added_tokens"]:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        tokens[token["id"]] = (token["content"], kind, 0.0)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"]["merges"]]
-    return tokens, {"ggml.model": "gpt2", "ggml.pre": rule, "ggml.merges": merges}
+        tokens[token["id"]] = (token["content"], TokenType.UNKNOWN if token["content"] == unknown else kind, 0.0)
+    return tokens, said
 
 
-def _sentencepiece(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
+def _adds_space(parts: Json) -> bool | None:
+    """Whether a BPE of LLaMA-2's kind puts a space before a text; None if it is of another kind."""
+    normalizer, splits = parts.get("normalizer") or {}, parts.get("pre_tokenizer") or {}
+    kinds = [str(step["type"]) for step in normalizer.get("normalizers", [normalizer]) if step]
+    if not parts["model"].get("byte_fallback"):
+        return None
+    if not splits and kinds in (["Prepend", "Replace"], ["Replace"]):
+        return kinds[0] == "Prepend"
+    is_metaspace = splits.get("type") == "Metaspace" and not kinds
+    return bool(splits.get("prepend_scheme") != "never") if is_metaspace else None
+
+
+def _from_sentencepiece(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
     from sentencepiece import sentencepiece_model_pb2
 
     schema: Any = sentencepiece_model_pb2

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
-from llama_ft.data.gguf_tokenizer import tokenizer_settings
-from llama_ft.data.special_tokens import CHAT_TEMPLATE, GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
-from llama_ft.data.tokenizer import Tokenizer, check_vocabulary, read_tokenizer
+from llama_ft.data.gguf_tokenizer import read_tokenizer, tokenizer_settings
+from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
+from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
+from llama_ft.exporting.gguf import GgufFile
+from llama_ft.exporting.source import Source
 from llama_ft.files import HF_CONFIG, Json, explained, read_json
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
@@ -17,10 +19,9 @@ from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
 # Of a tokenizer in Hugging Face's form: they belong together.
-HF_TOKENIZER_FILES = (
-    *("tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
-    CHAT_TEMPLATE,
-)
+HF_TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
 
 
 class SidecarFiles:
@@ -31,11 +32,17 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        self.tokenizer = self._found_tokenizer()
+        self._tokenizer = self._found_tokenizer()
         self.files: dict[str, bytes] = {}
         if config.to is not Format.gguf:
             self._ids = self._special_ids()
             self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
+
+    def gguf_file(self, source: Source) -> GgufFile:
+        """The weights and the tokenizer as one file; a UserError if GGUF lacks something that the model has."""
+        if self._tokenizer is None:
+            raise UserError(f"checkpoint={self._source}: there is no tokenizer, which GGUF needs: give tokenizer=FILE")
+        return GgufFile(source, self._tokenizer, self._config.dtype, self._log)
 
     def _found_tokenizer(self) -> Tokenizer | None:
         """The tokenizer, if there is one that we can read."""
@@ -51,14 +58,15 @@ class SidecarFiles:
         except UserError as error:
             if config.tokenizer is not None or config.to is Format.gguf:
                 raise
-            what = "its files are copied as they are" if config.to is Format.hf else "it is left out"
+            is_copied = config.to is Format.hf and not is_gguf(self._source)
+            what = "its files are copied as they are" if is_copied else "it is left out"
             self._log(f"{error}; {what}")
             return None
 
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
-        if self._settings is not None or self.tokenizer is not None:
+        if self._settings is not None or self._tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
         if self._config.to is Format.hf:
             guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
@@ -68,7 +76,7 @@ class SidecarFiles:
     def _with_tokenizers(self, name: str, content: Json) -> Json:
         """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
         said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
-        if (tokenizer := self.tokenizer) is None:
+        if (tokenizer := self._tokenizer) is None:
             return said
         ends = said["eos_token_id"]
         ids = dict(said)
@@ -90,18 +98,18 @@ class SidecarFiles:
             files[GENERATION_CONFIG] = _read(file) if is_right else _json(content | ids)
         elif self._settings is None:
             files[GENERATION_CONFIG] = _json(self._ids)
-        folder = self._source if self.tokenizer is None else home_of(self.tokenizer.file)
+        folder = self._source if self._tokenizer is None else home_of(self._tokenizer.file)
         files |= {name: _read(folder / name) for name in HF_TOKENIZER_FILES if (folder / name).is_file()}
-        if self.tokenizer is None:
+        if self._tokenizer is None:
             unread = self._source / TOKENIZER_FILES[0]
             return files | ({unread.name: _read(unread)} if unread.is_file() else {})
-        files[_usual_name(self.tokenizer)] = read_tokenizer(self.tokenizer.file)
+        files[_usual_name(self._tokenizer)] = read_tokenizer(self._tokenizer.file)
         is_whole = {"tokenizer.json", TOKENIZER_CONFIG} <= files.keys()
-        return files if is_whole else self._made(self.tokenizer) | files
+        return files if is_whole else self._made(self._tokenizer) | files
 
     def _meta_files(self) -> dict[str, bytes]:
         """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
-        if (tokenizer := self.tokenizer) is None:
+        if (tokenizer := self._tokenizer) is None:
             return {}
         files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
         if tokenizer.is_json:

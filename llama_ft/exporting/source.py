@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, Format, ModelConfig, UserError
+from llama_ft.config import ConvertConfig, Dtype, Format, ModelConfig, UserError
 from llama_ft.device import DTYPES
-from llama_ft.exporting.gguf import dtype_in_gguf
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
@@ -18,6 +17,8 @@ from llama_ft.model.weights import build
 from llama_ft.techniques.adapter import check_base_of, check_copies
 from llama_ft.techniques.lora import lora_scale
 from llama_ft.techniques.peft import Factors, read_adapter
+
+Q8_0_BLOCK = 32  # numbers of a row that share a scale
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,15 @@ def open_source(config: ConvertConfig) -> Source:
         dtypes = {name: dtype_in_gguf(own[name], config.dtype, dtype) for name, dtype in dtypes.items()}
     weights = {name: rounded(name, weight, dtypes[name]) for name, weight in (own | changed).items()}
     return Source(sizes, checkpoint, weights)
+
+
+def dtype_in_gguf(weight: Weight, asked: Dtype, dtype: torch.dtype) -> torch.dtype:
+    """That in which a weight is written; before it is quantized, where it is to be and its rows are whole blocks."""
+    if len(weight.shape) == 1 or dtype == torch.float64:  # llama.cpp multiplies by fp32 norms alone
+        return torch.float32
+    if asked is Dtype.q8_0:
+        return torch.float16 if weight.shape[-1] % Q8_0_BLOCK else torch.float32
+    return dtype
 
 
 def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:

@@ -22,17 +22,16 @@ from llama_ft.files import (
     unread_hint,
     why_no_folder,
 )
-from llama_ft.model.formats import ROTARY_TABLES, gguf_name, hf_name, is_rotated
-from llama_ft.model.gguf import ARCHITECTURES, QuantizedTensor, architecture, gguf_sizes, read_gguf
-from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
+from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
+from llama_ft.model.gguf import ARCHITECTURES, architecture, gguf_names, gguf_sizes, read_gguf
+from llama_ft.model.mapped import Part, StoredTensor, read_pth, read_safetensors
 from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_sizes, own_sizes
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Pace
 
-Stored = StoredTensor | QuantizedTensor
-Shards = Mapping[str, Sequence[Stored]]  # by our names; a tensor's parts, in the order of the files
+Shards = Mapping[str, Sequence[Part]]  # by our names; a tensor's parts, in the order of the files
 
 
 class Format(NamedTuple):
@@ -105,7 +104,7 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
 def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
     check_sizes(gguf_sizes(file), model.config, file)
     numbers, tensors = read_gguf(file)
-    form = Format(f"GGUF {numbers}", gguf_name, in_halves=ARCHITECTURES[architecture(file)])
+    form = Format(f"GGUF {numbers}", gguf_names(model.config), ARCHITECTURES[architecture(file)].in_halves)
     return form, 1, _renamed(tensors, model, form)
 
 
@@ -114,7 +113,7 @@ def _hf_shards(folder: Path, tensors: Mapping[str, StoredTensor], model: Transfo
     return _renamed(tensors, model, HUGGING_FACE)
 
 
-def _renamed(tensors: Mapping[str, Stored], model: Transformer, form: Format) -> Shards:
+def _renamed(tensors: Mapping[str, Part], model: Transformer, form: Format) -> Shards:
     """The tensors by our names."""
     ours = {form.their_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     # In Meta's layout under our names a tensor would be taken for theirs: such names must stay unknown.
@@ -186,7 +185,7 @@ def _fitting(folder: Path, stored: Shards, model: Transformer, form: Format) -> 
     return {name: weights[name] for name in expected}
 
 
-def _missing_shards(shape: list[int], parts: Sequence[Stored]) -> str:
+def _missing_shards(shape: list[int], parts: Sequence[Part]) -> str:
     """A hint where the parts would make up the weight if there were more of them, or hold nothing."""
     if not (part := math.prod(parts[0].shape)):
         return "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"

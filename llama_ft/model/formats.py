@@ -1,4 +1,4 @@
-"""Names and layout of the weights in Meta's, in Hugging Face's and in GGUF checkpoints.
+"""Names and layout of the weights in Meta's and in Hugging Face's checkpoints.
 
 Our names and layout are Meta's. The one difference in layout to Hugging Face's is owned here: Meta rotates adjacent
 pairs of a head's features, Hugging Face rotates its two halves, so the rows of wq and wk are permuted between the two,
@@ -27,22 +27,6 @@ _HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-_GGUF_NAMES = {
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "output": "output",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-    "attention_norm": "attn_norm",
-    "ffn_norm": "ffn_norm",
-}
 # Tables that checkpoints hold beside the weights; ours are computed.
 ROTARY_TABLES = re.compile(r"rope\.freqs|.*rope_freqs\.weight|.*\.rotary_emb\.inv_freq")
 
@@ -66,12 +50,6 @@ def hf_name(name: str) -> str:
         raise UserError(f"{name} is not a weight of a LLaMA decoder")
     prefix = f"model.{match[1]}" if match[1] else ""
     return f"{prefix}{_HF_NAMES[match[2]]}{match[3]}"
-
-
-def gguf_name(name: str) -> str:
-    """The name of a weight in a GGUF file."""
-    layer, index, part, end = re.fullmatch(r"(layers\.(\d+)\.)?(.+)\.(weight|bias)", name).groups()  # type: ignore[union-attr]
-    return f"{f'blk.{index}.' if layer else ''}{_GGUF_NAMES[part]}.{end}"
 
 
 def our_name(name: str) -> str | None:

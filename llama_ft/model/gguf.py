@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -11,16 +11,28 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import FEATURES, ModelConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.gguf_file import Header, read_header
-from llama_ft.model.formats import gguf_name
-from llama_ft.model.mapped import StoredTensor, mapped, rows_at_once
+from llama_ft.model.formats import hf_name
+from llama_ft.model.mapped import Part, QuantizedTensor, StoredTensor, mapped
 from llama_ft.model.sizes import META_SCALING, Sizes, numbers_of
-from llama_ft.model.transformer import EMBEDDING, OUTPUT, rotary_frequencies
+from llama_ft.model.transformer import rotary_frequencies
 
-# By architecture, whether wq and wk are in Hugging Face's rotary layout; llama.cpp stores LLaMA's in Meta's.
-ARCHITECTURES = {"llama": False}
+
+class Architecture(NamedTuple):
+    """What llama.cpp knows a model by."""
+
+    features: tuple[str, ...] = ()  # of `FEATURES`
+    in_halves: bool = True  # whether wq and wk are in Hugging Face's rotary layout
+
+
+ARCHITECTURES = {  # Mistral's is LLaMA's, which alone llama.cpp stores in Meta's layout
+    "llama": Architecture(in_halves=False),
+    "qwen2": Architecture(("qkv_bias",)),
+    "qwen3": Architecture(("qk_norm",)),
+}
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
 KEYS = {  # of sizes in the metadata, after the architecture's name
     "dim": "embedding_length",
@@ -45,50 +57,23 @@ def gguf_package(path: Path) -> ModuleType:
     return gguf
 
 
-class QuantizedTensor(NamedTuple):
-    """Where a tensor lies in a file whose numbers are quantized, in blocks within a row; they are read as fp32."""
-
-    raw: StoredTensor  # uint8, [..., bytes of a row]
-    shape: list[int]
-    kind: Any  # gguf.GGMLQuantizationType
-    quants: Any  # gguf.quants
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the numbers that are read."""
-        return torch.float32
-
-    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) over the whole tensor, in groups of a multiple of rows."""
-        step = rows_at_once(self.shape, multiple)
-        for first in range(0, self.shape[0], step):
-            yield first, self.rows(first, min(first + step, self.shape[0]))
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """These rows."""
-        return torch.from_numpy(self.quants.dequantize(self.raw.rows(first, last).numpy(), self.kind))
-
-
-def read_gguf(path: Path) -> tuple[str, dict[str, StoredTensor | QuantizedTensor]]:
+def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
     """The type that most numbers have, and the tensors by name. No tensor is read."""
     gguf, file, infos = gguf_package(path), mapped(path), read_header(path).tensors
-    tensors: dict[str, StoredTensor | QuantizedTensor] = {}
+    tensors: dict[str, Part] = {}
     counts: Counter[str] = Counter()
     for name, info in infos.items():
         kind = _kind(gguf, path, name, info.type_number)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-        *outer, row = info.shape or [1]
-        if row % block or not info.shape:
-            raise UserError(f"{path} is damaged: {name} is {info.shape}, and {kind.name} has blocks of {block} numbers")
-        if kind.name in _DTYPES:
-            stored = StoredTensor(file, info.offset, _DTYPES[kind.name], info.shape)
-        else:
-            stored = StoredTensor(file, info.offset, torch.uint8, [*outer, row // block * n_bytes])
-        if (end := stored.offset + stored.n_bytes) > len(file):
+        if not info.shape or info.shape[-1] % block or (block > 1 and len(info.shape) == 1):
+            raise UserError(f"{path} is damaged: {name}, {info.shape}, is no rows of blocks of {block} ({kind.name})")
+        dtype = _DTYPES.get(kind.name, torch.uint8)
+        row_bytes = info.shape[-1] // block * n_bytes
+        raw = StoredTensor(file, info.offset, dtype, [*info.shape[:-1], row_bytes // dtype.itemsize])
+        if (end := raw.offset + raw.n_bytes) > len(file):
             missing = f"{name} ends at byte {end:,} of {len(file):,}"
             raise UserError(f"{path} was not downloaded or copied completely: {missing}")
-        plain = kind.name in _DTYPES
-        tensors[name] = stored if plain else QuantizedTensor(stored, info.shape, kind, gguf.quants)
+        tensors[name] = raw if kind.name in _DTYPES else QuantizedTensor(raw, info.shape, kind, gguf.quants)
         counts[kind.name] += math.prod(info.shape)
     return max(counts, key=counts.__getitem__, default="empty"), tensors
 
@@ -109,43 +94,61 @@ def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
 
 
 def architecture(path: Path) -> str:
-    """Whose architecture the model has; a UserError if it is not supported."""
+    """The architecture in a file; a UserError if it is not supported."""
     name = read_header(path).metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise UserError(f"{path}: the architecture {name} is not supported, it must be {' or '.join(ARCHITECTURES)}")
+        raise UserError(f"{path}: the architecture {name} is not supported, it must be {', '.join(ARCHITECTURES)}")
     return str(name)
+
+
+def architecture_of(config: ModelConfig) -> str:
+    """The architecture of a model; a UserError if llama.cpp knows none like it."""
+    features = tuple(key for key in FEATURES if getattr(config, key))
+    name = next((name for name, each in ARCHITECTURES.items() if each.features == features), None)
+    if name is None:
+        raise UserError(f"no architecture of llama.cpp has {' and '.join(features)}")
+    return name
+
+
+def gguf_names(config: ModelConfig) -> Callable[[str], str]:
+    """llama.cpp's names of a model's weights, for ours."""
+    gguf: Any = gguf_package(Path("GGUF"))
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture_of(config).upper()], config.n_layers)
+    return lambda name: str(table.get_name(hf_name(name), (".weight", ".bias")))
 
 
 def gguf_sizes(path: Path) -> Sizes:
     """The sizes in a file's metadata; a UserError if it holds another architecture than those that are supported."""
-    prefix, header = f"{architecture(path)}.", read_header(path)
+    name, header = architecture(path), read_header(path)
+    prefix = f"{name}."
     said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
     for key in ("expert_count", "attention.sliding_window"):
         if said.get(key):
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported")
     defaults = {"n_kv_heads": said.get("attention.head_count"), "rope_theta": 10000.0}
     sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
-    if (embedding := header.tensors.get(gguf_name(EMBEDDING))) is None:
-        raise UserError(f"{path}: there is no {gguf_name(EMBEDDING)} in it")
-    sizes["vocab_size"] = embedding.shape[0]
-    sizes["tie_word_embeddings"] = gguf_name(OUTPUT) not in header.tensors
-    usual = sizes["dim"] // max(1, sizes["n_heads"])
-    head_dim = said.get("attention.key_length", said.get("rope.dimension_count", usual))
+    embedding = header.tensors.get(EMBEDDING)
+    if embedding is None or not embedding.shape:
+        raise UserError(f"{path}: there is no {EMBEDDING} in it")
+    sizes |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": OUTPUT not in header.tensors}
+    usual = said.get("rope.dimension_count", sizes["dim"] // max(1, sizes["n_heads"]))
+    head_dim = numbers_of(said, {"head_size": "attention.key_length"}, {"head_size": usual}, path)["head_size"]
     for key in ("attention.value_length", "rope.dimension_count"):
         if said.get(key, head_dim) != head_dim:
             raise UserError(f"{path}: {prefix}{key}={said[key]} is not supported, heads are {head_dim} wide")
     sizes["head_size"] = None if head_dim * sizes["n_heads"] == sizes["dim"] else head_dim
+    sizes |= {key: key in ARCHITECTURES[name].features for key in FEATURES}
     return sizes | _rope(path, header, said, sizes)
 
 
 def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[str, Any]) -> Settings:
     """How rotary frequencies are scaled."""
-    factor, kind = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0, None
-    if factor != 1 and (kind := said.get("rope.scaling.type", "linear")) not in ("linear", "none"):
+    factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0
+    kind = said.get("rope.scaling.type", "linear") if factor != 1 else "none"
+    if kind not in ("linear", "none"):
         raise UserError(f"{path}: rotary embeddings of type {kind} are not supported, only linear and Llama 3.1's")
     if ROPE_FREQUENCIES not in header.tensors:
-        is_linear = kind == "linear"
-        return {"rope_factor": factor if is_linear else 1.0} | ({"rope_original_context": 0} if is_linear else {})
+        return {"rope_factor": 1.0} if kind == "none" else {"rope_factor": factor, "rope_original_context": 0}
     _, tensors = read_gguf(path)
     divisors = tensors[ROPE_FREQUENCIES].rows(0, tensors[ROPE_FREQUENCIES].shape[0])
     scaling = META_SCALING | {"rope_factor": round(float(divisors.max()), 4)}

@@ -75,6 +75,33 @@ class StoredTensor(NamedTuple):
         return self.offset + row * math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
+class QuantizedTensor(NamedTuple):
+    """Where a tensor lies in a file whose numbers are quantized, in blocks within a row; they are read as fp32."""
+
+    raw: StoredTensor  # uint8, [..., bytes of a row]
+    shape: list[int]
+    kind: Any  # a GGMLQuantizationType of the package gguf
+    quants: Any  # its module of that name
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the numbers that are read."""
+        return torch.float32
+
+    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) over the whole tensor, in groups of a multiple of rows."""
+        step = rows_at_once(self.shape, multiple)
+        for first in range(0, self.shape[0], step):
+            yield first, self.rows(first, min(first + step, self.shape[0]))
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """These rows."""
+        return torch.from_numpy(self.quants.dequantize(self.raw.rows(first, last).numpy(), self.kind))
+
+
+Part = StoredTensor | QuantizedTensor  # a weight, or a shard of it
+
+
 def mapped(path: Path) -> mmap.mmap:
     """A file, mapped; a UserError if it cannot be read, or is empty."""
     with explained(f"{path} cannot be read"), regular(path).open("rb") as file:

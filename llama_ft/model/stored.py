@@ -4,35 +4,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama_ft.model.formats import permute_rotary
-from llama_ft.model.mapped import rows_at_once
+from llama_ft.model.mapped import Part, rows_at_once
 
 # (first row, rows) over a weight, in groups of a multiple of so many rows. Each is valid until the next is asked for,
 # and must not be written to: it may be a view of the file.
 Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
-
-
-class Part(Protocol):
-    """A tensor in a file: a weight, or a shard of it."""
-
-    @property
-    def shape(self) -> list[int]:
-        """Its dimensions."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of the numbers that are read."""
-
-    def pieces(self, multiple: int) -> Iterator[tuple[int, Tensor]]:
-        """As a weight's."""
-
-    def rows(self, first: int, last: int) -> Tensor:
-        """A copy of these rows."""
 
 
 @dataclass(frozen=True)
