@@ -104,7 +104,8 @@ class _SentencePiece:
 
     def __init__(self, file: Path, content: bytes, named: SpecialTokens) -> None:
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+            self._processor = sentencepiece.SentencePieceProcessor()
+            self._processor.LoadFromSerializedProto(content)
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer={file} is not a SentencePiece model") from error
         self.vocab_size: int = self._processor.vocab_size()
