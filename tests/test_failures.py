@@ -324,7 +324,7 @@ CASES |= {
 CASES |= {
     "data: samples longer than allowed, and the user's own files in the run's folder": Case(
         "data.max_length=56",
-        ("3 truncated", "longest 56"),
+        ("1 truncated; 2 dropped", "longest 56"),
         exit_status=0,
         status="ok",
         files={"run/checkpoints/other/notes.txt": "mine"},

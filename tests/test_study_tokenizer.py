@@ -64,7 +64,7 @@ def test_padding_to_the_longest_of_all_fails(quick: dict[str, Any], monkeypatch:
 
 
 def test_training_on_the_prompt_too_fails(quick: dict[str, Any]) -> None:
-    samples = [type(sample)(sample.tokens, 1) for sample in alpaca_samples()]
+    samples = [sample.after(sample.tokens, 1) for sample in alpaca_samples()]
     assert failed(study, quick, lengths=study.lengths_of(samples)) == [8]
 
 

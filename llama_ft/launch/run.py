@@ -49,7 +49,8 @@ class MeasuredRun:
         self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
         use_device(self.device, gpu, self.config.memory_limit_mib)
         self.result.device, self.result.versions = device_name(self.device), versions()
-        self.result.card, self.result.template = self.card.facts if self.card else None, self.dataset.template
+        self.result.card = self.card.facts if self.card else None
+        self.result.template, self.result.ends = self.dataset.template, self.dataset.ends
         self.log(about_device(self.device, gpu))
 
     def execute(self) -> None:

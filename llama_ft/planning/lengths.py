@@ -30,11 +30,12 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
         config.tokenizer, tokenizer, reason = None, None, str(error)  # nobody asked for it
     try:
         if tokenizer is not None:
-            samples = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log).samples
+            dataset = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log)
+            samples = dataset.samples
             counts = [len(sample) for sample in samples]
             tokens, longest = sum(counts), max(counts)
             spread = f"median {median(counts):g}, longest {longest}"
-            about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread})"
+            about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread}), template {dataset.template}"
             lengths = [(len(sample), sample.n_prompt) for sample in samples]
             return lengths, PlannedData(name, about, False, len(samples), longest, tokens)
     except NothingLeft as error:  # which train will say too

@@ -109,4 +109,6 @@ class Evaluation:
     dtype: str
     versions: dict[str, str | None]
     command: str
+    template: str | None = None  # in which records were written down
+    ends: str | None = None  # where texts begin and end, for people
     schema_version: int = SCHEMA_VERSION

@@ -69,7 +69,7 @@ class Result:
     packing: int | None = None  # tokens up to which the samples of an update were laid end to end
     compiled: bool = False  # whether the layers were
     template: str | None = None  # in which records were written down: alpaca, plain, chat or a file
-    ends: str | None = None  # of texts, by name
+    ends: str | None = None  # where texts begin and end, for people
     memory_limit_mib: int | None = None
     device: str | None = None
     compute_dtype: str | None = None

@@ -61,6 +61,8 @@ def _notes(result: Evaluation) -> list[str]:
     notes += [f"Records of {data.file} {meaning}: {count}." for meaning, count in counts.items() if count]
     n_tokens = models[0].responses.tokens
     notes.append(f"Responses: exp of the mean loss over their {n_tokens:,} tokens, EOS included, prompts not.")
+    if result.template is not None:
+        notes.append(f"Template: {result.template}; {result.ends}.")
     if result.text is not None:
         notes += _about_text(result.text)
     if result.majority is not None:

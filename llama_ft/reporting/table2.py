@@ -92,6 +92,7 @@ def _notes(group: Group) -> list[str]:
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if began.compiled:
         notes.append("Layers are compiled (training.compile); tensors are counted before they are.")
+    notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
