@@ -346,7 +346,7 @@ def test_folders_without_weights_are_refused(tmp_path, refusal):
     assert "there is no such folder" in refusal(tmp_path / "missing")
     assert "there are no weights in it" in refusal(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
-    assert "pytorch_model*.bin is not read, convert it to safetensors" in refusal(tmp_path)
+    assert "pytorch_model.bin is not read: convert it to safetensors" in refusal(tmp_path)
     assert "it is a file: give the folder" in refusal(tmp_path / "pytorch_model.bin")
     (gguf := tmp_path / "llama.gguf").touch()
     assert f"; give a GGUF file by its name: checkpoint={gguf}" in refusal(tmp_path)

@@ -4,6 +4,7 @@ Everything that can be wrong with one is found before its first tensor is read.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +98,8 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
         return Format("Meta"), len(files), meta_tensors(folder)
-    looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
-    raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){unread_hint(folder)}")
+    missing = f"there are no weights in it ({WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth)"
+    raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder, os.listdir(folder))}")
 
 
 def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
