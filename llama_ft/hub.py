@@ -133,7 +133,7 @@ def _explained(key: str, name: str, repo: str) -> Iterator[None]:
         from huggingface_hub import constants, errors
     except ImportError as error:
         raise UserError(f"{key}={name} needs the package huggingface_hub: pip install 'llama_ft[hub]'") from error
-    hub, cache_dir = constants.ENDPOINT, constants.HF_HUB_CACHE
+    hub, cache = constants.ENDPOINT, f"the cache, {constants.HF_HUB_CACHE}"
     try:
         yield
     except Exception as error:  # of the HTTP library, whose version is not ours to choose, any
@@ -145,9 +145,9 @@ def _explained(key: str, name: str, repo: str) -> Iterator[None]:
             problem = f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}"
         elif isinstance(error, errors.LocalEntryNotFoundError):
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
-            problem = f"is not whole in the cache, {cache_dir}, and {why}: connect to fetch it"
+            problem = f"is not whole in {cache}, and {why}: connect to fetch it"
         elif getattr(error, "errno", None):
-            where = getattr(error, "filename", None) or f"the cache, {cache_dir}"
+            where = getattr(error, "filename", None) or cache
             problem = f"cannot be kept in {where}: {reason}; HF_HOME=DIR names another place"
         else:
             problem = f"was not fetched: {reason}; the same command goes on from where it broke off"

@@ -436,7 +436,7 @@ def test_own_weights_of_another_model_are_refused(tmp_path, refusal):
     assert "model.n_heads is 6 and there 12, model.n_kv_heads is 3 and there 6" in refusal(tmp_path)
     for sizes in ("{", "[]", '{"n_heds": 4}'):
         save_file(weights, file, metadata={"llama_ft.model": sizes})
-        assert "its metadata cannot be read" in refusal(tmp_path)
+        assert f"{file} cannot be read: " in refusal(tmp_path)
     save_tensors(meta_weights("mha"), file, config_of("gqa"))
     assert "layers.0.attention.wk.weight is [96, 96], and should be [48, 96]" in refusal(tmp_path)
 

@@ -59,20 +59,15 @@ def sentencepiece_model(content: bytes) -> Any:
 
 
 def read_tokenizer(file: Path) -> bytes:
-    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
-    if is_gguf(file):
-        return tokenizer_content(file)
-    with explained(f"tokenizer={file} cannot be read"):
-        return file.read_bytes()
-
-
-def tokenizer_content(path: Path) -> bytes:
-    """The content of a tokenizer.json, or of a SentencePiece model; a UserError if the tokenizer is of another kind."""
-    said = Said(path)
+    """The content of a tokenizer's file; of a GGUF file, what a tokenizer.json or a SentencePiece model would hold."""
+    if not is_gguf(file):
+        with explained(f"tokenizer={file} cannot be read"):
+            return file.read_bytes()
+    said = Said(file)
     if said.kind not in ("llama", "gpt2"):
         problem = f"its tokenizer is of type {said.kind}, and only gpt2 and llama are read"
         raise said.refused(problem if said.kind else "there is no tokenizer in it")
-    with readable(path):
+    with readable(file):
         return _sentencepiece(said) if said.kind == "llama" else json.dumps(_byte_level(said)).encode()
 
 

@@ -59,7 +59,6 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
 
 
 def _ids(value: object) -> list[int]:
-    """A number, or those in a list."""
     return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 

@@ -216,7 +216,7 @@ class _HuggingFace:
         So SentencePiece has it. The package's ByteFallback gives up the whole characters beside a broken one too.
         """
         texts: list[str] = []
-        for is_bytes, run in groupby(tokens, lambda token: self.BYTE.fullmatch(token) is not None):
+        for is_bytes, run in groupby(tokens, lambda token: bool(self.BYTE.fullmatch(token))):
             if is_bytes:
                 values = bytes(int(token[3:5], 16) for token in run)
                 # Surrogates stand for single bytes that are no UTF-8.

@@ -145,7 +145,6 @@ class SidecarFiles:
 
 
 def _usual_name(tokenizer: Tokenizer) -> str:
-    """The name that a tokenizer's file has beside a checkpoint."""
     return TOKENIZER_FILES[1 if tokenizer.is_json else 0]
 
 
