@@ -8,7 +8,7 @@ import shutil
 import stat
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -80,13 +80,14 @@ def why_no_folder(path: Path) -> str:
     return "there is no such folder" + f"; a name on the Hugging Face hub is hub:{path}" * may_be_name
 
 
-def unread_hint(folder: Path) -> str:
-    """For people: what lies in a folder in the place of weights that are read, and what to do about it."""
-    if (folder / ADAPTER_FILE).is_file():
-        return f"; its {ADAPTER_FILE} is a LoRA adapter, and needs the weights that it was trained on"
-    if files := sorted(folder.glob("*.gguf")):
-        return f"; give a GGUF file by its name: checkpoint={files[0]}"
-    return "; pytorch_model*.bin is not read, convert it to safetensors" if any(folder.glob("*.bin")) else ""
+def unread_hint(place: Path | str, names: Collection[str]) -> str:
+    """For people: which of the files in a place lie there instead of weights that are read, and what to do about it."""
+    if {ADAPTER_FILE, ADAPTER_CONFIG_FILE} & {*names}:
+        return f"; it is a LoRA adapter: give adapter={place}, and as checkpoint what it was trained on"
+    found = sorted(name for name in names if name.endswith((".gguf", ".bin")))
+    if gguf := [name for name in found if name.endswith(".gguf")]:
+        return f"; give a GGUF file by its name: checkpoint={place}/{gguf[0]}"
+    return f"; {found[0]} is not read: convert it to safetensors" if found else ""
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from llama_ft.files import (
     META_PARAMS,
     WEIGHTS_FILE,
     read_json,
+    unread_hint,
 )
 from llama_ft.system import MIB, first_cause
 
@@ -66,7 +67,7 @@ def fetch(key: str, name: str) -> Path:
     if file is None:
         files = _files(repo, folder)
         if (found := next((each for each in needed if each in files), None)) is None:
-            raise UserError(f"{key}={name}: there is no {' or '.join(needed)} in it{_hint(repo, files)}")
+            raise UserError(f"{key}={name}: there is no {' or '.join(needed)} in it{unread_hint(f'hub:{repo}', files)}")
         path = folder / found if key == "tokenizer" else folder
     print(f"{key}={name} is {path} (revision {folder.name[:7]})", file=sys.stderr)
     return path
@@ -86,7 +87,7 @@ def fetch_weights(key: str, name: str) -> Path:
         weight_map = read_json(folder / INDEX_FILE, "which file holds which tensor").get("weight_map")
         wanted = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
     if not wanted:
-        raise UserError(f"{key}={name}: there are no weights in it that are read{_hint(repo, files)}")
+        raise UserError(f"{key}={name}: there are no weights in it that are read{unread_hint(f'hub:{repo}', files)}")
     if missing := [each for each in wanted if not (folder / each).is_file()]:
         size, free = sum(files.get(each, 0) for each in missing), shutil.disk_usage(folder).free
         if size > free:
@@ -125,16 +126,6 @@ def _files(repo: str, folder: Path) -> Mapping[str, int]:
         return {file.name: file.stat().st_size for file in folder.iterdir()}
 
 
-def _hint(repo: str, files: Mapping[str, int]) -> str:
-    """What lies in a repository in the place of what is read, and what to do about it."""
-    if ADAPTER_CONFIG_FILE in files:
-        return f"; it is a LoRA adapter: give adapter=hub:{repo}, and as checkpoint what it was trained on"
-    if found := sorted(file for file in files if file.endswith(".gguf")):
-        return f"; of its GGUF files one is checkpoint=hub:{repo}/{found[0]}"
-    found = sorted(file for file in files if file.endswith(".bin"))
-    return f"; {found[0]} is not read: name a repository with safetensors, or convert it" if found else ""
-
-
 @contextmanager
 def _explained(key: str, name: str, repo: str) -> Iterator[None]:
     """Make what can go wrong in a download a UserError that says what to do."""
@@ -142,24 +133,22 @@ def _explained(key: str, name: str, repo: str) -> Iterator[None]:
         from huggingface_hub import constants, errors
     except ImportError as error:
         raise UserError(f"{key}={name} needs the package huggingface_hub: pip install 'llama_ft[hub]'") from error
-    hub, cache_dir = constants.ENDPOINT, constants.HF_HUB_CACHE
+    hub, cache = constants.ENDPOINT, f"the cache, {constants.HF_HUB_CACHE}"
     try:
         yield
     except Exception as error:  # of the HTTP library, whose version is not ours to choose, any
         reason = next(iter(first_cause(error).splitlines()), "")
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
-        broken = f"broke off: {reason}; the same command goes on from there"
-        where = getattr(error, "filename", None) or f"the cache, {cache_dir}"
-        unwritten = f"cannot be kept in {where}: {reason}; HF_HOME=DIR names another place"
-        problems: dict[type[Exception], str] = {  # the narrower ones first
-            errors.HFValidationError: f"is not allowed: {reason}",
-            errors.GatedRepoError: f"is gated: accept its terms at {hub}/{repo}, then {LOG_IN}",
-            errors.RevisionNotFoundError: f"has no such revision: {hub}/{repo}/commits lists them",
-            errors.RepositoryNotFoundError: f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}",
-            errors.RemoteEntryNotFoundError: f"is not there: {hub}/{repo}/tree/main lists the files",
-            errors.LocalEntryNotFoundError: f"is not whole in the cache, {cache_dir}, and {why}: connect to fetch it",
-            errors.HfHubHTTPError: f"cannot be had: {reason}; try later, or {LOG_IN}",
-            OSError: unwritten if getattr(error, "errno", None) else broken,
-        }
-        said = next((text for kind, text in problems.items() if isinstance(error, kind)), broken)
-        raise UserError(f"{key}={name} {said}") from error
+        not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
+        if isinstance(error, errors.GatedRepoError):
+            problem = f"is gated: accept its terms at {hub}/{repo}, then {LOG_IN}"
+        elif isinstance(error, not_there):
+            problem = f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}"
+        elif isinstance(error, errors.LocalEntryNotFoundError):
+            why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
+            problem = f"is not whole in {cache}, and {why}: connect to fetch it"
+        elif getattr(error, "errno", None):
+            where = getattr(error, "filename", None) or cache
+            problem = f"cannot be kept in {where}: {reason}; HF_HOME=DIR names another place"
+        else:
+            problem = f"was not fetched: {reason}; the same command goes on from where it broke off"
+        raise UserError(f"{key}={name} {problem}") from error

@@ -445,10 +445,10 @@ def damaged(content: bytes, kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "is empty"),
+        ("empty", "is no GGUF file, or is damaged: it does not begin with GGUF"),
         ("another", "is no GGUF file, or is damaged: it does not begin with GGUF"),
-        ("big-endian", "is big-endian: GGUF is read in versions 2 and 3, little-endian"),
-        ("version 1", "is of version 1: GGUF is read in versions 2 and 3"),
+        ("big-endian", "is big-endian, or of another version: GGUF is read in versions 2 and 3"),
+        ("version 1", "is big-endian, or of another version: GGUF is read in versions 2 and 3"),
         ("header", "is damaged, or was not copied completely: its header cannot be read"),
         ("counts", "is damaged, or was not copied completely: its header cannot be read"),
         ("cut", "was not downloaded or copied completely: "),

@@ -50,21 +50,24 @@ class Said:
         return UserError(f"tokenizer={self.path}: {problem}; give tokenizer=FILE, the model's tokenizer.json or .model")
 
 
+def sentencepiece_model(content: bytes) -> Any:
+    """What a file of SentencePiece's holds: its `ModelProto`."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    schema: Any = sentencepiece_model_pb2
+    return schema.ModelProto.FromString(content)
+
+
 def read_tokenizer(file: Path) -> bytes:
-    """The content of a tokenizer's file; of a GGUF file, what such a file would hold."""
-    if is_gguf(file):
-        return tokenizer_content(file)
-    with explained(f"tokenizer={file} cannot be read"):
-        return file.read_bytes()
-
-
-def tokenizer_content(path: Path) -> bytes:
-    """The content of a tokenizer.json, or of a SentencePiece model; a UserError if the tokenizer is of another kind."""
-    said = Said(path)
+    """The content of a tokenizer's file; of a GGUF file, what a tokenizer.json or a SentencePiece model would hold."""
+    if not is_gguf(file):
+        with explained(f"tokenizer={file} cannot be read"):
+            return file.read_bytes()
+    said = Said(file)
     if said.kind not in ("llama", "gpt2"):
         problem = f"its tokenizer is of type {said.kind}, and only gpt2 and llama are read"
         raise said.refused(problem if said.kind else "there is no tokenizer in it")
-    with readable(path):
+    with readable(file):
         return _sentencepiece(said) if said.kind == "llama" else json.dumps(_byte_level(said)).encode()
 
 
@@ -96,12 +99,9 @@ def _byte_level(said: Said) -> Json:
 
 
 def _sentencepiece(said: Said) -> bytes:
-    from sentencepiece import sentencepiece_model_pb2
-
     if said.values.get("precompiled_charsmap"):
         raise said.refused("it changes characters before it splits text, which LLaMA's does not")
-    schema: Any = sentencepiece_model_pb2
-    model = schema.ModelProto()
+    model = sentencepiece_model(b"")
     special = {"bos": TokenType.CONTROL, "eos": TokenType.CONTROL, "unk": TokenType.UNKNOWN}
     types = {said.ids[name]: special[name] for name in special}
     for number, ((piece, kind), score) in enumerate(zip(said.tokens_and_types, said.values["scores"], strict=True)):

@@ -22,8 +22,6 @@ Offsets = list[tuple[int, int]]  # of each token its characters, from the first 
 class SpecialTokens:
     """Special tokens by name, and ends by id, as far as they are named."""
 
-    bos: str | None
-    eos: str | None
     adds_bos: bool  # before a text, whatever the tokenizer's own file says
     added: Mapping[str, int]  # tokens added to the tokenizer's own
     names: Mapping[str, str]  # by what chat templates call them: bos_token, eos_token …
@@ -52,8 +50,6 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
     said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(
-        _name(beside.get("bos_token")),
-        _name(beside.get("eos_token")),
         beside.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
         {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
@@ -63,7 +59,6 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
 
 
 def _ids(value: object) -> list[int]:
-    """A number, or those in a list."""
     return [end for end in (value if isinstance(value, list) else [value]) if type(end) is int]
 
 

@@ -118,7 +118,8 @@ class _SentencePiece:
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
         unknown = self._processor.unk_id()
-        end = named.added.get(named.eos or "", self._processor.piece_to_id(named.eos or ""))
+        eos = named.names.get("eos_token", "")
+        end = named.added.get(eos, self._processor.piece_to_id(eos))
         self.ends = [*named.ends, *{end} - {unknown}]
         spelled = (number for number in reversed(range(self.vocab_size)) if not self._processor.is_control(number))
         self.last_spelled = next(spelled, -1)
@@ -170,9 +171,9 @@ class _HuggingFace:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # where text spells them, as text
         # What begins or ends texts is special, also where its maker did not call it so, as transformers has it.
+        bos, eos = (named.names.get(key, "") for key in ("bos_token", "eos_token"))
         plain = {n: t.content for n, t in self._tokenizer.get_added_tokens_decoder().items() if not t.special}
-        called = [name for n, name in plain.items() if n in named.ends or name in (named.bos, named.eos)]
-        self._tokenizer.add_special_tokens(called)
+        self._tokenizer.add_special_tokens([t for n, t in plain.items() if n in named.ends or t in (bos, eos)])
         added = self._tokenizer.get_added_tokens_decoder()
         special = self.special = {token.content: number for number, token in added.items() if token.special}
         vocabulary = self._tokenizer.get_vocab()
@@ -180,11 +181,11 @@ class _HuggingFace:
         self.last_spelled = max((vocabulary[name] for name in vocabulary.keys() - special.keys()), default=-1)
         self.bos_id = special.get(self.LLAMA_3_BOS, self._put_first())
         if self.bos_id is None and named.adds_bos:
-            self.bos_id = special.get(named.bos or "")
+            self.bos_id = special.get(bos)
         # An id that stands for text ends nothing: config.json may have LlamaConfig's 2, whatever that is here.
         self.ends = [end for end in named.ends if end in added]
         self.ends += [special[name] for name in self.LLAMA_3_ENDS if name in special]
-        self.eos_id = special.get(named.eos or "", next(iter(self.ends), special.get(self.LLAMA_2_END, -1)))
+        self.eos_id = special.get(eos, next(iter(self.ends), special.get(self.LLAMA_2_END, -1)))
         if self.eos_id == -1:
             needed = f"{TOKENIZER_CONFIG} with its eos_token must lie beside it"
             raise UserError(f"tokenizer={file} does not say which token ends a text: {needed}")
@@ -215,7 +216,7 @@ class _HuggingFace:
         So SentencePiece has it. The package's ByteFallback gives up the whole characters beside a broken one too.
         """
         texts: list[str] = []
-        for is_bytes, run in groupby(tokens, lambda token: self.BYTE.fullmatch(token) is not None):
+        for is_bytes, run in groupby(tokens, lambda token: bool(self.BYTE.fullmatch(token))):
             if is_bytes:
                 values = bytes(int(token[3:5], 16) for token in run)
                 # Surrogates stand for single bytes that are no UTF-8.

@@ -7,11 +7,10 @@ a leading space, of Llama 3's they do not know how text is split before pairs ar
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.byte_level import RULES, added_tokens, bos_before, tokenizer_json
-from llama_ft.data.gguf_tokenizer import read_tokenizer
+from llama_ft.data.gguf_tokenizer import read_tokenizer, sentencepiece_model
 from llama_ft.data.tiktoken_file import Tiktoken
 from llama_ft.files import Json
 
@@ -45,11 +44,7 @@ def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
 
 
 def _from_sentencepiece(file: Path, content: bytes) -> tuple[Special, Json]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    schema: Any = sentencepiece_model_pb2
-    model = schema.ModelProto()
-    model.ParseFromString(content)
+    model = sentencepiece_model(content)
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
     plain = plain and all(piece.type not in (piece.USER_DEFINED, piece.UNUSED) for piece in model.pieces)

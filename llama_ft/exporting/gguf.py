@@ -87,7 +87,6 @@ class GgufFile:
         return int(math.prod(self._weights[name].shape) // block * n_bytes)
 
     def _sizes(self, config: ModelConfig) -> Json:
-        """What is said of the model."""
         sizes: Json = {key: getattr(config, ours) for ours, key in KEYS.items()} | {"vocab_size": config.vocab_size}
         sizes |= {key: float(sizes[key]) for key in ("attention.layer_norm_rms_epsilon", "rope.freq_base")}
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):

@@ -6,7 +6,7 @@ from typing import Any
 
 from llama_ft.config import UserError
 from llama_ft.data.byte_level import rule_name
-from llama_ft.data.gguf_tokenizer import TokenType, read_tokenizer
+from llama_ft.data.gguf_tokenizer import TokenType, read_tokenizer, sentencepiece_model
 from llama_ft.data.tiktoken_file import Tiktoken
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.data.tokenizer_json import tokenizer_files
@@ -22,10 +22,12 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     There is a token for each row of the embedding, as llama.cpp wants it, and none beyond them.
     """
     content, named = read_tokenizer(tokenizer.file), tokenizer.named
-    if Tiktoken.LINE.match(content):
-        content = json.dumps(tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"]).encode()
-    is_json = content.lstrip().startswith(b"{")
-    tokens, said = (_from_json if is_json else _from_sentencepiece)(tokenizer, content)
+    if tokenizer.is_json:
+        tokens, said = _from_json(tokenizer, json.loads(content))
+    elif Tiktoken.LINE.match(content):
+        tokens, said = _from_json(tokenizer, tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"])
+    else:
+        tokens, said = _from_sentencepiece(tokenizer, sentencepiece_model(content))
     begin_or_end = {tokenizer.bos_id, *tokenizer.end_ids}
     tokens |= {i: (text, TokenType.CONTROL, score) for i, (text, _, score) in tokens.items() if i in begin_or_end}
     rows = [tokens.get(number, (f"[PAD{number}]", TokenType.UNUSED, ADDED_SCORE)) for number in range(n_rows)]
@@ -33,7 +35,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     texts, kinds, scores = zip(*rows, strict=True)
     said |= {"ggml.tokens": list(texts), "ggml.token_type": [int(kind) for kind in kinds]}
     said |= {"ggml.scores": list(scores)} if said["ggml.model"] == "llama" else {}
-    bos_id = ids.get(named.bos or "") if tokenizer.bos_id is None else tokenizer.bos_id
+    bos_id = ids.get(named.names.get("bos_token", "")) if tokenizer.bos_id is None else tokenizer.bos_id
     others = sorted(tokenizer.end_ids - {tokenizer.eos_id}, key=lambda end: "eom" in texts[end])
     numbers = {"bos": bos_id, "eos": tokenizer.eos_id} | dict(zip(("eot", "eom"), others, strict=False))
     said |= {f"ggml.{name}_token_id": number for name, number in numbers.items() if number is not None}
@@ -41,8 +43,7 @@ def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     return said | ({"chat_template": named.chat_template} if named.chat_template else {})
 
 
-def _from_json(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
-    parts = json.loads(content)
+def _from_json(tokenizer: Tokenizer, parts: Json) -> tuple[Tokens, Json]:
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in parts["model"]["merges"]]
     tokens: Tokens = {number: (text, TokenType.NORMAL, 0.0) for text, number in parts["model"]["vocab"].items()}
     unknown, said = parts["model"].get("unk_token"), dict[str, Any]()
@@ -77,11 +78,7 @@ def _adds_space(parts: Json) -> bool | None:
     return bool(splits.get("prepend_scheme") != "never") if is_metaspace else None
 
 
-def _from_sentencepiece(tokenizer: Tokenizer, content: bytes) -> tuple[Tokens, Json]:
-    from sentencepiece import sentencepiece_model_pb2
-
-    schema: Any = sentencepiece_model_pb2
-    model = schema.ModelProto.FromString(content)
+def _from_sentencepiece(tokenizer: Tokenizer, model: Any) -> tuple[Tokens, Json]:
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     changes = normalizer.precompiled_charsmap or normalizer.remove_extra_whitespaces
     if trainer.model_type != trainer.BPE or changes:

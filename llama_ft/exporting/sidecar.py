@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
-from llama_ft.data.gguf_tokenizer import read_tokenizer, tokenizer_settings
+from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
@@ -34,9 +34,11 @@ class SidecarFiles:
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
         self._tokenizer = self._found_tokenizer()
         self.files: dict[str, bytes] = {}
-        if config.to is not Format.gguf:
+        if config.to is Format.hf:
             self._ids = self._special_ids()
-            self.files = self._hf_files() if config.to is Format.hf else self._meta_files()
+            self.files = self._hf_files()
+        elif config.to is Format.meta:
+            self.files = self._meta_files()
 
     def gguf_file(self, source: Source) -> GgufFile:
         """The weights and the tokenizer as one file; a UserError if GGUF lacks something that the model has."""
@@ -65,12 +67,11 @@ class SidecarFiles:
 
     def _special_ids(self) -> Json:
         """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
-        bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
         if self._settings is not None or self._tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
-        if self._config.to is Format.hf:
-            guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
-            self._log(f"no tokenizer is given: {guess}; tokenizer=FILE says them")
+        bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
+        guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
+        self._log(f"no tokenizer is given: {guess}; tokenizer=FILE says them")
         return {"bos_token_id": bos_id, "eos_token_id": eos_id}
 
     def _with_tokenizers(self, name: str, content: Json) -> Json:
@@ -119,19 +120,13 @@ class SidecarFiles:
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
-        said = tokenizer_settings(tokenizer.file)[TOKENIZER_CONFIG] if is_gguf(tokenizer.file) else {}
-        if tokenizer.is_json:
-            content = json.loads(read_tokenizer(tokenizer.file))
-            names = {token["id"]: token["content"] for token in content["added_tokens"]}
-            special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-            named = {key: names[number] for key, number in special.items() if number in names}
-            return {TOKENIZER_CONFIG: _json(FAST_TOKENIZER | named | said)}
+        made = {TOKENIZER_CONFIG: FAST_TOKENIZER if tokenizer.is_json else {}}
         try:
-            made = tokenizer_files(tokenizer.file, llama_3_1=self._config.model.rope_factor != 1)
+            made |= {} if tokenizer.is_json else tokenizer_files(tokenizer.file, self._config.model.rope_factor != 1)
         except UserError as error:
             self._log(f"{error}; transformers may split text otherwise")
-            return {TOKENIZER_CONFIG: _json(said)} if said else {}
-        made[TOKENIZER_CONFIG] |= said
+        template = {"chat_template": text} if (text := tokenizer.named.chat_template) else {}
+        made[TOKENIZER_CONFIG] = made[TOKENIZER_CONFIG] | tokenizer.special_names | template
         return {name: _json(content) for name, content in made.items()}
 
     def hf_config(self, model: ModelConfig, dtype: str) -> Json:
@@ -150,7 +145,6 @@ class SidecarFiles:
 
 
 def _usual_name(tokenizer: Tokenizer) -> str:
-    """The name that a tokenizer's file has beside a checkpoint."""
     return TOKENIZER_FILES[1 if tokenizer.is_json else 0]
 
 

@@ -4,6 +4,7 @@ Everything that can be wrong with one is found before its first tensor is read.
 """
 
 import math
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,20 +86,22 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
         tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
         sizes = own_sizes(metadata, folder / WEIGHTS_FILE)
-        if sizes is None:
-            return HUGGING_FACE, 1, _hf_shards(folder, tensors, model)
-        check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
-        return Format("llama_ft"), 1, {name: [stored] for name, stored in tensors.items()}
-    if (folder / INDEX_FILE).is_file():
+        if sizes is not None:
+            check_sizes(sizes, model.config, folder / WEIGHTS_FILE)
+            return Format("llama_ft"), 1, {name: [stored] for name, stored in tensors.items()}
+        n_files = 1
+    elif (folder / INDEX_FILE).is_file():
         tensors, n_files = _read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()})
-        return HUGGING_FACE, n_files, _hf_shards(folder, tensors, model)
-    if files := _meta_files(folder):
+    elif files := _meta_files(folder):
         factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
         return Format("Meta"), len(files), meta_tensors(folder)
-    looked_for = f"{WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth"
-    raise UserError(f"checkpoint={folder}: there are no weights in it ({looked_for}){unread_hint(folder)}")
+    else:
+        missing = f"there are no weights in it ({WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth)"
+        raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder, os.listdir(folder))}")
+    check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
+    return HUGGING_FACE, n_files, _renamed(tensors, model, HUGGING_FACE)
 
 
 def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
@@ -106,11 +109,6 @@ def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
     numbers, tensors = read_gguf(file)
     form = Format(f"GGUF {numbers}", gguf_names(model.config), ARCHITECTURES[architecture(file)].in_halves)
     return form, 1, _renamed(tensors, model, form)
-
-
-def _hf_shards(folder: Path, tensors: Mapping[str, StoredTensor], model: Transformer) -> Shards:
-    check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
-    return _renamed(tensors, model, HUGGING_FACE)
 
 
 def _renamed(tensors: Mapping[str, Part], model: Transformer, form: Format) -> Shards:

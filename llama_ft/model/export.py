@@ -47,7 +47,7 @@ def write_hf(
 
 
 def _shared_out(weights: Weights, n_files: int) -> list[list[str]]:
-    """The names in their order, in so many groups of about as many bytes; none is empty."""
+    """The names in their order, in `n_files` groups of about equal bytes; none is empty."""
     total, before = sum(weight.n_bytes for weight in weights.values()), 0
     groups: list[list[str]] = [[]]
     for index, (name, weight) in enumerate(weights.items()):

@@ -1,5 +1,6 @@
 """The sizes of the model in a checkpoint, a folder or a GGUF file, for `model=from_checkpoint`."""
 
+import os
 import re
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def _sizes(folder: Path) -> Sizes:
     if (folder / META_PARAMS).is_file():
         return _meta_sizes(folder)
     missing = f"there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes"
-    raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder)}")
+    raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder, os.listdir(folder))}")
 
 
 def _meta_sizes(folder: Path) -> dict[str, float]:

@@ -80,16 +80,15 @@ def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
 
 def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
     """The type of a tensor's numbers; a UserError if it cannot be read."""
+    kind: Any = type_number
     try:
         kind = gguf.GGMLQuantizationType(type_number)
-    except ValueError as error:
-        raise UserError(f"{path}: {name} is stored as type {type_number}, which gguf does not know") from error
-    if kind.name not in _DTYPES:
-        _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
-        try:
+        if kind.name not in _DTYPES:
+            _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
             gguf.quants.dequantize(torch.zeros(1, n_bytes, dtype=torch.uint8).numpy(), kind)
-        except NotImplementedError as error:
-            raise UserError(f"{path}: {name} is stored as {kind.name}, which is not read") from error
+    except (ValueError, NotImplementedError) as error:
+        said = getattr(kind, "name", f"type {type_number}")
+        raise UserError(f"{path}: {name} is stored as {said}, which is not read") from error
     return kind
 
 
@@ -142,7 +141,6 @@ def gguf_sizes(path: Path) -> Sizes:
 
 
 def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[str, Any]) -> Settings:
-    """How rotary frequencies are scaled."""
     factor = said.get("rope.scaling.factor") or said.get("rope.scale_linear") or 1.0
     kind = said.get("rope.scaling.type", "linear") if factor != 1 else "none"
     if kind not in ("linear", "none"):

@@ -25,6 +25,12 @@ from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
 PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PTH_STORAGES = {  # classes of PyTorch
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.bfloat16: "BFloat16Storage",
+}
 
 
 class StoredTensor(NamedTuple):
@@ -87,12 +93,6 @@ class QuantizedTensor(NamedTuple):
     def dtype(self) -> torch.dtype:
         """That of the numbers that are read."""
         return torch.float32
-
-    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) over the whole tensor, in groups of a multiple of rows."""
-        step = rows_at_once(self.shape, multiple)
-        for first in range(0, self.shape[0], step):
-            yield first, self.rows(first, min(first + step, self.shape[0]))
 
     def rows(self, first: int, last: int) -> Tensor:
         """These rows."""
@@ -196,10 +196,7 @@ class _TensorUnpickler(pickle.Unpickler):
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": self._tensor,
             "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-            "torch.DoubleStorage": torch.float64,
-            "torch.FloatStorage": torch.float32,
-            "torch.HalfStorage": torch.float16,
-            "torch.BFloat16Storage": torch.bfloat16,
+            **{f"torch.{storage}": dtype for dtype, storage in PTH_STORAGES.items()},
         }
         if f"{module}.{name}" not in known:
             allowed = ", ".join(SAFETENSORS_DTYPES)

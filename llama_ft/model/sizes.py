@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from llama_ft.config import FEATURES, ModelConfig, UserError
+from llama_ft.config.checks import readable
 from llama_ft.files import Json, read_json
 
 Sizes = Mapping[str, str | float | None]  # fields of ModelConfig by name
@@ -72,14 +73,12 @@ def own_sizes(metadata: Mapping[str, str], file: Path) -> Sizes | None:
     """The sizes in the metadata of a safetensors file of ours, None in another's; a UserError if they are damaged."""
     if SIZES_KEY not in metadata:
         return None
-    try:
+    with readable(file):
         sizes = {key: value for key, value in json.loads(metadata[SIZES_KEY]).items() if key != "name"}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: its metadata cannot be read") from error
-    if "context" in sizes:  # its name before version 0.2
-        sizes["max_seq_len"] = sizes.pop("context")
-    if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
-        raise UserError(f"{file} is damaged: its metadata cannot be read, {min(unknown)} is no size of a model")
+        if "context" in sizes:  # its name before version 0.2
+            sizes["max_seq_len"] = sizes.pop("context")
+        if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
+            raise UserError(f"{file} cannot be read: {min(unknown)} is no size of a model")
     return dict.fromkeys(FEATURES, False) | sizes
 
 

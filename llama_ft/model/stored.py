@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from llama_ft.model.formats import permute_rotary
-from llama_ft.model.mapped import Part, rows_at_once
+from llama_ft.model.mapped import Part, StoredTensor, rows_at_once
 
-# (first row, rows) over a weight, in groups of a multiple of so many rows. Each is valid until the next is asked for,
+# (first row, rows) over a weight, in groups of a multiple of the rows given. Each is valid until the next is asked for,
 # and must not be written to: it may be a view of the file.
 Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
 
@@ -40,7 +40,9 @@ def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
     if len({part.dtype for part in parts}) != 1 or any(len(part_shape) != len(shape) for part_shape in shapes):
         return None
     if all(part_shape == shape for part_shape in shapes) and (len(parts) == 1 or len(shape) == 1):
-        return Weight(shape, parts[0].dtype, parts[0].pieces)
+        if isinstance(part := parts[0], StoredTensor):
+            return Weight(shape, part.dtype, part.pieces)
+        return Weight(shape, part.dtype, partial(_joined_pieces, shape, [part], 0))
     for dim, size in enumerate(shape):
         agree = all(s[:dim] + s[dim + 1 :] == shape[:dim] + shape[dim + 1 :] for s in shapes)
         if agree and sum(s[dim] for s in shapes) == size:

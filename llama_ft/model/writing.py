@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llama_ft.model.mapped import SAFETENSORS_DTYPES
+from llama_ft.model.mapped import PTH_STORAGES, SAFETENSORS_DTYPES
 from llama_ft.model.stored import Weight
 
 Advance = Callable[[int], None]  # called with how many more bytes are written
@@ -57,13 +57,6 @@ class _Data(NamedTuple):
 class _Pickler(pickle.Pickler):
     """Pickles meta tensors as torch.save does, by PyTorch's "Serialization semantics"; their data are 0, 1, 2 …"""
 
-    _STORAGES: ClassVar = {
-        torch.float64: torch.DoubleStorage,
-        torch.float32: torch.FloatStorage,
-        torch.float16: torch.HalfStorage,
-        torch.bfloat16: torch.BFloat16Storage,
-    }
-
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=2)
         self._keys = count()
@@ -77,7 +70,7 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, value: object) -> tuple[object, ...] | None:
         if not isinstance(value, _Data):
             return None
-        return "storage", self._STORAGES[value.dtype], str(next(self._keys)), "cpu", value.n_elements
+        return "storage", getattr(torch, PTH_STORAGES[value.dtype]), str(next(self._keys)), "cpu", value.n_elements
 
 
 class PthFile:
