@@ -12,7 +12,7 @@ from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.config.checks import OnLong
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
-from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
+from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record
 from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.hub import is_hub_name
@@ -20,7 +20,6 @@ from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
-FIRST_KEYS = tuple(keys[0] for keys in KINDS.values())  # a file that is one object is a record if it has one of these
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -102,12 +101,11 @@ class Reader:
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or all are bad."""
-        config, kind = self._config, ""
+        config = self._config
         values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
         for where, value in islice(values, config.first):
             try:
-                record = as_record(value, kind)
-                kind = kind or kind_of(value)
+                record = as_record(value)
             except ValueError as error:
                 self._skip(where, error)
                 continue
