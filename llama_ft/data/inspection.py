@@ -36,7 +36,6 @@ def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, 
             continue
         if (sample := reader.fitted(where, whole, config.max_length)) is not None:
             n_tokens, n_trained = n_tokens + len(sample), n_trained + sample.n_targets
-    reader.check_records()
     names = {number: name for name, number in tokenizer.special.items()}
     lengths = sorted(len(sample) for _, sample in wholes)
     return DataReport(
