@@ -14,20 +14,17 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import LoadFn, ignore
+from llama_ft.decoding.generate import LoadFn, Log, Progress, ignore
 from llama_ft.decoding.prompts import Prompt
-from llama_ft.files import explained, try_lock
-from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
-Log = Callable[[str], None]
+from llama_ft.files import Json, explained, try_lock
+from llama_ft.records.answers import Answer, added_keys, texts_of_line
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:
     """The keys that a line has beside those of its prompt's record."""
     n_answers = config.decoding.num_return_sequences
     base_answers = [""] * n_answers if config.compare else None
-    return set(AnsweredPrompt({}, [Answer("", 0, "")] * n_answers, "", base_answers).added())
+    return set(added_keys([Answer("", 0, "")] * n_answers, "", base_answers))
 
 
 def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt]) -> str:
@@ -48,10 +45,10 @@ class Lines:
         self._write = write
         self.texts: list[list[str]] = []  # the answers of each line
 
-    def add(self, answered: AnsweredPrompt) -> None:
+    def add(self, line: Json, answers: Sequence[Answer]) -> None:
         """Add a line; it is written when this returns."""
-        self._write(answered.line())
-        self.texts.append([answer.text for answer in answered.answers])
+        self._write(json.dumps(line, ensure_ascii=False) + "\n")
+        self.texts.append([answer.text for answer in answers])
 
 
 @contextmanager
@@ -136,7 +133,7 @@ def answer_prompts(
                 batch = rest[start : start + config.batch_size]
                 for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], ignore), strict=True):
                     base = base_texts[len(lines.texts)] if base_texts is not None else None
-                    lines.add(AnsweredPrompt(prompt.record, answers, made_with, base))
+                    lines.add(prompt.record | added_keys(answers, made_with, base), answers)
                 advance(len(batch))
 
     with lines_for() as lines:

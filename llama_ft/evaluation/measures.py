@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
 from llama_ft.data.template import Template
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import generate
-from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
+from llama_ft.decoding.generate import Log, Progress, generate
+from llama_ft.decoding.load import check_sources, load_base, load_trained
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
 from llama_ft.evaluation.records import EvaluationSet, accuracy, matches
 from llama_ft.model.transformer import Transformer
@@ -21,8 +20,6 @@ from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
 from llama_ft.techniques.mixed_precision import Precision
 
-Advance = Callable[[int], None]  # given how many more are done
-Progress = Callable[[str, int], AbstractContextManager[Advance]]  # of a title and a total
 Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 
@@ -96,7 +93,11 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
 
 
 def greedy_answers(
-    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: EvaluateConfig, advance: Advance
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    config: EvaluateConfig,
+    advance: Callable[[int], None],
 ) -> list[Answer]:
     """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
     decoding = DecodingConfig(max_new_tokens=config.max_new_tokens)
