@@ -73,17 +73,14 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
             del measured[section][name]  # how a run is kept, and where; not what is run
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
-        # As before these keys were there.
-        if self.adapter is None:
-            del measured["adapter"]
-        for key in ("packing", "compile"):
-            if not measured["training"][key]:
-                del measured["training"][key]
-        data = measured["data"]
+        data, training = measured["data"], measured["training"]
         data["columns"] = self.data.columns.given
-        for key in ("columns", "subset", "split", "on_long", "template", "train_on"):
-            if data[key] in ({}, None, "truncate", "auto", "assistant"):
-                del data[key]
+        later: Settings = {"columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto"}
+        later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False}
+        for part in (measured, training, data):  # as before these keys were there
+            for key in later.keys() & part.keys():
+                if part[key] == later[key]:
+                    del part[key]
         data["path"] = content_hash(data["path"], data=True) if data["path"] else None
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
         for holder, key in [(data, "template")] * ("template" in data) + named:

@@ -28,7 +28,7 @@ class TextTemplate:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
 
-    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
+    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn = TrainOn.assistant) -> Sample:
         """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
 
         The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it
@@ -74,8 +74,3 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """The token ids of what a model is to go on with: BOS first, which a chat template spells itself."""
     return tokenizer.encode_chat(text)[0] if isinstance(text, Rendered) else tokenizer.encode(text, bos=True)
-
-
-def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
-    """A record in Alpaca's template, of which the answer and EOS are trained on."""
-    return ALPACA_TEMPLATE.sample(record, tokenizer, TrainOn.assistant)

@@ -20,6 +20,7 @@ from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
 from llama_ft.techniques.mixed_precision import Precision
 
+Advance = Callable[[int], None]  # given how many more are done
 Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 
@@ -93,11 +94,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
 
 
 def greedy_answers(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    config: EvaluateConfig,
-    advance: Callable[[int], None],
+    model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: EvaluateConfig, advance: Advance
 ) -> list[Answer]:
     """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
     decoding = DecodingConfig(max_new_tokens=config.max_new_tokens)
