@@ -15,7 +15,7 @@ from experiments.figure import BLUE, GREY, ORANGE, drawn
 from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import ModelConfig
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.decoding.beam import beam_search
 from llama_ft.decoding.sampling import Greedy, keep_top_k, keep_top_p
 from llama_ft.decoding.state import GenerationState
@@ -101,7 +101,7 @@ def sets(n_positions: int) -> dict[str, list[Any]]:
 def perplexities(n_records: int) -> dict[str, float]:
     """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
     model, tokenizer = load_tiny(), tiny_tokenizer()
-    samples = [encode_record(record, tokenizer) for record in sample_records("heldout", n_records)]
+    samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in sample_records("heldout", n_records)]
     nats: list[float] = []
     with torch.inference_mode():
         for sample in samples:

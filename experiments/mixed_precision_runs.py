@@ -11,7 +11,7 @@ from experiments.study import Log, Numbers
 from llama_ft.cli import composed_config
 from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.kernels import use_products_of
 from llama_ft.model.storage import Dense
 from llama_ft.model.transformer import Transformer
@@ -39,7 +39,7 @@ SETTINGS = {  # combination and mp.frozen_weights, without mixed precision and w
 def records_batch() -> Batch:
     """The first built-in training records, side by side."""
     tokenizer = tiny_tokenizer()
-    samples = [encode_record(record, tokenizer) for record in sample_records("train", N_RECORDS)]
+    samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in sample_records("train", N_RECORDS)]
     return collate(samples, Padding(CPU_16BIT_PAD_MULTIPLE))
 
 

@@ -17,7 +17,7 @@ from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config.checks import setting
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.training.loop import Windows
 
@@ -81,7 +81,7 @@ def text_quirks(tokenizer: Tokenizer) -> Numbers:
 def record_quirks(tokenizer: Tokenizer, records: Sequence[Record]) -> Numbers:
     """What the tokenizer makes of built-in records."""
     special = {tokenizer.bos_id, tokenizer.eos_id}
-    samples = [encode_record(record, tokenizer) for record in records]
+    samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in records]
     prompts = [(prompt_text(record.instruction, record.input), record.output) for record in records]
     whole = [tokenizer.encode(prompt + answer) for prompt, answer in prompts]
     apart = [tokenizer.encode(prompt) + tokenizer.encode(answer) for prompt, answer in prompts]

@@ -18,7 +18,7 @@ from llama_ft.data.collate import PAD_ID, Padding, collate, epoch_groups
 from llama_ft.data.dataset import SAMPLE_DIR, load_dataset, read_records
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.system import Pace
 from llama_ft.training import loop
@@ -135,7 +135,7 @@ def test_braces_in_a_record_are_text():
 
 
 def test_a_known_record_to_the_token(llama2):
-    sample = encode_record(Record("Name a colour.", "", "Hello world"), llama2)
+    sample = ALPACA_TEMPLATE.sample(Record("Name a colour.", "", "Hello world"), llama2)
     # "Hello" without a space before it is 10994 in LLaMA-2's vocabulary; "world" with one is 3186.
     assert sample.tokens[sample.n_prompt :] == [10994, 3186, 2]
     assert llama2.decode(sample.tokens[1 : sample.n_prompt]) == prompt_text("Name a colour.")
@@ -145,7 +145,7 @@ def test_a_known_record_to_the_token(llama2):
 def check_partition(tokenizer: Tokenizer, record: Record) -> None:
     """Prompt and answer share out the tokens; nothing of the answer is masked, nothing is trained on twice."""
     prompt = prompt_text(record.instruction, record.input)
-    sample = encode_record(record, tokenizer)
+    sample = ALPACA_TEMPLATE.sample(record, tokenizer)
     masked, targets = sample.tokens[: sample.n_prompt], sample.tokens[sample.n_prompt :]
     assert masked[0] == tokenizer.bos_id
     assert targets[-1] == tokenizer.eos_id
@@ -170,7 +170,7 @@ def test_partition_where_prompt_and_answer_may_share_a_piece(tokenizer, output):
 
 
 def test_a_piece_across_the_border_is_trained_on(llama2):
-    sample = encode_record(Record("List two.", "", "- one\n- two"), llama2)
+    sample = ALPACA_TEMPLATE.sample(Record("List two.", "", "- one\n- two"), llama2)
     assert llama2.decode(sample.tokens[1 : sample.n_prompt]) + ":" == prompt_text("List two.")
     assert text_of(llama2, sample.tokens[sample.n_prompt : -1]) == ":- one\n- two"
 
@@ -203,7 +203,7 @@ def test_real_answers_are_the_targets(llama2, test_data):
     for given_record, record in zip(source, records, strict=True):
         assert given_record == {"instruction": record.instruction, "input": record.input, "output": record.output}
         check_partition(llama2, record)
-        sample = encode_record(record, llama2)
+        sample = ALPACA_TEMPLATE.sample(record, llama2)
         n_exact += text_of(llama2, sample.tokens[sample.n_prompt : -1]) == record.output
     assert n_exact >= 190
 
@@ -295,7 +295,7 @@ BAD_RECORDS = {
     "a text": ("Say hello.", "must be an object .* not str"),
     "a list": ([GOOD], "must be an object .* not list"),
     "null": (None, "must be an object"),
-    "half a character": (GOOD | {"output": "\ud83d"}, "surrogates not allowed"),
+    "half a character": (GOOD | {"output": "\ud83d"}, "output is not text"),
 }
 
 
@@ -383,7 +383,7 @@ def test_a_long_tokenization_says_how_far_it_is(file, tiny, monkeypatch):
 def test_truncation_is_counted(file, tiny, max_length):
     values = [GOOD | {"instruction": "word " * count, "output": "word " * (9 - count)} for count in range(1, 9)]
     records = read(write(file, values))
-    whole = [encode_record(record, tiny) for record in records]
+    whole = [ALPACA_TEMPLATE.sample(record, tiny) for record in records]
     kept = [sample for sample in whole if sample.n_prompt < max_length]
     config = DataConfig("mine", str(file))
     if not kept:

@@ -22,7 +22,7 @@ from llama_ft.data.inspection import histogram, inspect_data
 from llama_ft.data.inspection import parts as parts_of
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.records import read_record
 from llama_ft.records.data import DataReport
@@ -142,7 +142,7 @@ def test_bad_records_and_none(records):
 @given(output=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\ufffd"), max_size=20))
 def test_an_example_is_the_text_in_its_parts(output):
     record = Record("Say it.", "", output)
-    parts = parts_of(encode_record(record, TINY), TINY)
+    parts = parts_of(ALPACA_TEMPLATE.sample(record, TINY), TINY)
     assert "".join(text for text, _ in parts) == f"<s>{prompt_text('Say it.')}{output}</s>"
     assert [is_trained_on for _, is_trained_on in parts] == [False, True]
     assert parts[1][0] in (f"{output}</s>", f":{output}</s>")  # the colon where one piece is both

@@ -29,7 +29,7 @@ from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.data.dataset import NothingLeft, Reader, load_dataset, read_records, records_file
 from llama_ft.data.record_files import records_in
 from llama_ft.data.records import Sample
-from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.evaluation.records import load_records
 
@@ -351,7 +351,7 @@ def test_long_samples_are_cut_dropped_or_refused(tmp_path, tiny, policy):
     file = tmp_path / "records.jsonl"
     rows = [GOOD, GOOD | {"output": "word " * 300}, GOOD | {"instruction": "word " * 300}, GOOD]
     file.write_text("\n".join(map(json.dumps, rows)))
-    whole = [encode_record(record, tiny) for record in read_records(file, DataConfig("mine").on_bad_record)[0]]
+    whole = [ALPACA_TEMPLATE.sample(record, tiny) for record in read_records(file, DataConfig("mine").on_bad_record)[0]]
     config = DataConfig("mine", str(file), on_long=policy)
     evaluate = EvaluateConfig(model=preset_tiny(), data=config)
     evaluate.data.max_length = 200
@@ -467,7 +467,7 @@ import json, sys
 from llama_ft.config import UserError
 from llama_ft.data.record_files import records_in
 from llama_ft.data.records import Sample
-from llama_ft.data.template import ALPACA_TEMPLATE, encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 for name, split in json.loads(sys.argv[1]):
     try:
         found = [row["output"] for _, row in records_in(name, ("instruction",), split=split)]

@@ -13,7 +13,7 @@ from experiments import gradient_accumulation_runs as runs
 from experiments.shared import ALPACA_LENGTHS
 from llama_ft.config import OnBadRecord
 from llama_ft.data.dataset import read_records
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.model.transformer import RMSNorm
 from llama_ft.training import step
@@ -22,7 +22,7 @@ from llama_ft.training import step
 def test_the_lengths_are_alpacas(test_data: Path) -> None:
     tokenizer = Tokenizer(test_data / "llama2_tokenizer.model")
     records, _ = read_records(test_data / "alpaca_data_200.json", OnBadRecord.error)
-    samples = [encode_record(record, tokenizer) for record in records]
+    samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in records]
     assert json.loads(ALPACA_LENGTHS.read_text())["lengths"] == [[s.n_prompt, len(s)] for s in samples]
 
 

@@ -24,7 +24,7 @@ from llama_ft.config import PACKAGE_DIR, DataConfig, ModelConfig, TrainConfig, U
 from llama_ft.data.dataset import load_data
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record
-from llama_ft.data.template import encode_record
+from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 
 TINY = PACKAGE_DIR / "model" / "tiny" / "tokenizer.model"
@@ -140,7 +140,7 @@ def test_both_formats_say_the_same(files):
 
 @pytest.mark.parametrize("output", ["one", "\n- one", " one", "", "日本"])
 def test_prompt_and_answer_share_out_the_tokens(tokenizer, output):
-    sample = encode_record(Record("Say it.", "", output), tokenizer)
+    sample = ALPACA_TEMPLATE.sample(Record("Say it.", "", output), tokenizer)
     prompt, answer = sample.tokens[: sample.n_prompt], sample.tokens[sample.n_prompt :]
     assert (prompt[0], answer[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
     assert tokenizer.decode(prompt) + tokenizer.decode(answer) == prompt_text("Say it.") + output

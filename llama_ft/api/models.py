@@ -17,6 +17,7 @@ from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.decoding.prompts import prompt_of
 from llama_ft.device import DTYPES, why_no_gpu
+from llama_ft.files import explained
 from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
 from llama_ft.model.transformer import Transformer
@@ -126,10 +127,8 @@ def save(model: Transformer, folder: str | Path) -> None:
         UserError: if it cannot be written.
     """
     place = Path(os.path.expanduser(folder))
-    try:
+    with explained(f"{place}: no such folder can be made"):
         place.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{place}: no such folder can be made: {error.strerror}") from error
     save_trained(model, place)
 
 

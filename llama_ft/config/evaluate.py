@@ -1,19 +1,17 @@
 """What `python -m llama_ft.evaluate` can be told."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llama_ft.config.checks import UserError, check, setting
-from llama_ft.config.groups import DataConfig
-from llama_ft.config.source import TrainedSource
+from llama_ft.config.source import RecordsSource, TrainedSource
 
 MAX_WINDOW = 4096  # unless one is given: Llama 3.1's context of 131,072 would take 67 GB for logits alone
 
 
 @dataclass
-class EvaluateConfig(TrainedSource):
+class EvaluateConfig(TrainedSource, RecordsSource):
     """Everything `python -m llama_ft.evaluate` can be told."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     max_samples: int | None = setting(None, "evaluate on the first n records only; null is all", at_least=1)
     batch_size: int = setting(16, "records computed at once", at_least=1)
     exact_match: bool = setting(True, "let the model answer each record, and compare; false measures perplexity alone")
@@ -25,7 +23,6 @@ class EvaluateConfig(TrainedSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data.check_for(self.model)
         most = self.model.max_seq_len
         if self.window is not None:
             check(2 <= self.window <= most, "window", self.window, f"between 2 and model.max_seq_len={most}, or null")
@@ -34,11 +31,6 @@ class EvaluateConfig(TrainedSource):
             check(1 <= self.stride <= widest, "stride", self.stride, f"between 1 and the window of {widest}, or null")
         if self.text is None and (self.window is not None or self.stride is not None):
             raise UserError("window and stride are for text=FILE, and there is none")
-
-    @property
-    def max_length(self) -> int:
-        """Longest sample in tokens."""
-        return self.data.max_length or self.model.max_seq_len
 
     @property
     def window_tokens(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config.checks import Dtype, Settings, UserError, check_settings, setting
-from llama_ft.config.groups import GpuConfig
+from llama_ft.config.groups import DataConfig, GpuConfig
 from llama_ft.config.model import ModelConfig
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 the second is made from the first
@@ -67,6 +67,22 @@ class ModelSource:
             return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
 
         return asdict(self, dict_factory=plain)
+
+
+@dataclass
+class RecordsSource(ModelSource):
+    """A model, and the records that it reads."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data.check_for(self.model)
+
+    @property
+    def max_length(self) -> int:
+        """Longest sample in tokens."""
+        return self.data.max_length or self.model.max_seq_len
 
 
 @dataclass

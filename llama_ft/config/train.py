@@ -8,8 +8,8 @@ from typing import cast
 
 from llama_ft.config.checks import Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
-from llama_ft.config.groups import DataConfig, GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig, TrainingConfig
-from llama_ft.config.source import ModelSource
+from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig, TrainingConfig
+from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 
 
@@ -24,12 +24,11 @@ def read_config(file: Path) -> "TrainConfig":
 
 
 @dataclass
-class TrainConfig(TechniqueConfigs, Switched, ModelSource):
+class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     """Everything `python -m llama_ft.train` can be told."""
 
     adapter: str | None = setting(None, "folder of a run, or of PEFT, whose LoRA adapter is trained further, as it is")
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    data: DataConfig = field(default_factory=DataConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -40,7 +39,6 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         if self.adapter is not None and not self.optim.lora:
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
-        self.data.check_for(self.model)
 
     @property
     def used_techniques(self) -> set[str]:
@@ -57,11 +55,6 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
         """The limit to run under: the one given or that of the card's profile, whichever is smaller."""
         limits = [limit for limit in (self.measure.memory_limit_mib, self.gpu.usable_mib) if limit is not None]
         return min(limits, default=None)
-
-    @property
-    def max_length(self) -> int:
-        """Longest sample in tokens."""
-        return self.data.max_length or self.model.max_seq_len
 
     def to_yaml(self) -> str:
         """The resolved config, for `config.yaml`; `read_config` reads it, and takes no text in it for anything else."""
@@ -80,17 +73,14 @@ class TrainConfig(TechniqueConfigs, Switched, ModelSource):
             del measured[section][name]  # how a run is kept, and where; not what is run
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
-        # As before these keys were there.
-        if self.adapter is None:
-            del measured["adapter"]
-        for key in ("packing", "compile"):
-            if not measured["training"][key]:
-                del measured["training"][key]
-        data = measured["data"]
+        data, training = measured["data"], measured["training"]
         data["columns"] = self.data.columns.given
-        for key in ("columns", "subset", "split", "on_long", "template", "train_on"):
-            if data[key] in ({}, None, "truncate", "auto", "assistant"):
-                del data[key]
+        later: Settings = {"columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto"}
+        later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False}
+        for part in (measured, training, data):  # as before these keys were there
+            for key in later.keys() & part.keys():
+                if part[key] == later[key]:
+                    del part[key]
         data["path"] = content_hash(data["path"], data=True) if data["path"] else None
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
         for holder, key in [(data, "template")] * ("template" in data) + named:

@@ -19,7 +19,6 @@ from llama_ft.data.records import Message, Record, Sample
 from llama_ft.data.special_tokens import Offsets
 from llama_ft.data.tokenizer import Tokenizer
 
-Spans = list[tuple[int, int]]  # (first, end)
 # Around what the assistant says, where the template marks it. They are private-use characters, which texts do not have.
 BEGIN, END = "\ue0a7", "\ue0a8"
 
@@ -110,13 +109,11 @@ class ChatTemplate:
         return len(before), len(bare if is_ended else through)
 
 
-def _unmarked(marked: str) -> tuple[str, Spans]:
+def _unmarked(marked: str) -> tuple[str, Offsets]:
     """A text without its marks, and the spans of characters that were between them."""
-    text, spans = "", Spans()
-    for index, part in enumerate(marked.split(BEGIN)):
-        if index == 0:
-            text = part
-            continue
+    text, *parts = marked.split(BEGIN)
+    spans = Offsets()
+    for part in parts:
         inside, _, outside = part.partition(END)
         spans.append((len(text), len(text) + len(inside)))
         text += inside + outside

@@ -12,7 +12,7 @@ from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.config.checks import OnLong
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
-from llama_ft.data.records import KINDS, Record, Sample, as_record, kind_of
+from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record
 from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.hub import is_hub_name
@@ -20,7 +20,6 @@ from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
-FIRST_KEYS = tuple(keys[0] for keys in KINDS.values())  # a file that is one object is a record if it has one of these
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -55,7 +54,7 @@ def silent(line: str) -> None:
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_tokenizer(config, log)
     template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log, template)
 
@@ -74,7 +73,6 @@ def load_dataset(
     made = reader.samples(template, tokenizer, max_length, max_samples)
     samples = [replace(sample, tokens=array("i", sample.tokens)) for _, sample in made]  # 4 bytes a token, not 36
     if not samples:
-        reader.check_records()
         none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
         raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
     counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
@@ -101,20 +99,20 @@ class Reader:
         self.n_skipped = self.n_truncated = self.n_dropped = 0
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or all are bad."""
-        config, kind = self._config, ""
+        """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or none is good."""
+        config = self._config
         values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
         for where, value in islice(values, config.first):
             try:
-                record = as_record(value, kind)
-                kind = kind or kind_of(value)
+                record = as_record(value)
             except ValueError as error:
                 self._skip(where, error)
                 continue
             self.n_records += 1
             yield where, record
-        if self.n_skipped and not self.n_records:
-            raise UserError(f"{self.path}: all {self.n_skipped} records are bad, the first is {self._first_bad}")
+        if not self.n_records:
+            bad = f"all {self.n_skipped} records are bad, the first is {self._first_bad}"
+            raise UserError(f"{self.path}: {bad if self.n_skipped else 'there are no records'}")
 
     def _skip(self, where: str, error: ValueError) -> None:
         if self._config.on_bad_record is OnBadRecord.error:
@@ -157,11 +155,6 @@ class Reader:
             return None
         self.n_truncated += is_long
         return cut
-
-    def check_records(self) -> None:
-        """Raise a UserError if there was no record."""
-        if not self.n_records:
-            raise UserError(f"{self.path}: there are no records")
 
 
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:

@@ -10,7 +10,7 @@ from statistics import mean, median
 from llama_ft.config import DataCommandConfig
 from llama_ft.config.checks import OnLong
 from llama_ft.data.dataset import Log, Reader, records_file
-from llama_ft.data.records import Record, Sample
+from llama_ft.data.records import Sample
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.data import DataReport, Example, Places
@@ -30,13 +30,12 @@ def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, 
         wholes.append((where, Sample(array("i", whole.tokens), whole.spans)))  # a tenth of a list
         if (earlier := seen.setdefault(hash(str(record.messages)), where)) != where:
             same += [where] if same else [earlier, where]
-        empty += [where] * _has_empty_answer(record)
+        empty += [where] * any(said["role"] == "assistant" and not said["content"].strip() for said in record.messages)
         too_long += [where] * (is_long := len(whole) > config.max_length)
         if is_long and config.data.on_long is OnLong.error:
             continue
         if (sample := reader.fitted(where, whole, config.max_length)) is not None:
             n_tokens, n_trained = n_tokens + len(sample), n_trained + sample.n_targets
-    reader.check_records()
     names = {number: name for name, number in tokenizer.special.items()}
     lengths = sorted(len(sample) for _, sample in wholes)
     return DataReport(
@@ -66,10 +65,6 @@ def _examples(wholes: list[tuple[str, Sample]], tokenizer: Tokenizer) -> list[Ex
     by_length = sorted(wholes, key=lambda whole: len(whole[1]))
     shown = {"First": wholes[0], "Of median length": by_length[(len(wholes) - 1) // 2], "Longest": by_length[-1]}
     return [Example(name, where, len(sample), parts(sample, tokenizer)) for name, (where, sample) in shown.items()]
-
-
-def _has_empty_answer(record: Record) -> bool:
-    return any(said["role"] == "assistant" and not said["content"].strip() for said in record.messages)
 
 
 def _share(lengths: Sequence[int], share: float) -> int:

@@ -124,27 +124,24 @@ def _lines(file: Path) -> Iterator[Line]:
 
 def _json(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
     lines = _lines(file)
-    held, text, whole, n_tried = list[Line](), "", None, 1
-    for number, line in lines:
-        held.append((number, line))
-        text += line
-        if text.lstrip().startswith("["):
-            yield from _array(file, text, lines)
-            return
-        if len(held) == n_tried:  # it may be one object over several lines: tried when they are twice as many
-            n_tried, whole = 2 * n_tried, _parsed(text)
-            if not _is_cut(whole, text):
-                break
+    filled = (each for each in lines if each[1].strip())
+    number, first = next(filled, (1, ""))
+    if first.lstrip().startswith("["):
+        yield from _array(file, "\n" * (number - 1) + first, lines)
+        return
+    held, whole = [(number, first)], _parsed(first)
+    if isinstance(whole, ValueError) and ".jsonl" not in file.suffixes:  # it may be one object over several lines
+        held += lines
+        whole = _parsed("".join(line for _, line in held))
     else:
-        whole = _parsed(text)
-    following = list(islice((line for line in lines if line[1].strip()), 1))
-    if isinstance(whole, dict) and not following:
+        held += islice(filled, 1)
+        whole = whole if len(held) == 1 else None
+    if isinstance(whole, dict):
         if whole.keys().isdisjoint(keys):
             raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record a line")
         yield "record 0", whole
         return
-    filled = ((number, line) for number, line in chain(held, following, lines) if line.strip())
-    for index, (number, line) in enumerate(filled):
+    for index, (number, line) in enumerate(each for each in chain(held, lines) if each[1].strip()):
         yield f"record {index} (line {number})", _parsed(line.rstrip("\n"))
 
 
@@ -162,15 +159,7 @@ def _parsed(text: str) -> Any:
     try:
         return _decoder.decode(text)
     except (ValueError, RecursionError) as error:
-        problem = ValueError(f"not valid JSON: {error}")
-        problem.__cause__ = error
-        return problem
-
-
-def _is_cut(value: Any, text: str) -> bool:
-    """Whether a text is not valid because it ends too early."""
-    cause = value.__cause__ if isinstance(value, ValueError) else None
-    return isinstance(cause, json.JSONDecodeError) and cause.pos >= len(text.rstrip())
+        return ValueError(f"not valid JSON: {error}")
 
 
 # CSV and TSV

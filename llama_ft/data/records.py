@@ -1,6 +1,7 @@
 """Records of training data, whatever their kind, and the tokenized samples made of them."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_ft.data.record_files import as_object
@@ -18,13 +19,7 @@ ROLES = {
     "tool": "tool",
     "observation": "tool",
 }
-# The kinds of records by the keys that they have, in the order in which these are looked for.
-KINDS = {
-    "messages": ("messages",),
-    "conversations": ("conversations",),
-    "instruction": ("instruction",),
-    "prompt": ("prompt", "completion"),
-}
+FIRST_KEYS = ("messages", "conversations", "instruction", "prompt")  # a record is known by the first that it has
 
 
 @dataclass(frozen=True)
@@ -75,34 +70,23 @@ class Sample:
         return Sample(self.tokens[:end], tuple((first, min(last, end)) for first, last in self.spans if first < end))
 
 
-def kind_of(record: Json) -> str:
-    """Which kind of record an object is, by its keys; none is an empty text."""
-    return next((kind for kind, keys in KINDS.items() if set(keys) <= record.keys()), "")
-
-
-def as_record(value: object, kind: str = "") -> Record:
-    """The record in a JSON value; a ValueError says what is wrong with it, or that it is not of the kind asked for."""
-    # Null and NaN, which pandas makes of a spreadsheet's empty cell, are no values.
+def as_record(value: object) -> Record:
+    """The record in a JSON value; a ValueError says what is wrong with it."""
     given = as_object(value)
-    record = {key: part for key, part in given.items() if part is not None and part == part}  # as NaN is not
-    if not (found := kind_of(given) or kind):
-        known = ", ".join(" and ".join(keys) for keys in KINDS.values())
-        raise ValueError(f"instruction is missing; it has {', '.join(given) or 'no keys'}, and records have {known}")
-    if found != (kind or found):
-        raise ValueError(f"it is a record of {found}, and those before it are of {kind}: give each kind its own file")
-    task = str(record.get("task") or "")
-    if found == "instruction":
-        instruction, about, output = _texts(record, given, {"input": ""}, ("instruction", "input", "output"))
-        return Record(instruction, about, output, task)
-    if found == "prompt" and not isinstance(record.get("prompt"), list):
-        prompt, completion = _texts(record, given, {}, ("prompt", "completion"))
-        return Record(prompt, "", completion, task)
-    messages: object = record.get(found)
-    if found == "prompt":  # a conversation in two parts
-        answer = record.get("completion")
-        ending = answer if isinstance(answer, list) else [_message("assistant", answer)]
-        messages = [*record["prompt"], *ending]
-    return conversation_record(messages, task)
+    task = "" if _is_none(given.get("task")) else str(given["task"])
+    for key in ("messages", "conversations"):
+        if key in given:
+            return conversation_record(given[key], task)
+    if "instruction" in given:
+        asked, about = _filled(given, "instruction"), "" if _is_none(given.get("input")) else _text(given, "input")
+        return Record(asked, about, _text(given, "output"), task)
+    if not {"prompt", "completion"} <= given.keys():
+        there = f"it has {', '.join(given) or 'no keys'}, and records have {', '.join(FIRST_KEYS)} and completion"
+        raise ValueError(f"instruction is missing; {there}")
+    prompt, answer = given["prompt"], given["completion"]
+    if not isinstance(prompt, list):
+        return Record(_filled(given, "prompt"), "", _text(given, "completion"), task)
+    return conversation_record(prompt + (answer if isinstance(answer, list) else [_message("assistant", answer)]), task)
 
 
 def conversation_record(messages: object, task: str = "") -> Record:
@@ -126,26 +110,35 @@ def _checked(number: int, message: object) -> Message:
     role, content = (said.pop(key, said.pop(other, None)) for key, other in (("role", "from"), ("content", "value")))
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role}; there are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"the content of message {number} must be a text")
-    content.encode()  # raises a ValueError at half of a surrogate pair
-    return _message(ROLES[role], content) | said
+    return _message(ROLES[role], checked_text(content, f"the content of message {number}")) | said
 
 
 def _message(role: str, content: object) -> Message:
     return {"role": role, "content": content}
 
 
-def _texts(record: Json, given: Json, defaults: Json, keys: Iterable[str]) -> list[str]:
-    """The texts under these keys, of which the first may not be empty."""
-    texts = list[str]()
-    for key in keys:
-        if (text := record.get(key, defaults.get(key))) is None:
-            raise ValueError(f"{key} is {'null or NaN' if key in given else 'missing'}")
-        if not isinstance(text, str):
-            raise ValueError(f"{key} must be a text")
-        text.encode()  # raises a ValueError at half of a surrogate pair
-        if not texts and not text.strip():
-            raise ValueError(f"{key} is empty")
-        texts.append(text)
-    return texts
+def _is_none(value: object) -> bool:
+    """Whether it is null, or NaN, which pandas makes of a spreadsheet's empty cell."""
+    return value is None or value != value
+
+
+def _text(given: Json, key: str) -> str:
+    if _is_none(given.get(key)):
+        raise ValueError(f"{key} is {'null or NaN' if key in given else 'missing'}")
+    return checked_text(given[key], key)
+
+
+def _filled(given: Json, key: str) -> str:
+    text = _text(given, key)
+    if not text.strip():
+        raise ValueError(f"{key} is empty")
+    return text
+
+
+def checked_text(value: object, name: str) -> str:
+    """The value, if it is a text that can be written; a ValueError, which calls it by the name, if not."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text")
+    if re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{name} is not text: it holds half of a surrogate pair, or bytes that are not UTF-8")
+    return value

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Protocol
 
 from llama_ft.config import TrainOn, UserError
 from llama_ft.data.chat_template import ChatTemplate, Rendered
@@ -12,23 +11,6 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import text_of
 
 AUTO, ALPACA, CHAT, PLAIN = "auto", "alpaca", "chat", "plain"
-
-
-class Template(Protocol):
-    """A way to write records down."""
-
-    @property
-    def name(self) -> str:
-        """What it is called in tables."""
-        ...
-
-    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
-        """The record's tokens; a ValueError says why the template does not take it."""
-        ...
-
-    def prompt(self, record: Record) -> str:
-        """The text before the record's answer; a ValueError says why the template does not take it."""
-        ...
 
 
 class TextTemplate:
@@ -46,7 +28,7 @@ class TextTemplate:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
 
-    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
+    def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn = TrainOn.assistant) -> Sample:
         """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
 
         The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it
@@ -61,6 +43,7 @@ class TextTemplate:
         return Sample.after(tokens, next((n for n, (one, other) in pairs if one != other), len(prompt_ids)))
 
 
+Template = TextTemplate | ChatTemplate  # a ValueError of theirs says why they do not take a record
 ALPACA_TEMPLATE = TextTemplate(ALPACA)
 
 
@@ -71,8 +54,9 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
         choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: what
             an adapter was `trained_with`, if that is known, else the checkpoint's own if it has one, else Alpaca's.
     """
+    text = tokenizer.named.chat_template
     if choice == AUTO:
-        choice = trained_with or (CHAT if tokenizer.named.chat_template else ALPACA)
+        choice = trained_with or (CHAT if text else ALPACA)
     if choice in (ALPACA, PLAIN):
         return TextTemplate(choice)
     if choice != CHAT:
@@ -80,18 +64,13 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None 
         if not file.is_file():
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
             raise UserError(f"template {choice}: there is no such file; else it must be one of {allowed}")
-        return ChatTemplate(text_of(file, f"template {file}"), choice, tokenizer.special_names)
-    if not tokenizer.named.chat_template:
+        text = text_of(file, f"template {file}")
+    elif not text:
         where = f"no chat template lies beside tokenizer={tokenizer.file}"
         raise UserError(f"template chat: {where}; take alpaca, or a FILE, which is a chat template in Jinja")
-    return ChatTemplate(tokenizer.named.chat_template, CHAT, tokenizer.special_names)
+    return ChatTemplate(text, choice, tokenizer.special_names)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
     """The token ids of what a model is to go on with: BOS first, which a chat template spells itself."""
     return tokenizer.encode_chat(text)[0] if isinstance(text, Rendered) else tokenizer.encode(text, bos=True)
-
-
-def encode_record(record: Record, tokenizer: Tokenizer) -> Sample:
-    """A record in Alpaca's template, of which the answer and EOS are trained on."""
-    return ALPACA_TEMPLATE.sample(record, tokenizer, TrainOn.assistant)

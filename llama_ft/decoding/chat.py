@@ -100,21 +100,14 @@ def chat(
         command, text = (match[1], match[2] or "") if match else ("say", line)
         if command == "quit":
             break
-        with _logged(log):
+        try:
             if match and command not in COMMANDS:
                 raise UserError(f"/{command} is no command; /help lists them")
             getattr(dialogue, command)(text)
-
-
-@contextmanager
-def _logged(log: TextFn) -> Iterator[None]:
-    """Log what stops the block, and go on."""
-    try:
-        yield
-    except _Stopped:
-        log("stopped")
-    except UserError as error:
-        log(f"error: {error}")
+        except _Stopped:
+            log("stopped")
+        except UserError as error:
+            log(f"error: {error}")
 
 
 @contextmanager

@@ -14,20 +14,17 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import LoadFn, ignore
+from llama_ft.decoding.generate import LoadFn, Log, Progress, ignore
 from llama_ft.decoding.prompts import Prompt
 from llama_ft.files import explained, try_lock
-from llama_ft.records.answers import Answer, AnsweredPrompt, texts_of_line
-
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]  # of a title and a total
-Log = Callable[[str], None]
+from llama_ft.records.answers import Answer, added_keys, texts_of_line
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:
     """The keys that a line has beside those of its prompt's record."""
     n_answers = config.decoding.num_return_sequences
     base_answers = [""] * n_answers if config.compare else None
-    return set(AnsweredPrompt({}, [Answer("", 0, "")] * n_answers, "", base_answers).added())
+    return set(added_keys([Answer("", 0, "")] * n_answers, "", base_answers))
 
 
 def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt]) -> str:
@@ -41,17 +38,9 @@ def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt])
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 
 
-class Lines:
-    """The lines of answers that there are, and where more are added: a file, standard output, or no more than here."""
-
-    def __init__(self, write: Callable[[str], object]) -> None:
-        self._write = write
-        self.texts: list[list[str]] = []  # the answers of each line
-
-    def add(self, answered: AnsweredPrompt) -> None:
-        """Add a line; it is written when this returns."""
-        self._write(answered.line())
-        self.texts.append([answer.text for answer in answered.answers])
+Texts = list[list[str]]  # the answers of each line that there is
+Write = Callable[[str], object]  # what adds a line
+Lines = tuple[Texts, Write]
 
 
 @contextmanager
@@ -81,19 +70,18 @@ def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answer
     with stream:
         if not try_lock(stream):
             raise UserError(f"output={file}: another process is writing into it")
-        lines, (*whole, rest) = Lines(write), file.read_bytes().split(b"\n")
+        *whole, rest = file.read_bytes().split(b"\n")
         answered = [texts for line in whole if (texts := texts_of_line(line, n_answers, made_with)) is not None]
         # Nothing tells that a line is ours which was cut short, but what stands before it, or how it begins.
         is_ours = bool(whole) or _may_begin(rest, prompts)
         if not len(answered) == len(whole) <= len(prompts) or not is_ours:
             reason = f"output={file} was made with other prompts or settings"
             raise UserError(f"{reason}: name another output, or remove that one")
-        lines.texts += answered
         stream.truncate(stream.tell() - len(rest))
         try:
-            yield lines
+            yield answered, write
         finally:
-            if not lines.texts:
+            if not answered:
                 file.unlink(missing_ok=True)
 
 
@@ -124,29 +112,31 @@ def answer_prompts(
 
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
         if config.output is None:
-            return nullcontext(Lines(ignore if suffix else print_line))
+            return nullcontext(([], ignore if suffix else print_line))
         return lines_of_file(config.output + suffix, made_with, prompts, config.decoding.num_return_sequences)
 
-    def fill(lines: Lines, is_base: bool, base_texts: Sequence[list[str]] | None = None) -> None:
-        if not (rest := prompts[len(lines.texts) :]):
+    def fill(texts: Texts, write: Write, is_base: bool, base_texts: Texts | None = None) -> None:
+        if not (rest := prompts[len(texts) :]):
             return
         answer = load(is_base)
         with progress("answers of the base" if is_base else "answers", len(rest)) as advance:
             for start in range(0, len(rest), config.batch_size):
                 batch = rest[start : start + config.batch_size]
                 for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], ignore), strict=True):
-                    base = base_texts[len(lines.texts)] if base_texts is not None else None
-                    lines.add(AnsweredPrompt(prompt.record, answers, made_with, base))
+                    base = base_texts[len(texts)] if base_texts is not None else None
+                    line = prompt.record | added_keys(answers, made_with, base)
+                    write(json.dumps(line, ensure_ascii=False) + "\n")
+                    texts.append([answer.text for answer in answers])
                 advance(len(batch))
 
-    with lines_for() as lines:
+    with lines_for() as (texts, write):
         try:
-            if config.compare and len(lines.texts) < len(prompts):
-                with lines_for(".base") as base:
-                    fill(base, True)
-                    fill(lines, False, base.texts)
-                    base.texts.clear()  # the file goes too
-            fill(lines, False)
+            if config.compare and len(texts) < len(prompts):
+                with lines_for(".base") as (base_texts, write_base):
+                    fill(base_texts, write_base, True)
+                    fill(texts, write, False, base_texts)
+                    base_texts.clear()  # the file goes too
+            fill(texts, write, False)
         finally:
-            if config.output is not None and lines.texts:
-                log(f"{len(lines.texts)} of {len(prompts)} prompts are answered in {config.output}")
+            if config.output is not None and texts:
+                log(f"{len(texts)} of {len(prompts)} prompts are answered in {config.output}")

@@ -1,14 +1,13 @@
 """What a model is asked: from records to prompts, checked before anything is generated."""
 
 import json
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ft.config import UserError
 from llama_ft.data.record_files import as_object, records_in
-from llama_ft.data.records import Record, conversation_record
+from llama_ft.data.records import Record, as_record, checked_text, conversation_record
 from llama_ft.data.template import ALPACA_TEMPLATE, Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import Json
@@ -36,36 +35,31 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
     Raises:
         UserError: if it is unclear what is asked, or the template does not take it.
     """
-    given = {key: record[key] for key in KEYS if record.get(key) is not None}
-    if messages := next((record[key] for key in CONVERSATIONS if record.get(key)), None):
-        return _asked(template, messages)
-    for key, text in given.items():
-        if not isinstance(text, str):
-            raise UserError(f"{key} must be a text")
-        if re.search("[\ud800-\udfff]", text):
-            raise UserError(f"{key} is not text: it holds half of a surrogate pair, or bytes that are not UTF-8")
-    if ("prompt" in given) == ("instruction" in given):
-        raise UserError("either prompt or instruction must be there, and not both")
-    if given.get("prompt") == "" or not given.get("instruction", "-").strip():
-        raise UserError(f"{'prompt' if 'prompt' in given else 'instruction'} is empty")
-    if "prompt" in given and given.get("input"):
-        raise UserError("input belongs to an instruction, and there is a prompt")
-    if "prompt" in given:
-        return str(given["prompt"])
-    asking = Record(given["instruction"], given.get("input", ""), "")
-    if system is None:
-        return template.prompt(asking)
-    return _asked(template, [{"role": "system", "content": system}, asking.messages[0]])
-
-
-def _asked(template: Template, messages: object) -> str:
-    """The prompt of a conversation that ends with what is asked."""
-    if not isinstance(messages, list):
-        raise UserError("a conversation must be a list of messages")
     try:
-        return template.prompt(conversation_record([*messages, {"role": "assistant", "content": ""}]))
+        asked = _asked(record, system)
+        return asked if isinstance(asked, str) else template.prompt(asked)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _asked(record: Json, system: str | None) -> Record | str:
+    """A prompt as it is, or what the template is to write, with an empty answer."""
+    if messages := next((record[key] for key in CONVERSATIONS if record.get(key)), None):
+        answer = {"role": "assistant", "content": ""}
+        return conversation_record([*messages, answer] if isinstance(messages, list) else messages)
+    prompt, instruction, about = map(record.get, KEYS)
+    if (prompt is None) == (instruction is None):
+        raise ValueError("either prompt or instruction must be there, and not both")
+    if prompt is None:
+        asked = as_record({"instruction": instruction, "input": about, "output": ""})
+        if system is None:
+            return asked
+        return conversation_record([{"role": "system", "content": system}, *asked.messages])
+    if about:
+        raise ValueError("input belongs to an instruction, and there is a prompt")
+    if prompt == "":
+        raise ValueError("prompt is empty")
+    return checked_text(prompt, "prompt")
 
 
 def encode_in_context(text: str, tokenizer: Tokenizer, context: int) -> list[int]:

@@ -3,7 +3,6 @@
 import gc
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,8 @@ from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
 from llama_ft.data.template import Template
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import generate
-from llama_ft.decoding.load import Log, check_sources, load_base, load_trained
+from llama_ft.decoding.generate import Log, Progress, generate
+from llama_ft.decoding.load import check_sources, load_base, load_trained
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
 from llama_ft.evaluation.records import EvaluationSet, accuracy, matches
 from llama_ft.model.transformer import Transformer
@@ -22,7 +21,6 @@ from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPe
 from llama_ft.techniques.mixed_precision import Precision
 
 Advance = Callable[[int], None]  # given how many more are done
-Progress = Callable[[str, int], AbstractContextManager[Advance]]  # of a title and a total
 Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
 
 

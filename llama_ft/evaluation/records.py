@@ -42,7 +42,6 @@ def load_records(
         else:
             n_without_room += 1
     if not records:
-        reader.check_records()
         raise UserError(f"{file}: no prompt leaves room for an answer")
     about = EvaluatedRecords(
         name=config.data.title,

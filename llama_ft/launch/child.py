@@ -104,8 +104,6 @@ def main() -> None:
         stage = "choosing the device"
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         log(f"data: {dataset.describe()}")
-        if not config.model.is_builtin:
-            log(f"tokenizer: {dataset.ends}")
         if check_fit and run.device.type == "cuda":
             run.stage = "planning"
             refuse_what_does_not_fit(config, dataset, log)

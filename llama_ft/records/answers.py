@@ -16,31 +16,23 @@ class Answer:
     finish: str  # what ended it: `eos`, `stop` (one of decoding.stop), or `length`
 
 
-@dataclass(frozen=True)
-class AnsweredPrompt:
-    """A prompt of a file with the answers to it."""
+def added_keys(answers: Sequence[Answer], settings_hash: str, base_answers: Sequence[str] | None) -> Json:
+    """What a line has beside its prompt's record: `answer`, or of several `answers`, and what else is known.
 
-    record: Json  # the prompt's own
-    answers: Sequence[Answer]
-    settings_hash: str  # of what they were made with, the prompts included: equal for the lines of a file
-    base_answers: Sequence[str] | None = None  # those of the model that is compared with
-
-    def line(self) -> str:
-        """One line of JSON: the prompt's record with `answer`, or of several `answers`, and with what else is known."""
-        return json.dumps(self.record | self.added(), ensure_ascii=False) + "\n"
-
-    def added(self) -> Json:
-        """What the line has beside the prompt's own keys."""
-        several = len(self.answers) > 1
-        key = "answers" if several else "answer"
-        columns = {
-            f"base_{key}": self.base_answers,
-            key: [answer.text for answer in self.answers],
-            "finish": [answer.finish for answer in self.answers],
-            "n_tokens": [answer.n_tokens for answer in self.answers],
-        }
-        values: Json = {name: list(c) if several else c[0] for name, c in columns.items() if c is not None}
-        return values | {"settings_hash": self.settings_hash}
+    Args:
+        settings_hash: of what they were made with, the prompts included: equal for the lines of a file.
+        base_answers: those of the model that is compared with.
+    """
+    several = len(answers) > 1
+    key = "answers" if several else "answer"
+    columns = {
+        f"base_{key}": base_answers,
+        key: [answer.text for answer in answers],
+        "finish": [answer.finish for answer in answers],
+        "n_tokens": [answer.n_tokens for answer in answers],
+    }
+    values: Json = {name: list(c) if several else c[0] for name, c in columns.items() if c is not None}
+    return values | {"settings_hash": settings_hash}
 
 
 def texts_of_line(line: bytes, n_answers: int, settings_hash: str) -> list[str] | None:

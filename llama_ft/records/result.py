@@ -143,9 +143,8 @@ def read_result(run_dir: Path) -> Result | None:
 
 def template_of_run(folder: str | None) -> str | None:
     """The template that the run in a folder trained with; None where that is not known."""
-    path = Path(os.path.expanduser(folder or ""))
     with suppress(UserError):  # of another version, or of another program
-        result = read_result(path) if folder and path.is_dir() else None
+        result = read_result(Path(os.path.expanduser(folder))) if folder else None
         return result.template if result else None
     return None
 

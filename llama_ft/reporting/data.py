@@ -55,19 +55,14 @@ def _title(example: Example, how: str) -> str:
     return f"{example.name}: {example.where}, {example.tokens:,} tokens; trained on is {how}"
 
 
-def _shortened(example: Example) -> list[tuple[str, bool]]:
-    """Its parts, long ones without their middle."""
-    half = MAX_SHOWN // 2
-
-    def shown(text: str) -> str:
-        left_out = len(text) - MAX_SHOWN
-        return f"{text[:half]} [… {left_out:,} characters …] {text[-half:]}" if left_out > 0 else text
-
-    return [(shown(text), is_trained_on) for text, is_trained_on in example.parts]
+def _shown(text: str) -> str:
+    """A part of an example, a long one without its middle."""
+    half, left_out = MAX_SHOWN // 2, len(text) - MAX_SHOWN
+    return f"{text[:half]} [… {left_out:,} characters …] {text[-half:]}" if left_out > 0 else text
 
 
 def _marked(example: Example) -> str:
-    return "".join(f"⟦{text}⟧" if is_trained_on else text for text, is_trained_on in _shortened(example))
+    return "".join(f"⟦{_shown(text)}⟧" if is_trained_on else _shown(text) for text, is_trained_on in example.parts)
 
 
 def print_data(report: DataReport, console: Console) -> None:
@@ -78,7 +73,7 @@ def print_data(report: DataReport, console: Console) -> None:
     for example in report.examples:
         title = _title(example, "in colour" if in_colour else MARKED)
         console.print(f"\n{title}\n", style="bold", highlight=False, markup=False, soft_wrap=True)
-        coloured = ((text, "bold green" if is_trained_on else "") for text, is_trained_on in _shortened(example))
+        coloured = ((_shown(text), "bold green" if is_trained_on else "") for text, is_trained_on in example.parts)
         console.print(Text.assemble(*coloured) if in_colour else Text(_marked(example)), soft_wrap=True)
 
 
