@@ -122,10 +122,61 @@ def test_a_conversation_keeps_what_its_template_may_read():
     assert [message["content"] for message in asked] == ["Sort.\n\nb a", "a b"]
 
 
+def trained_texts(tokenizer: Tokenizer, template: str, record: Record, train_on: TrainOn) -> list[str]:
+    sample = choose_template(template, tokenizer).sample(record, tokenizer, train_on)
+    return [tokenizer.decode(list(sample.tokens[first:end])) for first, end in sample.spans]
+
+
+def test_what_published_data_have_beside_texts(tmp_path):
+    """System messages and tools of a record, weights, turns after the last answer or before the first question."""
+    save_tokenizer(tmp_path, TEMPLATES["chatml"])
+    tokenizer = Tokenizer(tmp_path / "tokenizer.json")
+    with_key = as_record(
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "Be."}
+    )
+    assert with_key.messages[0] == {"role": "system", "content": "Be."}
+    assert as_record({"messages": [SYSTEM, *TURNS], "system": "Be."}).messages == [SYSTEM, *TURNS]
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "the plural of fox?"}]
+    assert as_record({"messages": [{"role": "user", "content": parts}, TURNS[1]]}) == as_record({"messages": TURNS[:2]})
+    assert as_record({"messages": TURNS[:3]}) == as_record({"messages": TURNS[:2]})
+    called = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    assert as_record({"messages": [TURNS[0], called, TURNS[2], TURNS[3]]}).messages[1] == called | {"content": ""}
+    light = as_record({"messages": [TURNS[0], TURNS[1] | {"weight": 0}, *TURNS[2:]]})
+    for template in ("chat", without_marks_in(tmp_path, TEMPLATES["chatml"])):
+        assert trained_texts(tokenizer, template, light, TrainOn.assistant) == ["oxen,\n  it is said"]
+    greeted = as_record({"messages": [{"role": "assistant", "content": "Hello."}, *TURNS[:2]]})
+    bare = without_marks_in(tmp_path, TEMPLATES["chatml with a system prompt of its own"])
+    assert trained_texts(tokenizer, bare, greeted, TrainOn.assistant) == ["Hello.", "foxes"]
+    tools = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATES["chatml"]
+    (tmp_path / "tools").write_text(tools)
+    for given in ([{"name": "add"}], '[{"name": "add"}]'):
+        prompt = choose_template(str(tmp_path / "tools"), tokenizer).prompt(
+            as_record({"messages": TURNS, "tools": given})
+        )
+        assert prompt.startswith('[{"name": "add"}]<|im_start|>')
+
+
+def without_marks_in(folder: Path, template: str) -> str:
+    (folder / "bare.jinja").write_text(without_marks(template))
+    return str(folder / "bare.jinja")
+
+
+def test_a_template_that_leaves_out_earlier_reasoning(tmp_path):
+    """As Qwen 3's: only the last answer is written with its (empty) reasoning."""
+    save_tokenizer(tmp_path)
+    reasoning = "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
+    text = without_marks(TEMPLATES["chatml"]).replace("{% if m.role == 'assistant' %}", f"{reasoning}{{% if true %}}")
+    (tmp_path / "qwen.jinja").write_text(text)
+    tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
+    found = trained_texts(tokenizer, str(tmp_path / "qwen.jinja"), record, TrainOn.assistant)
+    assert found == ["foxes", "<think>\n\n</think>\n\noxen,\n  it is said"]
+
+
 BAD = {
-    "no answer": ({"messages": TURNS[:1]}, "the last of its messages must be the assistant's"),
-    "ends with a question": ({"messages": TURNS[:3]}, "the last of its messages must be the assistant's"),
-    "empty": ({"messages": []}, "the last of its messages must be the assistant's"),
+    "no answer": ({"messages": TURNS[:1]}, "one of its messages, but not the first, must be the assistant's"),
+    "an answer alone": ({"messages": TURNS[1:3]}, "one of its messages, but not the first, must be the assistant's"),
+    "empty": ({"messages": []}, "one of its messages, but not the first, must be the assistant's"),
+    "tools no list": ({"messages": TURNS, "tools": {"name": "x"}}, "tools must be a list"),
     "no list": ({"messages": "Hello"}, "a conversation must be a list of messages"),
     "null": ({"messages": None}, "a conversation must be a list of messages"),
     "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; there are"),
@@ -159,9 +210,13 @@ def test_templates_that_cannot_be_used(tmp_path):
     (tmp_path / "escape.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="unsafe"):
         choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record)
-    (tmp_path / "forgets.jinja").write_text("{{ messages | length }}{{ messages[-1].content }}")
-    with pytest.raises(ValueError, match=r"writes earlier turns otherwise .* data.train_on=last"):
-        choose_template(str(tmp_path / "forgets.jinja"), tokenizer).sample(record, tokenizer, TrainOn.assistant)
+    for name, text, refused in (
+        ("forgets", "{{ messages | length }}{{ messages[-1].content }}", "cannot be told: mark it by {% generation %}"),
+        ("no template", "What a nice day.", "writes no answer"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=refused):
+            choose_template(str(tmp_path / name), tokenizer).sample(record, tokenizer, TrainOn.assistant)
     for name in ("alpaca", "plain"):
         with pytest.raises(ValueError, match=f"template {name} has no place for a conversation of several turns"):
             choose_template(name, tokenizer).prompt(record)

@@ -8,7 +8,7 @@ from pathlib import Path
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
 CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|pth)|((adapter|generation|tokenizer)_)?config\.json|params\.json|model\.safetensors\.index\.json"
-    r"|adapter_model\.bin"
+    r"|adapter_model\.bin|chat_template\.jinja"
 )
 N_PIECES, PIECE_BYTES = 64, 2**16  # read of larger files, evenly spaced and both ends included
 

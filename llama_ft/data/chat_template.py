@@ -55,7 +55,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, name: str, special_names: Mapping[str, str]) -> None:
         """Compile it, for a tokenizer that has these special tokens; a UserError says where it is wrong."""
-        self.name, self._known = name, {"tools": None, "documents": None, **special_names}
+        self.name, self.text, self._known = name, text, {"documents": None, **special_names}
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
@@ -66,47 +66,66 @@ class ChatTemplate:
         except TemplateError as error:
             raise UserError(f"template {name} is no chat template that can be read: {error}") from error
 
-    def _render(self, messages: Sequence[Message], asks: bool) -> str:
+    def _render(self, record: Record, messages: Sequence[Message], asks: bool) -> str:
         """The text of a conversation, and with `asks` of what comes before the assistant's next answer."""
+        known = {"messages": messages, "tools": list(record.tools) or None, "add_generation_prompt": asks}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=asks, **self._known)
+            return self._template.render(known | self._known)
         except Exception as error:  # strangers' code: it may fail in any way
             raise ValueError(f"the chat template does not take it: {error}") from error
 
     def prompt(self, record: Record) -> str:
         """The conversation up to where the record's answer begins."""
-        return Rendered(_unmarked(self._render(record.messages[:-1], True))[0])
+        return Rendered(_unmarked(self._render(record, record.messages[:-1], True))[0])
 
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
         """The whole conversation, of which all answers, the last one, or all but the first token are trained on.
 
-        Answers are what the template marks as such, else what it writes when it is given one message more, up to the
-        special token that ends it.
+        Answers are what the template marks as such, else what `_answer` finds. Those of weight 0 are not trained on, as
+        in OpenAI's format.
         """
         messages = record.messages
-        text, spans = _unmarked(self._render(messages, False))
+        text, spans = _unmarked(self._render(record, messages, False))
         tokens, offsets = tokenizer.encode_chat(text)
         if train_on is TrainOn.all:
             return Sample.after(tokens, 1)
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        wanted = answers[-1:] if train_on is TrainOn.last else answers
+        weighed = [number for number in wanted if messages[number].get("weight") != 0]
         if not spans:
-            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-            wanted = answers[-1:] if train_on is TrainOn.last else answers
-            spans = [self._answer(messages, number, text, tokenizer) for number in wanted]
-        if train_on is TrainOn.last:
-            spans = spans[-1:]
+            spans = [self._answer(record, number, text, tokenizer) for number in weighed]
+        elif len(spans) == len(answers):
+            spans = [span for number, span in zip(answers, spans, strict=True) if number in weighed]
+        elif weighed != answers:
+            raise ValueError("the chat template marks other parts than answers, of which some are not to be trained on")
         found = [_token_span(span, offsets) for span in spans]
         return Sample(tokens, tuple(span for span in found if span[0] < span[1]))
 
-    def _answer(self, messages: Sequence[Message], number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Where in the conversation's text the answer stands that is this message of it."""
-        before = self._render(messages[:number], True)
-        through = self._render(messages[: number + 1], False)
-        if not (through.startswith(before) and text.startswith(through)):
-            problem = "the chat template writes earlier turns otherwise once there are later ones"
-            raise ValueError(f"{problem}: give data.train_on=last, or a template with {{% generation %}}")
-        bare = through.rstrip()
-        is_ended = bare.endswith(tuple(tokenizer.special))
-        return len(before), len(bare if is_ended else through)
+    def _answer(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Where in the conversation's text the answer stands that is this message of it.
+
+        It is what the template writes when it is given one message more. Some templates write earlier turns otherwise
+        once there are later ones, to leave out reasoning: then it is the message's content. It ends with the special
+        token that follows.
+        """
+        messages = record.messages
+        before = self._render(record, messages[:number], True) if number else None
+        through = self._render(record, messages[: number + 1], False)
+        if before is not None and through.startswith(before) and text.startswith(through):
+            first, end = len(before), len(through)
+        else:
+            marked = [*messages]
+            marked[number] = messages[number] | {"content": f"{BEGIN}{messages[number]['content'].strip()}{END}"}
+            again, spans = _unmarked(self._render(record, marked, False))
+            if again != text or len(spans) != 1:
+                raise ValueError("where the chat template writes an answer cannot be told: mark it by {% generation %}")
+            ((first, end),) = spans
+            following = next((name for name in tokenizer.special if text[end:].lstrip().startswith(name)), "")
+            end = text.index(following, end) + len(following)
+        if first == end:
+            raise ValueError("the chat template writes no answer")
+        bare = text[:end].rstrip()
+        return first, len(bare) if bare.endswith(tuple(tokenizer.special)) else end
 
 
 def _unmarked(marked: str) -> tuple[str, Offsets]:

@@ -12,7 +12,7 @@ from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.config.checks import OnLong
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
-from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record
+from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record, kind_of
 from llama_ft.data.template import Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.hub import is_hub_name
@@ -100,11 +100,14 @@ class Reader:
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or none is good."""
-        config = self._config
+        config, kind = self._config, None
         values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
         for where, value in islice(values, config.first):
             try:
                 record = as_record(value)
+                kind = kind or kind_of(value)
+                if kind_of(value) != kind:
+                    raise ValueError(f"it is known by {kind_of(value)}, those before it by {kind}: give each a file")
             except ValueError as error:
                 self._skip(where, error)
                 continue
@@ -117,7 +120,7 @@ class Reader:
     def _skip(self, where: str, error: ValueError) -> None:
         if self._config.on_bad_record is OnBadRecord.error:
             advice = "data.on_bad_record=skip leaves such records out"
-            raise UserError(f"{self.path}, {where}: {error}. {advice}") from error
+            raise UserError(f"{self.path}, {where}: {str(error).rstrip('.')}. {advice}") from error
         self.n_skipped += 1
         self._first_bad = self._first_bad or f"{where}: {error}"
 

@@ -1,22 +1,28 @@
 """Records of training data, whatever their kind, and the tokenized samples made of them."""
 
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llama_ft.data.record_files import as_object
 from llama_ft.files import Json
 
 Message = Json  # of a conversation: its role and content, and what else a chat template may read
-# What the parties of `conversations` are called in published data, by the roles of chat templates.
+# What the parties of published conversations are called, by the roles of chat templates.
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
     "observation": "tool",
 }
 FIRST_KEYS = ("messages", "conversations", "instruction", "prompt")  # a record is known by the first that it has
@@ -31,6 +37,7 @@ class Record:
     output: str
     task: str = ""  # by which evaluation groups records; may be missing
     conversation: tuple[Message, ...] = ()  # all of it, where there is more to it than an instruction and its answer
+    tools: tuple[Json, ...] = ()  # that a chat template tells the model of
 
     @property
     def messages(self) -> list[Message]:
@@ -70,32 +77,62 @@ class Sample:
         return Sample(self.tokens[:end], tuple((first, min(last, end)) for first, last in self.spans if first < end))
 
 
+def kind_of(record: Json) -> str | None:
+    """Which kind of record this is: the first of `FIRST_KEYS` that it has; a prompt alone is none."""
+    keys = (key for key in FIRST_KEYS if key in record)
+    return next((key for key in keys if key != "prompt" or "completion" in record), None)
+
+
 def as_record(value: object) -> Record:
     """The record in a JSON value; a ValueError says what is wrong with it."""
     given = as_object(value)
-    task = "" if _is_none(given.get("task")) else str(given["task"])
-    for key in ("messages", "conversations"):
-        if key in given:
-            return conversation_record(given[key], task)
-    if "instruction" in given:
-        asked, about = _filled(given, "instruction"), "" if _is_none(given.get("input")) else _text(given, "input")
-        return Record(asked, about, _text(given, "output"), task)
-    if not {"prompt", "completion"} <= given.keys():
+    kind, task = kind_of(given), "" if _is_none(given.get("task")) else str(given["task"])
+    if kind is None:
         there = f"it has {', '.join(given) or 'no keys'}, and records have {', '.join(FIRST_KEYS)} and completion"
-        raise ValueError(f"instruction is missing; {there}")
-    prompt, answer = given["prompt"], given["completion"]
-    if not isinstance(prompt, list):
-        return Record(_filled(given, "prompt"), "", _text(given, "completion"), task)
-    return conversation_record(prompt + (answer if isinstance(answer, list) else [_message("assistant", answer)]), task)
+        raise ValueError(f"instruction is missing; {there}; data.columns={{instruction: NAME}} takes other names")
+    if kind == "instruction":
+        asked, about = _filled(given, "instruction"), "" if _is_none(given.get("input")) else _text(given, "input")
+        record = Record(asked, about, _text(given, "output"), task)
+    elif kind == "prompt" and not isinstance(given["prompt"], list):
+        record = Record(_filled(given, "prompt"), "", _text(given, "completion"), task)
+    elif kind == "prompt":
+        answer = given["completion"]
+        ending = answer if isinstance(answer, list) else [_message("assistant", answer)]
+        record = conversation_record(given["prompt"] + ending, task)
+    else:
+        record = conversation_record(given[kind], task)
+    return _with_extras(record, given)
+
+
+def _with_extras(record: Record, given: Json) -> Record:
+    """With the system message and the tools that stand beside a conversation, as some published data have them."""
+    system, tools = given.get("system"), given.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = json.loads(tools)
+    if tools and not isinstance(tools, list):
+        raise ValueError("tools must be a list")
+    if not _is_none(system) and system != "":
+        record = with_system(record, checked_text(system, "system"))
+    return replace(record, conversation=tuple(record.messages), tools=tuple(tools)) if tools else record
+
+
+def with_system(record: Record, system: str) -> Record:
+    """The record with a system message before it, unless it has one."""
+    messages = record.messages
+    if messages[0]["role"] == "system":
+        return record
+    return replace(record, conversation=(_message("system", system), *messages))
 
 
 def conversation_record(messages: object, task: str = "") -> Record:
-    """The record of a list of messages, the last of which is the assistant's; a ValueError says what is wrong."""
+    """The record of a list of messages up to the assistant's last; a ValueError says what is wrong."""
     if not isinstance(messages, list):
         raise ValueError("a conversation must be a list of messages")
     checked = [_checked(number, message) for number, message in enumerate(messages, 1)]
-    if len(checked) < 2 or checked[-1]["role"] != "assistant":
-        raise ValueError("the last of its messages must be the assistant's, which is what is trained on")
+    while checked and checked[-1]["role"] != "assistant":  # nothing of it is trained on
+        checked.pop()
+    if len(checked) < 2:
+        raise ValueError("one of its messages, but not the first, must be the assistant's, which is what is trained on")
     last = checked[-2:]
     # Then instruction and answer say all that there is.
     is_plain = checked == [_message("user", last[0]["content"]), _message("assistant", last[1]["content"])]
@@ -110,6 +147,10 @@ def _checked(number: int, message: object) -> Message:
     role, content = (said.pop(key, said.pop(other, None)) for key, other in (("role", "from"), ("content", "value")))
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role}; there are {', '.join(ROLES)}")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and said.get("tool_calls"):
+        content = ""
     return _message(ROLES[role], checked_text(content, f"the content of message {number}")) | said
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llama_ft.config import UserError
 from llama_ft.data.record_files import as_object, records_in
-from llama_ft.data.records import Record, as_record, checked_text, conversation_record
+from llama_ft.data.records import Record, as_record, checked_text, with_system
 from llama_ft.data.template import ALPACA_TEMPLATE, Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import Json
@@ -30,7 +30,7 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
 
     Args:
         record: has `prompt`; or `instruction`, and `input` where it needs that; or `messages`, the last one the user's.
-        system: a system message that comes before an instruction.
+        system: a system message that comes before what has none.
 
     Raises:
         UserError: if it is unclear what is asked, or the template does not take it.
@@ -44,22 +44,26 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
 
 def _asked(record: Json, system: str | None) -> Record | str:
     """A prompt as it is, or what the template is to write, with an empty answer."""
-    if messages := next((record[key] for key in CONVERSATIONS if record.get(key)), None):
-        answer = {"role": "assistant", "content": ""}
-        return conversation_record([*messages, answer] if isinstance(messages, list) else messages)
     prompt, instruction, about = map(record.get, KEYS)
-    if (prompt is None) == (instruction is None):
+    messages = next((record[key] for key in CONVERSATIONS if record.get(key)), None)
+    if messages is None and prompt is not None and "completion" in record:  # as it is trained on
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    if messages is not None:
+        answer = {"role": "assistant", "content": ""}
+        asked = as_record(record | {"messages": [*messages, answer] if isinstance(messages, list) else messages})
+        if asked.messages[-2]["role"] == "assistant":
+            raise ValueError("the last of its messages must be the user's, and is the assistant's")
+    elif (prompt is None) == (instruction is None):
         raise ValueError("either prompt or instruction must be there, and not both")
-    if prompt is None:
-        asked = as_record({"instruction": instruction, "input": about, "output": ""})
-        if system is None:
-            return asked
-        return conversation_record([{"role": "system", "content": system}, *asked.messages])
-    if about:
+    elif prompt is None:
+        asked = as_record(record | {"output": ""})
+    elif about:
         raise ValueError("input belongs to an instruction, and there is a prompt")
-    if prompt == "":
+    elif prompt == "":
         raise ValueError("prompt is empty")
-    return checked_text(prompt, "prompt")
+    else:
+        return checked_text(prompt, "prompt")
+    return asked if system is None else with_system(asked, system)
 
 
 def encode_in_context(text: str, tokenizer: Tokenizer, context: int) -> list[int]:
