@@ -72,7 +72,7 @@ def check_free(output: Path, config: ConvertConfig) -> None:
     """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
     is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
     if os.path.lexists(output) and not is_empty:
-        raise UserError(f"output={config.output} is there already, and nothing is overwritten: name another folder")
+        raise UserError(f"output={config.output} is there already, and nothing is overwritten: give another name")
 
 
 def folder_bytes(source: "Source", config: ConvertConfig) -> int:

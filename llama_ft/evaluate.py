@@ -94,15 +94,13 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
 
 def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:
     """`answers.jsonl`: each record with the answers to it, as they came, and whether they are correct."""
-    from llama_ft.evaluation.records import matches
-
     lines = []
     for index, record in enumerate(inputs.data.records):
         line: Json = {"instruction": record.instruction, "input": record.input, "task": record.task}
         line["expected"] = record.output
         for model, answers in measured:
             text = answers[index].text
-            line |= {f"{model.role}_answer": text, f"{model.role}_correct": matches(text, record.output)}
+            line |= {f"{model.role}_answer": text, f"{model.role}_correct": inputs.data.is_correct(index, text)}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 

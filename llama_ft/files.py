@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -19,6 +20,7 @@ from llama_ft.config import UserError
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 INDEX_FILE = "model.safetensors.index.json"  # which tensor lies in which file, where they are several
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers' name since version 5
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
@@ -76,8 +78,9 @@ def why_no_folder(path: Path) -> str:
     """For people: why there is no folder under a name."""
     if path.exists():
         return "it is a file: give the folder that it lies in"
-    may_be_name = len(path.parts) == 2 and not path.parent.exists()
-    return "there is no such folder" + f"; a name on the Hugging Face hub is hub:{path}" * may_be_name
+    name = re.fullmatch(r"(?:hf:|https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)", str(path))
+    hint = f"; a name on the Hugging Face hub is hub:{name[1]}" if name and not path.parent.exists() else ""
+    return f"there is no such {'file' if path.suffix == '.gguf' else 'folder'}{hint}"
 
 
 def unread_hint(place: Path | str, names: Collection[str]) -> str:

@@ -98,6 +98,9 @@ def converse(config: GenerateConfig, models: "Models", template: "Template", log
     def use(folder: str) -> None:
         models.use(adapters, folder or None)
         log(f"with the adapter in {folder}" if folder else "without an adapter")
+        trained = template_of_run(folder)
+        if trained not in (None, template.name):
+            log(f"it was trained in the template {trained}, and the dialogue stays in {template.name}")
 
     def bare(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
         used = adapters.used

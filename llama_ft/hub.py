@@ -17,6 +17,7 @@ from llama_ft.config import TOKENIZER_FILES, UserError
 from llama_ft.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    CHAT_TEMPLATE,
     HF_CONFIG,
     INDEX_FILE,
     META_PARAMS,
@@ -29,7 +30,7 @@ from llama_ft.system import MIB, first_cause
 T = TypeVar("T")
 NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+\.gguf))?(?:@(.+))?")
 SMALL_FILES = f"""
-    {HF_CONFIG} {META_PARAMS} {INDEX_FILE} {ADAPTER_CONFIG_FILE} generation_config.json chat_template.jinja
+    {HF_CONFIG} {META_PARAMS} {INDEX_FILE} {ADAPTER_CONFIG_FILE} generation_config.json {CHAT_TEMPLATE}
     tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
 """.split()  # what a folder says beside its weights
 NEEDED = {"adapter": (ADAPTER_CONFIG_FILE,), "tokenizer": TOKENIZER_FILES}  # one of them; of others what says the sizes

@@ -303,6 +303,37 @@ def test_an_instruct_model_is_trained_and_asked_in_its_own_template(tmp_path):
         assert refused in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.process
+def test_a_template_of_ones_own_travels_with_what_it_trained(tmp_path):
+    """With the adapter or the weights, into what is exported, wherever the file lay."""
+    model, own = saved_model(tmp_path / "model"), TEMPLATES["tulu"]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "mine.jinja").write_text(own)
+    (tmp_path / "sub" / "chat.jsonl").write_text(json.dumps({"messages": TURNS}))
+    options = ("data.path=chat.jsonl", "data.template=mine.jinja", "tracker=disabled")
+    run_in(tmp_path / "sub", "train", f"checkpoint={model}", *options, "optim=lora", "hydra.run.dir=../lora")
+    run_in(tmp_path / "sub", "train", f"checkpoint={model}", *options, "hydra.run.dir=../full")
+    (tmp_path / "sub" / "mine.jinja").unlink()
+    few = "decoding.max_new_tokens=2"
+    said = run_in(tmp_path, "generate", f"checkpoint={model}", "adapter=lora", "instruction=a", few).stderr
+    assert "template: lora/chat_template.jinja" in said
+    said = run_in(tmp_path, "generate", "checkpoint=full", "instruction=a", few).stderr
+    assert "template: full/chat_template.jinja" in said
+    for name, arguments in {
+        "merged": (f"checkpoint={model}", "adapter=lora", "to=hf"),
+        "exported": ("checkpoint=full", "to=hf"),
+        "meta": (f"checkpoint={model}", "adapter=lora", "to=meta"),
+    }.items():
+        run_in(tmp_path, "convert", *arguments, f"output={name}")
+        assert (tmp_path / name / "chat_template.jinja").read_text() == own
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert theirs.apply_chat_template(TURNS, tokenize=False) == without_generation(own, TURNS, model)
+
+
+def without_generation(template: str, messages: list[dict[str, str]], model: Path) -> str:
+    return AutoTokenizer.from_pretrained(model).apply_chat_template(messages, chat_template=template, tokenize=False)
+
+
 def test_a_dialogue_remembers_what_was_said_until_it_begins_anew(tmp_path):
     save_tokenizer(tmp_path, TEMPLATES["chatml"])
     template = choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))

@@ -45,12 +45,16 @@ def _loaded(datasets: Any, name: str, subset: str | None) -> Any:
     path, _, revision = name.partition("@") if is_hub_name(name) else (str(Path(name).absolute()), "", "")
     try:
         if any((Path(name) / file).is_file() for file in SAVED):
+            if subset is not None:
+                raise UserError(f"data.subset={subset}: {name} is one data set, and has none; leave it out")
             return datasets.load_from_disk(path)
         if is_hub_name(name):
             path = path.replace("hub:", "hf://datasets/", 1)  # never a folder of this name
         elif Path(name).is_file():
             return datasets.load_dataset("parquet", data_files=path)
         return datasets.load_dataset(path, subset, revision=revision or None)
+    except UserError:
+        raise
     except Exception as error:  # of many kinds, and those of other libraries too
         raise UserError(f"{name} cannot be read: {_reason(datasets, error, path, revision, subset)}") from error
 

@@ -10,10 +10,11 @@ from statistics import median
 
 from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
 from llama_ft.config.checks import OnLong
+from llama_ft.data.chat_template import ChatTemplate
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
 from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record, kind_of
-from llama_ft.data.template import Template, choose_template
+from llama_ft.data.template import CHAT, Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.hub import is_hub_name
 from llama_ft.records.result import template_of_run
@@ -32,6 +33,7 @@ class Dataset:
     n_truncated: int  # samples cut to the longest length allowed
     n_dropped: int  # samples left out: longer ones where `data.on_long=drop`, and those with no answer to train on
     template: str = "alpaca"  # in which they are written down
+    template_file: str | None = None  # the content of the file that it comes from, if it is the user's own
     ends: str = ""  # where they begin and end, for people
 
     def describe(self) -> str:
@@ -76,7 +78,8 @@ def load_dataset(
         none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
         raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
     counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
-    return Dataset(samples, *counts, template.name, tokenizer.describe_ends())
+    own = template.text if isinstance(template, ChatTemplate) and template.name != CHAT else None
+    return Dataset(samples, *counts, template.name, own, tokenizer.describe_ends())
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
@@ -63,12 +64,14 @@ def as_object(value: Any) -> Json:
 
 def _values(name: str, keys: Iterable[str], subset: str | None, split: str | None) -> Iterator[tuple[str, Any]]:
     file = Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not file.parent.exists():
+        raise UserError(f"data file {name}: there is no such file; a data set on the Hugging Face hub is hub:{name}")
     if is_hub_name(name) or file.is_dir() or file.suffix.lower() == ".parquet":
         return arrow_rows(name, subset, split)
     for key, value in (("subset", subset), ("split", split)):
         if value is not None:
             raise UserError(f"data.{key}={value}: {file} is one file, and has none; leave it out")
-    kind = (file.with_suffix("") if file.suffix in PACKED else file).suffix.lower()
+    kind = (file.with_suffix("") if file.suffix.lower() in PACKED else file).suffix.lower()
     return _table(file, DELIMITERS[kind]) if kind in DELIMITERS else _json(file, keys)
 
 
@@ -95,9 +98,9 @@ def _check_columns(path: str | Path, values: Iterator[tuple[str, Any]], columns:
 
 
 def _opened(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return cast(IO[bytes], gzip.open(regular(file)))
-    if file.suffix == ".zst":
+    if file.suffix.lower() == ".zst":
         try:
             import pyarrow
         except ImportError as error:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from llama_ft.config import is_gguf
 from llama_ft.data.gguf_tokenizer import tokenizer_settings
-from llama_ft.files import HF_CONFIG, Json, read_json, text_of
+from llama_ft.files import CHAT_TEMPLATE, HF_CONFIG, Json, read_json, text_of
 
 GENERATION_CONFIG, TOKENIZER_CONFIG = "generation_config.json", "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
 
 Offsets = list[tuple[int, int]]  # of each token its characters, from the first to the end
 
@@ -46,7 +45,7 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     added = beside.get("added_tokens_decoder")
     tokens = added.items() if isinstance(added, dict) else ()
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
-    places = sorted({home, Path(os.path.expanduser(str(elsewhere)))})
+    places = list(dict.fromkeys((Path(os.path.expanduser(str(elsewhere))), home)))  # the checkpoint's word comes first
     files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
     said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(

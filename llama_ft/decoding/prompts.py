@@ -44,6 +44,7 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
 
 def _asked(record: Json, system: str | None) -> Record | str:
     """A prompt as it is, or what the template is to write, with an empty answer."""
+    record = {key: value for key, value in record.items() if value is not None}
     prompt, instruction, about = map(record.get, KEYS)
     messages = next((record[key] for key in CONVERSATIONS if record.get(key)), None)
     if messages is None and prompt is not None and "completion" in record:  # as it is trained on

@@ -14,7 +14,7 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import Log, Progress, generate
 from llama_ft.decoding.load import check_sources, load_base, load_trained
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
-from llama_ft.evaluation.records import EvaluationSet, accuracy, matches
+from llama_ft.evaluation.records import EvaluationSet, accuracy
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
@@ -84,7 +84,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
         prompts = [inputs.template.prompt(record) for record in records]
         with progress("answers", len(prompts)) as advance:
             answers = greedy_answers(model, inputs.tokenizer, prompts, config, advance)
-        correct = [matches(answer.text, record.output) for answer, record in zip(answers, records, strict=True)]
+        correct = [inputs.data.is_correct(index, answer.text) for index, answer in enumerate(answers)]
         share = accuracy([record.task for record in records], correct)
         exact_match = ExactMatch(**vars(share), ended_by_length=sum(answer.finish == "length" for answer in answers))
     own = config.checkpoint, config.adapter

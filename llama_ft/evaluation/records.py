@@ -22,7 +22,12 @@ class EvaluationSet:
     about: EvaluatedRecords
     records: list[Record]
     samples: list[Sample]  # the records', cut to the longest length allowed
+    written: list[str]  # the records' answers as the template writes them, such as after an empty reasoning
     majority: Majority
+
+    def is_correct(self, index: int, answer: str) -> bool:
+        """Whether this is the answer to a record, or what the template makes of it."""
+        return matches(answer, self.records[index].output) or matches(answer, self.written[index])
 
 
 def load_records(
@@ -34,11 +39,14 @@ def load_records(
     """
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
-    reader, records, samples, n_without_room = Reader(file, config.data, log), list[Record](), list[Sample](), 0
+    reader, n_without_room = Reader(file, config.data, log), 0
+    records, samples, written = list[Record](), list[Sample](), list[str]()
     for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
-        if len(encode_prompt(template.prompt(record), tokenizer)) < config.model.max_seq_len:
+        n_prompt = len(encode_prompt(template.prompt(record), tokenizer))
+        if n_prompt < config.model.max_seq_len:
             records.append(_with_task(record))
             samples.append(sample)
+            written.append(tokenizer.decode(list(sample.tokens[n_prompt:])))
         else:
             n_without_room += 1
     if not records:
@@ -55,7 +63,7 @@ def load_records(
     trained = Reader(SAMPLE_DIR / "train.jsonl", DataConfig("sample"))
     known = (_with_task(record) for _, record in trained.records()) if builtin else records
     majority = majority_of(records, known, "training split" if builtin else "same records")
-    return EvaluationSet(about, records, samples, majority)
+    return EvaluationSet(about, records, samples, written, majority)
 
 
 def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -> Majority:

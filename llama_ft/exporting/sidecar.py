@@ -3,16 +3,26 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from llama_ft.config import TOKENIZER_FILES, ConvertConfig, Format, ModelConfig, UserError, found_tokenizer, is_gguf
+from llama_ft.config import (
+    TOKENIZER_FILES,
+    ConvertConfig,
+    Format,
+    ModelConfig,
+    ModelSource,
+    UserError,
+    found_tokenizer,
+    is_gguf,
+)
 from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
 from llama_ft.exporting.gguf import GgufFile
 from llama_ft.exporting.source import Source
-from llama_ft.files import HF_CONFIG, Json, explained, read_json
+from llama_ft.files import CHAT_TEMPLATE, HF_CONFIG, Json, explained, read_json, text_of, whole_file
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 
@@ -32,6 +42,9 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
+        # That of a run with a template of the user's own, which the model is then to be asked in.
+        template = Path(os.path.expanduser(config.adapter or str(config.checkpoint))) / CHAT_TEMPLATE
+        self._own_template = text_of(template, str(template)) if template.is_file() else None
         self._tokenizer = self._found_tokenizer()
         self.files: dict[str, bytes] = {}
         if config.to is Format.hf:
@@ -39,6 +52,8 @@ class SidecarFiles:
             self.files = self._hf_files()
         elif config.to is Format.meta:
             self.files = self._meta_files()
+        if self._own_template is not None and self._tokenizer is not None and config.to is not Format.gguf:
+            self.files[CHAT_TEMPLATE] = self._own_template.encode()
 
     def gguf_file(self, source: Source) -> GgufFile:
         """The weights and the tokenizer as one file; a UserError if GGUF lacks something that the model has."""
@@ -56,6 +71,8 @@ class SidecarFiles:
         try:
             tokenizer = Tokenizer(Path(os.path.expanduser(name)), config.checkpoint)
             check_vocabulary(tokenizer, tokenizer.file, config.model, config.checkpoint)
+            if self._own_template is not None:
+                tokenizer.named = replace(tokenizer.named, chat_template=self._own_template)
             return tokenizer
         except UserError as error:
             if config.tokenizer is not None or config.to is Format.gguf:
@@ -113,6 +130,8 @@ class SidecarFiles:
         if (tokenizer := self._tokenizer) is None:
             return {}
         files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
+        if (text := tokenizer.named.chat_template) is not None:
+            files[CHAT_TEMPLATE] = text.encode()
         if tokenizer.is_json:
             said = home_of(tokenizer.file) / TOKENIZER_CONFIG
             files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
@@ -142,6 +161,17 @@ class SidecarFiles:
         content |= {key: ours[key] for key in ours if key in changed}
         content.pop("torch_dtype", None)
         return content | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
+
+
+def save_tokenizer(source: ModelSource, folder: Path, log: Callable[[str], None]) -> None:
+    """Put the tokenizer of a model that is not built in beside weights trained from it, as Hugging Face has it."""
+    if source.model.is_builtin:
+        return
+    checkpoint = str(source.tokenizer_file.parent) if source.checkpoint == "random" else source.checkpoint
+    config = ConvertConfig(source.model, checkpoint, Format.hf, str(folder), tokenizer=str(source.tokenizer_file))
+    for name, content in SidecarFiles(config, log).files.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_bytes(content)
 
 
 def _usual_name(tokenizer: Tokenizer) -> str:

@@ -87,7 +87,7 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
     keys = [key for key in measured[0] | measured[1] if measured[0].get(key) != measured[1].get(key)]
     parts = [f"{key} ({shown[0].get(key)} there, {shown[1].get(key)} here)" for key in keys[:N_SHOWN]]
     parts += [f"{len(keys) - N_SHOWN} more"] if len(keys) > N_SHOWN else []
-    return ", ".join(parts) or "a file that data.path, tokenizer or checkpoint names has changed since"
+    return ", ".join(parts) or "a file that data.path, data.template, tokenizer or checkpoint names has changed since"
 
 
 def _first_lines(metrics_file: Path, n_steps: int) -> str:

@@ -10,6 +10,8 @@ from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import about_device, choose_device, device_name, has_bf16, peak_rss_mib, use_device, versions
+from llama_ft.exporting.sidecar import save_tokenizer
+from llama_ft.files import CHAT_TEMPLATE, write_text
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
@@ -79,6 +81,10 @@ class MeasuredRun:
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)
+            if not config.optim.lora:
+                save_tokenizer(config, self.run_dir, self.log)
+            if self.dataset.template_file is not None:
+                write_text(self.run_dir / CHAT_TEMPLATE, self.dataset.template_file)
 
     def _train(self, step: TrainStep, data: Windows) -> None:
         """Dry-run, train and evaluate; note memory, time and losses."""

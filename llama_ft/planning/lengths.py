@@ -35,7 +35,8 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
             counts = [len(sample) for sample in samples]
             tokens, longest = sum(counts), max(counts)
             spread = f"median {median(counts):g}, longest {longest}"
-            about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread}), template {dataset.template}"
+            written = f"template {dataset.template}; {dataset.ends}"
+            about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread}), {written}"
             lengths = [(len(sample), sample.n_prompt) for sample in samples]
             return lengths, PlannedData(name, about, False, len(samples), longest, tokens)
     except NothingLeft as error:  # which train will say too

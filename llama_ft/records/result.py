@@ -10,11 +10,13 @@ from typing import Literal
 from llama_ft.config import DataConfig, TrainConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
+from llama_ft.files import CHAT_TEMPLATE
 from llama_ft.records import SCHEMA_VERSION, read_record, write_record
 
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "train.log"
+BUILTIN_TEMPLATES = (None, "chat", "alpaca", "plain")  # of another one, a file, the run keeps a copy
 FINISHED = ("ok", "oom")  # not to be measured again
 
 Status = Literal["ok", "oom", "killed", "interrupted", "error"]
@@ -142,10 +144,13 @@ def read_result(run_dir: Path) -> Result | None:
 
 
 def template_of_run(folder: str | None) -> str | None:
-    """The template that the run in a folder trained with; None where that is not known."""
+    """The template that the run in a folder trained with: a name, or its file there; None where that is not known."""
     with suppress(UserError):  # of another version, or of another program
-        result = read_result(Path(os.path.expanduser(folder))) if folder else None
-        return result.template if result else None
+        path = Path(os.path.expanduser(folder or ""))
+        result = read_result(path) if folder else None
+        if result is None or result.template in BUILTIN_TEMPLATES:
+            return result.template if result else None
+        return str(path / CHAT_TEMPLATE)
     return None
 
 

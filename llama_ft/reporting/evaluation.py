@@ -60,7 +60,9 @@ def _notes(result: Evaluation) -> list[str]:
     }
     notes += [f"Records of {data.file} {meaning}: {count}." for meaning, count in counts.items() if count]
     n_tokens = models[0].responses.tokens
-    notes.append(f"Responses: exp of the mean loss over their {n_tokens:,} tokens, EOS included, prompts not.")
+    what = {"all": "all of them", "last": "the last answers, their ends included"}
+    counted = what.get(result.settings["data"].get("train_on", ""), "EOS included, prompts not")
+    notes.append(f"Responses: exp of the mean loss over their {n_tokens:,} tokens, {counted}.")
     if result.template is not None:
         notes.append(f"Template: {result.template}; {result.ends}.")
     if result.text is not None:

@@ -92,7 +92,6 @@ def _notes(group: Group) -> list[str]:
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if began.compiled:
         notes.append("Layers are compiled (training.compile); tensors are counted before they are.")
-    notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
@@ -109,6 +108,7 @@ def measure_notes(group: Group) -> list[str]:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
         notes.append("Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process.")
+    notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     limit, gpu = group.memory_limit_mib, results[0].gpu
     if gpu not in ("auto", "cpu") and limit is not None and group.device:
         notes.append(
