@@ -247,14 +247,14 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "model=from_checkpoint takes its sizes from a folder: give checkpoint=DIR"),
+        ("", "model=from_checkpoint takes its sizes from a checkpoint: give checkpoint=DIR"),
         ("model=tiny output=x", "give to=hf, to=meta or to=gguf"),
         ("model=tiny to=hf", "give output=DIR"),
         ("model=tiny to=onnx output=x", "to=onnx is not allowed: it must be one of hf, meta, gguf"),
         ("model=tiny to=hf output=x shards=0", "shards=0 is not allowed: it must be between 1 and 1000"),
         ("model=tiny to=hf output=x checkpoint=random", "there are no weights to convert"),
         ("model=llama2_7b to=hf output=x", "give checkpoint=DIR"),
-        ("checkpoint=random to=hf output=x", "takes its sizes from a folder"),
+        ("checkpoint=random to=hf output=x", "takes its sizes from a checkpoint"),
         ("model=tiny to=hf output=x dtype=int8", "dtype=int8 is not allowed"),
         ("model=tiny to=hf output=x adapter=nowhere", "adapter=nowhere: there is no such folder"),
         ("model=tiny to=hf output=x tokenizer=nowhere", "tokenizer=nowhere: there is no such file"),

@@ -4,6 +4,7 @@ import enum
 import errno
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from difflib import get_close_matches
 from types import UnionType
@@ -78,8 +79,17 @@ def no_such_key(schema: type, key: str) -> str:
     section = ".".join(parts[:n_known])
     known = setting_of(schema, section)[1] if section else schema
     names = [field.name for field in fields(known)] if is_dataclass(known) else []
-    meant = "".join(f"; did you mean {match}?" for match in get_close_matches(parts[n_known], names, 1))
+    elsewhere = [name for name in _keys(schema) if name.rpartition(".")[2] == parts[-1]]
+    matches = elsewhere if len(elsewhere) == 1 else get_close_matches(parts[n_known], names, 1)
+    meant = "".join(f"; did you mean {match}?" for match in matches)
     return f"{key} is not a key{meant or ':'} {section or 'the config'} has {', '.join(names) or 'none'}"
+
+
+def _keys(schema: type) -> Iterator[str]:
+    """The keys of a schema, those of its sections with the section's name."""
+    for entry in fields(schema):
+        kind = get_type_hints(schema)[entry.name]
+        yield from (f"{entry.name}.{key.name}" for key in fields(kind)) if is_dataclass(kind) else (entry.name,)
 
 
 def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> str:
