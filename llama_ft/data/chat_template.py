@@ -96,36 +96,39 @@ class ChatTemplate:
             spans = [self._answer(record, number, text, tokenizer) for number in weighed]
         elif len(spans) == len(answers):
             spans = [span for number, span in zip(answers, spans, strict=True) if number in weighed]
-        elif weighed != answers:
-            raise ValueError("the chat template marks other parts than answers, of which some are not to be trained on")
+        elif any(messages[number].get("weight") == 0 for number in answers):
+            raise ValueError("the chat template marks other parts than answers, of which some have weight 0")
+        elif train_on is TrainOn.last:
+            spans = spans[-1:]
         found = [_token_span(span, offsets) for span in spans]
         return Sample(tokens, tuple(span for span in found if span[0] < span[1]))
 
     def _answer(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Where in the conversation's text the answer stands that is this message of it.
+        """Where in the conversation's text the answer stands that is this message of it, with the token that ends it.
 
         It is what the template writes when it is given one message more. Some templates write earlier turns otherwise
-        once there are later ones, to leave out reasoning: then it is the message's content. It ends with the special
-        token that follows.
+        once there are later ones, to leave out reasoning: then it is the message's content.
         """
         messages = record.messages
         before = self._render(record, messages[:number], True) if number else None
         through = self._render(record, messages[: number + 1], False)
-        if before is not None and through.startswith(before) and text.startswith(through):
-            first, end = len(before), len(through)
-        else:
-            marked = [*messages]
-            marked[number] = messages[number] | {"content": f"{BEGIN}{messages[number]['content'].strip()}{END}"}
-            again, spans = _unmarked(self._render(record, marked, False))
-            if again != text or len(spans) != 1:
-                raise ValueError("where the chat template writes an answer cannot be told: mark it by {% generation %}")
-            ((first, end),) = spans
-            following = next((name for name in tokenizer.special if text[end:].lstrip().startswith(name)), "")
-            end = text.index(following, end) + len(following)
-        if first == end:
+        if before is None or not (through.startswith(before) and text.startswith(through)):
+            return self._content(record, number, text, tokenizer)
+        if before == through:
             raise ValueError("the chat template writes no answer")
-        bare = text[:end].rstrip()
-        return first, len(bare) if bare.endswith(tuple(tokenizer.special)) else end
+        bare = through.rstrip()
+        return len(before), len(bare if bare.endswith(tuple(tokenizer.special)) else through)
+
+    def _content(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Where in the text a message's content stands, with a special token that follows it."""
+        marked = record.messages
+        marked[number] = marked[number] | {"content": f"{BEGIN}{marked[number]['content'].strip()}{END}"}
+        again, spans = _unmarked(self._render(record, marked, False))
+        if again != text or len(spans) != 1:
+            raise ValueError("where the chat template writes an answer cannot be told: mark it by {% generation %}")
+        ((first, end),) = spans
+        following = next((name for name in tokenizer.special if text[end:].lstrip().startswith(name)), "")
+        return first, text.index(following, end) + len(following)
 
 
 def _unmarked(marked: str) -> tuple[str, Offsets]:
