@@ -15,7 +15,6 @@ from llama_ft.config import EvaluateConfig
 from llama_ft.files import Json, explained, output_folder, write_text
 from llama_ft.records import write_record
 from llama_ft.records.evaluation import EvaluatedText, Evaluation
-from llama_ft.records.result import template_of_run
 from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table import markdown, print_table
@@ -87,7 +86,7 @@ def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInpu
 
     tokenizer = load_tokenizer(config, log)
     text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
-    template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    template = choose_template(config.data.template, tokenizer, config.adapter or config.checkpoint)
     log(f"template: {template.name}")
     return EvalInputs(tokenizer, template, load_records(config, tokenizer, template, log), text)
 

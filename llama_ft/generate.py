@@ -48,7 +48,7 @@ def main() -> int:
     from llama_ft.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config, log)
-    template = choose_template(config.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    template = choose_template(config.template, tokenizer, config.adapter or config.checkpoint)
     prompts = read_asked(config, tokenizer, template)
     from llama_ft.decoding.load import Models
 
@@ -63,7 +63,7 @@ def main() -> int:
         progress = partial(progress_bar, errors) if config.output is not None else lambda *_: nullcontext(ignore)
         answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
     elif config.interactive:
-        converse(config, models, template, log)
+        converse(config, models, tokenizer, template, log)
     else:
         from llama_ft.decoding.show import show_answers
 
@@ -88,8 +88,15 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Templa
     return [prompt]
 
 
-def converse(config: GenerateConfig, models: "Models", template: "Template", log: Callable[[str], None]) -> None:
+def converse(
+    config: GenerateConfig,
+    models: "Models",
+    tokenizer: "Tokenizer",
+    template: "Template",
+    log: Callable[[str], None],
+) -> None:
     """Answer line after line, with the models kept."""
+    from llama_ft.data.template import choose_template
     from llama_ft.decoding.chat import chat, line_reader
     from llama_ft.decoding.show import show_answers
 
@@ -98,9 +105,9 @@ def converse(config: GenerateConfig, models: "Models", template: "Template", log
     def use(folder: str) -> None:
         models.use(adapters, folder or None)
         log(f"with the adapter in {folder}" if folder else "without an adapter")
-        trained = template_of_run(folder)
-        if trained not in (None, template.name):
-            log(f"it was trained in the template {trained}, and the dialogue stays in {template.name}")
+        trained = choose_template("auto", tokenizer, folder)
+        if template_of_run(folder) and trained.text != template.text:
+            log(f"it was trained in the template {trained.name}, and the dialogue stays in {template.name}")
 
     def bare(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
         used = adapters.used

@@ -161,6 +161,12 @@ def without_marks_in(folder: Path, template: str) -> str:
     return str(folder / "bare.jinja")
 
 
+THINKING = (  # and tools that are called
+    "{{ m.content.split('</think>')[-1].lstrip('\n') }}"
+    "{% if m.tool_calls %}{{ '\n<tool>' + m.tool_calls[0].name + '</tool>' }}{% endif %}"
+)
+
+
 def test_a_template_that_leaves_out_earlier_reasoning(tmp_path):
     """As Qwen 3's: only the last answer is written with its (empty) reasoning."""
     save_tokenizer(tmp_path)
@@ -168,8 +174,29 @@ def test_a_template_that_leaves_out_earlier_reasoning(tmp_path):
     text = without_marks(TEMPLATES["chatml"]).replace("{% if m.role == 'assistant' %}", f"{reasoning}{{% if true %}}")
     (tmp_path / "qwen.jinja").write_text(text)
     tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
-    found = trained_texts(tokenizer, str(tmp_path / "qwen.jinja"), record, TrainOn.assistant)
+    template = str(tmp_path / "qwen.jinja")
+    found = trained_texts(tokenizer, template, record, TrainOn.assistant)
     assert found == ["foxes", "<think>\n\n</think>\n\noxen,\n  it is said"]
+    answer = choose_template(template, tokenizer).answer(record, tokenizer)
+    assert answer.strip() == "<think>\n\n</think>\n\noxen,\n  it is said"
+    (tmp_path / "qwen.jinja").write_text(text.replace("{{ m.content }}", THINKING))
+    thought = [TURNS[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nfoxes\n"}, *TURNS[2:]]
+    called = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}, *TURNS[2:]]
+    for messages, first in ((thought, "foxes\n"), (called, "\n<tool>f</tool>")):
+        found = trained_texts(tokenizer, template, as_record({"messages": messages}), TrainOn.assistant)
+        assert found == [first, "<think>\n\n</think>\n\noxen,\n  it is said"]
+
+
+def test_what_a_perfect_answer_is(tmp_path):
+    """Whatever the tokens are, of which one may hold the end of the prompt and the begin of the answer."""
+    save_tokenizer(tmp_path)
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    )
+    tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), Record("say", "", "no")
+    assert choose_template(str(tmp_path / "own.jinja"), tokenizer).answer(record, tokenizer) == "no\n"
+    assert choose_template("alpaca", tokenizer).answer(record, tokenizer) == "no"
 
 
 BAD = {
@@ -227,7 +254,6 @@ def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json")).name == "alpaca"
     with pytest.raises(UserError, match=r"template chat: no chat template lies beside .*; take alpaca, or a FILE"):
         choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
-    assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json"), "plain").name == "plain"
     file = tmp_path / "tokenizer_config.json"
     said = json.loads(file.read_text())
     text = "{{ messages[0].content }}"

@@ -403,7 +403,7 @@ WRONG = {
     ("prompt=a", "decoding=beam", "decoding.sample=true"): "decoding.n_beams above 1",
     ("prompt=a", "checkpoint=null", "model=llama2_7b"): "has no built-in weights",
     ("prompt=a", "adapter=nowhere"): "adapter=nowhere: there is no such folder",
-    ("prompt=a", "decoding.beams=2"): "did you mean n_beams? decoding has sample",
+    ("prompt=a", "decoding.beams=2"): "did you mean decoding.n_beams? decoding has sample",
     ("prompt=a", "prompt_file=b"): "did you mean prompt? the config has model",
     (f"prompt='{'a ' * 2000}'",): "tokens, and the model's context is",
     (f"instruction='{'a ' * 2000}'", "checkpoint=nowhere"): "tokens, and the model's context is",

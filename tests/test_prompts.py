@@ -104,7 +104,7 @@ def test_a_file_is_read_as_json_and_as_jsonl(tmp_path, tokenizer):
         assert [prompt.record for prompt in prompts] == RECORDS
     one = tmp_path / "one.json"
     one.write_text(json.dumps(RECORDS[0], indent=1))
-    assert read_prompts(one, [], tokenizer, 128) == [Prompt("Hello", RECORDS[0])]
+    assert read_prompts(one, [], tokenizer, 128) == [Prompt("Hello", RECORDS[0], "alpaca")]
 
 
 BAD: dict[str, tuple[Any, str]] = {

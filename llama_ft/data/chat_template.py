@@ -78,6 +78,16 @@ class ChatTemplate:
         """The conversation up to where the record's answer begins."""
         return Rendered(_unmarked(self._render(record, record.messages[:-1], True))[0])
 
+    def answer(self, record: Record, tokenizer: Tokenizer) -> str:
+        """What a perfect answer to the record is: as the template writes it, without special tokens."""
+        written, prompt = _unmarked(self._render(record, record.messages, False))[0], self.prompt(record)
+        if not written.startswith(prompt):
+            return record.output
+        answer = written[len(prompt) :]
+        for name in tokenizer.special:
+            answer = answer.replace(name, "")
+        return answer
+
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
         """The whole conversation, of which all answers, the last one, or all but the first token are trained on.
 
@@ -120,15 +130,28 @@ class ChatTemplate:
         return len(before), len(bare if bare.endswith(tuple(tokenizer.special)) else through)
 
     def _content(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Where in the text a message's content stands, with a special token that follows it."""
-        marked = record.messages
-        marked[number] = marked[number] | {"content": f"{BEGIN}{marked[number]['content'].strip()}{END}"}
-        again, spans = _unmarked(self._render(record, marked, False))
-        if again != text or len(spans) != 1:
+        """Where in the text a message's content stands, with all that follows to the token that ends the turn."""
+        content = record.messages[number]["content"]
+        reasoning, ends_it, rest = content.rpartition("</think>")
+        answer = rest.lstrip("\n") if ends_it else content
+        for form in (content, content.strip(), answer, answer.strip()):
+            marked = record.messages
+            before = f"{reasoning}{ends_it}" if ends_it and form in (answer, answer.strip()) else ""
+            marked[number] = marked[number] | {"content": f"{before}{BEGIN}{form}{END}"}
+            again, spans = _unmarked(self._render(record, marked, False))
+            if again == text and len(spans) == 1:
+                break
+        else:
             raise ValueError("where the chat template writes an answer cannot be told: mark it by {% generation %}")
         ((first, end),) = spans
-        following = next((name for name in tokenizer.special if text[end:].lstrip().startswith(name)), "")
-        return first, text.index(following, end) + len(following)
+        following = [record.messages[number + 1]["content"].strip()] if number + 1 < len(record.messages) else []
+        limit = next((at for each in following if each and (at := text.find(each, end)) >= 0), len(text))
+        ends = [name for name, each in tokenizer.special.items() if each in tokenizer.end_ids]
+        for names in (ends, tokenizer.special):  # others may stand within the turn
+            if found := [(at, name) for name in names if (at := text.find(name, end, limit)) >= 0]:
+                place, name = min(found)
+                return first, place + len(name)
+        return first, end
 
 
 def _unmarked(marked: str) -> tuple[str, Offsets]:

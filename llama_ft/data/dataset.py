@@ -17,7 +17,6 @@ from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record, kind_of
 from llama_ft.data.template import CHAT, Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.hub import is_hub_name
-from llama_ft.records.result import template_of_run
 from llama_ft.system import Pace
 
 Log = Callable[[str], None]
@@ -57,7 +56,7 @@ def silent(line: str) -> None:
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
     tokenizer = load_tokenizer(config, log)
-    template = choose_template(config.data.template, tokenizer, template_of_run(config.adapter or config.checkpoint))
+    template = choose_template(config.data.template, tokenizer, config.adapter or config.checkpoint)
     return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log, template)
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from llama_ft.data.record_files import as_object
@@ -79,8 +80,8 @@ class Sample:
 
 def kind_of(record: Json) -> str | None:
     """Which kind of record this is: the first of `FIRST_KEYS` that it has; a prompt alone is none."""
-    keys = (key for key in FIRST_KEYS if key in record)
-    return next((key for key in keys if key != "prompt" or "completion" in record), None)
+    there = [key for key in FIRST_KEYS if key in record and (key != "prompt" or "completion" in record)]
+    return next((key for key in there if record[key] is not None), there[0] if there else None)
 
 
 def as_record(value: object) -> Record:
@@ -108,9 +109,10 @@ def _with_extras(record: Record, given: Json) -> Record:
     """With the system message and the tools that stand beside a conversation, as some published data have them."""
     system, tools = given.get("system"), given.get("tools")
     if isinstance(tools, str) and tools.strip():
-        tools = json.loads(tools)
+        with suppress(ValueError):
+            tools = json.loads(tools)
     if tools and not isinstance(tools, list):
-        raise ValueError("tools must be a list")
+        raise ValueError("tools must be a list, or a list in JSON")
     if not _is_none(system) and system != "":
         record = with_system(record, checked_text(system, "system"))
     return replace(record, conversation=tuple(record.messages), tools=tuple(tools)) if tools else record
@@ -147,8 +149,11 @@ def _checked(number: int, message: object) -> Message:
     role, content = (said.pop(key, said.pop(other, None)) for key, other in (("role", "from"), ("content", "value")))
     if role not in ROLES:
         raise ValueError(f"message {number} has the role {role}; there are {', '.join(ROLES)}")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text", "")) for part in content)
+    if said.get("weight", 1) not in (0, 1):
+        raise ValueError(f"the weight of message {number} must be 0 or 1")
+    if isinstance(content, list) and content:
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        content = "".join(map(str, texts)) if len(texts) == len(content) else content
     if content is None and said.get("tool_calls"):
         content = ""
     return _message(ROLES[role], checked_text(content, f"the content of message {number}")) | said

@@ -65,8 +65,12 @@ def _chat_template(place: Path) -> str | None:
     """The chat template, which transformers writes into a file of its own since version 5."""
     if (file := place / CHAT_TEMPLATE).is_file():
         return text_of(file, str(file))
-    said = _content(place, TOKENIZER_CONFIG).get("chat_template")
-    if isinstance(said, list):  # several, of which one is the default
+    return default_template(_content(place, TOKENIZER_CONFIG).get("chat_template"))
+
+
+def default_template(said: object) -> str | None:
+    """The chat template in the settings of a tokenizer: a text, or of several the one called default."""
+    if isinstance(said, list):
         said = {each.get("name"): each.get("template") for each in said if isinstance(each, dict)}.get("default")
     return said if isinstance(said, str) else None
 

@@ -9,6 +9,7 @@ from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import text_of
+from llama_ft.records.result import template_of_run
 
 AUTO, ALPACA, CHAT, PLAIN = "auto", "alpaca", "chat", "plain"
 
@@ -17,7 +18,11 @@ class TextTemplate:
     """Instruction and answer as one text: Alpaca's template, or with `plain` none."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = self.text = name
+
+    def answer(self, record: Record, tokenizer: Tokenizer) -> str:
+        """What a perfect answer to the record is."""
+        return record.output
 
     def prompt(self, record: Record) -> str:
         """The text up to where the answer follows at once."""
@@ -47,16 +52,16 @@ Template = TextTemplate | ChatTemplate  # a ValueError of theirs says why they d
 ALPACA_TEMPLATE = TextTemplate(ALPACA)
 
 
-def choose_template(choice: str, tokenizer: Tokenizer, trained_with: str | None = None) -> Template:
+def choose_template(choice: str, tokenizer: Tokenizer, trained: str | None = None) -> Template:
     """The template that is asked for; a UserError if there is none.
 
     Args:
-        choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: what
-            an adapter was `trained_with`, if that is known, else the checkpoint's own if it has one, else Alpaca's.
+        choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: that of
+            the run in the folder `trained`, if there is one, else the checkpoint's own if it has one, else Alpaca's.
     """
     text = tokenizer.named.chat_template
     if choice == AUTO:
-        choice = trained_with or (CHAT if text else ALPACA)
+        choice = template_of_run(trained) or (CHAT if text else ALPACA)
     if choice in (ALPACA, PLAIN):
         return TextTemplate(choice)
     if choice != CHAT:

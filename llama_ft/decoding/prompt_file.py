@@ -33,7 +33,8 @@ def settings_hash(config: GenerateConfig, dtype: str, prompts: Sequence[Prompt])
     names = [config.checkpoint, str(config.tokenizer_file), config.adapter, base]
     builtin = {"builtin": str(config.model.builtin_dir)}
     files = [content_hash(builtin.get(name, name)) if name else None for name in names]
-    asked = [prompt.record for prompt in prompts], content_hash(config.template), config.system
+    # Not the prompts' texts, which may have a template's date in them.
+    asked = [(prompt.record, prompt.template) for prompt in prompts], config.system
     settings = [asdict(config.decoding), config.model.sizes, files, dtype, config.compare, asked]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
 

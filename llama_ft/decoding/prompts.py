@@ -23,6 +23,7 @@ class Prompt:
 
     text: str
     record: Json
+    template: str = ""  # the content of the template that wrote it
 
 
 def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | None = None) -> str:
@@ -46,20 +47,21 @@ def _asked(record: Json, system: str | None) -> Record | str:
     """A prompt as it is, or what the template is to write, with an empty answer."""
     record = {key: value for key, value in record.items() if value is not None}
     prompt, instruction, about = map(record.get, KEYS)
-    messages = next((record[key] for key in CONVERSATIONS if record.get(key)), None)
-    if messages is None and prompt is not None and "completion" in record:  # as it is trained on
-        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+    messages = next((record[key] for key in CONVERSATIONS if key in record), None)
+    if messages is None and instruction is None and ("completion" in record or isinstance(prompt, list)):
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]  # as in training
     if messages is not None:
         answer = {"role": "assistant", "content": ""}
         asked = as_record(record | {"messages": [*messages, answer] if isinstance(messages, list) else messages})
-        if asked.messages[-2]["role"] == "assistant":
-            raise ValueError("the last of its messages must be the user's, and is the assistant's")
-    elif (prompt is None) == (instruction is None):
-        raise ValueError("either prompt or instruction must be there, and not both")
-    elif prompt is None:
+        if (role := asked.messages[-2]["role"]) not in ("user", "tool"):
+            raise ValueError(f"the last of its messages must be the user's, and is the {role}'s")
+    elif instruction is not None and (prompt is None or "completion" in record):
         asked = as_record(record | {"output": ""})
-    elif about:
-        raise ValueError("input belongs to an instruction, and there is a prompt")
+    elif prompt is None or instruction is not None:
+        raise ValueError("either prompt or instruction must be there, and not both")
+    elif about or system or record.get("system"):
+        key = "input" if about else "system"
+        raise ValueError(f"{key} belongs to an instruction, and there is a prompt")
     elif prompt == "":
         raise ValueError("prompt is empty")
     else:
@@ -95,7 +97,7 @@ def read_prompts(
             record = as_object(value)
             if taken := sorted(record.keys() & set(reserved)):
                 raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
-            prompt = Prompt(prompt_of(record, template, system), record)
+            prompt = Prompt(prompt_of(record, template, system), record, template.text)
             encode_in_context(prompt.text, tokenizer, context)
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
             prompts.append(prompt)

@@ -42,11 +42,10 @@ def load_records(
     reader, n_without_room = Reader(file, config.data, log), 0
     records, samples, written = list[Record](), list[Sample](), list[str]()
     for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
-        n_prompt = len(encode_prompt(template.prompt(record), tokenizer))
-        if n_prompt < config.model.max_seq_len:
+        if len(encode_prompt(template.prompt(record), tokenizer)) < config.model.max_seq_len:
             records.append(_with_task(record))
             samples.append(sample)
-            written.append(tokenizer.decode(list(sample.tokens[n_prompt:])))
+            written.append(template.answer(record, tokenizer))
         else:
             n_without_room += 1
     if not records:

@@ -17,7 +17,7 @@ from llama_ft.config import (
     is_gguf,
 )
 from llama_ft.data.gguf_tokenizer import read_tokenizer
-from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, home_of
+from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, default_template, home_of
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
 from llama_ft.data.tokenizer_json import FAST_TOKENIZER, tokenizer_files
 from llama_ft.exporting.gguf import GgufFile
@@ -25,6 +25,7 @@ from llama_ft.exporting.source import Source
 from llama_ft.files import CHAT_TEMPLATE, HF_CONFIG, Json, explained, read_json, text_of, whole_file
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
+from llama_ft.records.result import BUILTIN_TEMPLATES, template_of_run
 
 OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
@@ -42,9 +43,9 @@ class SidecarFiles:
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
-        # That of a run with a template of the user's own, which the model is then to be asked in.
-        template = Path(os.path.expanduser(config.adapter or str(config.checkpoint))) / CHAT_TEMPLATE
-        self._own_template = text_of(template, str(template)) if template.is_file() else None
+        trained = template_of_run(config.adapter)
+        # Of an adapter that was trained in a template of the user's own, in which the model is then to be asked.
+        self._own_template = None if trained in BUILTIN_TEMPLATES else text_of(Path(str(trained)), str(trained))
         self._tokenizer = self._found_tokenizer()
         self.files: dict[str, bytes] = {}
         if config.to is Format.hf:
@@ -52,8 +53,8 @@ class SidecarFiles:
             self.files = self._hf_files()
         elif config.to is Format.meta:
             self.files = self._meta_files()
-        if self._own_template is not None and self._tokenizer is not None and config.to is not Format.gguf:
-            self.files[CHAT_TEMPLATE] = self._own_template.encode()
+        if self._tokenizer is not None and config.to is not Format.gguf:
+            self._put_template(self._tokenizer.named.chat_template)
 
     def gguf_file(self, source: Source) -> GgufFile:
         """The weights and the tokenizer as one file; a UserError if GGUF lacks something that the model has."""
@@ -130,12 +131,20 @@ class SidecarFiles:
         if (tokenizer := self._tokenizer) is None:
             return {}
         files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
-        if (text := tokenizer.named.chat_template) is not None:
-            files[CHAT_TEMPLATE] = text.encode()
         if tokenizer.is_json:
             said = home_of(tokenizer.file) / TOKENIZER_CONFIG
             files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
         return files
+
+    def _put_template(self, text: str | None) -> None:
+        """Let the files have this chat template, and no other."""
+        settings = json.loads(self.files.get(TOKENIZER_CONFIG, b"{}"))
+        said = self.files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in self.files else settings.get("chat_template")
+        if text is None or default_template(said) == text:
+            return
+        self.files[CHAT_TEMPLATE] = text.encode()
+        if settings.pop("chat_template", None) is not None:
+            self.files[TOKENIZER_CONFIG] = _json(settings)
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """What is missing of a tokenizer in Hugging Face's form."""
@@ -167,9 +176,15 @@ def save_tokenizer(source: ModelSource, folder: Path, log: Callable[[str], None]
     """Put the tokenizer of a model that is not built in beside weights trained from it, as Hugging Face has it."""
     if source.model.is_builtin:
         return
-    checkpoint = str(source.tokenizer_file.parent) if source.checkpoint == "random" else source.checkpoint
+    tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
+    # Without a checkpoint, a folder that says nothing: the run's own.
+    checkpoint = str(folder) if source.checkpoint == "random" else source.checkpoint
     config = ConvertConfig(source.model, checkpoint, Format.hf, str(folder), tokenizer=str(source.tokenizer_file))
-    for name, content in SidecarFiles(config, log).files.items():
+    files = SidecarFiles(config, log).files
+    ends = [tokenizer.eos_id, *sorted(tokenizer.end_ids - {tokenizer.eos_id})]
+    said = json.loads(files.get(GENERATION_CONFIG, b"{}"))
+    files[GENERATION_CONFIG] = _json(said | {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends})
+    for name, content in files.items():
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(content)
 

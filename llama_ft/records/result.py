@@ -145,13 +145,15 @@ def read_result(run_dir: Path) -> Result | None:
 
 def template_of_run(folder: str | None) -> str | None:
     """The template that the run in a folder trained with: a name, or its file there; None where that is not known."""
+    path, result = Path(os.path.expanduser(folder or "")), None
     with suppress(UserError):  # of another version, or of another program
-        path = Path(os.path.expanduser(folder or ""))
         result = read_result(path) if folder else None
-        if result is None or result.template in BUILTIN_TEMPLATES:
-            return result.template if result else None
-        return str(path / CHAT_TEMPLATE)
-    return None
+    if result is None or result.template in BUILTIN_TEMPLATES:
+        return result.template if result else None
+    if not (path / CHAT_TEMPLATE).is_file():
+        problem = f"{folder} was trained in the template {result.template}, of which it has no copy"
+        raise UserError(f"{problem}: name that file with template=FILE, of train and evaluate data.template=FILE")
+    return str(path / CHAT_TEMPLATE)
 
 
 def ran_on(result: Result, gpu: str, on_cuda: bool) -> bool:
