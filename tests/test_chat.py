@@ -352,6 +352,8 @@ def test_a_template_of_ones_own_travels_with_what_it_trained(tmp_path):
     }.items():
         run_in(tmp_path, "convert", *arguments, f"output={name}")
         assert (tmp_path / name / "chat_template.jinja").read_text() == own
+    ends = [Tokenizer(folder / "tokenizer.json", str(folder)).end_ids for folder in (model, tmp_path / "full")]
+    assert ends[0] == ends[1]
     theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert theirs.apply_chat_template(TURNS, tokenize=False) == without_generation(own, TURNS, model)
 
