@@ -245,7 +245,7 @@ def test_templates_that_cannot_be_used(tmp_path):
         with pytest.raises(ValueError, match=refused):
             choose_template(str(tmp_path / name), tokenizer).sample(record, tokenizer, TrainOn.assistant)
     for name in ("alpaca", "plain"):
-        with pytest.raises(ValueError, match=f"template {name} has no place for a conversation of several turns"):
+        with pytest.raises(ValueError, match=f"template {name} has no place for earlier turns"):
             choose_template(name, tokenizer).prompt(record)
 
 
@@ -320,7 +320,7 @@ def test_an_instruct_model_is_trained_and_asked_in_its_own_template(tmp_path):
     said = run_in(tmp_path, "generate", *source, *talk, text="One.\nTwo.\n/system Be kind.\nThree.\n").stderr
     assert "template: chat" in said
     assert "a conversation; /help says more" in said
-    for choice, refused in (("alpaca", "has no place for a conversation"), ("nowhere", "there is no such file")):
+    for choice, refused in (("alpaca", "has no place for earlier turns"), ("nowhere", "there is no such file")):
         done = subprocess.run(
             [sys.executable, "-m", "llama_ft.evaluate", *source, "data.path=chat.jsonl", f"data.template={choice}"],
             cwd=tmp_path, capture_output=True, text=True, timeout=120,

@@ -80,11 +80,8 @@ def no_such_key(schema: type, key: str) -> str:
     known = setting_of(schema, section)[1] if section else schema
     names = [field.name for field in fields(known)] if is_dataclass(known) else []
     elsewhere = [name for name in _keys(schema) if name.rpartition(".")[2] == parts[-1]]
-    matches = (
-        elsewhere
-        if len(elsewhere) == 1
-        else [".".join([*parts[:n_known], match]) for match in get_close_matches(parts[n_known], names, 1)]
-    )
+    close = [".".join([*parts[:n_known], name]) for name in get_close_matches(parts[n_known], names, 1)]
+    matches = elsewhere if len(elsewhere) == 1 else close
     meant = "".join(f"; did you mean {match}?" for match in matches)
     return f"{key} is not a key{meant or ':'} {section or 'the config'} has {', '.join(names) or 'none'}"
 

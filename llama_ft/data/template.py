@@ -27,8 +27,8 @@ class TextTemplate:
     def prompt(self, record: Record) -> str:
         """The text up to where the answer follows at once."""
         if record.conversation:
-            whole = "a conversation of several turns, or of more than texts of user and assistant"
-            raise ValueError(f"template {self.name} has no place for {whole}: take chat, or a FILE in Jinja")
+            refused = "earlier turns, a system message or tools"
+            raise ValueError(f"template {self.name} has no place for {refused}: take chat, or a FILE in Jinja")
         if self.name == ALPACA:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
