@@ -22,7 +22,7 @@ from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
-from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.metrics import Metrics
 from llama_ft.records.result import (
     FINISHED,
     RESULT_FILE,
@@ -136,7 +136,7 @@ class TrainCommand:
 
             log = partial(self.log_once, log=display.message)
 
-            def on_step(metrics: StepMetrics) -> None:
+            def on_step(metrics: Metrics) -> None:
                 display.step(metrics)
                 tracker.step(metrics)
 

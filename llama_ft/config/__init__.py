@@ -18,7 +18,6 @@ from llama_ft.config.groups import (
     TrackerConfig,
     TrackerKind,
     TrackerMode,
-    TrainingConfig,
     UploadConfig,
 )
 from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
@@ -43,6 +42,7 @@ from llama_ft.config.techniques import (
     Technique,
 )
 from llama_ft.config.train import TrainConfig
+from llama_ft.config.training import Objective, Optimizer, Order, Schedule, SweepConfig, TrainingConfig
 
 SCHEMAS = {  # of the commands
     "data": DataCommandConfig,

@@ -16,40 +16,6 @@ TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
 
 
 @dataclass
-class TrainingConfig:
-    """The loop and its optimizer."""
-
-    lr: float = setting(1e-5, "peak learning rate; it warms up, then decays along a cosine")
-    epochs: int = setting(1, "passes over the data", at_least=1)
-    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing only those of an update", at_least=1)
-    packing: int | None = setting(
-        None, "tokens up to which an update's samples are laid end to end; null is off", at_least=1
-    )
-    compile: bool = setting(False, "compile the model's layers by torch.compile; memory is tracked without")
-    max_samples: int | None = setting(None, "train on the first n samples only; null is all", at_least=1)
-    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
-    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
-    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
-    seed: int = setting(0, "seeds the order of the data, dropout and random weights")
-    save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
-    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
-    resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "training.")
-        check(0 < self.lr < math.inf, "training.lr", self.lr, "positive and finite")
-        check(0 <= self.warmup_ratio <= 1, "training.warmup_ratio", self.warmup_ratio, "between 0 and 1")
-        check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more, and finite")
-        check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (inf never clips)")
-        check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
-
-    @property
-    def saves_when_interrupted(self) -> bool:
-        """Whether Ctrl-C lets the optimizer step end and saves it, instead of stopping at once."""
-        return self.save or self.save_every is not None
-
-
-@dataclass
 class ColumnsConfig:
     """Other names that a record's keys have in a file: `data.columns={instruction: question, output: answer}`."""
 
@@ -87,11 +53,26 @@ class DataConfig:
         "auto",
         "chat, the checkpoint's own; alpaca; plain; a FILE in Jinja; auto is chat where there is one, else alpaca",
     )
+    validation: str | None = setting(
+        None, "held-out records: a FILE, split:NAME of data.path; of the records read a share as 0.1, or so many as 40"
+    )
     train_on: TrainOn = setting(TrainOn.assistant, "the assistant's turns, all that is read, or the last turn alone")
     on_bad_record: OnBadRecord = setting(OnBadRecord.error, "a bad record stops the run, or is skipped and counted")
 
     def __post_init__(self) -> None:
         check_settings(self, "data.")
+        drawn = self.drawn_validation
+        holds = drawn is None or (drawn >= 1 if isinstance(drawn, int) else 0 < drawn < 1)
+        check(holds, "data.validation", self.validation, "a share between 0 and 1, a number of records, or a file")
+
+    @property
+    def drawn_validation(self) -> int | float | None:
+        """The number, or share, of the records read that is held out; None where `validation` is no number."""
+        text = self.validation or ""
+        try:
+            return int(text) if text.isdecimal() else float(text)
+        except ValueError:
+            return None
 
     @property
     def is_builtin(self) -> bool:

@@ -8,9 +8,10 @@ from typing import cast
 
 from llama_ft.config.checks import Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
-from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig, TrainingConfig
+from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig
 from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
+from llama_ft.config.training import SweepConfig, TrainingConfig
 
 
 def read_config(file: Path) -> "TrainConfig":
@@ -33,12 +34,14 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     plan: PlanCheckConfig = field(default_factory=PlanCheckConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adapter is not None and not self.optim.lora:
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
+        self.training.check_for(self.data.validation)
 
     @property
     def used_techniques(self) -> set[str]:
@@ -67,7 +70,9 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
 
         `without` leaves out sections of the config.
         """
-        measured = {key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", *without)}
+        measured = {
+            key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", "sweep", *without)
+        }
         for key in ("training.save_every", "training.resume", "data.cache_dir", "gpu.index"):
             section, _, name = key.partition(".")
             del measured[section][name]  # how a run is kept, and where; not what is run
@@ -76,7 +81,9 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         data, training = measured["data"], measured["training"]
         data["columns"] = self.data.columns.given
         later: Settings = {"columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto"}
-        later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False}
+        later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False, "validation": None}
+        later |= {"schedule": "cosine", "optimizer": "adamw", "eval_every": None, "keep_best": False, "patience": None}
+        later |= {"momentum": training["momentum"]} if training["optimizer"] == "adamw" else {}
         for part in (measured, training, data):  # as before these keys were there
             for key in later.keys() & part.keys():
                 if part[key] == later[key]:

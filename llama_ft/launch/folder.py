@@ -74,7 +74,7 @@ def earlier_config(run_dir: Path) -> TrainConfig | None:
         config, lines = read_config(file), file.read_text(encoding="utf-8").splitlines()
     except (UserError, OSError, ValueError):
         return None
-    sections = [key for key, value in config.to_dict().items() if isinstance(value, dict)]
+    sections = [key for key, value in config.measured().items() if isinstance(value, dict)]
     return config if all(f"{section}:" in lines for section in sections) else None  # a run's names them all
 
 

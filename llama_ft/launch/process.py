@@ -16,7 +16,7 @@ from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import interrupts_held_back
-from llama_ft.records.metrics import METRICS_FILE, StepMetrics, parse_line
+from llama_ft.records.metrics import METRICS_FILE, Metrics, parse_line
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, Status, new_result, read_result, write_result
 from llama_ft.system import (
     MIB,
@@ -48,7 +48,7 @@ SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
 Log = Callable[[str], None]
-OnStep = Callable[[StepMetrics], None]
+OnStep = Callable[[Metrics], None]
 
 
 @dataclass
@@ -159,7 +159,7 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, o
             on_step(step)
 
 
-def new_steps(file: Path) -> Iterator[list[StepMetrics]]:
+def new_steps(file: Path) -> Iterator[list[Metrics]]:
     """The steps whose lines have been completed in a growing file since the last time it was asked."""
     while not file.exists():
         yield []

@@ -1,9 +1,10 @@
-"""`metrics.jsonl`: a line for each optimizer step."""
+"""`metrics.jsonl`: a line for each optimizer step, and before it one for the held-out loss after that step, if any."""
 
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -15,8 +16,16 @@ METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 0.25
 
 
+class Line:
+    """A line of the file."""
+
+    def line(self) -> str:
+        """As it is written."""
+        return json.dumps(vars(self)) + "\n"
+
+
 @dataclass(frozen=True)
-class StepMetrics:
+class StepMetrics(Line):
     """One optimizer step."""
 
     step: Annotated[int, Field(ge=1, lt=2**53)]  # counted from 1
@@ -29,22 +38,44 @@ class StepMetrics:
     memory_mib: float  # in use after the step
     time_s: float  # of training so far
 
-    def line(self) -> str:
-        """The step's line in the file."""
-        return json.dumps(asdict(self)) + "\n"
+
+@dataclass(frozen=True)
+class EvalMetrics(Line):
+    """The held-out samples, without dropout."""
+
+    step: Annotated[int, Field(ge=0, lt=2**53)]  # optimizer steps done before it
+    eval_loss: float  # mean over all target tokens, in nats
+    eval_perplexity: float
+    eval_token_accuracy: float  # share of the target tokens that are the most probable ones
+    eval_time_s: float
 
 
-def parse_line(text: bytes | str, where: str) -> StepMetrics:
-    """A step from its line; a UserError says that it is damaged."""
+Metrics = StepMetrics | EvalMetrics
+
+
+def parse_line(text: bytes | str, where: str) -> Metrics:
+    """What a line holds; a UserError says that it is damaged."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
         content = None
+    if isinstance(content, dict) and "eval_loss" in content:
+        return parse(EvalMetrics, content, where)
     return parse(StepMetrics, content, where)
 
 
-def read_metrics(run_dir: Path) -> list[StepMetrics]:
-    """The steps of a run. A last line that was cut short is left out; a UserError names another that is damaged."""
+def steps_of(metrics: Iterable[Metrics]) -> list[StepMetrics]:
+    """The optimizer steps among them."""
+    return [each for each in metrics if isinstance(each, StepMetrics)]
+
+
+def evaluations_of(metrics: Iterable[Metrics]) -> list[EvalMetrics]:
+    """The held-out losses among them."""
+    return [each for each in metrics if isinstance(each, EvalMetrics)]
+
+
+def read_metrics(run_dir: Path) -> list[Metrics]:
+    """The lines of a run. A last line that was cut short is left out; a UserError names another that is damaged."""
     file = run_dir / METRICS_FILE
     if not file.is_file():
         return []
@@ -59,7 +90,7 @@ class MetricsFile:
         self._stream = file.open("a+", encoding="utf-8")
         os.utime(file)  # by which our parent sees that training begins
         self._stream.seek(0)
-        self.steps = [parse_line(line, f"{file}, line {number}") for number, line in enumerate(self._stream, 1)]
+        self.lines = [parse_line(line, f"{file}, line {number}") for number, line in enumerate(self._stream, 1)]
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -68,11 +99,16 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    def write(self, metrics: StepMetrics | None) -> None:
-        """Add a step, if there is one. Lines reach the disk a few times a second."""
+    @property
+    def steps(self) -> list[StepMetrics]:
+        """The optimizer steps."""
+        return steps_of(self.lines)
+
+    def write(self, metrics: Metrics | None) -> None:
+        """Add a line, if there is one. Lines reach the disk a few times a second."""
         if metrics is None:
             return
-        self.steps.append(metrics)
+        self.lines.append(metrics)
         self._stream.write(metrics.line())
         if (now := time.monotonic()) - self._last_flush > FLUSH_SECONDS:
             self._stream.flush()

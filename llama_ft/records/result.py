@@ -95,6 +95,17 @@ class Result:
     train_loss_before: float | None = None  # of the first `loss_samples` training samples, without dropout
     train_loss_after: float | None = None
     loss_samples: int | None = None  # 8, or all where there are fewer
+    eval_samples: int | None = None  # held out
+    eval_loss_before: float | None = None  # their mean loss per target token, before the first step
+    eval_loss: float | None = None  # of what the run leaves: after `best_eval_step` with keep_best, else after the last
+    eval_perplexity: float | None = None
+    eval_token_accuracy: float | None = None  # share of the target tokens that are the most probable ones
+    best_eval_loss: float | None = None
+    best_eval_step: int | None = None  # optimizer steps done before it; 0 is before the first
+    last_eval_loss: float | None = None
+    last_eval_step: int | None = None
+    eval_runtime_s: float | None = None  # of all held-out losses, which `runtime_s` does not hold
+    stopped_early_at_step: int | None = None  # by training.patience
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None

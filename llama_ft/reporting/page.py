@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.metrics import StepMetrics, read_metrics
+from llama_ft.records.metrics import Metrics, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
 from llama_ft.reporting.progress import ending
@@ -103,9 +103,9 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
     return render("sweep.html.jinja", title=title, endings=endings, sections=sections, max_points=MAX_POINTS)
 
 
-def points_of(metrics: list[StepMetrics], key: str) -> Points:
-    """(step, value) of each step whose value is a finite number."""
-    values = [(line.step, getattr(line, key)) for line in metrics]
+def points_of(metrics: Sequence[Metrics], key: str) -> Points:
+    """(step, value) of each line that has one which is a finite number."""
+    values = [(line.step, getattr(line, key, None)) for line in metrics]
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 

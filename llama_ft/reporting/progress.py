@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.metrics import EvalMetrics, Metrics
 from llama_ft.records.result import Result
 from llama_ft.reporting.table import amount
 
@@ -21,7 +21,7 @@ class Bar(Progress):
         what, numbers = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
         columns = (what, MofNCompleteColumn(), BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
-        self._last_line = time.monotonic()
+        self._last_line, self._held_out = time.monotonic(), ""
 
     def message(self, line: str) -> None:
         """Print a line beside the bar."""
@@ -36,10 +36,16 @@ class Bar(Progress):
             self.message(f"{title} {done}/{total}  {numbers}".strip())
             self._last_line = time.monotonic()
 
-    def step(self, metrics: StepMetrics) -> None:
-        """How far a run is."""
-        figures = f"loss {metrics.loss:.3f}  lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s"
-        self.show("", metrics.step, metrics.total_steps, f"{figures}  {metrics.memory_mib:,.0f} MiB")
+    def step(self, metrics: Metrics) -> None:
+        """How far a run is; a held-out loss is also a line of its own."""
+        if isinstance(metrics, EvalMetrics):
+            self._held_out = f"held-out {metrics.eval_loss:.3f}  "
+            figures = f"perplexity {metrics.eval_perplexity:.4g}, token accuracy {metrics.eval_token_accuracy:.1%}"
+            self.message(f"after step {metrics.step}: held-out loss {metrics.eval_loss:.4f}, {figures}")
+            return
+        loss = f"loss {metrics.loss:.3f}  {self._held_out}"
+        figures = f"{loss}lr {metrics.lr:.1e}  {metrics.tokens_per_s:,.0f} tokens/s  {metrics.memory_mib:,.0f} MiB"
+        self.show("", metrics.step, metrics.total_steps, figures)
 
 
 def ending(result: Result) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from llama_ft.config import TrackerConfig
 from llama_ft.config.checks import Settings
-from llama_ft.records.metrics import METRICS_FILE, StepMetrics
+from llama_ft.records.metrics import METRICS_FILE, Metrics
 from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result
 
 # By their names in the tracker: W&B keeps a config.yaml of its own.
@@ -44,8 +44,8 @@ class Tracker:
         self._config, self._subject, self._log, self._has_failed = config, subject, log, False
         self._guard(SECONDS_TO_START, self._start)
 
-    def step(self, metrics: StepMetrics) -> None:
-        """An optimizer step of a run."""
+    def step(self, metrics: Metrics) -> None:
+        """An optimizer step of a run, or a held-out loss, which comes before the step after which it was measured."""
         values = asdict(metrics)
         self._guard(SECONDS_TO_STEP, partial(self._step, values.pop("step"), values))
 

@@ -1,0 +1,84 @@
+"""The loop and its optimizer, and what a sweep does with its runs: keys of `train`."""
+
+import enum
+import math
+from dataclasses import dataclass
+
+from llama_ft.config.checks import UserError, check, check_settings, setting
+
+# How the learning rate falls after its warm-up: half a cosine to 0, a line to 0, or not at all.
+Schedule = enum.Enum("Schedule", ["cosine", "linear", "constant"])
+# What updates the weights.
+Optimizer = enum.Enum("Optimizer", ["adamw", "sgd"])
+# In which order a sweep's repeats are run: those of a combination together, or in turns with the other combinations.
+Order = enum.Enum("Order", ["grouped", "alternate"])
+# What a sweep's runs return to Hydra's sweeper, such as Optuna's.
+Objective = enum.Enum("Objective", ["eval_loss", "peak_memory_mib", "runtime_s"])
+
+
+@dataclass
+class TrainingConfig:
+    """The loop and its optimizer."""
+
+    lr: float = setting(1e-5, "peak learning rate; it warms up, then falls as training.schedule says")
+    epochs: int = setting(1, "passes over the data", at_least=1)
+    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing only those of an update", at_least=1)
+    packing: int | None = setting(
+        None, "tokens up to which an update's samples are laid end to end; null is off", at_least=1
+    )
+    compile: bool = setting(False, "compile the model's layers by torch.compile; memory is tracked without")
+    max_samples: int | None = setting(
+        None, "read the first n samples only, held-out ones that are drawn included; null is all", at_least=1
+    )
+    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
+    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW; of SGD, an L2 penalty")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
+    seed: int = setting(0, "seeds the order of the data, held-out draws, dropout and random weights")
+    save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
+    resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
+    schedule: Schedule = setting(Schedule.cosine, "how the learning rate falls after its warm-up")
+    optimizer: Optimizer = setting(Optimizer.adamw, "what updates the weights, as PyTorch has it")
+    momentum: float = setting(0.9, "of SGD; 0 keeps no state", needs="training.optimizer=sgd")
+    eval_every: int | None = setting(
+        None, "optimizer steps between held-out losses; null is once an epoch", at_least=1, needs="data.validation"
+    )
+    keep_best: bool = setting(False, "leave the weights with the least held-out loss, not the last ones")
+    patience: int | None = setting(
+        None, "stop after so many held-out losses in a row without a new least one; null: never", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "training.")
+        check(0 < self.lr < math.inf, "training.lr", self.lr, "positive and finite")
+        check(0 <= self.warmup_ratio <= 1, "training.warmup_ratio", self.warmup_ratio, "between 0 and 1")
+        check(0 <= self.weight_decay < math.inf, "training.weight_decay", self.weight_decay, "0 or more, and finite")
+        check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (inf never clips)")
+        check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
+        check(0 <= self.momentum < 1, "training.momentum", self.momentum, "at least 0 and below 1")
+
+    @property
+    def saves_when_interrupted(self) -> bool:
+        """Whether Ctrl-C lets the optimizer step end and saves it, instead of stopping at once."""
+        return self.save or self.save_every is not None
+
+    def check_for(self, validation: str | None) -> None:
+        """Raise a UserError where a key asks for held-out losses, and there are no held-out records."""
+        for key, given in (("keep_best=true", self.keep_best), (f"patience={self.patience}", self.patience)):
+            if given and validation is None:
+                raise UserError(
+                    f"training.{key} goes by the held-out loss, and nothing is held out: give data.validation, a file,"
+                    " a share such as 0.1 or a number of records"
+                )
+
+
+@dataclass
+class SweepConfig:
+    """What a sweep does with its runs."""
+
+    order: Order = setting(
+        Order.grouped, "of repeats, as of training.seed=0,1,2: each combination's together, or in turns"
+    )
+    objective: Objective | None = setting(
+        None, "what runs return to Hydra's sweeper, to be minimized; null is eval_loss, or without it train_loss_after"
+    )
