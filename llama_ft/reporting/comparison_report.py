@@ -12,8 +12,9 @@ from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
 from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
+from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.page import charts, points_of, render
+from llama_ft.reporting.page import render
 from llama_ft.reporting.results import read_groups, value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, plain_text, print_notes, print_table
 

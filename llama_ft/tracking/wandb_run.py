@@ -27,14 +27,14 @@ class WandbRun(Tracker):
         self.place = run.url or f"`wandb sync {Path(run.dir).parent}` sends it"
 
     def _step(self, step: int, values: Settings) -> None:
-        # Committed at once: a row held back would overwrite the summary with the last step's values.
-        self._run.log(values, step=step, commit=True)
+        # Held back until the next step's, since a held-out loss may follow that belongs into the same row.
+        self._run.log(values, step=step, commit=False)
 
     def _finish(self, figures: Settings, files: dict[str, Path], table: Table | None, ok: bool) -> None:
         run, pictures = self._run, [file for file in files.values() if file.suffix == ".png"]
         media = {f"pictures/{file.stem}": wandb.Image(str(file)) for file in pictures}
-        if media := media | (charts(*table) if table else {}):
-            run.log(media)
+        # The last row too, which would else overwrite the summary.
+        run.log(media | (charts(*table) if table else {}), commit=True)
         run.summary.update(figures)
         if "device" in figures:
             run.config.update({"device": figures["device"]})  # what gpu=auto has turned out as
