@@ -125,7 +125,7 @@ def test_runs_have_expandable_segments_unless_the_user_says_otherwise(
 
 
 def test_a_plan_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = unittest.mock.Mock(samples=[])
+    dataset = unittest.mock.Mock(samples=[], held_out=[])
     monkeypatch.setattr(fit, "objection_here", unittest.mock.Mock(side_effect=RuntimeError("no such kernel\nmore")))
     lines: list[str] = []
     child.refuse_what_does_not_fit(small_config(), dataset, lines.append)

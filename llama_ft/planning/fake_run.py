@@ -102,6 +102,7 @@ def fake_run(
     with fake_step(config, traits) as step:
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
+        evaluated = [as_fake(batch) for batch in evaluated]
         tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
@@ -116,7 +117,7 @@ def fake_run(
                     tracker.claim_gradients(give_gradients(step))
                 step(window[-1:])
             end = len(tracker.events)
-            for batch in map(as_fake, evaluated):
+            for batch in evaluated:
                 tracker.watch(batch.tensors)
                 evaluate_batch(step, batch)
         events = with_state_made_last(tracker.events[:end], first_step, second_step, last_step) + tracker.events[end:]

@@ -115,9 +115,7 @@ def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Seque
     for title, lines in curves.items():
         draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
         ends = [
-            " and ".join(f"{value:.4g} at step {step}" for step, value in (min(line), max(line)))
-            for line in lines
-            if line
+            ", ".join(f"{value:.4g} at step {step}" for step, value in (min(line), max(line))) for line in lines if line
         ]
         pictures[f"{title}: {'; '.join(ends) or 'no values'}"] = svg_panel(draw, WIDTH, HEIGHT, INSIDE)
     return pictures
