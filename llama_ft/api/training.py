@@ -9,7 +9,8 @@ from typing import Literal
 import torch
 
 from llama_ft.api.models import DtypeName, dtype_of
-from llama_ft.config import OnBadRecord, TrainingConfig, TrainOn, UserError
+from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError
+from llama_ft.config.checks import choice
 from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.dataset import read_records as _read_records
@@ -27,6 +28,9 @@ from llama_ft.training.metrics import StepMeter
 from llama_ft.training.position import Position
 from llama_ft.training.setup import make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep
+
+ScheduleName = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "sgd"]
 
 
 def read_records(file: str | Path | None = None) -> list[Record]:
@@ -79,6 +83,8 @@ def measure_memory(
     accumulation_steps: int = 1,
     packing: int | None = None,
     precision: DtypeName = "fp32",
+    optimizer: OptimizerName = "adamw",
+    momentum: float = 0.9,
 ) -> MemoryUse:
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
 
@@ -87,7 +93,12 @@ def measure_memory(
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    config = TrainingConfig(micro_batch_size=micro_batch_size, packing=packing)
+    config = TrainingConfig(
+        micro_batch_size=micro_batch_size,
+        packing=packing,
+        optimizer=choice(Optimizer, "optimizer", optimizer),
+        momentum=momentum,
+    )
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
@@ -110,31 +121,47 @@ def finetune(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
+    schedule: ScheduleName = "cosine",
+    optimizer: OptimizerName = "adamw",
+    momentum: float = 0.9,
 ) -> Iterator[StepMetrics]:
-    """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers, one step late.
+    """Train the model's trainable parameters in place; yields each optimizer step's numbers, one step late.
 
     Training goes on as the iterator is consumed. Reading a loss late delays no GPU.
 
     Args:
-        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls along a cosine.
+        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls as `schedule` says: along a
+            cosine or a line to 0, or not at all. The default suits AdamW; sgd takes a far larger one.
         micro_batch_size: samples computed at once.
         accumulation_steps: micro-batches in an optimizer step.
         packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
+        weight_decay: decoupled with AdamW; with sgd an L2 penalty.
         seed: of the data's order and of dropout.
+        momentum: of sgd; 0 keeps no state.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
     config = TrainingConfig(
-        lr, epochs, micro_batch_size, packing, False, None, warmup_ratio, weight_decay, max_grad_norm, seed
+        lr=lr,
+        epochs=epochs,
+        micro_batch_size=micro_batch_size,
+        packing=packing,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        schedule=choice(Schedule, "schedule", schedule),
+        optimizer=choice(Optimizer, "optimizer", optimizer),
+        momentum=momentum,
     )
     torch.manual_seed(seed)
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     total_steps = data.steps_per_epoch * epochs
-    schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
+    rates = make_schedule(step.optimizer, total_steps, warmup_ratio, schedule=config.schedule)
     meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
-    read = map(meter.record, train(step, schedule, data, epochs, Position()))
+    read = map(meter.record, train(step, rates, data, epochs, Position()))
     yield from filter(None, chain(read, map(StepMeter.flush, [meter])))
 
 

@@ -123,7 +123,8 @@ class MeasuredRun:
         saver = Saver(self.run_dir, self.config.hash(), step)
         position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
         position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
-        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio, position.step)
+        warmup, kind = training.warmup_ratio, training.schedule
+        schedule = make_schedule(step.optimizer, total_steps, warmup, position.step, kind)
         self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
         self.stage = "training"
         last = file.steps[-1] if file.steps else None
