@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -93,12 +93,7 @@ def measure_memory(
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    config = TrainingConfig(
-        micro_batch_size=micro_batch_size,
-        packing=packing,
-        optimizer=choice(Optimizer, "optimizer", optimizer),
-        momentum=momentum,
-    )
+    config = _config(locals())
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
@@ -130,38 +125,35 @@ def finetune(
     Training goes on as the iterator is consumed. Reading a loss late delays no GPU.
 
     Args:
-        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls as `schedule` says: along a
-            cosine or a line to 0, or not at all. The default suits AdamW; sgd takes a far larger one.
+        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls as `schedule` says: along a cosine
+            or a line to 0, or not at all.
         micro_batch_size: samples computed at once.
         accumulation_steps: micro-batches in an optimizer step.
         packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
-        weight_decay: decoupled with AdamW; with sgd an L2 penalty.
-        seed: of the data's order and of dropout.
-        momentum: of sgd; 0 keeps no state.
+        seed: of the data's order and of what techniques draw.
+        optimizer: sgd takes a far larger `lr`; it alone has `momentum`, and keeps no state where that is 0.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
-    config = TrainingConfig(
-        lr=lr,
-        epochs=epochs,
-        micro_batch_size=micro_batch_size,
-        packing=packing,
-        warmup_ratio=warmup_ratio,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        schedule=choice(Schedule, "schedule", schedule),
-        optimizer=choice(Optimizer, "optimizer", optimizer),
-        momentum=momentum,
-    )
+    config = _config(locals())
     torch.manual_seed(seed)
-    step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
-    total_steps = data.steps_per_epoch * epochs
-    rates = make_schedule(step.optimizer, total_steps, warmup_ratio, schedule=config.schedule)
+    yield from _steps(*_step_and_windows(model, samples, config, accumulation_steps, precision), config)
+
+
+def _config(given: Mapping[str, Any]) -> TrainingConfig:
+    """The config of a function's arguments, those that are keys of `training`; a UserError if one is not allowed."""
+    keys, kinds = TrainingConfig.__dataclass_fields__, {"schedule": Schedule, "optimizer": Optimizer}
+    settings = {key: value for key, value in given.items() if key in keys}
+    return TrainingConfig(**settings | {key: choice(kinds[key], key, settings[key]) for key in kinds.keys() & settings})
+
+
+def _steps(step: TrainStep, data: Windows, config: TrainingConfig) -> Iterator[StepMetrics]:
+    total_steps = data.steps_per_epoch * config.epochs
+    schedule = make_schedule(step.optimizer, total_steps, config.warmup_ratio, schedule=config.schedule)
     meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
-    read = map(meter.record, train(step, rates, data, epochs, Position()))
+    read = map(meter.record, train(step, schedule, data, config.epochs, Position()))
     yield from filter(None, chain(read, map(StepMeter.flush, [meter])))
 
 

@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import is_dataclass
-from enum import Enum
 from functools import cache
 from operator import attrgetter
 from pathlib import Path
@@ -125,19 +124,12 @@ def remarks(config: Any, overrides: list[str], swept: Collection[str] = ()) -> I
         entry, _ = setting_of(type(config), key)
         if entry is None:  # Hydra's own
             continue
-        if (needs := entry.metadata.get("needs")) and not _has(config, needs):
+        if (needs := entry.metadata.get("needs")) and not attrgetter(needs.partition("=")[0])(config):
             yield f"{key}: no effect without {needs}"
         value = attrgetter(key)(config)
         texts = value if isinstance(value, list) else [value]
         if any(isinstance(text, str) and re.search(r"\\[nt]", text) for text in texts):
             yield f"{key}: a backslash stays a backslash; for a line break type, in bash, $'{key}=...\\n...'"
-
-
-def _has(config: Any, setting: str) -> bool:
-    """Whether a setting is as it is typed, such as `training.optimizer=sgd`; one that is no choice must be given."""
-    key, _, typed = setting.partition("=")
-    value = attrgetter(key)(config)
-    return value.name == typed if isinstance(value, Enum) else bool(value)
 
 
 def _check_value(schema: type, override: Override) -> None:

@@ -84,10 +84,10 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False, "validation": None}
         later |= {"schedule": "cosine", "optimizer": "adamw", "eval_every": None, "keep_best": False, "patience": None}
         later |= {"momentum": training["momentum"]} if training["optimizer"] == "adamw" else {}
-        for name in {each.name for each in TECHNIQUES} - {"ga", "mp", "lora", "gc"}:  # as before it was there
-            if not measured["optim"][name]:
-                del measured["optim"][name], measured[name]
-        for part in (measured, training, data):  # likewise
+        later |= {"neft": {"alpha": 5.0}}
+        if not self.optim.neft and "optim" in measured:
+            del measured["optim"]["neft"]
+        for part in (measured, training, data):  # as before these keys were there
             for key in later.keys() & part.keys():
                 if part[key] == later[key]:
                     del part[key]
