@@ -140,7 +140,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ("optim=lora", "goal=fit"): r"goal compares combinations",
         ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
         ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one leaves one",
-        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, such as \[gc\]",
+        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, neft, such as \[gc\]",
         ("plan.enforce=false",): r"plan\.enforce=false is for train",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
         ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",

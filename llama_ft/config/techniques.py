@@ -27,8 +27,8 @@ class Technique:
     apply: str | None = None
     # Of a micro-batch. Combinations that differ only in techniques that do not are planned from the same fake steps.
     changes_operators: bool = True
-    saves: bool = True  # memory or time: then it is in advice and in table 1, which compare what there is to be saved
     in_course: bool = False  # one of the course's Table 2: with a column always, and presets in `conf/optim`
+    saves: bool = True  # memory or time: then it is in advice and in table 1, which compare what there is to be saved
 
 
 def technique(section: type, label: str, meaning: str, apply: str | None = None, **about: Any) -> Any:
