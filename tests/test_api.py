@@ -38,14 +38,28 @@ model, tokenizer = lf.load("tiny")
 lf.add_lora(model)
 samples = lf.encode(lf.read_records()[:2], tokenizer)
 lf.measure_memory(model, samples)
-print(len(list(lf.finetune(model, samples))), {"torch._dynamo", "sympy"} & sys.modules.keys())
+n_steps = sum(len(list(lf.finetune(model, samples, optimizer=name))) for name in ("adamw", "sgd"))
+print(n_steps, {"torch._dynamo", "sympy"} & sys.modules.keys())
 """
+
+
+def test_finetune_follows_the_schedule_and_the_optimizer_that_it_is_given() -> None:
+    model, tokenizer = lf.load("tiny")
+    lf.add_noise(model)
+    samples = lf.encode(RECORDS, tokenizer)
+    options = {"lr": 0.04, "epochs": 4, "micro_batch_size": 4, "warmup_ratio": 0.0, "optimizer": "sgd", "momentum": 0.0}
+    for schedule, shares in (("linear", (1, 0.75, 0.5, 0.25)), ("constant", (1, 1, 1, 1))):
+        steps = list(lf.finetune(model, samples, schedule=schedule, **options))
+        assert [metrics.lr for metrics in steps] == pytest.approx([0.04 * share for share in shares])
+        assert steps[-1].loss < steps[0].loss
+    use, adamw = (lf.measure_memory(model, samples, optimizer=name, momentum=0) for name in ("sgd", "adamw"))
+    assert use.max_mib["optimizer_state"] == 0 < adamw.max_mib["optimizer_state"]
 
 
 @pytest.mark.process
 def test_training_does_not_wait_for_pytorchs_compiler_to_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", EAGER], capture_output=True, text=True, env=environment())
-    assert (done.stdout, done.stderr) == ("2 set()\n", "")
+    assert (done.stdout, done.stderr) == ("4 set()\n", "")
 
 
 def test_finetune_teaches_records_by_heart_and_an_adapter_can_be_kept(tmp_path: Path) -> None:
@@ -142,7 +156,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: lf.complete(model, tokenizer): "give one of an instruction, a prompt, and messages",
         lambda: lf.add_lora(model, targets=["q_proj"]): "no linear layer is named q_proj",
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
-        lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc",
+        lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc, neft",
         lambda: lf.encode([{"instruction": "Go."}], tokenizer): "record 1: output is missing",
         lambda: lf.load("tiny", dtype="bfloat16"): "bfloat16 is no dtype: it must be one of fp32, bf16, fp16",
         lambda: lf.complete(model, tokenizer, "Go.", top_p=0.9): "top_p belongs to sampling",
@@ -152,6 +166,12 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: list(lf.finetune(model, samples, micro_batch_size=0)): "training.micro_batch_size=0 is not allowed",
         lambda: list(lf.finetune(model, samples, accumulation_steps=0)): "ga.steps=0 is not allowed",
         lambda: list(lf.finetune(model, [])): "there are no samples",
+        lambda: list(
+            lf.finetune(model, samples, schedule="step")
+        ): "schedule=step is not allowed: it must be one of cos",
+        lambda: list(lf.finetune(model, samples, optimizer="adam")): "optimizer=adam is not allowed: .* adamw, sgd",
+        lambda: list(lf.finetune(model, samples, momentum=1.0)): "training.momentum=1.0 is not allowed",
+        lambda: lf.add_noise(model, 0): "neft.alpha=0 is not allowed",
         lambda: lf.measure_memory(model, [lf.Sample.after([1] * 4000, 1)]): "a sample has 4000 tokens",
         lambda: lf.predict("tiny", "all"): "name one model and one card",
         lambda: lf.predict("tiny", "cpu", lengths=[1]): "lengths must be",

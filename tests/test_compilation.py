@@ -24,7 +24,9 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    ("optim", "packing"), [(OptimConfig(), None), (OptimConfig(lora=True, gc=True), 70)], ids=["full", "lora_gc_packed"]
+    ("optim", "packing"),
+    [(OptimConfig(), None), (OptimConfig(lora=True, gc=True, neft=True), 70)],
+    ids=["full", "lora_gc_neft_packed"],
 )
 def test_compiled_layers_give_the_same_gradients(optim: OptimConfig, packing: int | None) -> None:
     from torch._dynamo.utils import counters

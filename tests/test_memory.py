@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from llama_ft.config import OptimConfig
+from llama_ft.config import OptimConfig, Optimizer
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import MemoryTracker
@@ -110,6 +110,17 @@ def test_on_tiny_categories_sum_to_the_peak(tiny_config, optim) -> None:
     assert use.max_mib["optimizer_state"] == pytest.approx(8 * trainable / 2**20, rel=1e-2)
     stored = sum(p.numel() * p.element_size() for p in step.model.parameters()) / 2**20
     assert use.max_mib["parameter"] >= stored
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(mp=True, lora=True, neft=True)], ids=name)
+@pytest.mark.parametrize(("momentum", "copies"), [(0.0, 0), (0.9, 1)])
+def test_sgd_keeps_a_copy_of_what_is_trained_or_nothing(tiny_config, optim, momentum: float, copies: int) -> None:
+    tiny_config.training.optimizer, tiny_config.training.momentum = Optimizer.sgd, momentum
+    step = make_step(tiny_config, optim)
+    use = track_memory(step, [[collate(ragged_samples(), Padding(step.precision.pad_multiple))]])
+    trainable = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
+    assert use.max_mib["optimizer_state"] == copies * 4 * trainable / 2**20
+    assert use.at_peak_mib["other"] <= 0.05 * use.peak_mib
 
 
 def test_lora_and_checkpointing_save_what_they_are_for(tiny_config) -> None:

@@ -7,7 +7,15 @@ import pytest
 from conftest import run
 
 from llama_ft import cli, plan
-from llama_ft.config import Combinations, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
+from llama_ft.config import (
+    Combinations,
+    EvaluateConfig,
+    GenerateConfig,
+    OptimConfig,
+    PlanConfig,
+    TrainConfig,
+    UserError,
+)
 from llama_ft.planning.lengths import data_lengths
 from llama_ft.planning.plan import make_plan, planned_combinations
 from llama_ft.records import read_record
@@ -49,13 +57,34 @@ def test_a_model_of_full_size_on_every_card() -> None:
     assert not rows["rtx3060_12gb"].fits
     assert rows["a100_40gb"].fits
     assert rows["t4_16gb"].breakdown != rows["a100_40gb"].breakdown  # fp16 against bf16
-    assert set(made.techniques) == {"ga", "mp", "lora", "gc"}
+    assert set(made.techniques) == {"ga", "mp", "lora", "gc", "neft"}
     assert made.table1 is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "n_compared"), [(("goal=fit",), 16), (("goal=fit", "both=[neft]"), 32), (("neft=both",), 16), ((), 8)]
+)
+def test_advice_compares_what_saves_and_what_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], n_compared: int
+) -> None:
+    compared: list[str] = []
+
+    def predict(config: PlanConfig, optims: list[OptimConfig], *_: object) -> None:
+        compared.extend(optim.combination for optim in optims)
+        raise UserError("that is all")
+
+    monkeypatch.setattr("llama_ft.planning.plan.predict", predict)
+    config = planned(*arguments)
+    with pytest.raises(UserError, match="that is all"):
+        make_plan(config, [], [(20, 5)], data_lengths(config, print)[1], "")
+    assert len(compared) == n_compared
+    assert any("neft" in name for name in compared) == any("neft" in argument for argument in arguments)
 
 
 def test_techniques_that_are_named_leave_one_combination() -> None:
     assert len(planned_combinations(planned())) == 8
     assert len(planned_combinations(planned("gc=both"))) == 16
+    assert len(planned_combinations(planned("gc=both", "neft=both"))) == 32
     for one in ("optim=mp_lora", "optim.gc=true"):
         assert planned(one).combinations is Combinations.one
     (optim,) = planned_combinations(planned("optim=mp_lora", "optim.gc=true"))
@@ -111,7 +140,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
         ("optim=lora", "goal=fit"): r"goal compares combinations",
         ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
         ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one leaves one",
-        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, such as \[gc\]",
+        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, neft, such as \[gc\]",
         ("plan.enforce=false",): r"plan\.enforce=false is for train",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
         ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",

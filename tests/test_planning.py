@@ -17,7 +17,7 @@ import torch
 from helpers.planning import CPU_PROFILE, ON_CPU, ON_CUDA, SHORT, card, small_config
 from helpers.training import COMBINATIONS, name, ragged_samples
 
-from llama_ft.config import Dtype, MatrixRates, OptimConfig, Technique, TrainConfig, UserError
+from llama_ft.config import Dtype, MatrixRates, OptimConfig, Optimizer, Technique, TrainConfig, UserError
 from llama_ft.data.collate import collate
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
@@ -69,11 +69,23 @@ def test_a_fake_run_needs_what_the_real_one_needs(optim: OptimConfig) -> None:
         ("lora", "training", "micro_batch_size", 3),
         ("mp lora", "mp", "frozen_weights", Dtype.fp32),
         ("mp", "mp", "trainable_weights", Dtype.compute),
+        ("neft", "neft", "alpha", 1.0),
+        ("ga mp lora gc neft", "training", "packing", 45),
     ],
 )
 def test_so_do_runs_with_other_settings(on: str, section: str, key: str, value: object) -> None:
     config = small_config(**dict.fromkeys(on.split(), True))
     setattr(getattr(config, section), key, value)
+    assert fake_run(config, ragged_samples(), ON_CPU).use == measured(config, ragged_samples())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("on", ["", "ga mp", "mp lora gc"])
+@pytest.mark.parametrize("weights", [Dtype.fp32, Dtype.compute])
+def test_so_do_runs_with_sgd(on: str, momentum: float, weights: Dtype) -> None:
+    config = small_config(**dict.fromkeys(on.split(), True))
+    config.mp.trainable_weights, config.ga.steps = weights, 3
+    config.training.optimizer, config.training.momentum, config.training.weight_decay = Optimizer.sgd, momentum, 0.1
     assert fake_run(config, ragged_samples(), ON_CPU).use == measured(config, ragged_samples())
 
 
@@ -292,18 +304,24 @@ def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one() -> None
     assert bytes_of(costs.operators) == pytest.approx(sum(map(bytes_of, steps)), rel=0.02)
 
 
-def test_bytes_of_an_update_are_those_of_adamw() -> None:
-    """Fused AdamW reads and writes weight, gradient, which it scales, and two moments: 8 x 4 bytes a weight.
+@pytest.mark.parametrize(
+    ("optimizer", "momentum", "n_moments"),
+    [(Optimizer.adamw, 0.9, 2), (Optimizer.sgd, 0.9, 1), (Optimizer.sgd, 0.0, 0)],
+)
+def test_bytes_of_an_update_are_those_of_its_optimizer(optimizer: Optimizer, momentum: float, n_moments: int) -> None:
+    """Fused, it reads and writes weight, gradient, which it scales, and moments; AdamW has two: 8 x 4 bytes a weight.
 
     Clipping reads each gradient once more, for its norm.
     """
-    with fake_step(small_config(), ON_CUDA) as step:
+    config = small_config()
+    config.training.optimizer, config.training.momentum = optimizer, momentum
+    with fake_step(config, ON_CUDA) as step:
         n_weights = sum(p.numel() for p in step.model.parameters())
         for counter in (OperatorCounter(), OperatorCounter()):  # the first makes the optimizer's state
             give_gradients(step)
             with counter:
                 update(step)
-    assert bytes_of(counter.operators) == pytest.approx(4 * 9 * n_weights, rel=0.005)
+    assert bytes_of(counter.operators) == pytest.approx(4 * (5 + 2 * n_moments) * n_weights, rel=0.005)
 
 
 def test_knots_are_values_and_weights_sum_to_their_number() -> None:

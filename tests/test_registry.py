@@ -40,7 +40,7 @@ class TechniqueConfigs:'''
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with a fifth technique: a file, and a field with its numbers. Nothing else is changed."""
+    """A copy of the project with one more technique: a file, and a field with its numbers. Nothing else is changed."""
     folder = tmp_path_factory.mktemp("checkout")
     for part in ("llama_ft", "conf"):
         shutil.copytree(CHECKOUT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -83,14 +83,14 @@ def test_a_new_technique_is_in_help_sweeps_tables_plans_and_comparisons(checkout
 
 
 def test_combinations_follow_from_the_registry() -> None:
-    assert [each.name for each in TECHNIQUES] == ["ga", "mp", "lora", "gc"]
+    assert [each.name for each in TECHNIQUES] == ["ga", "mp", "lora", "gc", "neft"]
     assert [each.name for each in COURSE] == ["ga", "mp", "lora"]
     eight, sixteen = list(combinations()), list(combinations(["gc"]))
     assert sixteen[:8] == eight
     assert sorted(sixteen, key=lambda optim: table_order(vars(optim))) == sixteen
     assert len({optim.combination for optim in sixteen}) == 16
     assert [technique.label for technique in shown_techniques([vars(OptimConfig())])] == ["GA", "MP", "LoRA"]
-    assert shown_techniques([vars(OptimConfig(gc=True))]) == list(TECHNIQUES)
+    assert shown_techniques([vars(OptimConfig(gc=True, neft=True))]) == list(TECHNIQUES)
     assert combination_label(vars(OptimConfig(ga=True, gc=True))) == f"{LABELS['ga']}+{LABELS['gc']}"
     assert OptimConfig(mp=True, gc=True).as_typed == "optim=mp optim.gc=true"
     assert (CHECKOUT / "conf" / "optim" / f"{OptimConfig(mp=True).combination}.yaml").is_file()

@@ -39,11 +39,13 @@ THREE = ("training.micro_batch_size=1", "training.max_samples=3", "tracker=disab
 # So that the run is still on its way when the first line of its metrics is seen.
 SLOW_STEPS = """
 import time, torch
-step = torch.optim.AdamW.step
-def slow_step(self, *args, **kwargs):
-    time.sleep(0.3)
-    return step(self, *args, **kwargs)
-torch.optim.AdamW.step = slow_step
+def slower(step):
+    def slow_step(self, *args, **kwargs):
+        time.sleep(0.3)
+        return step(self, *args, **kwargs)
+    return slow_step
+for kind in (torch.optim.AdamW, torch.optim.SGD):
+    kind.step = slower(kind.step)
 """
 
 
@@ -97,7 +99,10 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
         assert ends[0][key] == ends[1][key], key
 
 
-@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16"])
+WITH_NOISE = "ga_lora optim.neft=true training.optimizer=sgd training.momentum=0 training.lr=0.1"
+
+
+@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16", WITH_NOISE])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str], float]:

@@ -13,17 +13,19 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.neftune import neftune_post_forward_hook
 
 from benchmarks.decode import reference
 from llama_ft.config import Dtype, MixedPrecisionConfig, ModelConfig, OptimConfig, UserError, config_dir
 from llama_ft.data.collate import Batch, Padding, collate
-from llama_ft.model.attention import attend
+from llama_ft.model.attention import Segments, attend
 from llama_ft.model.formats import permute_rotary
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 from llama_ft.techniques.lora import LoRALinear, add_lora
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
+from llama_ft.techniques.neftune import add_noise, noise_like
 from llama_ft.training.step import TrainStep, summed_loss
 
 
@@ -287,3 +289,70 @@ class TestMixedPrecision:
         with pytest.raises(UserError, match="needs bf16"):
             mixed_precision(MixedPrecisionConfig(trainable_weights=Dtype.compute), "cuda", False)
         assert mixed_precision(config, "cpu", False).scaler().is_enabled()
+
+
+class TestNeftune:
+    def test_noise_is_transformers_own_to_the_bit(self) -> None:
+        """alpha / sqrt(16 x 64) is exact in fp32, in which transformers has it."""
+        model, theirs = small_model(), copy.deepcopy(small_model().tok_embeddings)
+        theirs.neftune_noise_alpha = 5.0
+        theirs.register_forward_hook(neftune_post_forward_hook)
+        add_noise(model, 5.0)
+        tokens = torch.arange(48).view(3, 16)
+        drawn = []
+        for embed in (theirs, lambda tokens: model.embed(model.tok_embeddings, tokens, None)):
+            torch.manual_seed(1)
+            drawn.append(embed(tokens))
+        assert torch.equal(*drawn)
+        assert not torch.equal(drawn[0], small_model().tok_embeddings(tokens))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("lengths", [None, (5, 300, 95)])
+    def test_noise_is_uniform_within_the_formulas_bounds(self, lengths: tuple[int, ...] | None, dtype) -> None:
+        """And as long, over a sequence, as alpha / sqrt(3): the paper's section 3."""
+        torch.manual_seed(0)
+        mask = None if lengths is None else Segments.of(lengths)
+        noise = noise_like(torch.empty(1, 400, 64, dtype=dtype), mask, 5.0)
+        assert noise.dtype == dtype
+        for part in noise.float().split(lengths or (400,), dim=1):
+            bound = 5.0 / (part.shape[1] * 64) ** 0.5
+            assert 0.95 * bound < part.abs().max() <= bound * (1 + 2**-8)  # rounded to bf16
+            assert part.norm().item() == pytest.approx(5.0 / 3**0.5, rel=0.1)
+            counts = torch.histc(part / bound, 4, -1, 1) / part.numel()
+            assert counts.tolist() == pytest.approx([0.25] * 4, abs=0.06)
+
+    def test_none_is_added_when_the_model_is_asked(self) -> None:
+        model, batch = small_model(), collate(ragged_samples())
+        plain = model(batch.tokens)
+        add_noise(model)
+        assert not torch.equal(model(batch.tokens), plain)
+        assert torch.equal(model.eval()(batch.tokens), plain)
+
+    @pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(mp=True, lora=True, gc=True)])
+    def test_off_is_bit_equal_to_not_there_and_on_draws_once_a_micro_batch(self, small_config, optim) -> None:
+        """With checkpointing too, which computes layers twice."""
+        batch = collate(ragged_samples(), Padding(32))
+        losses, drawn = {}, []
+        for neft in (False, True):
+            step = make_step(small_config, optim.switched(neft=neft))
+            embed = step.model.embed
+            step.model.embed = lambda *args, embed=embed: drawn.append(embed(*args)) or drawn[-1]
+            torch.manual_seed(0)
+            losses[neft] = [step([batch])[0].item() for _ in range(2)]
+        assert len(drawn) == 4
+        small_config.neft.alpha = 100.0
+        step = make_step(small_config, optim)
+        torch.manual_seed(0)
+        assert losses[False] == [step([batch])[0].item() for _ in range(2)]
+        assert losses[True] != losses[False]
+        assert losses[True] == pytest.approx(losses[False], rel=0.05)
+
+    def test_in_whatever_order_techniques_are_added(self) -> None:
+        losses = []
+        for order in ((checkpoint_layers, add_noise), (add_noise, checkpoint_layers), (add_noise,)):
+            model = small_model()
+            for change in order:
+                change(model)
+            torch.manual_seed(0)
+            losses.append(summed_loss(copy.deepcopy(model), collate(ragged_samples())).item())
+        assert losses[0] == losses[1] == losses[2]

@@ -178,6 +178,7 @@ def preset_config(**changes: Any) -> TrainConfig:
         ("train", "ga.steps=4", "ga.steps: no effect without optim.ga=true"),
         ("train", "++mp.dtype=bf16 optim=lora", "mp.dtype: no effect without optim.mp=true"),
         ("train", "gc.every=2", "gc.every: no effect without optim.gc=true"),
+        ("train", "neft.alpha=2", "neft.alpha: no effect without optim.neft=true"),
         ("train", "lora.rank=8 optim=lora gc.every=2 optim.gc=true", None),
         ("plan", "lora.rank=8 gc.every=2 both=[gc]", None),
         ("plan", "gc.every=2", "gc.every: no effect without optim.gc=true"),

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.models import relative
 from helpers.training import COMBINATIONS, make_step, name, ragged_samples
+from torch.optim import lr_scheduler
 
-from llama_ft.config import Dtype, OptimConfig, TrainConfig, TrainingConfig, UserError
+from llama_ft.config import Dtype, OptimConfig, Optimizer, Schedule, TrainConfig, TrainingConfig, UserError
 from llama_ft.data.collate import Padding, collate
 from llama_ft.data.dataset import load_data
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, read_metrics
@@ -16,6 +18,7 @@ from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import StepOutput, Windows, train
 from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
+from llama_ft.training.saver import Saver
 from llama_ft.training.setup import lr_factor, make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep, evaluate
 
@@ -56,8 +59,14 @@ def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[l
     return [step(window)[0].item() for window in epoch], parameters(step)
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(ga=True, lora=True), OptimConfig(mp=True, gc=True)], ids=name)
-def test_runs_repeat_to_the_bit_and_a_dry_run_leaves_no_trace(small_config, optim) -> None:
+OPTIMIZERS = [(Optimizer.adamw, 0.9), (Optimizer.sgd, 0.9), (Optimizer.sgd, 0.0)]
+each_optimizer = pytest.mark.parametrize(("optimizer", "momentum"), OPTIMIZERS)
+
+
+@each_optimizer
+@pytest.mark.parametrize("optim", [OptimConfig(ga=True, lora=True, neft=True), OptimConfig(mp=True, gc=True)], ids=name)
+def test_runs_repeat_to_the_bit_and_a_dry_run_leaves_no_trace(small_config, optim, optimizer, momentum) -> None:
+    small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
     small_config.data.first = 12
     small_config.training.weight_decay = 0.1
     plain, again, dry_run = (run_steps(small_config, optim, dry_run) for dry_run in (False, False, True))
@@ -84,17 +93,42 @@ def test_schedule_rises_linearly_and_falls_as_half_a_cosine() -> None:
     assert 0 < factors[-1] < 1e-3
 
 
-@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (1, 1.0), (2, 0.03), (7, 1.0), (200, 0.03)])
-def test_schedule_of_any_length_stays_between_0_and_the_peak(total: int, ratio: float) -> None:
+def warmed(ratio: float, schedule: Schedule) -> TrainingConfig:
+    return TrainingConfig(warmup_ratio=ratio, schedule=schedule)
+
+
+def rates_of(make, total: int) -> list[float]:
+    """The learning rate of each of so many steps; the peak is 2."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule = make_schedule(optimizer, total, ratio)
-    rates = []
+    schedule, rates = make(optimizer), []
     for _ in range(total):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+@pytest.mark.parametrize(("total", "ratio"), [(1, 0.0), (1, 1.0), (2, 0.03), (7, 1.0), (200, 0.03)])
+def test_schedule_of_any_length_stays_between_0_and_the_peak(total: int, ratio: float, schedule: Schedule) -> None:
+    rates = rates_of(lambda optimizer: make_schedule(optimizer, total, warmed(ratio, schedule)), total)
     assert all(0 < rate <= 2.0 for rate in rates)
     assert max(rates) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [
+        (Schedule.cosine, lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)),
+        (Schedule.linear, lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=40)),
+        (Schedule.constant, lambda optimizer: lr_scheduler.ConstantLR(optimizer, 1.0)),
+    ],
+)
+def test_schedules_fall_as_pytorchs_do_and_go_on_anywhere(schedule, theirs) -> None:
+    ours = rates_of(lambda optimizer: make_schedule(optimizer, 50, warmed(0.2, schedule)), 50)
+    assert ours[10:] == pytest.approx(rates_of(theirs, 40))
+    for done in (3, 10, 31):
+        assert rates_of(lambda opt, n=done: make_schedule(opt, 50, warmed(0.2, schedule), n), 50 - done) == ours[done:]
 
 
 def test_optimizer_is_fused_adamw_over_the_trainable_parameters() -> None:
@@ -106,16 +140,82 @@ def test_optimizer_is_fused_adamw_over_the_trainable_parameters() -> None:
     assert (group["lr"], group["weight_decay"], group["fused"]) == (0.5, 0.25, True)
 
 
-def test_a_step_on_the_cpu_asks_nothing_of_a_gpu_that_is_there(monkeypatch, small_config) -> None:
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_sgd_updates_every_weight_as_pytorchs_plain_form_does(dtype, momentum, decay) -> None:
+    """Divided by what clipping asks for; a fused kernel of PyTorch's leaves most weights in 16 bit as they are."""
+    config = TrainingConfig(lr=0.1, optimizer=Optimizer.sgd, momentum=momentum, weight_decay=decay)
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.randn(70, 5).to(dtype)) for _ in range(2))
+    theirs.data.copy_(ours)
+    optimizer, plain = make_optimizer([ours], config), torch.optim.SGD([theirs], 0.1, momentum, 0.0, decay)
+    fused = optimizer.defaults["fused"]
+    assert fused == (dtype != torch.bfloat16)
+    for _ in range(3):
+        gradient = torch.randn(70, 5).to(dtype)
+        ours.grad, theirs.grad = gradient * (4 if fused else 1), gradient.clone()
+        if fused:
+            optimizer.grad_scale = torch.tensor(4.0)
+        optimizer.step()
+        plain.step()
+    assert relative(ours, theirs) <= 1e-6
+    assert [tensor.shape for state in optimizer.state.values() for tensor in state.values()] == [(70, 5)] * (
+        momentum > 0
+    )
+
+
+@each_optimizer
+def test_every_optimizer_learns_with_16_bit_weights_too(small_config, optimizer, momentum) -> None:
+    small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
+    small_config.training.lr = 5e-3 if optimizer is Optimizer.adamw else 0.3
+    for weights in (Dtype.fp32, Dtype.compute):
+        small_config.mp.trainable_weights = weights
+        step = make_step(small_config, OptimConfig(mp=True))
+        window = [collate(ragged_samples(), Padding(32))]
+        losses = [step(window)[0].item() for _ in range(20)]
+        assert losses[-1] < 0.8 * losses[0]
+
+
+@each_optimizer
+def test_saved_and_restored_it_goes_on_to_the_bit(small_config, tmp_path, optimizer, momentum) -> None:
+    small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
+    window = [collate(ragged_samples())]
+    step = make_step(small_config, OptimConfig(lora=True, neft=True))
+    step(window)
+    Saver(tmp_path, "hash", step).save(Position(step=1))
+    losses = [step(window)[0].item() for _ in range(3)]
+    again = make_step(small_config, OptimConfig(lora=True, neft=True))
+    again.dry_run(window)
+    assert Saver(tmp_path, "hash", again).restore() == Position(step=1)
+    assert [again(window)[0].item() for _ in range(3)] == losses
+    assert equal(parameters(step), parameters(again))
+
+
+def test_momentum_begins_at_0_where_loss_scaling_skips_the_first_step(small_config) -> None:
+    small_config.mp.dtype, small_config.training.optimizer = Dtype.fp16, Optimizer.sgd
+    step = make_step(small_config, OptimConfig(mp=True))
+    step.scaler.load_state_dict(step.scaler.state_dict() | {"scale": 2.0**24})
+    before, window = parameters(step), [collate(ragged_samples())]
+    step(window)
+    assert equal(before, parameters(step))
+    assert all(not tensor.any() for state in step.optimizer.state.values() for tensor in state.values())
+
+
+@each_optimizer
+def test_a_step_on_the_cpu_asks_nothing_of_a_gpu_that_is_there(monkeypatch, small_config, optimizer, momentum) -> None:
     def asked() -> None:
         raise AssertionError("this would make a context there")
 
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_stream", asked)
+    small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
     make_step(small_config, OptimConfig())([collate(ragged_samples())])
 
 
-def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config) -> None:
+@each_optimizer
+def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config, optimizer, momentum) -> None:
+    small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
     step = make_step(small_config, OptimConfig())
     step.max_grad_norm = 1e-3
     seen = []
@@ -135,7 +235,7 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     step = made or make_step(small_config, OptimConfig())
     data = Windows.over(load_data(small_config).samples, step, 1, 2)
     assert data.steps_per_epoch == 3
-    schedule = make_schedule(step.optimizer, 3 * epochs, 0.0)
+    schedule = make_schedule(step.optimizer, 3 * epochs, TrainingConfig(warmup_ratio=0.0))
     meter = StepMeter(3 * epochs, step.device, step.scaler.is_enabled())
     read = [meter.record(output) for output in train(step, schedule, data, epochs, Position())]
     return [metrics for metrics in [*read, meter.flush()] if metrics is not None]

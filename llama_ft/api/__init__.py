@@ -15,6 +15,7 @@ from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.plan import PlanRow
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
 from llama_ft.techniques.lora import add_lora
+from llama_ft.techniques.neftune import add_noise
 from llama_ft.training.compilation import compile_layers
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "add_lora",
+    "add_noise",
     "checkpoint_layers",
     "compile_layers",
     "complete",

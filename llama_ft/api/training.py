@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from llama_ft.api.models import DtypeName, dtype_of
-from llama_ft.config import OnBadRecord, TrainingConfig, TrainOn, UserError
+from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError
+from llama_ft.config.checks import choice
 from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.dataset import read_records as _read_records
@@ -27,6 +28,9 @@ from llama_ft.training.metrics import StepMeter
 from llama_ft.training.position import Position
 from llama_ft.training.setup import make_optimizer, make_schedule
 from llama_ft.training.step import TrainStep
+
+ScheduleName = Literal["cosine", "linear", "constant"]
+OptimizerName = Literal["adamw", "sgd"]
 
 
 def read_records(file: str | Path | None = None) -> list[Record]:
@@ -79,6 +83,8 @@ def measure_memory(
     accumulation_steps: int = 1,
     packing: int | None = None,
     precision: DtypeName = "fp32",
+    optimizer: OptimizerName = "adamw",
+    momentum: float = 0.9,
 ) -> MemoryUse:
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
 
@@ -87,7 +93,7 @@ def measure_memory(
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    config = TrainingConfig(micro_batch_size=micro_batch_size, packing=packing)
+    config = _config(locals())
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
@@ -110,31 +116,44 @@ def finetune(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
+    schedule: ScheduleName = "cosine",
+    optimizer: OptimizerName = "adamw",
+    momentum: float = 0.9,
 ) -> Iterator[StepMetrics]:
-    """Train the model's trainable parameters in place with AdamW; yields each optimizer step's numbers, one step late.
+    """Train the model's trainable parameters in place; yields each optimizer step's numbers, one step late.
 
     Training goes on as the iterator is consumed. Reading a loss late delays no GPU.
 
     Args:
-        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls along a cosine.
+        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls as `schedule` says: along a cosine
+            or a line to 0, or not at all.
         micro_batch_size: samples computed at once.
         accumulation_steps: micro-batches in an optimizer step.
         packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
-        seed: of the data's order and of dropout.
+        seed: of the data's order and of what techniques draw.
+        optimizer: sgd takes a far larger `lr`; it alone has `momentum`, and keeps no state where that is 0.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
     """
-    config = TrainingConfig(
-        lr, epochs, micro_batch_size, packing, False, None, warmup_ratio, weight_decay, max_grad_norm, seed
-    )
+    config = _config(locals())
     torch.manual_seed(seed)
-    step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
-    total_steps = data.steps_per_epoch * epochs
+    yield from _steps(*_step_and_windows(model, samples, config, accumulation_steps, precision), config)
+
+
+def _config(given: Mapping[str, Any]) -> TrainingConfig:
+    """The config of a function's arguments, those that are keys of `training`; a UserError if one is not allowed."""
+    keys, kinds = TrainingConfig.__dataclass_fields__, {"schedule": Schedule, "optimizer": Optimizer}
+    settings = {key: value for key, value in given.items() if key in keys}
+    return TrainingConfig(**settings | {key: choice(kinds[key], key, settings[key]) for key in kinds.keys() & settings})
+
+
+def _steps(step: TrainStep, data: Windows, config: TrainingConfig) -> Iterator[StepMetrics]:
+    total_steps = data.steps_per_epoch * config.epochs
     schedule = make_schedule(step.optimizer, total_steps, config)
     meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
-    read = map(meter.record, train(step, schedule, data, epochs, Position()))
+    read = map(meter.record, train(step, schedule, data, config.epochs, Position()))
     yield from filter(None, chain(read, map(StepMeter.flush, [meter])))
 
 

@@ -38,6 +38,7 @@ from llama_ft.config.techniques import (
     GradientCheckpointingConfig,
     LoraConfig,
     MixedPrecisionConfig,
+    NeftuneConfig,
     OptimConfig,
     Technique,
 )

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+E = TypeVar("E", bound=enum.Enum)
 Settings = dict[str, Any]  # a section of the config in JSON's types, with the schema's keys
 
 
@@ -49,6 +50,12 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
     # NaN compares false with everything, so `holds` written as a positive condition refuses it too.
     if not holds:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
+
+
+def choice(kind: type[E], key: str, name: str) -> E:
+    """The member of an enum that has this name; a UserError that names the key and what is allowed if none has."""
+    check(name in kind.__members__, key, name, f"one of {', '.join(kind.__members__)}")
+    return kind[name]
 
 
 def check_settings(section: Any, prefix: str = "") -> None:

@@ -28,6 +28,7 @@ class Technique:
     # Of a micro-batch. Combinations that differ only in techniques that do not are planned from the same fake steps.
     changes_operators: bool = True
     in_course: bool = False  # one of the course's Table 2: with a column always, and presets in `conf/optim`
+    saves: bool = True  # memory or time: then it is in advice and in table 1, which compare what there is to be saved
 
 
 def technique(section: type, label: str, meaning: str, apply: str | None = None, **about: Any) -> Any:
@@ -87,6 +88,16 @@ class GradientCheckpointingConfig:
 
 
 @dataclass
+class NeftuneConfig:
+    """NEFTune, where `optim.neft` is on."""
+
+    alpha: float = setting(5.0, "noise on embeddings is up to alpha / sqrt(tokens x model.dim); the paper has 5 to 15")
+
+    def __post_init__(self) -> None:
+        check(0 < self.alpha < math.inf, "neft.alpha", self.alpha, "positive and finite")
+
+
+@dataclass
 class TechniqueConfigs:
     """The techniques, in the order in which they are applied.
 
@@ -103,6 +114,13 @@ class TechniqueConfigs:
         "GC",
         "gradient checkpointing",
         apply="llama_ft.techniques.gradient_checkpointing:apply",
+    )
+    neft: NeftuneConfig = technique(
+        NeftuneConfig,
+        "NEFT",
+        "NEFTune, noise on the embeddings in training",
+        apply="llama_ft.techniques.neftune:apply",
+        saves=False,
     )
 
 

@@ -87,6 +87,9 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False, "validation": None}
         later |= {"schedule": "cosine", "optimizer": "adamw", "eval_every": None, "keep_best": False, "patience": None}
         later |= {"momentum": training["momentum"]} if training["optimizer"] == "adamw" else {}
+        later |= {"neft": {"alpha": 5.0}}
+        if not self.optim.neft and "optim" in measured:
+            del measured["optim"]["neft"]
         for part in (measured, training, data):  # as before these keys were there
             for key in later.keys() & part.keys():
                 if part[key] == later[key]:

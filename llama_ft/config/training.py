@@ -38,8 +38,10 @@ class TrainingConfig:
     save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
     resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
     schedule: Schedule = setting(Schedule.cosine, "how the learning rate falls after its warm-up")
-    optimizer: Optimizer = setting(Optimizer.adamw, "what updates the weights, as PyTorch has it")
-    momentum: float = setting(0.9, "of SGD; 0 keeps no state", needs="training.optimizer=sgd")
+    optimizer: Optimizer = setting(
+        Optimizer.adamw, "what updates the weights, as PyTorch has it; sgd takes a far larger training.lr"
+    )
+    momentum: float = setting(0.9, "of SGD, without dampening; 0 keeps no state", needs="training.optimizer=sgd")
     eval_every: int | None = setting(
         None, "optimizer steps between held-out losses; null is once an epoch", at_least=1, needs="data.validation"
     )

@@ -130,6 +130,11 @@ class TransformerBlock(nn.Module):
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
+def embed(embeddings: nn.Module, tokens: Tensor, mask: Mask) -> Tensor:
+    """int64 [B, S] to [B, S, D]; mask as in `Transformer.forward`."""
+    return embeddings(tokens)  # type: ignore[no-any-return]
+
+
 Caches = Sequence[LayerCache | NoCache]  # one for each layer
 
 
@@ -143,7 +148,7 @@ def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, cach
 class Transformer(nn.Module):
     """The decoder with its embedding and head.
 
-    `run_layers` is an attribute so that the way the layers run can be replaced without the model knowing why.
+    `embed` and `run_layers` are attributes so that what they do can be replaced without the model knowing why.
     """
 
     rotary: Tensor
@@ -157,7 +162,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.run_layers = run_layers
+        self.embed, self.run_layers = embed, run_layers
         # Recomputed from the config, never saved: Meta's checkpoints differ in whether they hold it.
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.tie()
@@ -215,7 +220,7 @@ class Transformer(nn.Module):
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
         caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)
         turns = torch.view_as_complex(at_least_fp32(rotary)).unsqueeze(-2)  # one angle for all heads
-        x = self.run_layers(self.layers, self.tok_embeddings(tokens), turns, mask, caches)
+        x = self.run_layers(self.layers, self.embed(self.tok_embeddings, tokens, mask), turns, mask, caches)
         if logits_at is not None:
             x = x.flatten(0, 1)[logits_at]
         return self.output(self.norm(x))  # type: ignore[no-any-return]

@@ -38,7 +38,8 @@ def make_plan(
     settings, optims = config.to_dict(), planned_combinations(config)
     size = min(config.training.micro_batch_size, len(lengths))  # no micro-batch is larger than the data
     config = replace(config, training=replace(config.training, micro_batch_size=size))
-    compared = list(combinations(each.name for each in TECHNIQUES if not each.in_course)) if config.goal else optims
+    more = [each.name for each in TECHNIQUES if not each.in_course and (each.saves or each.name in config.both)]
+    compared = list(combinations(more)) if config.goal else optims
     all_rows = predict(config, compared, gpus, lengths, progress, held_out)
     plan = Plan(
         command=command,

@@ -99,7 +99,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
         ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),
         ("lora", adapters, run(), run(lora=True)),
     ]
-    others = [each for each in TECHNIQUES if each.name not in {row[0] for row in rows}]
+    others = [each for each in TECHNIQUES if each.saves and each.name not in {row[0] for row in rows}]
     for each in others:
         rows.append((each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True}))))
     return rows

@@ -24,6 +24,8 @@ NOT_COMPARED = (
     "hydra.",
     "model.given",
 )
+# What changes the memory and time of each run, whatever its combination.
+OF_EVERY_RUN = ("training.micro_batch_size", "training.packing", "training.optimizer", "training.momentum")
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
@@ -108,7 +110,7 @@ def _other_run(measured: Result, planned: Result, settings: list[Difference]) ->
     if None not in sizes and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"
     for key, a, b in settings:
-        is_of_run = key in ("training.micro_batch_size", "training.packing") or planned.optim.get(key.partition(".")[0])
+        is_of_run = key in OF_EVERY_RUN or planned.optim.get(key.partition(".")[0])
         if is_of_run and "auto" not in (a, b):
             return f"{key} is {a} in the sweep, {b} in the plan"
     return None

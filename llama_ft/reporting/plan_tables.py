@@ -111,6 +111,8 @@ def plan_notes(plan: Plan) -> list[str]:
         notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
     if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
         notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
+    if plan.training.get("optimizer") == "sgd":
+        notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")

@@ -70,7 +70,7 @@ def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount
 def technique_notes(
     optims: Sequence[dict[str, bool]], settings: dict[str, Settings], batch: int, packing: int | None
 ) -> list[str]:
-    """What the techniques do in a table's columns, and which are off in all; `batch` is a micro-batch's samples."""
+    """What techniques do in a table's columns, which that save are off in all; `batch` is a micro-batch's samples."""
     notes = []
     if any(optim.get("ga") for optim in optims):
         steps, of = settings["ga"]["steps"], f"micro-batches of {batch}, " if packing is None else ""
@@ -83,7 +83,7 @@ def technique_notes(
         else:
             notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
     shown = shown_techniques(optims)
-    return notes + [f"{technique.label} is off." for technique in TECHNIQUES if technique not in shown]
+    return notes + [f"{each.label} is off." for each in TECHNIQUES if each.saves and each not in shown]
 
 
 def _notes(group: Group) -> list[str]:

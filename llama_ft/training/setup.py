@@ -6,8 +6,10 @@ each weight is allocated once, as whatever its module has become.
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from llama_ft import techniques
 from llama_ft.config import TrainConfig, TrainingConfig
+from llama_ft.config.training import Optimizer, Schedule
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import Log, build, materialise, open_weights, silent
@@ -64,9 +67,9 @@ def make_step(model: Transformer, config: TrainConfig, precision: Precision) -> 
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, without the wrappers that keep its compiler out, and import it for that: seconds of each start.
+    """PyTorch's, of Loshchilov and Hutter 2019 (arXiv 1711.05101).
 
-    Nor does a step ask whether a CUDA graph is captured, which none is: PyTorch 2.13 makes a context on a GPU for the
+    A step does not ask whether a CUDA graph is captured, which none is: PyTorch 2.13 makes a context on a GPU for the
     question, though all parameters are on the CPU.
     """
 
@@ -76,24 +79,57 @@ class AdamW(torch.optim.AdamW):
     _cuda_graph_capture_health_check = _accelerator_graph_capture_health_check  # before 2.13
 
 
-for _name in ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad"):
-    setattr(AdamW, _name, torch.no_grad()(inspect.unwrap(getattr(torch.optim.AdamW, _name))))
+class SGD(torch.optim.SGD):
+    """PyTorch's: stochastic gradient descent (Robbins and Monro 1951, doi 10.1214/aoms/1177729586) with momentum.
+
+    Momentum (Polyak 1964, doi 10.1016/0041-5553(64)90137-5) is PyTorch's form of Sutskever et al. 2013: b = momentum b
+    + g, and a weight loses lr b. It begins at 0, from which the first step makes b = g, as in PyTorch; that would leave
+    it unset where the fused kernel skips the first step, as under loss scaling.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        return super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) over the trainable parameters.
+# Without the wrappers that keep PyTorch's compiler out, and import it for that: seconds of each start.
+for _class, _name in product((AdamW, SGD), ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")):
+    setattr(_class, _name, torch.no_grad()(inspect.unwrap(getattr(_class, _name))))
 
-    Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps.
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, over the trainable parameters.
+
+    Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps. SGD of 16-bit
+    weights goes from one to the next instead: PyTorch's fused kernel for the CPU leaves most of such a weight as it is
+    (pytorch/pytorch#191763, in 2.13 too).
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    return AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    decay = config.weight_decay
+    if config.optimizer is Optimizer.adamw:
+        return AdamW(trainable, config.lr, weight_decay=decay, fused=True)
+    is_fused = all(parameter.dtype.itemsize > 2 for parameter in trainable)
+    return SGD(trainable, config.lr, config.momentum, weight_decay=decay, fused=is_fused, foreach=False)
 
 
-def lr_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at an optimizer step counted from 0: linear up, then half a cosine to 0."""
+# Share of the peak learning rate, so many steps after the warm-up of so many that there are.
+FALLS: dict[Schedule, Callable[[int, int], float]] = {
+    Schedule.cosine: lambda done, steps: 0.5 * (1 + math.cos(math.pi * done / steps)),
+    Schedule.linear: lambda done, steps: 1 - done / steps,
+    Schedule.constant: lambda done, steps: 1.0,
+}
+
+
+def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule = Schedule.cosine) -> float:
+    """Share of the peak learning rate at an optimizer step counted from 0: linear up, then as the schedule falls.
+
+    The cosine is half a period of it (Loshchilov and Hutter 2017, arXiv 1608.03983); it and the line end at 0.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    return FALLS[schedule](step - warmup_steps, max(1, total_steps - warmup_steps))
 
 
 def make_schedule(
@@ -102,5 +138,6 @@ def make_schedule(
     """The schedule of a run of `total_steps` optimizer steps, of which some may have been done before."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which LambdaLR looks for where it does not begin at the first step
-    factor = partial(lr_factor, total_steps=total_steps, warmup_steps=math.ceil(config.warmup_ratio * total_steps))
+    warmup_steps = math.ceil(config.warmup_ratio * total_steps)
+    factor = partial(lr_factor, total_steps=total_steps, warmup_steps=warmup_steps, schedule=config.schedule)
     return LambdaLR(optimizer, factor, last_epoch=steps_done - 1)

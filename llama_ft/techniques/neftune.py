@@ -1,0 +1,46 @@
+"""NEFTune (Jain et al. 2023, arXiv 2310.05914): noise on the embeddings in training, none afterwards.
+
+Each value of a sequence's embeddings gets its own, uniform between -1 and 1, times alpha / sqrt(L d): L tokens of d
+features (the paper's algorithm 1). The noise of a whole sequence is then as long as alpha / sqrt(3), whatever L and d.
+
+L is a sequence's own length where sequences lie end to end, and the width of the batch where they lie side by side,
+padding included: so have it the paper's published code and transformers' `neftune_post_forward_hook`, though the
+algorithm has each sequence's own. In micro-batches of one sequence the two are the same.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from llama_ft.config import NeftuneConfig
+from llama_ft.model.attention import Mask, Segments
+from llama_ft.model.transformer import Transformer
+from llama_ft.techniques.mixed_precision import Precision
+
+
+def apply(model: Transformer, config: NeftuneConfig, precision: Precision) -> None:
+    """Let the model be trained on noisy embeddings, as the config says."""
+    add_noise(model, config.alpha)
+
+
+def add_noise(model: Transformer, alpha: float = 5.0) -> None:
+    """Add noise to a model's embeddings while it is in training mode; a UserError unless alpha is positive."""
+    NeftuneConfig(alpha)  # checks it
+    embed = model.embed
+
+    def embed_noisily(embeddings: nn.Module, tokens: Tensor, mask: Mask) -> Tensor:
+        x = embed(embeddings, tokens, mask)
+        return x + noise_like(x, mask, alpha) if embeddings.training else x
+
+    model.embed = embed_noisily
+
+
+def noise_like(x: Tensor, mask: Mask, alpha: float) -> Tensor:
+    """Noise for embeddings [B, S, D], drawn from PyTorch's global random state in x's dtype; mask as the model's."""
+    noise, start = torch.empty_like(x), 0
+    for length in mask.lengths if isinstance(mask, Segments) else x.shape[1:2]:
+        bound = alpha / math.sqrt(length * x.shape[2])
+        noise.narrow(1, start, length).uniform_(-bound, bound)
+        start += length
+    return noise
