@@ -85,7 +85,7 @@ def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
     varied = {o.key_or_group: o for o in swept(config) if o.key_or_group in names and o.is_discrete_sweep()}
     others = [text for text in config.hydra.overrides.task if parsed([text])[0].key_or_group not in varied]
     for choice in product(*map(_values, varied.values())) if varied else ():
-        yield composed("train", [*others, *choice])
+        yield compose("train", [*others, *choice])  # by the Hydra that runs
 
 
 def _values(override: Override) -> list[str]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from llama_ft.records.result import Result
 from llama_ft.reporting.results import Group, value_of

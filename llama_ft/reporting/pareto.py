@@ -52,4 +52,6 @@ def front_panel(axes: Axes, group: Group, key: str) -> None:
         names = [f"{number}  {group.labels[n]}" for number, n in enumerate(numbered, 1)]
         names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
         handles = [Line2D([], [], ls="", marker="o", color=colour) for colour in [ON] * len(names) + [OFF]]
-        axes.legend(handles, [*names, "others"], loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
+        handles.append(Line2D([], [], color=ON, lw=1, alpha=0.5))
+        names += ["other runs", "best of these two"]
+        axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)
