@@ -13,7 +13,6 @@ from rich.console import Console
 
 from llama_ft.reporting.best import best_lines, front, objective_of
 from llama_ft.reporting.reports import report_sweep
-from llama_ft.reporting.results import read_groups
 
 
 def is_beaten(point: tuple[int, ...], by: tuple[int, ...]) -> bool:
@@ -63,7 +62,7 @@ def test_the_best_run_is_named_with_its_folder(tmp_path: Path) -> None:
     for name, loss, seconds in (("ga", 2.0, 1.0), ("mp", 1.25, 3.0), ("lora", math.nan, 0.1), ("baseline", 2.5, 2.0)):
         write(tmp_path, name, eval_loss=loss, runtime_s=seconds)
     write(tmp_path, "ga_mp", "oom")
-    groups = read_groups(tmp_path)
+    groups = report_sweep(tmp_path, Console(file=io.StringIO()))
     assert best_lines(groups, []) == best_lines(groups, ["eval_loss"]) == [f"best: eval_loss 1.25: {tmp_path / 'mp'}"]
     title, *lines = best_lines(groups, ["eval_loss", "runtime_s"])
     assert title == "best, for no other run has less of eval_loss and runtime_s at once:"
