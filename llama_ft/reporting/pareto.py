@@ -12,6 +12,7 @@ from llama_ft.reporting.results import Group
 
 ON, OFF = COLOURS["parameter"], "#BBBBBB"
 LONGEST_LABEL = 40  # characters
+MOST_LISTED = 12  # runs; a note under the table names them all
 HEIGHT = 3.4  # inches of a panel
 
 
@@ -49,7 +50,8 @@ def front_panel(axes: Axes, group: Group, key: str) -> None:
     axes.set(xlabel=COSTS[key], ylabel="held-out loss")
     axes.margins(0.1)
     if column == len(COSTS) - 1:
-        names = [f"{number}  {group.labels[n]}" for number, n in enumerate(numbered, 1)]
+        names = [f"{number}  {group.labels[n]}" for number, n in enumerate(numbered[:MOST_LISTED], 1)]
+        names += [f"{MOST_LISTED + 1} to {len(numbered)}: see the note"] if len(numbered) > MOST_LISTED else []
         names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
         handles = [Line2D([], [], ls="", marker="o", color=colour) for colour in [ON] * len(names) + [OFF]]
         handles.append(Line2D([], [], color=ON, lw=1, alpha=0.5))
