@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
+from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, is_tuned, without_effect
 from llama_ft.cli.usage import OPTIONS
-from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config, goes_on
@@ -32,11 +33,11 @@ from llama_ft.records.result import (
     unmeasured_result,
     write_result,
 )
+from llama_ft.reporting.best import best_lines, objective_of
 from llama_ft.reporting.progress import Bar, ending
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
 from llama_ft.tracking import start_tracker, track_sweep
-from llama_ft.training.position import checkpoints
 
 
 class TrainCommand:
@@ -45,13 +46,14 @@ class TrainCommand:
     def __init__(self) -> None:
         self.console = Console()
         self.sweep_dir: Path | None = None
-        self.tracker = TrackerConfig()
+        self.tracker, self.sweep = TrackerConfig(), SweepConfig()
+        self.is_tuned = False
         self.results: dict[str, Result] = {}  # by the name of the run's folder
         self.seen_messages: set[str] = set()
         self.locks = ExitStack()  # kept until the command ends
 
-    def job(self, config: DictConfig) -> None:
-        """One run. Hydra calls it for each."""
+    def job(self, config: DictConfig) -> float | list[float] | None:
+        """One run, and what it tells Hydra's sweeper. Hydra calls it for each."""
         settings = HydraConfig.get()
         os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
         run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
@@ -61,11 +63,14 @@ class TrainCommand:
                 self.sweep_dir = Path(settings.sweep.dir).absolute()
                 self.locks.enter_context(locked(self.sweep_dir))
                 check_replaceable(self.sweep_dir, SWEEP_FILES, SWEEP_MARK)
+                check_directions(config.sweep.objective)
+                self.is_tuned = is_tuned()
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
-                self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
+                result = self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
         except UserError as error:
             raise cli.Stop(str(error)) from error
+        return objective_of(result, self.sweep.objective)
 
     def run_locked(self, config: DictConfig, run_dir: Path, lock: int) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
@@ -75,8 +80,9 @@ class TrainCommand:
         except Exception as error:
             # While no row has run nothing is lost, and the others may well be wrong in the same way.
             return self.refuse(settings, run_dir, cli.explain(error), go_on=bool(self.results))
-        self.tracker = checked.tracker
-        self.remark(checked)
+        self.tracker, self.sweep = checked.tracker, checked.sweep
+        if not self.results:
+            self.remark(checked)
         try:
             check_inputs(run_dir, checked)
             if finished := self.finished_before(checked, run_dir):
@@ -96,12 +102,12 @@ class TrainCommand:
 
     def remark(self, config: TrainConfig) -> None:
         """Say what is given and would surprise."""
-        overrides, swept = HydraConfig.get().overrides, cli.swept_keys(cast(DictConfig, HydraConfig.instance().cfg))
-        for line in cli.remarks(config, list(overrides.task), swept):
+        composed, typed = cast(DictConfig, HydraConfig.instance().cfg), cli.typed_overrides()
+        alternatives = partial(cli.swept_configs, composed) if self.sweep_dir else lambda _: ()
+        lines = cli.remarks(config, [str(override.input_line) for override in typed], alternatives)
+        hydras = without_effect([override.key_or_group for override in typed], sweeps=self.sweep_dir is not None)
+        for line in (*lines, *hydras):
             self.log_once(line)
-        used, idle = ("sweep", "run") if self.sweep_dir else ("run", "sweep")
-        if any(f"hydra.{idle}.dir=" in override for override in overrides.hydra):
-            self.log_once(f"hydra.{idle}.dir: no effect, the folder of a {used} is hydra.{used}.dir=DIR")
 
     def refuse(self, settings: Settings, run_dir: Path, reason: str, go_on: bool) -> Result:
         """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
@@ -182,8 +188,13 @@ class TrainCommand:
                 report_sweep(self.sweep_dir, self.console)
                 print(f"the same command with hydra.sweep.dir={self.sweep_dir} goes on from here", file=sys.stderr)
             raise
+        except ValueError:  # from Optuna where no trial was completed; why, is said of each run
+            if not self.is_tuned or any(result.status in FINISHED for result in self.results.values()):
+                raise
         if self.sweep_dir is not None:
             groups = report_sweep(self.sweep_dir, self.console)
+            for line in best_lines(groups, self.sweep.objective) if self.is_tuned or self.sweep.objective else ():
+                self.log(line)
             track_sweep(self.tracker, self.sweep_dir, records(groups), SWEEP_FILES, self.log)
         failed = {name: result for name, result in self.results.items() if result.status not in FINISHED}
         if failed and self.sweep_dir is None:
@@ -192,30 +203,6 @@ class TrainCommand:
             names = ", ".join(f"{name} ({result.status})" for name, result in failed.items())
             print(f"{len(failed)} of {len(self.results)} runs failed: {names}", file=sys.stderr)
         return cli.FAILED if failed else 0
-
-
-def check_name(key: str, folder: object) -> None:
-    """Raise a UserError unless a folder is named: `hydra.run.dir=$DIR` without a DIR would mean the current one."""
-    name = "" if folder is None else str(folder).strip()
-    if not name or name.startswith("~"):
-        raise UserError(f"{key}={name} is not allowed: it must be the path of a folder, with the home folder in full")
-
-
-def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
-    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
-
-    Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
-    """
-    found = checkpoints(run_dir)
-    key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
-    is_new = not any(key in override for override in HydraConfig.get().overrides.hydra)
-    if config.training.resume and is_new and not HydraConfig.get().runtime.choices.get("experiment"):
-        raise UserError(f"training.resume=true needs the folder to go on in: add {key}=DIR")
-    if found and not config.training.resume and not sweeping:
-        raise UserError(
-            f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
-            f" to begin anew delete {found[-1].parent}"
-        )
 
 
 USAGE = cli.Usage(

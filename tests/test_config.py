@@ -273,7 +273,10 @@ WRONG_CHOICE = [
     ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
     ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, a folder is checkpoint=/models/llama$"),
     ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
-    ("hydra/sweeper=optuna", "hydra/sweeper", "optuna", "it must be basic, & plugin"),
+    ("hydra/sweeper=ax", "hydra/sweeper", "ax", "it must be one of basic, optuna, & plugin"),
+    ("sweep.objective=loss", "sweep.objective", "loss", "eval_loss, peak_memory_mib, runtime_s & a list"),
+    ("sweep.objective=[runtime_s,runtime_s]", "sweep.objective", "runtime_s,runtime_s", "eval_loss"),
+    ("sweep.objective=[runtime_s,eval_loss]", "sweep.objective", "eval_loss", "data.validation"),
 ]
 WRONG_TYPE = [
     ("training.lr=fast", "training.lr", "fast", NUMBER),
@@ -375,10 +378,40 @@ def test_special_characters_of_hydras_keys_need_the_quotes_that_the_error_gives(
         ("-m optim=ga,lora lora.rank=4", 0),
         ("-m optim.ga=true,false lora.rank=4", 1),
         ("-m optim.lora=true,false lora.rank=4", 0),
+        ("-m optim=baseline,ga lora.rank=4", 1),
+        ("-m optim=glob(*) lora.rank=4", 0),
+        ("-m optim=glob(*,exclude=*lora) lora.rank=4", 1),
+        ("-m optim=ga optim.lora=true,false lora.rank=4", 0),
+        ("experiment=table2 lora.rank=4", 0),
+        ("experiment=table2 optim=ga,mp lora.rank=4", 1),
+        ("-m training.lr=1e-3,1e-4 training.seed=range(3) lora.rank=4", 1),
     ],
 )
 def test_numbers_of_a_technique_that_no_run_uses_are_named_once(train, arguments, count):
     assert train(*arguments.split()).output.count("lora.rank: no effect without optim.lora=true") == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            "-m optim=mp,lora mp.frozen_weights=fp32",
+            "mp.frozen_weights: no effect without optim.mp=true and optim.lora",
+        ),
+        ("-m optim=ga,mp_lora mp.frozen_weights=fp32", ""),
+        ("experiment=table2 mp.frozen_weights=fp32", ""),
+        ("-m training.lr=1e-3,1e-4 training.momentum=0", "training.momentum: no effect without training.optimizer=sgd"),
+        ("-m training.optimizer=adamw,sgd training.momentum=0", ""),
+        ("-m tracker=tensorboard,wandb tracker.notes=a", ""),
+        ("-m optim=ga,mp plan.enforce=false", "plan.enforce: no effect in a sweep"),
+        ("sweep.objective=runtime_s", "sweep.objective: no effect without -m"),
+        ("-m sweep.objective=runtime_s", ""),
+    ],
+)
+def test_keys_without_effect_in_all_runs_are_said_once(train, arguments, said):
+    lines = [line for line in train(*arguments.split()).output.splitlines() if "no effect" in line]
+    assert len(lines) == bool(said)
+    assert all(line.startswith(said) for line in lines)
 
 
 def test_the_folder_of_a_sweep_is_no_run_s_folder(train):
@@ -469,7 +502,7 @@ def changed(config: TrainConfig, leaf: str) -> TrainConfig:
 
 
 # How a run is followed, kept and its data fetched changes nothing in what is measured.
-NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan."))} | {
+NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan.", "sweep."))} | {
     "model.given",
     "training.save_every",
     "training.resume",

@@ -1,27 +1,28 @@
-"""Composing the config with Hydra, checking it, and saying what in it may surprise."""
+"""Composing the config with Hydra, and checking it."""
 
 import copy
 import hashlib
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from functools import cache
-from operator import attrgetter
+from itertools import product
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llama_ft import hub
+from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.groups import ColumnsConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.techniques import combination_name
@@ -46,11 +47,11 @@ def register() -> None:
 
 def run_name(*, _root_: DictConfig) -> str:
     """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
-    swept = swept_keys(_root_)
+    keys = {override.key_or_group for override in swept(_root_)}
     parts = sorted(
         f"{override.key_or_group}={override.get_value_element_as_str()}"
         for override in parsed(list(_root_.hydra.overrides.task))
-        if override.key_or_group in swept and override.key_or_group.split(".")[0] != "optim"
+        if override.key_or_group in keys and override.key_or_group.split(".")[0] != "optim"
     )
     plain = [combination_name(_root_.optim), *(re.sub(r"[^\w.=+-]", "_", part) for part in parts)]
     name = ",".join(plain)
@@ -67,10 +68,33 @@ def typed_overrides() -> list[Override]:
     return parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
 
 
-def swept_keys(config: DictConfig) -> set[str]:
+def swept(config: DictConfig) -> list[Override]:
     """The keys and groups of which a sweep has several values, on the command line or in its experiment."""
-    swept = {override.key_or_group for override in typed_overrides() if override.is_sweep_override()}
-    return swept | set(OmegaConf.select(config, "hydra.sweeper.params") or {})
+    params = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    found = [*parsed([f"{key}={value}" for key, value in params.items()]), *typed_overrides()]
+    return [override for override in found if override.is_sweep_override()]
+
+
+def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
+    """The configs, composed and not checked, of a sweep's runs, so far as they may differ in these keys.
+
+    Args:
+        config: that of one of the runs, with the section `hydra`.
+    """
+    names = {*keys, *(key.partition(".")[0] for key in keys), "experiment"}
+    varied = {o.key_or_group: o for o in swept(config) if o.key_or_group in names and o.is_discrete_sweep()}
+    others = [text for text in config.hydra.overrides.task if parsed([text])[0].key_or_group not in varied]
+    for choice in product(*map(_values, varied.values())) if varied else ():
+        yield compose("train", [*others, *choice])  # by the Hydra that runs
+
+
+def _values(override: Override) -> list[str]:
+    """What a sweep puts in an override's place, one at a time."""
+    value, key = override.value(), override.get_key_element()
+    if isinstance(value, Glob):
+        names = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
+        return [f"{key}={name}" for name in value.filter(names)]
+    return [f"{key}={text}" for text in override.sweep_string_iterator()]
 
 
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
@@ -105,31 +129,6 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
     for key, name in named.items() if not issubclass(schema, PlanConfig) else ():
         hub.fetch_weights(key, name)
     return checked
-
-
-def remarks(config: Any, overrides: list[str], swept: Collection[str] = ()) -> Iterator[str]:
-    """A line for each technique and each key whose value, given in the overrides, changes nothing, and for backslashes.
-
-    Args:
-        config: the checked config that the overrides led to.
-        swept: keys and groups of which a sweep has several values: a technique that is on in some of its runs is used.
-    """
-    keys = [override.key_or_group for override in parsed(overrides)]
-    used = config.used_techniques if isinstance(config, TrainConfig) else set()
-    for each in TECHNIQUES:
-        idle = [key for key in keys if key.startswith(f"{each.name}.")]
-        if idle and each.name not in used and not {"optim", f"optim.{each.name}"} & set(swept):
-            yield f"{', '.join(idle)}: no effect without optim.{each.name}=true"
-    for key in keys:
-        entry, _ = setting_of(type(config), key)
-        if entry is None:  # Hydra's own
-            continue
-        if (needs := entry.metadata.get("needs")) and not attrgetter(needs.partition("=")[0])(config):
-            yield f"{key}: no effect without {needs}"
-        value = attrgetter(key)(config)
-        texts = value if isinstance(value, list) else [value]
-        if any(isinstance(text, str) and re.search(r"\\[nt]", text) for text in texts):
-            yield f"{key}: a backslash stays a backslash; for a line break type, in bash, $'{key}=...\\n...'"
 
 
 def _check_value(schema: type, override: Override) -> None:

@@ -97,6 +97,8 @@ def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> s
     """A choice that a group does not have, and those that it has."""
     if setting_of(schema, group)[0]:
         return not_allowed(schema, group, value)
+    if (group, value) == ("hydra/sweeper", "optuna"):
+        return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper: pip install 'llama_ft[tune]'"
     more = ", or what a plugin of Hydra brings once it is installed" if group.startswith("hydra/") else ""
     return f"{group}={value} is not allowed: it must be {'one of ' * (len(names) > 1)}{', '.join(names)}{more}"
 
@@ -123,6 +125,10 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
         return not_allowed(schema, match[1], match[2]) if key_is_there else no_such_key(schema, match[1])
     if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
         return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
+    if text.endswith("does not support sweep type : INTERVAL_SWEEP"):
+        return (
+            "interval(...) needs hydra/sweeper=optuna, which chooses values in it: a plain sweep has no number of them"
+        )
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):

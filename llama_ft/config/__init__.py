@@ -43,7 +43,7 @@ from llama_ft.config.techniques import (
     Technique,
 )
 from llama_ft.config.train import TrainConfig
-from llama_ft.config.training import Objective, Optimizer, Order, Schedule, SweepConfig, TrainingConfig
+from llama_ft.config.training import Optimizer, Order, Schedule, SweepConfig, TrainingConfig
 
 SCHEMAS = {  # of the commands
     "data": DataCommandConfig,

@@ -37,7 +37,8 @@ Goal = enum.Enum("Goal", ["fit", "cheapest_gpu"])
 def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None = None, needs: str = "") -> Any:
     """A field of the schema: its default, what it is, for `--help`, its choices if not all, and its smallest number.
 
-    `needs` is the setting, as one types it, without which it has no effect.
+    `needs` is the setting, as one types it, without which it has no effect, or several with blanks between. One
+    without a value, or with one in capitals such as FILE, is any but the default; `|` stands between several values.
     """
     metadata = {"meaning": meaning, "allowed": allowed.split(), "at_least": at_least, "needs": needs}
     if isinstance(default, list):

@@ -63,7 +63,9 @@ class GenerateConfig(TrainedSource):
     instruction: str | None = setting(None, "instead of a prompt: what to do, written down in the template")
     input: str | None = setting(None, "what the instruction is about, where it needs that")
     system: str | None = setting(None, "a system message before instructions, for a chat template")
-    template: str = setting("auto", "chat, alpaca, plain or a FILE in Jinja; auto is what was trained with, if known")
+    template: str = setting(
+        "auto", "chat, alpaca, plain or a FILE in Jinja; auto is what was trained with, if known", needs="prompt=null"
+    )
     prompts: str | None = setting(None, "many: a file of records with prompt, instruction and input, or messages")
     output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
     batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1, needs="prompts=FILE")

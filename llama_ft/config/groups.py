@@ -13,6 +13,7 @@ from llama_ft.config.model import ModelConfig
 TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
 # W&B's mode; `auto` is online where an API key is configured, else offline.
 TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
+WANDB = "tracker.kind=wandb"
 
 
 @dataclass
@@ -43,9 +44,11 @@ class DataConfig:
     subset: str | None = setting(None, "of a folder or a hub: data set that has several; null where there is one")
     split: str | None = setting(None, "of a folder or a hub: data set; null is train")
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    url: str | None = setting(None, "where the file is downloaded from if data.path names none")
-    git_blob_id: str | None = setting(None, "id of the download as git hash-object prints it; null accepts any file")
-    cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept")
+    url: str | None = setting(None, "where the file is downloaded from if data.path names none", needs="data.path=null")
+    git_blob_id: str | None = setting(
+        None, "id of the download as git hash-object prints it; null accepts any file", needs="data.url data.path=null"
+    )
+    cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept", needs="data.url data.path=null")
     first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
     max_length: int | None = setting(None, "the most tokens of a sample; null is the model's context", at_least=2)
     on_long: OnLong = setting(OnLong.truncate, "longer samples are cut, dropped, or stop the run; counted")
@@ -118,7 +121,10 @@ class GpuConfig:
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
     tflops: MatrixRates = field(default_factory=MatrixRates)
     index: int | None = setting(
-        None, "which GPU, as nvidia-smi numbers those that can be seen; null is the first", at_least=0
+        None,
+        "which GPU, as nvidia-smi numbers those that can be seen; null is the first",
+        at_least=0,
+        needs="gpu.device=auto|cuda",
     )
 
     def __post_init__(self) -> None:
@@ -152,7 +158,11 @@ class GpuConfig:
 class PlanCheckConfig:
     """What `train` does with the plan of its run, which it makes first where there is a GPU."""
 
-    enforce: bool = setting(True, "do not start a run that would not fit on the GPU; a sweep measures it all the same")
+    enforce: bool = setting(
+        True,
+        "do not start a run that would not fit on the GPU; a sweep measures it all the same",
+        needs="gpu.device=auto|cuda",
+    )
 
 
 @dataclass
@@ -172,12 +182,18 @@ class TrackerConfig:
     """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
     kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
-    mode: TrackerMode = setting(TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline")
-    project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft")
-    entity: str | None = setting(None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own")
-    group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder")
-    tags: list[str] = setting([], "W&B tags beside those of techniques, model and card; [] is those of WANDB_TAGS")
-    notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES")
+    mode: TrackerMode = setting(
+        TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline", needs=WANDB
+    )
+    project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft", needs=WANDB)
+    entity: str | None = setting(
+        None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own", needs=WANDB
+    )
+    group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder", needs=WANDB)
+    tags: list[str] = setting(
+        [], "W&B tags beside those of techniques, model and card; [] is those of WANDB_TAGS", needs=WANDB
+    )
+    notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES", needs=WANDB)
 
     def __post_init__(self) -> None:
         holds = self.project is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.project) is not None

@@ -51,7 +51,9 @@ class MixedPrecisionConfig:
     """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
 
     dtype: Dtype = setting(Dtype.auto, "16-bit format; auto is bf16 if the device has it, else fp16", "auto bf16 fp16")
-    frozen_weights: Dtype = setting(Dtype.compute, "storage of frozen weights; fp32 is the plain AMP", "compute fp32")
+    frozen_weights: Dtype = setting(
+        Dtype.compute, "storage of frozen weights; fp32 is the plain AMP", "compute fp32", needs="optim.lora=true"
+    )
     trainable_weights: Dtype = setting(Dtype.fp32, "storage of trainable weights; fp32 is masters", "compute fp32")
 
     def __post_init__(self) -> None:

@@ -44,6 +44,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
         self.training.check_for(self.data.validation)
+        self.sweep.check_for(self.data.validation)
 
     @property
     def used_techniques(self) -> set[str]:

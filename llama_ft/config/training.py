@@ -12,8 +12,7 @@ Schedule = enum.Enum("Schedule", ["cosine", "linear", "constant"])
 Optimizer = enum.Enum("Optimizer", ["adamw", "sgd"])
 # In which order a sweep's repeats are run: those of a combination together, or in turns with the other combinations.
 Order = enum.Enum("Order", ["grouped", "alternate"])
-# What a sweep's runs return to Hydra's sweeper, such as Optuna's.
-Objective = enum.Enum("Objective", ["eval_loss", "peak_memory_mib", "runtime_s"])
+OBJECTIVES = ("eval_loss", "peak_memory_mib", "runtime_s")  # of a sweep: fields of a result
 
 
 @dataclass
@@ -85,6 +84,17 @@ class SweepConfig:
     order: Order = setting(
         Order.grouped, "of repeats, as of training.seed=0,1,2: each combination's together, or in turns"
     )
-    objective: Objective | None = setting(
-        None, "what runs return to Hydra's sweeper, to be minimized; null is eval_loss, or without it train_loss_after"
+    objective: list[str] = setting(
+        [],
+        f"what is least in the best run, and what Optuna is told: {', '.join(OBJECTIVES)}, or several; [] is eval_loss,"
+        " or where nothing is held out train_loss_after",
     )
+
+    def __post_init__(self) -> None:
+        known = set(self.objective) <= set(OBJECTIVES) and len(set(self.objective)) == len(self.objective)
+        check(known, "sweep.objective", ",".join(self.objective), f"one of {', '.join(OBJECTIVES)}, or a list of them")
+
+    def check_for(self, validation: str | None) -> None:
+        """Raise a UserError where the objective is a held-out loss, and there are no held-out records."""
+        if "eval_loss" in self.objective and validation is None:
+            raise UserError("sweep.objective=eval_loss needs held-out records: give data.validation too")

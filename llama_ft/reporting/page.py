@@ -13,6 +13,7 @@ from llama_ft.records.metrics import evaluations_of, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem
 from llama_ft.reporting.curves import MAX_POINTS, held_out_table, run_charts
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
+from llama_ft.reporting.pareto import front_panels
 from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table import MAIN, MARKS, UNKNOWN, Rows, Table, amount, is_failure
@@ -70,6 +71,7 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
     for group, table in zip(groups, tables, strict=True):
         panels = [svg_panel(draw, 5.2, 0.31 * len(group.results) + 0.7) for draw in group_panels(group)]
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
+        bars |= {name: svg_panel(draw, 5.2, 3.0) for name, draw in front_panels(group).items()}
         limit = limit_in_picture(group)
         runs, has_curves = [], len(group.results) <= MAX_WITH_CURVES
         for result, run_dir, label in zip(group.results, group.folders, group.labels, strict=True):

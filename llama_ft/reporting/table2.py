@@ -7,6 +7,7 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
+from llama_ft.reporting.best import front_notes
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, record_table, technique_rows
 
@@ -120,7 +121,7 @@ def measure_notes(group: Group) -> list[str]:
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
     n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
-    return notes
+    return notes + front_notes(group)
 
 
 def failures(results: Sequence[Result], names: Sequence[str]) -> list[str]:

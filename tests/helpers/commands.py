@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 
 from llama_ft.config import config_dir
 
@@ -14,6 +14,8 @@ def _swept_values(override: Override) -> list[str]:
     value = override.value()
     if isinstance(value, Glob):
         return value.filter(sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml")))
+    if isinstance(value, IntervalSweep):
+        return [str(value.start), str(value.end)]
     return list(override.sweep_string_iterator())
 
 

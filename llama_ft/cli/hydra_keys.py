@@ -1,0 +1,63 @@
+"""What `train` is told by Hydra's own keys: its folders, whether it sweeps, and how a sweep chooses its runs."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.checks import check
+from llama_ft.training.position import checkpoints
+
+
+def check_name(key: str, folder: object) -> None:
+    """Raise a UserError unless a folder is named: `hydra.run.dir=$DIR` without a DIR would mean the current one."""
+    name = "" if folder is None else str(folder).strip()
+    if not name or name.startswith("~"):
+        raise UserError(f"{key}={name} is not allowed: it must be the path of a folder, with the home folder in full")
+
+
+def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
+    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
+
+    Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
+    """
+    found = checkpoints(run_dir)
+    key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
+    is_new = not any(key in override for override in HydraConfig.get().overrides.hydra)
+    if config.training.resume and is_new and not HydraConfig.get().runtime.choices.get("experiment"):
+        raise UserError(f"training.resume=true needs the folder to go on in: add {key}=DIR")
+    if found and not config.training.resume and not sweeping:
+        raise UserError(
+            f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
+            f" to begin anew delete {found[-1].parent}"
+        )
+
+
+def is_tuned() -> bool:
+    """Whether the runs of the sweep are chosen by what earlier ones returned."""
+    return bool(HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic")
+
+
+def check_directions(objective: Sequence[str]) -> None:
+    """Raise a UserError unless the sweeper, if it has directions, minimizes as many figures as runs return."""
+    given: Any = OmegaConf.select(HydraConfig.get().sweeper, "direction")
+    directions = [str(getattr(each, "name", each)) for each in (given if OmegaConf.is_list(given) else [given])]
+    least = ["minimize"] * max(1, len(objective))
+    allowed = f"[{','.join(least)}]" if len(least) > 1 else least[0]
+    about = f"{allowed} with sweep.objective=[{','.join(objective)}], of which less is better"
+    check(given is None or directions == least, "hydra.sweeper.direction", ",".join(directions), about)
+
+
+def without_effect(keys: Sequence[str], sweeps: bool) -> Iterator[str]:
+    """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round."""
+    used, idle = ("sweep", "run") if sweeps else ("run", "sweep")
+    if f"hydra.{idle}.dir" in keys:
+        yield f"hydra.{idle}.dir: no effect, the folder of a {used} is hydra.{used}.dir=DIR"
+    for key in keys:
+        if key.startswith("sweep.") and not sweeps:
+            yield f"{key}: no effect without -m, for it is of sweeps"
+        if key == "plan.enforce" and sweeps:
+            yield f"{key}: no effect in a sweep, which measures what would not fit too"
