@@ -27,7 +27,7 @@ from PIL import Image
 
 from llama_ft.config import techniques
 from llama_ft.records.result import Result, read_result, write_result
-from llama_ft.reporting import figure, results, table, table2
+from llama_ft.reporting import figure, reading, results, table, table2
 from llama_ft.reporting.reports import SWEEP_FILES
 from llama_ft.reporting.run_table import gathered
 
@@ -239,7 +239,7 @@ def test_long_settings_leave_room_for_the_bars(tmp_path: Path) -> None:
         report(tmp_path)
     (table,) = tables((tmp_path / "table2.md").read_text())
     assert next(iter(table.values()))[:3] == ["data.path", "checkpoint", "adapter"]
-    (group,) = gathered(results.read_groups(tmp_path))
+    (group,) = gathered(reading.read_groups(tmp_path))
     assert group.labels[0].startswith("rank=0, path=…")
     assert "file 0.jsonl, checkpoint=…" in group.labels[0]
 

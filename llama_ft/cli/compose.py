@@ -25,6 +25,7 @@ from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, TECHNIQUES, ModelConfig, T
 from llama_ft.config.groups import ColumnsConfig
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.techniques import combination_name
+from llama_ft.config.training import SEED
 from llama_ft.files import HF_CONFIG, new_folder
 
 T = TypeVar("T")
@@ -120,6 +121,8 @@ def remarks(config: Any, overrides: list[str], swept: Collection[str] = ()) -> I
         idle = [key for key in keys if key.startswith(f"{each.name}.")]
         if idle and each.name not in used and not {"optim", f"optim.{each.name}"} & set(swept):
             yield f"{', '.join(idle)}: no effect without optim.{each.name}=true"
+    if "sweep.order" in keys and SEED not in swept:
+        yield f"sweep.order: no effect without repeats, such as {SEED}=0,1,2"
     for key in keys:
         entry, _ = setting_of(type(config), key)
         if entry is None:  # Hydra's own

@@ -81,7 +81,7 @@ def breakdown_table(breakdown: list[MemoryItem]) -> Table:
 def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
     """For each group its table and picture, memory by category, and each run with all that is known of it."""
     title = folder.resolve().name
-    statuses = [result.status for group in groups for result in group.results]
+    statuses = [run.result.status for group in groups for _, run in group.runs]
     counts = [f"{statuses.count(status)} {words}" for status, words in ENDINGS.items() if status in statuses]
     endings = f"{len(statuses)} {'run' if len(statuses) == 1 else 'runs'}: {', '.join(counts)}"
     sections: list[dict[str, Any]] = []
@@ -89,8 +89,9 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         panels = [svg_panel(draw, 5.2, 0.31 * len(group.results) + 0.7) for draw in group_panels(group)]
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
         limit = limit_in_picture(group)
-        runs, has_curves = [], len(group.results) <= MAX_WITH_CURVES
-        for result, run_dir, label in zip(group.results, group.folders, group.labels, strict=True):
+        runs, has_curves = [], len(group.runs) <= MAX_WITH_CURVES
+        for number, each in group.runs:
+            result, run_dir, label = each.result, each.folder, each.named(group.labels[number])
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
             config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
             run = {"result": result, "label": label, "folder": shown_dir.as_posix(), "ending": ending(result)}
