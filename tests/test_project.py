@@ -111,7 +111,7 @@ def test_make_and_conda_install_alike():
 
 def test_the_version_is_said_alike_everywhere():
     assert yaml.safe_load(read("CITATION.cff"))["version"] == __version__
-    assert re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)[0] == __version__
+    assert re.findall(r"^## \[(\d.+?)\]", read("CHANGELOG.md"), re.MULTILINE)[0] == __version__
 
 
 # Imports

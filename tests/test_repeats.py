@@ -217,7 +217,7 @@ def test_pictures_have_an_error_bar_and_a_dot_for_each_run_where_repeats_differ(
     ):
         axes = Figure().subplots()
         panel(axes)
-        (errors,) = [each for each in axes.containers if hasattr(each, "has_xerr") and each.has_xerr]
+        (errors,) = [each for each in axes.containers if each.get_label() == figure.SPREAD]
         (segment,) = errors.lines[2][0].get_segments()
         assert [x for x, _ in segment] == pytest.approx([mean - half, mean + half], rel=1e-3)
         assert {y for _, y in segment} == {row_number}

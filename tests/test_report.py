@@ -264,9 +264,9 @@ def test_techniques_models_and_devices_are_columns_of_such_a_table_too(tmp_path:
 
 
 def test_a_few_sweeps_of_combinations_stay_tables_of_combinations(tmp_path: Path) -> None:
-    for seed in (1, 2):
+    for lr in (0.1, 0.2):
         for name in ("baseline", "lora"):
-            write_varied(tmp_path, f"{name},training.seed={seed}", settings_of(4, 0.1, seed=seed))
+            write_varied(tmp_path, f"{name},training.lr={lr}", settings_of(4, lr))
     with undrawn():
         report(tmp_path)
     assert [table["LoRA"] for table in tables((tmp_path / "table2.md").read_text())] == [["OFF", "ON"]] * 2

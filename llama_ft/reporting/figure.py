@@ -30,7 +30,7 @@ COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#99
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
 SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
-SPREAD_COLOUR, SPREAD, EACH_RUN = "black", "95 % confidence interval of the mean", "each run"
+SPREAD_COLOUR, SPREAD, EACH_RUN = "black", "95 % interval of the mean", "each run"
 DOTS = 0.5  # of a bar's height, over which the dots of its runs are put
 MAX_LIMIT_OVER_PEAK = 4  # a limit beyond so many times the largest peak would leave no bar to look at
 MARGIN = 0.1  # above and below the bars, in rows
@@ -175,11 +175,11 @@ def show_spread(axes: Axes, results: list[Result], key: str, offset: float = 0.0
             continue
         values = values_of(result, key)
         across = [position + offset + height * DOTS * (n / (len(values) - 1) - 0.5) for n in range(len(values))]
-        mean = float(value_of(result, key))
-        axes.errorbar(
-            mean, position + offset, xerr=spread, fmt="none", color=SPREAD_COLOUR, capsize=3, zorder=3, label=SPREAD
-        )
-        axes.plot(values, across, "o", color="white", markeredgecolor=SPREAD_COLOUR, markersize=3.5, label=EACH_RUN)
+        middle = float(value_of(result, key)), position + offset
+        for colour, width, name in (("white", 3.5, ""), (SPREAD_COLOUR, 1.3, SPREAD)):  # seen on dark bars too
+            lines = partial(axes.errorbar, fmt="none", ecolor=colour, elinewidth=width, capthick=width, label=name)
+            lines(*middle, xerr=spread, capsize=3, zorder=3)
+        axes.plot(values, across, "o", mfc="white", mec=SPREAD_COLOUR, markersize=3.5, zorder=4, label=EACH_RUN)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
@@ -196,7 +196,7 @@ def finish(axes: Axes, labels: list[str], xlabel: str) -> None:
     """What all panels of bars have in common."""
     axes.set_yticks(range(len(labels)), [textwrap.fill(label, LABEL_WIDTH) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + MARGIN, -0.5 - MARGIN)
-    axes.margins(x=0.24)
+    axes.margins(x=max(0.24, 0.04 * max((len(text.get_text()) for text in axes.texts), default=0)))  # room for them
     if axes.dataLim.xmax > 0:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))

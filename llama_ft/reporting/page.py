@@ -32,7 +32,7 @@ CURVES = {
     "tokens_per_s": "tokens/s",
     "memory_mib": "memory in use, MiB",
 }
-MAX_WITH_CURVES = 16  # runs in a table; beyond that, a page would take minutes and be of no use
+MAX_WITH_CURVES = 16  # rows of a table, of three repeats each; with more a page would take minutes and be of no use
 MAX_POINTS = 120  # of a curve; its picture is hardly wider
 WIDTH, HEIGHT = 2.5, 1.7  # inches
 INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
@@ -89,7 +89,8 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         panels = [svg_panel(draw, 5.2, 0.31 * len(group.results) + 0.7) for draw in group_panels(group)]
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
         limit = limit_in_picture(group)
-        runs, has_curves = [], len(group.runs) <= MAX_WITH_CURVES
+        runs, has_few_rows = [], len(group.results) <= MAX_WITH_CURVES
+        has_curves = has_few_rows and len(group.runs) <= 3 * MAX_WITH_CURVES
         for number, each in group.runs:
             result, run_dir, label = each.result, each.folder, each.named(group.labels[number])
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line

@@ -25,8 +25,8 @@ from llama_ft.reporting.table import (
 )
 
 REPEATS_NOTE = (
-    "Means over the seeds, ± half the width of their 95 % confidence interval (Student's t); where there is none, runs"
-    " are equal as far as is shown, or there is one alone."
+    "Means over the seeds, ± half the width of their 95 % confidence interval (Student's t), in pictures a bar with the"
+    " runs as dots; without ±, runs are equal as far as is shown, or there is one alone."
 )
 RUNS = "Runs"  # of each row, where repeats are not as many, or did not all finish
 FAILED = ("killed", "interrupted", "error")  # with no result to report
