@@ -93,7 +93,7 @@ def schedules() -> dict[str, list[float]]:
         return history
 
     return {
-        "ours": rates(lambda optimizer: make_schedule(optimizer, STEPS, WARMUP), STEPS),
+        "ours": rates(lambda optimizer: make_schedule(optimizer, STEPS, TrainingConfig(warmup_ratio=WARMUP)), STEPS),
         "cosine": rates(lambda optimizer: CosineAnnealingLR(optimizer, T_max=STEPS), 2 * STEPS + 1),
     }
 

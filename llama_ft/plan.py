@@ -52,13 +52,13 @@ def main() -> int:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # planning needs no GPU: `planning/worker.py` says why it must see none
     from llama_ft.planning.lengths import data_lengths
 
-    lengths, data = data_lengths(config, log)
+    lengths, data, held_out = data_lengths(config, log)
     log(f"data: {data.about}")
     with output_folder(config.output, "plans", config.model.name, PLAN_FILES) as folder:
         from llama_ft.planning.plan import make_plan
 
         progress = partial(progress_bar, errors)
-        plan = make_plan(config, gpus, lengths, data, cli.command_line(), progress, known_gpus())
+        plan = make_plan(config, gpus, lengths, data, cli.command_line(), progress, known_gpus(), held_out)
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(PLAN_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
-from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config
+from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config, goes_on
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import Metrics
 from llama_ft.records.result import (
@@ -119,6 +119,8 @@ class TrainCommand:
         if previous is None or previous.config_hash is None:
             return None
         if previous.config_hash != config.hash():
+            if goes_on(run_dir, config):
+                return None
             earlier = earlier_config(run_dir)
             what = f": {differences(earlier, config)}" if earlier else ""
             raise cli.Stop(f"{run_dir} holds a run with another configuration{what}; {ELSEWHERE}")

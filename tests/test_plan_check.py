@@ -125,11 +125,11 @@ def test_runs_have_expandable_segments_unless_the_user_says_otherwise(
 
 
 def test_a_plan_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = unittest.mock.Mock(samples=[])
+    dataset = unittest.mock.Mock(samples=[], held_out=[])
     monkeypatch.setattr(fit, "objection_here", unittest.mock.Mock(side_effect=RuntimeError("no such kernel\nmore")))
     lines: list[str] = []
     child.refuse_what_does_not_fit(small_config(), dataset, lines.append)
     assert lines == ["whether the run fits could not be found out (no such kernel); it starts all the same"]
-    monkeypatch.setattr(fit, "objection_here", lambda config, lengths: "it needs more")
+    monkeypatch.setattr(fit, "objection_here", lambda *_: "it needs more")
     with pytest.raises(UserError, match="it needs more"):
         child.refuse_what_does_not_fit(small_config(), dataset, lines.append)

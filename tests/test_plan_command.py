@@ -37,7 +37,7 @@ def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> Non
 def test_a_model_of_full_size_on_every_card() -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
     config = planned("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course")
-    made = make_plan(config, plan.planned_gpus(config.gpu), *data_lengths(config, print), "the command")
+    made = make_plan(config, plan.planned_gpus(config.gpu), *data_lengths(config, print)[:2], "the command")
     rows = {row.gpu: row for row in made.rows}
     assert len(rows) == 14
     assert {row.trainable_params for row in rows.values()} == {8_388_608}
@@ -64,7 +64,7 @@ def test_techniques_that_are_named_leave_one_combination() -> None:
 
 def test_without_a_tokenizer_the_longest_length_stands_in() -> None:
     config = planned("model=llama2_7b", "data=alpaca_200")
-    lengths, data = data_lengths(config, print)
+    lengths, data, _ = data_lengths(config, print)
     assert lengths == [(512, 1)] * 200
     assert (data.is_stand_in, data.samples, data.longest, data.tokens) == (True, 200, 512, 200 * 512)
     assert "tokenizer=FILE" in data.about
@@ -77,7 +77,7 @@ def test_a_tokenizer_that_lies_there_and_cannot_be_read_is_no_obstacle(tmp_path:
     file = tmp_path / "tokenizer.json"
     file.write_text('{"version": "1.0"}')
     sizes = ("model=llama2_7b", "data.max_length=64", "data.first=3")
-    lengths, data = data_lengths(planned(*sizes, f"checkpoint='{tmp_path}'"), print)
+    lengths, data, _ = data_lengths(planned(*sizes, f"checkpoint='{tmp_path}'"), print)
     assert lengths == [(64, 1)] * 3
     assert data.about.startswith(f"tokenizer={file} is not a SentencePiece model, nor a tokenizer.json: ")
     assert ": 3 samples of 64 tokens stand in for sample" in data.about
@@ -86,14 +86,14 @@ def test_a_tokenizer_that_lies_there_and_cannot_be_read_is_no_obstacle(tmp_path:
 
 
 def test_a_length_that_leaves_no_answer_is_planned_all_the_same() -> None:
-    lengths, data = data_lengths(planned("data.max_length=16", "data.first=3"), print)
+    lengths, data, _ = data_lengths(planned("data.max_length=16", "data.first=3"), print)
     assert lengths == [(16, 1)] * 3
     assert "max_length=16 leaves no answer to train on: 3 samples of 16 tokens stand in for sample" in data.about
 
 
 def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None:
     files = [f"tokenizer={test_data}/llama2_tokenizer.model", f"data.path={test_data}/alpaca_data_200.json"]
-    lengths, data = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)
+    lengths, data, _ = data_lengths(planned("model=llama2_7b", "data=alpaca", *files), print)
     assert (len(lengths), data.longest, data.tokens) == (200, 405, 24_200)
     assert not data.is_stand_in
 

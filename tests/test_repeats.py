@@ -79,6 +79,9 @@ def write_seeds(
     """A run for each seed; of a tuple of values each run has its own."""
     for number, seed in enumerate(seeds):
         own = {key: value[number] if isinstance(value, tuple) else value for key, value in values.items()}
+        if loss := own.get("eval_loss"):
+            own |= {"eval_loss_before": loss, "best_eval_loss": loss, "last_eval_loss": loss}
+            own |= {"best_eval_step": 3, "last_eval_step": 3, "eval_perplexity": math.exp(loss)}
         status, named = own.pop("status", "ok"), "".join(f",training.{key}={value}" for key, value in settings.items())
         name = f"{combination}{named},training.seed={seed}"
         write(folder, name, status, settings_hash=f"{settings} {seed}", **own)

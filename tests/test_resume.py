@@ -115,17 +115,17 @@ def test_saving_changes_nothing_and_keeps_the_newest_two(undisturbed: Any, tmp_p
     done = run(*command(tmp_path / "run", *overrides, "training.save_every=4"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_end(tmp_path / "run", reference)
-    assert saved_steps(tmp_path / "run") == [8, 12]
+    assert saved_steps(tmp_path / "run") == [12, 14]  # the end too
     files = {file.suffix for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()}
     assert files == {".safetensors", ".json"}  # nothing that could run code
 
 
-def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) -> None:
-    reference, overrides, seconds = undisturbed
-    moments = random.Random(len(overrides))
-    arguments = command(tmp_path / "run", *overrides, "training.save_every=1", "training.resume=true")
+def kill_at_random_moments(
+    cwd: Path, arguments: list[str], seconds: float, moments: random.Random, env: dict[str, str] | None = None
+) -> None:
+    """Start a command again and again, and kill it or its run at moments in so many seconds; then let it end."""
     for kill in range(N_KILLS):
-        process = start(tmp_path, arguments)
+        process = start(cwd, arguments, env)
         end = time.monotonic() + moments.uniform(0.2, 1.0) * seconds
         while time.monotonic() < end and process.poll() is None:
             time.sleep(0.01)
@@ -137,11 +137,59 @@ def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) 
         output, _ = process.communicate(timeout=60)
         assert "Traceback" not in output, output
         wait_until(lambda orphans=orphans: not any(map(is_alive, orphans)), 30)
-    done = run(*arguments, cwd=tmp_path)
+    done = run(*arguments, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_killed_at_random_moments_and_resumed(undisturbed: Any, tmp_path: Path) -> None:
+    reference, overrides, seconds = undisturbed
+    arguments = command(tmp_path / "run", *overrides, "training.save_every=1", "training.resume=true")
+    kill_at_random_moments(tmp_path, arguments, seconds, random.Random(len(overrides)))
     assert_same_end(tmp_path / "run", reference)
     assert not list((tmp_path / "run").rglob("*.tmp"))
     assert len(saved_steps(tmp_path / "run")) <= 2
+
+
+# Moments within the training, within held-out losses and while the best weights are written are likely then.
+SLOW_PARTS = """
+import time, llama_ft.training.held_out as held_out, llama_ft.training.saver as saver
+def slow(function, seconds):
+    def slower(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+    return slower
+held_out.evaluate = slow(held_out.evaluate, 0.2)
+saver.to_disk = slow(saver.to_disk, 0.05)
+saver.remove_older = slow(saver.remove_older, 0.05)
+"""
+
+
+def test_killed_with_held_out_losses_best_weights_and_patience(tmp_path: Path) -> None:
+    overrides = "optim=lora data.validation=8 training.eval_every=4 training.keep_best=true training.patience=3".split()
+    arguments = [*overrides, "training.epochs=8", "training.lr=0.03", "training.micro_batch_size=3"]
+    done = run(*command(tmp_path / "whole", *arguments), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = read_json(tmp_path / "whole" / "result.json")
+    assert 0 < result["best_eval_step"] < result["stopped_early_at_step"] == result["last_eval_step"] < 48
+    run_dir, slow = tmp_path / "run", injected(tmp_path / "inject", into=CHILD, code=SLOW_PARTS)
+    saving = command(run_dir, *arguments, "training.save_every=3", "training.resume=true")
+    kill_at_random_moments(tmp_path, saving, 9, random.Random(19), slow)
+
+    def lines(folder: Path) -> list[dict[str, Any]]:
+        clocks = ("time_s", "tokens_per_s", "eval_time_s", "memory_mib")
+        return [{key: line[key] for key in line if key not in clocks} for line in read_metrics(folder)]
+
+    assert lines(run_dir) == lines(tmp_path / "whole")
+    assert trained(run_dir) == trained(tmp_path / "whole")
+    again = read_json(run_dir / "result.json")
+    for key in result:
+        if "eval" in key or "loss" in key or key in ("status", "samples", "tokens", "stopped_early_at_step"):
+            assert again[key] == result[key] or key == "eval_runtime_s", key
+    best, last = result["best_eval_step"], result["last_eval_step"]
+    folders = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run_dir, tmp_path / "whole")]
+    assert folders[1] == [f"best_{best:08}", f"step_{last:08}"]
+    assert folders[0][0] == folders[1][0]
+    assert folders[0][-1] == folders[1][-1]
 
 
 def test_ctrl_c_saves_the_step_and_resuming_goes_on_from_it(undisturbed: Any, tmp_path: Path) -> None:
@@ -224,7 +272,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def unfinished(saved: Path, folder: Path) -> Path:
     """A copy of the run, as it was before it ended."""
-    shutil.copytree(saved, folder / "run")
+    shutil.copytree(saved, folder / "run", ignore=shutil.ignore_patterns("step_00000003"))
     (folder / "run" / "result.json").unlink()
     return folder / "run"
 

@@ -17,7 +17,7 @@ from llama_ft.training.loop import StepOutput, Windows, train
 from llama_ft.training.metrics import StepMeter, check_losses
 from llama_ft.training.position import Position
 from llama_ft.training.setup import lr_factor, make_optimizer, make_schedule
-from llama_ft.training.step import TrainStep, evaluate_loss
+from llama_ft.training.step import TrainStep, evaluate
 
 
 def parameters(step: TrainStep) -> dict[str, torch.Tensor]:
@@ -173,11 +173,11 @@ def test_a_last_step_that_makes_the_model_overflow_is_an_error(small_config) -> 
     """Activations whose squares are infinite are normed to 0: nothing is NaN, all tokens are equally probable."""
     step = make_step(small_config, OptimConfig(lora=True))
     batches = [collate(ragged_samples())]
-    before = evaluate_loss(step, batches)
+    before, _ = evaluate(step, batches)
     check_losses(before, before + 3, step.model.config.vocab_size)
     for parameter in step.model.parameters():
         parameter.data.fill_(1e30)
-    after = evaluate_loss(step, batches)
+    after, _ = evaluate(step, batches)
     with pytest.raises(UserError, match="its weights overflow"):
         check_losses(before, after, step.model.config.vocab_size)
 
@@ -258,7 +258,7 @@ def test_evaluation_is_the_mean_over_target_tokens_and_changes_nothing(small_con
     step = make_step(small_config, OptimConfig(lora=True))
     samples = load_data(small_config).samples[:5]
     before = parameters(step)
-    one_by_one = evaluate_loss(step, [collate([sample]) for sample in samples])
-    assert one_by_one == pytest.approx(evaluate_loss(step, [collate(samples)]), rel=1e-5)
+    one_by_one, _ = evaluate(step, [collate([sample]) for sample in samples])
+    assert one_by_one == pytest.approx(evaluate(step, [collate(samples)])[0], rel=1e-5)
     assert equal(before, parameters(step))
     assert step.model.training

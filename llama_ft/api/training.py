@@ -132,7 +132,7 @@ def finetune(
     torch.manual_seed(seed)
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     total_steps = data.steps_per_epoch * epochs
-    schedule = make_schedule(step.optimizer, total_steps, warmup_ratio)
+    schedule = make_schedule(step.optimizer, total_steps, config)
     meter = StepMeter(total_steps, step.device, step.scaler.is_enabled())
     read = map(meter.record, train(step, schedule, data, epochs, Position()))
     yield from filter(None, chain(read, map(StepMeter.flush, [meter])))

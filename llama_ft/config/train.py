@@ -13,6 +13,8 @@ from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
 
+HOW_LONG = ("training.epochs", "training.patience")  # keys that may be raised when a run goes on
+
 
 def read_config(file: Path) -> "TrainConfig":
     """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
@@ -68,14 +70,15 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     def measured(self, without: tuple[str, ...] = ()) -> Settings:
         """What identifies a run: equal for equal runs on equal files, wherever they lie.
 
-        `without` leaves out sections of the config.
+        `without` leaves out sections of the config, and keys by their full name.
         """
         measured = {
             key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", "sweep", *without)
         }
-        for key in ("training.save_every", "training.resume", "data.cache_dir", "gpu.index"):
-            section, _, name = key.partition(".")
-            del measured[section][name]  # how a run is kept, and where; not what is run
+        # How a run is kept, and where; not what is run.
+        kept = ("training.save_every", "training.resume", "data.cache_dir", "gpu.index")
+        for section, _, name in (key.partition(".") for key in (*kept, *without) if "." in key):
+            del measured[section][name]
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
         data, training = measured["data"], measured["training"]
@@ -89,10 +92,17 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
                 if part[key] == later[key]:
                     del part[key]
         data["path"] = content_hash(data["path"], data=True) if data["path"] else None
+        if "validation" in data and self.data.drawn_validation is None:
+            data["validation"] = content_hash(data["validation"], data=True)
         named = [(measured, key) for key in ("tokenizer", "checkpoint", "adapter") if key in measured]
         for holder, key in [(data, "template")] * ("template" in data) + named:
             holder[key] = content_hash(files.get(holder[key], holder[key])) if holder[key] else None
         return measured
+
+    @property
+    def run_hash(self) -> str:
+        """Equal for runs of which one can go on where the other has ended: they differ in when they end alone."""
+        return self.hash(without=HOW_LONG)
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
         """16 hex digits of what is measured."""

@@ -64,7 +64,11 @@ class TrainingConfig:
         return self.save or self.save_every is not None
 
     def check_for(self, validation: str | None) -> None:
-        """Raise a UserError where a key asks for held-out losses, and there are no held-out records."""
+        """Raise a UserError where a key asks for held-out losses, and nothing is held out, or for weights not saved."""
+        if self.keep_best and not self.save:
+            raise UserError(
+                "training.keep_best=true keeps weights, and training.save=false none: leave one of them out"
+            )
         for key, given in (("keep_best=true", self.keep_best), (f"patience={self.patience}", self.patience)):
             if given and validation is None:
                 raise UserError(

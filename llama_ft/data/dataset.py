@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from llama_ft.data.record_files import records_in
 from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record, kind_of
 from llama_ft.data.template import CHAT, Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
+from llama_ft.data.validation import ReadSample, hold_out
 from llama_ft.hub import is_hub_name
 from llama_ft.system import Pace
 
@@ -34,6 +35,7 @@ class Dataset:
     template: str = "alpaca"  # in which they are written down
     template_file: str | None = None  # the content of the file that it comes from, if it is the user's own
     ends: str = ""  # where they begin and end, for people
+    held_out: Sequence[Sample] = ()  # never trained on
 
     def describe(self) -> str:
         """One line for people."""
@@ -42,7 +44,9 @@ class Dataset:
         text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
         text += f", {trained / sum(lengths):.0%} of them trained on, template {self.template}"
         notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
-        return text + "".join(f"; {count} {what}" for what, count in notes.items() if count)
+        text += "".join(f"; {count} {what}" for what, count in notes.items() if count)
+        n_tokens = sum(map(len, self.held_out))
+        return text + (f"; {len(self.held_out)} samples, {n_tokens:,} tokens held out" if self.held_out else "")
 
 
 class NothingLeft(UserError):
@@ -57,7 +61,8 @@ def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
     """The run's samples; a UserError also if the tokenizer is not the model's."""
     tokenizer = load_tokenizer(config, log)
     template = choose_template(config.data.template, tokenizer, config.adapter or config.checkpoint)
-    return load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log, template)
+    most, seed = config.training.max_samples, config.training.seed
+    return load_dataset(config.data, tokenizer, config.max_length, most, log, template, seed)
 
 
 def load_dataset(
@@ -67,18 +72,38 @@ def load_dataset(
     max_samples: int | None,
     log: Log = silent,
     template: Template | None = None,
+    seed: int = 0,
 ) -> Dataset:
-    """Tokenize the records of a run, downloaded where needed; a UserError if a record is bad, or no sample is left."""
-    reader = Reader(records_file(config, log), config, log)
+    """Tokenize the records of a run, downloaded where needed, and hold out those that `data.validation` says.
+
+    Args:
+        max_samples: the most that are read, held-out ones that are drawn included.
+        seed: of the draw.
+
+    Raises:
+        UserError: if a record is bad, or no sample is left to train on or to hold out.
+    """
     template = template or choose_template(config.template, tokenizer)
-    made = reader.samples(template, tokenizer, max_length, max_samples)
-    samples = [replace(sample, tokens=array("i", sample.tokens)) for _, sample in made]  # 4 bytes a token, not 36
-    if not samples:
-        none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
-        raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
+
+    def read(source: DataConfig, most: int | None) -> tuple[Reader, list[ReadSample]]:
+        reader = Reader(records_file(source, log), source, log)
+        made = reader.samples(template, tokenizer, max_length, most)
+        # Token ids in 4 bytes, not 36.
+        samples = [
+            ReadSample(where, record.identity, replace(sample, tokens=array("i", sample.tokens)))
+            for where, record, sample in made
+        ]
+        if not samples:
+            none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
+            raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
+        return reader, samples
+
+    reader, samples = read(config, max_samples)
+    samples, held_out = hold_out(samples, config, seed, lambda source: read(source, None)[1], log)
     counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
     own = template.text if isinstance(template, ChatTemplate) and template.name != CHAT else None
-    return Dataset(samples, *counts, template.name, own, tokenizer.describe_ends())
+    trained, kept_back = ([each.sample for each in part] for part in (samples, held_out))
+    return Dataset(trained, *counts, template.name, own, tokenizer.describe_ends(), kept_back)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:
@@ -142,11 +167,11 @@ class Reader:
 
     def samples(
         self, template: Template, tokenizer: Tokenizer, max_length: int, most: int | None
-    ) -> Iterator[tuple[Record, Sample]]:
-        """The samples of the first `most` good records, each as `data.on_long` has it."""
+    ) -> Iterator[tuple[str, Record, Sample]]:
+        """(where, record, sample) of the first `most` good records, each sample as `data.on_long` has it."""
         for where, record, whole in islice(self.whole_samples(template, tokenizer), most):
             if (sample := self.fitted(where, whole, max_length)) is not None:
-                yield record, sample
+                yield where, record, sample
 
     def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
         """The sample, cut where it is too long; None if it is dropped; a UserError if it may not be so long."""

@@ -28,7 +28,7 @@ def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, 
     empty, too_long, n_tokens, n_trained = list[str](), list[str](), 0, 0
     for where, record, whole in reader.whole_samples(template, tokenizer):
         wholes.append((where, Sample(array("i", whole.tokens), whole.spans)))  # a tenth of a list
-        if (earlier := seen.setdefault(hash(str((record.messages, record.tools))), where)) != where:
+        if (earlier := seen.setdefault(record.identity, where)) != where:
             same += [where] if same else [earlier, where]
         empty += [where] * any(said["role"] == "assistant" and not said["content"].strip() for said in record.messages)
         too_long += [where] * (is_long := len(whole) > config.max_length)

@@ -46,6 +46,11 @@ class Record:
         asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
         return list(self.conversation) or [_message("user", asked), _message("assistant", self.output)]
 
+    @property
+    def identity(self) -> int:
+        """Equal, within a process, for records that say the same."""
+        return hash(str((self.messages, self.tools)))
+
 
 @dataclass(frozen=True)
 class Sample:

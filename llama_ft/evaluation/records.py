@@ -41,7 +41,7 @@ def load_records(
     file = HELD_OUT if builtin else records_file(config.data, log)
     reader, n_without_room = Reader(file, config.data, log), 0
     records, samples, written = list[Record](), list[Sample](), list[str]()
-    for record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
+    for _, record, sample in reader.samples(template, tokenizer, config.max_length, config.max_samples):
         if len(encode_prompt(template.prompt(record), tokenizer)) < config.model.max_seq_len:
             records.append(_with_task(record))
             samples.append(sample)

@@ -75,9 +75,10 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
 def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Callable[[str], None]) -> None:
     """Raise a UserError if the run would not fit on the GPU here: planning takes seconds, loading weights minutes."""
     from llama_ft.planning.fit import objection_here
+    from llama_ft.planning.lengths import lengths_of
 
     try:
-        reason = objection_here(config, [(len(sample), sample.n_prompt) for sample in dataset.samples])
+        reason = objection_here(config, lengths_of(dataset.samples), lengths_of(dataset.held_out))
     except Exception as error:  # a plan that fails is no reason not to try
         why = (str(error) or type(error).__name__).splitlines()[0]
         log(f"whether the run fits could not be found out ({why}); it starts all the same")

@@ -7,9 +7,9 @@ from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import flat
 from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.records.metrics import METRICS_FILE, parse_line
+from llama_ft.records.metrics import METRICS_FILE, parse_line, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
-from llama_ft.training.position import N_KEPT, checkpoints, read_state, remove_older
+from llama_ft.training.position import N_KEPT, best_weights, checkpoints, read_state, remove_older
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
 TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
@@ -21,7 +21,7 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
     settings = config.to_dict()
     keys = {name: settings.get(name) for name in ("checkpoint", "adapter", "tokenizer")}
-    for key, value in (*keys.items(), ("data.path", config.data.path)):
+    for key, value in (*keys.items(), ("data.path", config.data.path), ("data.validation", config.data.validation)):
         if value not in (None, "builtin", "random"):
             path = Path(os.path.expanduser(str(value))).resolve()
             if path.is_relative_to(run_dir.resolve()):
@@ -39,7 +39,8 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     """
     present = [name for name in (*ALWAYS, *TRAINED, RESULT_FILE) if os.path.lexists(run_dir / name)]
     saved = checkpoints(run_dir)
-    others = [*(name for name in present if name != RESULT_FILE), *(folder.name for folder in saved)]
+    others = [*(name for name in present if name != RESULT_FILE)]
+    others += [folder.name for folder in (*saved, *best_weights(run_dir))]
     earlier = earlier_config(run_dir) if others else None
     written = {RESULT_FILE}  # what the earlier run may have written
     if earlier:
@@ -50,7 +51,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
     states, metrics = [read_state(folder) for folder in saved], None
     if earlier and states and config.training.resume:
-        if states[-1].config_hash != config.hash():
+        if config.hash() != states[-1].config_hash and config.run_hash != states[-1].run_hash:
             raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
         metrics = _first_lines(run_dir / METRICS_FILE, states[-1].position.step)
 
@@ -63,6 +64,27 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     for name in written:
         for leftover in run_dir.glob(f".{name}.*.tmp"):
             leftover.unlink()
+
+
+def goes_on(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether the run is the one that has ended in the folder, to be trained longer.
+
+    Raises:
+        UserError: if it is, and cannot be.
+    """
+    earlier = earlier_config(run_dir)
+    if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
+        return False
+    before, now = earlier.training.epochs, config.training.epochs
+    if now < before:
+        raise UserError(f"training.epochs={now}: {run_dir} has been trained for {before}; give as many, or more")
+    if not checkpoints(run_dir):
+        trained = "adapter" if config.optim.lora else "checkpoint"
+        raise UserError(
+            f"{run_dir} has no checkpoint of its end to go on from, which training.save_every=N or keep_best=true"
+            f" leaves. A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
+        )
+    return True
 
 
 def earlier_config(run_dir: Path) -> TrainConfig | None:
@@ -93,12 +115,13 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
 def _first_lines(metrics_file: Path, n_steps: int) -> str:
     """The lines of the steps that a checkpoint holds."""
     try:
-        lines = metrics_file.read_text(encoding="utf-8").split("\n")[:n_steps]
-        steps = [parse_line(line, str(metrics_file)).step for line in lines]
+        text = metrics_file.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = [(line, parse_line(line, str(metrics_file))) for line in text]
+        kept = [(line, metrics) for line, metrics in lines if metrics.step <= n_steps]
     except (UserError, OSError, ValueError):
-        steps = []
-    if steps != list(range(1, n_steps + 1)):
+        kept = []
+    if [metrics.step for metrics in steps_of(metrics for _, metrics in kept)] != list(range(1, n_steps + 1)):
         raise UserError(
             f"{metrics_file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint"
         )
-    return "".join(f"{line}\n" for line in lines)
+    return "".join(f"{line}\n" for line, _ in kept)

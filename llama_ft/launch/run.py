@@ -7,12 +7,13 @@ from pathlib import Path
 import torch
 
 from llama_ft.config import TrainConfig
-from llama_ft.data.collate import Batch, collate
+from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Dataset
 from llama_ft.device import about_device, choose_device, device_name, has_bf16, peak_rss_mib, use_device, versions
 from llama_ft.exporting.sidecar import save_tokenizer
 from llama_ft.files import CHAT_TEMPLATE, write_text
 from llama_ft.launch.interrupts import Interrupts
+from llama_ft.launch.timed_loop import TimedLoop
 from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
@@ -22,12 +23,13 @@ from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.compilation import compile_layers
-from llama_ft.training.loop import Windows, train
-from llama_ft.training.metrics import StepMeter, check_losses
+from llama_ft.training.held_out import best_of
+from llama_ft.training.loop import Windows
+from llama_ft.training.metrics import check_losses
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver, save_trained
-from llama_ft.training.setup import make_schedule, set_up
-from llama_ft.training.step import TrainStep, evaluate_loss
+from llama_ft.training.setup import set_up
+from llama_ft.training.step import TrainStep, evaluate
 
 N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
 
@@ -77,7 +79,8 @@ class MeasuredRun:
         self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
         samples, training = self.dataset.samples, config.training
         size, steps = training.micro_batch_size, config.accumulation_steps
-        self._train(step, Windows.over(samples, step, size, steps, training.seed, training.packing))
+        held_out = self.dataset.held_out
+        self._train(step, Windows.over(samples, step, size, steps, training.seed, training.packing, held_out))
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint)
@@ -87,7 +90,7 @@ class MeasuredRun:
                 write_text(self.run_dir / CHAT_TEMPLATE, self.dataset.template_file)
 
     def _train(self, step: TrainStep, data: Windows) -> None:
-        """Dry-run, train and evaluate; note memory, time and losses."""
+        """Dry-run, train and evaluate; note memory, time and losses. The model is then what the run leaves."""
         training, samples = self.config.training, self.dataset.samples
         self.stage = "the first optimizer step"
         use = measure_worst_case(step, data, self.log)
@@ -97,56 +100,32 @@ class MeasuredRun:
         if training.compile or step.device.type == "cuda":
             warm_up(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
+        saver = Saver(self.run_dir, self.config.hash(), step, self.config.run_hash)
+        self.interrupts.held = training.saves_when_interrupted  # from here on the optimizer step ends first
+        position = self._restore(saver) or Position(train_loss_before=evaluate(step, fixed)[0])
+        self.result.train_loss_before = position.train_loss_before
+        watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
         with MetricsFile(self.run_dir / METRICS_FILE) as file:
-            watch = self._loop(step, data, file, fixed)
-            steps, seconds = file.steps, watch.seconds
+            loop = TimedLoop(training, step, data, file, watch, saver, self.interrupts, self.log, position)
+            self.stage = "training"
+            try:
+                loop.run()
+            except KeyboardInterrupt:
+                if loop.saved == position.step > 0:
+                    resume = "training.resume=true goes on from there"
+                    self.stage += f", saved after optimizer step {position.step}: {resume}"
+                raise
         self._note_memory(use, step.device)
         if self.card:
             self.card.note_end(watch.mean_power_w)
-        result, tokens = self.result, sum(len(sample) for sample in samples) * training.epochs
-        result.runtime_s, result.samples, result.tokens = seconds, len(samples) * training.epochs, tokens
-        result.tokens_per_s = tokens / seconds
-        result.joules_per_token = watch.mean_power_w and watch.mean_power_w / result.tokens_per_s
-        result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
-        result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
-        after = evaluate_loss(step, fixed)
-        if result.train_loss_before is not None:
-            check_losses(result.train_loss_before, after, step.model.config.vocab_size)
-        result.train_loss_after, result.loss_samples = after, len(fixed)
-
-    def _loop(self, step: TrainStep, data: Windows, file: MetricsFile, fixed: list[Batch]) -> Stopwatch:
-        """Train, from the start or from a checkpoint, to the end or to an interrupt; returns the time it took."""
-        training = self.config.training
-        watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
-        self.interrupts.held = training.saves_when_interrupted  # from here on the optimizer step ends first
-        total_steps = data.steps_per_epoch * training.epochs
-        saver = Saver(self.run_dir, self.config.hash(), step)
-        position = self._restore(saver) or Position(train_loss_before=evaluate_loss(step, fixed))
-        position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
-        schedule = make_schedule(step.optimizer, total_steps, training.warmup_ratio, position.step)
-        self.result.train_loss_before, watch.seconds = position.train_loss_before, position.seconds
-        self.stage = "training"
-        last = file.steps[-1] if file.steps else None
-        meter = StepMeter(total_steps, step.device, step.scaler.is_enabled(), last)
-        watch.start()
-        for output in train(step, schedule, data, training.epochs, position):
-            file.write(meter.record(output))
-            stop, every = self.interrupts.requested, training.save_every
-            if stop or (every is not None and position.step % every == 0):
-                watch.stop()
-                file.write(meter.flush())
-                file.sync()
-                position.seconds = watch.seconds
-                saver.save(position)
-                if stop:
-                    resume = "training.resume=true goes on from there"
-                    self.stage += f", saved after optimizer step {position.step}: {resume}"
-                    raise KeyboardInterrupt
-                watch.start()
-                meter.restart_clock()
-        watch.stop()
-        file.write(meter.flush())
-        return watch
+        self._note_training(loop)
+        self._note_held_out(loop)
+        if training.keep_best and (kept := best_of(loop.held_out).step) != position.step:
+            saver.restore_best(kept)
+        after, _ = evaluate(step, fixed)
+        if self.result.train_loss_before is not None:
+            check_losses(self.result.train_loss_before, after, step.model.config.vocab_size)
+        self.result.train_loss_after, self.result.loss_samples = after, len(fixed)
 
     def _restore(self, saver: Saver) -> Position | None:
         """Go on from a checkpoint, if that is wanted and there is one."""
@@ -157,6 +136,40 @@ class MeasuredRun:
         elif self.config.training.resume:
             self.log(f"nothing to resume in {self.run_dir}: training begins at the first step")
         return position
+
+    def _note_training(self, loop: TimedLoop) -> None:
+        """What was trained, how fast, and with which losses."""
+        result, steps, data = self.result, loop.file.steps, loop.data
+        n_epochs, n_windows = divmod(loop.position.step, data.steps_per_epoch)
+        n_last = min(n_windows * data.window_size, len(data.samples))
+        result.runtime_s, result.samples = loop.watch.seconds, n_epochs * len(data.samples) + n_last
+        result.tokens = steps[-1].tokens
+        result.tokens_per_s = result.tokens / result.runtime_s
+        power = loop.watch.mean_power_w
+        result.joules_per_token = power and power / result.tokens_per_s
+        result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
+        result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
+
+    def _note_held_out(self, loop: TimedLoop) -> None:
+        """The held-out losses, and whether they ended the training."""
+        result, losses = self.result, loop.held_out
+        if not losses:
+            return
+        best, last = best_of(losses), losses[-1]
+        left = best if self.config.training.keep_best else last
+        result.eval_samples, result.eval_loss_before = len(loop.data.held_out), losses[0].eval_loss
+        result.eval_loss, result.eval_perplexity = left.eval_loss, left.eval_perplexity
+        result.eval_token_accuracy = left.eval_token_accuracy
+        result.best_eval_loss, result.best_eval_step = best.eval_loss, best.step
+        result.last_eval_loss, result.last_eval_step = last.eval_loss, last.step
+        result.eval_runtime_s = sum(each.eval_time_s for each in losses)
+        if loop.position.step < loop.total_steps:
+            result.stopped_early_at_step = loop.position.step
+            self.log(
+                f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the held-out loss of"
+                f" {best.eval_loss:.4f} after step {best.step} was the least, and {self.config.training.patience} since"
+                " were not less"
+            )
 
     def _note_memory(self, use: MemoryUse, device: torch.device) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""

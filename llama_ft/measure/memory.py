@@ -34,6 +34,7 @@ class Allocation:
     item: str = ""  # what it is, where the category alone does not say
 
 
+EVALUATION = "evaluation"  # a phase
 Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, and the phase
 
 
@@ -42,7 +43,7 @@ class MemoryUse:
     """What a tracked pass showed, in MiB."""
 
     peak_mib: float
-    phase: str  # what ran when memory peaked: forward, backward or optimizer step
+    phase: str  # what ran when memory peaked: forward, backward, optimizer step or evaluation
     at_peak_mib: dict[str, float]  # by category; they sum to the peak
     max_mib: dict[str, float]  # each category's own maximum
     breakdown: list[MemoryItem]  # the peak by category and dtype
@@ -84,8 +85,7 @@ class MemoryTracker(TorchDispatchMode):
         for state in self._optimizer.state.values():
             for tensor in state.values():
                 self._see(tensor, "optimizer_state")
-        for tensor in self._others:
-            self._see(tensor, "other", "batches")
+        self.watch(self._others)
         self._handles += [
             self._model.register_forward_pre_hook(self._at("forward")),
             self._model.register_forward_hook(self._at("backward")),
@@ -112,7 +112,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _at(self, phase: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
-            self._phase = phase
+            self._phase = phase if self._model.training else EVALUATION
 
         return hook
 
@@ -144,6 +144,11 @@ class MemoryTracker(TorchDispatchMode):
     def _claim_gradient(self, gradient: Tensor) -> None:
         if (known := self._live.get(gradient.untyped_storage()._cdata)) is not None:
             known[1].category = "gradient"
+
+    def watch(self, batch: Iterable[Tensor]) -> None:
+        """Count the tensors of a batch from now on."""
+        for tensor in batch:
+            self._see(tensor, "other", "batches")
 
     def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Count these as gradients; those that a backward pass makes are found without being told."""

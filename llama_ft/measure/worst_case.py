@@ -13,12 +13,12 @@ from llama_ft.data.records import Sample
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.system import Pace
 from llama_ft.training.loop import Windows
-from llama_ft.training.step import TrainStep, Window
+from llama_ft.training.step import TrainStep, Window, evaluate_batch
 
 
 def measure_worst_case(step: TrainStep, data: Windows, log: Log = silent) -> MemoryUse:
     """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards."""
-    return track_memory(step, hardest_windows(data), log)
+    return track_memory(step, hardest_windows(data), log, hardest_evaluations(data))
 
 
 def warm_up(step: TrainStep, data: Windows) -> None:
@@ -34,10 +34,14 @@ def warm_up(step: TrainStep, data: Windows) -> None:
     usual = [data.lay_out([[sample]]) for sample in (by_length[len(by_length) // 2], by_length[0])]
     for window in [*hardest_windows(data), *usual]:  # other widths have other kernels, which are loaded when first used
         step.dry_run(window)
+    for batch in hardest_evaluations(data):
+        evaluate_batch(step, batch)
 
 
-def track_memory(step: TrainStep, hardest: list[Window], log: Log = silent) -> MemoryUse:
-    """Dry-run windows under the tracker: the first without optimizer state, then all of them with it."""
+def track_memory(
+    step: TrainStep, hardest: list[Window], log: Log = silent, evaluated: Sequence[Batch] = ()
+) -> MemoryUse:
+    """Dry-run windows under the tracker: the first without optimizer state, then all of them with it; then evaluate."""
     tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
     with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
         windows, pace = [hardest[0], *hardest], Pace()
@@ -45,6 +49,9 @@ def track_memory(step: TrainStep, hardest: list[Window], log: Log = silent) -> M
             step.dry_run(window)
             if pace.is_due():
                 log(f"dry run: {number} of {len(windows)} optimizer steps")
+        for batch in evaluated:
+            tracker.watch(batch.tensors)
+            evaluate_batch(step, batch)
     return tracker.result()
 
 
@@ -62,6 +69,12 @@ def hardest_windows(data: Windows) -> list[Window]:
     n_before = min(data.accumulation_steps, -(-len(by_length) // size)) - 1
     before = data.lay_out([by_length[start : start + size] for start in range(0, n_before * size, size)])
     return [[*before, collate(group, data.padding)] for group in hardest_groups(by_length, size, data.padding)]
+
+
+def hardest_evaluations(data: Windows) -> list[Batch]:
+    """Candidates for the held-out batch that needs the most memory: no other is both larger and has more targets."""
+    by_size = {(batch.tokens.numel(), batch.n_targets): batch for batch in data.held_out_batches()}
+    return [by_size[corner] for corner in hull(list(by_size))]
 
 
 def hardest_rows(by_length: list[Sample], window_size: int, max_tokens: int, padding: Padding) -> list[Batch]:

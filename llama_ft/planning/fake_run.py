@@ -19,13 +19,13 @@ from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch, Padding, blank_row
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
-from llama_ft.measure.worst_case import hardest_windows
+from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.transformer import Attention
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.training.loop import Windows
 from llama_ft.training.setup import allocate, make_step, shape_model
-from llama_ft.training.step import TrainStep
+from llama_ft.training.step import TrainStep, evaluate_batch
 
 VARLEN_BACKWARD = "_varlen_attn_backward.default"  # of `torch_attn`, which is there once it has been imported
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -66,11 +66,13 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
         yield make_step(model, config, on_cpu)
 
 
-def windows_of(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> Windows:
-    """The optimizer steps of a run there."""
+def windows_of(
+    config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
+) -> Windows:
+    """The optimizer steps of a run there, and its held-out samples."""
     training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
     size, steps = training.micro_batch_size, config.accumulation_steps
-    return Windows(samples, size, steps, training.seed, padding, training.packing)
+    return Windows(samples, size, steps, training.seed, padding, training.packing, held_out=held_out)
 
 
 def give_gradients(step: TrainStep) -> list[Tensor]:
@@ -87,16 +89,20 @@ def update(step: TrainStep) -> None:
     step([])
 
 
-def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> FakeRun:
+def fake_run(
+    config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
+) -> FakeRun:
     """What is alive when, in the dry run that a run of this config begins with.
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
     The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
     """
-    hardest = hardest_windows(windows_of(config, samples, traits))
+    data = windows_of(config, samples, traits, held_out)
+    hardest, evaluated = hardest_windows(data), hardest_evaluations(data)
     with fake_step(config, traits) as step:
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
+        evaluated = [as_fake(batch) for batch in evaluated]
         tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
@@ -110,7 +116,11 @@ def fake_run(config: TrainConfig, samples: Sequence[Sample], traits: Traits) -> 
                 if len(window) > 1:
                     tracker.claim_gradients(give_gradients(step))
                 step(window[-1:])
-        events = with_state_made_last(tracker.events, first_step, second_step, last_step)
+            end = len(tracker.events)
+            for batch in evaluated:
+                tracker.watch(batch.tensors)
+                evaluate_batch(step, batch)
+        events = with_state_made_last(tracker.events[:end], first_step, second_step, last_step) + tracker.events[end:]
         parameters = list(step.model.parameters())
     last_step += len(events) - len(tracker.events)
     n_trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -33,7 +33,7 @@ class Capacity:
     about: str  # what has it, with a verb
 
 
-def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
+def objection_here(config: TrainConfig, lengths: Lengths, held_out: Lengths = ()) -> str | None:
     """Why a run would not fit on the GPU that is here, and what would; None if there is nothing against it.
 
     None too where there is no GPU, and for a run that cannot begin at all: it meets its error by itself.
@@ -45,7 +45,7 @@ def objection_here(config: TrainConfig, lengths: Lengths) -> str | None:
     played = replace(real, compute_capability=config.gpu.compute_capability or real.compute_capability)
     capacity = capacity_of(config, free / MIB, real.name)
     with suppress(UserError):
-        return objection(config, lengths, capacity, traits_of(played), workspace_bytes(real))
+        return objection(config, lengths, capacity, traits_of(played), workspace_bytes(real), held_out)
     return None
 
 
@@ -60,13 +60,20 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
     return capacity
 
 
-def objection(config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int) -> str | None:
+def objection(
+    config: TrainConfig,
+    lengths: Lengths,
+    capacity: Capacity,
+    traits: Traits,
+    workspace: int,
+    held_out: Lengths = (),
+) -> str | None:
     """Why a run would not fit, with so many bytes of cuBLAS workspaces, and what would; None if it fits.
 
     Raises:
         UserError: if the run cannot begin at all.
     """
-    run = fake_run(config, blank_samples(lengths), traits)
+    run = fake_run(config, blank_samples(lengths), traits, blank_samples(held_out))
     need = reserved_bytes(run.events, workspace) / MIB + capacity.context_mib
     if (missing := need - capacity.mib) <= 0:
         return None

@@ -13,15 +13,17 @@ from llama_ft.records.plan import PlannedData
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
 
 
-def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData]:
-    """The lengths of the run's samples; where they cannot be known, samples of the longest length that is allowed.
+def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData, Lengths]:
+    """The lengths of the run's samples, what they are of, and the lengths of those held out.
+
+    Where they cannot be known, samples of the longest length that is allowed stand in for them.
 
     That is so without a tokenizer, with one in the checkpoint that cannot be read, or if no sample has an answer left.
 
     Raises:
         UserError: if the data cannot be read, or the tokenizer that is given.
     """
-    name, reason = config.data.title, "no tokenizer is given"
+    name, reason, most = config.data.title, "no tokenizer is given", config.training.max_samples
     try:
         tokenizer = load_tokenizer(config) if config.has_lengths else None
     except UserError as error:
@@ -30,24 +32,30 @@ def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Length
         config.tokenizer, tokenizer, reason = None, None, str(error)  # nobody asked for it
     try:
         if tokenizer is not None:
-            dataset = load_dataset(config.data, tokenizer, config.max_length, config.training.max_samples, log)
+            dataset = load_dataset(config.data, tokenizer, config.max_length, most, log, seed=config.training.seed)
             samples = dataset.samples
             counts = [len(sample) for sample in samples]
             tokens, longest = sum(counts), max(counts)
             spread = f"median {median(counts):g}, longest {longest}"
             written = f"template {dataset.template}; {dataset.ends}"
             about = f"{len(samples):,} samples of {name}, {tokens:,} tokens ({spread}), {written}"
-            lengths = [(len(sample), sample.n_prompt) for sample in samples]
-            return lengths, PlannedData(name, about, False, len(samples), longest, tokens)
+            about += f"; {len(dataset.held_out)} held out" if dataset.held_out else ""
+            data = PlannedData(name, about, False, len(samples), longest, tokens)
+            return lengths_of(samples), data, lengths_of(dataset.held_out)
     except NothingLeft as error:  # which train will say too
         reason = str(error)
-    n_samples, length = config.training.max_samples or config.data.first or STAND_IN_SAMPLES, config.max_length
+    n_samples, length = most or config.data.first or STAND_IN_SAMPLES, config.max_length
     about = (
         f"{reason}: {n_samples:,} samples of {length} tokens stand in for {name}"
         " (tokenizer=FILE takes the real lengths; data.max_length=N another one, and makes train cut longer samples)"
     )
     lengths = [(length, 1)] * n_samples  # all but BOS are trained on: the most that can be
-    return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length)
+    return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length), ()
+
+
+def lengths_of(samples: Sequence[Sample]) -> Lengths:
+    """Those of samples that there are."""
+    return [(len(sample), sample.n_prompt) for sample in samples]
 
 
 def blank_samples(lengths: Lengths) -> list[Sample]:

@@ -27,6 +27,7 @@ def make_plan(
     command: str,
     progress: Progress = no_progress,
     profiles: Sequence[GpuConfig] = (),
+    held_out: Lengths = (),
 ) -> Plan:
     """Plan what is asked for; `command` is what the user typed, `profiles` all known cards, for advice.
 
@@ -38,7 +39,7 @@ def make_plan(
     size = min(config.training.micro_batch_size, len(lengths))  # no micro-batch is larger than the data
     config = replace(config, training=replace(config.training, micro_batch_size=size))
     compared = list(combinations(each.name for each in TECHNIQUES if not each.in_course)) if config.goal else optims
-    all_rows = predict(config, compared, gpus, lengths, progress)
+    all_rows = predict(config, compared, gpus, lengths, progress, held_out)
     plan = Plan(
         command=command,
         versions=versions(),

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 
 from llama_ft.config import TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError
-from llama_ft.measure.memory import Event, bytes_alive
+from llama_ft.measure.memory import EVALUATION, Event, bytes_alive
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
@@ -38,6 +38,7 @@ def predict(
     gpus: Sequence[GpuConfig],
     lengths: Lengths,
     progress: Progress = no_progress,
+    held_out: Lengths = (),
 ) -> list[PlanRow]:
     """A row for each combination on each card, in this order: cards, then combinations.
 
@@ -50,7 +51,7 @@ def predict(
         if refusal(run, gpu) is None:
             groups[_key(run, gpu)][run.optim.combination] = run
     workspaces = sorted({workspace_bytes(gpu) for gpu in gpus})
-    jobs = {key: (list(group.values()), lengths, key[-1], workspaces) for key, group in groups.items()}
+    jobs = {key: (list(group.values()), lengths, held_out, key[-1], workspaces) for key, group in groups.items()}
     needs: dict[tuple[Key, str], Needs] = {}
     with progress("plan", sum(map(len, groups.values()))) as advance:
         for key, results in side_by_side(needs_of, jobs):
@@ -79,12 +80,12 @@ def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
 
 
 def needs_of(
-    configs: Sequence[TrainConfig], lengths: Lengths, traits: Traits, workspaces: Sequence[int]
+    configs: Sequence[TrainConfig], lengths: Lengths, held_out: Lengths, traits: Traits, workspaces: Sequence[int]
 ) -> list[Needs]:
     """Fake runs of combinations that differ only in techniques which do not change a micro-batch's operators."""
     samples, needs = blank_samples(lengths), []
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):
-        run = fake_run(config, samples, traits)
+        run = fake_run(config, samples, traits, blank_samples(held_out))
         reserved = {size: (reserved_bytes(run.events, size) if traits.on_cuda else 0) / MIB for size in workspaces}
         needs.append(Needs(replace(run, events=[]), reserved, timeline(run.events, run.last_step), costs))
     return needs
@@ -101,7 +102,7 @@ def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
         return MemoryPoint(index - begin, phase, {name: series[index] / MIB for name, series in alive.items()})
 
     begin = next(number for number in range(start, len(events)) if events[number][2] == "forward")
-    end = next((n for n in range(begin, len(events)) if events[n][2] == "after the step"), len(events))
+    end = next((n for n in range(begin, len(events)) if events[n][2] in ("after the step", EVALUATION)), len(events))
     width = max(1, -(-(end - begin) // MAX_POINTS))
     totals = [sum(now) for now in zip(*alive.values(), strict=True)]
     neighbours = groupby(range(begin, end), lambda index: ((index - begin) // width, events[index][2]))

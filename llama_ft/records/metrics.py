@@ -104,6 +104,11 @@ class MetricsFile:
         """The optimizer steps."""
         return steps_of(self.lines)
 
+    @property
+    def evaluations(self) -> list[EvalMetrics]:
+        """The held-out losses."""
+        return evaluations_of(self.lines)
+
     def write(self, metrics: Metrics | None) -> None:
         """Add a line, if there is one. Lines reach the disk a few times a second."""
         if metrics is None:

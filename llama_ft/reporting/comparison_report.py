@@ -20,8 +20,9 @@ from llama_ft.reporting.comparison import (
     compare_plan,
     compare_sweeps,
 )
+from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
-from llama_ft.reporting.page import charts, points_of, render
+from llama_ft.reporting.page import render
 from llama_ft.reporting.reading import read_groups
 from llama_ft.reporting.repeats import runs_of, spread_of
 from llama_ft.reporting.results import value_of

@@ -1,22 +1,17 @@
-"""Pages from the templates in this folder, in need of nothing but themselves: the page of a sweep, and its curves."""
+"""Pages from the templates in this folder, in need of nothing but themselves: the page of a sweep."""
 
 import base64
-import math
 import re
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
-from llama_ft.records.metrics import Metrics, read_metrics
+from llama_ft.records.metrics import evaluations_of, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem
+from llama_ft.reporting.curves import MAX_POINTS, held_out_table, run_charts
 from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
 from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, value_of
@@ -25,20 +20,7 @@ from llama_ft.reporting.table import MAIN, MARKS, UNKNOWN, Rows, Table, amount, 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a page may not hold, escaped or not
 CATEGORY_COLOURS = {category.replace("_", " "): colour for category, colour in COLOURS.items()}
 ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
-CURVES = {
-    "loss": "loss",
-    "lr": "learning rate",
-    "grad_norm": "gradient norm",
-    "tokens_per_s": "tokens/s",
-    "memory_mib": "memory in use, MiB",
-}
 MAX_WITH_CURVES = 16  # rows of a table, of three repeats each; with more a page would take minutes and be of no use
-MAX_POINTS = 120  # of a curve; its picture is hardly wider
-WIDTH, HEIGHT = 2.5, 1.7  # inches
-INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
-MIN_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
-
-Points = list[tuple[int, float]]  # optimizer step, value
 
 
 def render(template: str, **values: Any) -> str:
@@ -94,58 +76,12 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         for number, each in group.runs:
             result, run_dir, label = each.result, each.folder, each.named(group.labels[number])
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
-            config, steps = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
+            config, metrics = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
             run = {"result": result, "label": label, "folder": shown_dir.as_posix(), "ending": ending(result)}
-            curves = {title: [points_of(steps, key)] for key, title in CURVES.items()} if steps else {}
-            run["charts"] = charts(curves, ("#0072B2",), [line.step for line in steps]) if has_curves else None
+            run["charts"] = run_charts(metrics) if has_curves else None
+            run["held_out"] = held_out_table(evaluations_of(metrics))
             run["config"] = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
             runs.append(run)
         section = {"table": table, "bars": bars, "limit": f"limit {limit:,} MiB" if limit is not None else ""}
         sections.append({**section, "memory": memory_table(group), "runs": runs})
     return render("sweep.html.jinja", title=title, endings=endings, sections=sections, max_points=MAX_POINTS)
-
-
-def points_of(metrics: Sequence[Metrics], key: str) -> Points:
-    """(step, value) of each line that has one which is a finite number."""
-    values = [(line.step, getattr(line, key, None)) for line in metrics]
-    return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
-
-
-def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
-    """A picture of the curves of each title, over axes that take in `steps`, by what is read aloud of it."""
-    pictures = {}
-    for title, lines in curves.items():
-        draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
-        points = [point for line in lines for point in line]
-        ends = [f"{value:.4g} at step {step}" for step, value in (min(points), max(points))] if points else []
-        pictures[f"{title}: {', '.join(ends) or 'no values'}"] = svg_panel(draw, WIDTH, HEIGHT, INSIDE)
-    return pictures
-
-
-def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
-    """Lines through the means of stretches of steps; where those hold several, over a band from minimum to maximum."""
-    for points, colour in zip(lines, colours, strict=True):
-        n = min(len(points), MAX_POINTS)
-        parts = [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
-        middles = [fmean(step for step, _ in part) for part in parts]
-        heights = [[value for _, value in part] for part in parts]
-        if n < len(points):
-            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
-        axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o" if n == 1 else "", markersize=5)
-    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
-    axes.tick_params(labelsize=8)
-    points = [point for line in lines for point in line]
-    if not points:
-        axes.set(xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color="#595959", fontsize=9)
-        return
-    shown = [*steps, *(step for step, _ in points)]
-    axes.set_xlim(min(shown), max(shown) if min(shown) < max(shown) else None)
-    values = [value for _, value in points]
-    low, high = min(values), max(values)
-    middle, half = (low + high) / 2, 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
-    axes.set_ylim(middle - half, middle + half)
-    for axis, locator in ((axes.xaxis, MaxNLocator(4, integer=True)), (axes.yaxis, MaxNLocator(4))):
-        axis.set_major_locator(locator)
-        axis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axes.set_xlabel("optimizer step", loc="right", fontsize=8)

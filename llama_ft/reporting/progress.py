@@ -56,6 +56,10 @@ def ending(result: Result) -> str:
     parts = [form.format(amount(value)) for form, value in figures.items() if value is not None]
     if result.train_loss_before is not None and result.train_loss_after is not None:
         parts.append(f"loss {result.train_loss_before:.3f} before, {result.train_loss_after:.3f} after")
+    if result.eval_loss is not None and result.eval_loss_before is not None:
+        parts.append(f"held-out loss {result.eval_loss_before:.3f} before, {result.eval_loss:.3f} after")
+    if result.eval_loss is not None and result.best_eval_step != result.last_eval_step:
+        parts.append(f"the least {result.best_eval_loss:.3f} after step {result.best_eval_step}")
     return f"ok: {', '.join(parts)}"
 
 

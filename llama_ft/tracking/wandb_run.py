@@ -24,17 +24,20 @@ class WandbRun(Tracker):
 
     def _start(self) -> None:
         self._run = run = init(self._config, self._subject, self._log)
+        self._holds_a_row = False
         self.place = run.url or f"`wandb sync {Path(run.dir).parent}` sends it"
 
     def _step(self, step: int, values: Settings) -> None:
-        # Committed at once: a row held back would overwrite the summary with the last step's values.
-        self._run.log(values, step=step, commit=True)
+        # Held back until the next step's, since a held-out loss may follow that belongs into the same row.
+        self._run.log(values, step=step, commit=False)
+        self._holds_a_row = True
 
     def _finish(self, figures: Settings, files: dict[str, Path], table: Table | None, ok: bool) -> None:
         run, pictures = self._run, [file for file in files.values() if file.suffix == ".png"]
         media = {f"pictures/{file.stem}": wandb.Image(str(file)) for file in pictures}
-        if media := media | (charts(*table) if table else {}):
-            run.log(media)
+        media |= charts(*table) if table else {}
+        if media or self._holds_a_row:  # whose values would else overwrite the summary
+            run.log(media, commit=True)
         run.summary.update(figures)
         if "device" in figures:
             run.config.update({"device": figures["device"]})  # what gpu=auto has turned out as

@@ -27,6 +27,7 @@ class Windows:
         None  # tokens up to which a window's samples are laid end to end; None leaves them as they are
     )
     pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
+    held_out: Sequence[Sample] = ()  # to be evaluated, and never trained on
 
     @classmethod
     def over(
@@ -37,11 +38,12 @@ class Windows:
         accumulation_steps: int,
         seed: int = 0,
         packing: int | None = None,
+        held_out: Sequence[Sample] = (),
     ) -> "Windows":
         """Those of a training step, padded and pinned as its precision and device want them."""
         padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
         pin = step.device.type == "cuda"
-        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin)
+        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin, held_out)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Window]:
         """The windows of an epoch, counted from 0, from the window `first` on; collated as they are asked for."""
@@ -55,6 +57,13 @@ class Windows:
         if self.packing is None:
             return [collate(group, self.padding) for group in groups]
         return pack(list(chain.from_iterable(groups)), self.packing, self.padding)
+
+    def held_out_batches(self) -> Iterator[Batch]:
+        """The held-out samples in micro-batches like those of training, the longest first, so as to spare padding."""
+        ordered = sorted(self.held_out, key=len, reverse=True)
+        groups = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
+        for window in windows(groups, self.accumulation_steps):
+            yield from self.lay_out(window)
 
     @property
     def window_size(self) -> int:

@@ -34,6 +34,7 @@ class SavedState:
 
     config_hash: str
     position: Position
+    run_hash: str | None = None  # of all that stays when a run is trained longer; None in those of earlier versions
     scaler: Settings = field(default_factory=dict)
     rng: dict[str, str] = field(default_factory=dict)  # states of the random generators by device, in hex
 
@@ -55,6 +56,17 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for path in _entries(run_dir) if re.fullmatch(r"step_\d{8,}", path.name)]
 
 
+def best_weights(run_dir: Path, up_to_step: int | None = None) -> list[Path]:
+    """The weights that were the best on held-out data, up to an optimizer step, the newest last."""
+    found = [path for path in _entries(run_dir) if re.fullmatch(r"best_\d{8,}", path.name)]
+    return [path for path in found if up_to_step is None or step_of(path) <= up_to_step]
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a checkpoint, or of the best weights, by its name."""
+    return int(folder.name.rpartition("_")[2])
+
+
 def _entries(run_dir: Path) -> list[Path]:
     folder = run_dir / CHECKPOINTS_DIR
     if folder.is_symlink():
@@ -72,13 +84,20 @@ def _is_plain(folder: Path) -> bool:
     return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= SAVED_FILES
 
 
-def remove_older(run_dir: Path, n_kept: int = N_KEPT) -> None:
-    """Remove all but the newest checkpoints, and what interrupted writes left behind."""
+def remove_older(run_dir: Path, n_kept: int = N_KEPT, step: int | None = None) -> None:
+    """Remove all but the newest checkpoints, and what interrupted writes left behind.
+
+    Of the best weights those stay that were the best at one of these checkpoints, or are now, at a run's `step`.
+    """
     found = [folder for folder in checkpoints(run_dir) if _is_plain(folder)]
-    for folder in found[: max(0, len(found) - n_kept)]:
+    kept, dropped = found[len(found) - n_kept :] if n_kept else [], found[: max(0, len(found) - n_kept)]
+    at = [*map(step_of, kept), *(() if step is None else (step,))]
+    best_kept = {path for path_step in at for path in best_weights(run_dir, path_step)[-1:]}
+    dropped += [path for path in best_weights(run_dir) if _is_plain(path) and path not in best_kept]
+    for folder in dropped:
         folder.rename(folder.with_name(f".{folder.name}.tmp"))  # at no time is a checkpoint there in part
     for path in _entries(run_dir):
-        if re.fullmatch(r"\.step_\d{8,}(\.\d+)?\.tmp", path.name) and path.is_dir() and not path.is_symlink():
+        if re.fullmatch(r"\.(step|best)_\d{8,}(\.\d+)?\.tmp", path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
     if not n_kept:
         with suppress(OSError):  # not there, or not empty: what others put there stays

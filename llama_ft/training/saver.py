@@ -5,6 +5,8 @@ A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appe
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,10 +46,13 @@ def save_trained(model: Transformer, folder: Path, base: str | None = None) -> N
 
 
 class Saver:
-    """A run's checkpoints."""
+    """A run's checkpoints, and the weights that were the best so far.
 
-    def __init__(self, run_dir: Path, config_hash: str, step: TrainStep) -> None:
-        self._run_dir, self._config_hash, self._step = run_dir, config_hash, step
+    `run_hash` is of what stays of the config when a run is trained longer.
+    """
+
+    def __init__(self, run_dir: Path, config_hash: str, step: TrainStep, run_hash: str | None = None) -> None:
+        self._run_dir, self._hashes, self._step = run_dir, (config_hash, run_hash), step
 
     def save(self, position: Position) -> None:
         """Write a checkpoint.
@@ -55,15 +60,33 @@ class Saver:
         Raises:
             UserError: if it cannot be written; those before it stay.
         """
-        final = self._run_dir / CHECKPOINTS_DIR / f"step_{position.step:08}"
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        with self._new_folder(f"step_{position.step:08}") as folder:
+            save_tensors(self._optimizer_tensors(), folder / OPTIMIZER_FILE, self._step.model.config)
+            scaler, rng = self._step.scaler.state_dict(), _rng_states(self._step.device)
+            config_hash, run_hash = self._hashes
+            state = SavedState(config_hash, position, run_hash, scaler, rng)
+            write_json(folder / STATE_FILE, asdict(state))
+        remove_older(self._run_dir)
+
+    def save_best(self, step: int) -> None:
+        """Keep the weights as they are after this optimizer step, the best so far.
+
+        Raises:
+            UserError: if they cannot be written; those before them stay.
+        """
+        with self._new_folder(f"best_{step:08}"):
+            pass
+        remove_older(self._run_dir, step=step)
+
+    @contextmanager
+    def _new_folder(self, name: str) -> Iterator[Path]:
+        """A folder with what is trained, and with what the block adds; it appears whole."""
+        final = self._run_dir / CHECKPOINTS_DIR / name
+        temporary = final.with_name(f".{name}.{os.getpid()}.tmp")
         try:
             temporary.mkdir(parents=True)
             save_trained(self._step.model, temporary)
-            save_tensors(self._optimizer_tensors(), temporary / OPTIMIZER_FILE, self._step.model.config)
-            scaler, rng = self._step.scaler.state_dict(), _rng_states(self._step.device)
-            state = SavedState(self._config_hash, position, scaler, rng)
-            write_json(temporary / STATE_FILE, asdict(state))
+            yield temporary
             to_disk(temporary)
             temporary.rename(final)
         except UserError as error:
@@ -72,7 +95,6 @@ class Saver:
             raise UserError(f"{final} cannot be written: {error.strerror}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        remove_older(self._run_dir)
 
     def restore(self) -> Position | None:
         """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
@@ -84,11 +106,7 @@ class Saver:
         if not found:
             return None
         saved = read_state(found[-1])
-        model = self._step.model
-        if layers := lora_layers(model):
-            copy_factors(read_adapter(found[-1], model.config), layers)
-        else:
-            read_into(dict(model.named_parameters()), found[-1] / WEIGHTS_FILE)
+        self._read_trained(found[-1])
         read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
         try:
             self._step.scaler.load_state_dict(saved.scaler)
@@ -96,6 +114,17 @@ class Saver:
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise UserError(f"{found[-1] / STATE_FILE} is damaged: {error}") from error
         return saved.position
+
+    def restore_best(self, step: int) -> None:
+        """Put the weights back that were the best after this optimizer step; a UserError if they are damaged."""
+        self._read_trained(self._run_dir / CHECKPOINTS_DIR / f"best_{step:08}")
+
+    def _read_trained(self, folder: Path) -> None:
+        model = self._step.model
+        if layers := lora_layers(model):
+            copy_factors(read_adapter(folder, model.config), layers)
+        else:
+            read_into(dict(model.named_parameters()), folder / WEIGHTS_FILE)
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors by parameter and name, such as `norm.weight:exp_avg`; scalars as [1]."""

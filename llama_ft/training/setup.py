@@ -97,10 +97,10 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int) -> float:
 
 
 def make_schedule(
-    optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float, steps_done: int = 0
+    optimizer: torch.optim.Optimizer, total_steps: int, config: TrainingConfig, steps_done: int = 0
 ) -> LambdaLR:
     """The schedule of a run of `total_steps` optimizer steps, of which some may have been done before."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]  # which LambdaLR looks for where it does not begin at the first step
-    factor = partial(lr_factor, total_steps=total_steps, warmup_steps=math.ceil(warmup_ratio * total_steps))
+    factor = partial(lr_factor, total_steps=total_steps, warmup_steps=math.ceil(config.warmup_ratio * total_steps))
     return LambdaLR(optimizer, factor, last_epoch=steps_done - 1)

@@ -1,6 +1,6 @@
 """One optimizer step: the loss of a window of micro-batches, its gradient, the update."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,16 @@ Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Cross-entropy, in fp32 at least, summed over the batch's target tokens. A scalar."""
-    logits = model(batch.tokens, mask=batch.segments, logits_at=batch.target_positions)
+    return _summed_loss(_logits(model, batch), batch)
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """[N, V], at the N positions that have a target."""
+    logits: Tensor = model(batch.tokens, mask=batch.segments, logits_at=batch.target_positions)
+    return logits
+
+
+def _summed_loss(logits: Tensor, batch: Batch) -> Tensor:
     loss: Tensor = SummedCrossEntropy.apply(at_least_fp32(logits), batch.targets)  # type: ignore[no-untyped-call]
     return loss
 
@@ -95,12 +104,25 @@ class TrainStep:
 
 
 @torch.no_grad()
-def evaluate_loss(step: TrainStep, batches: Sequence[Batch]) -> float:
-    """Mean loss per target token without dropout, in the precision that the run computes in."""
+def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
+    """Without dropout, in the precision that the run computes in: summed loss, and number of targets that are the most
+    probable token. float64 [2], on the device.
+    """
     step.model.eval()
-    total = torch.zeros((), device=step.device)
-    for batch in batches:
-        with step.precision.autocast():
-            total += summed_loss(step.model, batch.to(step.device))
+    batch = batch.to(step.device)
+    with step.precision.autocast():
+        logits = _logits(step.model, batch)
+        n_correct = (logits.argmax(-1) == batch.targets).sum()
+        loss = _summed_loss(logits, batch)
     step.model.train()
-    return total.item() / target_tokens(batches)
+    return torch.stack((loss.double(), n_correct.double()))
+
+
+def evaluate(step: TrainStep, batches: Iterable[Batch]) -> tuple[float, float]:
+    """Mean loss per target token, and the share of them that are the most probable token. Random states stay."""
+    total, n_targets = torch.zeros(2, dtype=torch.float64, device=step.device), 0
+    for batch in batches:
+        total += evaluate_batch(step, batch)
+        n_targets += batch.n_targets
+    loss, accuracy = (total / n_targets).tolist()
+    return loss, accuracy

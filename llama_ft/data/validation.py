@@ -1,0 +1,68 @@
+"""Held-out records, on which a run is evaluated and never trained."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from llama_ft.config import DataConfig, UserError
+from llama_ft.data.records import Sample
+
+SPLIT = "split:"  # before the name of a split of data.path
+N_NAMED = 3  # duplicates
+
+
+@dataclass(frozen=True)
+class ReadSample:
+    """A sample, where its record stands, and what is equal for records that say the same."""
+
+    where: str
+    identity: int
+    sample: Sample
+
+
+Samples = list[ReadSample]
+
+
+def hold_out(
+    samples: Samples, config: DataConfig, seed: int, read: Callable[[DataConfig], Samples], log: Callable[[str], None]
+) -> tuple[Samples, Samples]:
+    """The samples to train on and those held out, as `data.validation` says; `log` is told what is in both.
+
+    Args:
+        samples: all that were read of the data itself.
+        seed: of the draw, if it is a share or a number.
+        read: gives the samples of another file or split.
+
+    Raises:
+        UserError: if none would be left to train on, or the file cannot be read.
+    """
+    given, drawn = config.validation, config.drawn_validation
+    if given is None:
+        return samples, []
+    if drawn is not None:
+        samples, held_out = draw(samples, drawn, seed)
+    else:
+        source = replace(config, path=given) if not given.startswith(SPLIT) else config
+        try:
+            held_out = read(replace(source, split=given.removeprefix(SPLIT) if source is config else None, first=None))
+        except UserError as error:
+            raise UserError(f"data.validation={given}: {error}") from error
+    trained = {each.identity: each.where for each in samples}
+    if both := [(each.where, trained[each.identity]) for each in held_out if each.identity in trained]:
+        named = ", ".join(f"{where} as {other}" for where, other in both[:N_NAMED]) + ", …" * (len(both) > N_NAMED)
+        log(f"data.validation: {len(both)} of the {len(held_out)} held-out records are trained on too: {named}")
+    return samples, held_out
+
+
+def draw(samples: Samples, amount: float, seed: int) -> tuple[Samples, Samples]:
+    """Samples without a share of them, or an int of them, drawn at random, and those; both in their order."""
+    n_drawn = amount if isinstance(amount, int) else max(1, round(amount * len(samples)))
+    if n_drawn >= len(samples):
+        raise UserError(f"data.validation={amount} leaves none of the {len(samples)} samples to train on")
+    generator = random.Random(seed)  # of its methods random() alone promises the same numbers in all versions
+    ranks = [generator.random() for _ in samples]
+    drawn = set(sorted(range(len(samples)), key=ranks.__getitem__)[:n_drawn])
+    parts: tuple[Samples, Samples] = [], []
+    for number, sample in enumerate(samples):
+        parts[number in drawn].append(sample)
+    return parts

@@ -1,0 +1,154 @@
+"""The curves of runs, over their optimizer steps: losses of training and of held-out data, and other metrics."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from llama_ft.files import whole_file
+from llama_ft.records.metrics import EvalMetrics, Metrics, read_metrics
+from llama_ft.reporting.figure import drawing, svg_panel
+from llama_ft.reporting.results import Group
+from llama_ft.reporting.table import Table
+
+CURVES = {
+    "loss": "loss",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_s": "tokens/s",
+    "memory_mib": "memory in use, MiB",
+}
+TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
+HELD_OUT = "loss (dots: held out)"
+MAX_POINTS = 120  # of a curve; its picture is hardly wider
+MAX_DOTS, N_MEANS = 40, 30
+MAX_ROWS = 60  # of the table of held-out losses
+MAX_PANELS, N_COLUMNS = 16, 4  # of the picture of losses
+WIDTH, HEIGHT = 2.5, 1.7  # inches
+INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
+MIN_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
+
+Points = list[tuple[int, float]]  # optimizer step, value
+
+
+def run_charts(metrics: Sequence[Metrics]) -> dict[str, bytes]:
+    """Pictures of all curves of a run, held-out losses in that of the loss, by what is read aloud of each."""
+    curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()} if metrics else {}
+    if held_out := points_of(metrics, "eval_loss"):
+        curves = {HELD_OUT: [*curves.pop("loss"), held_out], **curves}
+    return charts(curves, (TRAINING_COLOUR, HELD_OUT_COLOUR), [line.step for line in metrics])
+
+
+def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
+    """Each held-out loss of a run; of very many, evenly spaced ones, both ends included. None where there is none."""
+    if not losses:
+        return None
+    n = min(len(losses), MAX_ROWS)
+    shown = [losses[i * (len(losses) - 1) // max(1, n - 1)] for i in range(n)]
+    rows = [
+        (f"{each.step:,}", [f"{each.eval_loss:.4f}", f"{each.eval_perplexity:.4g}", f"{each.eval_token_accuracy:.1%}"])
+        for each in shown
+    ]
+    return Table("Held-out loss", [("After step", ["Loss", "Perplexity", "Token accuracy"])], rows, [])
+
+
+def draw_losses(groups: Sequence[Group], file: Path) -> bool:
+    """Write a picture with the losses of each run, held-out ones too; False where no run has any, or too many have."""
+    runs = [
+        (run.named(group.labels[number]), read_metrics(run.folder)) for group in groups for number, run in group.runs
+    ]
+    runs = [(label, metrics) for label, metrics in runs if points_of(metrics, "eval_loss")]
+    if not 0 < len(runs) <= MAX_PANELS:
+        return False
+    n_columns = min(len(runs), N_COLUMNS)
+    n_rows = -(-len(runs) // n_columns)
+    with drawing():
+        size = (7, 3.6) if len(runs) == 1 else (3.2 * n_columns, 2.4 * n_rows)
+        figure = Figure(figsize=size, layout="constrained", dpi=150)
+        panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).ravel()
+        for panel in panels[len(runs) :]:
+            panel.set_visible(False)
+        for panel, (label, metrics) in zip(panels, runs, strict=False):
+            loss_panel(panel, metrics, label)
+            panel.label_outer()
+        with whole_file(file) as temporary:
+            figure.savefig(temporary, format="png")
+    return True
+
+
+def loss_panel(axes: Axes, metrics: Sequence[Metrics], title: str) -> None:
+    """The training loss in the mean of stretches of steps, and each held-out loss, the least one marked."""
+    training, held_out = points_of(metrics, "loss"), points_of(metrics, "eval_loss")
+    means = [
+        (fmean(step for step, _ in part), fmean(value for _, value in part)) for part in stretches(training, N_MEANS)
+    ]
+    if means:
+        axes.plot(*zip(*means, strict=True), color=TRAINING_COLOUR, lw=1.5, label="training, in the mean")
+    size = 4 if len(held_out) <= MAX_DOTS else 0
+    axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label="held out", marker="o", ms=size)
+    step, least = min(held_out, key=lambda point: point[1])
+    axes.plot(
+        step, least, "o", markersize=11, fillstyle="none", color="black", label=f"{least:.3f} after step {step:,}"
+    )
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per target token, nats")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def points_of(metrics: Sequence[Metrics], key: str) -> Points:
+    """(step, value) of each line that has one which is a finite number."""
+    values = [(line.step, getattr(line, key, None)) for line in metrics]
+    return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
+
+
+def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
+    """A picture of the curves of each title, over axes that take in `steps`, by what is read aloud of it."""
+    pictures = {}
+    for title, lines in curves.items():
+        draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
+        ends = [
+            ", ".join(f"{value:.4g} at step {step}" for step, value in (min(line), max(line))) for line in lines if line
+        ]
+        pictures[f"{title}: {'; '.join(ends) or 'no values'}"] = svg_panel(draw, WIDTH, HEIGHT, INSIDE)
+    return pictures
+
+
+def stretches(points: Points, n: int) -> list[Points]:
+    """The points in `n` parts, or in fewer where there are not so many."""
+    n = min(len(points), n)
+    return [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
+
+
+def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
+    """Lines through the means of stretches of steps; where those hold several, over a band from minimum to maximum."""
+    for points, colour in zip(lines, colours, strict=False):
+        parts = stretches(points, MAX_POINTS)
+        middles = [fmean(step for step, _ in part) for part in parts]
+        heights, n = [[value for _, value in part] for part in parts], len(parts)
+        if n < len(points):
+            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
+        size = 5 if n == 1 else 3 if colour == HELD_OUT_COLOUR and n <= MAX_DOTS else 0
+        axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o", markersize=size)
+    axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
+    axes.tick_params(labelsize=8)
+    points = [point for line in lines for point in line]
+    if not points:
+        axes.set(xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no values", transform=axes.transAxes, ha="center", color="#595959", fontsize=9)
+        return
+    shown = [*steps, *(step for step, _ in points)]
+    axes.set_xlim(min(shown), max(shown) if min(shown) < max(shown) else None)
+    values = [value for _, value in points]
+    low, high = min(values), max(values)
+    middle, half = (low + high) / 2, 0.55 * max(high - low, MIN_SPAN * max(abs(low), abs(high)) or 1.0)
+    axes.set_ylim(middle - half, middle + half)
+    for axis, locator in ((axes.xaxis, MaxNLocator(4, integer=True)), (axes.yaxis, MaxNLocator(4))):
+        axis.set_major_locator(locator)
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axes.set_xlabel("optimizer step", loc="right", fontsize=8)

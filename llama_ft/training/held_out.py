@@ -1,0 +1,59 @@
+"""Held-out losses while a run trains: when they are due, which is the best, when it is time to stop."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from llama_ft.config import TrainingConfig, UserError
+from llama_ft.data.collate import Batch
+from llama_ft.records.metrics import EvalMetrics
+from llama_ft.system import Pace
+from llama_ft.training.loop import Windows
+from llama_ft.training.step import TrainStep, evaluate
+
+MAX_NATS = 700.0  # beyond, exp leaves the range of a float
+
+
+def best_of(losses: Sequence[EvalMetrics]) -> EvalMetrics:
+    """The first of the least loss."""
+    return min(losses, key=lambda each: each.eval_loss)
+
+
+def is_due(step: int, total_steps: int, steps_per_epoch: int, every: int | None) -> bool:
+    """Whether a held-out loss belongs after an optimizer step: every so many, or epochs; at both ends in any case."""
+    return step % (every or steps_per_epoch) == 0 or step == total_steps
+
+
+def is_time_to_stop(losses: Sequence[EvalMetrics], config: TrainingConfig) -> bool:
+    """Whether as many losses as `training.patience` says have come after the best one."""
+    if config.patience is None or not losses:
+        return False
+    return len(losses) - 1 - losses.index(best_of(losses)) >= config.patience
+
+
+def measure_held_out(
+    step: TrainStep, data: Windows, n_steps: int, is_stopped: Callable[[], bool], log: Callable[[str], None]
+) -> EvalMetrics | None:
+    """The held-out samples' loss after so many optimizer steps; None if it was stopped. Changes nothing of the run.
+
+    Raises:
+        UserError: if the loss is no number.
+    """
+    start, pace = time.perf_counter(), Pace()
+
+    def until_stopped() -> Iterator[Batch]:
+        n_done = 0
+        for batch in data.held_out_batches():
+            if is_stopped():
+                return
+            yield batch
+            n_done += len(batch.tokens) if batch.segments is None else len(batch.segments.lengths)
+            if pace.is_due():
+                log(f"held-out loss: {n_done:,} of {len(data.held_out):,} samples")
+
+    loss, accuracy = evaluate(step, until_stopped())
+    if is_stopped():
+        return None
+    if not loss < MAX_NATS:
+        raise UserError(f"the held-out loss after optimizer step {n_steps} is {loss:g}: lower training.lr")
+    return EvalMetrics(n_steps, loss, math.exp(loss), accuracy, round(time.perf_counter() - start, 4))
