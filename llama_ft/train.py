@@ -105,7 +105,8 @@ class TrainCommand:
         composed, typed = cast(DictConfig, HydraConfig.instance().cfg), cli.typed_overrides()
         alternatives = partial(cli.swept_configs, composed) if self.sweep_dir else lambda _: ()
         lines = cli.remarks(config, [str(override.input_line) for override in typed], alternatives)
-        hydras = without_effect([override.key_or_group for override in typed], sweeps=self.sweep_dir is not None)
+        swept = [override.key_or_group for override in cli.swept(composed)] if self.sweep_dir else None
+        hydras = without_effect([override.key_or_group for override in typed], swept)
         for line in (*lines, *hydras):
             self.log_once(line)
 

@@ -123,7 +123,7 @@ def test_train_commands_compose(checkpoints: MakeCheckpoints, arguments: tuple[s
         Path(adapter).parent.mkdir()
         trained_adapter(Path(adapter), preset("model", "tiny", ModelConfig))
     assert runs
-    assert len(runs) == 1 or {"-m", "--multirun"} & set(arguments)
+    assert len(runs) == 1 or {"-m", "--multirun", "experiment=table2"} & set(arguments)
     for single in runs:
         cli.composed_config("train", single, TrainConfig)
 

@@ -20,8 +20,8 @@ from llama_ft.records import CATEGORIES, read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Advice, Plan, PlannedTime, Table1, Table1Cell, Table1Row
 from llama_ft.reporting import matching
 from llama_ft.reporting.comparison_report import FILES, report_comparison
+from llama_ft.reporting.reading import read_groups
 from llama_ft.reporting.reports import PLAN_FILES, PLAN_REPORT, print_plan, report_plan, write_plan
-from llama_ft.reporting.results import read_groups
 
 A100 = gpu("a100_40gb")
 

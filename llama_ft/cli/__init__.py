@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import checked_config, composed_config, register, swept_configs, typed_overrides
+from llama_ft.cli.compose import checked_config, composed_config, register, swept, swept_configs, typed_overrides
 from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import explain
 from llama_ft.cli.texts import as_typed

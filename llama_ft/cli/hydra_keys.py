@@ -1,6 +1,6 @@
 """What `train` is told by Hydra's own keys: its folders, whether it sweeps, and how a sweep chooses its runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import check
+from llama_ft.config.training import SEED
 from llama_ft.training.position import checkpoints
 
 
@@ -51,13 +52,19 @@ def check_directions(objective: Sequence[str]) -> None:
     check(given is None or directions == least, "hydra.sweeper.direction", ",".join(directions), about)
 
 
-def without_effect(keys: Sequence[str], sweeps: bool) -> Iterator[str]:
-    """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round."""
+def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterator[str]:
+    """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round.
+
+    `swept` are the keys of which a sweep has several values; None is a run.
+    """
+    sweeps = swept is not None
     used, idle = ("sweep", "run") if sweeps else ("run", "sweep")
     if f"hydra.{idle}.dir" in keys:
         yield f"hydra.{idle}.dir: no effect, the folder of a {used} is hydra.{used}.dir=DIR"
     for key in keys:
         if key.startswith("sweep.") and not sweeps:
             yield f"{key}: no effect without -m, for it is of sweeps"
+        if key == "sweep.order" and swept is not None and SEED not in swept:
+            yield f"{key}: no effect without repeats, such as {SEED}=0,1,2"
         if key == "plan.enforce" and sweeps:
             yield f"{key}: no effect in a sweep, which measures what would not fit too"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llama_ft.config.checks import UserError, check, check_settings, setting
 
+SEED = "training.seed"  # the key in which repeats differ
 # How the learning rate falls after its warm-up: half a cosine to 0, a line to 0, or not at all.
 Schedule = enum.Enum("Schedule", ["cosine", "linear", "constant"])
 # What updates the weights.

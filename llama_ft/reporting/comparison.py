@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -10,13 +11,16 @@ from llama_ft.config.checks import Settings
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import Result
 from llama_ft.reporting import matching
-from llama_ft.reporting.results import Group, value_of
+from llama_ft.reporting.repeats import are_apart, runs_of, values_of
+from llama_ft.reporting.results import Group, seeds_text, value_of
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
-from llama_ft.reporting.table2 import MEASURES, Measure, cell, failures
+from llama_ft.reporting.table2 import MEASURES, REPEATS_NOTE, RUNS, Measure, cell, failures, run_counts
 
-LOSS = "train_loss_after"  # compared by its difference, not as a share
+# Compared by their differences, not as shares, which are written so.
+LEARNT = {"train_loss_after": "{:+.3f}", "eval_loss": "{:+.3f}", "eval_token_accuracy": "{:+.1%}"}
 COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
-PREDICTED = [measure for measure in COMPARED if measure.key not in (LOSS, "tokens_per_s")]
+PREDICTED = [measure for measure in COMPARED if measure.key not in (*LEARNT, "tokens_per_s")]
+WITHIN = "~"  # after a difference that is within the spread of repeats
 SAME_SETTINGS = "Settings, device and versions are the same."
 
 
@@ -74,24 +78,33 @@ class Comparison:
             rows.append((f"  {name_a}", [cell(a, key, form) for a in self.a.results]))
             rows.append((f"  {of_b}", [cell(b, key, form) for b in self.b.results]))
             rows.append((f"  {self.sides.difference}", [self._difference(a, b, key, form) for a, b in self.pairs]))
+        of_both = [run_counts(group.results) for group in (self.a, self.b)]
+        if any(of_both):
+            rows.append((RUNS, [""] * len(self.pairs)))
+            rows += [(f"  {name}", cells) for name, cells in zip(self.sides.names, of_both, strict=True) if cells]
         return Table(self.title, technique_rows(a.optim for a in self.a.results), rows, self.notes)
 
     def _difference(self, a: Result, b: Result, key: str, form: Callable[[Any], str]) -> str:
         if key in self.not_alike:
             return UNKNOWN
-        if cell(a, key, form) == cell(b, key, form):
+        if cell(a, key, form, with_spread=False) == cell(b, key, form, with_spread=False):
             return "="
         number = self.change(a, b, key)
         if number is None:
             return self.sides.no_number
-        return f"{number:+.3f}" if key == LOSS else f"{number:+.1%}"
+        return LEARNT.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if self.is_within(a, b, key) else "")
+
+    @staticmethod
+    def is_within(a: Result, b: Result, key: str) -> bool:
+        """Whether both sides are means of repeats, and differ by no more than these spread."""
+        return are_apart(values_of(a, key), values_of(b, key)) is False
 
     def change(self, a: Result, b: Result, key: str) -> float | None:
-        """How far B's value is from A's, as a share of A's, of the loss in itself; None where there is no number."""
+        """How far B's value is from A's, as a share of A's, of what was learnt in itself; None where there is none."""
         of_a, of_b = value_of(a, key), value_of(b, key)
         if key in self.not_alike or any(value is None or not math.isfinite(value) for value in (of_a, of_b)):
             return None
-        if key == LOSS:
+        if key in LEARNT:
             return float(of_b - of_a)
         return float(of_b / of_a - 1) if of_a else None
 
@@ -101,8 +114,9 @@ def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Compar
     pairs, alone = matching.match_sweeps(first, second)
     comparisons = []
     for a, b in pairs:
-        notes = ["Difference: of B from A, in percent of A; of the loss, B less A."]
-        if any(result.status == "oom" for result in (*a.results, *b.results)):
+        notes = ["Difference: of B from A, in percent of A; of losses and accuracy, B less A."]
+        notes += _repeats(a, b)
+        if any("oom" in _statuses(result) for result in (*a.results, *b.results)):
             notes.append("×: out of memory.")
         notes += _failures(a, " in A") + _failures(b, " in B")
         settings = matching.differing_settings(matching.group_settings(a), matching.group_settings(b))
@@ -130,7 +144,19 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
 
 
 def _failures(group: Group, suffix: str) -> list[str]:
-    return failures(group.results, [result.combination + suffix for result in group.results])
+    return failures(group, [result.combination + suffix for result in group.results])
+
+
+def _repeats(a: Group, b: Group) -> list[str]:
+    """What the means are of, and what the differences say."""
+    sides = [f"{side} {seeds_text(group.seeds)}" for side, group in (("A", a), ("B", b)) if group.seeds]
+    notes = [f"Seeds: {'; '.join(sides)}.", REPEATS_NOTE] if sides else []
+    if len(sides) == 2:
+        notes.append(
+            f"{WITHIN}: the difference is within the spread of the runs (Welch's t-test at 95 %); without it, larger,"
+            " where there are two runs or more on both sides."
+        )
+    return notes
 
 
 def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[str, ...], list[str]]:
@@ -163,14 +189,20 @@ def summary(comparison: Comparison) -> list[str]:
             )
     if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
         for planned, measured, words in (("ok", "oom", "fit and did not"), ("oom", "ok", "need too much and fitted")):
-            wrong = [a.combination for a, b in comparison.pairs if (b.status, a.status) == (planned, measured)]
+            wrong = [a.combination for a, b in comparison.pairs if b.status == planned and measured in _statuses(a)]
             notes += [f"Predicted to {words}: {', '.join(wrong)}."] if wrong else []
     return notes
 
 
+def _statuses(result: Result) -> set[str]:
+    return {run.result.status for run in runs_of(result, Path())}
+
+
 def _plan_notes(plan: Plan, comparison: Comparison) -> list[str]:
     pairs, notes = comparison.pairs, []
-    if any(result.status == "oom" for pair in pairs for result in pair):
+    if seeds := comparison.a.seeds:
+        notes += [f"Seeds of what was measured: {seeds_text(seeds)}.", REPEATS_NOTE]
+    if any("oom" in _statuses(result) for pair in pairs for result in pair):
         notes.append("×: out of memory; of a prediction, needs more memory than the card has.")
     if plan.data.is_stand_in:
         notes.append(f"Data of the plan: {plan.data.about}.")

@@ -11,17 +11,28 @@ from llama_ft.files import check_replaceable, write_text
 from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
-from llama_ft.reporting.comparison import COMPARED, SAME_SETTINGS, SWEEPS, Comparison, compare_plan, compare_sweeps
+from llama_ft.reporting.comparison import (
+    COMPARED,
+    SAME_SETTINGS,
+    SWEEPS,
+    WITHIN,
+    Comparison,
+    compare_plan,
+    compare_sweeps,
+)
 from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
 from llama_ft.reporting.page import render
-from llama_ft.reporting.results import read_groups, value_of
+from llama_ft.reporting.reading import read_groups
+from llama_ft.reporting.repeats import runs_of, spread_of
+from llama_ft.reporting.results import value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, plain_text, print_notes, print_table
 
 FILES = ("comparison.csv", "comparison.md", "comparison.png", "comparison.html")
 # From which change on a difference is coloured; times differ by a few percent from run to run.
 NOTEWORTHY = {"runtime_s": 0.05, "tokens_per_s": 0.05, "peak_memory_mib": 0.005, "peak_memory_reserved_mib": 0.005}
-NOTEWORTHY_LOSS = 0.005
+NOTEWORTHY_LOSS = 0.005  # and of accuracy
+MORE_IS_BETTER = ("tokens_per_s", "eval_token_accuracy")
 
 
 def report_comparison(first: Path, second: Path, console: Console) -> None:
@@ -66,16 +77,24 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
-    """A row for each pair, numbers unrounded; a difference is a share, of the loss in itself."""
+    """A row for each pair, numbers unrounded; a difference is a share, of what was learnt in itself.
+
+    Where there are repeats, numbers are means, and there are columns for how many and how far they spread.
+    """
     sides, keys = comparisons[0].sides, [measure.key for measure in COMPARED]
+    has_repeats = any(comparison.a.seeds or comparison.b.seeds for comparison in comparisons)
     columns = ["combination", "variant", "model", "data", "device", "gpu", *(f"status.{side}" for side in sides.names)]
     columns += [f"{key}.{part}" for key in keys for part in (*sides.names, sides.difference)]
+    if has_repeats:
+        columns += [f"{key}.{side}" for side in sides.names for key in ("runs", *(f"{key}.half_width" for key in keys))]
     rows: list[list[Any]] = []
     for comparison in comparisons:
         for a, b in comparison.pairs:
             known = [a.combination, comparison.a.variant, a.model, a.data, a.device, b.gpu, a.status, b.status]
             numbers = [(value_of(a, key), value_of(b, key), comparison.change(a, b, key)) for key in keys]
             rows.append([*known, *(number for three in numbers for number in three)])
+            for side in (a, b) if has_repeats else ():
+                rows[-1] += [len(runs_of(side, Path())), *(spread_of(side, key) for key in keys)]
     return csv_text(columns, rows)
 
 
@@ -115,15 +134,20 @@ def _mark(change: float | None, key: str, cell: str) -> str:
     """`better` or `worse`, whichever way the measure goes."""
     if change is None:
         return "changed" if cell == CHANGED else ""
-    if abs(change) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS):
+    if abs(change) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS) or cell.endswith(WITHIN):
         return ""
-    return "better" if (change < 0) != (key == "tokens_per_s") else "worse"
+    return "better" if (change < 0) != (key in MORE_IS_BETTER) else "worse"
 
 
 def _losses(comparison: Comparison) -> dict[str, bytes]:
-    """For each combination the loss over the steps, of both sweeps in one picture."""
-    curves = {
-        f"{combination_label(result.optim)}: loss": [points_of(read_metrics(folder), "loss") for folder in folders]
-        for result, *folders in zip(comparison.a.results, comparison.a.folders, comparison.b.folders, strict=True)
-    }
-    return charts({title: lines for title, lines in curves.items() if any(lines)}, SIDE_COLOURS)
+    """For each combination the loss over the steps, of all runs of both sweeps in one picture."""
+    pictures: dict[str, bytes] = {}
+    for number, result in enumerate(comparison.a.results):
+        lines, colours = [], []
+        for group, colour in zip((comparison.a, comparison.b), SIDE_COLOURS, strict=True):
+            folders = [run.folder for row, run in group.runs if row == number]
+            lines += [points_of(read_metrics(folder), "loss") for folder in folders]
+            colours += [colour] * len(folders)
+        if any(lines):
+            pictures |= charts({f"{combination_label(result.optim)}: loss": lines}, colours)
+    return pictures

@@ -60,9 +60,7 @@ def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
 def draw_losses(groups: Sequence[Group], file: Path) -> bool:
     """Write a picture with the losses of each run, held-out ones too; False where no run has any, or too many have."""
     runs = [
-        (label, read_metrics(folder))
-        for group in groups
-        for label, folder in zip(group.labels, group.folders, strict=True)
+        (run.named(group.labels[number]), read_metrics(run.folder)) for group in groups for number, run in group.runs
     ]
     runs = [(label, metrics) for label, metrics in runs if points_of(metrics, "eval_loss")]
     if not 0 < len(runs) <= MAX_PANELS:

@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from llama_ft.files import whole_file
 from llama_ft.records import CATEGORIES
 from llama_ft.records.result import Result
+from llama_ft.reporting.repeats import spread_of, values_of
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table2 import cell
 
@@ -29,6 +30,8 @@ COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#99
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
 SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
+SPREAD_COLOUR, SPREAD, EACH_RUN = "black", "95 % interval of the mean", "each run"
+DOTS = 0.5  # of a bar's height, over which the dots of its runs are put
 MAX_LIMIT_OVER_PEAK = 4  # a limit beyond so many times the largest peak would leave no bar to look at
 MARGIN = 0.1  # above and below the bars, in rows
 LABEL_WIDTH = 60  # characters of a line of it
@@ -146,6 +149,7 @@ def memory_panel(
         stack(beyond, RESERVED_COLOUR, UNUSED)
     if (limit := limit_in_picture(group)) is not None:
         axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=limit_name.format(limit))
+    show_spread(axes, results, key)
     annotate(axes, results, key)
     finish(axes, group.labels, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
     axes.set_title(title, loc="left", fontsize=11)
@@ -159,15 +163,31 @@ def bars(
     for offset, (results, colour, name) in zip(offsets, sides, strict=True):
         positions = [position + offset for position in range(len(results))]
         axes.barh(positions, [value_of(r, key) or 0.0 for r in results], color=colour, height=height, label=name)
+        show_spread(axes, results, key, offset, height)
         annotate(axes, results, key, offset)
     finish(axes, labels, xlabel)
+
+
+def show_spread(axes: Axes, results: list[Result], key: str, offset: float = 0.0, height: float = 0.7) -> None:
+    """Where repeats differ, the confidence interval of their mean as an error bar, and each run as a dot."""
+    for position, result in enumerate(results):
+        if (spread := spread_of(result, key)) is None:
+            continue
+        values = values_of(result, key)
+        across = [position + offset + height * DOTS * (n / (len(values) - 1) - 0.5) for n in range(len(values))]
+        middle = float(value_of(result, key)), position + offset
+        for colour, width, name in (("white", 3.5, ""), (SPREAD_COLOUR, 1.3, SPREAD)):  # seen on dark bars too
+            lines = partial(axes.errorbar, fmt="none", ecolor=colour, elinewidth=width, capthick=width, label=name)
+            lines(*middle, xerr=spread, capsize=3, zorder=3)
+        axes.plot(values, across, "o", mfc="white", mec=SPREAD_COLOUR, markersize=3.5, zorder=4, label=EACH_RUN)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
     """A bar's value at its end; the mark of a run that failed where its bar would begin."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the limit's line
     for position, result in enumerate(results):
-        end, colour = value_of(result, key) or 0.0, "black" if result.status == "ok" else FAILED_COLOUR
+        end = max([(value_of(result, key) or 0.0) + (spread_of(result, key) or 0.0), *values_of(result, key)])
+        colour = "black" if result.status == "ok" else FAILED_COLOUR
         text = axes.annotate(cell(result, key), (end, position + offset), (4, 0), textcoords="offset points", bbox=box)
         text.set(color=colour, verticalalignment="center_baseline", fontsize=10)
 
@@ -176,7 +196,7 @@ def finish(axes: Axes, labels: list[str], xlabel: str) -> None:
     """What all panels of bars have in common."""
     axes.set_yticks(range(len(labels)), [textwrap.fill(label, LABEL_WIDTH) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + MARGIN, -0.5 - MARGIN)
-    axes.margins(x=0.24)
+    axes.margins(x=max(0.24, 0.04 * max((len(text.get_text()) for text in axes.texts), default=0)))  # room for them
     if axes.dataLim.xmax > 0:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))

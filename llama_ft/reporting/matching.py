@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from llama_ft.config.checks import Settings, flat, readable
+from llama_ft.config.training import SEED
 from llama_ft.records.plan import Plan
 from llama_ft.records.result import CONFIG_FILE, Result, ran_on
-from llama_ft.reporting.results import Group, planned_group
+from llama_ft.reporting.results import Group, planned_group, seeds_text
 from llama_ft.reporting.table import by_reason
 
 # The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
@@ -21,6 +22,7 @@ NOT_COMPARED = (
     "data.cache_dir",
     "training.save_every",
     "training.resume",
+    "sweep.",
     "hydra.",
     "model.given",
 )
@@ -168,7 +170,8 @@ def group_settings(group: Group) -> Settings:
     limit = {"memory_limit_mib": group.memory_limit_mib}
     known = flat({**first.techniques, "training": training, "gpu": {"name": first.gpu}, "measure": limit})
     settings = next(filter(None, map(run_settings, group.folders)), known)
-    return settings | {"device": group.device} | versions
+    seeds = {SEED: seeds_text(group.seeds)} if group.seeds else {}
+    return settings | seeds | {"device": group.device} | versions
 
 
 def run_settings(folder: Path) -> Settings | None:

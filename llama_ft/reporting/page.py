@@ -21,7 +21,7 @@ from llama_ft.reporting.table import MAIN, MARKS, UNKNOWN, Rows, Table, amount, 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a page may not hold, escaped or not
 CATEGORY_COLOURS = {category.replace("_", " "): colour for category, colour in COLOURS.items()}
 ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
-MAX_WITH_CURVES = 16  # runs in a table; beyond that, a page would take minutes and be of no use
+MAX_WITH_CURVES = 16  # rows of a table, of three repeats each; with more a page would take minutes and be of no use
 
 
 def render(template: str, **values: Any) -> str:
@@ -64,7 +64,7 @@ def breakdown_table(breakdown: list[MemoryItem]) -> Table:
 def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
     """For each group its table and picture, memory by category, and each run with all that is known of it."""
     title = folder.resolve().name
-    statuses = [result.status for group in groups for result in group.results]
+    statuses = [run.result.status for group in groups for _, run in group.runs]
     counts = [f"{statuses.count(status)} {words}" for status, words in ENDINGS.items() if status in statuses]
     endings = f"{len(statuses)} {'run' if len(statuses) == 1 else 'runs'}: {', '.join(counts)}"
     sections: list[dict[str, Any]] = []
@@ -73,8 +73,10 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
         bars |= {name: svg_panel(draw, 5.2, 3.0) for name, draw in front_panels(group).items()}
         limit = limit_in_picture(group)
-        runs, has_curves = [], len(group.results) <= MAX_WITH_CURVES
-        for result, run_dir, label in zip(group.results, group.folders, group.labels, strict=True):
+        runs, has_few_rows = [], len(group.results) <= MAX_WITH_CURVES
+        has_curves = has_few_rows and len(group.runs) <= 3 * MAX_WITH_CURVES
+        for number, each in group.runs:
+            result, run_dir, label = each.result, each.folder, each.named(group.labels[number])
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line
             config, metrics = run_dir / CONFIG_FILE, read_metrics(run_dir) if has_curves else []
             run = {"result": result, "label": label, "folder": shown_dir.as_posix(), "ending": ending(result)}

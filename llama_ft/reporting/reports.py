@@ -10,7 +10,8 @@ from llama_ft.files import check_replaceable, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
-from llama_ft.reporting.results import Group, read_groups
+from llama_ft.reporting.reading import read_groups
+from llama_ft.reporting.results import Group
 from llama_ft.reporting.run_table import gathered, run_table
 from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2

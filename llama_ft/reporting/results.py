@@ -1,20 +1,20 @@
-"""Runs that share a table: those of a sweep's folder, and the rows of a plan in their form."""
+"""Runs that share a table, and the rows of a plan in their form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
-from llama_ft.config.techniques import BASELINE, combination_label, table_order
+from llama_ft.config.techniques import BASELINE, combination_label
 from llama_ft.records.plan import Plan, PlanRow
-from llama_ft.records.result import RESULT_FILE, Result, read_result
+from llama_ft.records.result import Result
+from llama_ft.reporting.repeats import Run, runs_of
 
 TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns beside those of settings
 LONGEST_SETTING = 32  # characters of it in a label
+MOST_SEEDS = 10  # in a title
 
-Run = tuple[Result, Path]  # a result and its folder
 Record = TypeVar("Record", Result, PlanRow)
 SHARED = {field.name for field in fields(Result)} & {field.name for field in fields(PlanRow)}
 
@@ -24,9 +24,22 @@ class Group:
     """Runs that differ in their techniques alone, in the order of the course's Table 2."""
 
     variant: str  # what else the sweep varied, from the folders' names; often empty
-    results: list[Result]
-    folders: list[Path]  # of the runs, in the order of their results; none of a plan's rows
-    settings: list[dict[str, str]] = field(default_factory=list)  # of each run, where more than techniques vary
+    results: list[Result]  # a row each; of repeats one, which is `Repeated`
+    folders: list[Path]  # of the runs, of repeats the first's, in the order of their results; none of a plan's rows
+    settings: list[dict[str, str]] = field(default_factory=list)  # of each row, where more than techniques vary
+
+    @property
+    def runs(self) -> list[tuple[int, Run]]:
+        """Every run, of repeats each by itself, and the number of its result."""
+        folders = self.folders or [Path()] * len(self.results)
+        rows = enumerate(zip(self.results, folders, strict=True))
+        return [(number, run) for number, (result, folder) in rows for run in runs_of(result, folder)]
+
+    @property
+    def seeds(self) -> list[int | str]:
+        """Those of the repeats, in order; empty where nothing is repeated."""
+        seeds = {run.seed for _, run in self.runs if run.seed is not None}
+        return sorted(seeds, key=lambda seed: (isinstance(seed, str), seed))
 
     @property
     def device(self) -> str | None:
@@ -49,7 +62,8 @@ class Group:
         """What all runs of the group have in common."""
         model, data, samples, device, gpu = map(self._common, ("model", "data", "samples", "device", "gpu"))
         place = device or (None if self.device else gpu)
-        parts = [model, data and f"{data}{f', {samples} samples' if samples else ''}", place, self.variant]
+        seeds = f"{len(self.seeds)} seeds: {seeds_text(self.seeds)}" if self.seeds else None
+        parts = [model, data and f"{data}{f', {samples} samples' if samples else ''}", place, self.variant, seeds]
         return " · ".join(part for part in parts if part)
 
     @property
@@ -64,8 +78,14 @@ class Group:
 
     def _common(self, key: str) -> Any:
         """The value of a field that all runs share that have one, else None."""
-        values = {getattr(result, key) for result in self.results} - {None}
+        values = {getattr(run.result, key) for _, run in self.runs} - {None}
         return values.pop() if len(values) == 1 else None
+
+
+def seeds_text(seeds: Sequence[int | str]) -> str:
+    """Seeds in a line: of more than a few the first and the last."""
+    shown = seeds if len(seeds) <= MOST_SEEDS else [seeds[0], "…", seeds[-1]]
+    return ", ".join(map(str, shown))
 
 
 def _end(text: str) -> str:
@@ -82,45 +102,6 @@ def value_of(record: Result | PlanRow, key: str) -> Any:
     """What is known of a run that finished, or of a planned one although it would not fit; else None."""
     is_whole = record.status == "ok" or (record.status == "oom" and record.peak_memory_mib is not None)
     return getattr(record, key) if is_whole else None
-
-
-def read_groups(folder: Path) -> list[Group]:
-    """The results in a folder and in the folders below it.
-
-    Raises:
-        UserError: if there are none, or one cannot be read.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
-    for file in sorted(folder.rglob(RESULT_FILE)):
-        run = file.parent.relative_to(folder)
-        # W&B keeps a copy with its own files.
-        result = None if "wandb" in run.parts else read_result(file.parent)
-        if result is None:
-            continue
-        # Runs in folders of their own are sweeps of their own.
-        variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
-        runs.append(((variant, result.model, result.data, result.gpu), result, file.parent))
-    if not runs:
-        raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
-    # A run that was refused before it began has no hash: it stays with the others of its sweep.
-    began = {subject: result.settings_hash for subject, result, _ in reversed(runs) if result.config_hash}
-    groups: dict[tuple[Any, ...], list[Run]] = {}
-    for subject, result, run_dir in runs:
-        settings = result.settings_hash if result.config_hash else began.get(subject)
-        groups.setdefault((*subject, settings), []).append((result, run_dir))
-    return [
-        Group(key[0], [result for result, _ in part], [run_dir for _, run_dir in part])
-        for key, alike in groups.items()
-        for part in _by_device(sorted(alike, key=lambda run: table_order(run[0].optim)))
-    ]
-
-
-def _by_device(runs: list[Run]) -> list[list[Run]]:
-    """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
-    devices: list[str | None] = list(dict.fromkeys(result.device for result, _ in runs if result.device)) or [None]
-    return [[run for run in runs if (run[0].device or devices[0]) == device] for device in devices]
 
 
 def planned_group(plan: Plan, gpu: Settings, variant: str = "") -> Group:

@@ -4,18 +4,22 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config.techniques import combination_label, table_order
+from llama_ft.config.training import SEED
 from llama_ft.reporting.matching import as_typed, run_settings, varied
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
 from llama_ft.reporting.table import UNKNOWN, Rows, Table
-from llama_ft.reporting.table2 import Measure, cell, failures, measure_notes
+from llama_ft.reporting.table2 import RUNS, Measure, cell, failures, measure_notes, run_counts
 
 BEST = "*"
+HIGHEST = "eval_token_accuracy"  # is best; of all other columns the least
 COLUMNS = (
     Measure("peak MiB", "peak_memory_mib", always=True),
     Measure("reserved MiB", "peak_memory_reserved_mib"),
     Measure("runtime s", "runtime_s", always=True),
     Measure("loss before", "train_loss_before", "{:.3f}".format),
     Measure("loss after", "train_loss_after", "{:.3f}".format),
+    Measure("held-out loss", "eval_loss", "{:.3f}".format),
+    Measure("token acc.", "eval_token_accuracy", "{:.1%}".format),
 )
 
 
@@ -35,7 +39,9 @@ def _gathered(groups: list[Group]) -> Group | None:
     """One group of all runs, in the order of their settings; None if nobody knows how they differ."""
     runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
     known = [run_settings(folder) for _, folder in runs]
-    if not (keys := varied([settings for settings in known if settings])):
+    keys = varied([settings for settings in known if settings])
+    keys = [key for key in keys if key != SEED or not any(group.seeds for group in groups)]
+    if not keys:
         return None
     values = []
     for (_, folder), settings in zip(runs, known, strict=True):
@@ -67,18 +73,23 @@ def run_table(group: Group) -> Table:
     first, *others = group.settings[0]
     measures = [m for m in COLUMNS if m.always or any(value_of(r, m.key) is not None for r in group.results)]
     cells = [_column(group, measure) for measure in measures]
+    counts = run_counts(group.results)
+    cells += [counts] if counts else []
     rows: Rows = [
         (settings[first], [*(settings[key] for key in others), *(column[n] for column in cells)])
         for n, settings in enumerate(group.settings)
     ]
-    head = [(first, [*others, *(measure.title for measure in measures)])]
-    notes = [f"{BEST}: the least of its column.", *measure_notes(group), *failures(group.results, group.labels)]
+    head = [(first, [*others, *(measure.title for measure in measures), *([RUNS.lower()] if counts else [])])]
+    has_accuracy = any(measure.key == HIGHEST for measure in measures)
+    best = f"{BEST}: the least of its column{', of accuracy the highest' if has_accuracy else ''}."
+    notes = [best, *measure_notes(group), *failures(group, group.labels)]
     return Table(group.title, head, rows, notes, max_columns=len(head[0][1]), gap=2)
 
 
 def _column(group: Group, measure: Measure) -> list[str]:
     values = [value_of(result, measure.key) if result.status == "ok" else None for result in group.results]
     known = {value for value in values if value is not None and value == value}
-    best = min(known) if len(known) > 1 and measure.key != "train_loss_before" else None
+    find = max if measure.key == HIGHEST else min
+    best = find(known) if len(known) > 1 and measure.key != "train_loss_before" else None
     marks = [BEST if best is not None and value == best else "" for value in values]
     return [f"{m}{cell(r, measure.key, measure.form)}" for m, r in zip(marks, group.results, strict=True)]

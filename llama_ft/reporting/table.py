@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
@@ -19,9 +20,10 @@ from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
 
 MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
+PLUS_MINUS = " ± "  # between a mean and its spread
 CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
 # For terminals whose encoding lacks them.
-SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]")
+SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]") | {ord("±"): "+-"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
 NOT_IN_CSV = tuple("command optim techniques breakdown timeline versions loss_samples card schema_version".split())
@@ -72,31 +74,40 @@ def is_failure(cell: str) -> bool:
 
 def terminal(table: Table, width: int) -> list[RichTable]:
     """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
-    rows = [*table.head, *table.rows]
+    head, body = table.head, table.rows
+    rows = [*head, *body]
     longest_name = max(len(name) for name, _ in rows)
     name_width = min(longest_name, table.max_name_length or longest_name)
     breaks_names = name_width < longest_name
-    column_width = table.gap + max(len(cell) for _, cells in rows for cell in cells)
-    widths = [table.gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
-    n_fitting = max(1, min(table.max_columns, (width - name_width) // column_width))
+    widths = _widths(rows, table.gap)
+    if name_width + sum(widths[: table.max_columns]) > width:
+        head, body = ([(n, [cell.replace(PLUS_MINUS, "±") for cell in c]) for n, c in part] for part in (head, body))
+        widths = _widths([*head, *body], table.gap)
+    n_fitting = max(1, min(table.max_columns, (width - name_width) // max(widths)))
     if len(widths) <= table.max_columns and name_width + sum(widths) <= width:
         n_fitting = len(widths)
+    n_fitting = math.ceil(len(widths) / math.ceil(len(widths) / n_fitting))  # parts that are as wide as each other
     parts, padding = [], (0, 0, 0, table.gap - 1)
-    for start in range(0, len(table.head[0][1]), n_fitting):
+    for start in range(0, len(widths), n_fitting):
         columns = slice(start, start + n_fitting)
         view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=padding, pad_edge=False)
         view.add_column(no_wrap=not breaks_names, overflow="fold", width=name_width if breaks_names else None)
-        for _ in table.head[0][1][columns]:
+        for _ in head[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
-        for name, cells in table.head:
+        for name, cells in head:
             view.add_row(*map(Text, (name, *cells[columns])))  # Text: what is in brackets is no markup
         view.add_section()
-        for name, cells in table.rows:
+        for name, cells in body:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
             colours = ["red" if is_failure(cell) else "yellow" if cell == CHANGED else "" for cell in cells[columns]]
             view.add_row(Text(name), *map(Text, cells[columns], colours), style=style)
         parts.append(view)
     return parts
+
+
+def _widths(rows: Rows, gap: int) -> list[int]:
+    """Of the columns, in characters."""
+    return [gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
 
 
 def print_table(table: Table, console: Console) -> None:

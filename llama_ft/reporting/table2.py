@@ -1,16 +1,35 @@
 """The course's Table 2: a column for each combination; peak memory and runtime, absolute and relative to baseline."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
+from llama_ft.config.training import SEED
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
 from llama_ft.reporting.best import front_notes
+from llama_ft.reporting.repeats import runs_of, spread_of
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
-from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, record_table, technique_rows
+from llama_ft.reporting.table import (
+    MARKS,
+    PLUS_MINUS,
+    UNKNOWN,
+    Rows,
+    Table,
+    amount,
+    by_reason,
+    record_table,
+    technique_rows,
+)
 
+REPEATS_NOTE = (
+    "Means over the seeds, ± half the width of their 95 % confidence interval (Student's t), in pictures a bar with the"
+    " runs as dots; without ±, runs are equal as far as is shown, or there is one alone."
+)
+RUNS = "Runs"  # of each row, where repeats are not as many, or did not all finish
 FAILED = ("killed", "interrupted", "error")  # with no result to report
 
 
@@ -33,13 +52,17 @@ MEASURES = (
     Measure("Joules/token", "joules_per_token", "{:.3g}".format),
     Measure("Loss before", "train_loss_before", "{:.3f}".format),
     Measure("Loss after", "train_loss_after", "{:.3f}".format),
+    Measure("Held-out loss", "eval_loss", "{:.3f}".format),
+    Measure("Token accuracy", "eval_token_accuracy", "{:.1%}".format),
 )
 
 
 def table2(group: Group) -> Table:
     """The measured table of a group."""
     head = technique_rows(result.optim for result in group.results)
-    return Table(group.title, head, measure_rows(group.results, MEASURES), _notes(group))
+    counts = run_counts(group.results)
+    rows = measure_rows(group.results, MEASURES) + ([(RUNS, counts)] if counts else [])
+    return Table(group.title, head, rows, _notes(group))
 
 
 def measure_rows(records: Sequence[Record], measures: Iterable[Measure]) -> Rows:
@@ -56,16 +79,37 @@ def measure_rows(records: Sequence[Record], measures: Iterable[Measure]) -> Rows
 
 
 def _share(record: Result | PlanRow, key: str, base: float | None) -> str:
-    return cell(record, key, lambda value: f"{value / base:.0%}") if base else UNKNOWN
+    return cell(record, key, lambda value: f"{value / base:.0%}", with_spread=False) if base else UNKNOWN
 
 
-def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount) -> str:
-    """A value, a dash where there is none, the mark of a run that failed; both of one that would not fit."""
-    value = value_of(record, key)
+def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount, with_spread: bool = True) -> str:
+    """A value, a dash where there is none, the mark of a run that failed; both of one that would not fit.
+
+    A mean of repeats is followed by its spread, where that is one to as many decimals.
+    """
+    value, spread = value_of(record, key), spread_of(record, key) if with_spread else None
     if record.status == "ok":
-        return UNKNOWN if value is None else form(value)
+        return UNKNOWN if value is None else form(value) + _spread(form(value), spread, form)
     mark = MARKS[record.status]
     return mark if value is None else f"{form(value)} {mark}"
+
+
+def _spread(mean: str, spread: float | None, form: Callable[[Any], str]) -> str:
+    """A spread to as many decimals as its mean, which is given as it is shown."""
+    if spread is None:
+        return ""
+    decimals = len(mean.rstrip("%").partition(".")[2])
+    text = form(spread) if "e" in mean else f"{spread:,.{decimals}{'%' if mean.endswith('%') else 'f'}}"
+    return f"{PLUS_MINUS}{text}" if text.strip("0.,%") else ""
+
+
+def run_counts(results: Sequence[Result]) -> list[str]:
+    """How many runs ended how in each row of repeats, as `2, 1 ×`; nothing where all rows are alike."""
+    statuses = [[run.result.status for run in runs_of(result, Path())] for result in results]
+    if len({len(row) for row in statuses}) == 1 and all(len(set(row)) == 1 for row in statuses):
+        return []
+    counts = [Counter(sorted(row, key=lambda status: status != "ok")) for row in statuses]
+    return [", ".join(f"{n} {MARKS.get(status, '')}".strip() for status, n in row.items()) for row in counts]
 
 
 def technique_notes(
@@ -88,23 +132,25 @@ def technique_notes(
 
 
 def _notes(group: Group) -> list[str]:
-    results = group.results
+    results, runs = group.results, [(run.result, run.named(run.result.combination)) for _, run in group.runs]
     began = next((r for r in results if r.config_hash), results[0])  # a refused run's values may be any
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if began.compiled:
         notes.append("Layers are compiled (training.compile); tensors are counted before they are.")
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
-    if skipped := [f"{r.combination} {r.skipped_steps}" for r in results if r.skipped_steps]:
+    if skipped := [f"{name} {r.skipped_steps}" for r, name in runs if r.skipped_steps]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
-    if retried := [f"{r.combination} {r.card.n_alloc_retries}" for r in results if r.card and r.card.n_alloc_retries]:
+    if retried := [f"{name} {r.card.n_alloc_retries}" for r, name in runs if r.card and r.card.n_alloc_retries]:
         notes.append(f"The allocator emptied its cache to find room, which takes time, so often: {', '.join(retried)}.")
-    return notes + measure_notes(group) + failures(results, [r.combination for r in results])
+    return notes + measure_notes(group) + failures(group, [r.combination for r in results])
 
 
 def measure_notes(group: Group) -> list[str]:
     """What a table's numbers are of."""
     results, notes = group.results, []
+    if group.seeds:
+        notes.append(REPEATS_NOTE)
     if group.on_cuda:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
@@ -115,31 +161,38 @@ def measure_notes(group: Group) -> list[str]:
         notes.append(
             f"gpu={gpu}: the allocator has that card's {limit:,} MiB; times are those of the device named above."
         )
-    if any(r.status == "oom" for r in results):
+    if any(run.result.status == "oom" for _, run in group.runs):
         on_cpu = any(r.status == "ok" and not r.peak_memory_reserved_mib for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
     n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
+    if held_out := next((r.eval_samples for r in results if r.eval_loss is not None), None):
+        notes.append(
+            f"Held-out loss: of {held_out:,.0f} samples (data.validation), never trained on; token accuracy: the share"
+            " of their target tokens that the model finds the most probable."
+        )
     return notes + front_notes(group)
 
 
-def failures(results: Sequence[Result], names: Sequence[str]) -> list[str]:
-    """What runs, called by these names, died of that no mark explains, each reason once."""
-    failed = [(str(r.error), name) for r, name in zip(results, names, strict=True) if r.status in FAILED]
+def failures(group: Group, names: Sequence[str]) -> list[str]:
+    """What runs, in rows of these names, died of that no mark explains, each reason once."""
+    failed = [(str(run.result.error), run.named(names[n])) for n, run in group.runs if run.result.status in FAILED]
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason(failed).items()]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and a row for each run, numbers unrounded."""
+    """Columns, and a row for each run, of repeats too, numbers unrounded."""
     varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
     keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
-    leading = []
+    keys += [SEED] if SEED not in keys and any(group.seeds for group in groups) else []
+    leading, results = [], []
     for group in groups:
-        for number, result in enumerate(group.results):
-            known, variant = {}, group.variant
-            if group.settings:
-                known, variant = group.settings[number], group.folders[number].name.partition(",")[2]
+        for number, run in group.runs:
+            known = group.settings[number] if group.settings else {}
+            known = known | ({} if run.seed is None else {SEED: str(run.seed)})
+            variant = run.folder.name.partition(",")[2] if group.settings else group.variant
             values = {key: known.get(key, "") for key in keys}
-            leading.append({"combination": result.combination, "variant": variant} | values)
-    return record_table([result for group in groups for result in group.results], leading)
+            leading.append({"combination": run.result.combination, "variant": variant} | values)
+            results.append(run.result)
+    return record_table(results, leading)

@@ -1,0 +1,108 @@
+"""The runs below a folder, as the groups that share a table: repeats under several seeds as one result."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.config.checks import Settings
+from llama_ft.config.techniques import table_order
+from llama_ft.config.training import SEED
+from llama_ft.records.result import RESULT_FILE, Result, read_result
+from llama_ft.reporting.matching import NOT_COMPARED, run_settings
+from llama_ft.reporting.repeats import Run, repeated
+from llama_ft.reporting.results import Group
+
+
+def read_groups(folder: Path) -> list[Group]:
+    """The results in a folder and in the folders below it.
+
+    Raises:
+        UserError: if there are none, or one cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder")
+    runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
+    for file in sorted(folder.rglob(RESULT_FILE)):
+        run = file.parent.relative_to(folder)
+        # W&B keeps a copy with its own files.
+        result = None if "wandb" in run.parts else read_result(file.parent)
+        if result is None:
+            continue
+        # Runs in folders of their own are sweeps of their own.
+        variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
+        runs.append(((variant, result.model, result.data, result.gpu), result, file.parent))
+    if not runs:
+        raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
+    # A run that was refused before it began has no hash: it stays with the others of its sweep.
+    began = {subject: result.settings_hash for subject, result, _ in reversed(runs) if result.config_hash}
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for subject, result, run_dir in runs:
+        settings = result.settings_hash if result.config_hash else began.get(subject)
+        groups.setdefault((*subject, settings), []).append(Run(result, run_dir))
+    sweeps: dict[Path, list[Group]] = {}
+    for (variant, *_), alike in groups.items():
+        for part in _by_device(sorted(alike, key=lambda run: table_order(run.result.optim))):
+            group = Group(variant, [run.result for run in part], [run.folder for run in part])
+            sweeps.setdefault(group.folders[0].parent, []).append(group)
+    return [group for parts in sweeps.values() for group in (_with_repeats(parts) if len(parts) > 1 else parts)]
+
+
+def _by_device(runs: list[Run]) -> list[list[Run]]:
+    """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
+    devices: list[str | None] = list(dict.fromkeys(run.result.device for run in runs if run.result.device)) or [None]
+    return [[run for run in runs if (run.result.device or devices[0]) == device] for device in devices]
+
+
+def _with_repeats(groups: list[Group]) -> list[Group]:
+    """A sweep's groups, with the runs that differ in their seed alone as one result; without such as they are."""
+    known = [(group, next(filter(None, map(run_settings, group.folders)), None)) for group in groups]
+    alike: dict[str, list[Run]] = {}  # by all settings but the seed
+    variants: dict[str, list[str]] = {}  # of the same
+    subjects: dict[str, str] = {}  # by a variant without its seed: what was refused left no settings
+    for group, settings in sorted(known, key=lambda each: each[1] is None):
+        variant = _common([group.variant])
+        subject = _without_seed(settings) if settings else subjects.get(variant, variant)
+        subjects.setdefault(variant, subject)
+        seed = settings.get(SEED) if settings else _named_seed(group.variant)
+        runs = [Run(result, folder, seed) for result, folder in zip(group.results, group.folders, strict=True)]
+        alike.setdefault(subject, []).extend(runs)
+        variants.setdefault(subject, []).append(group.variant)
+    rows = [(subject, run.result.combination, run.seed) for subject, runs in alike.items() for run in runs]
+    are_repeats = len(set(rows)) == len(rows) and None not in {seed for *_, seed in rows}
+    if not are_repeats or max(Counter(row[:2] for row in rows).values()) == 1:
+        return groups
+    return [
+        _group_of_repeats(_common(variants[subject]), part)
+        for subject, runs in alike.items()
+        for part in _by_device(runs)
+    ]
+
+
+def _group_of_repeats(variant: str, runs: list[Run]) -> Group:
+    rows: dict[str, list[Run]] = {}  # by combination
+    for run in sorted(runs, key=lambda run: table_order(run.result.optim)):
+        rows.setdefault(run.result.combination, []).append(run)
+    # Of a run that was refused the folder has no settings.
+    folders = [next((run for run in row if run.result.config_hash), row[0]).folder for row in rows.values()]
+    return Group(variant, [repeated(row) for row in rows.values()], folders)
+
+
+def _without_seed(settings: Settings) -> str:
+    compared = {key: value for key, value in settings.items() if key != SEED and not key.startswith(NOT_COMPARED)}
+    return json.dumps(compared, sort_keys=True, default=str)
+
+
+def _named_seed(variant: str) -> int | str | None:
+    """The seed in the names of folders."""
+    named = re.search(rf"\b{SEED}=([^,]*)", variant)
+    return None if named is None else int(named[1]) if re.fullmatch(r"-?\d+", named[1]) else named[1]
+
+
+def _common(variants: list[str]) -> str:
+    """What variants have in common; without the seed, also of one alone."""
+    first, *others = (variant.split(",") for variant in variants)
+    shared = [part for part in first if all(part in other for other in others)]
+    return ",".join(part for part in shared if not part.strip().startswith(f"{SEED}="))
