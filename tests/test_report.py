@@ -106,7 +106,7 @@ def test_a_report_changes_nothing_but_its_own_files(reported: Any) -> None:
     before = {file: file.read_bytes() for file in folder.rglob("*.json*")}
     assert report(folder).returncode == 0
     assert {file: file.read_bytes() for file in folder.rglob("*.json*")} == before
-    assert {file.name for file in folder.iterdir() if file.is_file()} == {*SWEEP_FILES} - {"pareto.png"}
+    assert {file.name for file in folder.iterdir() if file.is_file()} == {*SWEEP_FILES} - {"losses.png", "pareto.png"}
 
 
 # --------------------------------------------------------------------------------------------------- other sweeps

@@ -58,43 +58,44 @@ def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
 
 
 def draw_losses(groups: Sequence[Group], file: Path) -> bool:
-    """Write a picture with the losses of each run, held-out ones too; False where no run has any, or too many have."""
-    runs = [
-        (run.named(group.labels[number]), read_metrics(run.folder)) for group in groups for number, run in group.runs
-    ]
-    runs = [(label, metrics) for label, metrics in runs if points_of(metrics, "eval_loss")]
-    if not 0 < len(runs) <= MAX_PANELS:
+    """Write a picture of the losses of each row, and say so; where none is held out, or there are too many, remove it."""
+    rows: dict[tuple[int, int], list[list[Metrics]]] = {}  # by group and row
+    for n, group in enumerate(groups):
+        for number, run in group.runs:
+            if points_of(metrics := read_metrics(run.folder), "eval_loss"):
+                rows.setdefault((n, number), []).append(metrics)
+    if not 0 < len(rows) <= MAX_PANELS:
+        file.unlink(missing_ok=True)
         return False
-    n_columns = min(len(runs), N_COLUMNS)
-    n_rows = -(-len(runs) // n_columns)
+    n_columns = min(len(rows), N_COLUMNS)
     with drawing():
-        size = (7, 3.6) if len(runs) == 1 else (3.2 * n_columns, 2.4 * n_rows)
+        size = (7, 3.6) if len(rows) == 1 else (3.2 * n_columns, 2.4 * -(-len(rows) // n_columns))
         figure = Figure(figsize=size, layout="constrained", dpi=150)
-        panels = figure.subplots(n_rows, n_columns, squeeze=False, sharey=True).ravel()
-        for panel in panels[len(runs) :]:
+        panels = figure.subplots(-(-len(rows) // n_columns), n_columns, squeeze=False, sharey=True).ravel()
+        for panel in panels[len(rows) :]:
             panel.set_visible(False)
-        for panel, (label, metrics) in zip(panels, runs, strict=False):
-            loss_panel(panel, metrics, label)
+        for panel, ((n, number), repeats) in zip(panels, rows.items(), strict=False):
+            loss_panel(panel, repeats, groups[n].labels[number])
             panel.label_outer()
         with whole_file(file) as temporary:
             figure.savefig(temporary, format="png")
     return True
 
 
-def loss_panel(axes: Axes, metrics: Sequence[Metrics], title: str) -> None:
-    """The training loss in the mean of stretches of steps, and each held-out loss, the least one marked."""
-    training, held_out = points_of(metrics, "loss"), points_of(metrics, "eval_loss")
-    means = [
-        (fmean(step for step, _ in part), fmean(value for _, value in part)) for part in stretches(training, N_MEANS)
-    ]
-    if means:
-        axes.plot(*zip(*means, strict=True), color=TRAINING_COLOUR, lw=1.5, label="training, in the mean")
-    size = 4 if len(held_out) <= MAX_DOTS else 0
-    axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label="held out", marker="o", ms=size)
-    step, least = min(held_out, key=lambda point: point[1])
-    axes.plot(
-        step, least, "o", markersize=11, fillstyle="none", color="black", label=f"{least:.3f} after step {step:,}"
-    )
+def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> None:
+    """Of each run the training loss in the mean of stretches of steps, and each held-out loss, the least one marked."""
+    for number, metrics in enumerate(repeats):
+        training, held_out = points_of(metrics, "loss"), points_of(metrics, "eval_loss")
+        parts = stretches(training, N_MEANS)
+        means = [(fmean(step for step, _ in part), fmean(value for _, value in part)) for part in parts]
+        names = ["training, in the mean", "held out"] if number == 0 else [None, None]
+        if means:
+            axes.plot(*zip(*means, strict=True), color=TRAINING_COLOUR, lw=1.5, label=names[0])
+        size = 4 if len(held_out) <= MAX_DOTS else 0
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label=names[1], marker="o", ms=size)
+        step, least = min(held_out, key=lambda point: point[1])
+        name = f"{least:.3f} after step {step:,}"
+        axes.plot(step, least, "o", markersize=11, fillstyle="none", color="black", label=name)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per target token, nats")

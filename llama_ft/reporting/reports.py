@@ -16,8 +16,8 @@ from llama_ft.reporting.run_table import gathered, run_table
 from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
-PARETO_FILE = "pareto.png"  # where runs have held-out losses
-SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", PARETO_FILE)
+LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # where runs have held-out losses
+SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", LOSSES_FILE, PARETO_FILE)
 SWEEP_MARK = "combination"  # a column of the first
 PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # follows from plan.json
 PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
@@ -30,7 +30,8 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
     tables = [run_table(group) if group.settings else table2(group) for group in groups]
     for table in tables:
         print_table(table, console)
-    from llama_ft.reporting.figure import draw_panels, group_panels  # matplotlib takes a second to import
+    from llama_ft.reporting.curves import draw_losses  # matplotlib takes a second to import
+    from llama_ft.reporting.figure import draw_panels, group_panels
     from llama_ft.reporting.page import sweep_page
     from llama_ft.reporting.pareto import draw_fronts
 
@@ -41,10 +42,16 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
         panels, heights = [group_panels(group) for group in groups], [0.42 * len(group.results) for group in groups]
         draw_panels(panels, [group.title for group in groups], heights, folder / "table2.png", width_ratios=(3, 2))
         write_text(folder / "report.html", page)
-        written = SWEEP_FILES if draw_fronts(groups, folder / PARETO_FILE) else SWEEP_FILES[:-1]
+        pictures = {LOSSES_FILE: draw_losses, PARETO_FILE: draw_fronts}
+        left_out = {name for name, draw in pictures.items() if not draw(groups, folder / name)}
     except OSError as error:
         raise UserError(f"the report cannot be written into {folder}: {error.strerror}") from error
-    console.print(f"\nWritten: {', '.join(written)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"\nWritten: {', '.join(name for name in SWEEP_FILES if name not in left_out)} in {folder}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     return groups
 
 
