@@ -58,7 +58,7 @@ def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
 
 
 def draw_losses(groups: Sequence[Group], file: Path) -> bool:
-    """Write a picture of the losses of each row, and say so; where none is held out, or there are too many, remove it."""
+    """Write a picture of the losses of each row, and say so; of no row with held-out ones, or too many, remove it."""
     rows: dict[tuple[int, int], list[list[Metrics]]] = {}  # by group and row
     for n, group in enumerate(groups):
         for number, run in group.runs:
