@@ -539,6 +539,13 @@ def test_hash_is_the_same_for_the_same_run():
     assert checked("training.lr=1e-3").hash() == checked("training.lr=0.001").hash()
 
 
+def test_a_run_without_noise_has_the_hash_that_it_had():
+    without, using = checked(), checked("optim.neft=true")
+    assert "neft" not in without.measured() | without.measured()["optim"]
+    assert using.hash() != without.hash()
+    assert using.hash(("optim",)) == without.hash(("optim",))  # rows of one table
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -108,6 +108,12 @@ def test_a_plan_with_compiled_layers_says_that_it_is_of_others() -> None:
     assert "training.compile" not in printed(one_card(), 200)
 
 
+def test_a_plan_says_that_its_optimizer_is_not_adamw() -> None:
+    with_sgd = replace(one_card(), training=one_card().training | {"optimizer": "sgd", "momentum": 0.9})
+    assert "The optimizer is SGD with momentum 0.9." in printed(with_sgd, 200)
+    assert "optimizer is" not in printed(one_card(), 200)
+
+
 def test_csv_holds_every_number_unrounded(written: Path) -> None:
     lines = csv_rows(written / "plan.csv")
     assert [line["combination"] for line in lines] == EIGHT
@@ -361,6 +367,14 @@ def test_runs_that_were_told_otherwise_are_left_out(sweep_and_plan: tuple[Path, 
     assert list(lines) == ["mp"]
     change_plan(folder, '"model": "tiny"', '"model": "llama2_7b"')
     with pytest.raises(UserError, match=r"plan\.json predicts no run of .*the plan is of llama2_7b on sample"):
+        checked(sweep, folder)
+
+
+def test_runs_with_another_optimizer_are_left_out(sweep_and_plan: tuple[Path, Path]) -> None:
+    sweep, folder = sweep_and_plan
+    (sweep / "mp" / "config.yaml").write_text("training: {optimizer: adamw}")
+    change_plan(folder, '"training": {', '"training": {"optimizer": "sgd", ')
+    with pytest.raises(UserError, match=r"training\.optimizer is adamw in the sweep, sgd in the plan: .*mp"):
         checked(sweep, folder)
 
 

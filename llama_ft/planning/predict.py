@@ -94,7 +94,7 @@ def needs_of(
 def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
     """The step whose events begin at the index `start`; of each few in a row the one with most memory, by category.
 
-    Fused AdamW allocates nothing in a step whose state is there: its point is what is alive when it runs.
+    A fused optimizer allocates nothing in a step whose state is there: its point is what is alive when it runs.
     """
     alive = bytes_alive(events)
 

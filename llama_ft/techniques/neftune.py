@@ -4,8 +4,8 @@ Each value of a sequence's embeddings gets its own, uniform between -1 and 1, ti
 features (the paper's algorithm 1). The noise of a whole sequence is then as long as alpha / sqrt(3), whatever L and d.
 
 L is a sequence's own length where sequences lie end to end, and the width of the batch where they lie side by side,
-padding included: so have it the paper's published code and transformers' `neftune_post_forward_hook`, though the
-algorithm has each sequence's own. In micro-batches of one sequence the two are the same.
+padding included: so have it the README of the paper's code (github.com/neelsjain/NEFTune) and transformers'
+`neftune_post_forward_hook`, though the algorithm has each sequence's own. For one sequence the two are the same.
 """
 
 import math
