@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from test_process import CHILD, read_json
 
-from llama_ft.config import DataConfig, OptimConfig, TrainingConfig, UserError
-from llama_ft.data.dataset import load_dataset
+from llama_ft.config import DataConfig, OnBadRecord, OptimConfig, TrainingConfig, TrainOn, UserError
+from llama_ft.data.dataset import drawn_lines, load_dataset, read_records
 from llama_ft.data.records import Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.memory import EVALUATION
@@ -97,6 +97,30 @@ def test_a_file_is_held_out_whole_and_what_is_in_both_is_named(tmp_path: Path) -
         "data.validation: 1 of the 6 held-out records are trained on too: record 0 (line 1) as record 18 (line 19)"
     ]
     assert "; 6 samples, " in data.describe()
+
+
+def test_drawn_records_are_written_down_and_read_as_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    user, tools = {"role": "user", "content": "Hi"}, [{"type": "function", "function": {"name": "f"}}]
+    chats = [
+        {
+            "messages": [
+                user,
+                {"role": "assistant", "content": f"Hello {n}"},
+                user,
+                {"role": "assistant", "content": "é"},
+            ]
+        }
+        | ({"tools": tools, "task": "greet"} if n % 2 else {})
+        for n in range(8)
+    ]
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    config = DataConfig("mine", path=str(file), validation="0.5", template="chat", train_on=TrainOn.all)
+    places = {f"record {n} (line {n + 1})" for n in (1, 4, 6)}
+    (tmp_path / "drawn.jsonl").write_text(drawn_lines(config, places))
+    before, _ = read_records(file, OnBadRecord.error)
+    after, _ = read_records(tmp_path / "drawn.jsonl", OnBadRecord.error)
+    assert after == [before[n] for n in (1, 4, 6)]
 
 
 def test_a_split_of_a_folder_is_held_out(tmp_path: Path) -> None:
@@ -282,6 +306,20 @@ def test_wandb_tensorboard_and_the_page_hold_the_same_held_out_numbers(runs: dic
         assert f"{each.eval_loss:.4f}" in page
     ends = f"{losses[0].eval_loss:.4g} at step 0, {losses[-1].eval_loss:.4g} at step 20"
     assert f"; {ends}" in page  # of the curve, read aloud
+
+
+@pytest.mark.process
+def test_what_was_drawn_can_be_evaluated(tmp_path: Path) -> None:
+    done = epochs(tmp_path, 1, "data.validation=3", f"hydra.run.dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    mine = (*SMALL[:-2], f"adapter={tmp_path / 'run'}", "exact_match=false", f"output={tmp_path / 'evaluation'}")
+    refused = run("llama_ft.evaluate", *mine, "data.validation=3", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "evaluate takes data.path=FILE, such as held_out.jsonl" in refused.stderr
+    done = run("llama_ft.evaluate", *mine, f"data.path={tmp_path / 'run' / 'held_out.jsonl'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    responses = read_json(tmp_path / "evaluation" / "evaluate.json")["models"][-1]["responses"]
+    assert responses["nll"] == pytest.approx(read_json(tmp_path / "run" / "result.json")["eval_loss"], rel=1e-5)
 
 
 # The best weights, and an early end

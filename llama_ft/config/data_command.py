@@ -16,3 +16,4 @@ class DataCommandConfig(RecordsSource):
         if self.checkpoint is None and not self.model.is_builtin:
             self.checkpoint = "random"  # no weight is read
         super().__post_init__()
+        self.data.check_not_held_out("data")

@@ -23,6 +23,7 @@ class EvaluateConfig(TrainedSource, RecordsSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data.check_not_held_out("evaluate")
         most = self.model.max_seq_len
         if self.window is not None:
             check(2 <= self.window <= most, "window", self.window, f"between 2 and model.max_seq_len={most}, or null")

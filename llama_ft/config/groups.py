@@ -9,6 +9,8 @@ from pathlib import Path
 from llama_ft.config.checks import DeviceChoice, OnBadRecord, OnLong, TrainOn, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
+HELD_OUT_FILE = "held_out.jsonl"  # of a run's folder: the records that it has drawn
+
 # What tracks runs; chosen as a group.
 TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
 # W&B's mode; `auto` is online where an API key is configured, else offline.
@@ -76,6 +78,12 @@ class DataConfig:
             return int(text) if text.isdecimal() else float(text)
         except ValueError:
             return None
+
+    def check_not_held_out(self, command: str) -> None:
+        """Raise a UserError if records are to be held out by a command that holds none out."""
+        if self.validation is not None:
+            advice = f"{command} takes data.path=FILE, such as {HELD_OUT_FILE}, what a run has drawn, in its folder"
+            raise UserError(f"data.validation={self.validation} is for train and plan: {advice}")
 
     @property
     def is_builtin(self) -> bool:

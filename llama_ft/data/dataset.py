@@ -1,8 +1,9 @@
 """Instruction records, and the tokenized samples made of them."""
 
+import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -36,6 +37,7 @@ class Dataset:
     template_file: str | None = None  # the content of the file that it comes from, if it is the user's own
     ends: str = ""  # where they begin and end, for people
     held_out: Sequence[Sample] = ()  # never trained on
+    drawn: Collection[str] = ()  # where the records stand of those that were drawn
 
     def describe(self) -> str:
         """One line for people."""
@@ -103,7 +105,14 @@ def load_dataset(
     counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
     own = template.text if isinstance(template, ChatTemplate) and template.name != CHAT else None
     trained, kept_back = ([each.sample for each in part] for part in (samples, held_out))
-    return Dataset(trained, *counts, template.name, own, tokenizer.describe_ends(), kept_back)
+    drawn = {each.where for each in held_out} if config.drawn_validation is not None else ()
+    return Dataset(trained, *counts, template.name, own, tokenizer.describe_ends(), kept_back, drawn)
+
+
+def drawn_lines(config: DataConfig, drawn: Collection[str]) -> str:
+    """The records that were drawn, read once more, as lines of JSON."""
+    records = (record for where, record in Reader(records_file(config), config).records() if where in drawn)
+    return "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in records)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:

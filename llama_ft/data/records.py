@@ -46,6 +46,13 @@ class Record:
         asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
         return list(self.conversation) or [_message("user", asked), _message("assistant", self.output)]
 
+    def to_json(self) -> Json:
+        """A record as it may stand in a file, which `as_record` reads."""
+        instruction = {"instruction": self.instruction, "input": self.input, "output": self.output}
+        content: Json = {"messages": list(self.conversation)} if self.conversation else instruction
+        extras = {"task": self.task, "tools": list(self.tools)}
+        return content | {key: value for key, value in extras.items() if value}
+
     @property
     def identity(self) -> int:
         """Equal, within a process, for records that say the same."""

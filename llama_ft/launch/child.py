@@ -17,8 +17,10 @@ from functools import partial
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
-from llama_ft.data.dataset import Dataset, load_data
+from llama_ft.data.dataset import Dataset, drawn_lines, load_data
+from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
@@ -100,6 +102,8 @@ def main() -> None:
         interrupts.install()
         stage = "reading the data"
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
+        if dataset.drawn:
+            write_text(run_dir / HELD_OUT_FILE, drawn_lines(config.data, dataset.drawn))
         with interrupts_held_back():  # half an import of torch cannot be recovered from
             from llama_ft.launch.run import MeasuredRun
         stage = "choosing the device"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import flat
+from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, parse_line, steps_of
@@ -37,15 +38,16 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         UserError: if something lies there that no run wrote, the checkpoint is of another configuration, or the
             metrics before it are missing.
     """
-    present = [name for name in (*ALWAYS, *TRAINED, RESULT_FILE) if os.path.lexists(run_dir / name)]
+    present = [name for name in (*ALWAYS, *TRAINED, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)]
     saved = checkpoints(run_dir)
-    others = [*(name for name in present if name != RESULT_FILE)]
+    others = [name for name in present if name != RESULT_FILE]
     others += [folder.name for folder in (*saved, *best_weights(run_dir))]
     earlier = earlier_config(run_dir) if others else None
     written = {RESULT_FILE}  # what the earlier run may have written
     if earlier:
         trained = (ADAPTER_FILE, ADAPTER_CONFIG_FILE) if earlier.optim.lora else (WEIGHTS_FILE,)
-        written |= {*ALWAYS, *(trained if earlier.training.save else ())}
+        drawn = (HELD_OUT_FILE,) if earlier.data.drawn_validation is not None else ()
+        written |= {*ALWAYS, *drawn, *(trained if earlier.training.save else ())}
     for name in present if earlier else others:
         if earlier is None or name not in written or (run_dir / name).is_symlink() or not (run_dir / name).is_file():
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
