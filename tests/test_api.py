@@ -1,5 +1,6 @@
 """`import llama_ft as lf`: the library as a notebook uses it, and the notebook itself."""
 
+import math
 import re
 import subprocess
 import sys
@@ -95,6 +96,25 @@ def test_an_adapter_on_16_bit_weights_is_trained_and_asked(precision: str) -> No
     steps = list(lf.finetune(model, lf.encode(RECORDS, tokenizer), lr=1e-2, epochs=4, precision=precision))
     assert steps[-1].loss < steps[0].loss
     assert lf.complete(model, tokenizer, "Say fox.", max_new_tokens=4) != before
+
+
+def test_perplexity_between_steps_changes_nothing_of_the_training() -> None:
+    losses, found = [], []
+    for looks in (True, False):
+        model, tokenizer = lf.load("tiny")
+        torch.manual_seed(0)
+        lf.add_lora(model, dropout=0.3)
+        samples = lf.encode(lf.read_records()[:8], tokenizer)
+        steps = []
+        for step in lf.finetune(model, samples[:6], lr=1e-2, epochs=3, micro_batch_size=2):
+            steps.append(step.loss)
+            found += [lf.perplexity(model, samples[6:])] if looks else []
+        losses.append(steps)
+    assert losses[0] == losses[1]
+    assert found[-1].perplexity == pytest.approx(math.exp(found[-1].nll))
+    assert found[-1].nll < found[0].nll
+    with pytest.raises(lf.UserError, match="no samples"):
+        lf.perplexity(model, [])
 
 
 def test_packing_trains_as_without_it_in_less_memory(tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ Plain functions over PyTorch modules. The commands are made of the same parts.
 
 from llama_ft.api.models import complete, load, load_adapter, save
 from llama_ft.api.planning import predict
-from llama_ft.api.training import encode, finetune, measure_memory, read_records
+from llama_ft.api.training import encode, finetune, measure_memory, perplexity, read_records
 from llama_ft.config import UserError
 from llama_ft.data.records import Record, Sample
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.model.transformer import Transformer
+from llama_ft.records.evaluation import Perplexity
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.records.plan import PlanRow
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -20,6 +21,7 @@ from llama_ft.training.compilation import compile_layers
 
 __all__ = [
     "MemoryUse",
+    "Perplexity",
     "PlanRow",
     "Record",
     "Sample",
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "load_adapter",
     "measure_memory",
+    "perplexity",
     "predict",
     "read_records",
     "save",
