@@ -92,7 +92,7 @@ def test_result_has_every_key_of_the_contract_in_its_type(ok_run: Any) -> None:
     assert result["status"] == "ok"
     assert result["error"] is None
     assert result["combination"] == "ga_lora"
-    assert result["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
+    assert result["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False, "neft": False}
     assert result["command"].startswith("python -m llama_ft.train training.micro_batch_size=1 training.max_samples=8 ")
 
 
@@ -139,7 +139,7 @@ def test_metrics_have_a_line_for_each_optimizer_step(ok_run: Any) -> None:
 @pytest.mark.process
 def test_config_file_is_the_resolved_config(ok_run: Any) -> None:
     config = yaml.safe_load((ok_run[1] / "config.yaml").read_text())
-    assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False}
+    assert config["optim"] == {"ga": True, "mp": False, "lora": True, "gc": False, "neft": False}
     assert config["ga"]["steps"] == 3
     told = {"lr": 2.5e-4, "epochs": 2, "max_samples": 8, "micro_batch_size": 1}
     assert told.items() <= config["training"].items()

@@ -1,6 +1,7 @@
 """Parts that start whole commands: tests, tables, plan against measurement, running out of memory, resuming."""
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +16,7 @@ from experiments.study import Claim
 from llama_ft.config import ModelConfig
 from llama_ft.config.presets import preset
 from llama_ft.measure.card import Nvml
-from llama_ft.records.metrics import read_metrics
+from llama_ft.records.metrics import read_metrics, steps_of
 from llama_ft.records.result import Result
 from llama_ft.system import MIB
 
@@ -44,7 +45,7 @@ def table2(setting: Setting) -> Outcome:
     spread = max(fp32) / min(fp32) - 1 if fp32 else 1.0
     speeds = {}  # whether the first steps, with kernels cold and clocks low, are slower
     for name in (name for name, result in results.items() if result.status == "ok"):
-        steps = [step.tokens_per_s for step in read_metrics(setting.output / "table2" / name)]
+        steps = [step.tokens_per_s for step in steps_of(read_metrics(setting.output / "table2" / name))]
         speeds[name] = {"first 20": fmean(steps[:20]), "last 20": fmean(steps[-20:])}
     return {"rows": {name: _kept(r) for name, r in results.items()}, "tokens/s of steps": speeds}, [
         Claim("all rows end well", all(r.status == "ok" for r in results.values()), {"rows": len(results)}),
@@ -141,8 +142,11 @@ def resume(setting: Setting) -> Outcome:
     setting.train(*arguments, folder="whole")
     setting.train(*arguments, "training.save_every=3", folder="saved")
     (setting.output / "saved" / "result.json").unlink()  # as if it had been killed after its sixth step
+    shutil.rmtree(setting.output / "saved" / "checkpoints" / "step_00000008")
     resumed = setting.train(*arguments, "training.resume=true", folder="saved")["saved"]
-    whole, saved = ([step.loss for step in read_metrics(setting.output / name)] for name in ("whole", "saved"))
+    whole, saved = (
+        [step.loss for step in steps_of(read_metrics(setting.output / name))] for name in ("whole", "saved")
+    )
     apart = max(abs(a / b - 1) for a, b in zip(whole, saved, strict=True))
     return {"whole": whole, "resumed": saved}, [
         Claim("it goes on after step 6", resumed.resumed_at_step == 6, {"step": resumed.resumed_at_step or 0}),
