@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, is_tuned, without_effect
+from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, without_effect
 from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
@@ -47,7 +47,7 @@ class TrainCommand:
         self.console = Console()
         self.sweep_dir: Path | None = None
         self.tracker, self.sweep = TrackerConfig(), SweepConfig()
-        self.is_tuned = False
+        self.is_tuned = False  # whether a sweep's runs are chosen by what earlier ones returned
         self.results: dict[str, Result] = {}  # by the name of the run's folder
         self.seen_messages: set[str] = set()
         self.locks = ExitStack()  # kept until the command ends
@@ -64,7 +64,7 @@ class TrainCommand:
                 self.locks.enter_context(locked(self.sweep_dir))
                 check_replaceable(self.sweep_dir, SWEEP_FILES, SWEEP_MARK)
                 check_directions(config.sweep.objective)
-                self.is_tuned = is_tuned()
+                self.is_tuned = settings.runtime.choices["hydra/sweeper"] != "basic"
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
                 result = self.results[run_dir.name] = self.run_locked(config, run_dir, lock)

@@ -20,10 +20,9 @@ N_SHOWN = 6  # settings that differ
 
 def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
-    settings = config.to_dict()
-    keys = {name: settings.get(name) for name in ("checkpoint", "adapter", "tokenizer")}
-    for key, value in (*keys.items(), ("data.path", config.data.path), ("data.validation", config.data.validation)):
-        if value not in (None, "builtin", "random"):
+    settings = flat(config.to_dict())
+    for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
+        if (value := settings[key]) not in (None, "builtin", "random"):
             path = Path(os.path.expanduser(str(value))).resolve()
             if path.is_relative_to(run_dir.resolve()):
                 raise UserError(f"{key}={value} lies in the run's own folder, {run_dir}: {ELSEWHERE}")
