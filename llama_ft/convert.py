@@ -14,7 +14,7 @@ from llama_ft import cli
 from llama_ft.config import ConvertConfig, Format, UserError
 from llama_ft.files import whole_file, whole_folder
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Log
 
 if TYPE_CHECKING:
     from llama_ft.exporting.sidecar import SidecarFiles
@@ -117,7 +117,7 @@ def write(
         write_meta(source.weights, source.model, folder, config.shards or 1, advance)
 
 
-def warn_of_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
+def warn_of_context(config: ConvertConfig, log: Log) -> None:
     """Meta's format does not say the context: where another one will be read back, say so."""
     from llama_ft.model.folder import released_context
 

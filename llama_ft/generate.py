@@ -14,6 +14,7 @@ from llama_ft import cli
 from llama_ft.config import GenerateConfig
 from llama_ft.records.result import template_of_run
 from llama_ft.reporting.progress import progress_bar
+from llama_ft.system import Log
 
 if TYPE_CHECKING:
     from llama_ft.data.template import Template
@@ -88,13 +89,7 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Templa
     return [prompt]
 
 
-def converse(
-    config: GenerateConfig,
-    models: "Models",
-    tokenizer: "Tokenizer",
-    template: "Template",
-    log: Callable[[str], None],
-) -> None:
+def converse(config: GenerateConfig, models: "Models", tokenizer: "Tokenizer", template: "Template", log: Log) -> None:
     """Answer line after line, with the models kept."""
     from llama_ft.data.template import choose_template
     from llama_ft.decoding.chat import chat, line_reader

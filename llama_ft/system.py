@@ -3,10 +3,12 @@
 import os
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 MIB = 2**20
+Log = Callable[[str], None]  # is told, in lines, how far something is
 
 # Said by PyTorch on the CPU, by CUDA, its driver and its libraries, by C++ code that nothing catches, and by the loader
 # of shared libraries. NVML's failing is what CUDA's running out becomes where NVML does not know the card: on a slice
@@ -17,6 +19,10 @@ OUT_OF_MEMORY_TEXT = re.compile(
     r"|NVML_SUCCESS == r INTERNAL ASSERT"
 )
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+def silent(line: str) -> None:
+    """The `Log` that says nothing."""
 
 
 def first_sentence(text: str) -> str:

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -37,6 +36,7 @@ from llama_ft.reporting.best import best_lines, objective_of
 from llama_ft.reporting.progress import Bar, ending
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
+from llama_ft.system import Log
 from llama_ft.tracking import start_tracker, track_sweep
 
 
@@ -166,7 +166,7 @@ class TrainCommand:
         """Print a line as it is."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def log_once(self, line: str, log: Callable[[str], None] | None = None) -> None:
+    def log_once(self, line: str, log: Log | None = None) -> None:
         """Print a line unless an earlier run of the sweep did."""
         if line not in self.seen_messages:
             self.seen_messages.add(line)

@@ -19,7 +19,6 @@ GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]
 """A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
 LoadFn = Callable[[bool], GenerateFn]
 """Loads the base if it is given True, else the model that is asked."""
-Log = Callable[[str], None]
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Of a title and a total; what it gives is told how many more are done."""
 

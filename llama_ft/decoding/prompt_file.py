@@ -14,10 +14,11 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import LoadFn, Log, Progress, ignore
+from llama_ft.decoding.generate import LoadFn, Progress, ignore
 from llama_ft.decoding.prompts import Prompt
 from llama_ft.files import explained, try_lock
 from llama_ft.records.answers import Answer, added_keys, texts_of_line
+from llama_ft.system import Log
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:

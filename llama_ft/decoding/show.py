@@ -11,12 +11,13 @@ from rich.text import Text
 from llama_ft.config import GenerateConfig
 from llama_ft.decoding.generate import GenerateFn, LoadFn, ignore
 from llama_ft.records.answers import Answer
+from llama_ft.system import Log
 
 BASE, FINE_TUNED = "base", "fine-tuned"
 MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
 
 
-def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callable[[str], None]) -> str:
+def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) -> str:
     """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
 
     Returns the text of the first one, with `compare` of the fine-tuned model.

@@ -7,6 +7,7 @@ from llama_ft.config import TrainingConfig, UserError
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.records.metrics import EvalMetrics, MetricsFile
+from llama_ft.system import Log
 from llama_ft.training.held_out import best_of, is_due, is_time_to_stop, measure_held_out
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
@@ -27,7 +28,7 @@ class TimedLoop:
     watch: Stopwatch
     saver: Saver
     interrupts: Interrupts
-    log: Callable[[str], None]
+    log: Log
     position: Position
     saved: int = field(init=False)  # the optimizer step of the newest checkpoint
     held_out: list[EvalMetrics] = field(init=False)  # the held-out losses so far
