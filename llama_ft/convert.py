@@ -12,9 +12,9 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import ConvertConfig, Format, UserError
-from llama_ft.files import whole_file, whole_folder
+from llama_ft.files import explained, whole_file, whole_folder
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Log
 
 if TYPE_CHECKING:
     from llama_ft.exporting.sidecar import SidecarFiles
@@ -54,13 +54,11 @@ def main() -> int:
     check_room(n_bytes, config, output)
     assert config.to is not None
     log(f"{source.checkpoint.kind} to {FORMATS[config.to]}: {n_bytes / MIB:,.0f} MiB from {source.checkpoint.folder}")
-    try:
+    with explained(f"output={config.output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         whole = whole_file(output) if gguf else whole_folder(output)
         with whole as place, progress_bar(errors, "MiB written", n_bytes, unit=MIB) as advance:
             gguf.write(place, advance) if gguf else write(source, sidecar, config, place, advance)
-    except OSError as error:
-        raise UserError(f"output={config.output} cannot be written: {error.strerror}") from error
     if config.to is Format.meta:
         warn_of_context(config, log)
     files = "" if gguf else f"{', '.join(sorted(file.name for file in output.iterdir()))} in "
@@ -117,7 +115,7 @@ def write(
         write_meta(source.weights, source.model, folder, config.shards or 1, advance)
 
 
-def warn_of_context(config: ConvertConfig, log: Callable[[str], None]) -> None:
+def warn_of_context(config: ConvertConfig, log: Log) -> None:
     """Meta's format does not say the context: where another one will be read back, say so."""
     from llama_ft.model.folder import released_context
 

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from llama_ft.records.evaluation import EvaluatedText, Evaluation
 from llama_ft.reporting.evaluation import evaluation_table
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.table import markdown, print_table
+from llama_ft.system import Log
 
 if TYPE_CHECKING:
     from llama_ft.evaluation.measures import EvalInputs, Measured
@@ -76,7 +76,7 @@ def main() -> int:
     return 0
 
 
-def load_inputs(config: EvaluateConfig, log: Callable[[str], None]) -> "EvalInputs":
+def load_inputs(config: EvaluateConfig, log: Log) -> "EvalInputs":
     """What the models are measured on; a UserError if it cannot be had, or the tokenizer is not the model's."""
     from llama_ft.data.template import choose_template
     from llama_ft.data.tokenizer import load_tokenizer

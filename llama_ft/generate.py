@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from llama_ft import cli
 from llama_ft.config import GenerateConfig
 from llama_ft.records.result import template_of_run
 from llama_ft.reporting.progress import progress_bar
+from llama_ft.system import Log, no_progress
 
 if TYPE_CHECKING:
     from llama_ft.data.template import Template
@@ -56,11 +56,10 @@ def main() -> int:
     if config.prompt is None:
         log(f"template: {template.name}")
     if config.prompts is not None:
-        from llama_ft.decoding.generate import ignore
         from llama_ft.decoding.prompt_file import answer_prompts
 
         # A bar where the answers go into a file; printed, they themselves are progress.
-        progress = partial(progress_bar, errors) if config.output is not None else lambda *_: nullcontext(ignore)
+        progress = partial(progress_bar, errors) if config.output is not None else no_progress
         answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
     elif config.interactive:
         converse(config, models, tokenizer, template, log)
@@ -88,13 +87,7 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Templa
     return [prompt]
 
 
-def converse(
-    config: GenerateConfig,
-    models: "Models",
-    tokenizer: "Tokenizer",
-    template: "Template",
-    log: Callable[[str], None],
-) -> None:
+def converse(config: GenerateConfig, models: "Models", tokenizer: "Tokenizer", template: "Template", log: Log) -> None:
     """Answer line after line, with the models kept."""
     from llama_ft.data.template import choose_template
     from llama_ft.decoding.chat import chat, line_reader

@@ -3,10 +3,14 @@
 import os
 import re
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 MIB = 2**20
+Log = Callable[[str], None]  # is told, in lines, how far something is
+# Shows a title, and how much of a total is done: what it gives is called with how much more is.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 # Said by PyTorch on the CPU, by CUDA, its driver and its libraries, by C++ code that nothing catches, and by the loader
 # of shared libraries. NVML's failing is what CUDA's running out becomes where NVML does not know the card: on a slice
@@ -17,6 +21,16 @@ OUT_OF_MEMORY_TEXT = re.compile(
     r"|NVML_SUCCESS == r INTERNAL ASSERT"
 )
 NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+
+
+def silent(line: str) -> None:
+    """The `Log` that says nothing."""
+
+
+@contextmanager
+def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """The `Progress` that shows nothing."""
+    yield lambda more: None
 
 
 def first_sentence(text: str) -> str:

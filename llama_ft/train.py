@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, is_tuned, without_effect
+from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, without_effect
 from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
@@ -37,6 +36,7 @@ from llama_ft.reporting.best import best_lines, objective_of
 from llama_ft.reporting.progress import Bar, ending
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK, report_sweep
 from llama_ft.reporting.table2 import records
+from llama_ft.system import Log
 from llama_ft.tracking import start_tracker, track_sweep
 
 
@@ -47,7 +47,7 @@ class TrainCommand:
         self.console = Console()
         self.sweep_dir: Path | None = None
         self.tracker, self.sweep = TrackerConfig(), SweepConfig()
-        self.is_tuned = False
+        self.is_tuned = False  # whether a sweep's runs are chosen by what earlier ones returned
         self.results: dict[str, Result] = {}  # by the name of the run's folder
         self.seen_messages: set[str] = set()
         self.locks = ExitStack()  # kept until the command ends
@@ -64,7 +64,7 @@ class TrainCommand:
                 self.locks.enter_context(locked(self.sweep_dir))
                 check_replaceable(self.sweep_dir, SWEEP_FILES, SWEEP_MARK)
                 check_directions(config.sweep.objective)
-                self.is_tuned = is_tuned()
+                self.is_tuned = settings.runtime.choices["hydra/sweeper"] != "basic"
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
                 result = self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
@@ -166,7 +166,7 @@ class TrainCommand:
         """Print a line as it is."""
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def log_once(self, line: str, log: Callable[[str], None] | None = None) -> None:
+    def log_once(self, line: str, log: Log | None = None) -> None:
         """Print a line unless an earlier run of the sweep did."""
         if line not in self.seen_messages:
             self.seen_messages.add(line)

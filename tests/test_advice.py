@@ -18,8 +18,8 @@ from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, res
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
-from llama_ft.planning.processes import no_progress
 from llama_ft.records.plan import Advice, PlanRow
+from llama_ft.system import no_progress
 
 CONTEXT = WIDE_HEAD.max_seq_len
 

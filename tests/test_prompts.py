@@ -5,8 +5,7 @@ import json
 import re
 import resource
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from helpers.models import SMALL, make_model, trained_adapter
 from llama_ft.config import DecodingConfig, GenerateConfig, ModelSource, UserError
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import GenerateFn, generate, ignore
+from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.decoding.prompt_file import answer_keys, answer_prompts, settings_hash
 from llama_ft.decoding.prompts import Prompt, prompt_of, read_prompts
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
+from llama_ft.system import no_progress, silent
 from llama_ft.techniques.adapter import load_adapter
 
 TEXTS = ["Hello", "What is the plural of fox? " * 3, "Two", "One and two and three are"]
@@ -152,11 +152,6 @@ def test_a_file_without_records_is_refused(tmp_path, tokenizer, content):
 
 
 # Answers
-
-
-@contextmanager
-def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    yield ignore
 
 
 class Counting:
@@ -316,7 +311,7 @@ def test_a_file_of_other_prompts_or_settings_is_refused_and_left_alone(tmp_path,
     file, asked = tmp_path / "a.jsonl", Counting()
     config_changes = {key: changes[key] for key in changes.keys() - {"records", "dtype", "damage"}}
     others = {key: changes[key] for key in changes.keys() & {"records", "dtype"}}
-    changes.get("damage", ignore)(file)
+    changes.get("damage", silent)(file)
     before = file.read_bytes()
     with pytest.raises(UserError, match=r"a\.jsonl was made with other prompts or settings: name another output"):
         answered(settings(tmp_path, **config_changes), asked, **others)
@@ -384,7 +379,7 @@ def test_a_comparison_has_the_answers_of_both_models(tmp_path, tokenizer):
 
     config = settings(tmp_path, decoding=decoding, adapter=str(folder), compare=True)
     prompts = [Prompt(text, {"prompt": text}) for text in TEXTS]
-    answer_prompts(config, prompts, "float32", load, no_progress, ignore)
+    answer_prompts(config, prompts, "float32", load, no_progress, silent)
     for text, line in zip(TEXTS, lines_of(tmp_path / "a.jsonl"), strict=True):
         ((base,),), ((answer,),) = (generate(model, tokenizer, [text], decoding) for model in (plain, tuned))
         assert (line["base_answer"], line["answer"]) == (base.text, answer.text)

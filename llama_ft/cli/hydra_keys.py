@@ -37,11 +37,6 @@ def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
         )
 
 
-def is_tuned() -> bool:
-    """Whether the runs of the sweep are chosen by what earlier ones returned."""
-    return bool(HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic")
-
-
 def check_directions(objective: Sequence[str]) -> None:
     """Raise a UserError unless the sweeper, if it has directions, minimizes as many figures as runs return."""
     given: Any = OmegaConf.select(HydraConfig.get().sweeper, "direction")

@@ -13,8 +13,6 @@ from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
 
-HOW_LONG = ("training.epochs", "training.patience")  # keys that may be raised when a run goes on
-
 
 def read_config(file: Path) -> "TrainConfig":
     """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
@@ -106,7 +104,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     @property
     def run_hash(self) -> str:
         """Equal for runs of which one can go on where the other has ended: they differ in when they end alone."""
-        return self.hash(without=HOW_LONG)
+        return self.hash(without=("training.epochs", "training.patience"))
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
         """16 hex digits of what is measured."""

@@ -3,7 +3,7 @@
 import json
 import os
 from array import array
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,9 +19,8 @@ from llama_ft.data.template import CHAT, Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.data.validation import ReadSample, hold_out
 from llama_ft.hub import is_hub_name
-from llama_ft.system import Pace
+from llama_ft.system import Log, Pace, silent
 
-Log = Callable[[str], None]
 SAMPLE_DIR = Path(__file__).parent / "sample"
 
 
@@ -53,10 +52,6 @@ class Dataset:
 
 class NothingLeft(UserError):
     """Every sample is too long."""
-
-
-def silent(line: str) -> None:
-    """Say nothing."""
 
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:

@@ -1,7 +1,6 @@
 """A file downloaded once into a cache, whole or not at all, and verified by its git blob id."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -9,14 +8,14 @@ import requests
 
 from llama_ft.config import UserError
 from llama_ft.files import whole_file
-from llama_ft.system import MIB, Pace, first_cause
+from llama_ft.system import MIB, Log, Pace, first_cause
 
 TRIES = 3  # of a download whose connection breaks
 TIMEOUT_SECONDS = 20.0  # to connect, and for each read
 BY_HAND = "get the file yourself and give data.path=FILE"
 
 
-def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Callable[[str], None]) -> Path:
+def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Log) -> Path:
     """The file behind a URL: from the cache if it is there and verified, else downloaded into it.
 
     Args:
@@ -64,7 +63,7 @@ def blob_id(file: Path) -> str:
         return hashlib.file_digest(stream, lambda: hashlib.sha1(header, usedforsecurity=False)).hexdigest()
 
 
-def _download(url: str, file: Path, name: str, log: Callable[[str], None]) -> None:
+def _download(url: str, file: Path, name: str, log: Log) -> None:
     for tries_left in reversed(range(TRIES)):
         try:
             return _receive(url, file, log)
@@ -74,7 +73,7 @@ def _download(url: str, file: Path, name: str, log: Callable[[str], None]) -> No
             log(f"{name}: {first_cause(error)}; trying again")
 
 
-def _receive(url: str, file: Path, log: Callable[[str], None]) -> None:
+def _receive(url: str, file: Path, log: Log) -> None:
     headers = {"Accept-Encoding": "identity"}  # so that Content-Length is the file's size
     with requests.get(url, stream=True, timeout=TIMEOUT_SECONDS, headers=headers) as response, file.open("wb") as out:
         response.raise_for_status()

@@ -9,11 +9,12 @@ from statistics import mean, median
 
 from llama_ft.config import DataCommandConfig
 from llama_ft.config.checks import OnLong
-from llama_ft.data.dataset import Log, Reader, records_file
+from llama_ft.data.dataset import Reader, records_file
 from llama_ft.data.records import Sample
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.data import DataReport, Example, Places
+from llama_ft.system import Log
 
 MAX_NAMED = 5  # records that are named by their places
 MAX_BARS = 12

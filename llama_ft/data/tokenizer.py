@@ -8,7 +8,6 @@ A GGUF file holds either kind.
 import math
 import os
 import re
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, home_of, named_tokens
 from llama_ft.data.tiktoken_file import Tiktoken, missing_package
 from llama_ft.files import LFS_HINT, LFS_POINTER
+from llama_ft.system import Log, silent
 
 # Rows that a model may have beyond its tokenizer's pieces, which make their number a round one: Qwen 2.5 has 399.
 MAX_PADDING, ROUND = 511, 64
@@ -77,7 +77,7 @@ class Tokenizer:
         return f"texts begin {begin}, end with {', '.join(ends)}{''.join(files)}"
 
 
-def load_tokenizer(source: ModelSource, log: Callable[[str], None] = lambda _: None) -> Tokenizer:
+def load_tokenizer(source: ModelSource, log: Log = silent) -> Tokenizer:
     """The tokenizer of a model; a UserError if it is missing, damaged, or another model's.
 
     Of a model that is not built in, `log` is told where texts begin and end.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from llama_ft.config import DataConfig, UserError
 from llama_ft.data.records import Sample
+from llama_ft.system import Log
 
 SPLIT = "split:"  # before the name of a split of data.path
 N_NAMED = 3  # duplicates
@@ -24,7 +25,7 @@ Samples = list[ReadSample]
 
 
 def hold_out(
-    samples: Samples, config: DataConfig, seed: int, read: Callable[[DataConfig], Samples], log: Callable[[str], None]
+    samples: Samples, config: DataConfig, seed: int, read: Callable[[DataConfig], Samples], log: Log
 ) -> tuple[Samples, Samples]:
     """The samples to train on and those held out, as `data.validation` says; `log` is told what is in both.
 

@@ -1,7 +1,6 @@
 """From a prompt to answers: the loop around choosing the next token, and what ends it."""
 
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 
@@ -14,18 +13,12 @@ from llama_ft.decoding.state import GenerationState
 from llama_ft.decoding.text import StopAt, TextStream
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
+from llama_ft.system import silent
 
 GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
 """A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
 LoadFn = Callable[[bool], GenerateFn]
 """Loads the base if it is given True, else the model that is asked."""
-Log = Callable[[str], None]
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Of a title and a total; what it gives is told how many more are done."""
-
-
-def ignore(_: object) -> None:
-    """Do nothing."""
 
 
 @torch.inference_mode()
@@ -35,7 +28,7 @@ def generate(
     prompts: Sequence[str],
     config: DecodingConfig,
     kv_cache: bool = True,
-    on_text: Callable[[str], None] = ignore,
+    on_text: Callable[[str], None] = silent,
 ) -> list[list[Answer]]:
     """`config.num_return_sequences` answers to each of a batch of prompts: those it gets by itself, up to rounding.
 
@@ -112,7 +105,7 @@ class _Writer:
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], room: int) -> None:
         self._ends, self._stream, self._stop = tokenizer.end_ids, TextStream(tokenizer), StopAt(stop)
-        self.on_text: Callable[[str], None] = ignore
+        self.on_text: Callable[[str], None] = silent
         self.room, self._text, self._n_tokens = room, "", 0
         self.finish = ""
 

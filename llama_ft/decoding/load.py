@@ -9,12 +9,13 @@ import torch
 
 from llama_ft.config import GenerateConfig, TrainedSource, UserError
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import GenerateFn, Log, generate
+from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, load_model
 from llama_ft.records.answers import Answer
+from llama_ft.system import Log
 from llama_ft.techniques.adapter import Adapters, check_base_of, load_adapter
 from llama_ft.techniques.peft import read_adapter
 

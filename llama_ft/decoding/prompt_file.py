@@ -14,10 +14,11 @@ from pathlib import Path
 
 from llama_ft.config import GenerateConfig, UserError
 from llama_ft.config.content import content_hash
-from llama_ft.decoding.generate import LoadFn, Log, Progress, ignore
+from llama_ft.decoding.generate import LoadFn
 from llama_ft.decoding.prompts import Prompt
 from llama_ft.files import explained, try_lock
 from llama_ft.records.answers import Answer, added_keys, texts_of_line
+from llama_ft.system import Log, Progress, silent
 
 
 def answer_keys(config: GenerateConfig) -> set[str]:
@@ -113,7 +114,7 @@ def answer_prompts(
 
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:
         if config.output is None:
-            return nullcontext(([], ignore if suffix else print_line))
+            return nullcontext(([], silent if suffix else print_line))
         return lines_of_file(config.output + suffix, made_with, prompts, config.decoding.num_return_sequences)
 
     def fill(texts: Texts, write: Write, is_base: bool, base_texts: Texts | None = None) -> None:
@@ -123,7 +124,7 @@ def answer_prompts(
         with progress("answers of the base" if is_base else "answers", len(rest)) as advance:
             for start in range(0, len(rest), config.batch_size):
                 batch = rest[start : start + config.batch_size]
-                for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], ignore), strict=True):
+                for prompt, answers in zip(batch, answer([prompt.text for prompt in batch], silent), strict=True):
                     base = base_texts[len(texts)] if base_texts is not None else None
                     line = prompt.record | added_keys(answers, made_with, base)
                     write(json.dumps(line, ensure_ascii=False) + "\n")

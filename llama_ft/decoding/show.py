@@ -9,14 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from llama_ft.config import GenerateConfig
-from llama_ft.decoding.generate import GenerateFn, LoadFn, ignore
+from llama_ft.decoding.generate import GenerateFn, LoadFn
 from llama_ft.records.answers import Answer
+from llama_ft.system import Log, silent
 
 BASE, FINE_TUNED = "base", "fine-tuned"
 MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
 
 
-def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callable[[str], None]) -> str:
+def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) -> str:
     """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
 
     Returns the text of the first one, with `compare` of the fine-tuned model.
@@ -24,7 +25,7 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callabl
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):
-            answers, summary = _ask(load(name == BASE), prompt, ignore, config)
+            answers, summary = _ask(load(name == BASE), prompt, silent, config)
             log(f"{name}: {summary}")
             compared.append(answers)
         print_comparison(*compared)
@@ -33,7 +34,7 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Callabl
             answers, summary = _ask(load(False), prompt, write, config)
         log(summary)
     else:
-        answers, summary = _ask(load(False), prompt, ignore, config)
+        answers, summary = _ask(load(False), prompt, silent, config)
         for number, answer in enumerate(answers, start=1):
             log(f"answer {number}, ended by {answer.finish}:")
             print(answer.text, flush=True)

@@ -11,13 +11,14 @@ from llama_ft.config import DecodingConfig, EvaluateConfig
 from llama_ft.data.collate import Padding
 from llama_ft.data.template import Template
 from llama_ft.data.tokenizer import Tokenizer
-from llama_ft.decoding.generate import Log, Progress, generate
+from llama_ft.decoding.generate import generate
 from llama_ft.decoding.load import check_sources, load_base, load_trained
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
 from llama_ft.evaluation.records import EvaluationSet, accuracy
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
+from llama_ft.system import Log, Progress
 from llama_ft.techniques.mixed_precision import Precision
 
 Advance = Callable[[int], None]  # given how many more are done

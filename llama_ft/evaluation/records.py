@@ -1,7 +1,7 @@
 """The records that a model is evaluated on, the majority baseline, and how many of the answers are correct."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from llama_ft.config import DataConfig, EvaluateConfig, UserError
@@ -10,6 +10,7 @@ from llama_ft.data.records import Record, Sample
 from llama_ft.data.template import Template, encode_prompt
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Share
+from llama_ft.system import Log
 
 HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
 NO_TASK = "no task"  # of records that name none
@@ -30,9 +31,7 @@ class EvaluationSet:
         return matches(answer, self.records[index].output) or matches(answer, self.written[index])
 
 
-def load_records(
-    config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Callable[[str], None]
-) -> EvaluationSet:
+def load_records(config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Log) -> EvaluationSet:
     """Read the records that `data` names; of the built-in set those that are held out from training.
 
     A file or record that is bad or cannot be had is a UserError, and so is it if none is left.

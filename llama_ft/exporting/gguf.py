@@ -1,7 +1,6 @@
 """A model written as a GGUF file, for llama.cpp and what is built on it, a piece of a tensor at a time."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from llama_ft.model.gguf import (
 )
 from llama_ft.model.stored import in_memory, permuted
 from llama_ft.model.writing import Advance, as_bytes
+from llama_ft.system import Log
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
@@ -33,7 +33,7 @@ _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8
 class GgufFile:
     """A model about to be written."""
 
-    def __init__(self, source: Source, tokenizer: Tokenizer, asked: Dtype, log: Callable[[str], None]) -> None:
+    def __init__(self, source: Source, tokenizer: Tokenizer, asked: Dtype, log: Log) -> None:
         """Put it together; a UserError if the format, or the package, lacks something that the model has."""
         config = source.model
         self._gguf: Any = gguf_package(Path("to=gguf"))

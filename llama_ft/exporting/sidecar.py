@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from llama_ft.files import CHAT_TEMPLATE, HF_CONFIG, Json, explained, read_json,
 from llama_ft.model.folder import LLAMA_3_VOCABULARY
 from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 from llama_ft.records.result import BUILTIN_TEMPLATES, template_of_run
+from llama_ft.system import Log
 
 OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
@@ -38,7 +38,7 @@ HF_TOKENIZER_FILES = """
 class SidecarFiles:
     """The files that go with the weights, read before anything is written."""
 
-    def __init__(self, config: ConvertConfig, log: Callable[[str], None]) -> None:
+    def __init__(self, config: ConvertConfig, log: Log) -> None:
         """Read them; a UserError if the tokenizer that is asked for is not the model's, or a file cannot be read."""
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
@@ -172,7 +172,7 @@ class SidecarFiles:
         return content | {"dtype" if "dtype" in self._settings else "torch_dtype": dtype}
 
 
-def save_tokenizer(source: ModelSource, folder: Path, log: Callable[[str], None]) -> None:
+def save_tokenizer(source: ModelSource, folder: Path, log: Log) -> None:
     """Put the tokenizer of a model that is not built in beside weights trained from it, as Hugging Face has it."""
     if source.model.is_builtin:
         return

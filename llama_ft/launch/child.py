@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Log
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 HINTS = {
@@ -74,7 +73,7 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     return "error", f"{type(error).__name__} during {stage}: {text}{hint} (traceback in {LOG_FILE})"
 
 
-def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Callable[[str], None]) -> None:
+def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Log) -> None:
     """Raise a UserError if the run would not fit on the GPU here: planning takes seconds, loading weights minutes."""
     from llama_ft.planning.fit import objection_here
     from llama_ft.planning.lengths import lengths_of

@@ -8,7 +8,7 @@ from llama_ft.config.checks import flat
 from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.records.metrics import METRICS_FILE, parse_line, steps_of
+from llama_ft.records.metrics import METRICS_FILE, read_metrics, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
 from llama_ft.training.position import N_KEPT, best_weights, checkpoints, read_state, remove_older
 
@@ -20,10 +20,9 @@ N_SHOWN = 6  # settings that differ
 
 def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
-    settings = config.to_dict()
-    keys = {name: settings.get(name) for name in ("checkpoint", "adapter", "tokenizer")}
-    for key, value in (*keys.items(), ("data.path", config.data.path), ("data.validation", config.data.validation)):
-        if value not in (None, "builtin", "random"):
+    settings = flat(config.to_dict())
+    for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
+        if (value := settings[key]) not in (None, "builtin", "random"):
             path = Path(os.path.expanduser(str(value))).resolve()
             if path.is_relative_to(run_dir.resolve()):
                 raise UserError(f"{key}={value} lies in the run's own folder, {run_dir}: {ELSEWHERE}")
@@ -55,7 +54,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     if earlier and states and config.training.resume:
         if config.hash() != states[-1].config_hash and config.run_hash != states[-1].run_hash:
             raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
-        metrics = _first_lines(run_dir / METRICS_FILE, states[-1].position.step)
+        metrics = _first_lines(run_dir, states[-1].position.step)
 
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
     if metrics is not None:
@@ -114,16 +113,13 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
     return ", ".join(parts) or "a file that data.path, data.template, tokenizer or checkpoint names has changed since"
 
 
-def _first_lines(metrics_file: Path, n_steps: int) -> str:
+def _first_lines(run_dir: Path, n_steps: int) -> str:
     """The lines of the steps that a checkpoint holds."""
     try:
-        text = metrics_file.read_text(encoding="utf-8").split("\n")[:-1]
-        lines = [(line, parse_line(line, str(metrics_file))) for line in text]
-        kept = [(line, metrics) for line, metrics in lines if metrics.step <= n_steps]
-    except (UserError, OSError, ValueError):
+        kept = [metrics for metrics in read_metrics(run_dir) if metrics.step <= n_steps]
+    except (UserError, OSError):
         kept = []
-    if [metrics.step for metrics in steps_of(metrics for _, metrics in kept)] != list(range(1, n_steps + 1)):
-        raise UserError(
-            f"{metrics_file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint"
-        )
-    return "".join(f"{line}\n" for line, _ in kept)
+    if [metrics.step for metrics in steps_of(kept)] != list(range(1, n_steps + 1)):
+        file = run_dir / METRICS_FILE
+        raise UserError(f"{file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint")
+    return "".join(metrics.line() for metrics in kept)

@@ -22,6 +22,7 @@ from llama_ft.system import (
     MIB,
     NEAR_LIMIT,
     OUT_OF_MEMORY_TEXT,
+    Log,
     data_bytes,
     is_wsl,
     oom_kills,
@@ -47,7 +48,6 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH
 SECONDS_TO_STOP = 15
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
-Log = Callable[[str], None]
 OnStep = Callable[[Metrics], None]
 
 

@@ -7,6 +7,7 @@ from llama_ft.config import TrainingConfig, UserError
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.records.metrics import EvalMetrics, MetricsFile
+from llama_ft.system import Log
 from llama_ft.training.held_out import best_of, is_due, is_time_to_stop, measure_held_out
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
@@ -27,7 +28,7 @@ class TimedLoop:
     watch: Stopwatch
     saver: Saver
     interrupts: Interrupts
-    log: Callable[[str], None]
+    log: Log
     position: Position
     saved: int = field(init=False)  # the optimizer step of the newest checkpoint
     held_out: list[EvalMetrics] = field(init=False)  # the held-out losses so far
@@ -40,7 +41,6 @@ class TimedLoop:
             done = f"{position.step} optimizer steps have been trained, and training.epochs={self.config.epochs} are"
             raise UserError(f"{done} {self.total_steps}: give as many epochs as before, or more")
         self.held_out = self.file.evaluations
-        self._is_over = is_time_to_stop(self.held_out, self.config)
         position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
         self.watch.seconds = position.seconds
         self.schedule = make_schedule(self.step.optimizer, self.total_steps, self.config, position.step)
@@ -73,7 +73,8 @@ class TimedLoop:
         is_measured = not self.data.held_out or (self.held_out and self.held_out[-1].step == step)
         if not is_measured and is_due(step, self.total_steps, per_epoch, config.eval_every):
             self._between(self._evaluate)
-        stops, ends = self.interrupts.requested, self._is_over or step == self.total_steps
+        stops = self.interrupts.requested
+        ends = step == self.total_steps or is_time_to_stop(self.held_out, config)
         saves = config.save_every is not None and step % config.save_every == 0
         keeps_last = config.save_every is not None or config.keep_best
         if step > self.saved and (stops or saves or (ends and keeps_last)):
@@ -100,7 +101,6 @@ class TimedLoop:
         if self.config.keep_best and best_of(self.held_out) is measured:
             self.saver.save_best(step)
         self.file.write(measured)
-        self._is_over = is_time_to_stop(self.held_out, self.config)
 
     def _save(self) -> None:
         self.file.sync()

@@ -8,10 +8,9 @@ from itertools import accumulate
 import torch
 
 from llama_ft.data.collate import Batch, Padding, blank_row, collate, end_to_end
-from llama_ft.data.dataset import Log, silent
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
-from llama_ft.system import Pace
+from llama_ft.system import Log, Pace, silent
 from llama_ft.training.loop import Windows
 from llama_ft.training.step import TrainStep, Window, evaluate_batch
 

@@ -30,7 +30,7 @@ from llama_ft.model.sizes import LLAMA_3_1_FACTOR, check_sizes, hf_sizes, meta_s
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
-from llama_ft.system import Pace
+from llama_ft.system import Log, Pace
 
 Shards = Mapping[str, Sequence[Part]]  # by our names; a tensor's parts, in the order of the files
 
@@ -56,7 +56,7 @@ class Checkpoint:
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
 
     @torch.no_grad()
-    def load_into(self, model: Transformer, storage: Storage, log: Callable[[str], None]) -> None:
+    def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
         """Fill a materialised model, on any device. Beside the model, one piece of a tensor lives."""
         total = sum(weight.n_bytes for weight in self.weights.values())
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"

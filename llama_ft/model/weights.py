@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,13 +19,9 @@ from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Dense, Storage
 from llama_ft.model.transformer import Transformer, rotary_table
+from llama_ft.system import Log, silent
 
 INIT_STD = 0.02  # as transformers' initializer_range
-Log = Callable[[str], None]
-
-
-def silent(line: str) -> None:
-    """Log nothing."""
 
 
 @dataclass(frozen=True)

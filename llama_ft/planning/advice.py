@@ -11,8 +11,9 @@ from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, res
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
-from llama_ft.planning.processes import Progress, side_by_side
+from llama_ft.planning.processes import side_by_side
 from llama_ft.records.plan import Advice, PlanRow
+from llama_ft.system import Progress
 
 # The share of a card that advice leaves free: real runs of others reserved up to 4.3 % more than is planned for them
 # (benchmarks/plan-published), and a run that goes out of memory costs more than some memory that is not used.

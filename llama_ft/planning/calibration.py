@@ -15,7 +15,7 @@ from llama_ft.planning.operators import GIGA, bound_by_resource, flops_of
 from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
-from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, ran_on, read_result
+from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, ran_on, results_below
 
 Runs = dict[str, list[tuple[float, float]]]  # by dtype, of each run its work, as `work_of` has it, and its seconds
 
@@ -31,8 +31,7 @@ def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
     gpu = gpus[0]
     if not folder.is_dir():
         raise UserError(f"calibrate={folder}: there is no such folder")
-    files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
-    results = {file.parent: result for file in files if (result := read_result(file.parent)) and result.status == "ok"}
+    results = {run: result for run, result in results_below(folder).items() if result.status == "ok"}
     if not results:
         raise UserError(f"calibrate={folder}: no run in it has ended well (status ok in {RESULT_FILE})")
     here = {run: result for run, result in results.items() if ran_on(result, gpu.name, traits_of(gpu).on_cuda)}

@@ -1,6 +1,6 @@
 """How long the samples are that a plan is made for."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 
 from llama_ft.config import PlanConfig, UserError, found_tokenizer
@@ -9,11 +9,12 @@ from llama_ft.data.dataset import NothingLeft, load_dataset
 from llama_ft.data.records import Sample
 from llama_ft.data.tokenizer import load_tokenizer
 from llama_ft.records.plan import PlannedData
+from llama_ft.system import Log
 
 Lengths = Sequence[tuple[int, int]]  # of each sample its tokens, and those of them that are the prompt's
 
 
-def data_lengths(config: PlanConfig, log: Callable[[str], None]) -> tuple[Lengths, PlannedData, Lengths]:
+def data_lengths(config: PlanConfig, log: Log) -> tuple[Lengths, PlannedData, Lengths]:
     """The lengths of the run's samples, what they are of, and the lengths of those held out.
 
     Where they cannot be known, samples of the longest length that is allowed stand in for them.

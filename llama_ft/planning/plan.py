@@ -12,9 +12,9 @@ from llama_ft.planning.advice import Adviser
 from llama_ft.planning.calibration import calibrate, measured_runs
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
-from llama_ft.planning.processes import Progress, no_progress
 from llama_ft.planning.table1 import table1
 from llama_ft.records.plan import Plan, PlannedData, PlannedTime
+from llama_ft.system import Progress, no_progress
 
 AT_BEST = PlannedTime("bound", "at best: each operator at the full rate of the card's matrix units or memory")
 

@@ -12,11 +12,11 @@ from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.planning.operators import bound_by_resource, bytes_of, flops_of
-from llama_ft.planning.processes import Progress, no_progress, side_by_side
+from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import RunCosts, run_costs
 from llama_ft.records.plan import MemoryPoint, PlanRow
 from llama_ft.records.result import MemoryItem
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Progress, no_progress
 
 MAX_POINTS = 200  # of a timeline: few enough to draw
 Key = tuple[tuple[bool, ...], int, Traits]

@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import AbstractContextManager, contextmanager
 from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
@@ -13,14 +12,6 @@ from llama_ft.config import UserError
 MAX_PROCESSES = 8
 K = TypeVar("K")
 T = TypeVar("T")
-# Shows a title, and how much of a total is done: what it gives is called with how much more is.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-
-
-@contextmanager
-def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Shows nothing."""
-    yield lambda more: None
 
 
 def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) -> Iterator[tuple[K, T]]:

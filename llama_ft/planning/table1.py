@@ -14,9 +14,10 @@ from llama_ft.planning.gpu_traits import Traits, traits_of
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.planning.operators import GIGA, RATES, TERA, bytes_of, flops_of
 from llama_ft.planning.predict import refusal
-from llama_ft.planning.processes import Progress, no_progress, side_by_side
+from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlanRow, Table1, Table1Cell, Table1Row
+from llama_ft.system import Progress, no_progress
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none

@@ -154,6 +154,12 @@ def read_result(run_dir: Path) -> Result | None:
     return result
 
 
+def results_below(folder: Path) -> dict[Path, Result]:
+    """The results in a folder and in those below it, by their folders; W&B's copies, with its own files, left out."""
+    files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
+    return {file.parent: result for file in files if (result := read_result(file.parent))}
+
+
 def template_of_run(folder: str | None) -> str | None:
     """The template that the run in a folder trained with: a name, or its file there; None where that is not known."""
     path, result = Path(os.path.expanduser(folder or "")), None

@@ -10,7 +10,6 @@ COSTS = {"peak_memory_mib": "peak memory, MiB", "runtime_s": "runtime, s"}
 LOSS = "eval_loss"
 FRONT = (*COSTS, LOSS)
 LEAST_RUNS = 3  # that a front is shown of
-DEFAULT_OBJECTIVES = (LOSS, "train_loss_after")
 
 Point = tuple[float, ...]
 
@@ -24,9 +23,9 @@ def front(points: Sequence[Point]) -> list[int]:
     return [n for n, point in enumerate(points) if not any(beats(other, point) for other in points)]
 
 
-def figures_of(result: Result, objective: Sequence[str] = ()) -> dict[str, float]:
+def figures_of(result: Result, objective: Sequence[str]) -> dict[str, float]:
     """Those figures of a finished run that are finite numbers; of none the held-out loss, else that after training."""
-    default = next((key for key in DEFAULT_OBJECTIVES if getattr(result, key) is not None), DEFAULT_OBJECTIVES[-1])
+    default = LOSS if result.eval_loss is not None else "train_loss_after"
     known = {key: value_of(result, key) for key in objective or (default,) if result.status == "ok"}
     return {key: value for key, value in known.items() if value is not None and math.isfinite(value)}
 

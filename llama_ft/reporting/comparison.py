@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -92,12 +91,8 @@ class Comparison:
         number = self.change(a, b, key)
         if number is None:
             return self.sides.no_number
-        return LEARNT.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if self.is_within(a, b, key) else "")
-
-    @staticmethod
-    def is_within(a: Result, b: Result, key: str) -> bool:
-        """Whether both sides are means of repeats, and differ by no more than these spread."""
-        return are_apart(values_of(a, key), values_of(b, key)) is False
+        is_within = are_apart(values_of(a, key), values_of(b, key)) is False  # None where one side has no repeats
+        return LEARNT.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if is_within else "")
 
     def change(self, a: Result, b: Result, key: str) -> float | None:
         """How far B's value is from A's, as a share of A's, of what was learnt in itself; None where there is none."""
@@ -195,7 +190,7 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def _statuses(result: Result) -> set[str]:
-    return {run.result.status for run in runs_of(result, Path())}
+    return {run.result.status for run in runs_of(result)}
 
 
 def _plan_notes(plan: Plan, comparison: Comparison) -> list[str]:

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from llama_ft.config import UserError
 from llama_ft.config.techniques import combination_label
-from llama_ft.files import check_replaceable, write_text
+from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
@@ -53,10 +53,8 @@ def report_comparison(first: Path, second: Path, console: Console) -> None:
         print_notes(comparison.settings_lines, console)
     console.print()
     print_notes(names + alone, console)
-    try:
+    with explained(f"the comparison cannot be written into {second}"):
         write_files(comparisons, alone, names, second)
-    except OSError as error:
-        raise UserError(f"the comparison cannot be written into {second}: {error.strerror}") from error
     console.print(f"\nWritten: {', '.join(FILES)} in {second}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -94,7 +92,7 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
             numbers = [(value_of(a, key), value_of(b, key), comparison.change(a, b, key)) for key in keys]
             rows.append([*known, *(number for three in numbers for number in three)])
             for side in (a, b) if has_repeats else ():
-                rows[-1] += [len(runs_of(side, Path())), *(spread_of(side, key) for key in keys)]
+                rows[-1] += [len(runs_of(side)), *(spread_of(side, key) for key in keys)]
     return csv_text(columns, rows)
 
 

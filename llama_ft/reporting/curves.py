@@ -57,8 +57,8 @@ def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
     return Table("Held-out loss", [("After step", ["Loss", "Perplexity", "Token accuracy"])], rows, [])
 
 
-def draw_losses(groups: Sequence[Group], file: Path) -> bool:
-    """Write a picture of the losses of each row, and say so; of no row with held-out ones, or too many, remove it."""
+def draw_losses(groups: Sequence[Group], file: Path) -> None:
+    """Write a picture of the losses of each row; of no row with held-out ones, or too many, remove an earlier one."""
     rows: dict[tuple[int, int], list[list[Metrics]]] = {}  # by group and row
     for n, group in enumerate(groups):
         for number, run in group.runs:
@@ -66,7 +66,7 @@ def draw_losses(groups: Sequence[Group], file: Path) -> bool:
                 rows.setdefault((n, number), []).append(metrics)
     if not 0 < len(rows) <= MAX_PANELS:
         file.unlink(missing_ok=True)
-        return False
+        return
     n_columns = min(len(rows), N_COLUMNS)
     with drawing():
         size = (7, 3.6) if len(rows) == 1 else (3.2 * n_columns, 2.4 * -(-len(rows) // n_columns))
@@ -79,7 +79,6 @@ def draw_losses(groups: Sequence[Group], file: Path) -> bool:
             panel.label_outer()
         with whole_file(file) as temporary:
             figure.savefig(temporary, format="png")
-    return True
 
 
 def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> None:

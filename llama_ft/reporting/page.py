@@ -73,8 +73,8 @@ def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
         bars = dict(zip(("peak memory by category", "runtime"), panels, strict=True))
         bars |= {name: svg_panel(draw, 5.2, 3.0) for name, draw in front_panels(group).items()}
         limit = limit_in_picture(group)
-        runs, has_few_rows = [], len(group.results) <= MAX_WITH_CURVES
-        has_curves = has_few_rows and len(group.runs) <= 3 * MAX_WITH_CURVES
+        has_curves = len(group.results) <= MAX_WITH_CURVES and len(group.runs) <= 3 * MAX_WITH_CURVES
+        runs = []
         for number, each in group.runs:
             result, run_dir, label = each.result, each.folder, each.named(group.labels[number])
             shown_dir = Path(title) / run_dir.relative_to(folder)  # however the folder was named on the command line

@@ -22,15 +22,14 @@ def front_panels(group: Group) -> dict[str, Panel]:
     return dict(shown) if measured(group) else {}
 
 
-def draw_fronts(groups: list[Group], file: Path) -> bool:
-    """Write the picture of the groups that have a front, and say whether one has; else remove an earlier picture."""
+def draw_fronts(groups: list[Group], file: Path) -> None:
+    """Write the picture of the groups that have a front; where none has, remove an earlier one."""
     shown = [group for group in groups if measured(group)]
     if shown:
         rows = [list(front_panels(group).values()) for group in shown]
         draw_panels(rows, [group.title for group in shown], [HEIGHT] * len(shown), file, same_labels=False)
     else:
         file.unlink(missing_ok=True)
-    return bool(shown)
 
 
 def front_panel(axes: Axes, group: Group, key: str) -> None:

@@ -10,7 +10,7 @@ from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import table_order
 from llama_ft.config.training import SEED
-from llama_ft.records.result import RESULT_FILE, Result, read_result
+from llama_ft.records.result import RESULT_FILE, Result, results_below
 from llama_ft.reporting.matching import NOT_COMPARED, run_settings
 from llama_ft.reporting.repeats import Run, repeated
 from llama_ft.reporting.results import Group
@@ -25,15 +25,11 @@ def read_groups(folder: Path) -> list[Group]:
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
-    for file in sorted(folder.rglob(RESULT_FILE)):
-        run = file.parent.relative_to(folder)
-        # W&B keeps a copy with its own files.
-        result = None if "wandb" in run.parts else read_result(file.parent)
-        if result is None:
-            continue
+    for run_dir, result in results_below(folder).items():
+        run = run_dir.relative_to(folder)
         # Runs in folders of their own are sweeps of their own.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
-        runs.append(((variant, result.model, result.data, result.gpu), result, file.parent))
+        runs.append(((variant, result.model, result.data, result.gpu), result, run_dir))
     if not runs:
         raise UserError(f"{folder}: there is no {RESULT_FILE} in it or below it; is it the folder of a sweep?")
     # A run that was refused before it began has no hash: it stays with the others of its sweep.

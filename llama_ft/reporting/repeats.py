@@ -61,8 +61,8 @@ def _are_numbers(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int | float) for value in values)
 
 
-def runs_of(result: Result, folder: Path) -> list[Run]:
-    """The runs behind a result."""
+def runs_of(result: Result, folder: Path = Path()) -> list[Run]:
+    """The runs behind a result; `folder` is that of a single one."""
     return result.runs if isinstance(result, Repeated) else [Run(result, folder)]
 
 

@@ -5,8 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from llama_ft.config import UserError
-from llama_ft.files import check_replaceable, write_text
+from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.plan_tables import tables_of
@@ -36,22 +35,16 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
     from llama_ft.reporting.pareto import draw_fronts
 
     page = sweep_page(folder, groups, tables)  # before a file is written: it reads files that may be damaged
-    try:
+    with explained(f"the report cannot be written into {folder}"):
         write_text(folder / "table2.csv", csv_text(*records(groups)))
         write_text(folder / "table2.md", "\n".join(markdown(table) for table in tables))
         panels, heights = [group_panels(group) for group in groups], [0.42 * len(group.results) for group in groups]
         draw_panels(panels, [group.title for group in groups], heights, folder / "table2.png", width_ratios=(3, 2))
         write_text(folder / "report.html", page)
-        pictures = {LOSSES_FILE: draw_losses, PARETO_FILE: draw_fronts}
-        left_out = {name for name, draw in pictures.items() if not draw(groups, folder / name)}
-    except OSError as error:
-        raise UserError(f"the report cannot be written into {folder}: {error.strerror}") from error
-    console.print(
-        f"\nWritten: {', '.join(name for name in SWEEP_FILES if name not in left_out)} in {folder}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        draw_losses(groups, folder / LOSSES_FILE)
+        draw_fronts(groups, folder / PARETO_FILE)
+    written = ", ".join(name for name in SWEEP_FILES if (folder / name).exists())
+    console.print(f"\nWritten: {written} in {folder}", highlight=False, markup=False, soft_wrap=True)
     return groups
 
 
@@ -69,13 +62,9 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
 
     text = [markdown(table) for table in tables_of(plan)]
     if plan.advice:
-        text += [
-            f"### {plain_text(plan.advice.title)}",
-            "",
-            *(f"- {plain_text(line)}" for line in plan.advice.lines),
-            "",
-        ]
-    try:
+        lines = [f"- {plain_text(line)}" for line in plan.advice.lines]
+        text += [f"### {plain_text(plan.advice.title)}", "", *lines, ""]
+    with explained(f"the plan cannot be written into {folder}"):
         if with_json:
             write_record(plan, folder / PLAN_FILE)
         write_text(folder / "plan.md", "\n".join([*text, f"`{plan.command}`", ""]))
@@ -83,8 +72,6 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
         write_text(folder / "plan.csv", csv_text(*record_table(plan.rows, leading)))
         draw_plan(plan, folder / "plan.png")
         write_text(folder / "plan.html", plan_page(plan))
-    except OSError as error:
-        raise UserError(f"the plan cannot be written into {folder}: {error.strerror}") from error
 
 
 def print_plan(plan: Plan, console: Console) -> None:

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llama_ft.config.checks import Settings
@@ -105,7 +104,7 @@ def _spread(mean: str, spread: float | None, form: Callable[[Any], str]) -> str:
 
 def run_counts(results: Sequence[Result]) -> list[str]:
     """How many runs ended how in each row of repeats, as `2, 1 ×`; nothing where all rows are alike."""
-    statuses = [[run.result.status for run in runs_of(result, Path())] for result in results]
+    statuses = [[run.result.status for run in runs_of(result)] for result in results]
     if len({len(row) for row in statuses}) == 1 and all(len(set(row)) == 1 for row in statuses):
         return []
     counts = [Counter(sorted(row, key=lambda status: status != "ok")) for row in statuses]

@@ -1,7 +1,7 @@
 """Where runs, sweeps and studies are reported to. The local files are the truth: they are sent on, or again later."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfig, UserError
@@ -10,14 +10,13 @@ from llama_ft.config.techniques import combination_name
 from llama_ft.config.train import read_config
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.result import CONFIG_FILE, read_result
+from llama_ft.system import Log
 from llama_ft.tracking.base import Subject, Table, Tracker
 
 __all__ = ["Tracker", "start_tracker", "track_study", "track_sweep", "upload_runs"]
 
 
-def start_tracker(
-    config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Callable[[str], None]
-) -> Tracker:
+def start_tracker(config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Log) -> Tracker:
     """The tracker of a run in the sweep `group`: then `step` for each optimizer step, and in any case `finish`."""
     combination = combination_name(settings["optim"])
     techniques = [name for name, on in settings["optim"].items() if on] or [combination]
@@ -26,9 +25,7 @@ def start_tracker(
     return _tracker(config, subject, log)
 
 
-def track_sweep(
-    config: TrackerConfig, sweep_dir: Path, table: Table, files: Sequence[str], log: Callable[[str], None]
-) -> None:
+def track_sweep(config: TrackerConfig, sweep_dir: Path, table: Table, files: Sequence[str], log: Log) -> None:
     """Report a sweep as a whole, beside its runs: its table, and the files of its report in its folder."""
     name, (columns, rows) = sweep_dir.absolute().name, table
     about = {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")}
@@ -36,17 +33,13 @@ def track_sweep(
     _tracker(config, subject, log).send({}, {file: sweep_dir / file for file in files}, table)
 
 
-def track_study(
-    config: TrackerConfig, name: str, numbers: dict[str, float], files: Sequence[Path], log: Callable[[str], None]
-) -> None:
+def track_study(config: TrackerConfig, name: str, numbers: dict[str, float], files: Sequence[Path], log: Log) -> None:
     """Report a study: its numbers, and its files, in whose folder the tracker puts its own."""
     subject = Subject(name, "study", files[0].parent, tags=("study",))
     _tracker(config, subject, log).send(numbers, {file.name: file for file in files})
 
 
-def upload_runs(
-    config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Callable[[str], None]
-) -> TrackerConfig:
+def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Log) -> TrackerConfig:
     """Send each run as if it took place now, in place of what the tracker has of it. Returns the last run's tracker.
 
     Args:
@@ -80,7 +73,7 @@ def upload_runs(
     return tracker_config
 
 
-def _tracker(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Tracker:
+def _tracker(config: TrackerConfig, subject: Subject, log: Log) -> Tracker:
     is_off = config.mode is TrackerMode.auto and os.environ.get("WANDB_MODE") == "disabled"
     if config.kind is TrackerKind.wandb and not is_off:
         from llama_ft.tracking.wandb_run import WandbRun  # wandb takes a second to import

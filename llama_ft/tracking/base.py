@@ -13,6 +13,7 @@ from llama_ft.config import TrackerConfig
 from llama_ft.config.checks import Settings
 from llama_ft.records.metrics import METRICS_FILE, Metrics
 from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result
+from llama_ft.system import Log
 
 # By their names in the tracker: W&B keeps a config.yaml of its own.
 RUN_FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
@@ -40,7 +41,7 @@ class Tracker:
 
     place = ""  # where to look at the subject, for people
 
-    def __init__(self, config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> None:
+    def __init__(self, config: TrackerConfig, subject: Subject, log: Log) -> None:
         self._config, self._subject, self._log, self._has_failed = config, subject, log, False
         self._guard(SECONDS_TO_START, self._start)
 

@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.config.checks import Settings
+from llama_ft.system import Log
 from llama_ft.tracking.base import Subject, Table, Tracker, in_time, reason
 
 CHARTS = {"peak_memory_mib": "Peak memory, MiB", "runtime_s": "Runtime, s", "tokens_per_s": "Tokens/s"}
@@ -52,7 +52,7 @@ class WandbRun(Tracker):
         stop()
 
 
-def init(config: TrackerConfig, subject: Subject, log: Callable[[str], None]) -> Any:
+def init(config: TrackerConfig, subject: Subject, log: Log) -> Any:
     """`wandb.init`, asking and printing nothing. What is not given is W&B's: from the environment, or its settings."""
     settings = session(config.mode)
     # A name or an id in the environment is meant for one run: those of a sweep, or studies, would replace each other.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from llama_ft.config import TrainingConfig, UserError
 from llama_ft.data.collate import Batch
 from llama_ft.records.metrics import EvalMetrics
-from llama_ft.system import Pace
+from llama_ft.system import Log, Pace
 from llama_ft.training.loop import Windows
 from llama_ft.training.step import TrainStep, evaluate
 
@@ -32,7 +32,7 @@ def is_time_to_stop(losses: Sequence[EvalMetrics], config: TrainingConfig) -> bo
 
 
 def measure_held_out(
-    step: TrainStep, data: Windows, n_steps: int, is_stopped: Callable[[], bool], log: Callable[[str], None]
+    step: TrainStep, data: Windows, n_steps: int, is_stopped: Callable[[], bool], log: Log
 ) -> EvalMetrics | None:
     """The held-out samples' loss after so many optimizer steps; None if it was stopped. Changes nothing of the run.
 

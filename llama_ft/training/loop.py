@@ -23,9 +23,7 @@ class Windows:
     accumulation_steps: int = 1
     seed: int = 0
     padding: Padding = NO_PADDING
-    packing: int | None = (
-        None  # tokens up to which a window's samples are laid end to end; None leaves them as they are
-    )
+    packing: int | None = None  # tokens up to which a window's samples are laid end to end; None leaves them
     pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
     held_out: Sequence[Sample] = ()  # to be evaluated, and never trained on
 

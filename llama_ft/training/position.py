@@ -56,10 +56,9 @@ def checkpoints(run_dir: Path) -> list[Path]:
     return [path for path in _entries(run_dir) if re.fullmatch(r"step_\d{8,}", path.name)]
 
 
-def best_weights(run_dir: Path, up_to_step: int | None = None) -> list[Path]:
-    """The weights that were the best on held-out data, up to an optimizer step, the newest last."""
-    found = [path for path in _entries(run_dir) if re.fullmatch(r"best_\d{8,}", path.name)]
-    return [path for path in found if up_to_step is None or step_of(path) <= up_to_step]
+def best_weights(run_dir: Path) -> list[Path]:
+    """The weights that were at some time the best on held-out data, the newest last."""
+    return [path for path in _entries(run_dir) if re.fullmatch(r"best_\d{8,}", path.name)]
 
 
 def step_of(folder: Path) -> int:
@@ -92,8 +91,9 @@ def remove_older(run_dir: Path, n_kept: int = N_KEPT, step: int | None = None) -
     found = [folder for folder in checkpoints(run_dir) if _is_plain(folder)]
     kept, dropped = found[len(found) - n_kept :] if n_kept else [], found[: max(0, len(found) - n_kept)]
     at = [*map(step_of, kept), *(() if step is None else (step,))]
-    best_kept = {path for path_step in at for path in best_weights(run_dir, path_step)[-1:]}
-    dropped += [path for path in best_weights(run_dir) if _is_plain(path) and path not in best_kept]
+    best = best_weights(run_dir)
+    best_kept = {path for last in at for path in [each for each in best if step_of(each) <= last][-1:]}
+    dropped += [path for path in best if _is_plain(path) and path not in best_kept]
     for folder in dropped:
         folder.rename(folder.with_name(f".{folder.name}.tmp"))  # at no time is a checkpoint there in part
     for path in _entries(run_dir):

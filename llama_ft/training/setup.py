@@ -20,7 +20,8 @@ from llama_ft.config import TrainConfig, TrainingConfig
 from llama_ft.config.training import Optimizer, Schedule
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import Log, build, materialise, open_weights, silent
+from llama_ft.model.weights import build, materialise, open_weights
+from llama_ft.system import Log, silent
 from llama_ft.techniques.adapter import begin_with
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.step import TrainStep
