@@ -15,14 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, without_effect
+from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, check_seeds, without_effect
 from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config, goes_on
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
-from llama_ft.records.metrics import Metrics
+from llama_ft.records.metrics import Metrics, evaluations_of, read_metrics
 from llama_ft.records.result import (
     FINISHED,
     RESULT_FILE,
@@ -65,6 +65,8 @@ class TrainCommand:
                 check_replaceable(self.sweep_dir, SWEEP_FILES, SWEEP_MARK)
                 check_directions(config.sweep.objective)
                 self.is_tuned = settings.runtime.choices["hydra/sweeper"] != "basic"
+                if self.is_tuned:
+                    check_seeds(swept_keys())
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
             with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
                 result = self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
@@ -105,8 +107,7 @@ class TrainCommand:
         composed, typed = cast(DictConfig, HydraConfig.instance().cfg), cli.typed_overrides()
         alternatives = partial(cli.swept_configs, composed) if self.sweep_dir else lambda _: ()
         lines = cli.remarks(config, [str(override.input_line) for override in typed], alternatives)
-        swept = [override.key_or_group for override in cli.swept(composed)] if self.sweep_dir else None
-        hydras = without_effect([override.key_or_group for override in typed], swept)
+        hydras = without_effect([override.key_or_group for override in typed], swept_keys() if self.sweep_dir else None)
         for line in (*lines, *hydras):
             self.log_once(line)
 
@@ -126,7 +127,7 @@ class TrainCommand:
         if previous is None or previous.config_hash is None:
             return None
         if previous.config_hash != config.hash():
-            if goes_on(run_dir, config):
+            if goes_on(run_dir, config, previous):
                 return None
             earlier = earlier_config(run_dir)
             what = f": {differences(earlier, config)}" if earlier else ""
@@ -140,7 +141,7 @@ class TrainCommand:
         """Run in a process of its own, watched."""
         group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
         self.console.print(title, style="bold", highlight=False, markup=False)
-        with Bar(self.console) as display:
+        with Bar(self.console, len(evaluations_of(read_metrics(run_dir)))) as display:
             tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
 
             log = partial(self.log_once, log=display.message)
@@ -206,6 +207,11 @@ class TrainCommand:
         return cli.FAILED if failed else 0
 
 
+def swept_keys() -> list[str]:
+    """The keys and groups of which the sweep has several values."""
+    return [override.key_or_group for override in cli.swept(cast(DictConfig, HydraConfig.instance().cfg))]
+
+
 USAGE = cli.Usage(
     "train",
     "Fine-tune LLaMA with one combination of techniques, or with -m with many, each measured in its own process.",
@@ -213,6 +219,7 @@ USAGE = cli.Usage(
     TrainConfig,
     (
         "optim=ga_mp_lora",
+        "optim=lora data.validation=0.1 training.eval_every=50 training.keep_best=true",
         "experiment=table2",
         "-m 'optim=glob(*)' gpu=a100_40gb",
         "-m optim.lora=true lora.rank=4,16 hydra.sweep.dir=outputs/rank",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,9 +82,9 @@ def test_other_seeds_hold_out_others_and_all_alike_often(tmp_path: Path) -> None
     assert all(abs(count - 50) < 4.5 * 6.2 for count in counts.values())
 
 
-@pytest.mark.parametrize("given_", ["0", "-1", "0.0", "1.0", "1.5", "nan", "inf"])
+@pytest.mark.parametrize("given_", ["0", "-1", "0.0", "1.0", "1.5", "nan", "inf", " ", "10%", "0,1", "1e2", "split:"])
 def test_numbers_that_say_nothing_are_refused(given_: str) -> None:
-    with pytest.raises(UserError, match=r"data.validation=.*a share between 0 and 1, a number of records, or a file"):
+    with pytest.raises(UserError, match=r"data.validation=.*a share such as 0.1, a number of records such as 40"):
         DataConfig("sample", validation=given_)
 
 
@@ -132,6 +133,18 @@ def test_a_split_of_a_folder_is_held_out(tmp_path: Path) -> None:
     assert len(data.samples) == 8
 
 
+def test_what_becomes_of_held_out_records_is_said(tmp_path: Path) -> None:
+    held_out = records(tmp_path / "b.jsonl", range(30, 34))
+    with held_out.open("a") as file:
+        file.write('{"output": "no instruction"}\n' + json.dumps({"instruction": "Long?", "output": "so " * 60}) + "\n")
+    trained = str(records(tmp_path / "a.jsonl", range(4)))
+    config = DataConfig("mine", path=trained, validation=str(held_out), on_bad_record=OnBadRecord.skip)
+    said: list[str] = []
+    data = load_dataset(config, TOKENIZER, 90, None, said.append)
+    assert said == ["data.validation: 1 bad records skipped; 1 truncated"]
+    assert (len(data.held_out), data.n_skipped, data.n_truncated) == (5, 0, 0)
+
+
 def test_a_held_out_file_that_is_missing_is_refused_by_the_key(tmp_path: Path) -> None:
     config = DataConfig("mine", path=str(records(tmp_path / "a.jsonl", range(4))), validation="none.jsonl")
     with pytest.raises(UserError, match=r"data.validation=none.jsonl: .*none.jsonl"):
@@ -178,6 +191,15 @@ def test_patience_counts_losses_since_the_least(losses: list[float], patience: i
 
 
 # What it costs
+
+
+@given(st.lists(st.integers(2, 40), min_size=1), st.lists(st.integers(2, 60)), st.integers(1, 4))
+def test_held_out_batches_are_no_larger_than_those_of_training(trained: list[int], held_out: list[int], n: int) -> None:
+    samples, others = ([Sample.after([1] * length, 1) for length in part] for part in (trained, held_out))
+    batches = list(Windows(samples, micro_batch_size=n, held_out=others).held_out_batches())
+    assert sum(batch.n_targets for batch in batches) == sum(length - 1 for length in held_out)
+    largest = n * max(trained)
+    assert all(len(batch.tokens) == 1 or batch.tokens.numel() <= largest for batch in batches)
 
 
 @pytest.mark.parametrize("packing", [None, 60])
@@ -325,16 +347,21 @@ def test_what_was_drawn_can_be_evaluated(tmp_path: Path) -> None:
 # The best weights, and an early end
 
 
+def run_best(folder: Path, *more: str) -> Any:
+    """Over-fit at once, to the records beside a run's folder."""
+    cwd = folder.parent
+    data = (f"data.path={cwd / 'train.jsonl'}", f"data.validation={cwd / 'held_out.jsonl'}", "training.eval_every=2")
+    keeps = ("training.keep_best=true", "training.lr=0.01", f"hydra.run.dir={folder}")
+    return run("llama_ft.train", *SMALL, *data, *keeps, *more, cwd=cwd)
+
+
 @pytest.fixture(scope="module")
 def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that over-fits at once, keeps its best weights, and stops early."""
+    """A run that over-fits, keeps its best weights, and stops early."""
     cwd = tmp_path_factory.mktemp("best")
-    done = run(
-        "llama_ft.train", *SMALL, f"data.path={records(cwd / 'train.jsonl', range(12))}",
-        f"data.validation={records(cwd / 'held_out.jsonl', range(50, 60))}", "training.eval_every=2",
-        "training.epochs=30", "training.keep_best=true", "training.patience=3", "training.lr=0.01",
-        f"hydra.run.dir={cwd / 'run'}", cwd=cwd,
-    )  # fmt: skip
+    records(cwd / "train.jsonl", range(12))
+    records(cwd / "held_out.jsonl", range(50, 60))
+    done = run_best(cwd / "run", "training.epochs=30", "training.patience=3")
     assert done.returncode == 0, done.stdout + done.stderr
     (cwd / "output.txt").write_text(done.stdout)
     return cwd / "run"
@@ -357,26 +384,19 @@ def test_the_best_weights_are_the_result_and_the_last_are_a_checkpoint(best: Pat
     assert not all(torch.equal(kept[key], of_last[key]) for key in kept)
     output = (best.parent / "output.txt").read_text()
     assert f"stopped early, after optimizer step {last.step} of 180" in output
-    assert f"after step {least.step} was the least, and 3 since were not less" in output
+    assert f"after step {least.step} has not been improved on in 3 since" in output
 
 
 @pytest.mark.process
 def test_more_patience_goes_on_where_the_run_has_ended(best: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(best.parent, tmp_path / "copy")
     folder = tmp_path / "copy" / "run"
     config = (folder / "config.yaml").read_text()
-    data = f"data.path={tmp_path / 'copy' / 'train.jsonl'}"
-    more = (
-        *SMALL, data, f"data.validation={tmp_path / 'copy' / 'held_out.jsonl'}", "training.eval_every=2",
-        "training.epochs=30", "training.keep_best=true", "training.lr=0.01", f"hydra.run.dir={folder}",
-    )  # fmt: skip
-    refused = run("llama_ft.train", *more, "training.patience=5", cwd=tmp_path)
+    refused = run_best(folder, "training.epochs=30", "training.patience=5")
     assert refused.returncode == 2
     assert "training.patience (3 there, 5 here)" in refused.stderr
     assert (folder / "config.yaml").read_text() == config
-    done = run("llama_ft.train", *more, "training.patience=5", "training.resume=true", cwd=tmp_path)
+    done = run_best(folder, "training.epochs=30", "training.patience=5", "training.resume=true")
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (evaluations_of(read_metrics(each)) for each in (best, folder))
     assert [each.eval_loss for each in after[: len(before)]] == [each.eval_loss for each in before]
@@ -384,6 +404,51 @@ def test_more_patience_goes_on_where_the_run_has_ended(best: Path, tmp_path: Pat
     assert read_json(folder / "result.json")["best_eval_step"] == best_of(before).step
     kept = [load_file(each / "model.safetensors") for each in (best, folder)]
     assert all(torch.equal(kept[0][key], kept[1][key]) for key in kept[0])
+
+
+@pytest.mark.process
+def test_more_epochs_alone_do_not_go_on_where_patience_has_run_out(best: Path, tmp_path: Path) -> None:
+    refused = run_best(best, "training.epochs=40", "training.patience=3", "training.resume=true")
+    assert refused.returncode == 2
+    assert "stopped early, after optimizer step" in refused.stderr
+    assert "it goes on with more than training.patience=3, or with null" in refused.stderr
+
+
+@pytest.mark.process
+def test_a_held_out_loss_that_was_not_written_down_is_measured_again(best: Path, tmp_path: Path) -> None:
+    """As where Ctrl-C came while it was measured, and a kill before its line had reached the disk."""
+    cwd = tmp_path / "copy"
+    shutil.copytree(best.parent, cwd)
+    folder, step = cwd / "run", best_of(evaluations_of(read_metrics(best))).step
+    (folder / "result.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["step"] < step or "loss" in json.loads(line)]
+    (folder / "metrics.jsonl").write_text("".join(line for line in kept if json.loads(line)["step"] <= step))
+    last = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    at_best = last.with_name(f"step_{step:08}")
+    shutil.move(last, at_best)
+    shutil.copy(folder / "checkpoints" / f"best_{step:08}" / "model.safetensors", at_best / "model.safetensors")
+    state = json.loads((at_best / "state.json").read_text())
+    state["position"]["step"] = step
+    (at_best / "state.json").write_text(json.dumps(state))
+    done = run_best(folder, "training.epochs=30", "training.patience=3", "training.resume=true")
+    assert done.returncode == 0, done.stdout + done.stderr
+    again = evaluations_of(read_metrics(folder))
+    assert best_of(again[: step // 2 + 1]).step == step
+    assert f"resuming after optimizer step {step}" in done.stdout
+    assert "after step 0: held-out loss" not in done.stdout  # it has been said before
+
+
+@pytest.mark.process
+def test_where_training_diverges_the_best_weights_are_named(tmp_path: Path) -> None:
+    folder = f"hydra.run.dir={tmp_path / 'run'}"
+    failed = epochs(tmp_path, 4, folder, "data.validation=3", "training.keep_best=true", "training.lr=1e30")
+    assert failed.returncode == 1
+    result = read_json(tmp_path / "run" / "result.json")
+    assert result["has_diverged"] is True
+    best_folder = tmp_path / "run" / "checkpoints" / "best_00000000"
+    assert f"lower training.lr. The best weights are in {best_folder}" in result["error"]
+    assert (best_folder / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -432,8 +497,8 @@ def test_more_epochs_go_on_and_say_what_becomes_of_the_schedule(tmp_path: Path) 
     assert "done before (ok)" in again.stdout
     fewer = epochs(tmp_path, 1, folder, "training.save_every=100", "training.resume=true")
     assert fewer.returncode == 2
-    assert "training.epochs=1: " in fewer.stderr
-    assert "has been trained for 2; give as many, or more" in fewer.stderr
+    assert "training.epochs=1: the run in " in fewer.stderr
+    assert "is one of 2; give as many, or more" in fewer.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

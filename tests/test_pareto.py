@@ -65,7 +65,7 @@ def test_the_best_run_is_named_with_its_folder(tmp_path: Path) -> None:
     groups = report_sweep(tmp_path, Console(file=io.StringIO()))
     assert best_lines(groups, []) == best_lines(groups, ["eval_loss"]) == [f"best: eval_loss 1.25: {tmp_path / 'mp'}"]
     title, *lines = best_lines(groups, ["eval_loss", "runtime_s"])
-    assert title == "best, for no other run has less of eval_loss and runtime_s at once:"
+    assert title == "Pareto-optimal in eval_loss and runtime_s:"
     assert lines == [
         f"  eval_loss {loss}, runtime_s {seconds}: {tmp_path / name}"
         for name, loss, seconds in (("mp", 1.25, 3), ("ga", 2, 1))
@@ -93,7 +93,7 @@ def test_the_front_is_drawn_noted_and_on_the_page_where_three_runs_have_a_held_o
         write(tmp_path, name, peak_memory_mib=mib, runtime_s=seconds, eval_loss=loss)
     write(tmp_path, "ga_mp", "oom")
     printed = reported(tmp_path)
-    note = "No other run is better in memory, time and held-out loss at once than: baseline; LoRA; MP."
+    note = "Pareto-optimal in memory, time and held-out loss: baseline; LoRA; MP."
     assert note in printed
     assert note in (tmp_path / "table2.md").read_text(encoding="utf-8")
     assert "report.html, pareto.png in" in printed

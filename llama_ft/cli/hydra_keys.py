@@ -47,6 +47,12 @@ def check_directions(objective: Sequence[str]) -> None:
     check(given is None or directions == least, "hydra.sweeper.direction", ",".join(directions), about)
 
 
+def check_seeds(swept: Collection[str]) -> None:
+    """Raise a UserError if a tuned sweep would choose a seed, as if one were better than another."""
+    if SEED in swept:
+        raise UserError(f"{SEED} has several values, and the sweeper would choose the best of them: give one")
+
+
 def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterator[str]:
     """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round.
 
@@ -58,7 +64,7 @@ def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterat
         yield f"hydra.{idle}.dir: no effect, the folder of a {used} is hydra.{used}.dir=DIR"
     for key in keys:
         if key.startswith("sweep.") and not sweeps:
-            yield f"{key}: no effect without -m, for it is of sweeps"
+            yield f"{key}: no effect without -m, since it applies to sweeps alone"
         if key == "sweep.order" and swept is not None and SEED not in swept:
             yield f"{key}: no effect without repeats, such as {SEED}=0,1,2"
         if key == "plan.enforce" and sweeps:

@@ -16,6 +16,10 @@ class UserError(Exception):
     """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
 
 
+class Diverged(UserError):
+    """Training has led to a loss, or a gradient, that is no number."""
+
+
 # A format of numbers, or how one is chosen. Each key says which of these it allows.
 Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "q8_0"])
 # Whose format a checkpoint has.

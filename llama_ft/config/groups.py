@@ -66,16 +66,18 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "data.")
-        drawn = self.drawn_validation
-        holds = drawn is None or (drawn >= 1 if isinstance(drawn, int) else 0 < drawn < 1)
-        check(holds, "data.validation", self.validation, "a share between 0 and 1, a number of records, or a file")
+        drawn, text = self.drawn_validation, self.validation
+        holds = text is None or not re.fullmatch(r"[\d\s.,%+-]*|split:\s*|nan|inf", text)
+        holds = holds if drawn is None else drawn >= 1 if isinstance(drawn, int) else 0 < drawn < 1
+        allowed = "a share such as 0.1, a number of records such as 40, a file, or split:NAME"
+        check(holds, "data.validation", text, allowed)
 
     @property
     def drawn_validation(self) -> int | float | None:
         """The number, or share, of the records read that is held out; None where `validation` is no number."""
         text = self.validation or ""
         try:
-            return int(text) if text.isdecimal() else float(text)
+            return int(text) if re.fullmatch("[0-9]+", text) else float(text)
         except ValueError:
             return None
 

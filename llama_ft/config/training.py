@@ -36,7 +36,7 @@ class TrainingConfig:
     seed: int = setting(0, "seeds the order of the data, held-out draws, dropout and random weights")
     save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
     save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
-    resume: bool = setting(False, "continue from the newest checkpoint in the run's folder")
+    resume: bool = setting(False, "continue from the newest checkpoint in the run's folder, also for more epochs")
     schedule: Schedule = setting(Schedule.cosine, "how the learning rate falls after its warm-up")
     optimizer: Optimizer = setting(
         Optimizer.adamw, "what updates the weights, as PyTorch has it; sgd takes a far larger training.lr"
@@ -45,9 +45,11 @@ class TrainingConfig:
     eval_every: int | None = setting(
         None, "optimizer steps between held-out losses; null is once an epoch", at_least=1, needs="data.validation"
     )
-    keep_best: bool = setting(False, "leave the weights with the least held-out loss, not the last ones")
+    keep_best: bool = setting(
+        False, "leave the weights of the least held-out loss, not the last; needs data.validation"
+    )
     patience: int | None = setting(
-        None, "stop after so many held-out losses in a row without a new least one; null: never", at_least=1
+        None, "held-out losses in a row without improvement after which training stops; null: never", at_least=1
     )
 
     def __post_init__(self) -> None:

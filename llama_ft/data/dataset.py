@@ -36,7 +36,7 @@ class Dataset:
     template_file: str | None = None  # the content of the file that it comes from, if it is the user's own
     ends: str = ""  # where they begin and end, for people
     held_out: Sequence[Sample] = ()  # never trained on
-    drawn: Collection[str] = ()  # where the records stand of those that were drawn
+    drawn: Collection[str] = ()  # the places in the data of held-out records that were drawn
 
     def describe(self) -> str:
         """One line for people."""
@@ -44,10 +44,14 @@ class Dataset:
         trained = sum(sample.n_targets for sample in self.samples)
         text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
         text += f", {trained / sum(lengths):.0%} of them trained on, template {self.template}"
-        notes = {"bad records skipped": self.n_skipped, "truncated": self.n_truncated, "dropped": self.n_dropped}
-        text += "".join(f"; {count} {what}" for what, count in notes.items() if count)
         n_tokens = sum(map(len, self.held_out))
-        return text + (f"; {len(self.held_out)} samples, {n_tokens:,} tokens held out" if self.held_out else "")
+        held_out = f"{len(self.held_out)} samples, {n_tokens:,} tokens held out" if self.held_out else ""
+        return "; ".join(filter(None, (text, _counts(self.n_skipped, self.n_truncated, self.n_dropped), held_out)))
+
+
+def _counts(n_skipped: int, n_truncated: int, n_dropped: int) -> str:
+    notes = {"bad records skipped": n_skipped, "truncated": n_truncated, "dropped": n_dropped}
+    return "; ".join(f"{count} {what}" for what, count in notes.items() if count)
 
 
 class NothingLeft(UserError):
@@ -95,8 +99,14 @@ def load_dataset(
             raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
         return reader, samples
 
+    def read_held_out(source: DataConfig) -> list[ReadSample]:
+        reader, samples = read(source, None)
+        if noted := _counts(reader.n_skipped, reader.n_truncated, reader.n_dropped):
+            log(f"data.validation: {noted}")
+        return samples
+
     reader, samples = read(config, max_samples)
-    samples, held_out = hold_out(samples, config, seed, lambda source: read(source, None)[1], log)
+    samples, held_out = hold_out(samples, config, seed, read_held_out, log)
     counts = reader.n_skipped, reader.n_truncated, reader.n_dropped
     own = template.text if isinstance(template, ChatTemplate) and template.name != CHAT else None
     trained, kept_back = ([each.sample for each in part] for part in (samples, held_out))

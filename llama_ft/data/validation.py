@@ -1,15 +1,17 @@
 """Held-out records, on which a run is evaluated and never trained."""
 
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llama_ft.config import DataConfig, UserError
 from llama_ft.data.records import Sample
 from llama_ft.system import Log
 
 SPLIT = "split:"  # before the name of a split of data.path
-N_NAMED = 3  # duplicates
+N_NAMED = 3  # records that are in both parts
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,8 @@ def hold_out(
     if drawn is not None:
         samples, held_out = draw(samples, drawn, seed)
     else:
-        source = replace(config, path=given) if not given.startswith(SPLIT) else config
         try:
-            held_out = read(replace(source, split=given.removeprefix(SPLIT) if source is config else None, first=None))
+            held_out = read(held_out_source(config, given))
         except UserError as error:
             raise UserError(f"data.validation={given}: {error}") from error
     trained = {each.identity: each.where for each in samples}
@@ -53,6 +54,14 @@ def hold_out(
         named = ", ".join(f"{where} as {other}" for where, other in both[:N_NAMED]) + ", …" * (len(both) > N_NAMED)
         log(f"data.validation: {len(both)} of the {len(held_out)} held-out records are trained on too: {named}")
     return samples, held_out
+
+
+def held_out_source(config: DataConfig, given: str) -> DataConfig:
+    """The data that `data.validation` names: a split of data.path, or another file, folder or data set."""
+    if given.startswith(SPLIT):
+        return replace(config, split=given.removeprefix(SPLIT), first=None)
+    is_file = Path(os.path.expanduser(given)).is_file()
+    return replace(config, path=given, subset=None if is_file else config.subset, split=None, first=None)
 
 
 def draw(samples: Samples, amount: float, seed: int) -> tuple[Samples, Samples]:

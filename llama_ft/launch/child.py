@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.checks import Diverged
 from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.data.dataset import Dataset, drawn_lines, load_data
@@ -116,6 +117,7 @@ def main() -> None:
     except BaseException as error:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
         result.status, result.error = failure(error, run.stage if run else stage)
+        result.has_diverged = isinstance(error, Diverged)
     write_result(run_dir, result)
 
 

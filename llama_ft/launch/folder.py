@@ -9,13 +9,14 @@ from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, read_metrics, steps_of
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training.position import N_KEPT, best_weights, checkpoints, read_state, remove_older
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
 TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
 ELSEWHERE = "name another folder with hydra.run.dir=DIR, or of a sweep hydra.sweep.dir=DIR"
 N_SHOWN = 6  # settings that differ
+FILE_KEYS = ("data.path", "data.validation", "data.template", "tokenizer", "checkpoint", "adapter")
 
 
 def check_inputs(run_dir: Path, config: TrainConfig) -> None:
@@ -54,6 +55,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     if earlier and states and config.training.resume:
         if config.hash() != states[-1].config_hash and config.run_hash != states[-1].run_hash:
             raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
+        check_not_shorter(earlier, config, run_dir)
         metrics = _first_lines(run_dir, states[-1].position.step)
 
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
@@ -67,8 +69,15 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             leftover.unlink()
 
 
-def goes_on(run_dir: Path, config: TrainConfig) -> bool:
-    """Whether the run is the one that has ended in the folder, to be trained longer.
+def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> None:
+    """Raise a UserError unless the run in the folder goes on for as many epochs as it was told at first, or more."""
+    before, now = earlier.training.epochs, config.training.epochs
+    if now < before:
+        raise UserError(f"training.epochs={now}: the run in {run_dir} is one of {before}; give as many, or more")
+
+
+def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
+    """Whether the run is the one that has ended in the folder, so, to be trained longer; `ended` is its result.
 
     Raises:
         UserError: if it is, and cannot be.
@@ -76,10 +85,12 @@ def goes_on(run_dir: Path, config: TrainConfig) -> bool:
     earlier = earlier_config(run_dir)
     if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
         return False
-    before, now = earlier.training.epochs, config.training.epochs
-    if now < before:
-        raise UserError(f"training.epochs={now}: {run_dir} has been trained for {before}; give as many, or more")
-    if not checkpoints(run_dir):
+    check_not_shorter(earlier, config, run_dir)
+    patience, before = config.training.patience, earlier.training.patience
+    if ended.stopped_early_at_step is not None and patience is not None and patience <= (before or 0):
+        ended_by = f"{run_dir} stopped early, after optimizer step {ended.stopped_early_at_step}"
+        raise UserError(f"{ended_by}: it goes on with more than training.patience={before}, or with null")
+    if ended.status == "ok" and not checkpoints(run_dir):
         trained = "adapter" if config.optim.lora else "checkpoint"
         raise UserError(
             f"{run_dir} has no checkpoint of its end to go on from, which training.save_every=N or keep_best=true"
@@ -110,7 +121,7 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
     keys = [key for key in measured[0] | measured[1] if measured[0].get(key) != measured[1].get(key)]
     parts = [f"{key} ({shown[0].get(key)} there, {shown[1].get(key)} here)" for key in keys[:N_SHOWN]]
     parts += [f"{len(keys) - N_SHOWN} more"] if len(keys) > N_SHOWN else []
-    return ", ".join(parts) or "a file that data.path, data.template, tokenizer or checkpoint names has changed since"
+    return ", ".join(parts) or f"a file that one of its keys names has changed since ({', '.join(FILE_KEYS)})"
 
 
 def _first_lines(run_dir: Path, n_steps: int) -> str:

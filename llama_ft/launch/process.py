@@ -153,10 +153,12 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, o
             seen.resident_bytes = resident_bytes(child.pid) or seen.resident_bytes
             seen.data_bytes = data_bytes(child.pid) or seen.data_bytes
             time.sleep(POLL_SECONDS)
-        while lines:
-            log(lines.pop(0))
-        for step in next(steps):
+        said = lines[:]
+        del lines[: len(said)]
+        for step in next(steps):  # first, since what is said may be of them
             on_step(step)
+        for line in said:
+            log(line)
 
 
 def new_steps(file: Path) -> Iterator[list[Metrics]]:

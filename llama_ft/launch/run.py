@@ -164,11 +164,10 @@ class MeasuredRun:
         result.last_eval_loss, result.last_eval_step = last.eval_loss, last.step
         result.eval_runtime_s = sum(each.eval_time_s for each in losses)
         if loop.position.step < loop.total_steps:
-            result.stopped_early_at_step = loop.position.step
+            result.stopped_early_at_step, n_since = loop.position.step, len(losses) - 1 - losses.index(best)
             self.log(
                 f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the held-out loss of"
-                f" {best.eval_loss:.4f} after step {best.step} was the least, and {self.config.training.patience} since"
-                " were not less"
+                f" {best.eval_loss:.4f} after step {best.step} has not been improved on in {n_since} since"
             )
 
     def _note_memory(self, use: MemoryUse, device: torch.device) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama_ft.config import TrainingConfig, UserError
+from llama_ft.config.checks import Diverged
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.records.metrics import EvalMetrics, MetricsFile
@@ -62,16 +63,24 @@ class TimedLoop:
         """
         outputs = train(self.step, self.schedule, self.data, self.config.epochs, self.position)
         self.watch.start()
-        while not self._pause():
-            self.file.write(self._meter.record(next(outputs)))
+        try:
+            while not self._ends_here():
+                self.file.write(self._meter.record(next(outputs)))
+        except Diverged as error:
+            if not self.config.keep_best or not self.held_out:
+                raise
+            best = self.saver.best_folder(best_of(self.held_out).step)
+            raise Diverged(f"{error}. The best weights are in {best}") from error
         self.watch.stop()
         self.file.write(self._meter.flush())
 
-    def _pause(self) -> bool:
+    def _ends_here(self) -> bool:
         """Do what is due between two optimizer steps, and say whether that was the last one."""
-        step, config, per_epoch = self.position.step, self.config, self.data.steps_per_epoch
-        is_measured = not self.data.held_out or (self.held_out and self.held_out[-1].step == step)
-        if not is_measured and is_due(step, self.total_steps, per_epoch, config.eval_every):
+        step, config = self.position.step, self.config
+        evaluates = bool(self.data.held_out) and is_due(
+            step, self.total_steps, self.data.steps_per_epoch, config.eval_every
+        )
+        if evaluates and (not self.held_out or self.held_out[-1].step < step):
             self._between(self._evaluate)
         stops = self.interrupts.requested
         ends = step == self.total_steps or is_time_to_stop(self.held_out, config)

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line for each optimizer step, and before it one for the held-out loss after that step, if any."""
+"""`metrics.jsonl`: a line for each optimizer step, and behind it one for the held-out loss after that step, if any."""
 
 import json
 import os

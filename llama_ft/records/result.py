@@ -83,7 +83,7 @@ class Result:
     peak_memory_mib: float | None = None
     peak_memory_reserved_mib: float | None = None  # of the CUDA allocator
     peak_rss_mib: float | None = None
-    peak_phase: str | None = None  # what ran when memory peaked: forward, backward or optimizer step
+    peak_phase: str | None = None  # what ran when memory peaked: forward, backward, optimizer step or evaluation
     memory_mib: dict[str, float] | None = None  # by category, at the peak
     memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
     breakdown: list[MemoryItem] = field(default_factory=list)  # the peak by category and dtype
@@ -106,6 +106,7 @@ class Result:
     last_eval_step: int | None = None
     eval_runtime_s: float | None = None  # of all held-out losses, which `runtime_s` does not hold
     stopped_early_at_step: int | None = None  # by training.patience
+    has_diverged: bool = False  # whether the error is a loss, or a gradient, that is no number
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None

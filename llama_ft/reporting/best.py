@@ -33,10 +33,10 @@ def figures_of(result: Result, objective: Sequence[str]) -> dict[str, float]:
 def objective_of(result: Result, objective: Sequence[str]) -> float | list[float] | None:
     """What a run tells the sweeper, to be minimized; None, which is nothing, counts as a failed trial.
 
-    Of a run that was killed, or stopped by an error, it is nothing. Out of memory is infinite, as is a loss that is no
-    number: other settings will do better. Beside a second figure it is nothing: there Optuna's TPE cannot bear it.
+    Of a run that was killed, or stopped by an error, it is nothing. Out of memory is infinite, and so is training that
+    has diverged: other settings will do better. Beside a second figure it is nothing, which Optuna's TPE needs there.
     """
-    if result.status not in ("ok", "oom"):
+    if result.status not in ("ok", "oom") and not result.has_diverged:
         return None
     values = list(figures_of(result, objective).values())
     if len(objective) > 1:
@@ -53,7 +53,7 @@ def best_lines(groups: Sequence[Group], objective: Sequence[str]) -> list[str]:
     lines = [f"{', '.join(f'{key} {value:.6g}' for key, value in values.items())}: {folder}" for values, folder in best]
     if len(objective) < 2:
         return [f"best: {line}" for line in lines[:1]]
-    return [f"best, for no other run has less of {' and '.join(objective)} at once:", *(f"  {line}" for line in lines)]
+    return [f"Pareto-optimal in {' and '.join(objective)}:", *(f"  {line}" for line in lines)]
 
 
 def measured(group: Group) -> dict[int, Point]:
@@ -73,4 +73,4 @@ def members(group: Group) -> list[int]:
 def front_notes(group: Group) -> list[str]:
     """A table's line about the front; nothing where there are too few runs."""
     names = "; ".join(group.labels[n] for n in members(group))
-    return [f"No other run is better in memory, time and held-out loss at once than: {names}."] if names else []
+    return [f"Pareto-optimal in memory, time and held-out loss: {names}."] if names else []

@@ -17,11 +17,12 @@ PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no
 class Bar(Progress):
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, n_known: int = 0) -> None:
+        """`n_known` held-out losses, of before a run was stopped, are not said again."""
         what, numbers = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
         columns = (what, MofNCompleteColumn(), BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
-        self._last_line, self._held_out = time.monotonic(), ""
+        self._last_line, self._held_out, self._n_known = time.monotonic(), "", n_known
 
     def message(self, line: str) -> None:
         """Print a line beside the bar."""
@@ -40,6 +41,9 @@ class Bar(Progress):
         """How far a run is; a held-out loss is also a line of its own."""
         if isinstance(metrics, EvalMetrics):
             self._held_out = f"held-out {metrics.eval_loss:.3f}  "
+            self._n_known -= 1
+            if self._n_known >= 0:
+                return
             figures = f"perplexity {metrics.eval_perplexity:.4g}, token accuracy {metrics.eval_token_accuracy:.1%}"
             self.message(f"after step {metrics.step}: held-out loss {metrics.eval_loss:.4f}, {figures}")
             return

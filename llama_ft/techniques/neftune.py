@@ -4,8 +4,8 @@ Each value of a sequence's embeddings gets its own, uniform between -1 and 1, ti
 features (the paper's algorithm 1). The noise of a whole sequence is then as long as alpha / sqrt(3), whatever L and d.
 
 L is a sequence's own length where sequences lie end to end, and the width of the batch where they lie side by side,
-padding included: so have it the README of the paper's code (github.com/neelsjain/NEFTune) and transformers'
-`neftune_post_forward_hook`, though the algorithm has each sequence's own. For one sequence the two are the same.
+padding included. The README of the paper's code (github.com/neelsjain/NEFTune) and transformers'
+`neftune_post_forward_hook` do the same, though the algorithm has each sequence's own. For one sequence both are equal.
 """
 
 import math
@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from llama_ft.config import NeftuneConfig
+from llama_ft.config import NeftuneConfig, UserError
 from llama_ft.model.attention import Mask, Segments
 from llama_ft.model.transformer import Transformer
+from llama_ft.model.transformer import embed as plain_embed
 from llama_ft.techniques.mixed_precision import Precision
 
 
@@ -25,8 +26,14 @@ def apply(model: Transformer, config: NeftuneConfig, precision: Precision) -> No
 
 
 def add_noise(model: Transformer, alpha: float = 5.0) -> None:
-    """Add noise to a model's embeddings while it is in training mode; a UserError unless alpha is positive."""
+    """Add noise to a model's embeddings while it is in training mode.
+
+    Raises:
+        UserError: unless alpha is positive, or if the model has noise already.
+    """
     NeftuneConfig(alpha)  # checks it
+    if model.embed is not plain_embed:
+        raise UserError("the model has noise on its embeddings already")
     embed = model.embed
 
     def embed_noisily(embeddings: nn.Module, tokens: Tensor, mask: Mask) -> Tensor:

@@ -46,7 +46,7 @@ class Tracker:
         self._guard(SECONDS_TO_START, self._start)
 
     def step(self, metrics: Metrics) -> None:
-        """An optimizer step of a run, or a held-out loss, which comes before the step after which it was measured."""
+        """An optimizer step of a run, or a held-out loss, which follows the step after which it was measured."""
         values = asdict(metrics)
         self._guard(SECONDS_TO_STEP, partial(self._step, values.pop("step"), values))
 

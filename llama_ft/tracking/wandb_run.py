@@ -28,7 +28,7 @@ class WandbRun(Tracker):
         self.place = run.url or f"`wandb sync {Path(run.dir).parent}` sends it"
 
     def _step(self, step: int, values: Settings) -> None:
-        # Held back until the next step's, since a held-out loss may follow that belongs into the same row.
+        # Held back until the next step's, since a held-out loss may follow that belongs in the same row.
         self._run.log(values, step=step, commit=False)
         self._holds_a_row = True
 

@@ -4,7 +4,8 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from llama_ft.config import TrainingConfig, UserError
+from llama_ft.config import TrainingConfig
+from llama_ft.config.checks import Diverged
 from llama_ft.data.collate import Batch
 from llama_ft.records.metrics import EvalMetrics
 from llama_ft.system import Log, Pace
@@ -37,7 +38,7 @@ def measure_held_out(
     """The held-out samples' loss after so many optimizer steps; None if it was stopped. Changes nothing of the run.
 
     Raises:
-        UserError: if the loss is no number.
+        Diverged: if the loss is no number.
     """
     start, pace = time.perf_counter(), Pace()
 
@@ -55,5 +56,5 @@ def measure_held_out(
     if is_stopped():
         return None
     if not loss < MAX_NATS:
-        raise UserError(f"the held-out loss after optimizer step {n_steps} is {loss:g}: lower training.lr")
+        raise Diverged(f"the held-out loss after optimizer step {n_steps} is {loss:g}: lower training.lr")
     return EvalMetrics(n_steps, loss, math.exp(loss), accuracy, round(time.perf_counter() - start, 4))

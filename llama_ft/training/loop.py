@@ -57,11 +57,14 @@ class Windows:
         return pack(list(chain.from_iterable(groups)), self.packing, self.padding)
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """The held-out samples in micro-batches like those of training, the longest first, so as to spare padding."""
+        """The held-out samples in micro-batches no larger than in training, unless one sample is; longest first."""
         ordered = sorted(self.held_out, key=len, reverse=True)
-        groups = [ordered[i : i + self.micro_batch_size] for i in range(0, len(ordered), self.micro_batch_size)]
-        for window in windows(groups, self.accumulation_steps):
-            yield from self.lay_out(window)
+        room = self.micro_batch_size * max(map(len, self.samples), default=0)  # positions of the widest in training
+        while ordered:
+            fitting = max(1, min(self.micro_batch_size, room // len(ordered[0])))
+            n = fitting if self.packing is None else self.window_size  # of which rows are made
+            yield from self.lay_out([ordered[:n]])
+            del ordered[:n]
 
     @property
     def window_size(self) -> int:

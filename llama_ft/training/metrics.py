@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llama_ft.config import UserError
+from llama_ft.config.checks import Diverged
 from llama_ft.device import memory_in_use_mib
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.training.loop import StepOutput
 
 
 def check_losses(before: float, after: float, vocab_size: int) -> None:
-    """Raise a UserError if the last steps made weights that overflow: the loss is no number, or has come to guessing's.
+    """Raise a Diverged if the last steps made weights that overflow: the loss is no number, or has come to guessing's.
 
     Activations whose squares are infinite are normed to 0, so that every token is equally probable.
     """
@@ -24,7 +24,7 @@ def check_losses(before: float, after: float, vocab_size: int) -> None:
     has_come_to_guess = math.isclose(after, guessing, rel_tol=1e-6) and not math.isclose(before, guessing, rel_tol=1e-6)
     if not math.isfinite(after) or has_come_to_guess:
         why = "what a model without activations has" if has_come_to_guess else "no number"
-        raise UserError(f"the loss after training is {after:.4f}, {why}: its weights overflow; lower training.lr")
+        raise Diverged(f"the loss after training is {after:.4f}, {why}: its weights overflow; lower training.lr")
 
 
 class StepMeter:
@@ -56,7 +56,7 @@ class StepMeter:
         """Keep a step's output; returns the step before it, if that has not been read yet.
 
         Raises:
-            UserError: if the loss or the gradient of the step before is not finite.
+            Diverged: if the loss or the gradient of the step before is not finite.
         """
         scalars = torch.stack((output.loss, output.grad_norm.to(output.loss.dtype)))
         if self._pinned:  # copied without waiting; the moment comes after the copy
@@ -83,7 +83,7 @@ class StepMeter:
         """The newest step, if it has not been read yet. Waits for the device.
 
         Raises:
-            UserError: if its loss or its gradient is not finite.
+            Diverged: if its loss or its gradient is not finite.
         """
         if self._pending is None:
             return None
@@ -102,7 +102,7 @@ class StepMeter:
             wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
         if wrong:
             other = ", or use bf16 instead of fp16" if self._may_skip else ""
-            raise UserError(f"{wrong}: training stopped; lower training.lr{other}")
+            raise Diverged(f"{wrong}: training stopped; lower training.lr{other}")
         return replace(
             metrics,
             loss=loss,

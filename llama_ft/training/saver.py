@@ -74,9 +74,13 @@ class Saver:
         Raises:
             UserError: if they cannot be written; those before them stay.
         """
-        with self._new_folder(f"best_{step:08}"):
+        with self._new_folder(self.best_folder(step).name):
             pass
         remove_older(self._run_dir, step=step)
+
+    def best_folder(self, step: int) -> Path:
+        """Where the best weights are, those after this optimizer step."""
+        return self._run_dir / CHECKPOINTS_DIR / f"best_{step:08}"
 
     @contextmanager
     def _new_folder(self, name: str) -> Iterator[Path]:
@@ -88,6 +92,8 @@ class Saver:
             save_trained(self._step.model, temporary)
             yield temporary
             to_disk(temporary)
+            if final.exists():  # best weights whose loss did not reach the disk: it was measured again
+                shutil.rmtree(final)
             temporary.rename(final)
         except UserError as error:
             raise UserError(str(error).replace(str(temporary), str(final))) from error
@@ -117,7 +123,7 @@ class Saver:
 
     def restore_best(self, step: int) -> None:
         """Put the weights back that were the best after this optimizer step; a UserError if they are damaged."""
-        self._read_trained(self._run_dir / CHECKPOINTS_DIR / f"best_{step:08}")
+        self._read_trained(self.best_folder(step))
 
     def _read_trained(self, folder: Path) -> None:
         model = self._step.model
