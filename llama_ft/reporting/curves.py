@@ -26,7 +26,8 @@ CURVES = {
 TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
 HELD_OUT = "loss (dots: held out)"
 MAX_POINTS = 120  # of a curve; its picture is hardly wider
-MAX_DOTS, N_MEANS = 40, 30
+MAX_DOTS = 40
+LEAST_MEANS, MAX_MEANS = 10, 30  # of the training loss in a picture of losses
 MAX_ROWS = 60  # of the table of held-out losses
 MAX_PANELS, N_COLUMNS = 16, 4  # of the picture of losses
 WIDTH, HEIGHT = 2.5, 1.7  # inches
@@ -85,7 +86,7 @@ def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> 
     """Of each run the training loss in the mean of stretches of steps, and each held-out loss, the least one marked."""
     for number, metrics in enumerate(repeats):
         training, held_out = points_of(metrics, "loss"), points_of(metrics, "eval_loss")
-        parts = stretches(training, N_MEANS)
+        parts = stretches(training, max(LEAST_MEANS, min(len(held_out) - 1, MAX_MEANS)))
         means = [(fmean(step for step, _ in part), fmean(value for _, value in part)) for part in parts]
         names = ["training, in the mean", "held out"] if number == 0 else [None, None]
         if means:
