@@ -20,7 +20,15 @@ from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
-from llama_ft.launch.folder import ELSEWHERE, check_inputs, clear, differences, earlier_config, goes_on
+from llama_ft.launch.folder import (
+    ELSEWHERE,
+    check_inputs,
+    clear,
+    differences,
+    earlier_config,
+    goes_on,
+    has_lost_patience,
+)
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import Metrics, evaluations_of, read_metrics
 from llama_ft.records.result import (
@@ -128,7 +136,11 @@ class TrainCommand:
             return None
         if previous.config_hash != config.hash():
             if goes_on(run_dir, config, previous):
-                return None
+                if not has_lost_patience(run_dir, config, previous):
+                    return None
+                stopped = f"{run_dir.name}: stopped early, after optimizer step {previous.stopped_early_at_step}"
+                self.log(f"{stopped}, and goes on with more training.patience alone, or with null")
+                return previous
             earlier = earlier_config(run_dir)
             what = f": {differences(earlier, config)}" if earlier else ""
             raise cli.Stop(f"{run_dir} holds a run with another configuration{what}; {ELSEWHERE}")

@@ -384,7 +384,7 @@ def test_the_best_weights_are_the_result_and_the_last_are_a_checkpoint(best: Pat
     assert not all(torch.equal(kept[key], of_last[key]) for key in kept)
     output = (best.parent / "output.txt").read_text()
     assert f"stopped early, after optimizer step {last.step} of 180" in output
-    assert f"after step {least.step} has not been improved on in 3 since" in output
+    assert f"after step {least.step}, and none of the 3 since was less" in output
 
 
 @pytest.mark.process
@@ -407,11 +407,11 @@ def test_more_patience_goes_on_where_the_run_has_ended(best: Path, tmp_path: Pat
 
 
 @pytest.mark.process
-def test_more_epochs_alone_do_not_go_on_where_patience_has_run_out(best: Path, tmp_path: Path) -> None:
-    refused = run_best(best, "training.epochs=40", "training.patience=3", "training.resume=true")
-    assert refused.returncode == 2
-    assert "stopped early, after optimizer step" in refused.stderr
-    assert "it goes on with more than training.patience=3, or with null" in refused.stderr
+def test_more_epochs_alone_do_not_go_on_where_patience_has_run_out(best: Path) -> None:
+    done = run_best(best, "training.epochs=40", "training.patience=3", "training.resume=true")
+    assert done.returncode == 0, done.stderr
+    assert "stopped early, after optimizer step" in done.stdout
+    assert "goes on with more training.patience alone, or with null" in done.stdout
 
 
 @pytest.mark.process

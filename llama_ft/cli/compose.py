@@ -31,6 +31,7 @@ from llama_ft.files import HF_CONFIG, new_folder
 T = TypeVar("T")
 LONGEST_NAME = 140  # bytes of a folder's; where a file system is encrypted 143 is all it takes
 DEFAULT_MODEL = "tiny"  # of conf/
+QUOTES = "'\""  # around numbers that are texts
 LONGEST_END = 24  # characters of a value in a name that would be too long
 
 
@@ -49,7 +50,7 @@ def run_name(*, _root_: DictConfig) -> str:
     """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
     keys = {override.key_or_group for override in swept(_root_)}
     parts = sorted(
-        f"{override.key_or_group}={override.get_value_element_as_str()}"
+        f"{override.key_or_group}={override.get_value_element_as_str().strip(QUOTES)}"
         for override in parsed(list(_root_.hydra.overrides.task))
         if override.key_or_group in keys and override.key_or_group.split(".")[0] != "optim"
     )

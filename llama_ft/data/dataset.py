@@ -86,21 +86,12 @@ def load_dataset(
     """
     template = template or choose_template(config.template, tokenizer)
 
-    def read(source: DataConfig, most: int | None) -> tuple[Reader, list[ReadSample]]:
+    def read(source: DataConfig, most: int | None = None) -> tuple[Reader, list[ReadSample]]:
         reader = Reader(records_file(source, log), source, log)
-        made = reader.samples(template, tokenizer, max_length, most)
-        # Token ids in 4 bytes, not 36.
-        samples = [
-            ReadSample(where, record.identity, replace(sample, tokens=array("i", sample.tokens)))
-            for where, record, sample in made
-        ]
-        if not samples:
-            none = "answer to train on" if config.on_long is OnLong.truncate else "sample: all of them are longer"
-            raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
-        return reader, samples
+        return reader, read_samples(reader, template, tokenizer, max_length, most, source.on_long)
 
     def read_held_out(source: DataConfig) -> list[ReadSample]:
-        reader, samples = read(source, None)
+        reader, samples = read(source)
         if noted := _counts(reader.n_skipped, reader.n_truncated, reader.n_dropped):
             log(f"data.validation: {noted}")
         return samples
@@ -112,6 +103,20 @@ def load_dataset(
     trained, kept_back = ([each.sample for each in part] for part in (samples, held_out))
     drawn = {each.where for each in held_out} if config.drawn_validation is not None else ()
     return Dataset(trained, *counts, template.name, own, tokenizer.describe_ends(), kept_back, drawn)
+
+
+def read_samples(
+    reader: "Reader", template: Template, tokenizer: Tokenizer, max_length: int, most: int | None, on_long: OnLong
+) -> list[ReadSample]:
+    """The samples of the first good records, token ids in 4 bytes, not 36; a UserError if none is left."""
+    samples = [
+        ReadSample(where, record.identity, replace(sample, tokens=array("i", sample.tokens)))
+        for where, record, sample in reader.samples(template, tokenizer, max_length, most)
+    ]
+    if not samples:
+        none = "answer to train on" if on_long is OnLong.truncate else "sample: all of them are longer"
+        raise NothingLeft(f"{reader.path}: max_length={max_length} leaves no {none}")
+    return samples
 
 
 def drawn_lines(config: DataConfig, drawn: Collection[str]) -> str:

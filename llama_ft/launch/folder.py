@@ -7,10 +7,20 @@ from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import flat
 from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
+from llama_ft.data.validation import SPLIT
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, read_metrics, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
-from llama_ft.training.position import N_KEPT, best_weights, checkpoints, read_state, remove_older
+from llama_ft.training.position import (
+    N_KEPT,
+    SavedState,
+    best_weights,
+    check_plain,
+    checkpoints,
+    read_state,
+    remove_older,
+    step_of,
+)
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
 TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
@@ -23,7 +33,8 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
     settings = flat(config.to_dict())
     for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
-        if (value := settings[key]) not in (None, "builtin", "random"):
+        drawn = key == "data.validation" and (config.data.drawn_validation or str(settings[key]).startswith(SPLIT))
+        if not drawn and (value := settings[key]) not in (None, "builtin", "random"):
             path = Path(os.path.expanduser(str(value))).resolve()
             if path.is_relative_to(run_dir.resolve()):
                 raise UserError(f"{key}={value} lies in the run's own folder, {run_dir}: {ELSEWHERE}")
@@ -53,10 +64,11 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
     states, metrics = [read_state(folder) for folder in saved], None
     if earlier and states and config.training.resume:
-        if config.hash() != states[-1].config_hash and config.run_hash != states[-1].run_hash:
-            raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
+        check_same_run(states[-1], earlier, config, saved[-1])
         check_not_shorter(earlier, config, run_dir)
         metrics = _first_lines(run_dir, states[-1].position.step)
+    for folder in best_weights(run_dir):
+        check_plain(folder)
 
     remove_older(run_dir, N_KEPT if config.training.resume else 0)
     if metrics is not None:
@@ -67,6 +79,13 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     for name in written:
         for leftover in run_dir.glob(f".{name}.*.tmp"):
             leftover.unlink()
+
+
+def check_same_run(saved: SavedState, earlier: TrainConfig, config: TrainConfig, folder: Path) -> None:
+    """Raise a UserError unless a checkpoint is this run's, or that of a run that it goes on from."""
+    is_earliers = saved.config_hash == earlier.hash() and config.run_hash == earlier.run_hash
+    if config.hash() != saved.config_hash and config.run_hash != saved.run_hash and not is_earliers:
+        raise UserError(f"{folder} is of a run with another configuration: {differences(earlier, config)}")
 
 
 def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> None:
@@ -86,17 +105,21 @@ def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
     if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
         return False
     check_not_shorter(earlier, config, run_dir)
-    patience, before = config.training.patience, earlier.training.patience
-    if ended.stopped_early_at_step is not None and patience is not None and patience <= (before or 0):
-        ended_by = f"{run_dir} stopped early, after optimizer step {ended.stopped_early_at_step}"
-        raise UserError(f"{ended_by}: it goes on with more than training.patience={before}, or with null")
-    if ended.status == "ok" and not checkpoints(run_dir):
+    n_steps = max((each.step for each in steps_of(read_metrics(run_dir))), default=0)
+    if ended.status == "ok" and n_steps not in map(step_of, checkpoints(run_dir)):
         trained = "adapter" if config.optim.lora else "checkpoint"
         raise UserError(
             f"{run_dir} has no checkpoint of its end to go on from, which training.save_every=N or keep_best=true"
             f" leaves. A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
         )
     return True
+
+
+def has_lost_patience(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
+    """Whether the run in the folder stopped early, and is given no more patience than it had."""
+    earlier, patience = earlier_config(run_dir), config.training.patience
+    before = earlier.training.patience if earlier else None
+    return ended.stopped_early_at_step is not None and patience is not None and patience <= (before or 0)
 
 
 def earlier_config(run_dir: Path) -> TrainConfig | None:

@@ -166,8 +166,8 @@ class MeasuredRun:
         if loop.position.step < loop.total_steps:
             result.stopped_early_at_step, n_since = loop.position.step, len(losses) - 1 - losses.index(best)
             self.log(
-                f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the held-out loss of"
-                f" {best.eval_loss:.4f} after step {best.step} has not been improved on in {n_since} since"
+                f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the least held-out"
+                f" loss was {best.eval_loss:.4f} after step {best.step}, and none of the {n_since} since was less"
             )
 
     def _note_memory(self, use: MemoryUse, device: torch.device) -> None:

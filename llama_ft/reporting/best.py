@@ -58,9 +58,18 @@ def best_lines(groups: Sequence[Group], objective: Sequence[str]) -> list[str]:
 
 def measured(group: Group) -> dict[int, Point]:
     """Memory, time and held-out loss of the group's runs that have all three, by their places in it."""
-    figures = {n: tuple(figures_of(result, FRONT).values()) for n, result in enumerate(group.results)}
-    points = {n: values for n, values in figures.items() if len(values) == len(FRONT)}
-    return points if len(points) >= LEAST_RUNS else {}
+    known = [figures_of(result, FRONT).values() for result in group.results]
+    points = {  # as they are shown
+        n: tuple(float(f"{value:.4g}") for value in values)
+        for n, values in enumerate(known)
+        if len(values) == len(FRONT)
+    }
+    return points if len(points) >= LEAST_RUNS and len(held_out_counts(group)) <= 1 else {}
+
+
+def held_out_counts(group: Group) -> list[float]:
+    """On how many samples its runs' held-out losses are; losses of other samples are not to be compared."""
+    return sorted({r.eval_samples for r in group.results if r.eval_loss is not None and r.eval_samples is not None})
 
 
 def members(group: Group) -> list[int]:

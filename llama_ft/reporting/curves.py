@@ -94,7 +94,7 @@ def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> 
         size = 4 if len(held_out) <= MAX_DOTS else 0
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label=names[1], marker="o", ms=size)
         step, least = min(held_out, key=lambda point: point[1])
-        name = f"{least:.3f} after step {step:,}"
+        name = f"{least:.3f} after step {step:,}" if len(repeats) == 1 else "the least of each" if number == 0 else None
         axes.plot(step, least, "o", markersize=11, fillstyle="none", color="black", label=name)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")

@@ -2,11 +2,14 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
+from llama_ft.config import TrainConfig
 from llama_ft.config.checks import Settings, flat, readable
 from llama_ft.config.training import SEED
 from llama_ft.records.plan import Plan
@@ -174,10 +177,18 @@ def group_settings(group: Group) -> Settings:
     return settings | seeds | {"device": group.device} | versions
 
 
+@cache
+def defaults() -> Settings:
+    """What a key is that a run of an earlier version did not know."""
+    schema: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig), enum_to_str=True)
+    return {key: value for key, value in flat(schema).items() if value != "???"}
+
+
 def run_settings(folder: Path) -> Settings | None:
     """A run's settings by full name; None of one that was refused before it began. A UserError if they are damaged."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None
     with readable(file):
-        return flat(yaml.safe_load(file.read_bytes()))
+        settings: Settings = flat(yaml.safe_load(file.read_bytes()))
+        return settings | {key: value for key, value in defaults().items() if key not in settings}

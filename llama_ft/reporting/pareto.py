@@ -13,6 +13,7 @@ from llama_ft.reporting.results import Group
 ON, OFF = COLOURS["parameter"], "#BBBBBB"
 LONGEST_LABEL = 40  # characters
 MOST_LISTED = 12  # runs; a note under the table names them all
+LEAST_SPAN = 0.05  # of the axis of a cost, as a share of it
 HEIGHT = 3.4  # inches of a panel
 
 
@@ -48,6 +49,10 @@ def front_panel(axes: Axes, group: Group, key: str) -> None:
     axes.step([x for x, _ in line], [y for _, y in line], where="post", color=ON, lw=1, alpha=0.5, zorder=1)
     axes.set(xlabel=COSTS[key], ylabel="held-out loss")
     axes.margins(0.1)
+    low, high = axes.get_xlim()
+    if high - low < LEAST_SPAN * high:  # runs a few bytes apart
+        axes.set_xlim(high * (1 - LEAST_SPAN), high * (1 + LEAST_SPAN))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     if column == len(COSTS) - 1:
         names = [f"{number}  {group.labels[n]}" for number, n in enumerate(numbered[:MOST_LISTED], 1)]
         names += [f"{MOST_LISTED + 1} to {len(numbered)}: see the note"] if len(numbered) > MOST_LISTED else []

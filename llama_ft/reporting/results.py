@@ -62,7 +62,7 @@ class Group:
         """What all runs of the group have in common."""
         model, data, samples, device, gpu = map(self._common, ("model", "data", "samples", "device", "gpu"))
         place = device or (None if self.device else gpu)
-        seeds = f"{len(self.seeds)} seeds: {seeds_text(self.seeds)}" if self.seeds else None
+        seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}: {seeds_text(self.seeds)}" if self.seeds else None
         parts = [model, data and f"{data}{f', {samples} samples' if samples else ''}", place, self.variant, seeds]
         return " · ".join(part for part in parts if part)
 

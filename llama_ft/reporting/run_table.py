@@ -5,12 +5,14 @@ from typing import Any
 
 from llama_ft.config.techniques import combination_label, table_order
 from llama_ft.config.training import SEED
+from llama_ft.reporting.best import held_out_counts
 from llama_ft.reporting.matching import as_typed, run_settings, varied
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
 from llama_ft.reporting.table import UNKNOWN, Rows, Table
 from llama_ft.reporting.table2 import RUNS, Measure, cell, failures, measure_notes, run_counts
 
 BEST = "*"
+HELD_OUT = ("eval_loss", "eval_token_accuracy")
 HIGHEST = "eval_token_accuracy"  # is best; of all other columns the least
 COLUMNS = (
     Measure("peak MiB", "peak_memory_mib", always=True),
@@ -90,6 +92,8 @@ def _column(group: Group, measure: Measure) -> list[str]:
     values = [value_of(result, measure.key) if result.status == "ok" else None for result in group.results]
     known = {value for value in values if value is not None and value == value}
     find = max if measure.key == HIGHEST else min
-    best = find(known) if len(known) > 1 and measure.key != "train_loss_before" else None
-    marks = [BEST if best is not None and value == best else "" for value in values]
-    return [f"{m}{cell(r, measure.key, measure.form)}" for m, r in zip(marks, group.results, strict=True)]
+    is_comparable = measure.key not in HELD_OUT or len(held_out_counts(group)) <= 1
+    best = find(known) if len(known) > 1 and measure.key != "train_loss_before" and is_comparable else None
+    cells = [cell(result, measure.key, measure.form) for result in group.results]
+    shown = {text for text, value in zip(cells, values, strict=True) if best is not None and value == best}
+    return [f"{BEST if text in shown else ''}{text}" for text in cells]

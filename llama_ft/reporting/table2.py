@@ -9,7 +9,7 @@ from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.config.training import SEED
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
-from llama_ft.reporting.best import front_notes
+from llama_ft.reporting.best import front_notes, held_out_counts
 from llama_ft.reporting.repeats import runs_of, spread_of
 from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
 from llama_ft.reporting.table import (
@@ -166,11 +166,14 @@ def measure_notes(group: Group) -> list[str]:
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
     n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
-    if held_out := next((r.eval_samples for r in results if r.eval_loss is not None), None):
+    if counts := held_out_counts(group):
+        several = f" to {counts[-1]:,.0f}" if len(counts) > 1 else ""
         notes.append(
-            f"Held-out loss: of {held_out:,.0f} samples (data.validation), never trained on; token accuracy: the share"
-            " of their target tokens that the model finds the most probable."
+            f"Held-out loss: of {counts[0]:,.0f}{several} samples (data.validation), never trained on; token accuracy:"
+            " the share of their target tokens that the model finds the most probable."
         )
+        if any(r.eval_loss != r.last_eval_loss for r in results):
+            notes.append("Where training.keep_best is on, both are of the best weights.")
     return notes + front_notes(group)
 
 

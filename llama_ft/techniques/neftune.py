@@ -5,7 +5,7 @@ features (the paper's algorithm 1). The noise of a whole sequence is then as lon
 
 L is a sequence's own length where sequences lie end to end, and the width of the batch where they lie side by side,
 padding included. The README of the paper's code (github.com/neelsjain/NEFTune) and transformers'
-`neftune_post_forward_hook` do the same, though the algorithm has each sequence's own. For one sequence both are equal.
+`neftune_post_forward_hook` do the same, though the algorithm has each sequence's own.
 """
 
 import math

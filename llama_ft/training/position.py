@@ -41,10 +41,16 @@ class SavedState:
 
 def read_state(folder: Path) -> SavedState:
     """The state of a checkpoint; a UserError if the folder holds none, or something that no run saved."""
-    state = _is_plain(folder) and read_record(SavedState, folder / STATE_FILE)
-    if not state or folder.name != f"step_{state.position.step:08}":
-        raise UserError(f"{folder} is none of the run's checkpoints, or damaged: move it elsewhere")
+    check_plain(folder)
+    state = read_record(SavedState, folder / STATE_FILE)
+    check_plain(folder, is_known=folder.name == f"step_{state.position.step:08}")
     return state
+
+
+def check_plain(folder: Path, is_known: bool = True) -> None:
+    """Raise a UserError if the folder is none that a run saved, or holds something else too."""
+    if not is_known or not _is_plain(folder):
+        raise UserError(f"{folder} is none of the run's checkpoints, or damaged: move it elsewhere")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
