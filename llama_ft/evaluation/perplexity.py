@@ -14,9 +14,8 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import text_of
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.evaluation import Perplexity
+from llama_ft.training.held_out import MAX_NATS
 from llama_ft.training.step import summed_loss
-
-MAX_NATS = 700.0  # beyond, exp leaves the range of a float
 
 
 @dataclass(frozen=True)
