@@ -264,7 +264,7 @@ WRONG_CHOICE = [
     ("experiment=table9", "experiment", "table9", "table2"),
     ("mp.dtype=int8", "mp.dtype", "int8", "one of auto, bf16, fp16$"),
     ("mp.dtype=fp32", "mp.dtype", "fp32", "one of auto, bf16, fp16$"),
-    ("mp.frozen_weights=16", "mp.frozen_weights", "16", "one of compute, fp32$"),
+    ("mp.frozen_weights=16", "mp.frozen_weights", "16", "one of compute, fp32, nf4, fp4$"),
     ("data.on_bad_record=ignore", "data.on_bad_record", "ignore", "error & skip"),
     ("gpu.device=tpu", "gpu.device", "tpu", "auto & cpu & cuda"),
     ("tracker.mode=on", "tracker.mode", "on", "auto & online & offline"),
@@ -482,6 +482,8 @@ def another(value: Any, hint: Any) -> Any:
         return [*value, "wo"]
     if hint is str:
         return f"{value}_other"
+    if issubclass(hint, enum.Enum):
+        return next(iter(hint))
     return {int: 7, float: 0.123}[hint]
 
 

@@ -21,7 +21,7 @@ class Diverged(UserError):
 
 
 # A format of numbers, or how one is chosen. Each key says which of these it allows.
-Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "q8_0"])
+Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "q8_0", "nf4", "fp4"])
 # Whose format a checkpoint has.
 Format = enum.Enum("Format", ["hf", "meta", "gguf"])
 # What a record that cannot be used does: stop the run, or be skipped and counted.
@@ -30,6 +30,10 @@ OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
 OnLong = enum.Enum("OnLong", ["truncate", "drop", "error"])
 # What of a record is trained on: the assistant's turns, all that is read, or the last turn.
 TrainOn = enum.Enum("TrainOn", ["assistant", "all", "last"])
+# What of a checkpointed block is computed again in the backward pass.
+Policy = enum.Enum("Policy", ["full", "selective"])
+# Where the inputs of checkpointed blocks are kept, if not on the device.
+Offload = enum.Enum("Offload", ["cpu"])
 # Where to run; `auto` is CUDA where there is a GPU, else the CPU.
 DeviceChoice = enum.Enum("DeviceChoice", ["auto", "cpu", "cuda"])
 # Which combinations are planned: all of the techniques', or the one that is asked for.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, make_dataclass, replac
 from itertools import product
 from typing import Any
 
-from llama_ft.config.checks import Dtype, check, check_settings, setting
+from llama_ft.config.checks import Dtype, Offload, Policy, check, check_settings, setting
 
 BASELINE = "baseline"  # the combination with every technique off
 
@@ -52,7 +52,13 @@ class MixedPrecisionConfig:
 
     dtype: Dtype = setting(Dtype.auto, "16-bit format; auto is bf16 if the device has it, else fp16", "auto bf16 fp16")
     frozen_weights: Dtype = setting(
-        Dtype.compute, "storage of frozen weights; fp32 is the plain AMP", "compute fp32", needs="optim.lora=true"
+        Dtype.compute,
+        "storage of frozen weights; fp32 is the plain AMP; nf4 and fp4 are 4 bits in linear layers (QLoRA)",
+        "compute fp32 nf4 fp4",
+        needs="optim.lora=true",
+    )
+    double_quantization: bool = setting(
+        True, "the scales of 4-bit weights are quantized too, to 8 bits", needs="mp.frozen_weights=nf4|fp4"
     )
     trainable_weights: Dtype = setting(Dtype.fp32, "storage of trainable weights; fp32 is masters", "compute fp32")
 
@@ -83,10 +89,12 @@ class LoraConfig:
 class GradientCheckpointingConfig:
     """Gradient checkpointing, where `optim.gc` is on."""
 
-    every: int = setting(1, "keep the input of every n-th block")
+    every: int = setting(1, "keep the input of every n-th block", at_least=1)
+    policy: Policy = setting(Policy.full, "recompute all of a block; or selective, what is no matrix product's output")
+    offload: Offload | None = setting(None, "cpu keeps the blocks' inputs in the host's memory; null on the device")
 
     def __post_init__(self) -> None:
-        check(self.every >= 1, "gc.every", self.every, "at least 1")
+        check_settings(self, "gc.")
 
 
 @dataclass

@@ -13,6 +13,14 @@ from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
 
+# Keys that came after the first runs had been hashed, and the values with which a run is what it was before.
+LATER: Settings = {
+    "columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto", "train_on": "assistant",
+    "adapter": None, "packing": None, "compile": False, "validation": None, "schedule": "cosine", "optimizer": "adamw",
+    "eval_every": None, "keep_best": False, "patience": None, "optimizer_in_backward": False, "neft": {"alpha": 5.0},
+    "double_quantization": True, "policy": "full", "offload": None,
+}  # fmt: skip
+
 
 def read_config(file: Path) -> "TrainConfig":
     """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
@@ -82,14 +90,10 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         files = {"builtin": str(self.model.builtin_dir)}
         data, training = measured["data"], measured["training"]
         data["columns"] = self.data.columns.given
-        later: Settings = {"columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto"}
-        later |= {"train_on": "assistant", "adapter": None, "packing": None, "compile": False, "validation": None}
-        later |= {"schedule": "cosine", "optimizer": "adamw", "eval_every": None, "keep_best": False, "patience": None}
-        later |= {"momentum": training["momentum"]} if training["optimizer"] == "adamw" else {}
-        later |= {"neft": {"alpha": 5.0}}
+        later = LATER | ({"momentum": training["momentum"]} if training["optimizer"] != "sgd" else {})
         if not self.optim.neft and "optim" in measured:
             del measured["optim"]["neft"]
-        for part in (measured, training, data):  # as before these keys were there
+        for part in (measured, training, data, measured.get("mp", {}), measured.get("gc", {})):
             for key in later.keys() & part.keys():
                 if part[key] == later[key]:
                     del part[key]

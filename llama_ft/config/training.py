@@ -10,7 +10,7 @@ SEED = "training.seed"  # the key in which repeats differ
 # How the learning rate falls after its warm-up: half a cosine to 0, a line to 0, or not at all.
 Schedule = enum.Enum("Schedule", ["cosine", "linear", "constant"])
 # What updates the weights.
-Optimizer = enum.Enum("Optimizer", ["adamw", "sgd"])
+Optimizer = enum.Enum("Optimizer", ["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"])
 # In which order a sweep's repeats are run: those of a combination together, or in turns with the other combinations.
 Order = enum.Enum("Order", ["grouped", "alternate"])
 OBJECTIVES = ("eval_loss", "peak_memory_mib", "runtime_s")  # of a sweep: fields of a result
@@ -39,7 +39,12 @@ class TrainingConfig:
     resume: bool = setting(False, "continue from the newest checkpoint in the run's folder, also for more epochs")
     schedule: Schedule = setting(Schedule.cosine, "how the learning rate falls after its warm-up")
     optimizer: Optimizer = setting(
-        Optimizer.adamw, "what updates the weights, as PyTorch has it; sgd takes a far larger training.lr"
+        Optimizer.adamw,
+        "what updates the weights; sgd takes a far larger training.lr; 8bit keeps moments in 8 bits, and paged lets the"
+        " driver move them to the host",
+    )
+    optimizer_in_backward: bool = setting(
+        False, "update each weight as soon as its gradient is there, which is freed; for full fine-tuning"
     )
     momentum: float = setting(0.9, "of SGD, without dampening; 0 keeps no state", needs="training.optimizer=sgd")
     eval_every: int | None = setting(
