@@ -1,0 +1,28 @@
+"""The library bitsandbytes, which stores numbers in 4 and 8 bits; it comes with the extra `quant`."""
+
+import logging
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
+from llama_ft.config import UserError
+
+
+@cache
+def bitsandbytes(setting: str) -> ModuleType:
+    """The library, with its operators registered in `torch.ops.bitsandbytes`.
+
+    Args:
+        setting: what asks for it, as one types it.
+
+    Raises:
+        UserError: if it is not installed, or cannot be loaded here.
+    """
+    # It warns of a kernel for generating on the CPU that it would download.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        return import_module("bitsandbytes")
+    except ModuleNotFoundError as error:
+        raise UserError(f"{setting} needs the package bitsandbytes: pip install 'llama_ft[quant]'") from error
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(f"{setting} needs the package bitsandbytes, which cannot be loaded: {error}") from error
