@@ -44,15 +44,15 @@ def main() -> int:
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     inputs = load_inputs(config, log)
     from llama_ft import device as devices
+    from llama_ft.decoding.load import storage_of
     from llama_ft.evaluation.measures import measure_models
 
     device = devices.use_device(devices.choose_device(config.gpu), config.gpu)
     log(devices.about_device(device, config.gpu))
-    dtype = devices.compute_dtype(config.dtype, device, config.gpu)
     files = (JSON_FILE, TABLE_FILE, ANSWERS_FILE)
     with output_folder(config.output, "evaluations", config.model.name, files) as folder:
         with devices.out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
-            measured = measure_models(config, inputs, device, dtype, partial(progress_bar, errors), log)
+            measured = measure_models(config, inputs, device, partial(progress_bar, errors), log)
         text = None
         if inputs.text is not None:
             size = inputs.text.n_bytes, len(inputs.text.tokens) - 1
@@ -66,7 +66,7 @@ def main() -> int:
             majority=inputs.data.majority if config.exact_match else None,
             settings=config.to_dict(),
             device=devices.device_name(device),
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=storage_of(config, device).name,
             versions=devices.versions(),
             command=cli.command_line(),
             template=inputs.template.name,

@@ -9,17 +9,19 @@ from typing import Literal, cast
 import torch
 
 from llama_ft import hub
-from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, ModelConfig, ModelSource, UserError
+from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, Dtype, GpuConfig, ModelConfig, ModelSource, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.decoding.prompts import prompt_of
-from llama_ft.device import DTYPES, why_no_gpu
+from llama_ft.device import DTYPES, compute_dtype, why_no_gpu
 from llama_ft.files import explained
 from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
+from llama_ft.model.four_bit import FourBit
+from llama_ft.model.storage import Storage
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.adapter import load_adapter as _load_adapter
@@ -27,6 +29,7 @@ from llama_ft.techniques.lora import lora_layers
 from llama_ft.training.saver import save_trained
 
 DtypeName = Literal["fp32", "bf16", "fp16"]
+StorageName = Literal["fp32", "bf16", "fp16", "nf4", "fp4"]
 
 
 def load(
@@ -34,7 +37,7 @@ def load(
     checkpoint: str | Path | None = None,
     *,
     tokenizer: str | Path | None = None,
-    dtype: DtypeName = "fp32",
+    dtype: StorageName = "fp32",
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> tuple[Transformer, Tokenizer]:
@@ -46,7 +49,8 @@ def load(
         checkpoint: the weights: `builtin` (of tiny), `random`, a folder, a GGUF file, or a name on the hub. None is
             that given as `model`, or builtin.
         tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
-        dtype: of the weights.
+        dtype: of the weights; nf4 and fp4 are linear layers in 4 bits, and the others in bf16 on a GPU that has it,
+            fp16 on another, fp32 on the CPU. LoRA is trained over them.
         device: None is the GPU where there is one, else the CPU.
         seed: of random weights.
 
@@ -67,8 +71,14 @@ def load(
     if place.type == "cuda" and not has_gpu:
         raise UserError(f"device={device}: {why_no_gpu()}")
     use_kernels_of(place)
-    loaded = load_model(sizes, str(source.checkpoint), place, dtype_of(dtype), seed)
+    loaded = load_model(sizes, str(source.checkpoint), place, _storage_of(dtype, place), seed)
     return loaded, load_tokenizer(source)
+
+
+def _storage_of(name: str, device: torch.device) -> torch.dtype | Storage:
+    if name in ("nf4", "fp4"):
+        return FourBit(compute_dtype(Dtype.auto, device, GpuConfig()), name)
+    return dtype_of(name)
 
 
 def dtype_of(name: str) -> torch.dtype:

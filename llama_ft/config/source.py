@@ -95,7 +95,9 @@ class TrainedSource(ModelSource):
     base: str | None = setting(None, "weights to compare with: builtin, random, a folder; null is without the adapter")
     kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false recomputes them each time")
     dtype: Dtype = setting(
-        Dtype.auto, "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU", "auto fp32 bf16 fp16"
+        Dtype.auto,
+        "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU; nf4 and fp4 are weights in 4 bits",
+        "auto fp32 bf16 fp16 nf4 fp4",
     )
 
     def __post_init__(self) -> None:

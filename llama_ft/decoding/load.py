@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.config import GenerateConfig, TrainedSource, UserError
+from llama_ft.config import Dtype, GenerateConfig, TrainedSource, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
 from llama_ft.model.checkpoint import open_checkpoint
+from llama_ft.model.four_bit import FourBit
+from llama_ft.model.storage import Dense, Storage
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, load_model
 from llama_ft.records.answers import Answer
@@ -34,17 +36,25 @@ def check_sources(source: TrainedSource) -> None:
         check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
 
 
-def load_trained(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
+def storage_of(source: TrainedSource, device: torch.device) -> Storage:
+    """How the weights are stored that are asked for; beside 4-bit ones all is in the dtype of `auto`."""
+    if source.dtype in (Dtype.nf4, Dtype.fp4):
+        return FourBit(compute_dtype(Dtype.auto, device, source.gpu), source.dtype.name)
+    return Dense(compute_dtype(source.dtype, device, source.gpu))
+
+
+def load_trained(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:
     """The model that is asked for, in evaluation mode; a UserError if weights or adapter are not this model's."""
-    model = load_model(source.model, str(source.checkpoint), device, dtype, log=log).eval()
+    model = load_model(source.model, str(source.checkpoint), device, storage, log=log).eval()
     if source.adapter is not None:
-        load_adapter(model, Path(os.path.expanduser(source.adapter)), source.merge)
+        merge = source.merge and not isinstance(storage, FourBit)  # which would be 16 bit then
+        load_adapter(model, Path(os.path.expanduser(source.adapter)), merge)
     return model
 
 
-def load_base(source: TrainedSource, device: torch.device, dtype: torch.dtype, log: Log) -> Transformer:
+def load_base(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:
     """What it is compared with: `source.base`, else the checkpoint without its adapter."""
-    return load_model(source.model, source.base or str(source.checkpoint), device, dtype, log=log).eval()
+    return load_model(source.model, source.base or str(source.checkpoint), device, storage, log=log).eval()
 
 
 class Models:
@@ -54,8 +64,8 @@ class Models:
         """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = use_device(choose_device(config.gpu), config.gpu)
-        self._dtype = compute_dtype(config.dtype, self._device, config.gpu)
-        self.dtype_name = str(self._dtype).removeprefix("torch.")
+        self._storage = storage_of(config, self._device)
+        self.dtype_name = self._storage.name
         check_sources(config)
         log(about_device(self._device, config.gpu))
 
@@ -64,13 +74,13 @@ class Models:
         gc.collect()  # of a model before it, what is held in cycles
         load = load_base if is_base else load_trained
         with out_of_memory_explained(NEEDS_LESS):
-            return self._generate_fn(load(self._config, self._device, self._dtype, self._log))
+            return self._generate_fn(load(self._config, self._device, self._storage, self._log))
 
     def load_with_adapters(self) -> tuple[Adapters, GenerateFn]:
         """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed."""
         with out_of_memory_explained(NEEDS_LESS):
             checkpoint = str(self._config.checkpoint)
-            model = load_model(self._config.model, checkpoint, self._device, self._dtype, log=self._log)
+            model = load_model(self._config.model, checkpoint, self._device, self._storage, log=self._log)
             adapters = Adapters(model)
             self.use(adapters, self._config.adapter)
         return adapters, self._generate_fn(model)

@@ -12,7 +12,7 @@ from llama_ft.data.collate import Padding
 from llama_ft.data.template import Template
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import generate
-from llama_ft.decoding.load import check_sources, load_base, load_trained
+from llama_ft.decoding.load import check_sources, load_base, load_trained, storage_of
 from llama_ft.evaluation.perplexity import Text, bits_per_byte, perplexity, text_windows
 from llama_ft.evaluation.records import EvaluationSet, accuracy
 from llama_ft.model.transformer import Transformer
@@ -36,7 +36,7 @@ class EvalInputs:
 
 
 def measure_models(
-    config: EvaluateConfig, inputs: EvalInputs, device: torch.device, dtype: torch.dtype, progress: Progress, log: Log
+    config: EvaluateConfig, inputs: EvalInputs, device: torch.device, progress: Progress, log: Log
 ) -> list[Measured]:
     """The model's figures and answers, or base's and fine-tuned's, in this order; one is in memory at a time.
 
@@ -44,7 +44,7 @@ def measure_models(
     """
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
-        model, name = load(config, device, dtype, log), role.replace("_", "-")
+        model, name = load(config, device, storage_of(config, device), log), role.replace("_", "-")
         result = measure(model, inputs, config, role, lambda title, total: progress(f"{name}, {title}", total))
         del model
         gc.collect()

@@ -18,6 +18,7 @@ from llama_ft.measure.card import Card
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case, warm_up
+from llama_ft.model.four_bit import count_parameters
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
@@ -72,8 +73,7 @@ class MeasuredRun:
             self.card.note_kernels(config.model, precision.compute)
         self.stage = "loading the weights"
         step = set_up(config, precision, device, self.log)
-        total = sum(each.numel() for each in step.model.parameters())
-        trainable = sum(each.numel() for each in step.model.parameters() if each.requires_grad)
+        trainable, total = count_parameters(step.model)
         self.result.total_params, self.result.trainable_params = total, trainable
         self.result.trainable_percent = percent = 100 * trainable / total
         self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")

@@ -119,7 +119,7 @@ class MemoryTracker(TorchDispatchMode):
     def _category(self, func: Any, args: tuple[Any, ...]) -> str:
         if self._phase == "optimizer step":
             return "optimizer_state"
-        if func is torch.ops.aten._to_copy.default:  # autocast's copy of a weight is still a weight
+        if func is torch.ops.aten._to_copy.default or func.namespace == "bitsandbytes":  # a copy of a weight is one
             source = self._live.get(args[0].untyped_storage()._cdata)
             if source is not None and source[1].category == "parameter":
                 return "parameter"

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from llama_ft.config import UserError, is_gguf
 from llama_ft.files import (
     HF_CONFIG,
@@ -55,7 +53,6 @@ class Checkpoint:
     n_files: int
     weights: dict[str, Weight]  # of each of the model's parameters, in their order
 
-    @torch.no_grad()
     def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
         """Fill a materialised model, on any device. Beside the model, one piece of a tensor lives."""
         total = sum(weight.n_bytes for weight in self.weights.values())
@@ -64,12 +61,10 @@ class Checkpoint:
             log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
         done, pace = 0, Pace()
         for name, weight in self.weights.items():
-            target = model.get_parameter(name)
-            for first, rows in weight.pieces(1):
-                storage.write(target, first, rows)
-                done += rows.nbytes
-                if pace.is_due():
-                    log(f"weights: {done / total:.0%} read")
+            storage.load(model, name, weight)
+            done += weight.n_bytes
+            if pace.is_due():
+                log(f"weights: {done / total:.0%} read")
 
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:

@@ -4,22 +4,30 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+
+from llama_ft.model.stored import Weight
+from llama_ft.model.transformer import Transformer
 
 
 class Storage(Protocol):
     """A way to store weights. The model is built on the meta device, prepared, materialised, and then filled."""
 
-    def prepare(self, model: nn.Module) -> None:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantized."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        ...
+
+    def prepare(self, model: Transformer) -> None:
         """Change a model on the meta device so that its weights are stored in this way."""
         ...
 
-    def write(self, weight: Tensor, first: int, rows: Tensor) -> None:
-        """Fill a weight's rows from the first on. Those of one weight come in their order.
-
-        Args:
-            rows: floating-point [n, ...], of any dtype and on the CPU.
-        """
+    def load(self, model: Transformer, name: str, weight: Weight) -> None:
+        """Fill a parameter, by its name, from pieces that are on any device and of any floating-point dtype."""
         ...
 
 
@@ -29,10 +37,18 @@ class Dense:
 
     dtype: torch.dtype
 
-    def prepare(self, model: nn.Module) -> None:
+    @property
+    def name(self) -> str:
+        """As PyTorch calls it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def prepare(self, model: Transformer) -> None:
         """Convert every parameter."""
         model.to(self.dtype)
 
-    def write(self, weight: Tensor, first: int, rows: Tensor) -> None:
-        """Round to the weight's dtype."""
-        weight[first : first + len(rows)].copy_(rows)
+    @torch.no_grad()
+    def load(self, model: Transformer, name: str, weight: Weight) -> None:
+        """Round to the parameter's dtype."""
+        target = model.get_parameter(name)
+        for first, rows in weight.pieces(1):
+            target[first : first + len(rows)].copy_(rows)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Dense, Storage
+from llama_ft.model.stored import in_memory
 from llama_ft.model.transformer import Transformer, rotary_table
 from llama_ft.system import Log, silent
 
@@ -28,19 +29,23 @@ INIT_STD = 0.02  # as transformers' initializer_range
 class RandomWeights:
     """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases, from the seed alone; drawn on the weights' device."""
 
-    names: Sequence[str]  # of the decoder's own parameters, in the order in which they are drawn
+    shapes: Mapping[str, torch.Size]  # of the decoder's own parameters, in the order in which they are drawn
     seed: int
 
     @torch.no_grad()
     def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
         """Fill a materialised model, whatever its modules have become."""
-        parameters = [model.get_parameter(name) for name in self.names]
-        generator = torch.Generator(parameters[0].device).manual_seed(self.seed)
-        for name, parameter in zip(self.names, parameters, strict=True):
-            if parameter.dim() == 1:
+        generator = torch.Generator(device := model.rotary.device).manual_seed(self.seed)
+        for name, shape in self.shapes.items():
+            parameter = model.get_parameter(name)
+            if len(shape) == 1:
                 parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-            else:
+            elif parameter.is_floating_point():
                 parameter.normal_(0.0, INIT_STD, generator=generator)
+            else:
+                drawn = torch.empty(shape, dtype=model.norm.weight.dtype, device=device)
+                drawn.normal_(0.0, INIT_STD, generator=generator)
+                storage.load(model, name, in_memory(drawn))
 
 
 def build(config: ModelConfig) -> Transformer:
@@ -56,7 +61,7 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpo
     """
     model = build(config)
     if checkpoint == "random":
-        return RandomWeights([name for name, _ in model.named_parameters()], seed)
+        return RandomWeights({name: parameter.shape for name, parameter in model.named_parameters()}, seed)
     if checkpoint != "builtin":
         return open_checkpoint(Path(os.path.expanduser(checkpoint)), model)
     try:
@@ -76,12 +81,18 @@ def materialise(model: Transformer, device: torch.device) -> None:
 
 
 def load_model(
-    config: ModelConfig, checkpoint: str, device: torch.device, dtype: torch.dtype, seed: int = 0, log: Log = silent
+    config: ModelConfig,
+    checkpoint: str,
+    device: torch.device,
+    stored: torch.dtype | Storage,
+    seed: int = 0,
+    log: Log = silent,
 ) -> Transformer:
-    """A model in one dtype, with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
-    weights, model, storage = open_weights(checkpoint, config, seed), build(config), Dense(dtype)
+    """A model with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
+    storage = Dense(stored) if isinstance(stored, torch.dtype) else stored
+    weights, model = open_weights(checkpoint, config, seed), build(config)
     storage.prepare(model)
-    use_products_of(device, dtype)
+    use_products_of(device, storage.dtype)
     materialise(model, device)
     weights.load_into(model, storage, log)
     return model

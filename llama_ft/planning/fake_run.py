@@ -20,6 +20,7 @@ from llama_ft.data.collate import Batch, Padding, blank_row
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
+from llama_ft.model.four_bit import count_parameters
 from llama_ft.model.transformer import Attention
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
@@ -121,10 +122,9 @@ def fake_run(
                 tracker.watch(batch.tensors)
                 evaluate_batch(step, batch)
         events = with_state_made_last(tracker.events[:end], first_step, second_step, last_step) + tracker.events[end:]
-        parameters = list(step.model.parameters())
+        n_trainable, n_total = count_parameters(step.model)
     last_step += len(events) - len(tracker.events)
-    n_trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return FakeRun(tracker.result(), events, last_step, n_trainable, sum(each.numel() for each in parameters))
+    return FakeRun(tracker.result(), events, last_step, n_trainable, n_total)
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:

@@ -68,6 +68,7 @@ def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
     for name, layer in adapted_layers(model, adapter, torch.float32 if merge else model.norm.weight.dtype).items():
         if merge:
             layer.merge()
+            model.get_submodule(name).weight = layer.weight  # another one if it was in 4 bits
         else:
             model.set_submodule(name, layer)
     model.eval()

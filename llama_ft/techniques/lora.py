@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llama_ft.config import LoraConfig, UserError
 from llama_ft.kernels import at_least_fp32
+from llama_ft.model.four_bit import FourBitLinear
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.mixed_precision import Precision
 
@@ -82,15 +83,25 @@ class LoRALinear(nn.Linear):
     def merge(self) -> None:
         """Add the update to the weight, so that the forward pass costs no more than the base's."""
         if not self.merged:
-            self.weight.copy_(self.weight + self._update())
+            self._set(self._dense() + self._update())
             self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Take the update out of the weight again; exact up to rounding."""
         if self.merged:
-            self.weight.copy_(self.weight - self._update())
+            self._set(self._dense() - self._update())
             self.merged = False
+
+    def _dense(self) -> Tensor:
+        return self.dense_weight(torch.float32) if isinstance(self, FourBitLinear) else self.weight
+
+    def _set(self, weight: Tensor) -> None:
+        """Round to the weight's dtype; what is in 4 bits becomes a plain tensor."""
+        if isinstance(self, FourBitLinear):
+            self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        else:
+            self.weight.copy_(weight)
 
     def _update(self) -> Tensor:
         """What the factors add to the weight, in fp32, so that a 16-bit weight is rounded once, after the sum."""

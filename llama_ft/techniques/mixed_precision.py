@@ -3,8 +3,8 @@
 It is three choices, each said by itself:
 - compute: matrix products in 16 bit, under autocast;
 - trainable weights: fp32 masters, hence fp32 gradients and optimizer state (`mp.trainable_weights`);
-- frozen weights: 16 bit, since what is never updated needs no master (`mp.frozen_weights`). In fp32 they would cost
-  more than without mixed precision: autocast's 16-bit copies of them live until the backward pass.
+- frozen weights: 16 bit, since what is never updated needs no master, or 4 bit (`mp.frozen_weights`). In fp32 they
+  would cost more than without mixed precision: autocast's 16-bit copies of them live until the backward pass.
 """
 
 from contextlib import AbstractContextManager
@@ -14,6 +14,7 @@ import torch
 
 from llama_ft.config import Dtype, MixedPrecisionConfig, TrainConfig, UserError
 from llama_ft.kernels import has_16bit_products
+from llama_ft.model.four_bit import FourBit
 from llama_ft.model.storage import Dense, Storage
 
 # oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
@@ -66,4 +67,7 @@ def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bo
         raise UserError("mp.trainable_weights=compute needs bf16, and this run computes in fp16: use fp32")
     compute = torch.bfloat16 if bf16 else torch.float16
     stored = {Dtype.fp32: torch.float32, Dtype.compute: compute}
-    return Precision(device_type, compute, stored[config.trainable_weights], Dense(stored[config.frozen_weights]))
+    trainable, frozen = stored[config.trainable_weights], config.frozen_weights
+    if frozen in stored:
+        return Precision(device_type, compute, trainable, Dense(stored[frozen]))
+    return Precision(device_type, compute, trainable, FourBit(compute, frozen.name, config.double_quantization))

@@ -1,0 +1,164 @@
+"""Frozen weights of linear layers in 4 bits, after QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+
+Each block of 64 weights has a scale, its largest magnitude, and each weight is one of 16 levels times that: those of
+NF4 are quantiles of a normal distribution, those of FP4 are floating-point numbers. Under double quantization the
+scales, less their mean, are themselves 8-bit numbers in blocks of 256. bitsandbytes has the kernels and the formats.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llama_ft.bitsandbytes import bitsandbytes
+from llama_ft.model.formats import is_rotated, permute_rotary
+from llama_ft.model.storage import Dense
+from llama_ft.model.stored import Weight
+from llama_ft.model.transformer import OUTPUT, Transformer
+
+BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, scales that share one
+FEW_ROWS = 8  # of an input, as where texts are generated, with which a kernel need not make the weight dense
+STORED = ("weight", "scales", "scale_levels", "scale_scales", "mean_scale")  # what a weight is stored as
+
+
+@dataclass(frozen=True)
+class FourBit:
+    """Linear layers in 4 bits; embedding, norms, biases and head as plain tensors, as in the paper."""
+
+    dtype: torch.dtype  # of the others
+    levels: str = "nf4"  # or fp4
+    double_quantization: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of the levels."""
+        return self.levels
+
+    def prepare(self, model: Transformer) -> None:
+        """Convert every parameter, and exchange the linear layers; a UserError if bitsandbytes is missing."""
+        bitsandbytes(f"storing weights in 4 bits ({self.levels})")
+        model.to(self.dtype)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, nn.Linear) and f"{name}.weight" != OUTPUT:
+                n_heads = layer.out_features // model.config.head_dim if is_rotated(f"{name}.weight") else None
+                model.set_submodule(name, FourBitLinear(layer, self.levels, self.double_quantization, n_heads))
+
+    def load(self, model: Transformer, name: str, weight: Weight) -> None:
+        """Fill a parameter; one piece at a time is not quantized yet."""
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
+            layer.quantize(weight)
+        else:
+            Dense(self.dtype).load(model, name, weight)
+
+
+class FourBitLinear(nn.Linear):
+    """A linear layer whose frozen weight is in 4 bits. A product makes a dense copy of it, which nothing keeps."""
+
+    def __init__(self, base: nn.Linear, levels: str, double_quantization: bool, n_heads: int | None = None) -> None:
+        """Take the place of a layer on the meta device.
+
+        Args:
+            n_heads: of wq and wk. Their scales are quantized in Hugging Face's order of rows, as those are that others
+                train adapters on: a block of scales is less than a head.
+        """
+        nn.Module.__init__(self)
+        self.n_heads = n_heads
+        self.in_features, self.out_features, self.levels = base.in_features, base.out_features, levels
+        self.dtype = base.weight.dtype  # of the weight once something has been merged into it
+        self.bias = base.bias
+        n_weights = self.in_features * self.out_features
+        n_scales = -(-n_weights // BLOCK)
+        self.weight = _frozen(torch.empty(-(-n_weights // 2), dtype=torch.uint8, device="meta"))
+        self.scales = _frozen(torch.empty(n_scales, dtype=torch.float32, device="meta"))
+        if double_quantization:
+            self.scales = _frozen(torch.empty(n_scales, dtype=torch.uint8, device="meta"))
+            self.scale_levels = _frozen(torch.empty(256, device="meta"))
+            self.scale_scales = _frozen(torch.empty(-(-n_scales // SCALES_BLOCK), device="meta"))
+            self.mean_scale = _frozen(torch.empty((), device="meta"))
+
+    @torch.no_grad()
+    def quantize(self, weight: Weight) -> None:
+        """Take a weight, [out_features, in_features], from pieces on any device, of any floating-point dtype."""
+        scales = []
+        for first, rows in weight.pieces(BLOCK // math.gcd(BLOCK, self.in_features)):  # whole blocks
+            rows = rows.to(self.weight.device, torch.float32 if rows.dtype == torch.float64 else rows.dtype)
+            packed, new = torch.ops.bitsandbytes.quantize_4bit(rows.contiguous(), BLOCK, self.levels, torch.uint8)
+            start = first * self.in_features // 2
+            self.weight[start : start + len(packed)].copy_(packed.flatten())
+            scales.append(new)
+        whole = torch.cat(scales)
+        if self.scales.dtype == torch.uint8:
+            whole = self._reordered(whole, to_hf=True)
+            self.mean_scale.copy_(whole.mean())
+            self.scale_levels.copy_(bitsandbytes("").functional.create_dynamic_map())
+            quantized = torch.ops.bitsandbytes.quantize_blockwise(
+                whole - self.mean_scale, self.scale_levels, SCALES_BLOCK
+            )
+            whole, scale_scales = quantized
+            self.scale_scales.copy_(scale_scales)
+        self.scales.copy_(whole)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight, [out_features, in_features]."""
+        if self.weight.dtype != torch.uint8:
+            return self.weight.to(dtype)
+        dequantize, shape = torch.ops.bitsandbytes.dequantize_4bit, (self.out_features, self.in_features)
+        return dequantize(self.weight, self._scales(), BLOCK, self.levels, shape, dtype)  # type: ignore[no-any-return]
+
+    def _scales(self) -> Tensor:
+        """In fp32, in the order of the weight's rows."""
+        if self.scales.dtype != torch.uint8:
+            return self.scales
+        stored = self.scales, self.scale_scales, self.scale_levels
+        scales = torch.ops.bitsandbytes.dequantize_blockwise(*stored, SCALES_BLOCK, torch.float32)
+        return self._reordered(scales.add_(self.mean_scale), to_hf=False)
+
+    def _reordered(self, scales: Tensor, to_hf: bool) -> Tensor:
+        if self.n_heads is None or self.in_features % BLOCK:  # then blocks go on from row to row
+            return scales
+        return permute_rotary(scales.view(self.out_features, -1), self.n_heads, to_hf).flatten()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] to [..., out_features]."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or self.weight.dtype != torch.uint8:
+            return FrozenProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
+        stored = self.weight.view(-1, 1), (self.out_features, self.in_features), self._scales(), BLOCK, self.levels
+        return torch.ops.bitsandbytes.gemm_4bit(x, *stored, self.bias)  # type: ignore[no-any-return]
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x W^T + b of a layer whose W and b are frozen; W is made dense again for the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
+        """Keeps the layer alone."""
+        ctx.layer = layer
+        return F.linear(x, layer.dense_weight(x.dtype), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """To x."""
+        return gradient @ ctx.layer.dense_weight(gradient.dtype), None
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Those that are trained, and all; a weight in 4 bits is one, and its share of the scales is none."""
+    n_trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    n_total = sum(each.numel() for each in model.parameters())
+    for layer in model.modules():
+        if isinstance(layer, FourBitLinear):
+            stored = [each for name, each in layer.named_parameters(recurse=False) if name in STORED]
+            n_total += layer.in_features * layer.out_features - sum(each.numel() for each in stored)
+    return n_trainable, n_total
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
