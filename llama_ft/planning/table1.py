@@ -4,10 +4,22 @@ Memory is that of the plan's own rows, and of further fake runs where the plan h
 as long as the data's longest, so that a technique is not credited with, or charged for, the padding of uneven ones.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from llama_ft.config import LABELS, TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config import (
+    TECHNIQUES,
+    Dtype,
+    GpuConfig,
+    GradientCheckpointingConfig,
+    OptimConfig,
+    TrainConfig,
+    UserError,
+)
+from llama_ft.config.checks import Offload, Policy
+from llama_ft.config.training import Optimizer
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
@@ -21,7 +33,8 @@ from llama_ft.system import Progress, no_progress
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
-Key = tuple[str, int, str]
+Key = str
+LABELS = {each.name: each.label for each in TECHNIQUES} | {"optimizer": "Optimizer"}
 # A technique, as it is chosen, and the runs without it and with it.
 Contrast = tuple[str, str, TrainConfig, TrainConfig]
 
@@ -91,26 +104,57 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     frozen_16bit = "on LoRA, frozen weights in 16 bit (mp.frozen_weights=compute)"
     frozen_fp32 = "on LoRA, frozen weights in fp32 (mp.frozen_weights=fp32, the plain AMP)"
+    on_lora = run(frozen=Dtype.compute, mp=True, lora=True)
     rows: list[Contrast] = [
         ("ga", held, run(steps * size), run(ga=True)),
         ("ga", longer, run(), run(ga=True)),
         ("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
         ("mp", f"full fine-tuning, {masters}", run(), run(mp=True)),
-        ("mp", frozen_16bit, run(lora=True), run(frozen=Dtype.compute, mp=True, lora=True)),
+        ("mp", frozen_16bit, run(lora=True), on_lora),
         ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),
         ("lora", adapters, run(), run(lora=True)),
     ]
     others = [each for each in TECHNIQUES if each.saves and each.name not in {row[0] for row in rows}]
     for each in others:
         rows.append((each.name, each.meaning, run(), replace(run(), optim=OptimConfig(**{each.name: True}))))
-    return rows
+    return rows + further_savings(run(), run(gc=True), on_lora)
+
+
+def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: TrainConfig) -> list[Contrast]:
+    """What saves more, each beside what it is added to."""
+
+    def update(run: TrainConfig, **changes: Any) -> TrainConfig:
+        return replace(run, training=replace(run.training, **changes))
+
+    eight_bit = {"optimizer": Optimizer.adamw_8bit}
+    plain = {"optimizer": Optimizer.adamw, "optimizer_in_backward": False}
+    full, checkpointed, on_lora = (update(run, **plain) for run in (full, checkpointed, on_lora))
+    checkpointed = replace(checkpointed, gc=GradientCheckpointingConfig(checkpointed.gc.every))
+    unclipped = update(full, optimizer_in_backward=True, max_grad_norm=math.inf)
+    nf4 = replace(on_lora, mp=replace(on_lora.mp, frozen_weights=Dtype.nf4))
+    offloaded = replace(checkpointed, gc=replace(checkpointed.gc, offload=Offload.cpu))
+    selective = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.selective))
+    return [
+        ("mp", "on LoRA with MP, frozen weights in 4 bits (mp.frozen_weights=nf4)", on_lora, nf4),
+        ("gc", "on GC, inputs in the host's memory (gc.offload=cpu)", checkpointed, offloaded),
+        ("gc", "keeps the products' outputs too (gc.policy=selective)", full, selective),
+        (
+            "optimizer",
+            "8-bit moments (training.optimizer=adamw_8bit), full fine-tuning",
+            full,
+            update(full, **eight_bit),
+        ),
+        ("optimizer", "8-bit moments, on LoRA with MP", on_lora, update(on_lora, **eight_bit)),
+        ("optimizer", "in backward (training.optimizer_in_backward=true), full fine-tuning", full, unclipped),
+    ]
 
 
 def _key(config: TrainConfig) -> Key:
     """Equal for equal runs, among those of one table."""
     optim = config.optim
-    frozen = config.mp.frozen_weights.name if optim.mp and optim.lora else ""
-    return optim.combination, config.training.micro_batch_size, frozen
+    mp = config.mp if optim.mp and optim.lora else None
+    gc = config.gc if optim.gc else None
+    return repr((optim.combination, mp, gc, config.training))
 
 
 def find_case(
