@@ -23,6 +23,9 @@ from llama_ft.device import use_device, why_no_gpu
 from llama_ft.measure.card import attention_kernel
 from llama_ft.measure.worst_case import track_memory
 from llama_ft.model.attention import attend, has_varlen, takes_segments
+from llama_ft.model.four_bit import FourBit
+from llama_ft.model.stored import in_memory
+from llama_ft.model.weights import build, load_model, materialise
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -101,6 +104,31 @@ def test_packed_samples_have_the_loss_and_gradient_that_they_have_one_by_one(pre
             torch.cuda.set_sync_debug_mode("default")
         found.append((loss.item(), norm.item()))
     assert found[1] == pytest.approx(found[0], rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+def test_weights_in_4_bits_are_those_on_the_cpu_and_a_step_over_them_never_waits() -> None:
+    """Quantized on either device; in fp32, and one token at a time too."""
+    tokens, logits, window = torch.arange(40)[None], [], [collate([sample]).pinned() for sample in ragged_samples()]
+    model = load_model(SMALL, "random", torch.device("cpu"), torch.float32)
+    weights = {name: in_memory(weight) for name, weight in model.named_parameters()}
+    for device in ("cpu", "cuda"):
+        stored = build(SMALL)
+        (storage := FourBit(torch.float32)).prepare(stored)
+        materialise(stored, torch.device(device))
+        for name, weight in weights.items():
+            storage.load(stored, name, weight)
+        with torch.no_grad():
+            logits += [stored(tokens.to(device)).cpu(), stored(tokens[:, :1].to(device)).cpu()]
+    assert relative(logits[2], logits[0]) <= 1e-3  # a weight between two levels may go either way
+    assert relative(logits[3], logits[1]) <= 1e-3
+    add_lora(stored, 4)
+    step = TrainStep(stored, torch.optim.AdamW(stored.parameters(), lr=1e-3), Precision("cuda", torch.bfloat16))
+    step(window)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(window)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2])
