@@ -1,5 +1,6 @@
-"""`plan.json`: what combinations of techniques would need and take on cards."""
+"""`plan.json`: what runs would need and take on cards."""
 
+import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ class MemoryPoint:
 
 @dataclass
 class PlanRow:
-    """A combination on a card. None is what is not known there; all is None where `error` says why it cannot run."""
+    """A run on a card. None is what is not known there; all is None where `error` says why it cannot run."""
 
     optim: dict[str, bool]
     combination: str
@@ -54,11 +55,17 @@ class PlanRow:
     binds: str | None = None  # the resource that binds longest
     bound_s: dict[str, float] | None = None  # seconds of the bound by resource
     timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step; of the first card alone
+    settings: Settings = field(default_factory=dict)  # by full name, in which rows differ beside the switches
 
     @property
     def status(self) -> Status:
         """As a result has it: whether there are numbers."""
         return "error" if self.error else "ok"
+
+    @property
+    def key(self) -> str:
+        """Equal for the rows of one run on several cards."""
+        return json.dumps([self.combination, self.settings])
 
 
 @dataclass(frozen=True)
@@ -148,9 +155,9 @@ class Plan:
 
     def __post_init__(self) -> None:
         names = [gpu.get("name") for gpu in self.gpus]
-        combinations = dict.fromkeys(row.combination for row in self.rows)
-        if not self.rows or [(row.gpu, row.combination) for row in self.rows] != list(product(names, combinations)):
-            raise ValueError("rows must be one for each combination on each of gpus")
+        runs = dict.fromkeys(row.key for row in self.rows)
+        if not self.rows or [(row.gpu, row.key) for row in self.rows] != list(product(names, runs)):
+            raise ValueError("rows must be one for each combination, with the same settings, on each of gpus")
 
     def rows_on(self, gpu: str) -> list[PlanRow]:
         """The rows of a card, in the plan's order."""
