@@ -157,7 +157,20 @@ class Plan:
         names = [gpu.get("name") for gpu in self.gpus]
         runs = dict.fromkeys(row.key for row in self.rows)
         if not self.rows or [(row.gpu, row.key) for row in self.rows] != list(product(names, runs)):
-            raise ValueError("rows must be one for each combination, with the same settings, on each of gpus")
+            raise ValueError("rows must be one for each run on each of gpus")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the rows differ in more than their techniques."""
+        return any(row.settings for row in self.rows)
+
+    def settings_of(self, row: PlanRow) -> Settings:
+        """The numbers of each technique and of training that a row has."""
+        settings = {name: dict(section) for name, section in {**self.techniques, "training": self.training}.items()}
+        for section, _, key in (full.partition(".") for full in row.settings):
+            if key:
+                settings[section][key] = row.settings[f"{section}.{key}"]
+        return settings
 
     def rows_on(self, gpu: str) -> list[PlanRow]:
         """The rows of a card, in the plan's order."""

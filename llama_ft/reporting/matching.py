@@ -1,34 +1,13 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
-import json
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from typing import Any
-
-import yaml
-from omegaconf import OmegaConf
-
-from llama_ft.config import TrainConfig
-from llama_ft.config.checks import Settings, flat, readable
+from llama_ft.config.checks import Settings, flat
 from llama_ft.config.training import SEED
 from llama_ft.records.plan import Plan
-from llama_ft.records.result import CONFIG_FILE, Result, ran_on
+from llama_ft.records.result import Result, ran_on
 from llama_ft.reporting.results import Group, planned_group, seeds_text
+from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
-# The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
-# sizes were typed: not what is run.
-NOT_COMPARED = (
-    "optim.",
-    "tracker.",
-    "data.cache_dir",
-    "training.save_every",
-    "training.resume",
-    "sweep.",
-    "hydra.",
-    "model.given",
-)
 # What changes the memory and time of each run, whatever its combination.
 OF_EVERY_RUN = ("training.micro_batch_size", "training.packing", "training.optimizer", "training.momentum")
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
@@ -138,32 +117,9 @@ def is_device(gpu: Settings, group: Group) -> bool:
 
 def differing_settings(a: Settings, b: Settings) -> list[Difference]:
     """Each setting that both have and that differs, in the order of their names."""
-    both = sorted(a.keys() & b.keys())
+    both = sorted((a.keys() & b.keys()) - {RECIPE})  # what a recipe sets is compared, not its name
     keys = varied([{key: side[key] for key in both} for side in (a, b)])
     return [(key, as_typed(a[key]), as_typed(b[key])) for key in keys]
-
-
-def varied(configs: Sequence[Settings]) -> list[str]:
-    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
-
-    def differ(key: str, among: Sequence[Settings]) -> bool:
-        return len({as_typed(config.get(key)) for config in among}) > 1
-
-    all_keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(NOT_COMPARED))
-    keys = [key for key in all_keys if differ(key, configs)]
-    for section in ("model", "data", "gpu"):
-        if (name := f"{section}.name") in keys:
-            alike: dict[Any, list[Settings]] = {}
-            for config in configs:
-                alike.setdefault(config.get(name), []).append(config)
-            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
-            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
-    return keys
-
-
-def as_typed(value: Any) -> str:
-    """A value as in a YAML file: null, true, [wq, wv]; texts without quotes."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def group_settings(group: Group) -> Settings:
@@ -175,20 +131,3 @@ def group_settings(group: Group) -> Settings:
     settings = next(filter(None, map(run_settings, group.folders)), known)
     seeds = {SEED: seeds_text(group.seeds)} if group.seeds else {}
     return settings | seeds | {"device": group.device} | versions
-
-
-@cache
-def defaults() -> Settings:
-    """What a key is that a run of an earlier version did not know."""
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig), enum_to_str=True)
-    return {key: value for key, value in flat(schema).items() if value != "???"}
-
-
-def run_settings(folder: Path) -> Settings | None:
-    """A run's settings by full name; None of one that was refused before it began. A UserError if they are damaged."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return None
-    with readable(file):
-        settings: Settings = flat(yaml.safe_load(file.read_bytes()))
-        return settings | {key: value for key, value in defaults().items() if key not in settings}
