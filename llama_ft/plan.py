@@ -28,6 +28,7 @@ USAGE = cli.Usage(
         "experiment=less_memory model=llama2_7b gpu=rtx4090_24gb",
         "-m model=llama2_7b gpu=a100_40gb optim=mp_lora,lora lora.rank=8,64 training.micro_batch_size=1,4",
     ),
+    ("-m, --multirun", "--help", "--version"),
 )
 
 

@@ -65,7 +65,12 @@ class PlanRow:
     @property
     def key(self) -> str:
         """Equal for the rows of one run on several cards."""
-        return json.dumps([self.combination, self.settings])
+        return row_key(self.combination, self.settings)
+
+
+def row_key(combination: str, settings: Settings) -> str:
+    """Tells the rows of a card apart."""
+    return json.dumps([combination, settings])
 
 
 @dataclass(frozen=True)

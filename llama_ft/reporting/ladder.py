@@ -13,21 +13,21 @@ from llama_ft.reporting.table2 import Measure, cell
 MAX_NAME_LENGTH = 32  # characters of a line of a rung's name
 MEMORY, TIME = "peak_memory_mib", "runtime_s"
 NOTE = (
-    "Above: the earlier row that differs in the fewest settings, of several the last; + is what is new against it."
-    " First: the first row. Of both, 0.50 is half as much."
+    "×above: of the earlier row that differs in the fewest settings, of several the last; what is new is new against"
+    " it. ×first: of the first row. 0.50 is half as much."
 )
 
 
 def is_ladder(group: Group) -> bool:
-    """Whether a group is shown as a ladder: its runs are of several recipes."""
-    return bool(group.settings) and RECIPE in group.settings[0]
+    """Whether a group is shown as a ladder: its runs differ in their recipes and what those say."""
+    return bool(group.settings) and list(group.settings[0]) == [RECIPE]
 
 
 def changes(group: Group, number: int, base: int) -> list[str]:
     """What one run has and another has not, as `+LoRA` and `mp.frozen_weights=nf4`."""
     here, there = group.results[number].optim, group.results[base].optim
     switched = [name for name in LABELS if here.get(name, False) != there.get(name, False)]
-    switches = [f"{'+' if here.get(name) else '−'}{LABELS[name]}" for name in switched]
+    switches = [f"{'+' if here.get(name) else '-'}{LABELS[name]}" for name in switched]
     own, others = group.values[number], group.values[base]
     keys = [key for key in own if key != RECIPE and as_typed(own[key]) != as_typed(others.get(key))]
     return switches + [f"{key}={as_typed(own[key])}" for key in keys]
@@ -49,7 +49,8 @@ def ladder_table(
     """
     bases = [base_of(group, number) for number in range(len(records))]
     columns: list[tuple[str, list[str]]] = []
-    for name, unit, key in (("peak MiB", "MiB", MEMORY), ("runtime s", "s", TIME)):
+    timed = any(value_of(record, TIME) is not None for record in records)
+    for name, unit, key in (("peak MiB", "MiB", MEMORY), ("runtime s", "s", TIME))[: 1 + timed]:
         columns.append((name, [cell(record, key) for record in records]))
         columns.append((f"{unit}×above", [_share(records, n, base, key) for n, base in enumerate(bases)]))
         columns.append((f"{unit}×first", [_share(records, n, 0, key) for n in range(len(records))]))
@@ -78,19 +79,16 @@ def rungs(group: Group) -> list[str]:
 
 
 def interactions(group: Group, records: Sequence[Result | PlanRow]) -> list[str]:
-    """Of each step that more than one rung takes, how much memory it saves in each place."""
+    """Of each step that more than one rung takes, what it does to the peak in each place."""
     places: dict[str, list[str]] = {}
     for number, record in enumerate(records):
         if (base := base_of(group, number)) is not None:
             before, after = value_of(records[base], MEMORY), value_of(record, MEMORY)
             if before is not None and after is not None:
+                change = ("-" if after < before else "+") + amount(abs(after - before))
                 step = ", ".join(changes(group, number, base))
-                places.setdefault(step, []).append(f"{_saved(before - after)} MiB on {group.labels[base]}")
-    return [f"{step} saves {', '.join(saved)}." for step, saved in places.items() if len(saved) > 1]
-
-
-def _saved(mib: float) -> str:
-    return ("−" if mib < 0 else "") + amount(abs(mib))
+                places.setdefault(step, []).append(f"{change} MiB on {group.labels[base]}")
+    return [f"{step}: {', '.join(found)}." for step, found in places.items() if len(found) > 1]
 
 
 def _share(records: Sequence[Result | PlanRow], number: int, base: int | None, key: str) -> str:

@@ -1,10 +1,12 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
+from typing import Any
+
 from llama_ft.config.checks import Settings, flat
 from llama_ft.config.training import SEED
-from llama_ft.records.plan import Plan
+from llama_ft.records.plan import Plan, PlanRow, row_key
 from llama_ft.records.result import Result, ran_on
-from llama_ft.reporting.results import Group, planned_group, seeds_text
+from llama_ft.reporting.results import Group, planned_group, seeds_text, setting_columns
 from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
@@ -13,6 +15,8 @@ OF_EVERY_RUN = ("training.micro_batch_size", "training.packing", "training.optim
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
+# A group, the rows that predict it, their card, the settings that are not the same, and notes on what is left out.
+Match = tuple[Group, Group, Settings, list[Difference], list[str]]
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
@@ -60,11 +64,12 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     for group in (a, b):
         indices = [_names(group)[name] for name in names]
         folders = [group.folders[index] for index in indices] if group.folders else []
-        cut.append(Group(group.variant, [group.results[index] for index in indices], folders))
+        values = [group.values[index] for index in indices] if group.values else []
+        cut.append(Group(group.variant, [group.results[index] for index in indices], folders, values=values))
     return cut[0], cut[1]
 
 
-def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[Difference], list[str]] | str:
+def match_plan(plan: Plan, group: Group) -> Match | str:
     """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
     and notes on what is left out.
     """
@@ -73,9 +78,11 @@ def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[D
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
     if gpu is None:
         return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
-    rows = planned_group(plan, gpu, group.variant)
+    if not (like := _rows_like(plan, gpu, group)):
+        return f"{group.title}: no row of the plan has its techniques and settings"
+    rows = planned_group(plan, gpu, group.variant, like)
     # Of a plan's versions PyTorch's alone matters.
-    planned_settings = {**plan.techniques, "training": plan.training, "gpu": gpu, "torch": plan.versions.get("torch")}
+    planned_settings = {**plan.settings_of(like[0]), "gpu": gpu, "torch": plan.versions.get("torch")}
     settings = differing_settings(group_settings(group), flat(planned_settings))
     sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
     notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
@@ -86,6 +93,48 @@ def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[D
     if not measured.results:
         return f"{group.title}: {' '.join(notes)}"
     return measured, planned, gpu, settings, notes
+
+
+def _rows_like(plan: Plan, gpu: Settings, group: Group) -> list[PlanRow]:
+    """A card's rows; of a sweep those of a group's combinations that have its settings, whatever recipe named them."""
+    rows = plan.rows_on(gpu["name"])
+    if not plan.is_sweep:
+        return rows
+    own, names = group_settings(group), _names(group)
+    return [
+        row
+        for row in rows
+        if row.combination in names
+        and all(as_typed(own.get(key)) == as_typed(value) for key, value in row.settings.items() if key != RECIPE)
+    ]
+
+
+def joined(plan: Plan, matches: list[Match]) -> list[Match]:
+    """Of a sweep that was planned, the matches on one card that differ from the plan in the same settings, as one."""
+    alike: dict[Any, list[Match]] = {}
+    for match in matches:
+        alike.setdefault((match[2]["name"], *match[3]), []).append(match)
+    return [_joined(plan, part) for part in alike.values()] if plan.is_sweep else matches
+
+
+def _joined(plan: Plan, matches: list[Match]) -> Match:
+    gpu, settings, notes = (
+        matches[0][2],
+        matches[0][3],
+        list(dict.fromkeys(note for *_, own in matches for note in own)),
+    )
+    places = {row.key: n for n, row in enumerate(plan.rows_on(gpu["name"]))}
+    runs: list[tuple[Any, ...]] = [
+        (places[row_key(result.combination, own)], result, own, *run)
+        for a, b, *_ in matches
+        for result, own, *run in zip(b.results, b.values, a.results, a.folders, strict=True)
+    ]
+    runs.sort(key=lambda run: run[0])
+    found, planned, values, measured, folders = (list(column) for column in zip(*runs, strict=True))
+    alone = [label for n, label in enumerate(planned_group(plan, gpu).labels) if n not in found]
+    columns = setting_columns(planned, values)
+    notes += [f"Predicted alone: {', '.join(alone)}."] if alone else []
+    return Group("", measured, folders, columns), Group("", planned, [], columns), gpu, settings, notes
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
