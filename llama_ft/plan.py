@@ -8,6 +8,7 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import TECHNIQUES, DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
+from llama_ft.config.plan import row_settings
 from llama_ft.config.presets import preset
 from llama_ft.files import output_folder
 from llama_ft.reporting.progress import progress_bar
@@ -17,14 +18,17 @@ USAGE = cli.Usage(
     "plan",
     "What each combination of techniques would need on a card, whether it fits, and how long it would take at best, by"
     " running the real training step on tensors without data: no GPU, no weights.",
-    "[GROUP=CHOICE ...] [KEY=VALUE ...]",
+    "[-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
     PlanConfig,
     (
         "model=llama2_7b gpu=a100_40gb data=alpaca_200",
         "model=llama2_7b gpu=all data.max_length=1024 training=course",
         "model=llama2_13b gpu=rtx4090_24gb gc=both goal=fit training=course",
         "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
+        "experiment=less_memory model=llama2_7b gpu=rtx4090_24gb",
+        "-m model=llama2_7b gpu=a100_40gb optim=mp_lora,lora lora.rank=8,64 training.micro_batch_size=1,4",
     ),
+    ("-m, --multirun", "--help", "--version"),
 )
 
 
@@ -32,7 +36,15 @@ def overrides(arguments: list[str]) -> list[str]:
     """What Hydra is told: `NAME=both` goes into `both`, and a technique that is named leaves one combination."""
     short = {f"{each.name}=both": each.name for each in TECHNIQUES if not each.in_course}
     both = [argument for argument in arguments if argument in short]
-    names_optim = any(argument.startswith(("optim=", "optim.")) for argument in arguments)
+    if cli.is_sweep(arguments):
+        more = [
+            *both,
+            *(argument for argument in arguments if argument.startswith("goal=") and argument != "goal=null"),
+        ]
+        if more:
+            raise UserError(f"{more[0]} compares combinations, and a sweep names its runs: leave one of them out")
+        return [*arguments, "combinations=one"]
+    names_optim = any(argument.startswith(("optim=", "optim.", "recipe=")) for argument in arguments)
     if names_optim and both:
         raise UserError(
             f"{both[0]} plans combinations without it and with it, and optim names one: leave one of them out"
@@ -43,9 +55,20 @@ def overrides(arguments: list[str]) -> list[str]:
     return [*others, "combinations=one"] if names_optim else others
 
 
+def planned_runs(arguments: list[str]) -> list[PlanConfig]:
+    """The runs of a sweep, each once; of no sweep the one config, of which the plan makes combinations."""
+    told = overrides(arguments)
+    if not cli.is_sweep(told):
+        return [cli.composed_config("plan", told, PlanConfig)]
+    runs = cli.composed_runs("plan", told, PlanConfig)
+    row_settings(runs)  # refuses what cannot be rows of one plan
+    return [run for number, run in enumerate(runs) if run not in runs[:number]]
+
+
 def main() -> int:
     """Plan what is asked for."""
-    config = cli.composed_config("plan", overrides(sys.argv[1:]), PlanConfig)
+    runs = planned_runs(sys.argv[1:])
+    config = runs[0]
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     gpus = known_gpus() if config.goal is Goal.cheapest_gpu else planned_gpus(config.gpu)
@@ -58,7 +81,7 @@ def main() -> int:
         from llama_ft.planning.plan import make_plan
 
         progress = partial(progress_bar, errors)
-        plan = make_plan(config, gpus, lengths, data, cli.command_line(), progress, known_gpus(), held_out)
+        plan = make_plan(runs, gpus, lengths, data, cli.command_line(), progress, known_gpus(), held_out)
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(PLAN_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)

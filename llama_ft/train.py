@@ -1,7 +1,6 @@
 """`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
 
 import os
-import re
 import sys
 from contextlib import ExitStack
 from functools import partial
@@ -188,8 +187,7 @@ class TrainCommand:
     def main(self) -> int:
         """Run everything asked for; 0 if each run ended ok or, as a result to report, out of memory."""
         cli.register()
-        sweeps = any(re.match(r"-m$|--multirun$|\+?experiment=", argument) for argument in sys.argv[1:])
-        typed = cli.as_typed(sys.argv[1:], TrainConfig, sweeps=sweeps)
+        typed = cli.as_typed(sys.argv[1:], TrainConfig, sweeps=cli.is_sweep(sys.argv[1:]))
         # Hydra takes -m in front of the overrides alone.
         sys.argv[1:] = sorted(typed, key=lambda argument: argument not in ("-m", "--multirun"))
         for override in cli.typed_overrides():  # before Hydra makes the folder

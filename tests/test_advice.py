@@ -173,13 +173,13 @@ def test_what_to_change_where_nothing_fits() -> None:
     """Three samples a micro-batch are too many; fewer, or shorter ones, are not."""
     optim = OptimConfig(lora=True)
     config = with_size(config_for(), 3)
-    (row,) = predict(config, [optim], [card("a", 1000)], SHORT)
+    (row,) = predict([replace(config, optim=optim)], [card("a", 1000)], SHORT)
     required = row.required_mib or 0
     least = need(with_size(replace(config, optim=optim), 1)) + 10
     assert least < required
     gpu, enough = card("a", int(required - 1)), math.ceil((required - 10) / (1 - SPARE)) + 10
     larger = [card("d", 9000), card("b", enough), card("c", enough + 1), card("too_small", enough - 1)]
-    advice = advise([gpu], predict(config, [optim], [gpu], SHORT), config=config, profiles=larger)
+    advice = advise([gpu], predict([replace(config, optim=optim)], [gpu], SHORT), config=config, profiles=larger)
     text, needed = "\n".join(advice.lines), f"{required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too many"
     assert advice.lines[0] == f"nothing fits a: the smallest, optim=lora, needs {needed}"
     assert f"optim=lora data.max_length={advice.longest_sequence}" in text
@@ -265,7 +265,7 @@ def test_with_packing_it_is_the_packed_row_that_is_made_larger_or_smaller(packin
 
     assert needed(20) < needed(40) < needed(66) == needed(1000)  # in whole pages
     gpu = card("a", 10 + math.ceil((needed(40) + 1) / (1 - SPARE)))
-    advice = advise([gpu], predict(config, [optim], [gpu], SHORT), config=config)
+    advice = advise([gpu], predict([replace(config, optim=optim)], [gpu], SHORT), config=config)
     assert advice.largest_micro_batch is None
     assert 40 <= (advice.packing or 0) < 66
     assert needed(advice.packing or 0) <= (1 - SPARE) * (gpu.usable_mib or 0) < needed((advice.packing or 0) + 1)

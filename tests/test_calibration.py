@@ -70,7 +70,7 @@ def test_runs_of_a_folder_are_planned_as_they_were_configured(config: TrainConfi
     write_run(tmp_path / "sweep" / "c", config, 1.0, status="oom")
     runs, device = measured_runs(tmp_path, [CPU_PROFILE])
     lengths = [(len(sample), sample.n_prompt) for sample in load_data(config).samples]
-    rows = predict(config, [config.optim, with_lora.optim], [CPU_PROFILE], lengths)
+    rows = predict([config, with_lora], [CPU_PROFILE], lengths)
     flops = [row.flops["float32"] for row in rows if row.flops]
     expected = [(pytest.approx(n), result.runtime_s) for n, result in zip(flops, results, strict=True)]
     assert (runs, device) == ({"float32": expected}, PROCESSOR)

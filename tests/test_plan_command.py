@@ -11,7 +11,6 @@ from llama_ft.config import (
     Combinations,
     EvaluateConfig,
     GenerateConfig,
-    OptimConfig,
     PlanConfig,
     TrainConfig,
     UserError,
@@ -45,7 +44,7 @@ def test_the_default_command_plans_the_eight_combinations(tmp_path: Path) -> Non
 def test_a_model_of_full_size_on_every_card() -> None:
     """LLaMA-2-7B at full depth, LoRA and MP: 13 GB of weights that nothing here could hold twice."""
     config = planned("model=llama2_7b", "gpu=all", "optim=mp_lora", "data.max_length=405", "training=course")
-    made = make_plan(config, plan.planned_gpus(config.gpu), *data_lengths(config, print)[:2], "the command")
+    made = make_plan([config], plan.planned_gpus(config.gpu), *data_lengths(config, print)[:2], "the command")
     rows = {row.gpu: row for row in made.rows}
     assert len(rows) == 14
     assert {row.trainable_params for row in rows.values()} == {8_388_608}
@@ -69,14 +68,14 @@ def test_advice_compares_what_saves_and_what_is_asked_for(
 ) -> None:
     compared: list[str] = []
 
-    def predict(config: PlanConfig, optims: list[OptimConfig], *_: object) -> None:
-        compared.extend(optim.combination for optim in optims)
+    def predict(runs: list[PlanConfig], *_: object) -> None:
+        compared.extend(run.optim.combination for run in runs)
         raise UserError("that is all")
 
     monkeypatch.setattr("llama_ft.planning.plan.predict", predict)
     config = planned(*arguments)
     with pytest.raises(UserError, match="that is all"):
-        make_plan(config, [], [(20, 5)], data_lengths(config, print)[1], "")
+        make_plan([config], [], [(20, 5)], data_lengths(config, print)[1], "")
     assert len(compared) == n_compared
     assert any("neft" in name for name in compared) == any("neft" in argument for argument in arguments)
 

@@ -258,7 +258,7 @@ def damaged() -> Iterator[tuple[str, str]]:
     yield json.dumps(plan | {"model": 3}), "model: "
     yield json.dumps(plan | {"advice": {"goal": "fit"}}), "advice.gpu: "
     yield json.dumps(plan | {"rows": [*plan["rows"][:3], {}]}), "rows[3].optim: "
-    yield json.dumps(plan | {"rows": []}), "rows must be one for each combination on each of gpus"
+    yield json.dumps(plan | {"rows": []}), "rows must be one for each run on each of gpus"
 
 
 @pytest.mark.parametrize(("text", "words"), list(damaged()), ids=["json", "version", "type", "missing", "row", "rows"])

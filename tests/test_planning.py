@@ -220,7 +220,9 @@ def test_what_a_profile_says_of_its_card() -> None:
 def test_bf16_on_a_card_without_it_is_a_row_with_an_error() -> None:
     config = small_config()
     config.mp.dtype = Dtype.bf16
-    fp32, bf16 = predict.predict(config, [OptimConfig(), OptimConfig(mp=True)], [card(capability="7.5")], [(20, 5)])
+    fp32, bf16 = predict.predict(
+        [config, replace(config, optim=OptimConfig(mp=True))], [card(capability="7.5")], [(20, 5)]
+    )
     assert "bf16 is not supported" in str(bf16.error)
     assert bf16.peak_memory_mib is bf16.fits is None
     assert fp32.error is None
@@ -229,7 +231,7 @@ def test_bf16_on_a_card_without_it_is_a_row_with_an_error() -> None:
 
 def test_a_row_adds_the_cards_own_terms() -> None:
     config, small = small_config(), card(context_mib=100)
-    row, other = predict.predict(config, [config.optim], [small, card("hopper", capability="9.0")], [(20, 5)])
+    row, other = predict.predict([config], [small, card("hopper", capability="9.0")], [(20, 5)])
     assert row.peak_memory_mib is not None
     assert row.reserved_mib is not None
     assert sum(row.memory_mib.values()) == pytest.approx(row.peak_memory_mib)  # type: ignore[union-attr]
@@ -240,7 +242,7 @@ def test_a_row_adds_the_cards_own_terms() -> None:
     assert row.reserved_mib >= row.peak_memory_mib
     exact = int(row.required_mib)  # reserved memory is in whole pages
     for memory_mib, fits in ((exact, True), (exact - 1, False)):
-        (row,) = predict.predict(config, [config.optim], [replace(small, memory_mib=memory_mib)], [(20, 5)])
+        (row,) = predict.predict([config], [replace(small, memory_mib=memory_mib)], [(20, 5)])
         assert row.fits is fits
 
 
@@ -370,5 +372,5 @@ def test_an_error_of_a_job_is_passed_on_without_the_other_processs_traceback() -
     config = small_config(lora=True)
     config.lora.targets = ["wx"]
     with pytest.raises(UserError, match="no linear layer is named wx") as caught:
-        predict.predict(config, [OptimConfig(lora=True), OptimConfig(lora=True, gc=True)], [card()], SHORT)
+        predict.predict([config, replace(config, optim=OptimConfig(lora=True, gc=True))], [card()], SHORT)
     assert caught.value.__cause__ is None

@@ -21,8 +21,8 @@ from helpers.reports import (
     undrawn,
     write,
     write_steps,
+    write_varied,
 )
-from omegaconf import OmegaConf
 from PIL import Image
 
 from llama_ft.config import techniques
@@ -178,13 +178,6 @@ def test_two_models_are_two_tables(tmp_path: Path) -> None:
     ]
     with Image.open(tmp_path / "table2.png") as image:
         image.verify()
-
-
-def write_varied(folder: Path, name: str, config: dict[str, Any] | None, status: Any = "ok", **values: Any) -> None:
-    """A run with settings of its own, nested as in its `config.yaml`; None of one that was refused."""
-    write(folder, name, status, settings_hash=None if config is None else str(config), **values)
-    if config is not None:
-        OmegaConf.save(OmegaConf.create(config), folder / name / "config.yaml")
 
 
 def settings_of(rank: int, lr: float, **others: Any) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def row_of(optim: OptimConfig, memory_max_mib: dict[str, float], gpu: str = "car
 
 
 def test_memory_found_here_is_that_of_the_plans_rows() -> None:
-    [row] = predict(CONFIG, [OptimConfig(ga=True, lora=True)], [CARD], EQUAL)
+    [row] = predict([replace(CONFIG, optim=OptimConfig(ga=True, lora=True))], [CARD], EQUAL)
     found = case(CONFIG, ga=True, lora=True)
     assert found.memory == row.memory_max_mib | {"other": found.memory["other"]}  # type: ignore[operator]
     assert found.flops == pytest.approx(row.flops)  # the plan's samples are these very ones
@@ -272,6 +272,6 @@ def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(plan, "predict", lambda *_: rows)
     monkeypatch.setattr(plan, "table1", lambda _, gpu, lengths, its_rows, progress: (gpu, lengths, its_rows))
     data = PlannedData("sample", "", False, len(RAGGED), 65, 1)
-    assert plan.make_plan(CONFIG, cards, RAGGED, data, "").table1 == (CARD, RAGGED, rows)
+    assert plan.make_plan([CONFIG], cards, RAGGED, data, "").table1 == (CARD, RAGGED, rows)
     one = replace(CONFIG, combinations=Combinations.one)
-    assert plan.make_plan(one, cards, RAGGED, data, "").table1 is None
+    assert plan.make_plan([one], cards, RAGGED, data, "").table1 is None

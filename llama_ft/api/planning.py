@@ -54,7 +54,7 @@ def predict(
     )
     if not lengths or not all(2 <= length <= config.model.max_seq_len for length in lengths):
         raise UserError(f"lengths must be those of one sample or more, each 2 to {config.model.max_seq_len} tokens")
-    (row,) = _predict(config, [config.optim], [config.gpu], [(length, 1) for length in lengths])
+    (row,) = _predict([config], [config.gpu], [(length, 1) for length in lengths])
     if row.error is not None:
         raise UserError(row.error)
     return row

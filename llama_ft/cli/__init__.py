@@ -16,6 +16,7 @@ from llama_ft import __version__
 from llama_ft.cli.compose import checked_config, composed_config, register, swept, swept_configs, typed_overrides
 from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import explain
+from llama_ft.cli.sweeps import composed_runs, is_sweep
 from llama_ft.cli.texts import as_typed
 from llama_ft.cli.usage import Usage, print_help
 from llama_ft.config import UserError

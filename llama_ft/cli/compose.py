@@ -82,7 +82,7 @@ def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
     Args:
         config: that of one of the runs, with the section `hydra`.
     """
-    names = {*keys, *(key.partition(".")[0] for key in keys), "experiment"}
+    names = {*keys, *(key.partition(".")[0] for key in keys), "experiment", "recipe"}
     varied = {o.key_or_group: o for o in swept(config) if o.key_or_group in names and o.is_discrete_sweep()}
     others = [text for text in config.hydra.overrides.task if parsed([text])[0].key_or_group not in varied]
     for choice in product(*map(_values, varied.values())) if varied else ():

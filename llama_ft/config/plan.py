@@ -1,14 +1,17 @@
 """What `python -m llama_ft.plan` can be told."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_ft.config.checks import Combinations, Goal, UserError, check, setting
+from llama_ft.config.checks import Combinations, Goal, Settings, UserError, check, flat, setting
 from llama_ft.config.groups import GpuConfig
 from llama_ft.config.source import found_tokenizer
 from llama_ft.config.techniques import COURSE, TECHNIQUES
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
+# In what the rows of a plan can differ, beside recipes and techniques: keys of training that change memory or time.
+OF_ROWS = "epochs max_grad_norm micro_batch_size momentum optimizer optimizer_in_backward packing".split()
 
 
 @dataclass
@@ -59,3 +62,22 @@ class PlanConfig(TrainConfig):
         if self.data.max_length is None and not self.has_lengths:
             return min(STAND_IN_LENGTH, self.model.max_seq_len)
         return super().max_length
+
+
+def row_settings(runs: Sequence[TrainConfig]) -> list[Settings]:
+    """The settings, by full name, in which the runs of a plan differ beside the switches, as each of them has them.
+
+    Raises:
+        UserError: if they differ in others.
+    """
+    known, sections = [flat(run.to_dict()) for run in runs], [each.name for each in TECHNIQUES]
+    keys = [key for key in known[0] if any(settings.get(key) != known[0][key] for settings in known)]
+    for key in keys:
+        section, _, name = key.partition(".")
+        if section not in ("recipe", "optim", *sections) and not (section == "training" and name in OF_ROWS):
+            raise UserError(
+                f"{section if section in ('model', 'gpu') else key} has several values, and a plan is of one: its rows"
+                f" can differ in recipe, optim, {', '.join(sections)} and training.{', '.join(OF_ROWS)};"
+                " gpu=all plans for all cards"
+            )
+    return [{key: settings[key] for key in keys if not key.startswith("optim.")} for settings in known]

@@ -20,6 +20,7 @@ LATER: Settings = {
     "eval_every": None, "keep_best": False, "patience": None, "optimizer_in_backward": False, "neft": {"alpha": 5.0},
     "double_quantization": True, "policy": "full", "offload": None,
 }  # fmt: skip
+NAMES = ("tracker", "plan", "sweep", "recipe")  # sections and keys that do not change what is run
 
 
 def read_config(file: Path) -> "TrainConfig":
@@ -43,6 +44,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     plan: PlanCheckConfig = field(default_factory=PlanCheckConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
+    recipe: str | None = None  # of conf/recipe: a name for what it sets, and nothing beside
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,9 +81,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
 
         `without` leaves out sections of the config, and keys by their full name.
         """
-        measured = {
-            key: value for key, value in self.to_dict().items() if key not in ("tracker", "plan", "sweep", *without)
-        }
+        measured = {key: value for key, value in self.to_dict().items() if key not in (*NAMES, *without)}
         # How a run is kept, and where; not what is run.
         kept = ("training.save_every", "training.resume", "data.cache_dir", "gpu.index")
         for section, _, name in (key.partition(".") for key in (*kept, *without) if "." in key):

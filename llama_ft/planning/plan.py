@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig
+from llama_ft.config.plan import row_settings
 from llama_ft.config.techniques import combinations
 from llama_ft.device import versions
 from llama_ft.planning.advice import Adviser
@@ -20,7 +21,7 @@ AT_BEST = PlannedTime("bound", "at best: each operator at the full rate of the c
 
 
 def make_plan(
-    config: PlanConfig,
+    runs: Sequence[PlanConfig],
     gpus: list[GpuConfig],
     lengths: Lengths,
     data: PlannedData,
@@ -29,18 +30,22 @@ def make_plan(
     profiles: Sequence[GpuConfig] = (),
     held_out: Lengths = (),
 ) -> Plan:
-    """Plan what is asked for; `command` is what the user typed, `profiles` all known cards, for advice.
+    """Plan the runs of a sweep, or of a single one the combinations that it asks for.
+
+    `command` is what the user typed, `profiles` all known cards, for advice.
 
     Raises:
         UserError: if what is asked for can run nowhere.
     """
+    config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
     measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
-    settings, optims = config.to_dict(), planned_combinations(config)
-    size = min(config.training.micro_batch_size, len(lengths))  # no micro-batch is larger than the data
-    config = replace(config, training=replace(config.training, micro_batch_size=size))
-    more = [each.name for each in TECHNIQUES if not each.in_course and (each.saves or each.name in config.both)]
-    compared = list(combinations(more)) if config.goal else optims
-    all_rows = predict(config, compared, gpus, lengths, progress, held_out)
+    if len(runs) == 1:
+        runs = [replace(config, optim=optim) for optim in planned_combinations(config)]
+    config, *runs = (_cut(run, len(lengths)) for run in (config, *runs))
+    all_rows = predict(_compared(config) if config.goal else runs, gpus, lengths, progress, held_out)
+    rows = [row for row in all_rows if OptimConfig(**row.optim) in [run.optim for run in runs]]
+    for row, values in zip(rows, own * len(gpus), strict=True) if len(own) > 1 else ():
+        row.settings = values
     plan = Plan(
         command=command,
         versions=versions(),
@@ -50,7 +55,7 @@ def make_plan(
         training=settings["training"],
         gpus=[asdict(gpu) | {"device": gpu.device.name} for gpu in gpus],
         time=calibrate(all_rows, *measured) if measured else AT_BEST,
-        rows=[row for row in all_rows if OptimConfig(**row.optim) in optims],
+        rows=rows,
     )
     if config.combinations is Combinations.all:
         plan.table1 = table1(config, gpus[0], lengths, plan.rows, progress)
@@ -62,3 +67,15 @@ def make_plan(
 def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
     """The combinations that are asked for."""
     return [config.optim] if config.combinations is Combinations.one else list(combinations(config.both))
+
+
+def _compared(config: PlanConfig) -> list[PlanConfig]:
+    """The combinations that advice is about: of all that saves, and of what is asked for."""
+    more = [each.name for each in TECHNIQUES if not each.in_course and (each.saves or each.name in config.both)]
+    return [replace(config, optim=optim) for optim in combinations(more)]
+
+
+def _cut(run: PlanConfig, n_samples: int) -> PlanConfig:
+    """The run with no micro-batch larger than the data."""
+    size = min(run.training.micro_batch_size, n_samples)
+    return replace(run, training=replace(run.training, micro_batch_size=size))

@@ -1,11 +1,12 @@
-"""Combinations of techniques on cards: what each would need, and how long it would take at best."""
+"""Runs on cards: what each would need, and how long it would take at best."""
 
+import json
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 
-from llama_ft.config import TECHNIQUES, GpuConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config import TECHNIQUES, GpuConfig, TrainConfig, UserError
 from llama_ft.measure.memory import EVALUATION, Event, bytes_alive
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import FakeRun, fake_run
@@ -19,7 +20,7 @@ from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB, Progress, no_progress
 
 MAX_POINTS = 200  # of a timeline: few enough to draw
-Key = tuple[tuple[bool, ...], int, Traits]
+Key = tuple[str, Traits]
 
 
 @dataclass(frozen=True)
@@ -33,41 +34,45 @@ class Needs:
 
 
 def predict(
-    config: TrainConfig,
-    optims: Sequence[OptimConfig],
+    configs: Sequence[TrainConfig],
     gpus: Sequence[GpuConfig],
     lengths: Lengths,
     progress: Progress = no_progress,
     held_out: Lengths = (),
 ) -> list[PlanRow]:
-    """A row for each combination on each card, in this order: cards, then combinations.
+    """A row for each run on each card, in this order: cards, then runs.
+
+    Args:
+        configs: runs of one model on the same data, of these lengths.
 
     Raises:
-        UserError: if a combination can run nowhere, as with a LoRA target that there is not.
+        UserError: if a run can begin nowhere, as with a LoRA target that there is not.
     """
-    runs = [(gpu, replace(config, optim=optim)) for gpu, optim in product(gpus, optims)]
-    groups: dict[Key, dict[str, TrainConfig]] = defaultdict(dict)  # runs that share fake steps, by combination
-    for gpu, run in runs:
+    runs = [(gpu, *run) for gpu, run in product(gpus, enumerate(configs))]
+    groups: dict[Key, dict[int, TrainConfig]] = defaultdict(dict)  # runs that share fake steps, by their number
+    for gpu, number, run in runs:
         if refusal(run, gpu) is None:
-            groups[_key(run, gpu)][run.optim.combination] = run
+            groups[_key(run, gpu)][number] = run
     workspaces = sorted({workspace_bytes(gpu) for gpu in gpus})
     jobs = {key: (list(group.values()), lengths, held_out, key[-1], workspaces) for key, group in groups.items()}
-    needs: dict[tuple[Key, str], Needs] = {}
+    needs: dict[tuple[Key, int], Needs] = {}
     with progress("plan", sum(map(len, groups.values()))) as advance:
         for key, results in side_by_side(needs_of, jobs):
-            needs |= {(key, combination): each for combination, each in zip(groups[key], results, strict=True)}
+            needs |= {(key, number): each for number, each in zip(groups[key], results, strict=True)}
             advance(len(results))
-    rows = [_row(run, gpu, needs.get((_key(run, gpu), run.optim.combination))) for gpu, run in runs]
-    for row in rows[len(optims) :]:
+    rows = [_row(run, gpu, needs.get((_key(run, gpu), number))) for gpu, number, run in runs]
+    for row in rows[len(configs) :]:
         row.timeline = []  # the first card's are drawn
     return rows
 
 
 def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
-    """Equal for runs that share fake steps."""
-    switches = tuple(getattr(config.optim, each.name) for each in TECHNIQUES if each.changes_operators)
+    """Equal for runs that share fake steps: those that differ at most in techniques which change no operators."""
+    settings = config.to_dict()
+    on = [each.name for each in TECHNIQUES if each.changes_operators and getattr(config.optim, each.name)]
     packed = config.accumulation_steps if config.training.packing else 0  # the samples of an update share passes
-    return switches, packed, relevant_traits(traits_of(gpu), config)
+    changing = [{name: settings.get(name) for name in on}, settings["training"], packed]
+    return json.dumps(changing), relevant_traits(traits_of(gpu), config)
 
 
 def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:

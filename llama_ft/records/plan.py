@@ -1,5 +1,6 @@
-"""`plan.json`: what combinations of techniques would need and take on cards."""
+"""`plan.json`: what runs would need and take on cards."""
 
+import json
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -23,7 +24,7 @@ class MemoryPoint:
 
 @dataclass
 class PlanRow:
-    """A combination on a card. None is what is not known there; all is None where `error` says why it cannot run."""
+    """A run on a card. None is what is not known there; all is None where `error` says why it cannot run."""
 
     optim: dict[str, bool]
     combination: str
@@ -54,11 +55,22 @@ class PlanRow:
     binds: str | None = None  # the resource that binds longest
     bound_s: dict[str, float] | None = None  # seconds of the bound by resource
     timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step; of the first card alone
+    settings: Settings = field(default_factory=dict)  # by full name, in which rows differ beside the switches
 
     @property
     def status(self) -> Status:
         """As a result has it: whether there are numbers."""
         return "error" if self.error else "ok"
+
+    @property
+    def key(self) -> str:
+        """Equal for the rows of one run on several cards."""
+        return row_key(self.combination, self.settings)
+
+
+def row_key(combination: str, settings: Settings) -> str:
+    """Tells the rows of a card apart."""
+    return json.dumps([combination, settings])
 
 
 @dataclass(frozen=True)
@@ -148,9 +160,22 @@ class Plan:
 
     def __post_init__(self) -> None:
         names = [gpu.get("name") for gpu in self.gpus]
-        combinations = dict.fromkeys(row.combination for row in self.rows)
-        if not self.rows or [(row.gpu, row.combination) for row in self.rows] != list(product(names, combinations)):
-            raise ValueError("rows must be one for each combination on each of gpus")
+        runs = dict.fromkeys(row.key for row in self.rows)
+        if not self.rows or [(row.gpu, row.key) for row in self.rows] != list(product(names, runs)):
+            raise ValueError("rows must be one for each run on each of gpus")
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether the rows differ in more than their techniques."""
+        return any(row.settings for row in self.rows)
+
+    def settings_of(self, row: PlanRow) -> Settings:
+        """The numbers of each technique and of training that a row has."""
+        settings = {name: dict(section) for name, section in {**self.techniques, "training": self.training}.items()}
+        for section, _, key in (full.partition(".") for full in row.settings):
+            if key:
+                settings[section][key] = row.settings[f"{section}.{key}"]
+        return settings
 
     def rows_on(self, gpu: str) -> list[PlanRow]:
         """The rows of a card, in the plan's order."""

@@ -55,6 +55,11 @@ class Comparison:
         return list(zip(self.a.results, self.b.results, strict=True))
 
     @property
+    def names(self) -> list[str]:
+        """What tells the runs apart, in notes."""
+        return self.a.labels if self.a.settings else [result.combination for result in self.a.results]
+
+    @property
     def settings_lines(self) -> list[str]:
         """What is not the same, a line each."""
         in_a, in_b = self.sides.suffixes
@@ -68,7 +73,9 @@ class Comparison:
 
     @property
     def table(self) -> Table:
-        """Each measure on both sides, and the difference, for every combination."""
+        """Each measure on both sides, and the difference, for every combination; in rows where settings differ too."""
+        if self.a.settings:
+            return self._rows_for_runs()
         rows: Rows = []
         name_a, name_b = self.sides.names
         for title, key, form, *_ in self.measures:
@@ -82,6 +89,18 @@ class Comparison:
             rows.append((RUNS, [""] * len(self.pairs)))
             rows += [(f"  {name}", cells) for name, cells in zip(self.sides.names, of_both, strict=True) if cells]
         return Table(self.title, technique_rows(a.optim for a in self.a.results), rows, self.notes)
+
+    def _rows_for_runs(self) -> Table:
+        """A row for each run; of each measure three columns."""
+        head, short, columns = [], [], []
+        for title, key, form, *_ in self.measures:
+            of_b = "at best" if self.is_bound and key == "runtime_s" else self.sides.names[1]
+            head += [title, of_b, self.sides.difference]
+            short += [title.partition(" ")[0].rstrip(","), of_b, self.sides.difference]
+            columns += [[cell(result, key, form) for result in group.results] for group in (self.a, self.b)]
+            columns.append([self._difference(a, b, key, form) for a, b in self.pairs])
+        rows = [(label, [cells[n] for cells in columns]) for n, label in enumerate(self.a.labels)]
+        return Table(self.title, [("", head)], rows, self.notes, len(head), gap=2, narrow_head=[("", short)])
 
     def _difference(self, a: Result, b: Result, key: str, form: Callable[[Any], str]) -> str:
         if key in self.not_alike:
@@ -121,19 +140,18 @@ def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Compar
 
 def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], list[str]]:
     """Each group of a sweep with the rows of a plan that predict it, and why others are left out."""
-    comparisons, left_out = [], []
-    for group in groups:
-        match = matching.match_plan(plan, group)
-        if isinstance(match, str):
-            left_out.append(f"Left out: {match}")
-            continue
+    matches = [matching.match_plan(plan, group) for group in groups]
+    left_out = [f"Left out: {match}" for match in matches if isinstance(match, str)]
+    comparisons = []
+    for match in matching.joined(plan, [match for match in matches if not isinstance(match, str)]):
         a, b, gpu, settings, notes = match
-        title = f"{group.title} · measured and predicted for {gpu['name']}"
+        title = f"{a.title} · measured and predicted for {gpu['name']}"
         not_alike, why = _not_alike(a, b, gpu)
         is_bound = plan.time.kind == "bound" and any(row.runtime_s is not None for row in b.results)
         comparison = Comparison(title, a, b, SWEEP_AND_PLAN, settings, [], not_alike, is_bound)
         comparison.notes.extend([*summary(comparison), *notes, *_plan_notes(plan, comparison), *why])
-        comparison.notes.extend(_failures(a, ", measured") + _failures(b, ", predicted"))
+        for side, group in (("measured", a), ("predicted", b)):
+            comparison.notes.extend(failures(group, [f"{name}, {side}" for name in comparison.names]))
         comparisons.append(comparison)
     return comparisons, left_out
 
@@ -174,7 +192,8 @@ def summary(comparison: Comparison) -> list[str]:
     """For each measure the mean, median and worst error, and what was predicted to fit and did not, or the reverse."""
     notes = ["Error: of the prediction, in per cent of what was measured."]
     for measure in PREDICTED:
-        changes = [(comparison.change(a, b, measure.key), a.combination) for a, b in comparison.pairs]
+        named = zip(comparison.names, comparison.pairs, strict=True)
+        changes = [(comparison.change(*pair, measure.key), name) for name, pair in named]
         if errors := [(error, name) for error, name in changes if error is not None]:
             sizes = [abs(error) for error, _ in errors]
             worst, name = max(errors, key=lambda error: abs(error[0]))
@@ -184,7 +203,8 @@ def summary(comparison: Comparison) -> list[str]:
             )
     if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
         for planned, measured, words in (("ok", "oom", "fit and did not"), ("oom", "ok", "need too much and fitted")):
-            wrong = [a.combination for a, b in comparison.pairs if b.status == planned and measured in _statuses(a)]
+            named = zip(comparison.names, comparison.pairs, strict=True)
+            wrong = [name for name, (a, b) in named if b.status == planned and measured in _statuses(a)]
             notes += [f"Predicted to {words}: {', '.join(wrong)}."] if wrong else []
     return notes
 

@@ -87,8 +87,9 @@ def comparison_csv(comparisons: list[Comparison]) -> str:
         columns += [f"{key}.{side}" for side in sides.names for key in ("runs", *(f"{key}.half_width" for key in keys))]
     rows: list[list[Any]] = []
     for comparison in comparisons:
-        for a, b in comparison.pairs:
-            known = [a.combination, comparison.a.variant, a.model, a.data, a.device, b.gpu, a.status, b.status]
+        variants = comparison.a.labels if comparison.a.settings else [comparison.a.variant] * len(comparison.pairs)
+        for variant, (a, b) in zip(variants, comparison.pairs, strict=True):
+            known = [a.combination, variant, a.model, a.data, a.device, b.gpu, a.status, b.status]
             numbers = [(value_of(a, key), value_of(b, key), comparison.change(a, b, key)) for key in keys]
             rows.append([*known, *(number for three in numbers for number in three)])
             for side in (a, b) if has_repeats else ():

@@ -1,39 +1,22 @@
 """Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
 
-import json
-from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-
-from llama_ft.config import TrainConfig
-from llama_ft.config.checks import Settings, flat, readable
+from llama_ft.config.checks import Settings, flat
 from llama_ft.config.training import SEED
-from llama_ft.records.plan import Plan
-from llama_ft.records.result import CONFIG_FILE, Result, ran_on
-from llama_ft.reporting.results import Group, planned_group, seeds_text
+from llama_ft.records.plan import Plan, PlanRow, row_key
+from llama_ft.records.result import Result, ran_on
+from llama_ft.reporting.results import Group, planned_group, seeds_text, setting_columns
+from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
-# The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
-# sizes were typed: not what is run.
-NOT_COMPARED = (
-    "optim.",
-    "tracker.",
-    "data.cache_dir",
-    "training.save_every",
-    "training.resume",
-    "sweep.",
-    "hydra.",
-    "model.given",
-)
 # What changes the memory and time of each run, whatever its combination.
 OF_EVERY_RUN = ("training.micro_batch_size", "training.packing", "training.optimizer", "training.momentum")
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
+# A group, the rows that predict it, their card, the settings that are not the same, and notes on what is left out.
+Match = tuple[Group, Group, Settings, list[Difference], list[str]]
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
@@ -81,11 +64,12 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     for group in (a, b):
         indices = [_names(group)[name] for name in names]
         folders = [group.folders[index] for index in indices] if group.folders else []
-        cut.append(Group(group.variant, [group.results[index] for index in indices], folders))
+        values = [group.values[index] for index in indices] if group.values else []
+        cut.append(Group(group.variant, [group.results[index] for index in indices], folders, values=values))
     return cut[0], cut[1]
 
 
-def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[Difference], list[str]] | str:
+def match_plan(plan: Plan, group: Group) -> Match | str:
     """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
     and notes on what is left out.
     """
@@ -94,9 +78,11 @@ def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[D
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
     if gpu is None:
         return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
-    rows = planned_group(plan, gpu, group.variant)
+    if not (like := _rows_like(plan, gpu, group)):
+        return f"{group.title}: no row of the plan has its techniques and settings"
+    rows = planned_group(plan, gpu, group.variant, like)
     # Of a plan's versions PyTorch's alone matters.
-    planned_settings = {**plan.techniques, "training": plan.training, "gpu": gpu, "torch": plan.versions.get("torch")}
+    planned_settings = {**plan.settings_of(like[0]), "gpu": gpu, "torch": plan.versions.get("torch")}
     settings = differing_settings(group_settings(group), flat(planned_settings))
     sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
     notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
@@ -107,6 +93,48 @@ def match_plan(plan: Plan, group: Group) -> tuple[Group, Group, Settings, list[D
     if not measured.results:
         return f"{group.title}: {' '.join(notes)}"
     return measured, planned, gpu, settings, notes
+
+
+def _rows_like(plan: Plan, gpu: Settings, group: Group) -> list[PlanRow]:
+    """A card's rows; of a sweep those of a group's combinations that have its settings, whatever recipe named them."""
+    rows = plan.rows_on(gpu["name"])
+    if not plan.is_sweep:
+        return rows
+    own, names = group_settings(group), _names(group)
+    return [
+        row
+        for row in rows
+        if row.combination in names
+        and all(as_typed(own.get(key)) == as_typed(value) for key, value in row.settings.items() if key != RECIPE)
+    ]
+
+
+def joined(plan: Plan, matches: list[Match]) -> list[Match]:
+    """Of a sweep that was planned, the matches on one card that differ from the plan in the same settings, as one."""
+    alike: dict[Any, list[Match]] = {}
+    for match in matches:
+        alike.setdefault((match[2]["name"], *match[3]), []).append(match)
+    return [_joined(plan, part) for part in alike.values()] if plan.is_sweep else matches
+
+
+def _joined(plan: Plan, matches: list[Match]) -> Match:
+    gpu, settings, notes = (
+        matches[0][2],
+        matches[0][3],
+        list(dict.fromkeys(note for *_, own in matches for note in own)),
+    )
+    places = {row.key: n for n, row in enumerate(plan.rows_on(gpu["name"]))}
+    runs: list[tuple[Any, ...]] = [
+        (places[row_key(result.combination, own)], result, own, *run)
+        for a, b, *_ in matches
+        for result, own, *run in zip(b.results, b.values, a.results, a.folders, strict=True)
+    ]
+    runs.sort(key=lambda run: run[0])
+    found, planned, values, measured, folders = (list(column) for column in zip(*runs, strict=True))
+    alone = [label for n, label in enumerate(planned_group(plan, gpu).labels) if n not in found]
+    columns = setting_columns(planned, values)
+    notes += [f"Predicted alone: {', '.join(alone)}."] if alone else []
+    return Group("", measured, folders, columns), Group("", planned, [], columns), gpu, settings, notes
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
@@ -138,32 +166,9 @@ def is_device(gpu: Settings, group: Group) -> bool:
 
 def differing_settings(a: Settings, b: Settings) -> list[Difference]:
     """Each setting that both have and that differs, in the order of their names."""
-    both = sorted(a.keys() & b.keys())
+    both = sorted((a.keys() & b.keys()) - {RECIPE})  # what a recipe sets is compared, not its name
     keys = varied([{key: side[key] for key in both} for side in (a, b)])
     return [(key, as_typed(a[key]), as_typed(b[key])) for key in keys]
-
-
-def varied(configs: Sequence[Settings]) -> list[str]:
-    """The settings that differ; of a model, data set or card with another name, what is not said by the name."""
-
-    def differ(key: str, among: Sequence[Settings]) -> bool:
-        return len({as_typed(config.get(key)) for config in among}) > 1
-
-    all_keys = dict.fromkeys(key for config in configs for key in config if not key.startswith(NOT_COMPARED))
-    keys = [key for key in all_keys if differ(key, configs)]
-    for section in ("model", "data", "gpu"):
-        if (name := f"{section}.name") in keys:
-            alike: dict[Any, list[Settings]] = {}
-            for config in configs:
-                alike.setdefault(config.get(name), []).append(config)
-            follows = {key for key in keys if key != name and not any(differ(key, part) for part in alike.values())}
-            keys = [key for key in keys if not (key.startswith(f"{section}.") and key in follows)]
-    return keys
-
-
-def as_typed(value: Any) -> str:
-    """A value as in a YAML file: null, true, [wq, wv]; texts without quotes."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def group_settings(group: Group) -> Settings:
@@ -175,20 +180,3 @@ def group_settings(group: Group) -> Settings:
     settings = next(filter(None, map(run_settings, group.folders)), known)
     seeds = {SEED: seeds_text(group.seeds)} if group.seeds else {}
     return settings | seeds | {"device": group.device} | versions
-
-
-@cache
-def defaults() -> Settings:
-    """What a key is that a run of an earlier version did not know."""
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig), enum_to_str=True)
-    return {key: value for key, value in flat(schema).items() if value != "???"}
-
-
-def run_settings(folder: Path) -> Settings | None:
-    """A run's settings by full name; None of one that was refused before it began. A UserError if they are damaged."""
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return None
-    with readable(file):
-        settings: Settings = flat(yaml.safe_load(file.read_bytes()))
-        return settings | {key: value for key, value in defaults().items() if key not in settings}

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
 from llama_ft.config.checks import Settings, flat
-from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
@@ -49,7 +48,7 @@ def plan_panels(plan: Plan) -> list[figure.Panel]:
     return panels
 
 
-def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
+def timeline(axes: Axes, row: PlanRow, limit: float | None, title: str) -> None:
     """Areas by category over the step's allocations, and which part of the step they belong to."""
     points = row.timeline
     events = list(range(len(points)))
@@ -69,7 +68,7 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None) -> None:
     axes.set_ylim(0, 1.05 * highest)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_ylabel("MiB")
-    axes.set_title(combination_label(row.optim), loc="left", fontsize=11)
+    axes.set_title(title, loc="left", fontsize=11)
 
 
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
@@ -83,7 +82,7 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
             text += f" {MARKS['oom']}" if row.fits is False else ""
             is_dark = share <= DARK_BELOW or share >= DARK_ABOVE
             axes.text(x, y, text, ha="center", va="center", fontsize=9, color="white" if is_dark else "black")
-    axes.set_yticks(range(len(lines)), [combination_label(first.optim) for first, *_ in lines])
+    axes.set_yticks(range(len(lines)), planned_group(plan, gpus[0]).labels)
     names = [f"{gpu['name']}\n{gpu['memory_mib']:,} MiB" for gpu in gpus]
     axes.set_xticks(range(len(gpus)), names, rotation=35, ha="left", rotation_mode="anchor", fontsize=9)
     axes.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
@@ -112,13 +111,13 @@ def plan_page(plan: Plan) -> str:
         draw = partial(heat_map, plan=plan, gpus=known)
         heat["memory needed by card"] = figure.svg_panel(draw, 1.9 + 0.85 * len(known), height + 1.3)
     limit, rows = groups[0].memory_limit_mib, plan.rows_on(plan.gpus[0]["name"])
-    timelines, other_timelines = _timelines(rows, limit)
+    timelines, other_timelines = _timelines(list(zip(groups[0].labels, rows, strict=True)), limit)
     return render(
         "plan.html.jinja",
         plan=plan,
         title=title(plan),
         cards=cards(plan),
-        techniques=", ".join(f"{key}={value}".replace("'", "") for key, value in flat(plan.techniques).items()),
+        settings=_shared(plan),
         tables=tables,
         table1=table1,
         heat_map=heat,
@@ -129,19 +128,34 @@ def plan_page(plan: Plan) -> str:
         other_timelines=other_timelines,
         timeline_limit=USABLE if limit is not None else "",
         memory=memory_table(groups[0]),
-        rows=rows,
+        breakdowns=[(label, row.breakdown) for label, row in zip(groups[0].labels, rows, strict=True) if row.breakdown],
     )
 
 
-def _timelines(rows: list[PlanRow], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The baseline's and the smallest's large, and the others' small."""
-    drawn = [row for row in rows if not row.error and len(row.timeline) > 1]
-    fitting = [row for row in drawn if row.fits is not False] or drawn[:1]
+def _shared(plan: Plan) -> dict[str, str]:
+    """The settings that all rows have, of training those that say how the data is gone through."""
+    training = {key: plan.training.get(key) for key in ("micro_batch_size", "packing", "epochs")}
+    sections = {"Training": training, "Techniques": flat(plan.techniques)}
+    own = {key.removeprefix("training.") for key in plan.rows[0].settings}
+    return {
+        name: ", ".join(
+            f"{key}={value}".replace("'", "") for key, value in section.items() if value is not None and key not in own
+        )
+        for name, section in sections.items()
+    }
+
+
+def _timelines(rows: list[tuple[str, PlanRow]], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """The baseline's and the smallest's large, and the others' small; each row after its label."""
+    drawn = [(label, row) for label, row in rows if not row.error and len(row.timeline) > 1]
+    possible = [row for _, row in drawn]
+    fitting = [row for row in possible if row.fits is not False] or possible[:1]
     smallest = min(fitting, key=lambda row: row.required_mib or row.peak_memory_mib or 0.0, default=None)
-    names = {row.combination for row in (baseline_of(drawn), smallest) if row is not None}
+    keys = {row.key for row in (baseline_of(possible), smallest) if row is not None}
     pictures: tuple[dict[str, bytes], dict[str, bytes]] = {}, {}
-    for row in drawn:
-        is_small = row.combination not in names
-        panel = figure.svg_panel(partial(timeline, row=row, limit=limit), *(SMALL if is_small else LARGE))
-        pictures[is_small][f"memory over a step, {combination_label(row.optim)}"] = panel
+    for label, row in drawn:
+        is_small = row.key not in keys
+        draw = partial(timeline, row=row, limit=limit, title=label)
+        panel = figure.svg_panel(draw, *(SMALL if is_small else LARGE))
+        pictures[is_small][f"memory over a step, {label}"] = panel
     return pictures

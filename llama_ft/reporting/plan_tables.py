@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 
-from llama_ft.config.techniques import combination_label
 from llama_ft.records import CATEGORIES
 from llama_ft.records.plan import Plan, Table1, Table1Cell
+from llama_ft.reporting.ladder import is_ladder, ladder_table
+from llama_ft.reporting.results import planned_group
+from llama_ft.reporting.run_table import setting_rows
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
@@ -15,10 +17,21 @@ MAX_CHOICE_LENGTH = 28
 TOO_LARGE = "×: needs more memory than the card has."
 
 
+def _fits(fits: bool) -> str:
+    return "yes" if fits else MARKS["oom"]
+
+
+FIT = (
+    Measure("needed", "required_mib"),
+    Measure("fits", "fits", _fits),
+    Measure("margin", "margin_mib"),
+)
+
+
 def tables_of(plan: Plan) -> list[Table]:
     """All tables, in the order in which they are shown."""
     if len(plan.gpus) == 1:
-        tables = [card_table(plan)]
+        tables = [_runs_table(plan) if plan.is_sweep else card_table(plan)]
     else:
         runtime = "runtime, s at best" if plan.time.kind == "bound" else "runtime, s"
         notes = [TOO_LARGE] if any(row.fits is False for row in plan.rows) else []
@@ -53,7 +66,7 @@ def card_table(plan: Plan) -> Table:
         Measure("  during", "peak_phase", lambda phase: SHORT_PHASES.get(phase, phase)),
         Measure("Reserved, MiB", "reserved_mib"),
         Measure("Needed, MiB", "required_mib"),
-        Measure("Fits", "fits", lambda fits: "yes" if fits else MARKS["oom"], always=True),
+        Measure("Fits", "fits", _fits, always=True),
         Measure("Margin, MiB", "margin_mib"),
         Measure(runtime, "runtime_s", always=True, relative=True),
         Measure("Tokens/s", "tokens_per_s"),
@@ -63,15 +76,31 @@ def card_table(plan: Plan) -> Table:
     return Table(title(plan), head, measure_rows(plan.rows, measures), plan_notes(plan))
 
 
+def _runs_table(plan: Plan) -> Table:
+    """A row for each run of a sweep, on one card."""
+    rows, group, notes = plan.rows, planned_group(plan, plan.gpus[0]), plan_notes(plan)
+    if is_ladder(group):
+        return ladder_table(group, rows, FIT[:2], notes, title(plan))
+    measures = (
+        Measure("peak MiB", "peak_memory_mib", always=True),
+        *FIT,
+        Measure("runtime s", "runtime_s", always=True),
+    )
+    known = [m for m in measures if m.always or any(getattr(row, m.key) is not None for row in rows)]
+    columns = {each.title: [cell(row, each.key, each.form) for row in rows] for each in known}
+    return setting_rows(group, columns, notes, title(plan))
+
+
 def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
     """A column for each card, marked where a combination does not fit."""
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
     rows: Rows = []
-    for alike in zip(*columns, strict=True):
+    labels = planned_group(plan, plan.gpus[0]).labels
+    for label, *alike in zip(labels, *columns, strict=True):
         cells = [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike]
-        rows.append((combination_label(alike[0].optim), cells))
+        rows.append((label, cells))
     return Table(f"{title(plan)}: {what}", head, rows, notes, max_columns=len(plan.gpus))
 
 
@@ -103,16 +132,7 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 
 def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
-    optims = [row.optim for row in plan.rows]
-    size = plan.training["micro_batch_size"]
-    packing = plan.training.get("packing")
-    notes = technique_notes(optims, plan.techniques, size, packing)
-    if packing is None and not any(optim.get("ga") for optim in optims):
-        notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
-    if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
-        notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
-    if plan.training.get("optimizer") == "sgd":
-        notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
+    notes = [] if plan.is_sweep else _setting_notes(plan)
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
@@ -123,9 +143,26 @@ def plan_notes(plan: Plan) -> list[str]:
         notes += time_notes(plan)
     failed = [row for row in plan.rows if row.error]
     cards = by_reason((row.error or "", row.gpu) for row in failed)
-    for why, names in by_reason((row.error or "", row.combination) for row in failed).items():
+    first = plan.rows_on(plan.gpus[0]["name"])
+    names = planned_group(plan, plan.gpus[0]).labels if plan.is_sweep else [row.combination for row in first]
+    names_of = {row.key: name for row, name in zip(first, names, strict=True)}
+    for why, names in by_reason((row.error or "", names_of[row.key]) for row in failed).items():
         on = f" on {', '.join(cards[why])}" if len(plan.gpus) > 1 else ""
         notes.append(f"{', '.join(names)}{on}: {why}")
+    return notes
+
+
+def _setting_notes(plan: Plan) -> list[str]:
+    """What the settings that all rows share mean for them."""
+    optims = [row.optim for row in plan.rows]
+    size, packing = plan.training["micro_batch_size"], plan.training.get("packing")
+    notes = technique_notes(optims, plan.techniques, size, packing)
+    if packing is None and not any(optim.get("ga") for optim in optims):
+        notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
+    if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
+        notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
+    if plan.training.get("optimizer") == "sgd":
+        notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
     return notes
 
 
@@ -151,7 +188,7 @@ def _memory_notes(plan: Plan) -> list[str]:
         notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):
         notes.append("–: not known, since no profile says how much memory there is.")
-    if len(gpus) == 1:
+    if len(gpus) == 1 and not plan.is_sweep:
         during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in SHORT_PHASES)
         notes += [f"During: {', '.join(f'{SHORT_PHASES[phase]} is {phase}' for phase in during)}."] if during else []
     return notes

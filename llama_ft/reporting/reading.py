@@ -11,9 +11,9 @@ from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import table_order
 from llama_ft.config.training import SEED
 from llama_ft.records.result import RESULT_FILE, Result, results_below
-from llama_ft.reporting.matching import NOT_COMPARED, run_settings
 from llama_ft.reporting.repeats import Run, repeated
 from llama_ft.reporting.results import Group
+from llama_ft.reporting.settings import NOT_COMPARED, run_settings
 
 
 def read_groups(folder: Path) -> list[Group]:

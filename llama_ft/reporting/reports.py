@@ -12,6 +12,7 @@ from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.reading import read_groups
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.run_table import gathered, run_table
+from llama_ft.reporting.settings import as_typed
 from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
@@ -68,7 +69,11 @@ def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
         if with_json:
             write_record(plan, folder / PLAN_FILE)
         write_text(folder / "plan.md", "\n".join([*text, f"`{plan.command}`", ""]))
-        leading = [{"model": plan.model, "data": plan.data.name, "combination": row.combination} for row in plan.rows]
+        subject = {"model": plan.model, "data": plan.data.name}
+        leading = [
+            subject | {"combination": row.combination} | {key: as_typed(own) for key, own in row.settings.items()}
+            for row in plan.rows
+        ]
         write_text(folder / "plan.csv", csv_text(*record_table(plan.rows, leading)))
         draw_plan(plan, folder / "plan.png")
         write_text(folder / "plan.html", plan_page(plan))

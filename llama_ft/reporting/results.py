@@ -10,6 +10,8 @@ from llama_ft.config.techniques import BASELINE, combination_label
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.records.result import Result
 from llama_ft.reporting.repeats import Run, runs_of
+from llama_ft.reporting.settings import RECIPE, as_typed, varied
+from llama_ft.reporting.table import UNKNOWN
 
 TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns beside those of settings
 LONGEST_SETTING = 32  # characters of it in a label
@@ -27,6 +29,7 @@ class Group:
     results: list[Result]  # a row each; of repeats one, which is `Repeated`
     folders: list[Path]  # of the runs, of repeats the first's, in the order of their results; none of a plan's rows
     settings: list[dict[str, str]] = field(default_factory=list)  # of each row, where more than techniques vary
+    values: list[Settings] = field(default_factory=list)  # then all in which rows differ, by full name, recipes' too
 
     @property
     def runs(self) -> list[tuple[int, Run]]:
@@ -71,9 +74,8 @@ class Group:
         """What tells the runs apart: their techniques, or settings."""
         if not self.settings:
             return [combination_label(result.optim) for result in self.results]
-        names = {
-            key: "" if key in (TECHNIQUES_COLUMN, DEVICE) else f"{key.rpartition('.')[2]}=" for key in self.settings[0]
-        }
+        plain = (TECHNIQUES_COLUMN, DEVICE, RECIPE)
+        names = {key: "" if key in plain else f"{key.rpartition('.')[2]}=" for key in self.settings[0]}
         return [", ".join(names[key] + _end(text) for key, text in settings.items()) for settings in self.settings]
 
     def _common(self, key: str) -> Any:
@@ -93,6 +95,24 @@ def _end(text: str) -> str:
     return text if len(text) <= LONGEST_SETTING else f"…{text[1 - LONGEST_SETTING :]}"
 
 
+def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> list[dict[str, str]]:
+    """What tells runs apart as the columns of a table: techniques, settings, the device; of a recipe its name alone.
+
+    Args:
+        values: settings of each run, by full name; `UNKNOWN` of what nobody knows.
+    """
+    keys = varied(values)
+    labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
+    said = [values[n].get(RECIPE) for n in range(len(results))] if RECIPE in keys else labels[:1] * len(labels)
+    has_techniques = len(set(zip(said, labels, strict=True))) > len(set(said))
+    return [
+        ({TECHNIQUES_COLUMN: label} if has_techniques else {})
+        | {key: as_typed(own.get(key)) for key in keys}
+        | ({DEVICE: result.device or UNKNOWN} if len(devices) > 1 else {})
+        for result, label, own in zip(results, labels, values, strict=True)
+    ]
+
+
 def baseline_of(records: Sequence[Record]) -> Record | None:
     """The one with every technique off, if it finished."""
     return next((record for record in records if record.combination == BASELINE and record.status == "ok"), None)
@@ -104,22 +124,30 @@ def value_of(record: Result | PlanRow, key: str) -> Any:
     return getattr(record, key) if is_whole else None
 
 
-def planned_group(plan: Plan, gpu: Settings, variant: str = "") -> Group:
-    """A card's rows of a plan as results. A row that does not fit is out of memory, and has numbers all the same."""
-    limit = None if gpu["memory_mib"] is None else gpu["memory_mib"] - gpu["context_mib"]
-    results = [
-        Result(
-            model=plan.model,
-            data=plan.data.name,
-            techniques=plan.techniques,
-            micro_batch_size=plan.training["micro_batch_size"],
-            packing=plan.training.get("packing"),
-            command=plan.command,
-            status="oom" if row.fits is False else row.status,
-            memory_limit_mib=limit,
-            peak_memory_reserved_mib=row.reserved_mib,
-            **{key: getattr(row, key) for key in SHARED},
-        )
-        for row in plan.rows_on(gpu["name"])
-    ]
-    return Group(variant, results, [])
+def planned_group(plan: Plan, gpu: Settings, variant: str = "", rows: Sequence[PlanRow] | None = None) -> Group:
+    """A card's rows of a plan, or some of them, as results.
+
+    A row that does not fit is out of memory, and has numbers all the same.
+    """
+    rows = plan.rows_on(gpu["name"]) if rows is None else rows
+    results = [_planned(plan, row, gpu) for row in rows]
+    if not any(row.settings for row in rows):
+        return Group(variant, results, [])
+    values = [row.settings for row in rows]
+    return Group(variant, results, [], setting_columns(results, values), values)
+
+
+def _planned(plan: Plan, row: PlanRow, gpu: Settings) -> Result:
+    own = plan.settings_of(row)
+    return Result(
+        model=plan.model,
+        data=plan.data.name,
+        techniques={name: own[name] for name in plan.techniques},
+        micro_batch_size=own["training"]["micro_batch_size"],
+        packing=own["training"].get("packing"),
+        command=plan.command,
+        status="oom" if row.fits is False else row.status,
+        memory_limit_mib=None if gpu["memory_mib"] is None else gpu["memory_mib"] - gpu["context_mib"],
+        peak_memory_reserved_mib=row.reserved_mib,
+        **{key: getattr(row, key) for key in SHARED},
+    )

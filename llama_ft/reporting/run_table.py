@@ -3,24 +3,30 @@
 from pathlib import Path
 from typing import Any
 
+from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_label, table_order
 from llama_ft.config.training import SEED
+from llama_ft.records.result import Result
 from llama_ft.reporting.best import held_out_counts
-from llama_ft.reporting.matching import as_typed, run_settings, varied
-from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, value_of
+from llama_ft.reporting.ladder import is_ladder, ladder_table
+from llama_ft.reporting.results import Group, setting_columns, value_of
+from llama_ft.reporting.settings import RECIPE, as_typed, differing, ladder_order, run_settings, varied
 from llama_ft.reporting.table import UNKNOWN, Rows, Table
 from llama_ft.reporting.table2 import RUNS, Measure, cell, failures, measure_notes, run_counts
 
 BEST = "*"
 HELD_OUT = ("eval_loss", "eval_token_accuracy")
 HIGHEST = "eval_token_accuracy"  # is best; of all other columns the least
+LEARNT = (
+    Measure("loss after", "train_loss_after", "{:.3f}".format),
+    Measure("held-out loss", "eval_loss", "{:.3f}".format),
+)
 COLUMNS = (
     Measure("peak MiB", "peak_memory_mib", always=True),
     Measure("reserved MiB", "peak_memory_reserved_mib"),
     Measure("runtime s", "runtime_s", always=True),
     Measure("loss before", "train_loss_before", "{:.3f}".format),
-    Measure("loss after", "train_loss_after", "{:.3f}".format),
-    Measure("held-out loss", "eval_loss", "{:.3f}".format),
+    *LEARNT,
     Measure("token acc.", "eval_token_accuracy", "{:.1%}".format),
 )
 
@@ -41,25 +47,27 @@ def _gathered(groups: list[Group]) -> Group | None:
     """One group of all runs, in the order of their settings; None if nobody knows how they differ."""
     runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
     known = [run_settings(folder) for _, folder in runs]
-    keys = varied([settings for settings in known if settings])
+    keys = differing([settings for settings in known if settings])
     keys = [key for key in keys if key != SEED or not any(group.seeds for group in groups)]
     if not keys:
         return None
     values = []
-    for (_, folder), settings in zip(runs, known, strict=True):
+    for (_, folder), settings in zip(runs, known, strict=True):  # a run that was refused left no settings
         named = dict(part.partition("=")[::2] for part in folder.name.split(",") if "=" in part)
-        values.append({key: (settings or named).get(key) for key in keys})  # a run that was refused left no settings
-    order = sorted(range(len(runs)), key=lambda n: (table_order(runs[n][0].optim), *map(_order, values[n].values())))
+        values.append({key: settings.get(key) if settings else named.get(key, UNKNOWN) for key in keys})
+    shown = varied(values)
+    order = sorted(range(len(runs)), key=lambda n: _place(runs[n][0], {key: values[n][key] for key in shown}))
     results, folders = [runs[n][0] for n in order], [runs[n][1] for n in order]
-    labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
-    columns = []
-    for n, result, label in zip(order, results, labels, strict=True):
-        texts = {
-            key: UNKNOWN if value is None and not known[n] else as_typed(value) for key, value in values[n].items()
-        }
-        techniques = {TECHNIQUES_COLUMN: label} if len(set(labels)) > 1 else {}
-        columns.append(techniques | texts | ({DEVICE: result.device or UNKNOWN} if len(devices) > 1 else {}))
-    return Group("" if len(set(labels)) > 1 else labels[0], results, folders, columns)
+    values = [values[n] for n in order]
+    columns, labels = setting_columns(results, values), {combination_label(result.optim) for result in results}
+    return Group("" if len(labels) > 1 else labels.pop(), results, folders, columns, values)
+
+
+def _place(result: Result, shown: Settings) -> tuple[Any, ...]:
+    """Recipes as in the ladder, then the table's order of techniques, then settings."""
+    recipe, order = shown.get(RECIPE), ladder_order()
+    rung = order.index(recipe) if recipe in order else len(order)
+    return rung, table_order(result.optim), *map(_order, shown.values())
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
@@ -71,21 +79,29 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def run_table(group: Group) -> Table:
-    """The table of a gathered group, with the best of each column marked."""
-    first, *others = group.settings[0]
+    """The table of a gathered group: the ladder of recipes, else with the best of each column marked."""
+    if is_ladder(group):
+        notes = [*measure_notes(group), *failures(group, group.labels)]
+        return ladder_table(group, group.results, LEARNT, notes)
     measures = [m for m in COLUMNS if m.always or any(value_of(r, m.key) is not None for r in group.results)]
-    cells = [_column(group, measure) for measure in measures]
+    columns = {measure.title: _column(group, measure) for measure in measures}
     counts = run_counts(group.results)
-    cells += [counts] if counts else []
-    rows: Rows = [
-        (settings[first], [*(settings[key] for key in others), *(column[n] for column in cells)])
-        for n, settings in enumerate(group.settings)
-    ]
-    head = [(first, [*others, *(measure.title for measure in measures), *([RUNS.lower()] if counts else [])])]
+    columns |= {RUNS.lower(): counts} if counts else {}
     has_accuracy = any(measure.key == HIGHEST for measure in measures)
     best = f"{BEST}: the least of its column{', of accuracy the highest' if has_accuracy else ''}."
-    notes = [best, *measure_notes(group), *failures(group, group.labels)]
-    return Table(group.title, head, rows, notes, max_columns=len(head[0][1]), gap=2)
+    return setting_rows(group, columns, [best, *measure_notes(group), *failures(group, group.labels)])
+
+
+def setting_rows(group: Group, columns: dict[str, list[str]], notes: list[str], title: str = "") -> Table:
+    """A row for each run, measured or planned: its settings, and its cells in these columns."""
+    first, *others = group.settings[0]
+    rows: Rows = [
+        (settings[first], [*(settings[key] for key in others), *(cells[n] for cells in columns.values())])
+        for n, settings in enumerate(group.settings)
+    ]
+    head, short = [*others, *columns], [key.rpartition(".")[2] for key in others]
+    narrow = [(first, [*short, *columns])] if len(set(short)) == len(short) else None
+    return Table(title or group.title, [(first, head)], rows, notes, len(head), gap=2, narrow_head=narrow)
 
 
 def _column(group: Group, measure: Measure) -> list[str]:

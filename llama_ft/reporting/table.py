@@ -26,7 +26,9 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]") | {ord("±"): "+-"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
-NOT_IN_CSV = tuple("command optim techniques breakdown timeline versions loss_samples card schema_version".split())
+NOT_IN_CSV = tuple(
+    "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
+)
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 
@@ -42,6 +44,7 @@ class Table:
     max_columns: int = 8  # beside each other on a terminal: GC off, then GC on
     gap: int = 1  # between columns on a terminal
     max_name_length: int | None = None  # of a row, in characters, beyond which a terminal breaks it
+    narrow_head: Rows | None = None  # for a terminal that is too narrow for the head and its gaps
 
 
 def technique_rows(optims: Iterable[dict[str, bool]]) -> Rows:
@@ -74,20 +77,22 @@ def is_failure(cell: str) -> bool:
 
 def terminal(table: Table, width: int) -> list[RichTable]:
     """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
-    head, body = table.head, table.rows
-    rows = [*head, *body]
-    longest_name = max(len(name) for name, _ in rows)
+    head, body, gap = table.head, table.rows, table.gap
+    longest_name = max(len(name) for name, _ in (*head, *body))
     name_width = min(longest_name, table.max_name_length or longest_name)
     breaks_names = name_width < longest_name
-    widths = _widths(rows, table.gap)
+    widths = _widths([*head, *body], gap)
+    if table.narrow_head and name_width + sum(widths) > width:
+        head, gap = table.narrow_head, 1
+        widths = _widths([*head, *body], gap)
     if name_width + sum(widths[: table.max_columns]) > width:
         head, body = ([(n, [cell.replace(PLUS_MINUS, "±") for cell in c]) for n, c in part] for part in (head, body))
-        widths = _widths([*head, *body], table.gap)
+        widths = _widths([*head, *body], gap)
     n_fitting = max(1, min(table.max_columns, (width - name_width) // max(widths)))
     if len(widths) <= table.max_columns and name_width + sum(widths) <= width:
         n_fitting = len(widths)
     n_fitting = math.ceil(len(widths) / math.ceil(len(widths) / n_fitting))  # parts that are as wide as each other
-    parts, padding = [], (0, 0, 0, table.gap - 1)
+    parts, padding = [], (0, 0, 0, gap - 1)
     for start in range(0, len(widths), n_fitting):
         columns = slice(start, start + n_fitting)
         view = RichTable(box=box.SIMPLE, show_header=False, show_edge=False, padding=padding, pad_edge=False)

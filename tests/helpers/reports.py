@@ -13,6 +13,7 @@ from subprocess import CompletedProcess
 from typing import Any
 from unittest.mock import patch
 
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from llama_ft.config import UserError
@@ -64,6 +65,13 @@ def write(folder: Path, name: str, status: Any = "ok", **values: Any) -> Result:
     (folder / name).mkdir(parents=True)
     write_result(folder / name, result)
     return result
+
+
+def write_varied(folder: Path, name: str, config: dict[str, Any] | None, status: Any = "ok", **values: Any) -> None:
+    """A run with settings of its own, nested as in its `config.yaml`; None of one that was refused."""
+    write(folder, name, status, settings_hash=None if config is None else str(config), **values)
+    if config is not None:
+        OmegaConf.save(OmegaConf.create(config), folder / name / "config.yaml")
 
 
 def step(number: int, **values: Any) -> str:
