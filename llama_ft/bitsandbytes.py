@@ -3,9 +3,15 @@
 import logging
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from llama_ft.config import UserError
+
+
+def is_installed() -> bool:
+    """Whether the package is there; it is not loaded."""
+    return find_spec("bitsandbytes") is not None
 
 
 @cache

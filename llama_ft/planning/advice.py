@@ -1,18 +1,20 @@
 """What to run on a card: the fastest combination that fits, how far it goes, and what to change if nothing fits."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from heapq import nlargest
 from typing import Literal, NamedTuple
 
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, reserved_mib
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
+from llama_ft.planning.last_resort import last_resorts, typed
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import side_by_side
-from llama_ft.records.plan import Advice, PlanRow
+from llama_ft.records.plan import Advice, PlanRow, row_key
 from llama_ft.system import Progress
 
 # The share of a card that advice leaves free: most real runs of others reserved up to 5 % more than is planned for them
@@ -43,6 +45,7 @@ class Adviser:
     lengths: Lengths
     progress: Progress
     time_kind: Literal["bound", "calibrated"] = "bound"  # of the rows' times, as `PlannedTime` has it
+    predict: Callable[[Sequence[PlanConfig], Sequence[GpuConfig]], list[PlanRow]] | None = None  # rows of further runs
 
     def advise(self) -> Advice:
         """The advice that the config's goal asks for."""
@@ -58,7 +61,7 @@ class Adviser:
         if not (rows := self._usable(gpu)):
             return advice
         if best := fastest(rows):
-            advice.combination = best.combination
+            advice.combination, advice.settings = best.combination, best.settings
             self._add_limits(advice, best, gpu)
         elif gpu.memory_mib is None or rows[0].required_mib is None:
             advice.combination = smallest(rows).combination
@@ -84,7 +87,20 @@ class Adviser:
         return advice
 
     def _usable(self, gpu: GpuConfig) -> list[PlanRow]:
-        return [row for row in self.rows if row.gpu == gpu.name and row.error is None]
+        """The combinations that the card can run, and where none of them fits, QLoRA too."""
+        return [row for row in (*self.rows, *self._last_rows) if row.gpu == gpu.name and row.error is None]
+
+    @cached_property
+    def _last_rows(self) -> list[PlanRow]:
+        """QLoRA on the cards that no combination fits."""
+        full = {gpu.name for gpu in self.gpus} - {row.gpu for row in self.rows if row.fits is not False}
+        if not (runs := last_resorts(self.config)) or not full or self.predict is None:
+            return []
+        cards = [gpu for gpu in self.gpus if gpu.name in full]
+        rows = self.predict([run for run, _ in runs], cards)
+        for row, (_, settings) in zip(rows, runs * len(cards), strict=True):
+            row.settings = settings
+        return rows
 
     def _in_a_line(self, gpu: GpuConfig) -> str:
         """The fastest combination on a card, or how much memory is missing for the smallest."""
@@ -132,12 +148,12 @@ class Adviser:
         size, longest = self._size(row), max(self.lengths)[0]
         tokens, number = self._largest(row, gpu, range(MIN_TOKENS, longest), range(1, size.now))
         if tokens >= MIN_TOKENS:
-            advice.combination, advice.longest_sequence = row.combination, tokens
+            advice.combination, advice.settings, advice.longest_sequence = row.combination, row.settings, tokens
             advice.lines.append(f"with shorter samples it fits: {_typed(row)} data.max_length={tokens}")
         else:
             advice.lines.append("no data.max_length is short enough")
         if number >= 1:
-            advice.combination = row.combination
+            advice.combination, advice.settings = row.combination, row.settings
             advice.lines.append(f"with a smaller {size.name} it fits: {_typed(row)} {size.key}={number}")
             setattr(advice, size.field, number)
         elif size.now > 1:
@@ -145,7 +161,8 @@ class Adviser:
         advice.lines.append(self._smallest_card(row, gpu))
 
     def _run(self, row: PlanRow) -> PlanConfig:
-        return replace(self.config, optim=OptimConfig(**row.optim))
+        lasts = {row_key(run.optim.combination, settings): run for run, settings in last_resorts(self.config)}
+        return lasts[row.key] if row.settings else replace(self.config, optim=OptimConfig(**row.optim))
 
     def _size(self, row: PlanRow) -> Size:
         """What decides how much is computed at once: samples of a micro-batch, or tokens of a packed row."""
@@ -214,7 +231,7 @@ def by_size(gpus: Sequence[GpuConfig]) -> list[GpuConfig]:
 
 def _typed(row: PlanRow) -> str:
     """The combination as one types it."""
-    return OptimConfig(**row.optim).as_typed
+    return typed(OptimConfig(**row.optim), row.settings)
 
 
 def _need(row: PlanRow) -> str:

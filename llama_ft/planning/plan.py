@@ -14,7 +14,7 @@ from llama_ft.planning.calibration import calibrate, measured_runs
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
 from llama_ft.planning.table1 import table1
-from llama_ft.records.plan import Plan, PlannedData, PlannedTime
+from llama_ft.records.plan import Plan, PlannedData, PlannedTime, PlanRow
 from llama_ft.system import Progress, no_progress
 
 AT_BEST = PlannedTime("bound", "at best: each operator at the full rate of the card's matrix units or memory")
@@ -60,7 +60,14 @@ def make_plan(
     if config.combinations is Combinations.all:
         plan.table1 = table1(config, gpus[0], lengths, plan.rows, progress)
     if config.goal:
-        plan.advice = Adviser(config, all_rows, gpus, profiles, lengths, progress, plan.time.kind).advise()
+
+        def more(runs: Sequence[PlanConfig], cards: Sequence[GpuConfig]) -> list[PlanRow]:
+            found = predict(runs, cards, lengths, progress, held_out)
+            if measured:
+                calibrate(found, *measured)
+            return found
+
+        plan.advice = Adviser(config, all_rows, gpus, profiles, lengths, progress, plan.time.kind, more).advise()
     return plan
 
 

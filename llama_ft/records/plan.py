@@ -110,6 +110,7 @@ class Advice:
     goal: str
     gpu: str | None  # None where it is for several cards
     combination: str | None = None
+    settings: Settings = field(default_factory=dict)  # by full name, what is to be set beside the combination
     longest_sequence: int | None = None  # tokens of a sample; None where none fits or it was not looked for
     largest_micro_batch: int | None = None  # samples of this data
     packing: int | None = None  # tokens of the largest packed rows, where the plan has such
