@@ -100,15 +100,6 @@ def test_a_cache_has_the_bytes_of_the_formula_and_room_for_no_more(dtype):
         model(random_tokens(3, 1), kv_cache=cache)
 
 
-@torch.no_grad()
-def test_a_cache_that_was_reset_remembers_nothing():
-    model, cache = make_model(SIZES["MHA"]), cache_for(SIZES["MHA"], 1, 30)
-    model(random_tokens(1, 30, seed=1), kv_cache=cache)
-    cache.reset()
-    tokens = random_tokens(1, 12, seed=2)
-    assert relative(model(tokens, kv_cache=cache), model(tokens)) <= 1e-5
-
-
 def test_tokens_beyond_the_context_are_refused_with_a_cache_too():
     cache = cache_for(SIZES["MHA"], 1, 300)
     model = make_model(SIZES["MHA"])

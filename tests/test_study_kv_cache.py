@@ -92,7 +92,8 @@ def test_a_cache_that_computes_all_again_fails(tiny: Transformer, monkeypatch: p
 
     def recomputed(self: GenerationState) -> Tensor:
         if self.cache is not None:
-            self.cache.reset()
+            for layer in self.cache.layers:
+                layer.length = 0
         return next_logits(self)
 
     monkeypatch.setattr(GenerationState, "next_logits", recomputed)

@@ -59,11 +59,6 @@ class KVCache:
         """Bytes of all buffers, filled or not."""
         return sum(buffer.nbytes for layer in self.layers for buffer in (layer.keys, layer.values))
 
-    def reset(self) -> None:
-        """Forget all tokens, for the next prompt."""
-        for layer in self.layers:
-            layer.length = 0
-
     def reorder(self, rows: Tensor) -> None:
         """Put row rows[i], int64 [B], in the place of row i: a beam search goes on from other hypotheses."""
         for layer in self.layers:
