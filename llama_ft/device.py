@@ -20,7 +20,6 @@ from llama_ft.system import (
     NEAR_LIMIT,
     OUT_OF_MEMORY_TEXT,
     data_bytes,
-    first_sentence,
     may_have_gpu,
     resident_bytes,
 )
@@ -104,7 +103,7 @@ def why_no_gpu() -> str | None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        return first_sentence(str(error))
+        return next(iter(str(error).strip().splitlines()), "").split(". ")[0].rstrip(".")  # the rest is advice
     return "PyTorch sees none"
 
 
@@ -197,8 +196,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     if "could not create a primitive" in text or "could not execute a primitive" in text:  # oneDNN says no more
         return is_near_data_limit()
-    if "CUBLAS_STATUS_NOT_INITIALIZED" in text:  # its handle needs memory
-        return is_gpu_full()
+    if "CUBLAS_STATUS_NOT_INITIALIZED" in text:  # its handle needs memory: no room is left where there is less
+        return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 512 * MIB
     return OUT_OF_MEMORY_TEXT.search(text) is not None
 
 
@@ -217,11 +216,6 @@ def is_near_data_limit() -> bool:
     """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return limit != resource.RLIM_INFINITY and data_bytes(os.getpid()) > NEAR_LIMIT * limit
-
-
-def is_gpu_full() -> bool:
-    """Whether the GPU in use has no room left for what a library keeps there: 512 MiB."""
-    return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 512 * MIB
 
 
 def versions() -> dict[str, str | None]:

@@ -128,11 +128,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         to_disk(temporary)
         temporary.rename(folder)
     finally:
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-        except KeyboardInterrupt:  # a second one, or one that came while an error had us here
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def new_folder(name: str) -> Path:
@@ -196,13 +192,11 @@ def check_replaceable(folder: Path, names: Sequence[str], mark: str = '"schema_v
     They are ours where the first of them, which is always written with the others, has the mark in it.
     """
     there = [name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()]
-    if there and not (there[0] == names[0] and mark in _text(folder / names[0])):
+    first = folder / names[0] if names else folder
+    is_ours = first.is_file() and mark in first.read_text(encoding="utf-8", errors="replace")
+    if there and not is_ours:
         reason = f"which no command of llama_ft wrote, and would overwrite: {', '.join(names)}"
         raise UserError(f"{folder} holds {there[0]}, {reason}; name another folder, or move it")
-
-
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 @contextmanager

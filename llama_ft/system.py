@@ -33,11 +33,6 @@ def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     yield lambda more: None
 
 
-def first_sentence(text: str) -> str:
-    """Of what a library says; what follows is often advice for its own developers."""
-    return next(iter(text.strip().splitlines()), "").split(". ")[0].rstrip(".")
-
-
 def first_cause(error: BaseException) -> str:
     """What the first cause of an exception says: "Connection refused" rather than all that happened because of it."""
     while cause := error.__cause__ or error.__context__:

@@ -16,7 +16,7 @@ from llama_ft.files import check_replaceable, new_folder, output_folder, read_js
 from llama_ft.launch.folder import check_inputs, clear
 from llama_ft.model.mapped import read_pth, read_safetensors
 from llama_ft.records import read_record
-from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.metrics import StepMetrics, line_of
 from llama_ft.records.result import Result
 from llama_ft.training.position import Position, SavedState, checkpoints, read_state, remove_older
 
@@ -50,7 +50,7 @@ def fill(run_dir: Path, config: TrainConfig, n_steps: int = 3) -> None:
     for name in WRITTEN:
         (run_dir / name).write_text("something")
     (run_dir / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-    lines = [StepMetrics(step, 9, 1.0, 1.0, 0.1, 5, 5.0, 1.0, 1.0).line() for step in range(1, n_steps + 1)]
+    lines = [line_of(StepMetrics(step, 9, 1.0, 1.0, 0.1, 5, 5.0, 1.0, 1.0)) for step in range(1, n_steps + 1)]
     (run_dir / "metrics.jsonl").write_text("".join(lines))
 
 

@@ -9,7 +9,7 @@ from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.data.validation import SPLIT
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
-from llama_ft.records.metrics import METRICS_FILE, read_metrics, steps_of
+from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training.position import (
     N_KEPT,
@@ -156,4 +156,4 @@ def _first_lines(run_dir: Path, n_steps: int) -> str:
     if [metrics.step for metrics in steps_of(kept)] != list(range(1, n_steps + 1)):
         file = run_dir / METRICS_FILE
         raise UserError(f"{file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint")
-    return "".join(metrics.line() for metrics in kept)
+    return "".join(map(line_of, kept))

@@ -19,7 +19,7 @@ from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case, warm_up
 from llama_ft.model.four_bit import count_parameters
-from llama_ft.records.metrics import METRICS_FILE, MetricsFile
+from llama_ft.records.metrics import METRICS_FILE, MetricsFile, steps_of
 from llama_ft.records.result import MemoryItem, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
@@ -139,7 +139,7 @@ class MeasuredRun:
 
     def _note_training(self, loop: TimedLoop) -> None:
         """What was trained, how fast, and with which losses."""
-        result, steps, data = self.result, loop.file.steps, loop.data
+        result, steps, data = self.result, steps_of(loop.file.lines), loop.data
         n_epochs, n_windows = divmod(loop.position.step, data.steps_per_epoch)
         n_last = min(n_windows * data.window_size, len(data.samples))
         result.runtime_s, result.samples = loop.watch.seconds, n_epochs * len(data.samples) + n_last

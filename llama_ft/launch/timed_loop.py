@@ -7,7 +7,7 @@ from llama_ft.config import TrainingConfig, UserError
 from llama_ft.config.checks import Diverged
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.measure.stopwatch import Stopwatch
-from llama_ft.records.metrics import EvalMetrics, MetricsFile
+from llama_ft.records.metrics import EvalMetrics, MetricsFile, evaluations_of, steps_of
 from llama_ft.system import Log
 from llama_ft.training.held_out import best_of, is_due, is_time_to_stop, measure_held_out
 from llama_ft.training.loop import Windows, train
@@ -41,11 +41,11 @@ class TimedLoop:
         if position.step > self.total_steps:
             done = f"{position.step} optimizer steps have been trained, and training.epochs={self.config.epochs} are"
             raise UserError(f"{done} {self.total_steps}: give as many epochs as before, or more")
-        self.held_out = self.file.evaluations
+        self.held_out = evaluations_of(self.file.lines)
         position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
         self.watch.seconds = position.seconds
         self.schedule = make_schedule(self.step.optimizer, self.total_steps, self.config, position.step)
-        last = self.file.steps[-1] if self.file.steps else None
+        last = next(iter(steps_of(self.file.lines)[-1:]), None)
         self._meter = StepMeter(self.total_steps, self.step.device, self.step.scaler.is_enabled(), last)
         if last is not None and last.total_steps != self.total_steps:
             lr, kind = self.schedule.get_last_lr()[0], self.config.schedule.name

@@ -16,16 +16,8 @@ METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 0.25
 
 
-class Line:
-    """A line of the file."""
-
-    def line(self) -> str:
-        """As it is written."""
-        return json.dumps(vars(self)) + "\n"
-
-
 @dataclass(frozen=True)
-class StepMetrics(Line):
+class StepMetrics:
     """One optimizer step."""
 
     step: Annotated[int, Field(ge=1, lt=2**53)]  # counted from 1
@@ -40,7 +32,7 @@ class StepMetrics(Line):
 
 
 @dataclass(frozen=True)
-class EvalMetrics(Line):
+class EvalMetrics:
     """The held-out samples, without dropout."""
 
     step: Annotated[int, Field(ge=0, lt=2**53)]  # optimizer steps done before it
@@ -51,6 +43,11 @@ class EvalMetrics(Line):
 
 
 Metrics = StepMetrics | EvalMetrics
+
+
+def line_of(metrics: Metrics) -> str:
+    """A line as it is written."""
+    return json.dumps(vars(metrics)) + "\n"
 
 
 def parse_line(text: bytes | str, where: str) -> Metrics:
@@ -99,22 +96,12 @@ class MetricsFile:
     def __exit__(self, *_: object) -> None:
         self._stream.close()
 
-    @property
-    def steps(self) -> list[StepMetrics]:
-        """The optimizer steps."""
-        return steps_of(self.lines)
-
-    @property
-    def evaluations(self) -> list[EvalMetrics]:
-        """The held-out losses."""
-        return evaluations_of(self.lines)
-
     def write(self, metrics: Metrics | None) -> None:
         """Add a line, if there is one. Lines reach the disk a few times a second."""
         if metrics is None:
             return
         self.lines.append(metrics)
-        self._stream.write(metrics.line())
+        self._stream.write(line_of(metrics))
         if (now := time.monotonic()) - self._last_flush > FLUSH_SECONDS:
             self._stream.flush()
             self._last_flush = now

@@ -19,7 +19,7 @@ from rich.console import Console
 from llama_ft.config import UserError
 from llama_ft.config.techniques import combinations
 from llama_ft.records import CATEGORIES
-from llama_ft.records.metrics import StepMetrics
+from llama_ft.records.metrics import StepMetrics, line_of
 from llama_ft.records.plan import MemoryPoint, Plan, PlannedData, PlannedTime, PlanRow
 from llama_ft.records.result import MemoryItem, Result, write_result
 from llama_ft.reporting import comparison_report, figure, page
@@ -77,7 +77,7 @@ def write_varied(folder: Path, name: str, config: dict[str, Any] | None, status:
 def step(number: int, **values: Any) -> str:
     """A line of `metrics.jsonl`."""
     line = StepMetrics(number, 24, 7 - 0.1 * number, 2.0 + number % 3, 1e-4 / number, 70 * number, 1e3 + number, 350, 1)
-    return replace(line, **values).line()
+    return line_of(replace(line, **values))
 
 
 def write_steps(run_dir: Path, count: int, more: str = "") -> None:

@@ -17,7 +17,7 @@ from wandb.proto import wandb_internal_pb2
 
 from llama_ft.config import DataConfig, GpuConfig, ModelConfig, OptimConfig, TrackerConfig, TrackerMode, TrainConfig
 from llama_ft.config.presets import preset
-from llama_ft.records.metrics import METRICS_FILE, StepMetrics
+from llama_ft.records.metrics import METRICS_FILE, StepMetrics, line_of
 from llama_ft.records.result import Result, Status, new_result, read_result, write_result
 from llama_ft.tracking import start_tracker, wandb_run
 from llama_ft.tracking.base import NOT_TRACKED, RUN_FILES
@@ -43,7 +43,7 @@ def write_run(run_dir: Path, status: Status = "ok", tracker: TrackerConfig = OFF
     if status == "ok":
         result.device, result.runtime_s, result.peak_memory_mib, result.tokens_per_s = "a device", 1.5, 100.25, 7.5
         result.memory_mib, result.trainable_percent = {"parameter": 60.0, "other": 40.25}, 12.5
-        (run_dir / METRICS_FILE).write_text("".join(step.line() for step in STEPS))
+        (run_dir / METRICS_FILE).write_text("".join(map(line_of, STEPS)))
     (run_dir / "config.yaml").write_text(config.to_yaml())
     write_result(run_dir, result)
     return result
