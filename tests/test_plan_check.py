@@ -50,11 +50,8 @@ def test_what_would_fit_is_named_with_its_need() -> None:
 
 def test_where_nothing_would_fit_a_card_is_to_be_found() -> None:
     text = str(asked(OptimConfig(), 30))
-    assert "even optim=mp_lora optim.gc=true would need" in text
+    assert "even optim=mp_lora optim.gc=true mp.frozen_weights=nf4 gc.offload=cpu would need" in text
     assert "python -m llama_ft.plan model=wide goal=cheapest_gpu" in text
-    text = str(asked(OptimConfig(mp=True, lora=True, gc=True), 30))
-    assert "even" not in text
-    assert "goal=cheapest_gpu" in text
 
 
 @pytest.mark.parametrize(
@@ -70,11 +67,15 @@ def test_where_nothing_would_fit_a_card_is_to_be_found() -> None:
         ("mp lora gc", False, []),
     ],
 )
-def test_alternatives_are_two_at_most_smallest_change_first(
+def test_alternatives_are_two_at_most_smallest_change_first_then_4_bits(
     on: str, activations_suffice: bool, expected: list[str]
 ) -> None:
-    optim = OptimConfig(**dict.fromkeys(on.split(), True))
-    assert [other.combination for other in alternatives(optim, activations_suffice)] == expected
+    config = small_config(**dict.fromkeys(on.split(), True))
+    found = [(other.optim.combination, settings) for other, settings in alternatives(config, activations_suffice)]
+    smallest = config.optim.switched(mp=True, lora=True, gc=True).combination
+    assert found[: len(expected)] == [(each, {}) for each in expected]
+    nf4 = {"mp.frozen_weights": "nf4"}
+    assert found[len(expected) :] == [(smallest, nf4), (smallest, nf4 | {"gc.offload": "cpu"})]
 
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit() -> None:

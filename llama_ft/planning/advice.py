@@ -7,10 +7,11 @@ from functools import cached_property
 from heapq import nlargest
 from typing import Literal, NamedTuple
 
+from llama_ft.bitsandbytes import is_installed
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, reserved_mib
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
-from llama_ft.planning.last_resort import last_resorts, typed
+from llama_ft.planning.last_resort import NEEDS_PACKAGE, last_resorts, typed
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import side_by_side
@@ -74,6 +75,9 @@ class Adviser:
         """The smallest card on which something fits."""
         cards = by_size(self.gpus)
         best = [fastest(self._usable(gpu)) for gpu in cards]
+        in_4_bits = next((row for row in best if row and row.settings), None)
+        if any(row and not row.settings for row in best):
+            best = [row and (None if row.settings else row) for row in best]
         fitting = [index for index, row in enumerate(best) if row]
         index = next((index for index in fitting if has_room(best[index])), fitting[0] if fitting else -1)
         advice = self._for_card(cards[index])
@@ -84,6 +88,9 @@ class Adviser:
             advice.lines.insert(0, f"no known card is large enough; the largest is {cards[index].name}")
         if index > 0:
             advice.lines.append(f"one card smaller, {self._in_a_line(cards[index - 1])}")
+        if in_4_bits and in_4_bits.gpu not in (card.name for card in cards[max(index - 1, 0) :]):
+            card = next(card for card in cards if card.name == in_4_bits.gpu)
+            advice.lines.append(f"smallest card with 4-bit weights: {self._in_a_line(card)}")
         return advice
 
     def _usable(self, gpu: GpuConfig) -> list[PlanRow]:
@@ -109,7 +116,8 @@ class Adviser:
         if best := fastest(rows):
             how = "smallest" if best.runtime_s is None else "fastest"
             tight = "" if has_room(best) else f"; less than {SPARE:.0%} to spare: it may not fit"
-            return f"{how} that fits {gpu.name}: {_typed(best)} ({_need(best)}{self._time(best, rows)}){tight}"
+            only = "only 4-bit weights fit; " if best.settings else ""
+            return f"{only}{how} that fits {gpu.name}: {_typed(best)} ({_need(best)}{self._time(best, rows)}){tight}"
         row = smallest(rows)
         if row.fits is None:
             need = f"{_typed(row)}, {row.peak_memory_mib:,.1f} MiB of tensors"
@@ -159,6 +167,7 @@ class Adviser:
         elif size.now > 1:
             advice.lines.append(f"no {size.key} is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
+        advice.lines += [] if is_installed() else [NEEDS_PACKAGE]
 
     def _run(self, row: PlanRow) -> PlanConfig:
         lasts = {row_key(run.optim.combination, settings): run for run, settings in last_resorts(self.config)}

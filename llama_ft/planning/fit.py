@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_ft.config import OptimConfig, TrainConfig, UserError
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.checks import Settings
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, profile_here, traits_of, workspace_bytes
+from llama_ft.planning.last_resort import last_resorts, typed
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.system import MIB
 
@@ -79,10 +81,10 @@ def objection(
         return None
     larger = f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu names a card that is large enough"
     hint = larger
-    for other in alternatives(config.optim, run.use.at_peak_mib["activation"] > missing):
+    for other, settings in alternatives(config, run.use.at_peak_mib["activation"] > missing):
         with suppress(UserError):
-            mib = reserved_mib(replace(config, optim=other), lengths, traits, workspace) + capacity.context_mib
-            would_need = f"{other.as_typed} would need {mib:,.0f}"
+            mib = reserved_mib(other, lengths, traits, workspace) + capacity.context_mib
+            would_need = f"{typed(other.optim, settings)} would need {mib:,.0f}"
             if mib <= capacity.mib:
                 hint = would_need
                 break
@@ -93,12 +95,17 @@ def objection(
     )
 
 
-def alternatives(optim: OptimConfig, activations_suffice: bool) -> list[OptimConfig]:
-    """Other combinations to try, the smallest change first; GC alone may do if more activations than is missing go."""
+def alternatives(config: TrainConfig, activations_suffice: bool) -> list[tuple[TrainConfig, Settings]]:
+    """Other runs to try, the smallest change first, and what they set beside techniques; 4-bit weights come last.
+
+    GC alone may do if more activations than is missing go.
+    """
+    optim = config.optim
     first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
     last = optim.switched(mp=True, lora=True, gc=True)
-    others = [first] if first == last else [first, last]
-    return [other for other in others if other != optim]
+    others = [other for other in ([first] if first == last else [first, last]) if other != optim]
+    in_4_bits = [each for each in last_resorts(config) if each[0].optim == last]
+    return [(replace(config, optim=other), {}) for other in others] + in_4_bits
 
 
 def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:
