@@ -110,9 +110,9 @@ def plan_notes(plan: Plan) -> list[str]:
     if packing is None and not any(optim.get("ga") for optim in optims):
         notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
     if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
-        notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
-    if plan.training.get("optimizer") == "sgd":
-        notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
+        also = " and gradients" if "8bit" in plan.training.get("optimizer", "") else ", gradients and optimizer state"
+        notes.append(f"MP: trainable weights{also} are in 16 bit too.")
+    notes += _optimizer_notes(plan)
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
@@ -126,6 +126,22 @@ def plan_notes(plan: Plan) -> list[str]:
     for why, names in by_reason((row.error or "", row.combination) for row in failed).items():
         on = f" on {', '.join(cards[why])}" if len(plan.gpus) > 1 else ""
         notes.append(f"{', '.join(names)}{on}: {why}")
+    return notes
+
+
+def _optimizer_notes(plan: Plan) -> list[str]:
+    optimizer, notes = plan.training.get("optimizer", "adamw"), []
+    if optimizer == "sgd":
+        notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
+    if "8bit" in optimizer:
+        notes.append("The optimizer is AdamW with moments in 8 bits.")
+    if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
+        notes.append(
+            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the driver"
+            " moves it to the host where the card is full."
+        )
+    if plan.training.get("optimizer_in_backward"):
+        notes.append("Each weight is updated within the backward pass, as soon as its gradient is there.")
     return notes
 
 
