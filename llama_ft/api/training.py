@@ -138,10 +138,8 @@ def finetune(
         packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
         seed: of the data's order and of what techniques draw.
-        optimizer: sgd takes a far larger `lr`; it alone has `momentum`, and keeps no state where that is 0. 8bit keeps
-            moments in 8 bits, by bitsandbytes; paged, on CUDA, lets the driver move them to the host.
-        optimizer_in_backward: update each weight as soon as its gradient is there, and free that; not with accumulation
-            or fp16, and with `max_grad_norm=math.inf`.
+        optimizer: as `training.optimizer`; sgd takes a far larger `lr`, and keeps no state where its `momentum` is 0.
+        optimizer_in_backward: as the key of `training`; it takes `max_grad_norm=math.inf`.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.

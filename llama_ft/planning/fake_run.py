@@ -39,7 +39,7 @@ class FakeRun:
     use: MemoryUse
     events: list[Event]
     last_step: int  # index of the first event of the last optimizer step
-    managed_bytes: int  # of optimizer state that CUDA's driver moves to the host where the card is full; in no event
+    managed_bytes: int  # beside the tracked tensors
     trainable_params: int
     total_params: int
 
@@ -113,9 +113,7 @@ def fake_run(
             if in_backward:
                 step(windows[0])
             else:
-                tracker.claim_gradients(give_gradients(step))
-                step.optimizer.step()
-                step.optimizer.zero_grad(set_to_none=True)
+                make_state(step, tracker)
             second_step = len(tracker.events)
             for window in reversed(windows):  # the longest last: it is the step to look at
                 last_step = len(tracker.events)
@@ -129,12 +127,28 @@ def fake_run(
         events = tracker.events
         if not in_backward:
             events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
-        parameters, states = list(step.model.parameters()), step.optimizer.state.values()
-        managed = sum(each.nbytes for state in states for each in state.values() if getattr(each, "is_paged", False))
     last_step += len(events) - len(tracker.events)
+    return FakeRun(tracker.result(), events, last_step, managed_bytes(step), *n_parameters(step))
+
+
+def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
+    """Let the optimizer make its state, in a step without a micro-batch."""
+    tracker.claim_gradients(give_gradients(step))
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+
+
+def n_parameters(step: TrainStep) -> tuple[int, int]:
+    """Of what is trained, and in all."""
+    parameters = list(step.model.parameters())
     n_trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    n_parameters = sum(each.numel() for each in parameters)
-    return FakeRun(tracker.result(), events, last_step, managed, n_trainable, n_parameters)
+    return n_trainable, sum(parameter.numel() for parameter in parameters)
+
+
+def managed_bytes(step: TrainStep) -> int:
+    """Of the optimizer's state, what CUDA's driver moves to the host where the card is full."""
+    tensors = (tensor for state in step.optimizer.state.values() for tensor in state.values())
+    return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:

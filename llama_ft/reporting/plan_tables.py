@@ -137,8 +137,8 @@ def _optimizer_notes(plan: Plan) -> list[str]:
         notes.append("The optimizer is AdamW with moments in 8 bits.")
     if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
         notes.append(
-            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the driver"
-            " moves it to the host where the card is full."
+            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the"
+            " driver moves it to the host where the card is full."
         )
     if plan.training.get("optimizer_in_backward"):
         notes.append("Each weight is updated within the backward pass, as soon as its gradient is there.")
