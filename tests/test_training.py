@@ -60,7 +60,7 @@ def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[l
     return [step(window)[0].item() for window in epoch], parameters(step)
 
 
-OPTIMIZERS = [(Optimizer.adamw, 0.9), (Optimizer.sgd, 0.9), (Optimizer.sgd, 0.0)]
+OPTIMIZERS = [(Optimizer.adamw, 0.9), (Optimizer.adamw_8bit, 0.9), (Optimizer.sgd, 0.9), (Optimizer.sgd, 0.0)]
 each_optimizer = pytest.mark.parametrize(("optimizer", "momentum"), OPTIMIZERS)
 
 
@@ -169,7 +169,7 @@ def test_sgd_updates_every_weight_as_pytorchs_plain_form_does(dtype, momentum, d
 @each_optimizer
 def test_every_optimizer_learns_with_16_bit_weights_too(small_config, optimizer, momentum) -> None:
     small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
-    small_config.training.lr = 5e-3 if optimizer is Optimizer.adamw else 0.3
+    small_config.training.lr = 0.3 if optimizer is Optimizer.sgd else 5e-3
     for weights in (Dtype.fp32, Dtype.compute):
         small_config.mp.trainable_weights = weights
         step = make_step(small_config, OptimConfig(mp=True))

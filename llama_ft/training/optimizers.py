@@ -51,7 +51,7 @@ class AdamW8bit(torch.optim.Optimizer):
     """AdamW whose moments are stored in 8 bits, by blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2).
 
     To the bit what `bitsandbytes.optim.AdamW8bit` does, by its kernels; but it does not wait for the device after each
-    weight. The state of a weight is tensors alone, all 0 at first: `step`, an int64 scalar on the CPU; `exp_avg` and
+    weight. The state of a weight is tensors alone, all 0 at first: `step`, an fp32 scalar on the CPU; `exp_avg` and
     `exp_avg_sq`, uint8 in the weight's shape, with `absmax` and `absmax_sq`, fp32 [blocks]. Weights of fewer than 4096
     elements have fp32 moments, and no scales.
 
@@ -102,7 +102,7 @@ class AdamW8bit(torch.optim.Optimizer):
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state before the first step."""
         n, device = parameter.numel(), parameter.device
-        state = {"step": torch.zeros((), dtype=torch.int64)}  # on the CPU, where reading it waits for nothing
+        state = {"step": torch.zeros(())}  # on the CPU, where reading it waits for nothing
         if n < MIN_8BIT:
             return state | {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
         if not self._maps:  # from 8 bits to numbers between -1 or 0 and 1
