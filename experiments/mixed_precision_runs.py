@@ -20,7 +20,7 @@ from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.lengths import blank_samples
 from llama_ft.planning.processes import side_by_side
 from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precision
-from llama_ft.training.setup import make_optimizer
+from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.step import TrainStep, summed_loss
 
 N_RECORDS, N_STEPS, STEP_LR = 4, 10, 1e-3  # the records that gradients are of, and how the loss on them is made to fall

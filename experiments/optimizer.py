@@ -17,7 +17,8 @@ from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import TrainingConfig
 from llama_ft.measure.memory import MemoryTracker
 from llama_ft.system import MIB
-from llama_ft.training.setup import make_optimizer, make_schedule
+from llama_ft.training.optimizers import make_optimizer
+from llama_ft.training.setup import make_schedule
 
 FORMS = ("fused", "foreach", "loop")
 N_LAYERS, WIDTH = 8, 256  # of the network whose step is watched

@@ -14,7 +14,7 @@ from conftest import run as run_module
 from helpers.models import SMALL, make_model, relative, small_model
 from helpers.training import ragged_samples
 
-from llama_ft.config import GpuConfig, MixedPrecisionConfig, ModelConfig
+from llama_ft.config import GpuConfig, MixedPrecisionConfig, ModelConfig, Optimizer, TrainingConfig
 from llama_ft.config.presets import preset
 from llama_ft.data.collate import collate, end_to_end
 from llama_ft.data.records import Sample
@@ -33,6 +33,9 @@ from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.techniques.mixed_precision import Precision, mixed_precision
 from llama_ft.training.loop import StepOutput
 from llama_ft.training.metrics import StepMeter
+from llama_ft.training.optimizers import MIN_PAGED, make_optimizer
+from llama_ft.training.position import Position
+from llama_ft.training.saver import Saver
 from llama_ft.training.step import TrainStep
 
 NO_GPU = why_no_gpu()
@@ -87,6 +90,50 @@ def test_a_step_never_waits_for_the_device(precision: str) -> None:
         step(window)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+OPTIMIZERS = [Optimizer.adamw, Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit]
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_other_updates_never_wait_and_give_the_losses_of_the_cpu(optimizer: Optimizer, in_backward: bool) -> None:
+    pytest.importorskip("bitsandbytes")
+    window, losses = [collate(ragged_samples())], []
+    for device in ("cpu", "cuda"):
+        kind = optimizer if device == "cuda" or optimizer is Optimizer.adamw else Optimizer.adamw_8bit
+        model = make_model(SMALL).to(device)
+        made = make_optimizer(model.parameters(), TrainingConfig(lr=1e-3, optimizer=kind))
+        step = TrainStep(model, made, Precision(device), float("inf"), in_backward)
+        step.dry_run(window)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs = [step(window if device == "cpu" else [window[0].pinned()])[0] for _ in range(5)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        losses.append([loss.item() for loss in outputs])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+def test_paged_moments_are_beside_the_allocator_and_the_same_to_the_bit(tmp_path: Path) -> None:
+    """Saved and restored they go on to the bit."""
+    pytest.importorskip("bitsandbytes")
+    window, found, allocated = [collate(ragged_samples())], [], []
+    for optimizer in OPTIMIZERS[1:]:
+        model = make_model(SMALL).cuda()
+        made = make_optimizer(model.parameters(), TrainingConfig(lr=1e-3, optimizer=optimizer))
+        step = TrainStep(model, made, Precision("cuda"))
+        before = torch.cuda.memory_allocated()
+        step.dry_run(window)
+        allocated.append(torch.cuda.memory_allocated() - before)
+        found.append([step(window)[0].item() for _ in range(3)])
+        Saver(tmp_path / optimizer.name, "hash", step).save(Position(step=3))
+        found.append([step(window)[0].item() for _ in range(3)])
+        Saver(tmp_path / optimizer.name, "hash", step).restore()
+        assert [step(window)[0].item() for _ in range(3)] == found[-1]
+    assert found[:2] == found[2:]
+    n_paged = sum(p.numel() for p in make_model(SMALL).parameters() if p.numel() >= MIN_PAGED)
+    assert allocated[0] - allocated[1] >= 2 * n_paged > 0
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -112,6 +112,13 @@ def test_a_plan_says_that_its_optimizer_is_not_adamw() -> None:
     with_sgd = replace(one_card(), training=one_card().training | {"optimizer": "sgd", "momentum": 0.9})
     assert "The optimizer is SGD with momentum 0.9." in printed(with_sgd, 200)
     assert "optimizer is" not in printed(one_card(), 200)
+    settings = {"optimizer": "paged_adamw_8bit", "optimizer_in_backward": True}
+    with_8_bits = replace(one_card(), training=one_card().training | settings)
+    with_8_bits.rows[0].managed_mib = 12_852.4
+    said = printed(with_8_bits, 250)
+    assert "The optimizer is AdamW with moments in 8 bits." in said
+    assert "Up to 12,852 MiB of optimizer state are in managed memory" in said
+    assert "Each weight is updated within the backward pass" in said
 
 
 def test_csv_holds_every_number_unrounded(written: Path) -> None:

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import math
 import multiprocessing
 import signal
 import time
@@ -17,7 +18,16 @@ import torch
 from helpers.planning import CPU_PROFILE, ON_CPU, ON_CUDA, SHORT, card, small_config
 from helpers.training import COMBINATIONS, name, ragged_samples
 
-from llama_ft.config import Dtype, MatrixRates, OptimConfig, Optimizer, Technique, TrainConfig, UserError
+from llama_ft.config import (
+    Dtype,
+    MatrixRates,
+    OptimConfig,
+    Optimizer,
+    Technique,
+    TrainConfig,
+    TrainingConfig,
+    UserError,
+)
 from llama_ft.data.collate import collate
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
@@ -89,6 +99,37 @@ def test_so_do_runs_with_sgd(on: str, momentum: float, weights: Dtype) -> None:
     assert fake_run(config, ragged_samples(), ON_CPU).use == measured(config, ragged_samples())
 
 
+@pytest.mark.parametrize("optim", COMBINATIONS, ids=name)
+def test_so_do_runs_with_moments_in_8_bits(optim: OptimConfig) -> None:
+    config = replace(small_config(), optim=optim, training=TrainingConfig(optimizer=Optimizer.adamw_8bit))
+    config.ga.steps = 3
+    use = fake_run(config, ragged_samples(), ON_CPU).use
+    assert use == measured(config, ragged_samples())
+    kept = {item.dtype: item.mib for item in use.breakdown if item.category == "optimizer_state"}
+    if optim.lora:  # adapters of 1,024 values
+        assert set(kept) == {"float32"}
+    else:
+        assert kept["uint8"] > 40 * kept["float32"]
+
+
+IN_BACKWARD = {"optimizer_in_backward": True, "max_grad_norm": math.inf}
+
+
+@pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.adamw_8bit, Optimizer.sgd])
+@pytest.mark.parametrize("on", ["", "gc", "mp gc", "lora"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_so_do_runs_that_update_in_backward(optimizer: Optimizer, on: str, tied: bool) -> None:
+    config = small_config(**dict.fromkeys(on.split(), True))
+    config.model = replace(config.model, tie_word_embeddings=tied)
+    config.training = TrainingConfig(optimizer=optimizer, **IN_BACKWARD)
+    use = fake_run(config, ragged_samples(), ON_CPU).use
+    assert use == measured(config, ragged_samples())
+    assert sum(use.at_peak_mib.values()) == pytest.approx(use.peak_mib)
+    assert use.at_peak_mib["other"] <= 0.05 * use.peak_mib
+    config.training = TrainingConfig(optimizer=optimizer)
+    assert use.peak_mib <= fake_run(config, ragged_samples(), ON_CPU).use.peak_mib
+
+
 def test_fp16_with_its_scaler() -> None:
     config = small_config(mp=True)
     config.mp.dtype = Dtype.fp16
@@ -112,10 +153,12 @@ def comings_and_goings(events: list[Event]) -> list[list[int]]:
     return [each if sign > 0 else sorted(each) for sign, each in sizes]
 
 
+@pytest.mark.parametrize("training", [{}, {"optimizer": Optimizer.adamw_8bit}, IN_BACKWARD], ids=str)
 @pytest.mark.parametrize("optim", [optim for optim in COMBINATIONS if not optim.ga], ids=name)
-def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimConfig) -> None:
+def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimConfig, training: dict[str, Any]) -> None:
     """With gradient accumulation the micro-batches before the last are left out, which leave nothing but gradients."""
     config, samples = replace(small_config(), optim=optim), [Sample.after([1] * 33, 20)] * 3
+    config.training = TrainingConfig(**training)
     planned = fake_run(config, samples, ON_CUDA).events
     (window,) = hardest_windows(windows_of(config, samples, ON_CUDA))
     with fake_step(config, ON_CUDA) as step:
@@ -139,6 +182,16 @@ def test_a_timeline_climbs_to_the_peak_and_ends_with_the_update(optim: OptimConf
     last = points[-1].memory_mib
     assert last["gradient"] == pytest.approx(last["optimizer_state"] / 2, abs=1e-2)  # fp32, and two moments
     assert (points[0].memory_mib["gradient"] > 0) == optim.ga  # accumulated before
+
+
+def test_a_timeline_has_no_update_of_its_own_where_weights_are_updated_in_backward() -> None:
+    config = replace(small_config(), training=TrainingConfig(**IN_BACKWARD))
+    run = fake_run(config, [Sample.after([1] * 33, 5)] * 4, ON_CPU)
+    points = predict.timeline(run.events, run.last_step)
+    assert max(sum(point.memory_mib.values()) for point in points) == pytest.approx(run.use.peak_mib)
+    assert list(dict.fromkeys(point.phase for point in points)) == ["forward", "backward"]
+    assert points[-1].memory_mib["gradient"] < run.use.max_mib["gradient"]
+    assert run.use.max_mib["gradient"] == config.model.vocab_size * config.model.dim * 4 / MIB  # the largest weight's
 
 
 # What a card changes
@@ -307,10 +360,17 @@ def test_costs_of_ragged_samples_lie_close_to_those_counted_one_by_one() -> None
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "momentum", "n_moments"),
-    [(Optimizer.adamw, 0.9, 2), (Optimizer.sgd, 0.9, 1), (Optimizer.sgd, 0.0, 0)],
+    ("optimizer", "momentum", "n_bytes"),
+    [
+        (Optimizer.adamw, 0.9, 4 * (5 + 2 * 2)),
+        (Optimizer.sgd, 0.9, 4 * (5 + 2 * 1)),
+        (Optimizer.sgd, 0.0, 4 * 5),
+        # The gradient is read once by the update, and once more and written where it is clipped; scales of 256 moments.
+        (Optimizer.adamw_8bit, 0.9, 4 * 6 + 2 * 2 * (1 + 4 / 256)),
+        (Optimizer.paged_adamw_8bit, 0.9, 4 * 6 + 2 * 2 * (1 + 4 / 256)),
+    ],
 )
-def test_bytes_of_an_update_are_those_of_its_optimizer(optimizer: Optimizer, momentum: float, n_moments: int) -> None:
+def test_bytes_of_an_update_are_those_of_its_optimizer(optimizer: Optimizer, momentum: float, n_bytes: float) -> None:
     """Fused, it reads and writes weight, gradient, which it scales, and moments; AdamW has two: 8 x 4 bytes a weight.
 
     Clipping reads each gradient once more, for its norm.
@@ -323,7 +383,30 @@ def test_bytes_of_an_update_are_those_of_its_optimizer(optimizer: Optimizer, mom
             give_gradients(step)
             with counter:
                 update(step)
-    assert bytes_of(counter.operators) == pytest.approx(4 * (5 + 2 * n_moments) * n_weights, rel=0.005)
+    assert bytes_of(counter.operators) == pytest.approx(n_bytes * n_weights, rel=0.005)
+
+
+def test_paged_moments_are_no_part_of_a_cards_memory() -> None:
+    """Those of the two weights with 100,000 elements or more; a note says how much they are."""
+    rows = []
+    for optimizer in (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit):
+        config = replace(small_config(), training=TrainingConfig(optimizer=optimizer))
+        rows += predict.predict(config, [config.optim], [card()], SHORT)
+    moments = 2 * 2 * config.model.vocab_size * config.model.dim / MIB
+    assert [row.managed_mib for row in rows] == [None, moments]
+    state, less = (row.memory_max_mib["optimizer_state"] for row in rows)
+    assert state - less == pytest.approx(moments)
+    (row,) = predict.predict(config, [config.optim], [CPU_PROFILE], SHORT)
+    assert "training.optimizer=adamw_8bit" in str(row.error)
+
+
+def test_costs_are_equal_whether_weights_are_updated_in_backward_or_after_it() -> None:
+    """But for the scaling of gradients, which are not clipped there: fused, they are written once less."""
+    config, costs = small_config(), []
+    for training in (TrainingConfig(), TrainingConfig(**IN_BACKWARD)):
+        costs += run_costs([replace(config, training=training)], ragged_samples(), ON_CUDA)
+    assert flops_of(costs[0].operators) == flops_of(costs[1].operators)
+    assert bytes_of(costs[0].operators) == pytest.approx(bytes_of(costs[1].operators), rel=1e-3)
 
 
 def test_knots_are_values_and_weights_sum_to_their_number() -> None:

@@ -157,7 +157,7 @@ COMMANDS = ("data", "train", "generate", "evaluate", "plan", "report", "convert"
 # From the bottom up. An import points to a lower layer, or stays within its own, where parts make no cycle.
 LAYERS = [
     ("config", "system"),
-    ("files", "kernels", "device", "gguf_file"),
+    ("files", "kernels", "device", "gguf_file", "bitsandbytes"),
     ("records", "hub"),
     ("model", "data"),
     ("techniques",),

@@ -38,14 +38,13 @@ N_STEPS = 2 * 7
 THREE = ("training.micro_batch_size=1", "training.max_samples=3", "tracker=disabled")
 # So that the run is still on its way when the first line of its metrics is seen.
 SLOW_STEPS = """
-import time, torch
-def slower(step):
-    def slow_step(self, *args, **kwargs):
-        time.sleep(0.3)
-        return step(self, *args, **kwargs)
-    return slow_step
-for kind in (torch.optim.AdamW, torch.optim.SGD):
-    kind.step = slower(kind.step)
+import time
+from llama_ft.training.step import TrainStep
+step = TrainStep.__call__
+def slow_step(self, window):
+    time.sleep(0.3)
+    return step(self, window)
+TrainStep.__call__ = slow_step
 """
 
 
@@ -102,7 +101,13 @@ def assert_same_end(run_dir: Path, undisturbed: Path) -> None:
 WITH_NOISE = "ga_lora optim.neft=true training.optimizer=sgd training.momentum=0 training.lr=0.1"
 
 
-@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16", WITH_NOISE])
+IN_BACKWARD = (
+    "baseline training.micro_batch_size=4 training.optimizer=adamw_8bit training.optimizer_in_backward=true"
+    " training.max_grad_norm=inf"
+)
+
+
+@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16", WITH_NOISE, IN_BACKWARD])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str], float]:

@@ -17,9 +17,10 @@ from llama_ft.records.metrics import METRICS_FILE, MetricsFile, StepMetrics, rea
 from llama_ft.techniques.lora import LoRALinear
 from llama_ft.training.loop import StepOutput, Windows, train
 from llama_ft.training.metrics import StepMeter, check_losses
+from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.position import Position
 from llama_ft.training.saver import Saver
-from llama_ft.training.setup import lr_factor, make_optimizer, make_schedule
+from llama_ft.training.setup import lr_factor, make_schedule
 from llama_ft.training.step import TrainStep, evaluate
 
 
@@ -59,7 +60,7 @@ def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[l
     return [step(window)[0].item() for window in epoch], parameters(step)
 
 
-OPTIMIZERS = [(Optimizer.adamw, 0.9), (Optimizer.sgd, 0.9), (Optimizer.sgd, 0.0)]
+OPTIMIZERS = [(Optimizer.adamw, 0.9), (Optimizer.adamw_8bit, 0.9), (Optimizer.sgd, 0.9), (Optimizer.sgd, 0.0)]
 each_optimizer = pytest.mark.parametrize(("optimizer", "momentum"), OPTIMIZERS)
 
 
@@ -168,7 +169,7 @@ def test_sgd_updates_every_weight_as_pytorchs_plain_form_does(dtype, momentum, d
 @each_optimizer
 def test_every_optimizer_learns_with_16_bit_weights_too(small_config, optimizer, momentum) -> None:
     small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
-    small_config.training.lr = 5e-3 if optimizer is Optimizer.adamw else 0.3
+    small_config.training.lr = 0.3 if optimizer is Optimizer.sgd else 5e-3
     for weights in (Dtype.fp32, Dtype.compute):
         small_config.mp.trainable_weights = weights
         step = make_step(small_config, OptimConfig(mp=True))
@@ -217,7 +218,7 @@ def test_a_step_on_the_cpu_asks_nothing_of_a_gpu_that_is_there(monkeypatch, smal
 def test_gradient_is_clipped_to_the_norm_and_reported_unclipped(small_config, optimizer, momentum) -> None:
     small_config.training.optimizer, small_config.training.momentum = optimizer, momentum
     step = make_step(small_config, OptimConfig())
-    step.max_grad_norm = 1e-3
+    step.update.max_grad_norm = 1e-3
     seen = []
     step.optimizer.register_step_post_hook(  # after it, since the fused optimizer scales them
         lambda optimizer, *_: seen.append(

@@ -1,5 +1,6 @@
 """Training: records, memory, fine-tuning."""
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -27,12 +28,13 @@ from llama_ft.records.metrics import StepMetrics
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
+from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.position import Position
-from llama_ft.training.setup import make_optimizer, make_schedule
+from llama_ft.training.setup import make_schedule
 from llama_ft.training.step import TrainStep
 
 ScheduleName = Literal["cosine", "linear", "constant"]
-OptimizerName = Literal["adamw", "sgd"]
+OptimizerName = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"]
 
 
 def read_records(file: str | Path | None = None) -> list[Record]:
@@ -87,6 +89,7 @@ def measure_memory(
     precision: DtypeName = "fp32",
     optimizer: OptimizerName = "adamw",
     momentum: float = 0.9,
+    optimizer_in_backward: bool = False,
 ) -> MemoryUse:
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
 
@@ -95,7 +98,7 @@ def measure_memory(
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
     """
-    config = _config(locals())
+    config = _config(locals() | {"max_grad_norm": math.inf})  # which takes as much memory as any
     step, data = _step_and_windows(model, samples, config, accumulation_steps, precision)
     was_training = model.training
     model.train()
@@ -121,6 +124,7 @@ def finetune(
     schedule: ScheduleName = "cosine",
     optimizer: OptimizerName = "adamw",
     momentum: float = 0.9,
+    optimizer_in_backward: bool = False,
 ) -> Iterator[StepMetrics]:
     """Train the model's trainable parameters in place; yields each optimizer step's numbers, one step late.
 
@@ -134,7 +138,8 @@ def finetune(
         packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
         seed: of the data's order and of what techniques draw.
-        optimizer: sgd takes a far larger `lr`; it alone has `momentum`, and keeps no state where that is 0.
+        optimizer: as `training.optimizer`; sgd takes a far larger `lr`, and keeps no state where its `momentum` is 0.
+        optimizer_in_backward: as the key of `training`; it takes `max_grad_norm=math.inf`.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
@@ -188,6 +193,8 @@ def _step_and_windows(
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
     use_training_kernels(model.tok_embeddings.weight.device)
     compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
-    step = TrainStep(model, make_optimizer(model.parameters(), config), compute, config.max_grad_norm)
+    config.check_on(compute.device_type, accumulation_steps, precision == "fp16")
+    optimizer, in_backward = make_optimizer(model.parameters(), config), config.optimizer_in_backward
+    step = TrainStep(model, optimizer, compute, config.max_grad_norm, in_backward)
     size, packing = config.micro_batch_size, config.packing
     return step, Windows.over(samples, step, size, accumulation_steps, config.seed, packing)

@@ -44,6 +44,8 @@ class PlanConfig(TrainConfig):
             raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")
         if self.goal is not None and self.combinations is Combinations.one:
             raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
+        if self.combinations is Combinations.one:  # else it is said of the rows
+            self.check_optimizer()
 
     @property
     def used_techniques(self) -> set[str]:

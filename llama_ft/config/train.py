@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import Settings, UserError, literal, readable, setting
+from llama_ft.config.checks import DeviceChoice, Dtype, Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig
 from llama_ft.config.source import ModelSource, RecordsSource
@@ -51,8 +51,15 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         if self.adapter is not None and not self.optim.lora:
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         self.gpu.check_is_one()
+        self.check_optimizer()
         self.training.check_for(self.data.validation)
         self.sweep.check_for(self.data.validation)
+
+    def check_optimizer(self) -> None:
+        """Raise a UserError where the optimizer does not go with the techniques, or with a device that is named."""
+        device_type = "cpu" if self.gpu.device is DeviceChoice.cpu else "cuda"
+        in_fp16 = self.optim.mp and self.mp.dtype is Dtype.fp16
+        self.training.check_on(device_type, self.accumulation_steps, in_fp16)
 
     @property
     def used_techniques(self) -> set[str]:

@@ -65,11 +65,36 @@ class TrainingConfig:
         check(self.max_grad_norm > 0, "training.max_grad_norm", self.max_grad_norm, "positive (inf never clips)")
         check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
         check(0 <= self.momentum < 1, "training.momentum", self.momentum, "at least 0 and below 1")
+        if self.optimizer_in_backward:
+            clips = f"training.max_grad_norm={self.max_grad_norm:g} clips by the norm of them all: give inf"
+            self._refuse_in_backward({clips: self.max_grad_norm < math.inf})
 
     @property
     def saves_when_interrupted(self) -> bool:
         """Whether Ctrl-C lets the optimizer step end and saves it, instead of stopping at once."""
         return self.save or self.save_every is not None
+
+    def check_on(self, device_type: str, accumulation_steps: int, in_fp16: bool) -> None:
+        """Raise a UserError where the optimizer does not go with the device, several micro-batches or loss scaling."""
+        if self.optimizer is Optimizer.paged_adamw_8bit and device_type != "cuda":
+            raise UserError(
+                "training.optimizer=paged_adamw_8bit needs a CUDA GPU, whose driver moves its state to the host: on the"
+                " CPU use training.optimizer=adamw_8bit"
+            )
+        if self.optimizer_in_backward:
+            several = self.packing is not None and self.micro_batch_size > 1
+            rows = f"training.packing={self.packing} can lay {self.micro_batch_size} samples into several rows"
+            self._refuse_in_backward(
+                {
+                    f"{accumulation_steps} micro-batches make an update: leave optim.ga out": accumulation_steps > 1,
+                    f"{rows}: give training.micro_batch_size=1": several,
+                    "in fp16 an update is skipped where one of them overflows: use mp.dtype=bf16": in_fp16,
+                }
+            )
+
+    def _refuse_in_backward(self, reasons: dict[str, bool]) -> None:
+        for why in (why for why, holds in reasons.items() if holds):
+            raise UserError(f"training.optimizer_in_backward=true uses each gradient and frees it, and {why}")
 
     def check_for(self, validation: str | None) -> None:
         """Raise a UserError where a key asks for held-out losses, and nothing is held out, or for weights not saved."""

@@ -90,7 +90,7 @@ class MemoryTracker(TorchDispatchMode):
             self._model.register_forward_pre_hook(self._at("forward")),
             self._model.register_forward_hook(self._at("backward")),
             self._optimizer.register_step_pre_hook(self._at("optimizer step")),
-            self._optimizer.register_step_post_hook(self._at("after the step")),
+            self._optimizer.register_step_post_hook(self._after_update),
         ]
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -116,6 +116,10 @@ class MemoryTracker(TorchDispatchMode):
 
         return hook
 
+    def _after_update(self, *_: object) -> None:
+        within_backward = torch._C._current_graph_task_id() != -1
+        self._phase = "backward" if within_backward else "after the step"
+
     def _category(self, func: Any, args: tuple[Any, ...]) -> str:
         if self._phase == "optimizer step":
             return "optimizer_state"
@@ -130,7 +134,7 @@ class MemoryTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._live or (size := storage.nbytes()) == 0:
             return
-        if self._device_type != "cpu" and tensor.device.type != self._device_type:
+        if tensor.device.type != self._device_type:
             return
         allocation = Allocation(-(-size // self._round_to) * self._round_to, tensor.dtype, category, item)
 

@@ -13,7 +13,7 @@ import struct
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,11 +116,13 @@ def rows_at_once(shape: Sequence[int], multiple: int) -> int:
     return max(1, PIECE_ELEMENTS // (math.prod(shape[1:]) * multiple)) * multiple
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+def read_safetensors(
+    path: Path, dtypes: Mapping[str, torch.dtype] = SAFETENSORS_DTYPES
+) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """The tensors of a safetensors file by name, and its metadata. Nothing but the header is read.
 
     The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
-    (https://huggingface.co/docs/safetensors) A file that is damaged, or a tensor not floating-point, is a UserError.
+    (https://huggingface.co/docs/safetensors) A file that is damaged, or a tensor of another dtype, is a UserError.
     """
     file = mapped(path)
     if file[: len(LFS_POINTER)] == LFS_POINTER:
@@ -140,10 +142,10 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
         raise UserError(f"{path} is {size:,} bytes long, but its header says {end:,}: {reason}")
     tensors = {}
     for name, (dtype, shape, start, stop) in entries.items():
-        if dtype not in SAFETENSORS_DTYPES:
-            allowed = ", ".join(SAFETENSORS_DTYPES)
+        if dtype not in dtypes:
+            allowed = ", ".join(dtypes)
             raise UserError(f"{path}: {name} is stored as {dtype}; only {allowed} can be read")
-        stored = StoredTensor(file, begin + start, SAFETENSORS_DTYPES[dtype], shape)
+        stored = StoredTensor(file, begin + start, dtypes[dtype], shape)
         if stop - start != stored.n_bytes:
             raise UserError(f"{path} is damaged: {name} has {stop - start:,} bytes, and its shape is {shape}")
         tensors[name] = stored

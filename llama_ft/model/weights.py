@@ -15,7 +15,7 @@ from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
 from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
-from llama_ft.model.mapped import read_safetensors
+from llama_ft.model.mapped import SAFETENSORS_DTYPES, read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Dense, Storage
 from llama_ft.model.stored import in_memory
@@ -116,7 +116,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
 @torch.no_grad()
 def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
     """Copy a file's tensors into tensors of the same names; a UserError unless names and shapes agree."""
-    stored, _ = read_safetensors(file)
+    stored, _ = read_safetensors(file, SAFETENSORS_DTYPES | {"U8": torch.uint8})  # of moments in 8 bits
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
         raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")
     for name, part in stored.items():

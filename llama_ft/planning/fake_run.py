@@ -40,6 +40,7 @@ class FakeRun:
     use: MemoryUse
     events: list[Event]
     last_step: int  # index of the first event of the last optimizer step
+    managed_bytes: int  # beside the tracked tensors
     trainable_params: int
     total_params: int
 
@@ -96,10 +97,12 @@ def fake_run(
     """What is alive when, in the dry run that a run of this config begins with.
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
-    The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last.
+    The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last. Where updates
+    are a part of the backward pass, it is made by a whole step, the hardest window's.
     """
     data = windows_of(config, samples, traits, held_out)
     hardest, evaluated = hardest_windows(data), hardest_evaluations(data)
+    in_backward = config.training.optimizer_in_backward
     with fake_step(config, traits) as step:
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
@@ -108,9 +111,10 @@ def fake_run(
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             first_step = len(tracker.events)
-            tracker.claim_gradients(give_gradients(step))
-            step.optimizer.step()
-            step.optimizer.zero_grad(set_to_none=True)
+            if in_backward:
+                step(windows[0])
+            else:
+                make_state(step, tracker)
             second_step = len(tracker.events)
             for window in reversed(windows):  # the longest last: it is the step to look at
                 last_step = len(tracker.events)
@@ -121,10 +125,24 @@ def fake_run(
             for batch in evaluated:
                 tracker.watch(batch.tensors)
                 evaluate_batch(step, batch)
-        events = with_state_made_last(tracker.events[:end], first_step, second_step, last_step) + tracker.events[end:]
-        n_trainable, n_total = count_parameters(step.model)
+        events = tracker.events
+        if not in_backward:
+            events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
     last_step += len(events) - len(tracker.events)
-    return FakeRun(tracker.result(), events, last_step, n_trainable, n_total)
+    return FakeRun(tracker.result(), events, last_step, managed_bytes(step), *count_parameters(step.model))
+
+
+def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
+    """Let the optimizer make its state, in a step without a micro-batch."""
+    tracker.claim_gradients(give_gradients(step))
+    step.optimizer.step()
+    step.optimizer.zero_grad(set_to_none=True)
+
+
+def managed_bytes(step: TrainStep) -> int:
+    """Of the optimizer's state, what CUDA's driver moves to the host where the card is full."""
+    tensors = (tensor for state in step.optimizer.state.values() for tensor in state.values())
+    return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:

@@ -24,6 +24,7 @@ Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
 TERA, GIGA = 1e12, 1e9
 RATES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch multiplies fp32 in fp32, not in TF32
+ONLY_READ = ("g", "qmap1", "qmap2")  # by bitsandbytes' updates, whose schemas say that all is written
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
 
 
@@ -84,10 +85,11 @@ class OperatorCounter(TorchDispatchMode):
             flops = ATTENTION[name](*args, **kwargs)
         elif packet in flop_registry:
             flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
-        outputs = _tensors(out) or _tensors(_written(func, args))
+        returned = _tensors(out)
+        outputs = returned or _tensors(_written(func, args))
         inputs = [] if packet in GATHERING else _tensors((args, kwargs))
         held = {tensor.untyped_storage()._cdata for tensor in inputs}
-        is_view = any(tensor.untyped_storage()._cdata in held for tensor in outputs)
+        is_view = any(tensor.untyped_storage()._cdata in held for tensor in returned)
         if is_view and not flops and not str(packet).endswith("_"):  # by another name, such as _unsafe_view
             return
         moved = sum({id(t): t.nbytes for t in inputs}.values()) + sum(t.nbytes for t in outputs)
@@ -106,7 +108,7 @@ def _tensors(values: Any) -> list[Tensor]:
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
     """The arguments that an operator which returns nothing writes to."""
     written = zip(func._schema.arguments, args, strict=False)
-    return [value for each, value in written if each.alias_info and each.alias_info.is_write]
+    return [v for each, v in written if each.alias_info and each.alias_info.is_write and each.name not in ONLY_READ]
 
 
 def scale(operators: Operators, factor: float) -> Operators:

@@ -76,7 +76,7 @@ def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
 
 
 def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
-    """Why a card cannot run this, if it has not the 16-bit format; another one may."""
+    """Why this cannot be run on the card, which has not the 16-bit format, or because of what the optimizer does."""
     try:
         traits_of(gpu).precision(config)
     except UserError as error:
@@ -99,7 +99,8 @@ def needs_of(
 def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
     """The step whose events begin at the index `start`; of each few in a row the one with most memory, by category.
 
-    A fused optimizer allocates nothing in a step whose state is there: its point is what is alive when it runs.
+    A fused optimizer allocates nothing in a step whose state is there: its point, unless it runs within the backward
+    pass, is what is alive when it runs.
     """
     alive = bytes_alive(events)
 
@@ -112,6 +113,8 @@ def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
     totals = [sum(now) for now in zip(*alive.values(), strict=True)]
     neighbours = groupby(range(begin, end), lambda index: ((index - begin) // width, events[index][2]))
     points = [point(max(few, key=totals.__getitem__), phase) for (_, phase), few in neighbours]
+    if end == len(events) or events[end][2] == EVALUATION:
+        return points
     return [*points, replace(point(end - 1, "optimizer step"), event=end - begin)]
 
 
@@ -130,6 +133,7 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
     row.peak_memory_mib, row.peak_phase = use.peak_mib + workspace_mib, use.phase
     row.memory_mib, row.memory_max_mib = with_workspace(use.at_peak_mib), with_workspace(use.max_mib)
     row.breakdown = list(use.breakdown)
+    row.managed_mib = needs.run.managed_bytes / MIB or None
     for point in needs.timeline:  # in tenths of a MiB: it is there to be drawn
         rounded = {category: round(mib, 1) for category, mib in with_workspace(point.memory_mib).items()}
         row.timeline.append(replace(point, memory_mib=rounded))

@@ -35,6 +35,7 @@ class PlanRow:
     memory_mib: dict[str, float] | None = None  # by category, at the peak
     memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
     breakdown: list[MemoryItem] = field(default_factory=list)
+    managed_mib: float | None = None  # of optimizer state that the driver moves to the host where the card is full
     reserved_mib: float | None = None  # by the CUDA allocator
     context_mib: float | None = None  # of the CUDA context
     required_mib: float | None = None  # both

@@ -133,6 +133,11 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
     notes = [] if plan.is_sweep else _setting_notes(plan)
+    if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
+        notes.append(
+            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the"
+            " driver moves it to the host where the card is full."
+        )
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
@@ -156,13 +161,19 @@ def _setting_notes(plan: Plan) -> list[str]:
     """What the settings that all rows share mean for them."""
     optims = [row.optim for row in plan.rows]
     size, packing = plan.training["micro_batch_size"], plan.training.get("packing")
+    optimizer = plan.training.get("optimizer", "adamw")
     notes = technique_notes(optims, plan.techniques, size, packing)
     if packing is None and not any(optim.get("ga") for optim in optims):
         notes.append(f"Micro-batches of {size} (training.micro_batch_size), an update after each.")
     if any(optim.get("mp") for optim in optims) and plan.techniques["mp"]["trainable_weights"] == "compute":
-        notes.append("MP: trainable weights, gradients and optimizer state are in 16 bit too.")
-    if plan.training.get("optimizer") == "sgd":
+        also = " and gradients" if "8bit" in optimizer else ", gradients and optimizer state"
+        notes.append(f"MP: trainable weights{also} are in 16 bit too.")
+    if optimizer == "sgd":
         notes.append(f"The optimizer is SGD with momentum {plan.training['momentum']:g}.")
+    if "8bit" in optimizer:
+        notes.append("The optimizer is AdamW with moments in 8 bits.")
+    if plan.training.get("optimizer_in_backward"):
+        notes.append("Each weight is updated within the backward pass, as soon as its gradient is there.")
     return notes
 
 

@@ -32,8 +32,14 @@ class Precision:
 
     @classmethod
     def of(cls, config: TrainConfig, device_type: str, has_bf16: bool) -> "Precision":
-        """A run's: that of `mixed_precision` where it is on, else fp32 throughout."""
-        return mixed_precision(config.mp, device_type, has_bf16) if config.optim.mp else cls(device_type)
+        """A run's: that of `mixed_precision` where it is on, else fp32 throughout.
+
+        Raises:
+            UserError: if the device, or what the optimizer does there, does not go with it.
+        """
+        precision = mixed_precision(config.mp, device_type, has_bf16) if config.optim.mp else cls(device_type)
+        config.training.check_on(device_type, config.accumulation_steps, precision.compute == torch.float16)
+        return precision
 
     def autocast(self) -> AbstractContextManager[None]:
         """Context for the forward pass and the loss."""

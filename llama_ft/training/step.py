@@ -11,6 +11,7 @@ from llama_ft.model.autograd import SummedCrossEntropy
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.gradient_accumulation import target_tokens
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.training.update import Update, UpdateInBackward
 
 Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
@@ -35,13 +36,19 @@ class TrainStep:
     """Callable on a window. Nothing in it waits for the device."""
 
     def __init__(
-        self, model: Transformer, optimizer: torch.optim.Optimizer, precision: Precision, max_grad_norm: float = 1.0
+        self,
+        model: Transformer,
+        optimizer: torch.optim.Optimizer,
+        precision: Precision,
+        max_grad_norm: float = 1.0,
+        updates_in_backward: bool = False,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.precision = precision
         self.scaler = precision.scaler()
-        self.max_grad_norm = max_grad_norm
+        kind = UpdateInBackward if updates_in_backward else Update
+        self.update = kind(optimizer, self.scaler, max_grad_norm)
         self.device = next(model.parameters()).device
 
     def __call__(self, window: Window) -> tuple[Tensor, Tensor]:
@@ -52,29 +59,10 @@ class TrainStep:
         """
         n_targets = target_tokens(window)
         loss = torch.zeros((), device=self.device)
-        for micro_batch in window:
-            loss += self._backward(micro_batch, n_targets)
-        self.scaler.unscale_(self.optimizer)
-        grad_norm = self._clip()
-        self.scaler.step(self.optimizer)
-        vars(self.optimizer).pop("grad_scale", None)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
-
-    def _clip(self) -> Tensor:
-        """Clip the gradients' norm; returns what it was.
-
-        A fused optimizer divides by `grad_scale` while it reads the gradients, which spares a pass over them.
-        """
-        gradients = [each.grad for each in self.optimizer.param_groups[0]["params"] if each.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
-        if self.optimizer.defaults.get("fused"):
-            self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
-        else:
-            torch._foreach_div_(gradients, scale)
-        return norm
+        with self.update.in_backward():
+            for micro_batch in window:
+                loss += self._backward(micro_batch, n_targets)
+        return loss, self.update()
 
     def _backward(self, micro_batch: Batch, n_targets: int) -> Tensor:
         """Add the micro-batch's part to the window's gradient; returns its part of the loss."""
@@ -93,8 +81,11 @@ class TrainStep:
         rates = [group["lr"] for group in self.optimizer.param_groups]
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        on_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if on_cuda else []):
             self(window)
+        if on_cuda:
+            torch.cuda.synchronize(self.device)  # paged state is the host's to write to when no kernel does
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for state in self.optimizer.state.values():

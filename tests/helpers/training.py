@@ -40,7 +40,7 @@ def make_step(config: TrainConfig, optim: OptimConfig) -> TrainStep:
 def gradients(step: TrainStep, window: Window) -> list[Tensor]:
     """Before they are clipped; nothing is updated."""
     found: list[Tensor] = []
-    step.max_grad_norm = float("inf")
+    step.update.max_grad_norm = float("inf")
     hook = step.optimizer.register_step_pre_hook(
         lambda optimizer, *_: found.extend(p.grad.clone() for p in optimizer.param_groups[0]["params"])
     )

@@ -1,0 +1,148 @@
+"""What updates the weights: AdamW, with moments in 32 or in 8 bits, and SGD."""
+
+import inspect
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._mode_utils import no_dispatch
+
+from llama_ft.bitsandbytes import bitsandbytes
+from llama_ft.config import TrainingConfig
+from llama_ft.config.training import Optimizer
+
+# As bitsandbytes has it: elements from which on moments have 8 bits, with how many of them to a scale; elements from
+# which on they are paged.
+MIN_8BIT, BLOCK, MIN_PAGED = 4096, 256, 100_000
+MOMENTS = "exp_avg", "exp_avg_sq"
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's, of Loshchilov and Hutter 2019 (arXiv 1711.05101).
+
+    A step does not ask whether a CUDA graph is captured, which none is: PyTorch 2.13 makes a context on a GPU for the
+    question, though all parameters are on the CPU.
+    """
+
+    def _accelerator_graph_capture_health_check(self) -> None:
+        return
+
+    _cuda_graph_capture_health_check = _accelerator_graph_capture_health_check  # before 2.13
+
+
+class SGD(torch.optim.SGD):
+    """PyTorch's: stochastic gradient descent (Robbins and Monro 1951, doi 10.1214/aoms/1177729586) with momentum.
+
+    Momentum (Polyak 1964, doi 10.1016/0041-5553(64)90137-5) is PyTorch's form of Sutskever et al. 2013: b = momentum b
+    + g, and a weight loses lr b. It begins at 0, from which the first step makes b = g, as in PyTorch; that would leave
+    it unset where the fused kernel skips the first step, as under loss scaling.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
+        for parameter in group["params"] if group["momentum"] else ():
+            if parameter.grad is not None and not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        return super()._init_group(group, *lists)  # type: ignore[no-untyped-call]
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """AdamW whose moments are stored in 8 bits, by blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2).
+
+    To the bit what `bitsandbytes.optim.AdamW8bit` does, by its kernels; but it does not wait for the device after each
+    weight. The state of a weight is tensors alone, all 0 at first: `step`, an fp32 scalar on the CPU; `exp_avg` and
+    `exp_avg_sq`, uint8 in the weight's shape, with `absmax` and `absmax_sq`, fp32 [blocks]. Weights of fewer than 4096
+    elements have fp32 moments, and no scales.
+
+    Paged (Dettmers et al. 2023, arXiv 2305.14314, section 3), larger moments are in memory that CUDA's driver moves to
+    the host where the card is full, beside PyTorch's allocator. Among the fake tensors of a plan they have no memory.
+
+    Raises:
+        UserError: if bitsandbytes is not installed.
+    """
+
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float = 0.0, is_paged: bool = False
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": weight_decay})
+        name = "paged_adamw_8bit" if is_paged else "adamw_8bit"
+        self._kernels = bitsandbytes(f"training.optimizer={name}").functional
+        self._is_paged, self._maps = is_paged, list[Tensor]()
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the weights that have a gradient. fp32 or 16 bit, on the CPU or CUDA; one after the other."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad.contiguous(), group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if not (state := self.state[parameter]):
+            state |= self._begin(parameter)
+        count = state["step"].add_(1)
+        step = int(count) if type(count) is Tensor else 1  # a plan's fake tensor says no number
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        (beta1, beta2), eps, lr, decay = group["betas"], group["eps"], group["lr"], group["weight_decay"]
+        weight = "adam", gradient, parameter
+        if "absmax" in state:
+            if parameter.device.type == "cuda" and getattr(moments[0], "is_paged", False):
+                for moment in moments:  # all at once, not page by page as the kernel meets them
+                    self._kernels.prefetch_tensor(moment)
+            scales = *self._maps, state["absmax"], state["absmax_sq"]
+            unused = 0.0, 0.0  # other optimizers' beta3 and alpha
+            self._kernels.optimizer_update_8bit_blockwise(
+                *weight, *moments, beta1, beta2, *unused, eps, step, lr, *scales, decay
+            )
+        else:
+            self._kernels.optimizer_update_32bit(
+                *weight, moments[0], beta1, eps, step, lr, moments[1], beta2, weight_decay=decay
+            )
+
+    def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state before the first step."""
+        n, device = parameter.numel(), parameter.device
+        state = {"step": torch.zeros(())}  # on the CPU, where reading it waits for nothing
+        if n < MIN_8BIT:
+            return state | {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
+        if not self._maps:  # from 8 bits to numbers between -1 or 0 and 1
+            with no_dispatch():  # fake tensors could not be read
+                maps = [self._kernels.create_dynamic_map(is_signed).tolist() for is_signed in (True, False)]
+            self._maps = [torch.tensor(values, device=device) for values in maps]
+        state |= {name: self._zeros(parameter) for name in MOMENTS}
+        return state | {name: torch.zeros(-(-n // BLOCK), device=device) for name in ("absmax", "absmax_sq")}
+
+    def _zeros(self, parameter: Tensor) -> Tensor:
+        """uint8, in the parameter's shape; in memory that the driver moves, if that is wanted."""
+        if not self._is_paged or parameter.numel() < MIN_PAGED:
+            return torch.zeros_like(parameter, dtype=torch.uint8)
+        if parameter.device.type == "cpu":  # among the fake tensors of a plan
+            zeros = torch.zeros_like(parameter, dtype=torch.uint8, device="meta")
+            zeros.is_paged = True  # type: ignore[attr-defined]
+            return zeros
+        paged: Tensor = self._kernels.get_paged(*parameter.shape, dtype=torch.uint8, device=parameter.device)
+        self._kernels.fill(paged, 0)
+        return paged
+
+
+# Without the wrappers that keep PyTorch's compiler out, and import it for that: seconds of each start.
+WRAPPED = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+for _class, _name in product((AdamW, AdamW8bit, SGD), WRAPPED):
+    setattr(_class, _name, torch.no_grad()(inspect.unwrap(getattr(_class, _name))))
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """The optimizer that the config names, over the trainable parameters.
+
+    Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps. SGD of 16-bit
+    weights goes from one to the next instead: PyTorch's fused kernel for the CPU leaves most of such a weight as it is
+    (pytorch/pytorch#191763, in 2.13 too).
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    decay = config.weight_decay
+    if config.optimizer is Optimizer.adamw:
+        return AdamW(trainable, config.lr, weight_decay=decay, fused=True)
+    if config.optimizer is not Optimizer.sgd:
+        return AdamW8bit(trainable, config.lr, decay, is_paged=config.optimizer is Optimizer.paged_adamw_8bit)
+    is_fused = all(parameter.dtype.itemsize > 2 for parameter in trainable)
+    return SGD(trainable, config.lr, config.momentum, weight_decay=decay, fused=is_fused, foreach=False)
