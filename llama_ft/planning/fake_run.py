@@ -21,8 +21,10 @@ from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.transformer import Attention
+from llama_ft.planning.fake_host import FakeHost
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
+from llama_ft.techniques.gradient_checkpointing import CheckpointedLayers
 from llama_ft.training.loop import Windows
 from llama_ft.training.setup import allocate, make_step, shape_model
 from llama_ft.training.step import TrainStep, evaluate_batch
@@ -41,6 +43,7 @@ class FakeRun:
     last_step: int  # index of the first event of the last optimizer step
     trainable_params: int
     total_params: int
+    host_bytes: int  # the most that offloaded tensors take of the host's memory
 
 
 @contextmanager
@@ -62,6 +65,8 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
                 module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
         if traits.on_cuda:
             use_fused_dropout(model)
+            if isinstance(model.run_layers, CheckpointedLayers):
+                model.run_layers.copy_of = FakeHost()
         model.train()
         yield make_step(model, config, on_cpu)
 
@@ -122,9 +127,11 @@ def fake_run(
                 evaluate_batch(step, batch)
         events = with_state_made_last(tracker.events[:end], first_step, second_step, last_step) + tracker.events[end:]
         parameters = list(step.model.parameters())
+        host = getattr(step.model.run_layers, "copy_of", None)
     last_step += len(events) - len(tracker.events)
     n_trainable = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    return FakeRun(tracker.result(), events, last_step, n_trainable, sum(each.numel() for each in parameters))
+    n_total, host_bytes = sum(each.numel() for each in parameters), host.most if isinstance(host, FakeHost) else 0
+    return FakeRun(tracker.result(), events, last_step, n_trainable, n_total, host_bytes)
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:

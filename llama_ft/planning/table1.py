@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llama_ft.config import LABELS, TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config.checks import Policy
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of
@@ -86,7 +87,9 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     longer = (
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
-    kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
+    kept = f"the input of every {'block' if config.gc.every == 1 else f'{config.gc.every} blocks'}"
+    if config.gc.policy is Policy.selective:
+        kept += " and what large matrix products give"
     masters = "fp32 masters" if config.mp.trainable_weights is Dtype.fp32 else "16-bit weights"
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     frozen_16bit = "on LoRA, frozen weights in 16 bit (mp.frozen_weights=compute)"
@@ -94,7 +97,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     rows: list[Contrast] = [
         ("ga", held, run(steps * size), run(ga=True)),
         ("ga", longer, run(), run(ga=True)),
-        ("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
+        ("gc", f"keeps {kept} alone", run(), run(gc=True)),
         ("mp", f"full fine-tuning, {masters}", run(), run(mp=True)),
         ("mp", frozen_16bit, run(lora=True), run(frozen=Dtype.compute, mp=True, lora=True)),
         ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),

@@ -36,6 +36,7 @@ class PlanRow:
     breakdown: list[MemoryItem] = field(default_factory=list)
     reserved_mib: float | None = None  # by the CUDA allocator
     context_mib: float | None = None  # of the CUDA context
+    host_memory_mib: float | None = None  # pinned, of what is offloaded
     required_mib: float | None = None  # both
     total_memory_mib: float | None = None  # of the card
     fits: bool | None = None
