@@ -313,6 +313,7 @@ OUT_OF_RANGE = [
     ("model.n_kv_heads=4", "model.n_kv_heads", "4", "divisor of 6"),
     ("model.n_heads=192", "model.dim", "192", "even"),
     ("mp.dtype=fp16 mp.trainable_weights=compute", "mp.trainable_weights", "compute", "fp32 with mp.dtype=fp16"),
+    ("optim.gc=true gc.policy=selective training.compile=true", "gc.policy", "selective", "leave one of them out"),
     ("model=llama2_7b", "model", "llama2_7b", "checkpoint=DIR & checkpoint=random"),
     ("data=alpaca_200 data.url=null", "data", "alpaca_200", "data.path=FILE"),
 ]

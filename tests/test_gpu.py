@@ -203,7 +203,17 @@ def test_a_run_reports_the_allocators_peaks_by_category(tmp_path, combination: s
     assert sum(result["memory_mib"].values()) == pytest.approx(result["peak_memory_mib"])
 
 
-@pytest.mark.parametrize("combination", ["baseline", "mp", "ga_mp_lora", "ga_mp_lora training.packing=512"])
+@pytest.mark.parametrize(
+    "combination",
+    [
+        "baseline",
+        "mp",
+        "ga_mp_lora",
+        "ga_mp_lora training.packing=512",
+        "ga_mp_lora optim.gc=true gc.offload=cpu",
+        "ga_mp_lora optim.gc=true gc.policy=selective",
+    ],
+)
 def test_a_plan_says_what_the_allocator_will_say(tmp_path, combination: str) -> None:
     """On a model whose tensors are far larger than what kernels allocate for themselves."""
     told = [*f"optim={combination}".split(), "model.dim=768", "model.ffn_dim=2048", "checkpoint=random"]
@@ -369,3 +379,56 @@ def test_checkpointing_changes_no_gradient() -> None:
         gradients.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
     for name, gradient in gradients[0].items():
         assert relative(gradients[1][name], gradient) <= 1e-3, name
+
+
+@pytest.mark.parametrize(("selective", "offload"), [(True, False), (False, True), (True, True)])
+def test_selected_products_and_offloaded_inputs_change_no_bit(
+    selective: bool, offload: bool, request: pytest.FixtureRequest
+) -> None:
+    """In bf16, with dropout, over micro-batches of several lengths; nothing waits for the device."""
+    request.addfinalizer(lambda: torch.use_deterministic_algorithms(False))
+    torch.use_deterministic_algorithms(True, warn_only=True)  # attention's backward pass adds in any order else
+    found = []
+    for chosen in ({}, {"selective": selective, "offload": offload}):
+        model = make_model(ModelConfig("deep", 512, 8, 8, 8, 1024, vocab_size=300, max_seq_len=1024)).cuda()
+        torch.manual_seed(0)
+        add_lora(model, 4, dropout=0.3, targets=["wq", "w2"])
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.1)
+        checkpoint_layers(model, **chosen)
+        model.train()
+        tokens = [torch.full((4, n), 7).pin_memory() for n in (1000, 33, 500)]
+        for is_first in (True, False):  # kernels are loaded, and pinned memory is allocated
+            model.zero_grad()
+            torch.manual_seed(1)
+            torch.cuda.set_sync_debug_mode("default" if is_first else "error")
+            try:
+                for each in tokens:
+                    with torch.autocast("cuda", torch.bfloat16):
+                        logits = model(each.to("cuda", non_blocking=True))
+                    logits.float().square().mean().backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        found.append({name: each.grad for name, each in model.named_parameters() if each.grad is not None})
+    assert all(torch.equal(found[1][name], gradient) for name, gradient in found[0].items())
+
+
+def test_offloaded_inputs_leave_the_card_in_the_same_way_each_time() -> None:
+    """And are used again on the host: a second pass pins no memory."""
+    peaks, pinned = [], []
+    tokens = torch.full((8, 512), 7, device="cuda")
+    for offload in (False, True):
+        model = make_model(ModelConfig("deep", 512, 16, 8, 8, 512, vocab_size=300, max_seq_len=512)).cuda()
+        add_lora(model, 4)
+        checkpoint_layers(model, offload=offload)
+        for _ in range(4):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            model(tokens).sum().backward()
+            peaks.append(torch.cuda.max_memory_allocated())
+            pinned.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+        del model
+    kept, offloaded = peaks[1:4], peaks[5:]
+    assert len(set(kept)) == len(set(offloaded)) == 1
+    assert kept[0] - offloaded[0] >= 12 * 8 * 512 * 512 * 4  # of 16 inputs
+    assert pinned[4:] == [pinned[4]] * 4

@@ -28,6 +28,7 @@ from llama_ft.config import (
     TrainingConfig,
     UserError,
 )
+from llama_ft.config.checks import Offload, Policy
 from llama_ft.data.collate import collate
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse
@@ -81,12 +82,18 @@ def test_a_fake_run_needs_what_the_real_one_needs(optim: OptimConfig) -> None:
         ("mp", "mp", "trainable_weights", Dtype.compute),
         ("neft", "neft", "alpha", 1.0),
         ("ga mp lora gc neft", "training", "packing", 45),
+        ("gc", "gc", "policy", Policy.selective),
+        ("ga mp lora gc", "gc", "policy", Policy.selective),
+        ("gc", "gc", "offload", Offload.cpu),
+        ("ga mp lora gc", "gc", "offload", Offload.cpu),
     ],
 )
 def test_so_do_runs_with_other_settings(on: str, section: str, key: str, value: object) -> None:
     config = small_config(**dict.fromkeys(on.split(), True))
     setattr(getattr(config, section), key, value)
-    assert fake_run(config, ragged_samples(), ON_CPU).use == measured(config, ragged_samples())
+    use = fake_run(config, ragged_samples(), ON_CPU).use
+    assert use == measured(config, ragged_samples())
+    assert sum(use.at_peak_mib.values()) == pytest.approx(use.peak_mib)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -336,11 +343,21 @@ def counted(config: TrainConfig, windows: list[list[Sample]]) -> list[Operators]
     return [counter.operators for counter in counters]
 
 
-@pytest.mark.parametrize(("on", "n_layers", "every"), [("ga", 5, 1), ("mp lora gc ga", 5, 1), ("gc", 6, 2)])
-def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(on: str, n_layers: int, every: int) -> None:
+@pytest.mark.parametrize(
+    ("on", "n_layers", "every", "policy"),
+    [
+        ("ga", 5, 1, Policy.full),
+        ("mp lora gc ga", 5, 1, Policy.full),
+        ("gc", 6, 2, Policy.full),
+        ("mp lora gc", 5, 1, Policy.selective),
+    ],
+)
+def test_costs_of_a_whole_run_are_those_of_its_steps_counted_one_by_one(
+    on: str, n_layers: int, every: int, policy: Policy
+) -> None:
     config = small_config(**dict.fromkeys(on.split(), True))
     config.model = replace(config.model, n_layers=n_layers)
-    config.ga.steps, config.gc.every = 2, every
+    config.ga.steps, config.gc.every, config.gc.policy, config.gc.offload = 2, every, policy, Offload.cpu
     samples = [Sample.after([1] * 33, 33 - 8)] * 6  # of one shape: nothing is interpolated
     (costs,) = run_costs([config], samples, ON_CUDA)
     (step,) = counted(config, [samples[: config.accumulation_steps]])

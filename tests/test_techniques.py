@@ -86,15 +86,20 @@ class TestGradientAccumulation:
 
 
 class TestGradientCheckpointing:
-    @pytest.mark.parametrize("every", [1, 2, 3, 5])
-    @pytest.mark.parametrize("lora", [False, True])
-    def test_loss_and_gradients_are_equal_to_the_bit(self, every: int, lora: bool) -> None:
-        plain = small_model(2)
+    @pytest.mark.parametrize(
+        ("every", "selective", "offload"),
+        [(1, False, False), (2, False, False), (3, False, True), (5, False, False), (1, True, False), (2, True, True)],
+    )
+    @pytest.mark.parametrize("lora", ["", "wq wv", "wq wk wv wo w1 w2 w3"])
+    def test_loss_and_gradients_are_equal_to_the_bit(
+        self, every: int, selective: bool, offload: bool, lora: str
+    ) -> None:
+        plain = small_model(2, qkv_bias=True)
         if lora:
             torch.manual_seed(0)
-            add_lora(plain, 4, 8.0, 0.1, ["wq", "wv"])
+            add_lora(plain, 4, 8.0, 0.1, lora.split())
         checkpointed = copy.deepcopy(plain)
-        checkpoint_layers(checkpointed, every)
+        checkpoint_layers(checkpointed, every, selective, offload)
         losses = []
         for model in (plain, checkpointed):
             torch.manual_seed(1)  # dropout
@@ -114,6 +119,18 @@ class TestGradientCheckpointing:
         # Recomputation stops at the last tensor that backward needs, so each group's last w2 is left out.
         groups, w2 = -(-3 // every), 2 * batch.tokens.numel() * 96 * 64
         assert total_flops(checkpointed, batch) - total_flops(plain, batch) == layers - groups * w2
+
+    @pytest.mark.parametrize(("bias", "lora"), [(False, ""), (True, ""), (False, "wq w2")])
+    def test_selective_computes_attention_and_sums_over_the_rank_again(self, bias: bool, lora: str) -> None:
+        batch, rank = collate(ragged_samples()), 4
+        plain, checkpointed = (small_model(qkv_bias=bias) for _ in range(2))
+        for model in (plain, checkpointed):
+            if lora:
+                add_lora(model, rank, targets=lora.split())
+        checkpoint_layers(checkpointed, selective=True)
+        n_tokens, q = batch.tokens.numel(), torch.zeros(*batch.tokens.shape[:1], 4, batch.tokens.shape[1], 16)
+        again = flops(lambda: attend(q, q, q, None)) + bool(lora) * 2 * n_tokens * rank * 64  # wq's; w2's comes last
+        assert total_flops(checkpointed, batch) - total_flops(plain, batch) == 3 * again
 
     def test_parameter_names_stay(self) -> None:
         model = small_model()

@@ -90,7 +90,7 @@ class GradientCheckpointingConfig:
     """Gradient checkpointing, where `optim.gc` is on."""
 
     every: int = setting(1, "keep the input of every n-th block", at_least=1)
-    policy: Policy = setting(Policy.full, "recompute all of a block; or selective, what is no matrix product's output")
+    policy: Policy = setting(Policy.full, "recompute all of a block; or selective, all but large matrix products")
     offload: Offload | None = setting(None, "cpu keeps the blocks' inputs in the host's memory; null on the device")
 
     def __post_init__(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
-from llama_ft.config.checks import DeviceChoice, Dtype, Settings, UserError, literal, readable, setting
+from llama_ft.config.checks import DeviceChoice, Dtype, Policy, Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig
 from llama_ft.config.source import ModelSource, RecordsSource
@@ -50,6 +50,11 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         super().__post_init__()
         if self.adapter is not None and not self.optim.lora:
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
+        if self.training.compile and self.optim.gc and self.gc.policy is Policy.selective:
+            raise UserError(
+                "gc.policy=selective chooses among operators, and training.compile=true makes one of a layer: leave one"
+                " of them out"
+            )
         self.gpu.check_is_one()
         self.check_optimizer()
         self.training.check_for(self.data.validation)

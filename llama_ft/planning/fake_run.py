@@ -22,8 +22,10 @@ from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
 from llama_ft.model.transformer import Attention
+from llama_ft.planning.fake_host import FakeHost
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
+from llama_ft.techniques.gradient_checkpointing import CheckpointedLayers
 from llama_ft.training.loop import Windows
 from llama_ft.training.setup import allocate, make_step, shape_model
 from llama_ft.training.step import TrainStep, evaluate_batch
@@ -41,6 +43,7 @@ class FakeRun:
     events: list[Event]
     last_step: int  # index of the first event of the last optimizer step
     managed_bytes: int  # beside the tracked tensors
+    host_bytes: int  # the most that offloaded tensors take of the host's memory
     trainable_params: int
     total_params: int
 
@@ -64,6 +67,8 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
                 module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
         if traits.on_cuda:
             use_fused_dropout(model)
+            if isinstance(model.run_layers, CheckpointedLayers):
+                model.run_layers.copy_of = FakeHost()
         model.train()
         yield make_step(model, config, on_cpu)
 
@@ -128,8 +133,11 @@ def fake_run(
         events = tracker.events
         if not in_backward:
             events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
+        host = getattr(step.model.run_layers, "copy_of", None)
     last_step += len(events) - len(tracker.events)
-    return FakeRun(tracker.result(), events, last_step, managed_bytes(step), *count_parameters(step.model))
+    host_bytes = host.most if isinstance(host, FakeHost) else 0
+    counts = count_parameters(step.model)
+    return FakeRun(tracker.result(), events, last_step, managed_bytes(step), host_bytes, *counts)
 
 
 def make_state(step: TrainStep, tracker: MemoryTracker) -> None:

@@ -138,6 +138,7 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
         rounded = {category: round(mib, 1) for category, mib in with_workspace(point.memory_mib).items()}
         row.timeline.append(replace(point, memory_mib=rounded))
     row.context_mib, row.total_memory_mib = gpu.context_mib, gpu.memory_mib
+    row.host_memory_mib = needs.run.host_bytes / MIB or None
     if workspace_mib:
         row.breakdown.append(MemoryItem("other", "-", workspace_mib, "cuBLAS workspaces"))
         row.reserved_mib = needs.reserved_mib[workspace_bytes(gpu)]

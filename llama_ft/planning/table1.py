@@ -99,7 +99,9 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     longer = (
         f"micro-batch of {size} held: an update every {steps * size} samples instead of every {size}, as in Table 2"
     )
-    kept = "block" if config.gc.every == 1 else f"{config.gc.every} blocks"
+    kept = f"the input of every {'block' if config.gc.every == 1 else f'{config.gc.every} blocks'}"
+    if config.gc.policy is Policy.selective:
+        kept += " and what large matrix products give"
     masters = "fp32 masters" if config.mp.trainable_weights is Dtype.fp32 else "16-bit weights"
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     frozen_16bit = "on LoRA, frozen weights in 16 bit (mp.frozen_weights=compute)"
@@ -108,7 +110,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     rows: list[Contrast] = [
         ("ga", held, run(steps * size), run(ga=True)),
         ("ga", longer, run(), run(ga=True)),
-        ("gc", f"keeps the input of every {kept} alone", run(), run(gc=True)),
+        ("gc", f"keeps {kept} alone", run(), run(gc=True)),
         ("mp", f"full fine-tuning, {masters}", run(), run(mp=True)),
         ("mp", frozen_16bit, run(lora=True), on_lora),
         ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),

@@ -38,6 +38,7 @@ class PlanRow:
     managed_mib: float | None = None  # of optimizer state that the driver moves to the host where the card is full
     reserved_mib: float | None = None  # by the CUDA allocator
     context_mib: float | None = None  # of the CUDA context
+    host_memory_mib: float | None = None  # pinned, of what is offloaded
     required_mib: float | None = None  # both
     total_memory_mib: float | None = None  # of the card
     fits: bool | None = None

@@ -143,6 +143,8 @@ def plan_notes(plan: Plan) -> list[str]:
         notes.append(f"MP computes in {' and '.join(computed)}.")
     if plan.training.get("compile"):
         notes.append("training.compile is not modelled: memory and times are those of layers that are not compiled.")
+    if host_mib := [row.host_memory_mib for row in plan.rows if row.host_memory_mib is not None]:
+        notes.append(f"Offloaded: up to {max(host_mib):,.0f} MiB in the host's memory; copying is in no runtime.")
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)

@@ -126,6 +126,11 @@ def technique_notes(
             notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
         else:
             notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
+    if any(optim.get("gc") for optim in optims):
+        if settings["gc"].get("policy", "full") == "selective":
+            notes.append("GC: what large matrix products give is kept too (gc.policy=selective).")
+        if settings["gc"].get("offload"):
+            notes.append("GC: inputs of blocks are kept in the host's memory (gc.offload=cpu), where there is a GPU.")
     shown = shown_techniques(optims)
     return notes + [f"{each.label} is off." for each in TECHNIQUES if each.saves and each not in shown]
 

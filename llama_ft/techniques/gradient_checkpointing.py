@@ -4,31 +4,77 @@
 n blocks live at a time; docs/gradient_checkpointing.md shows why n = 1, not the textbook's sqrt(L), is best for LLaMA.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from llama_ft.config import GradientCheckpointingConfig
+from llama_ft.config.checks import Offload, Policy
 from llama_ft.model.attention import Mask
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.techniques.mixed_precision import Precision
+from llama_ft.techniques.offload import offloading, pinned_copy
+
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)  # their last argument is [summed over, features]
 
 
 def apply(model: Transformer, config: GradientCheckpointingConfig, precision: Precision) -> None:
     """Checkpoint the layers as the config says."""
-    checkpoint_layers(model, config.every)
+    checkpoint_layers(model, config.every, config.policy is Policy.selective, config.offload is Offload.cpu)
 
 
-def checkpoint_layers(model: Transformer, every: int = 1) -> None:
-    """Make the model run its layers in checkpointed groups of `every`; a UserError unless it is at least 1."""
+def checkpoint_layers(model: Transformer, every: int = 1, selective: bool = False, offload: bool = False) -> None:
+    """Make the model run its layers in checkpointed groups.
+
+    Args:
+        every: layers in a group; a UserError unless it is at least 1.
+        selective: keep the results of large matrix products too, so that only what is quick is computed again.
+        offload: keep the groups' inputs in the host's memory where they are on a GPU.
+    """
     GradientCheckpointingConfig(every)  # checks it
-    run_group = model.run_layers
+    model.run_layers = CheckpointedLayers(model.run_layers, every, selective, offload)
 
-    def run_checkpointed(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
-        for start in range(0, len(layers), every):
-            group = slice(start, start + every)
-            # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
-            # gradient, and the reentrant form would then give none to any weight of any block.
-            x = checkpoint(run_group, layers[group], x, turns, mask, caches[group], use_reentrant=False)
+
+class CheckpointedLayers:
+    """Runs layers in checkpointed groups, each of them by the function that ran all."""
+
+    def __init__(self, run_group: Callable[..., Tensor], every: int, selective: bool, offload: bool) -> None:
+        self.run_group, self.every, self.selective, self.offload = run_group, every, selective, offload
+        self.copy_of = pinned_copy  # an attribute, so that plans can be made for GPUs that are not there
+
+    def __call__(self, layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, caches: Caches) -> Tensor:
+        """[B, S, D] to [B, S, D]."""
+        inputs: AbstractContextManager[object] = offloading(self.copy_of) if self.offload else nullcontext()
+        for start in range(0, len(layers), self.every):
+            group = slice(start, start + self.every)
+            run = partial(self.run_group, layers[group])
+            contexts = partial(_keeping_products, layers[group]) if self.selective else noop_context_fn
+            with inputs:  # the tensors that a checkpoint saves are those given without a name: x
+                # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
+                # gradient, and the reentrant form would then give none to any weight of any block.
+                x = checkpoint(
+                    run, x, turns=turns, mask=mask, caches=caches[group], use_reentrant=False, context_fn=contexts
+                )
         return x
 
-    model.run_layers = run_checkpointed
+
+def _keeping_products(layers: Any) -> Any:
+    """Contexts of a group's forward pass and of its recomputation, which takes the results of products from the first.
+
+    Those kept sum over model.dim features or more: a number computed takes as long as for a weight's product. LoRA's B
+    sums over its rank. What w2 ends a group with is not computed again, unless it trains more than its weight.
+    """
+    least, w2 = layers[0].attention.wq.in_features, layers[-1].feed_forward.w2
+    ends_early = len(layers) == 1 and not any(p.requires_grad for name, p in w2.named_parameters() if name != "weight")
+    most = w2.in_features - 1 if ends_early else float("inf")
+
+    def policy(_: Any, operator: Any, *args: Any, **__: Any) -> CheckpointPolicy:
+        keep = operator in PRODUCTS and least <= args[-1].shape[0] <= most
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -41,6 +41,8 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     if config.adapter is not None:
         begin_with(model, config.adapter)
         log(f"adapter: that of {config.adapter} is trained further")
+    if config.optim.gc and config.gc.offload is not None and device.type == "cpu":
+        log("gc.offload=cpu: the blocks' inputs are in the host's memory as it is, and nothing is moved")
     return make_step(model, config, precision)
 
 
