@@ -181,7 +181,7 @@ REFUSED = {
     "training.max_grad_norm=1": "training.max_grad_norm=1 clips by the norm of them all: give inf",
     "optim=ga": "8 micro-batches make an update: leave optim.ga out",
     "training.packing=100 training.micro_batch_size=2": "give training.micro_batch_size=1",
-    "optim=mp mp.dtype=fp16": "in fp16 an update is skipped where one of them overflows: use mp.dtype=bf16",
+    "optim=mp mp.dtype=fp16": "in fp16 an update is skipped where one overflows: use bf16, or leave optim.mp out",
 }
 
 

@@ -34,7 +34,10 @@ def test_counts_are_those_of_the_closed_forms(quick: dict[str, Any]) -> None:
 
 
 def test_checkpointing_that_keeps_everything_fails(few_layers: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(technique, "checkpoint", lambda run, *args, use_reentrant: run(*args))
+    def kept(run: Any, x: Tensor, use_reentrant: bool, context_fn: Any, **shared: Any) -> Tensor:
+        return run(x, **shared)
+
+    monkeypatch.setattr(technique, "checkpoint", kept)
     assert failed(study, measured()) == [2, 3, 6]
 
 
@@ -47,13 +50,13 @@ def test_checkpointing_of_every_layer_alone_fails(few_layers: None, monkeypatch:
 def test_a_recomputation_that_differs_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint, calls = technique.checkpoint, 0
 
-    def differing(run: Any, *args: Any, use_reentrant: bool) -> Tensor:
-        def each_time_more(*given: Any) -> Tensor:
+    def differing(run: Any, *args: Any, **named: Any) -> Tensor:
+        def each_time_more(*given: Any, **shared: Any) -> Tensor:
             nonlocal calls
             calls += 1
-            return run(*given) * (1 + calls * 1e-3)
+            return run(*given, **shared) * (1 + calls * 1e-3)
 
-        return checkpoint(each_time_more, *args, use_reentrant=use_reentrant)
+        return checkpoint(each_time_more, *args, **named)
 
     monkeypatch.setattr(technique, "checkpoint", differing)
     assert failed(study, quick, gradients_apart=runs.gradients_apart()) == [5]

@@ -88,7 +88,7 @@ class TrainingConfig:
                 {
                     f"{accumulation_steps} micro-batches make an update: leave optim.ga out": accumulation_steps > 1,
                     f"{rows}: give training.micro_batch_size=1": several,
-                    "in fp16 an update is skipped where one of them overflows: use mp.dtype=bf16": in_fp16,
+                    "in fp16 an update is skipped where one overflows: use bf16, or leave optim.mp out": in_fp16,
                 }
             )
 
