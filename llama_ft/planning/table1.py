@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from llama_ft.bitsandbytes import is_installed
 from llama_ft.config import (
     TECHNIQUES,
     Dtype,
@@ -136,19 +137,19 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
     nf4 = replace(on_lora, mp=replace(on_lora.mp, frozen_weights=Dtype.nf4))
     offloaded = replace(checkpointed, gc=replace(checkpointed.gc, offload=Offload.cpu))
     selective = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.selective))
-    return [
-        ("mp", "on LoRA with MP, frozen weights in 4 bits (mp.frozen_weights=nf4)", on_lora, nf4),
+    rows = [
         ("gc", "on GC, inputs in the host's memory (gc.offload=cpu)", checkpointed, offloaded),
-        ("gc", "keeps the products' outputs too (gc.policy=selective)", full, selective),
-        (
-            "optimizer",
-            "8-bit moments (training.optimizer=adamw_8bit), full fine-tuning",
-            full,
-            update(full, **eight_bit),
-        ),
-        ("optimizer", "8-bit moments, on LoRA with MP", on_lora, update(on_lora, **eight_bit)),
-        ("optimizer", "in backward (training.optimizer_in_backward=true), full fine-tuning", full, unclipped),
+        ("gc", "large products are kept too (gc.policy=selective)", full, selective),
+        ("optimizer", "each weight updated in backward, full fine-tuning", full, unclipped),
     ]
+    if is_installed():
+        nf4 = replace(on_lora, mp=replace(on_lora.mp, frozen_weights=Dtype.nf4))
+        rows += [
+            ("mp", "on LoRA with MP, frozen weights in 4 bits (mp.frozen_weights=nf4)", on_lora, nf4),
+            ("optimizer", "8-bit moments, full fine-tuning", full, update(full, **eight_bit)),
+            ("optimizer", "8-bit moments, on LoRA with MP", on_lora, update(on_lora, **eight_bit)),
+        ]
+    return sorted(rows, key=lambda row: list(LABELS).index(row[0]))
 
 
 def _key(config: TrainConfig) -> Key:
@@ -216,6 +217,8 @@ def _notes(config: TrainConfig, traits: Traits, equal: Lengths) -> list[str]:
         " matrix products run at the rate of the 16-bit format.",
         "GC: FLOPs include what is computed again in backward.",
     ]
+    if not is_installed():
+        notes.append("Without 4-bit weights and 8-bit moments, which need bitsandbytes: pip install 'llama_ft[quant]'.")
     width = equal[0][0] - 1
     try:
         multiple = traits.precision(replace(config, optim=OptimConfig(mp=True))).pad_multiple
