@@ -32,7 +32,7 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     Raises:
         UserError: if the checkpoint has no weights for this model, or a technique or an adapter does not fit it.
     """
-    make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # a package that is missing is said before loading
+    make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # a missing package is said first
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
     model = shape_model(config, precision)
     use_products_of(device, precision.compute)
