@@ -44,6 +44,7 @@ from llama_ft.records.result import CONFIG_FILE, Result, new_result
 CONF = CHECKOUT / "conf"
 YAML_FILES = sorted(file.relative_to(CONF).with_suffix("").as_posix() for file in CONF.rglob("*.yaml"))
 OPTIONS = [name for name in YAML_FILES if "/" in name]  # the choices of groups
+GLOBAL = ("experiment", "recipe")  # groups whose choices set keys of any section
 # Models and data that are not built in must be told these.
 TOLD = ["checkpoint=random", "tokenizer=tokenizer.model", "data.path=records.json"]
 PRESETS = {"_".join(names) or "baseline" for n in range(4) for names in itertools.combinations(("ga", "mp", "lora"), n)}
@@ -73,7 +74,7 @@ LEAVES = dict(leaf_hints(TrainConfig))
 def test_every_yaml_file_is_in_a_known_place():
     assert not list(CONF.rglob("*.yml"))
     groups = {option.rpartition("/")[0] for option in OPTIONS}
-    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "experiment", "decoding"}
+    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "recipe", "experiment", "decoding"}
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
@@ -97,9 +98,9 @@ def test_option_composes_and_its_values_arrive(option):
     config = composed(command, [f"{group}={name}", *(["prompt=Hello"] if command == "generate" else TOLD)])
     assert isinstance(OmegaConf.to_object(config), SCHEMAS[command])
     values = OmegaConf.load(CONF / f"{option}.yaml") or {}
-    section = config if group == "experiment" else config[group]
+    section = OmegaConf.to_container(config, enum_to_str=True) if group in GLOBAL else config[group]
     for key in set(values) - {"defaults", "hydra"}:
-        if group == "experiment":
+        if group in GLOBAL and key != "recipe":
             assert values[key].items() <= section[key].items()
         else:
             assert section[key] == values[key] or getattr(section[key], "name", None) == values[key]
@@ -111,7 +112,7 @@ def test_option_composes_and_its_values_arrive(option):
 def test_no_yaml_file_repeats_a_default(option):
     group = option.rpartition("/")[0]
     schema = OmegaConf.structured(GenerateConfig if group == "decoding" else TrainConfig)
-    defaults = OmegaConf.to_container(schema if group == "experiment" else schema[group], enum_to_str=True)
+    defaults = OmegaConf.to_container(schema if group in GLOBAL else schema[group], enum_to_str=True)
     values = OmegaConf.to_container(OmegaConf.load(CONF / f"{option}.yaml")) or {}
     repeated = [key for key in values if key not in ("defaults", "hydra") and values[key] == defaults[key]]
     # The course's run stays the course's, whatever the defaults become.
@@ -511,6 +512,7 @@ NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan.",
     "training.resume",
     "data.cache_dir",
     "gpu.index",
+    "recipe",
 }
 MEASURED = [leaf for leaf in LEAVES if leaf not in NOT_MEASURED]
 

@@ -31,7 +31,7 @@ OPTIONS = {
     "--cfg job": "print the resolved config, and do nothing",
     "--hydra-help": "Hydra's own options",
 }
-MIN_WIDTH = 30  # characters of a last column, however narrow the terminal is
+MIN_WIDTH = 27  # characters of a last column, however narrow the terminal is
 
 Row = tuple[str, ...]
 

@@ -39,9 +39,7 @@ def make_plan(
     """
     config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
     measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
-    if len(runs) == 1:
-        runs = [replace(config, optim=optim) for optim in planned_combinations(config)]
-    config, *runs = (_cut(run, len(lengths)) for run in (config, *runs))
+    config, *runs = (_cut(run, len(lengths)) for run in (config, *_rows_for(runs)))
     all_rows = predict(_compared(config) if config.goal else runs, gpus, lengths, progress, held_out)
     rows = [row for row in all_rows if OptimConfig(**row.optim) in [run.optim for run in runs]]
     for row, values in zip(rows, own * len(gpus), strict=True) if len(own) > 1 else ():
@@ -74,6 +72,11 @@ def make_plan(
 def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
     """The combinations that are asked for."""
     return [config.optim] if config.combinations is Combinations.one else list(combinations(config.both))
+
+
+def _rows_for(runs: Sequence[PlanConfig]) -> Sequence[PlanConfig]:
+    """The runs that rows are for: a sweep's, or the combinations of the one."""
+    return runs if len(runs) > 1 else [replace(runs[0], optim=optim) for optim in planned_combinations(runs[0])]
 
 
 def _compared(config: PlanConfig) -> list[PlanConfig]:
