@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from llama_ft.cli.texts import as_typed
 from llama_ft.config import SCHEMAS, DataConfig, EvaluateConfig, GenerateConfig, PlanConfig, TrainConfig, UserError
 from llama_ft.config.presets import preset
 from llama_ft.config.train import read_config
+from llama_ft.decoding.prompt_file import print_line
 from llama_ft.launch import process
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import CONFIG_FILE, new_result
@@ -120,8 +122,8 @@ def test_null_and_lists(argument: str, value: Any) -> None:
     ("argument", "reason"),
     [
         ("decoding.stop=null", "must be a list"),
-        ("prompt=???", "missing mandatory value: prompt"),
-        ("decoding.stop=[a,???]", "Missing mandatory value"),
+        ("prompt=???", "marks what is missing"),
+        ("decoding.stop=[a,???]", "???"),
     ],
 )
 def test_what_cannot_be_a_text_is_refused(argument: str, reason: str) -> None:
@@ -278,6 +280,8 @@ def printed(monkeypatch: pytest.MonkeyPatch, encoding: str, function: Callable[[
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
 def test_no_answer_is_lost_to_a_terminals_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
     record = {"answer": "“ναί” caf\u00e9 \U0001f98a\ud83d"[:-1]}
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    assert json.loads(printed(monkeypatch, encoding, lambda: print_line(line)).decode(encoding)) == record
     answer = printed(monkeypatch, encoding, lambda: print(record["answer"])).decode(encoding)
     assert answer.encode("ascii", "backslashreplace") == record["answer"].encode("ascii", "backslashreplace") + b"\n"
 

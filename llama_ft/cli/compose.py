@@ -145,6 +145,8 @@ def _check_value(schema: type, override: Override) -> None:
         or (expected in TEXTS and value == "")  # $FILE where that is not set; the built-in one would be taken
     ):
         raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))
+    if "???" in (value if isinstance(value, list) else [value]):
+        raise UserError(f"{key}=??? is not allowed: ??? marks what is missing; with a blank, in quotes, it is a text")
 
 
 def _with_hub_folders(config: DictConfig, schema: type) -> dict[str, str]:
