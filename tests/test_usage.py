@@ -270,12 +270,12 @@ def test_tab_completes_commands_groups_choices_and_keys(script):
 
 
 @pytest.mark.process
-def test_output_that_cannot_be_written_is_an_error_of_one_line(tmp_path: Path) -> None:
+def test_output_that_cannot_be_written_is_not_taken_for_the_output_folder(tmp_path: Path) -> None:
     """On a full disk, of which /dev/full is the like."""
-    command = [sys.executable, "-m", "llama_ft.plan", "--help"]
+    command = [sys.executable, "-m", "llama_ft.train", "--help"]
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "error: the output: No space left on device\n")
+    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
 
 
 @pytest.mark.process

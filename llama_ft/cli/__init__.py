@@ -38,7 +38,16 @@ def command_line() -> str:
     return shlex.join([Path(typed[0]).name, *typed[1:]] if is_script else ["python", *typed])
 
 
-def _drop_output() -> None:
+def _output_fails() -> bool:
+    """Whether standard output takes nothing more, as on a full disk: its errors name no file, and others' may not."""
+    try:
+        print(end="", flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _close_output() -> None:
     """Drop what cannot be written to standard output, which Python would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -66,13 +75,15 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output, such as head, has read enough
-        _drop_output()
+        _close_output()
         sys.exit(FAILED)
     except (Stop, Exception) as error:
         if wants_traceback:
             raise
-        if isinstance(error, OSError) and not error.filename:  # standard output may be on a full disk
-            _drop_output()
+        if isinstance(error, OSError) and not error.filename and _output_fails():
+            _close_output()
+            print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            sys.exit(FAILED)
         print(f"error: {error if isinstance(error, Stop) else explain(error, usage.schema)}", file=sys.stderr)
         if not isinstance(error, EXPECTED):
             print("this looks like a bug of ours; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)
