@@ -250,7 +250,6 @@ def test_its_plan_is_the_measurement_to_the_byte(ladder: Sweep) -> None:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.xfail(reason="4-bit weights, 8-bit moments, in backward and offload are being built", strict=False)
 def test_the_whole_ladder_is_measured_and_planned(tmp_path: Path) -> None:
     sweep = run_sweep(tmp_path, "experiment=less_memory", *FAST, folder=tmp_path / "outputs" / "less_memory")
     assert sweep.process.returncode == 0, sweep.process.stdout + sweep.process.stderr

@@ -408,12 +408,12 @@ def test_paged_moments_are_no_part_of_a_cards_memory() -> None:
     rows = []
     for optimizer in (Optimizer.adamw_8bit, Optimizer.paged_adamw_8bit):
         config = replace(small_config(), training=TrainingConfig(optimizer=optimizer))
-        rows += predict.predict(config, [config.optim], [card()], SHORT)
+        rows += predict.predict([config], [card()], SHORT)
     moments = 2 * 2 * config.model.vocab_size * config.model.dim / MIB
     assert [row.managed_mib for row in rows] == [None, moments]
     state, less = (row.memory_max_mib["optimizer_state"] for row in rows)
     assert state - less == pytest.approx(moments)
-    (row,) = predict.predict(config, [config.optim], [CPU_PROFILE], SHORT)
+    (row,) = predict.predict([config], [CPU_PROFILE], SHORT)
     assert "training.optimizer=adamw_8bit" in str(row.error)
 
 

@@ -49,8 +49,7 @@ def load(
         checkpoint: the weights: `builtin` (of tiny), `random`, a folder, a GGUF file, or a name on the hub. None is
             that given as `model`, or builtin.
         tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
-        dtype: of the weights; nf4 and fp4 are linear layers in 4 bits, and the others in bf16 on a GPU that has it,
-            fp16 on another, fp32 on the CPU. LoRA is trained over them.
+        dtype: of the weights; nf4 and fp4 are linear layers in 4 bits, the rest in a GPU's 16-bit format or in fp32.
         device: None is the GPU where there is one, else the CPU.
         seed: of random weights.
 

@@ -133,11 +133,9 @@ def fake_run(
         events = tracker.events
         if not in_backward:
             events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
-        host = getattr(step.model.run_layers, "copy_of", None)
     last_step += len(events) - len(tracker.events)
-    host_bytes = host.most if isinstance(host, FakeHost) else 0
-    counts = count_parameters(step.model)
-    return FakeRun(tracker.result(), events, last_step, managed_bytes(step), host_bytes, *counts)
+    beside = managed_bytes(step), host_bytes(step)
+    return FakeRun(tracker.result(), events, last_step, *beside, *count_parameters(step.model))
 
 
 def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
@@ -151,6 +149,12 @@ def managed_bytes(step: TrainStep) -> int:
     """Of the optimizer's state, what CUDA's driver moves to the host where the card is full."""
     tensors = (tensor for state in step.optimizer.state.values() for tensor in state.values())
     return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
+
+
+def host_bytes(step: TrainStep) -> int:
+    """The most that offloaded tensors took of the host's memory."""
+    host = getattr(step.model.run_layers, "copy_of", None)
+    return host.most if isinstance(host, FakeHost) else 0
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:

@@ -3,14 +3,16 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig
 from llama_ft.config.plan import row_settings
 from llama_ft.config.techniques import combinations
 from llama_ft.device import versions
 from llama_ft.planning.advice import Adviser
-from llama_ft.planning.calibration import calibrate, measured_runs
+from llama_ft.planning.calibration import Runs, calibrate, measured_runs
 from llama_ft.planning.lengths import Lengths
 from llama_ft.planning.predict import predict
 from llama_ft.planning.table1 import table1
@@ -58,15 +60,16 @@ def make_plan(
     if config.combinations is Combinations.all:
         plan.table1 = table1(config, gpus[0], lengths, plan.rows, progress)
     if config.goal:
-
-        def more(runs: Sequence[PlanConfig], cards: Sequence[GpuConfig]) -> list[PlanRow]:
-            found = predict(runs, cards, lengths, progress, held_out)
-            if measured:
-                calibrate(found, *measured)
-            return found
-
+        more = partial(_calibrated_rows, measured, lengths=lengths, progress=progress, held_out=held_out)
         plan.advice = Adviser(config, all_rows, gpus, profiles, lengths, progress, plan.time.kind, more).advise()
     return plan
+
+
+def _calibrated_rows(measured: tuple[Runs, str] | None, *runs_and_cards: Any, **others: Any) -> list[PlanRow]:
+    rows = predict(*runs_and_cards, **others)
+    if measured:
+        calibrate(rows, *measured)
+    return rows
 
 
 def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
