@@ -153,8 +153,8 @@ def test_pinned_memory_is_in_blocks_of_powers_of_two() -> None:
 
 def test_a_row_says_what_the_host_must_have_and_offloading_computes_nothing_more() -> None:
     config = small_config(gc=True)
-    (kept,) = predict(config, [config.optim], [card()], SHORT)
+    (kept,) = predict([config], [card()], SHORT)
     config.gc.offload = Offload.cpu
-    rows = predict(config, [config.optim], [card(), CPU_PROFILE], SHORT)
+    rows = predict([config], [card(), CPU_PROFILE], SHORT)
     assert [row.host_memory_mib for row in (kept, *rows)] == [None, 2 * 2**13 / MIB, None]  # 19 tokens x 64 x 4
     assert (rows[0].flops, rows[0].bytes_moved) == (kept.flops, kept.bytes_moved)
