@@ -95,10 +95,8 @@ class FourBitLinear(nn.Linear):
             whole = self._reordered(whole, to_hf=True)
             self.mean_scale.copy_(whole.mean())
             self.scale_levels.copy_(bitsandbytes("").functional.create_dynamic_map())
-            quantized = torch.ops.bitsandbytes.quantize_blockwise(
-                whole - self.mean_scale, self.scale_levels, SCALES_BLOCK
-            )
-            whole, scale_scales = quantized
+            quantize = torch.ops.bitsandbytes.quantize_blockwise
+            whole, scale_scales = quantize(whole - self.mean_scale, self.scale_levels, SCALES_BLOCK)
             self.scale_scales.copy_(scale_scales)
         self.scales.copy_(whole)
 
