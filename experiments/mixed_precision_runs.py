@@ -13,7 +13,7 @@ from llama_ft.config import PlanConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate
 from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.kernels import use_products_of
-from llama_ft.model.storage import Dense
+from llama_ft.model.storage import Storage
 from llama_ft.model.transformer import Transformer
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits
@@ -112,7 +112,7 @@ def updates() -> dict[str, float]:
         stays = (rounded.float() + (after - before)).to(dtype) == rounded
         left[name] = stays[moved].double().mean().item()
     bf16 = FORMATS["bf16"]
-    stays = weights(bf16, Precision("cpu", bf16, bf16, Dense(bf16)), 1) == before.to(bf16)
+    stays = weights(bf16, Precision("cpu", bf16, bf16, Storage(bf16)), 1) == before.to(bf16)
     return left | {"lr": COURSE_LR, "bf16_run": stays[moved].double().mean().item()}
 
 

@@ -37,12 +37,9 @@ def overrides(arguments: list[str]) -> list[str]:
     short = {f"{each.name}=both": each.name for each in TECHNIQUES if not each.in_course}
     both = [argument for argument in arguments if argument in short]
     if cli.is_sweep(arguments):
-        more = [
-            *both,
-            *(argument for argument in arguments if argument.startswith("goal=") and argument != "goal=null"),
-        ]
-        if more:
-            raise UserError(f"{more[0]} compares combinations, and a sweep names its runs: leave one of them out")
+        goals = [argument for argument in arguments if argument.startswith("goal=") and argument != "goal=null"]
+        for argument in [*both, *goals]:
+            raise UserError(f"{argument} compares combinations, and a sweep names its runs: leave one of them out")
         return [*arguments, "combinations=one"]
     names_optim = any(argument.startswith(("optim=", "optim.", "recipe=")) for argument in arguments)
     if names_optim and both:

@@ -37,7 +37,7 @@ from llama_ft.planning.fake_run import fake_run
 from llama_ft.system import MIB
 from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.techniques.mixed_precision import Precision
-from llama_ft.training.setup import AdamW
+from llama_ft.training.optimizers import AdamW
 from llama_ft.training.step import TrainStep
 
 # A group of 256 scales, 32 rows, is less than a head.

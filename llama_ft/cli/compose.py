@@ -5,16 +5,18 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import TypeVar, cast
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -83,19 +85,18 @@ def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
         config: that of one of the runs, with the section `hydra`.
     """
     names = {*keys, *(key.partition(".")[0] for key in keys), "experiment", "recipe"}
-    varied = {o.key_or_group: o for o in swept(config) if o.key_or_group in names and o.is_discrete_sweep()}
+    found = [override for override in swept(config) if override.key_or_group in names and override.is_discrete_sweep()]
+    varied = {override.key_or_group: str(override.input_line) for override in found}
     others = [text for text in config.hydra.overrides.task if parsed([text])[0].key_or_group not in varied]
-    for choice in product(*map(_values, varied.values())) if varied else ():
+    for choice in choices_of(varied.values()) if varied else ():
         yield compose("train", [*others, *choice])  # by the Hydra that runs
 
 
-def _values(override: Override) -> list[str]:
-    """What a sweep puts in an override's place, one at a time."""
-    value, key = override.value(), override.get_key_element()
-    if isinstance(value, Glob):
-        names = sorted(file.stem for file in (config_dir() / override.key_or_group).glob("*.yaml"))
-        return [f"{key}={name}" for name in value.filter(names)]
-    return [f"{key}={text}" for text in override.sweep_string_iterator()]
+def choices_of(overrides: Iterable[str]) -> list[list[str]]:
+    """What each run of a sweep is told, as Hydra's own sweeper splits it, `glob(*)` and `range(1,4)` too."""
+    parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+    (choices,) = BasicSweeper.split_arguments(parser.parse_overrides(list(overrides)), max_batch_size=None)
+    return choices
 
 
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from llama_ft.cli.compose import checked_config, register
+from llama_ft.cli.compose import checked_config, choices_of, register
 from llama_ft.cli.effects import remarks
-from llama_ft.cli.texts import as_typed
+from llama_ft.cli.texts import as_typed, parsed
 from llama_ft.config import config_dir
 
 T = TypeVar("T")
@@ -28,8 +25,7 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 def composed_runs(name: str, arguments: Sequence[str], schema: type[T]) -> list[T]:
     """The checked configs of the runs that `train` would make of these arguments, in the same order.
 
-    `glob(*)`, `range(1,4)` and what an experiment sweeps are split by Hydra's own sweeper. What is given and would
-    surprise is said on standard error.
+    What is given and would surprise is said on standard error.
 
     Raises:
         UserError: naming a wrong key or value of one of the runs.
@@ -37,12 +33,9 @@ def composed_runs(name: str, arguments: Sequence[str], schema: type[T]) -> list[
     register()
     texts = as_typed([argument for argument in arguments if argument not in OPTIONS], schema, sweeps=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        typed = parser.parse_overrides(texts)
-        fixed = [text for text, override in zip(texts, typed, strict=True) if not override.is_sweep_override()]
+        fixed = [text for text, typed in zip(texts, parsed(texts), strict=True) if not typed.is_sweep_override()]
         params = OmegaConf.select(compose(name, fixed, return_hydra_config=True), "hydra.sweeper.params") or {}
-        swept = parser.parse_overrides([f"{key}={value}" for key, value in params.items()])
-        (choices,) = BasicSweeper.split_arguments([*swept, *typed], max_batch_size=None)
+        choices = choices_of([*(f"{key}={value}" for key, value in params.items()), *texts])
         composed = [compose(name, choice) for choice in choices]
     runs = [checked_config(config, choice, schema) for config, choice in zip(composed, choices, strict=True)]
     for line in remarks(runs[0], texts, lambda _: runs[1:]):

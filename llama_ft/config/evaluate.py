@@ -42,8 +42,3 @@ class EvaluateConfig(TrainedSource, RecordsSource):
     def stride_tokens(self) -> int:
         """Tokens from the start of one window to the next."""
         return self.stride or max(1, self.window_tokens // 2)
-
-    @property
-    def has_base(self) -> bool:
-        """Whether there is something to compare with."""
-        return self.adapter is not None or self.base is not None

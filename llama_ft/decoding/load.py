@@ -13,7 +13,7 @@ from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
 from llama_ft.model.checkpoint import open_checkpoint
 from llama_ft.model.four_bit import FourBit
-from llama_ft.model.storage import Dense, Storage
+from llama_ft.model.storage import Storage
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, load_model
 from llama_ft.records.answers import Answer
@@ -40,7 +40,7 @@ def storage_of(source: TrainedSource, device: torch.device) -> Storage:
     """How the weights are stored that are asked for; beside 4-bit ones all is in the dtype of `auto`."""
     if source.dtype in (Dtype.nf4, Dtype.fp4):
         return FourBit(compute_dtype(Dtype.auto, device, source.gpu), source.dtype.name)
-    return Dense(compute_dtype(source.dtype, device, source.gpu))
+    return Storage(compute_dtype(source.dtype, device, source.gpu))
 
 
 def load_trained(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:

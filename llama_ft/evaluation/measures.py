@@ -53,7 +53,7 @@ def measure_models(
         return result
 
     check_sources(config)
-    if not config.has_base:
+    if config.adapter is None and config.base is None:
         return [measured("model", load_trained)]
     fine_tuned = measured("fine_tuned", load_trained)  # first, since most can be wrong with it
     return [measured("base", load_base), fine_tuned]

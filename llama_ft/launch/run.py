@@ -121,7 +121,7 @@ class MeasuredRun:
         self._note_training(loop)
         self._note_held_out(loop)
         if training.keep_best and (kept := best_of(loop.held_out).step) != position.step:
-            saver.restore_best(kept)
+            saver.read_trained(saver.best_folder(kept))
         after, _ = evaluate(step, fixed)
         if self.result.train_loss_before is not None:
             check_losses(self.result.train_loss_before, after, step.model.config.vocab_size)

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from llama_ft.bitsandbytes import bitsandbytes
 from llama_ft.model.formats import is_rotated, permute_rotary
-from llama_ft.model.storage import Dense
+from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import OUTPUT, Transformer
 
@@ -26,10 +26,9 @@ STORED = ("weight", "scales", "scale_levels", "scale_scales", "mean_scale")  # w
 
 
 @dataclass(frozen=True)
-class FourBit:
-    """Linear layers in 4 bits; embedding, norms, biases and head as plain tensors, as in the paper."""
+class FourBit(Storage):
+    """Linear layers in 4 bits; embedding, norms, biases and head in `dtype`, as in the paper."""
 
-    dtype: torch.dtype  # of the others
     levels: str = "nf4"  # or fp4
     double_quantization: bool = True
 
@@ -41,7 +40,7 @@ class FourBit:
     def prepare(self, model: Transformer) -> None:
         """Convert every parameter, and exchange the linear layers; a UserError if bitsandbytes is missing."""
         bitsandbytes(f"storing weights in 4 bits ({self.levels})")
-        model.to(self.dtype)
+        super().prepare(model)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, nn.Linear) and f"{name}.weight" != OUTPUT:
                 n_heads = layer.out_features // model.config.head_dim if is_rotated(f"{name}.weight") else None
@@ -53,7 +52,7 @@ class FourBit:
         if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
             layer.quantize(weight)
         else:
-            Dense(self.dtype).load(model, name, weight)
+            super().load(model, name, weight)
 
 
 class FourBitLinear(nn.Linear):
@@ -96,10 +95,8 @@ class FourBitLinear(nn.Linear):
             whole = self._reordered(whole, to_hf=True)
             self.mean_scale.copy_(whole.mean())
             self.scale_levels.copy_(bitsandbytes("").functional.create_dynamic_map())
-            quantized = torch.ops.bitsandbytes.quantize_blockwise(
-                whole - self.mean_scale, self.scale_levels, SCALES_BLOCK
-            )
-            whole, scale_scales = quantized
+            quantize = torch.ops.bitsandbytes.quantize_blockwise
+            whole, scale_scales = quantize(whole - self.mean_scale, self.scale_levels, SCALES_BLOCK)
             self.scale_scales.copy_(scale_scales)
         self.scales.copy_(whole)
 

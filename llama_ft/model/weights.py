@@ -17,7 +17,7 @@ from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import SAFETENSORS_DTYPES, read_safetensors
 from llama_ft.model.sizes import SIZES_KEY
-from llama_ft.model.storage import Dense, Storage
+from llama_ft.model.storage import Storage
 from llama_ft.model.stored import in_memory
 from llama_ft.model.transformer import Transformer, rotary_table
 from llama_ft.system import Log, silent
@@ -89,7 +89,7 @@ def load_model(
     log: Log = silent,
 ) -> Transformer:
     """A model with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
-    storage = Dense(stored) if isinstance(stored, torch.dtype) else stored
+    storage = Storage(stored) if isinstance(stored, torch.dtype) else stored
     weights, model = open_weights(checkpoint, config, seed), build(config)
     storage.prepare(model)
     use_products_of(device, storage.dtype)

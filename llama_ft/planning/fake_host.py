@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from llama_ft.techniques.offload import Copy
+
 
 class FakeHost:
     """Makes copies in place of `offload.pinned_copy`, and counts them."""
@@ -15,8 +17,8 @@ class FakeHost:
         return FakeCopy(self, x) if x.numel() else None  # before PyTorch 2.13 a checkpoint saves an empty tensor too
 
 
-class FakeCopy:
-    """An `offload.Copy` of which there is the shape alone; it takes a block of pinned memory, of a power of 2."""
+class FakeCopy(Copy):
+    """A copy of which there is the shape alone; it takes a block of pinned memory, of a power of 2."""
 
     def __init__(self, host: FakeHost, x: Tensor) -> None:
         self._host, self._shape, self._dtype, self._nbytes = host, x.shape, x.dtype, 1 << (x.nbytes - 1).bit_length()

@@ -65,10 +65,11 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
             if isinstance(module, Attention):
                 module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
                 module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
-        if traits.on_cuda:
-            use_fused_dropout(model)
-            if isinstance(model.run_layers, CheckpointedLayers):
-                model.run_layers.copy_of = FakeHost()
+            if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
+                # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
+                module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
+        if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
+            model.run_layers.copy_of = FakeHost()
         model.train()
         yield make_step(model, config, on_cpu)
 
@@ -189,16 +190,6 @@ def micro_batch(width: int, n_targets: int, micro_batch_size: int, sequence: int
 def as_fake(batch: Batch) -> Batch:
     """A fake micro-batch of the same shapes."""
     return batch.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
-
-
-# What kernels on CUDA keep or take that those of fake CPU tensors do not.
-
-
-def use_fused_dropout(model: nn.Module) -> None:
-    """Keep a mask of one byte a value, as the kernel on CUDA does; on the CPU the mask has the values' dtype."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
 
 
 class FlashAttentionMemory(TorchDispatchMode):

@@ -34,7 +34,6 @@ from llama_ft.system import Progress, no_progress
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 SAME = 0.01  # share of the value before, up to which a change is none
-Key = str
 LABELS = {each.name: each.label for each in TECHNIQUES} | {"optimizer": "Optimizer"}
 # A technique, as it is chosen, and the runs without it and with it.
 Contrast = tuple[str, str, TrainConfig, TrainConfig]
@@ -74,7 +73,7 @@ def table1(
     possible = [key for key in runs if key not in refusals]
     possible.sort(key=lambda key: known.get(key) is not None)  # those that take longest first
     jobs = {key: (runs[key], samples, equal, traits_of(gpu), known.get(key)) for key in possible}
-    cases: dict[Key, Case] = {}
+    cases: dict[str, Case] = {}
     with progress("table 1", len(jobs)) as advance:
         for key, case in side_by_side(find_case, jobs):
             cases[key] = case
@@ -134,7 +133,6 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
     full, checkpointed, on_lora = (update(run, **plain) for run in (full, checkpointed, on_lora))
     checkpointed = replace(checkpointed, gc=GradientCheckpointingConfig(checkpointed.gc.every))
     unclipped = update(full, optimizer_in_backward=True, max_grad_norm=math.inf)
-    nf4 = replace(on_lora, mp=replace(on_lora.mp, frozen_weights=Dtype.nf4))
     offloaded = replace(checkpointed, gc=replace(checkpointed.gc, offload=Offload.cpu))
     selective = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.selective))
     rows = [
@@ -152,12 +150,10 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
     return sorted(rows, key=lambda row: list(LABELS).index(row[0]))
 
 
-def _key(config: TrainConfig) -> Key:
+def _key(config: TrainConfig) -> str:
     """Equal for equal runs, among those of one table."""
-    optim = config.optim
-    mp = config.mp if optim.mp and optim.lora else None
-    gc = config.gc if optim.gc else None
-    return repr((optim.combination, mp, gc, config.training))
+    optim, mp, gc = config.optim, config.mp, config.gc
+    return repr((optim, optim.mp and optim.lora and mp, optim.gc and gc, config.training))
 
 
 def find_case(

@@ -1,7 +1,7 @@
 """Two sweeps, or a sweep and the plan that predicts it, side by side: each measure, and how far they are apart."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, NamedTuple
@@ -77,13 +77,9 @@ class Comparison:
         if self.a.settings:
             return self._rows_for_runs()
         rows: Rows = []
-        name_a, name_b = self.sides.names
-        for title, key, form, *_ in self.measures:
-            of_b = "at best" if self.is_bound and key == "runtime_s" else name_b
+        for title, columns in self._columns():
             rows.append((title, [""] * len(self.pairs)))
-            rows.append((f"  {name_a}", [cell(a, key, form) for a in self.a.results]))
-            rows.append((f"  {of_b}", [cell(b, key, form) for b in self.b.results]))
-            rows.append((f"  {self.sides.difference}", [self._difference(a, b, key, form) for a, b in self.pairs]))
+            rows += [(f"  {name}", cells) for name, cells in columns]
         of_both = [run_counts(group.results) for group in (self.a, self.b)]
         if any(of_both):
             rows.append((RUNS, [""] * len(self.pairs)))
@@ -92,15 +88,21 @@ class Comparison:
 
     def _rows_for_runs(self) -> Table:
         """A row for each run; of each measure three columns."""
-        head, short, columns = [], [], []
-        for title, key, form, *_ in self.measures:
-            of_b = "at best" if self.is_bound and key == "runtime_s" else self.sides.names[1]
-            head += [title, of_b, self.sides.difference]
-            short += [title.partition(" ")[0].rstrip(","), of_b, self.sides.difference]
-            columns += [[cell(result, key, form) for result in group.results] for group in (self.a, self.b)]
-            columns.append([self._difference(a, b, key, form) for a, b in self.pairs])
-        rows = [(label, [cells[n] for cells in columns]) for n, label in enumerate(self.a.labels)]
+        columns = [(title, *column) for title, of_measure in self._columns() for column in of_measure]
+        name_a = self.sides.names[0]
+        head = [title if name == name_a else name for title, name, _ in columns]
+        short = [title.partition(" ")[0].rstrip(",") if name == name_a else name for title, name, _ in columns]
+        rows = [(label, [cells[n] for *_, cells in columns]) for n, label in enumerate(self.a.labels)]
         return Table(self.title, [("", head)], rows, self.notes, len(head), gap=2, narrow_head=[("", short)])
+
+    def _columns(self) -> Iterator[tuple[str, Rows]]:
+        """Each measure's title, and the cells of both sides and of their difference."""
+        name_a, name_b = self.sides.names
+        for title, key, form, *_ in self.measures:
+            of_b = "at best" if self.is_bound and key == "runtime_s" else name_b
+            cells_a, cells_b = ([cell(r, key, form) for r in group.results] for group in (self.a, self.b))
+            differences = [self._difference(a, b, key, form) for a, b in self.pairs]
+            yield title, [(name_a, cells_a), (of_b, cells_b), (self.sides.difference, differences)]
 
     def _difference(self, a: Result, b: Result, key: str, form: Callable[[Any], str]) -> str:
         if key in self.not_alike:
@@ -132,7 +134,8 @@ def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Compar
         notes += _repeats(a, b)
         if any("oom" in _statuses(result) for result in (*a.results, *b.results)):
             notes.append("×: out of memory.")
-        notes += _failures(a, " in A") + _failures(b, " in B")
+        for side, group in (("A", a), ("B", b)):
+            notes += failures(group, [f"{result.combination} in {side}" for result in group.results])
         settings = matching.differing_settings(matching.group_settings(a), matching.group_settings(b))
         comparisons.append(Comparison(f"{matching.subject(a)}: A and B", a, b, SWEEPS, settings, notes))
     return comparisons, alone
@@ -154,10 +157,6 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
             comparison.notes.extend(failures(group, [f"{name}, {side}" for name in comparison.names]))
         comparisons.append(comparison)
     return comparisons, left_out
-
-
-def _failures(group: Group, suffix: str) -> list[str]:
-    return failures(group, [result.combination + suffix for result in group.results])
 
 
 def _repeats(a: Group, b: Group) -> list[str]:

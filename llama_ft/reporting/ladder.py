@@ -58,14 +58,8 @@ def ladder_table(
     columns += [(each.title, [cell(record, each.key, each.form) for record in records]) for each in known]
     rows: Rows = [(name, [cells[n] for _, cells in columns]) for n, name in enumerate(rungs(group))]
     notes, head = [NOTE, *interactions(group, records), *notes], [name for name, _ in columns]
-    return Table(
-        title or group.title,
-        [("rung: what is new", head)],
-        rows,
-        notes,
-        max_columns=len(head),
-        max_name_length=MAX_NAME_LENGTH,
-    )
+    head_row = [("rung: what is new", head)]
+    return Table(title or group.title, head_row, rows, notes, len(head), max_name_length=MAX_NAME_LENGTH)
 
 
 def rungs(group: Group) -> list[str]:

@@ -120,11 +120,8 @@ def joined(plan: Plan, matches: list[Match]) -> list[Match]:
 
 
 def _joined(plan: Plan, matches: list[Match]) -> Match:
-    gpu, settings, notes = (
-        matches[0][2],
-        matches[0][3],
-        list(dict.fromkeys(note for *_, own in matches for note in own)),
-    )
+    _, _, gpu, settings, _ = matches[0]
+    notes = list(dict.fromkeys(note for *_, own in matches for note in own))
     places = {row.key: n for n, row in enumerate(plan.rows_on(gpu["name"]))}
     runs: list[tuple[Any, ...]] = [
         (places[row_key(result.combination, own)], result, own, *run)

@@ -21,11 +21,7 @@ def _fits(fits: bool) -> str:
     return "yes" if fits else MARKS["oom"]
 
 
-FIT = (
-    Measure("needed", "required_mib"),
-    Measure("fits", "fits", _fits),
-    Measure("margin", "margin_mib"),
-)
+FIT = (Measure("needed", "required_mib"), Measure("fits", "fits", _fits), Measure("margin", "margin_mib"))
 
 
 def tables_of(plan: Plan) -> list[Table]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
-from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import table_order
 from llama_ft.config.training import SEED
 from llama_ft.records.result import RESULT_FILE, Result, results_below
@@ -60,7 +59,8 @@ def _with_repeats(groups: list[Group]) -> list[Group]:
     subjects: dict[str, str] = {}  # by a variant without its seed: what was refused left no settings
     for group, settings in sorted(known, key=lambda each: each[1] is None):
         variant = _common([group.variant])
-        subject = _without_seed(settings) if settings else subjects.get(variant, variant)
+        compared = {k: v for k, v in (settings or {}).items() if k != SEED and not k.startswith(NOT_COMPARED)}
+        subject = json.dumps(compared, sort_keys=True, default=str) if settings else subjects.get(variant, variant)
         subjects.setdefault(variant, subject)
         seed = settings.get(SEED) if settings else _named_seed(group.variant)
         runs = [Run(result, folder, seed) for result, folder in zip(group.results, group.folders, strict=True)]
@@ -84,11 +84,6 @@ def _group_of_repeats(variant: str, runs: list[Run]) -> Group:
     # Of a run that was refused the folder has no settings.
     folders = [next((run for run in row if run.result.config_hash), row[0]).folder for row in rows.values()]
     return Group(variant, [repeated(row) for row in rows.values()], folders)
-
-
-def _without_seed(settings: Settings) -> str:
-    compared = {key: value for key, value in settings.items() if key != SEED and not key.startswith(NOT_COMPARED)}
-    return json.dumps(compared, sort_keys=True, default=str)
 
 
 def _named_seed(variant: str) -> int | str | None:

@@ -16,15 +16,8 @@ from llama_ft.records.result import CONFIG_FILE
 RECIPE = "recipe"  # the setting that is a name for others
 # The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
 # sizes were typed: not what is run.
-NOT_COMPARED = (
-    "optim.",
-    "tracker.",
-    "data.cache_dir",
-    "training.save_every",
-    "training.resume",
-    "sweep.",
-    "hydra.",
-    "model.given",
+NOT_COMPARED = tuple(
+    "optim. tracker. data.cache_dir training.save_every training.resume sweep. hydra. model.given".split()
 )
 
 

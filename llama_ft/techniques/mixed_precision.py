@@ -15,7 +15,7 @@ import torch
 from llama_ft.config import Dtype, MixedPrecisionConfig, TrainConfig, UserError
 from llama_ft.kernels import has_16bit_products
 from llama_ft.model.four_bit import FourBit
-from llama_ft.model.storage import Dense, Storage
+from llama_ft.model.storage import Storage
 
 # oneDNN builds its 16-bit kernels anew for every length it meets; a quarter of a run's time on ragged data.
 CPU_16BIT_PAD_MULTIPLE = 32
@@ -28,7 +28,7 @@ class Precision:
     device_type: str
     compute: torch.dtype = torch.float32
     trainable: torch.dtype = torch.float32
-    frozen: Storage = Dense(torch.float32)
+    frozen: Storage = Storage(torch.float32)
 
     @classmethod
     def of(cls, config: TrainConfig, device_type: str, has_bf16: bool) -> "Precision":
@@ -51,7 +51,7 @@ class Precision:
 
     def storage(self, *, frozen: bool) -> Storage:
         """How weights are stored that are frozen, or that are trained."""
-        return self.frozen if frozen else Dense(self.trainable)
+        return self.frozen if frozen else Storage(self.trainable)
 
     @property
     def pad_multiple(self) -> int:
@@ -75,5 +75,5 @@ def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bo
     stored = {Dtype.fp32: torch.float32, Dtype.compute: compute}
     trainable, frozen = stored[config.trainable_weights], config.frozen_weights
     if frozen in stored:
-        return Precision(device_type, compute, trainable, Dense(stored[frozen]))
+        return Precision(device_type, compute, trainable, Storage(stored[frozen]))
     return Precision(device_type, compute, trainable, FourBit(compute, frozen.name, config.double_quantization))

@@ -6,25 +6,15 @@ What torchtune's `OffloadActivations` does, and TRL's after it, for inputs alone
 
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
-class Copy(Protocol):
-    """A tensor's copy in the host's memory."""
-
-    def wait(self) -> None:
-        """Let what the device is told to compute from now on wait for the copying that was begun last."""
-
-    def fetch(self) -> Tensor:
-        """Begin to copy it back, into a new tensor on the device; whoever reads that calls `wait` before."""
-
-
-class PinnedCopy:
-    """Copies on a stream of their own, after what the device was told to compute before; the host never waits.
+class Copy:
+    """A tensor's copy in the host's memory. Copying is on a stream of its own, after what the device computes before;
+    the host never waits.
 
     Pinned memory takes long to allocate. PyTorch keeps it, in blocks of powers of 2, and uses a block again once no
     copy that was begun from or to it is under way (aten/src/ATen/core/CachingHostAllocator.h).
@@ -36,13 +26,16 @@ class PinnedCopy:
         self._copy(x, self._there)
 
     def fetch(self) -> Tensor:
-        """As `Copy` has it. The memory is that of the stream which computes, and freed there like any other."""
+        """Begin to copy it back, into a new tensor on the device; whoever reads that calls `wait` before.
+
+        The memory is that of the stream which computes, and freed there like any other.
+        """
         x = torch.empty_like(self._there, device=self._device)
         self._copy(self._there, x)
         return x
 
     def wait(self) -> None:
-        """As `Copy` has it."""
+        """Let what the device is told to compute from now on wait for the copying that was begun last."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def _copy(self, source: Tensor, to: Tensor) -> None:
@@ -60,7 +53,7 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
 
 def pinned_copy(x: Tensor) -> Copy | None:
     """A copy of what is on a GPU; None of what is in the host's memory as it is."""
-    return PinnedCopy(x) if x.is_cuda else None
+    return Copy(x) if x.is_cuda else None
 
 
 class Kept:

@@ -1,6 +1,5 @@
 """Numbers of a PEFT adapter that differ by layer: `rank_pattern` and `alpha_pattern`, regular expressions of names."""
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -17,20 +16,9 @@ def by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> flo
             expression = re.compile(rf"(.*\.)?({pattern})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"{ADAPTER_CONFIG_FILE}: {pattern} is no pattern of layers: {error}") from error
-        if _most_tries(pattern) > MAX_TRIES:
+        n_repeats, n_groups = len(re.findall(r"(?<!\()[*+?{]", pattern)), max(1, pattern.count("("))
+        if 32**n_repeats * (1 + pattern.count("|")) ** n_groups > MAX_TRIES or re.search(r"\)[*+{]", pattern):
             raise UserError(f"{ADAPTER_CONFIG_FILE}: {pattern} is too intricate: name the layers one by one")
         if expression.match(layer):
             return value
     return default
-
-
-def _most_tries(pattern: str) -> float:
-    """A bound on how often Python would try to match a pattern with a layer's name, up to a constant.
-
-    Each of its repeats may end at each letter, and each of its groups may be any of the alternatives; where a group is
-    repeated the tries double with each letter.
-    """
-    plain = re.sub(r"\\.|\[\^?.[^]]*\]", "x", pattern).replace("(?", "(")
-    if re.search(r"\)[*+{]", plain):
-        return math.inf
-    return 32.0 ** len(re.findall(r"[*+?{]", plain)) * (1.0 + plain.count("|")) ** max(1, plain.count("("))

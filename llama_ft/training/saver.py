@@ -115,7 +115,7 @@ class Saver:
         if not found:
             return None
         saved = read_state(found[-1])
-        self._read_trained(found[-1])
+        self.read_trained(found[-1])
         read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
         try:
             self._step.scaler.load_state_dict(saved.scaler)
@@ -124,11 +124,8 @@ class Saver:
             raise UserError(f"{found[-1] / STATE_FILE} is damaged: {error}") from error
         return saved.position
 
-    def restore_best(self, step: int) -> None:
-        """Put the weights back that were the best after this optimizer step; a UserError if they are damaged."""
-        self._read_trained(self.best_folder(step))
-
-    def _read_trained(self, folder: Path) -> None:
+    def read_trained(self, folder: Path) -> None:
+        """Put the weights of a checkpoint, or the best, back; a UserError if they are damaged."""
         model = self._step.model
         if layers := lora_layers(model):
             copy_factors(read_adapter(folder, model.config), layers)
