@@ -96,7 +96,8 @@ def before_after(cell: Table1Cell) -> tuple[float, float]:
 def test_the_baseline_is_said_and_every_cell_is_there(table: Table1) -> None:
     for words in ("small on card", "fp32", "micro-batches of 1,", "8 samples of 65 tokens", "64 are trained on"):
         assert words in table.baseline
-    assert [row.name for row in table.rows] == ["GA", "GA", "GC", "MP", "MP", "MP", "LoRA"]
+    further = ["MP", "GC", "GC", "Optimizer", "Optimizer", "Optimizer"]
+    assert [row.name for row in table.rows] == ["GA", "GA", "GC", "MP", "MP", "MP", "LoRA", *further]
     for row in table.rows:
         assert list(row.cells) == ["parameter", "activation", "gradient", "optimizer_state", "computation"]
         for name, cell in row.cells.items():
@@ -114,7 +115,7 @@ def test_an_arrow_is_of_more_than_one_percent(before: float, after: float, expec
 
 
 def test_full_fine_tuning_keeps_a_gradient_and_two_moments_of_each_weight(table: Table1) -> None:
-    found = {name: cell.before for name, cell in cells(table, "gc").items()}
+    found = {name: cell.before for name, cell in cells(table, "gc", "keeps the input").items()}
     assert found["parameter"] == found["gradient"] == mib(counts(), 4)
     assert found["optimizer_state"] == adam_mib(counts())
 
@@ -142,7 +143,7 @@ def attention_flops(products: int) -> float:
 
 
 def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table1) -> None:
-    found = cells(table, "gc")
+    found = cells(table, "gc", "keeps the input")
     products = sum(linears().values())
     # Forward, the input's gradient, the weight's; attention is 2 products forward, 5 backward.
     full = STEPS * (6 * WIDTH * products + attention_flops(2 + 5))
@@ -156,10 +157,10 @@ def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table1) -> None:
 
 
 def test_checkpointing_keeps_the_blocks_inputs(table: Table1) -> None:
-    before, after = before_after(cells(table, "gc")["activation"])
+    before, after = before_after(cells(table, "gc", "keeps the input")["activation"])
     assert mib([WIDTH * MODEL.dim] * MODEL.n_layers, 4) < after < 0.7 * before
     for name in ("parameter", "gradient", "optimizer_state"):
-        assert cells(table, "gc")[name].arrow == "–"
+        assert cells(table, "gc", "keeps the input")[name].arrow == "–"
 
 
 def test_lora_has_gradients_and_moments_of_its_factors_alone(table: Table1) -> None:
@@ -230,6 +231,8 @@ def test_memory_that_the_plan_knows_is_not_found_again(monkeypatch: pytest.Monke
     assert [(run.optim.combination, run.training.micro_batch_size, run.mp.frozen_weights.name) for run in unknown] == [
         ("baseline", STEPS * size, "fp32"),
         ("mp_lora", size, "compute"),
+        *(("mp_lora", size, "nf4"), ("gc", size, "fp32"), ("gc", size, "fp32")),  # what saves more
+        *(("baseline", size, "fp32"), ("baseline", size, "fp32"), ("mp_lora", size, "compute")),
     ]
     for run, lengths, equal, _, memory in asked:
         assert equal == [(65, 60)] * (STEPS * size)  # the longest sample, as often as an effective batch has samples
@@ -247,6 +250,31 @@ def test_micro_batches_are_those_without_packing(monkeypatch: pytest.MonkeyPatch
     assert {(run.training.packing, memory) for run, *_, memory in asked} == {(None, None)}
 
 
+def test_what_saves_more_saves_what_the_formats_say(table: Table1) -> None:
+    """4-bit weights are half a byte, and a byte for 64; 8-bit moments two bytes, and two scales for 256."""
+    in_4_bits, layers = cells(table, "mp", "nf4")["parameter"], linears("layers")
+    stored = [-(-n // 2) for n in layers.values()], [n // 64 for n in layers.values()]
+    tables = [4 * 256, 4] * len(layers) + [4 * -(-n // 64 // 256) for n in layers.values()]
+    saved = mib(layers.values(), 2) - mib(stored[0], 1) - mib(stored[1], 1) - mib(tables, 1)
+    dense = mib([max(layers.values())], 2)  # of one weight at a time, for its product
+    assert saved - dense - 0.01 <= in_4_bits.before - in_4_bits.after <= saved + 0.01
+    moments, large = (
+        cells(table, "optimizer", "8-bit moments, full")["optimizer_state"],
+        [n for n in counts() if n >= 4096],
+    )
+    small = [n for n in counts() if n < 4096]
+    state = 2 * mib(large, 1) + 2 * mib([-(-n // 256) for n in large], 4) + 2 * mib(small, 4)
+    assert moments.after == pytest.approx(state + (512 * len(counts()) + 2 * 1024) / 2**20, rel=1e-3)  # steps, two maps
+    one_at_a_time = cells(table, "optimizer", "in backward")["gradient"]
+    assert one_at_a_time.before == pytest.approx(mib(counts(), 4))
+    assert one_at_a_time.after == pytest.approx(mib([max(counts())], 4))
+    assert cells(table, "optimizer", "on LoRA")["optimizer_state"].arrow == "–"  # factors are too small for 8 bits
+    offloaded, selective = (
+        cells(table, "gc", words)["activation"] for words in ("gc.offload=cpu", "gc.policy=selective")
+    )
+    assert offloaded.after <= offloaded.before < selective.after < selective.before
+
+
 def row_of(optim: OptimConfig, memory_max_mib: dict[str, float], gpu: str = "card") -> PlanRow:
     return PlanRow(asdict(optim), optim.combination, gpu, memory_max_mib=memory_max_mib)
 
@@ -262,8 +290,9 @@ def test_what_the_card_cannot_do_is_a_note(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(table1, "find_case", lambda *_: STAND_IN)
     older = replace(CARD, compute_capability="6.0")
     table = table_of(replace(CONFIG, mp=MixedPrecisionConfig(dtype=Dtype.bf16)), gpu=older)
-    assert [row.name for row in table.rows] == ["GA", "GA", "GC", "LoRA"]
-    assert sum("mp.dtype=bf16 is not supported by this GPU" in note for note in table.notes) == 3
+    further = ["GC", "GC", "Optimizer", "Optimizer"]
+    assert [row.name for row in table.rows] == ["GA", "GA", "GC", "LoRA", *further]
+    assert sum("mp.dtype=bf16 is not supported by this GPU" in note for note in table.notes) == 5
 
 
 def test_a_plan_has_the_table_of_its_first_card(monkeypatch: pytest.MonkeyPatch) -> None:
