@@ -9,6 +9,11 @@ from types import ModuleType
 from llama_ft.config import UserError
 
 
+def needs_package(setting: str) -> str:
+    """What to say where the package is missing."""
+    return f"{setting} needs the package bitsandbytes: pip install 'llama_ft[quant]'"
+
+
 def is_installed() -> bool:
     """Whether the package is there; it is not loaded."""
     return find_spec("bitsandbytes") is not None
@@ -29,6 +34,6 @@ def bitsandbytes(setting: str) -> ModuleType:
     try:
         return import_module("bitsandbytes")
     except ModuleNotFoundError as error:
-        raise UserError(f"{setting} needs the package bitsandbytes: pip install 'llama_ft[quant]'") from error
+        raise UserError(needs_package(setting)) from error
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(f"{setting} needs the package bitsandbytes, which cannot be loaded: {error}") from error

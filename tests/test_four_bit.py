@@ -266,6 +266,26 @@ def test_random_weights_are_those_of_other_storages_rounded() -> None:
     assert count_parameters(quantized)[1] == sum(p.numel() for p in plain.parameters())
 
 
+def test_another_dtype_leaves_weight_and_scales_as_they_are(folder: Path) -> None:
+    model, tokens = ours(folder), random_tokens(1, 20)
+    expected = {name: dequantized(layer) for name, layer in four_bit_layers(model).items()}
+    model.to(torch.bfloat16)
+    assert all(torch.equal(dequantized(layer), expected[name]) for name, layer in four_bit_layers(model).items())
+    assert model(tokens).dtype == torch.bfloat16
+    assert {layer.dtype for layer in four_bit_layers(model).values()} == {torch.bfloat16}
+
+
+def four_bit_layers(model: Transformer) -> dict[str, FourBitLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, FourBitLinear)}
+
+
+def test_weights_in_4_bits_alone_are_not_trained(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"weights are in 4 bits, which are not trained: call lf\.add_lora"):
+        next(lf.finetune(ours(folder), [Sample.after([1, 2, 3, 4], 2)]))
+    with pytest.raises(UserError, match=r"dtype=int4 is not allowed: .*fp32, bf16, fp16, nf4, fp4"):
+        lf.load("tiny", dtype="int4")
+
+
 @pytest.mark.process
 def test_generate_and_evaluate_in_4_bits(tmp_path: Path) -> None:
     """With the adapter beside them, in the precision that they say."""

@@ -237,3 +237,18 @@ def test_the_library_takes_them_too() -> None:
     ):
         with pytest.raises(UserError, match=words):
             next(lf.finetune(model, samples, **{"max_grad_norm": math.inf, **options, **more}))
+
+
+def test_what_overflows_in_fp16_is_skipped_but_its_state_is_made(tiny_config: TrainConfig) -> None:
+    """So that memory is counted, and a run can be resumed, whatever the first scale is."""
+    tiny_config.mp.dtype, tiny_config.training.optimizer = Dtype.fp16, Optimizer.adamw_8bit
+    step = make_step(tiny_config, OptimConfig(mp=True, lora=True))
+    step.scaler._init_scale = 2.0**40
+    before = [each.detach().clone() for each in step.optimizer.param_groups[0]["params"]]
+    step([collate(ragged_samples(), Padding(32))])
+    after = step.optimizer.param_groups[0]["params"]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert step.scaler.get_scale() < 2.0**40
+    for state in step.optimizer.state.values():
+        assert all(not tensor.any() for tensor in state.values())
+    assert len(step.optimizer.state) == len(before)

@@ -1,15 +1,18 @@
 """Whether a run fits, asked before its weights are loaded: at the very limit, what it says, what it does not ask."""
 
+import math
 import os
 import unittest.mock
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from helpers.planning import SHORT, WIDE_HEAD, card, small_config
 
 from llama_ft.config import GpuConfig, MeasureConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config.checks import Policy
 from llama_ft.launch import child, process
 from llama_ft.planning import fit
 from llama_ft.planning.fit import Capacity, alternatives, capacity_of, objection, objection_here, reserved_mib
@@ -76,6 +79,20 @@ def test_alternatives_are_two_at_most_smallest_change_first_then_4_bits(
     assert found[: len(expected)] == [(each, {}) for each in expected]
     nf4 = {"mp.frozen_weights": "nf4"}
     assert found[len(expected) :] == [(smallest, nf4), (smallest, nf4 | {"gc.offload": "cpu"})]
+
+
+@pytest.mark.parametrize(
+    ("training", "gc"),
+    [
+        ({"optimizer_in_backward": True, "max_grad_norm": math.inf}, {}),
+        ({"compile": True}, {"policy": Policy.selective}),
+    ],
+)
+def test_runs_that_go_with_few_others_are_refused_too(training: dict[str, Any], gc: dict[str, Any]) -> None:
+    config = small_config()
+    config = replace(config, training=replace(config.training, **training), gc=replace(config.gc, **gc))
+    text = objection(config, SHORT, Capacity(0.1, 0, "a has 0.1"), TRAITS, WORKSPACE)
+    assert str(text).startswith("baseline on small needs") and "would need" in str(text)
 
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit() -> None:

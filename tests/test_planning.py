@@ -137,9 +137,10 @@ def test_so_do_runs_that_update_in_backward(optimizer: Optimizer, on: str, tied:
     assert use.peak_mib <= fake_run(config, ragged_samples(), ON_CPU).use.peak_mib
 
 
-def test_fp16_with_its_scaler() -> None:
+@pytest.mark.parametrize("optimizer", [Optimizer.adamw, Optimizer.adamw_8bit, Optimizer.sgd])
+def test_fp16_with_its_scaler(optimizer: Optimizer) -> None:
     config = small_config(mp=True)
-    config.mp.dtype = Dtype.fp16
+    config.mp.dtype, config.training.optimizer = Dtype.fp16, optimizer
     fake = fake_run(config, ragged_samples(), ON_CPU).use
     assert fake.peak_mib == pytest.approx(measured(config, ragged_samples()).peak_mib, abs=1024 / MIB)  # its scalars
 

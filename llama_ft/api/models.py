@@ -77,6 +77,8 @@ def load(
 def _storage_of(name: str, device: torch.device) -> torch.dtype | Storage:
     if name in ("nf4", "fp4"):
         return FourBit(compute_dtype(Dtype.auto, device, GpuConfig()), name)
+    if name not in DTYPES:
+        raise UserError(f"dtype={name} is not allowed: it must be one of {', '.join((*DTYPES, 'nf4', 'fp4'))}")
     return dtype_of(name)
 
 

@@ -22,9 +22,11 @@ from llama_ft.evaluation.perplexity import perplexity as _perplexity
 from llama_ft.kernels import use_training_kernels
 from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.worst_case import measure_worst_case
+from llama_ft.model.four_bit import is_in_4_bits
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.evaluation import Perplexity
 from llama_ft.records.metrics import StepMetrics
+from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
@@ -191,6 +193,8 @@ def _step_and_windows(
     if longest > context:
         cut = f"encode(records, tokenizer, max_length={context})"
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
+    if is_in_4_bits(model) and not lora_layers(model):
+        raise UserError("the model's weights are in 4 bits, which are not trained: call lf.add_lora(model) before")
     use_training_kernels(model.tok_embeddings.weight.device)
     compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
     config.check_on(compute.device_type, accumulation_steps, precision == "fp16")

@@ -43,7 +43,7 @@ class PlanConfig(TrainConfig):
             typed = f"both=[{','.join(self.both)}]"
             raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")
         if self.goal is not None and self.combinations is Combinations.one:
-            raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim")
+            raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim and recipe")
         if self.combinations is Combinations.one:  # else it is said of the rows
             self.check_optimizer()
 

@@ -6,8 +6,9 @@ scales, less their mean, are themselves 8-bit numbers in blocks of 256. bitsandb
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +79,7 @@ class FourBitLinear(nn.Linear):
             self.scales = _frozen(torch.empty(n_scales, dtype=torch.uint8, device="meta"))
             self.scale_levels = _frozen(torch.empty(256, device="meta"))
             self.scale_scales = _frozen(torch.empty(-(-n_scales // SCALES_BLOCK), device="meta"))
-            self.mean_scale = _frozen(torch.empty((), device="meta"))
+            self.mean_scale = _frozen(torch.empty(1, device="meta"))
 
     @torch.no_grad()
     def quantize(self, weight: Weight) -> None:
@@ -99,6 +100,16 @@ class FourBitLinear(nn.Linear):
             whole, scale_scales = quantize(whole - self.mean_scale, self.scale_levels, SCALES_BLOCK)
             self.scale_scales.copy_(scale_scales)
         self.scales.copy_(whole)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move, as any module; another dtype is that of the bias, and of what is merged, and no scale's."""
+        scales = {name: self._parameters.pop(name) for name in STORED[1:] if name in self._parameters}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scale in scales.items():
+            assert scale is not None
+            self.register_parameter(name, _frozen(fn(scale.detach().view(torch.uint8)).view(scale.dtype)))
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
+        return self
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight, [out_features, in_features]."""
@@ -124,7 +135,8 @@ class FourBitLinear(nn.Linear):
         """[..., in_features] to [..., out_features]."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or self.weight.dtype != torch.uint8:
+        has_kernel = self.weight.dtype == torch.uint8 and self.in_features % BLOCK == 0
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or not has_kernel:
             return FrozenProduct.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
         stored = self.weight.view(-1, 1), (self.out_features, self.in_features), self._scales(), BLOCK, self.levels
         return torch.ops.bitsandbytes.gemm_4bit(x, *stored, self.bias)  # type: ignore[no-any-return]
@@ -144,6 +156,11 @@ class FrozenProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """To x."""
         return gradient @ ctx.layer.dense_weight(gradient.dtype), None
+
+
+def is_in_4_bits(model: nn.Module) -> bool:
+    """Whether a layer's weight is, or was before something was merged into it."""
+    return any(isinstance(module, FourBitLinear) for module in model.modules())
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

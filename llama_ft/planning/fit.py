@@ -103,9 +103,11 @@ def alternatives(config: TrainConfig, activations_suffice: bool) -> list[tuple[T
     optim = config.optim
     first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
     last = optim.switched(mp=True, lora=True, gc=True)
-    others = [other for other in ([first] if first == last else [first, last]) if other != optim]
-    in_4_bits = [each for each in last_resorts(config) if each[0].optim == last]
-    return [(replace(config, optim=other), {}) for other in others] + in_4_bits
+    found: list[tuple[TrainConfig, Settings]] = []
+    for other in [first] if first == last else [first, last]:
+        with suppress(UserError):  # what else is asked for does not go with it
+            found += [(replace(config, optim=other), {})] if other != optim else []
+    return found + [each for each in last_resorts(config) if each[0].optim == last]
 
 
 def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:

@@ -1,10 +1,11 @@
 """What advice and refusals name where no combination of techniques fits: QLoRA, whose 4-bit weights cost quality."""
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
 from llama_ft.bitsandbytes import is_installed
-from llama_ft.config import Dtype, OptimConfig, TrainConfig
+from llama_ft.config import Dtype, OptimConfig, TrainConfig, UserError
 from llama_ft.config.checks import Offload, Settings
 
 C = TypeVar("C", bound=TrainConfig)
@@ -21,7 +22,8 @@ def last_resorts(config: C) -> list[tuple[C, Settings]]:
             optim = OptimConfig(ga=ga, mp=True, lora=True, gc=gc)
             mp, checkpointing = replace(config.mp, frozen_weights=Dtype.nf4), replace(config.gc, offload=offload)
             settings: Settings = {"mp.frozen_weights": "nf4"} | ({"gc.offload": "cpu"} if offload else {})
-            found.append((replace(config, optim=optim, mp=mp, gc=checkpointing), settings))
+            with suppress(UserError):  # what else is asked for does not go with it
+                found.append((replace(config, optim=optim, mp=mp, gc=checkpointing), settings))
     return found
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, product
 
+from llama_ft.bitsandbytes import is_installed, needs_package
 from llama_ft.config import TECHNIQUES, GpuConfig, TrainConfig, UserError
 from llama_ft.measure.memory import EVALUATION, Event, bytes_alive
+from llama_ft.model.four_bit import FourBit
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
@@ -76,12 +78,17 @@ def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
 
 
 def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
-    """Why this cannot be run on the card, which has not the 16-bit format, or because of what the optimizer does."""
+    """Why this cannot be run on the card, or planned: for its 16-bit format, what the optimizer does, a package."""
     try:
-        traits_of(gpu).precision(config)
+        frozen = traits_of(gpu).precision(config).storage(frozen=config.optim.lora)
     except UserError as error:
         return str(error)
-    return None
+    needs = {
+        "mp.frozen_weights": isinstance(frozen, FourBit),
+        "training.optimizer": "8bit" in config.training.optimizer.name,
+    }
+    missing = [key for key, needed in needs.items() if needed and not is_installed()]
+    return needs_package(missing[0]) if missing else None
 
 
 def needs_of(

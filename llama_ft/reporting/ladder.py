@@ -82,7 +82,7 @@ def interactions(group: Group, records: Sequence[Result | PlanRow]) -> list[str]
                 change = ("-" if after < before else "+") + amount(abs(after - before))
                 step = ", ".join(changes(group, number, base))
                 places.setdefault(step, []).append(f"{change} MiB on {group.labels[base]}")
-    return [f"{step}: {', '.join(found)}." for step, found in places.items() if len(found) > 1]
+    return [f"{step}: {', '.join(found)}." for step, found in places.items() if step and len(found) > 1]
 
 
 def _share(records: Sequence[Result | PlanRow], number: int, base: int | None, key: str) -> str:

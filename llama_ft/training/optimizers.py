@@ -70,16 +70,26 @@ class AdamW8bit(torch.optim.Optimizer):
         self._kernels = bitsandbytes(f"training.optimizer={name}").functional
         self._is_paged, self._maps = is_paged, list[Tensor]()
 
+    _step_supports_amp_scaling = True  # then GradScaler leaves it to the step to skip what overflowed
+
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the weights that have a gradient. fp32 or 16 bit, on the CPU or CUDA; one after the other."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.contiguous(), group)
+        """Update the weights that have a gradient. fp32 or 16 bit, on the CPU or CUDA; one after the other.
+
+        Under loss scaling it waits for the device, which says whether a gradient overflowed; then the state alone is
+        made.
+        """
+        updated = [(each, group) for group in self.param_groups for each in group["params"] if each.grad is not None]
+        for parameter, _ in updated:
+            if not self.state[parameter]:
+                self.state[parameter] |= self._begin(parameter)
+        found_inf = getattr(self, "found_inf", None)
+        if type(found_inf) is Tensor and found_inf.item():  # a plan's fake tensor says no number
+            return
+        for parameter, group in updated:
+            self._update(parameter, parameter.grad.contiguous(), group)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        if not (state := self.state[parameter]):
-            state |= self._begin(parameter)
+        state = self.state[parameter]
         count = state["step"].add_(1)
         step = int(count) if type(count) is Tensor else 1  # a plan's fake tensor says no number
         moments = state["exp_avg"], state["exp_avg_sq"]

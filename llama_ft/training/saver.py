@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llama_ft.config import UserError
 from llama_ft.files import WEIGHTS_FILE, to_disk, write_json
-from llama_ft.model.four_bit import FourBitLinear
+from llama_ft.model.four_bit import is_in_4_bits
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import read_into, save_tensors
 from llama_ft.techniques.adapter import copy_factors
@@ -42,7 +42,7 @@ def save_trained(model: Transformer, folder: Path, base: str | None = None) -> N
     """
     if lora_layers(model):
         save_adapter(model, folder, base)
-    elif any(isinstance(module, FourBitLinear) for module in model.modules()):
+    elif is_in_4_bits(model):
         raise UserError("weights in 4 bits are not saved: convert merges an adapter into the checkpoint's own weights")
     else:
         save_tensors(dict(model.named_parameters()), folder / WEIGHTS_FILE, model.config)
