@@ -92,7 +92,8 @@ def test_runs_that_go_with_few_others_are_refused_too(training: dict[str, Any], 
     config = small_config()
     config = replace(config, training=replace(config.training, **training), gc=replace(config.gc, **gc))
     text = objection(config, SHORT, Capacity(0.1, 0, "a has 0.1"), TRAITS, WORKSPACE)
-    assert str(text).startswith("baseline on small needs") and "would need" in str(text)
+    assert str(text).startswith("baseline on small needs")
+    assert "would need" in str(text)
 
 
 def test_capacity_is_the_cards_or_what_is_free_or_the_limit() -> None:
