@@ -18,8 +18,8 @@ from llama_ft.planning.processes import side_by_side
 from llama_ft.records.plan import Advice, PlanRow, row_key
 from llama_ft.system import Progress
 
-# The share of a card that advice leaves free: real runs of others reserved up to 1.0 % more than is planned for them, and
-# 5.8 % with 4-bit weights (benchmarks/plan-published); one that goes out of memory costs more than memory not used.
+# The share of a card that advice leaves free: real runs of others reserved up to 1.0 % more than is planned for them,
+# and 5.8 % with 4-bit weights (benchmarks/plan-published); out of memory costs more than memory that is not used.
 SPARE = 0.05
 MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
 
