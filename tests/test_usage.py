@@ -116,7 +116,7 @@ def test_enums_are_listed_with_what_the_key_allows():
     assert documented_keys("train")["mp.dtype"][1].endswith("one of auto, bf16, fp16")
     assert documented_keys("train")["mp.frozen_weights"][1].endswith("one of compute, fp32, nf4, fp4")
     assert documented_keys("convert")["dtype"][1].endswith("one of keep, fp32, bf16, fp16, q8_0")
-    assert documented_keys("evaluate")["dtype"][1].endswith("one of auto, fp32, bf16, fp16")
+    assert documented_keys("evaluate")["dtype"][1].endswith("one of auto, fp32, bf16, fp16, nf4, fp4")
     assert documented_keys("train")["gpu.device"][1].endswith("one of auto, cpu, cuda")
 
 

@@ -32,9 +32,7 @@ def make_plan(
     profiles: Sequence[GpuConfig] = (),
     held_out: Lengths = (),
 ) -> Plan:
-    """Plan the runs of a sweep, or of a single one the combinations that it asks for.
-
-    `command` is what the user typed, `profiles` all known cards, for advice.
+    """Plan the runs of a sweep, or the combinations that a single one asks for; `profiles` are all cards, for advice.
 
     Raises:
         UserError: if what is asked for can run nowhere.
