@@ -106,8 +106,10 @@ IN_BACKWARD = (
     " training.max_grad_norm=inf"
 )
 
+IN_4_BITS = "ga_mp_lora optim.gc=true gc.policy=selective mp.frozen_weights=nf4 training.optimizer=adamw_8bit"
 
-@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16", WITH_NOISE, IN_BACKWARD])
+
+@pytest.fixture(scope="module", params=["ga_lora", "ga_mp mp.dtype=fp16", WITH_NOISE, IN_BACKWARD, IN_4_BITS])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[str], float]:
