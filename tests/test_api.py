@@ -178,7 +178,9 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
         lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc, neft",
         lambda: lf.encode([{"instruction": "Go."}], tokenizer): "record 1: output is missing",
-        lambda: lf.load("tiny", dtype="bfloat16"): "dtype=bfloat16 is not allowed: it must be one of fp32, bf16, fp16, nf4, fp4",
+        lambda: lf.load(
+            "tiny", dtype="bfloat16"
+        ): "dtype=bfloat16 is not allowed: it must be one of fp32, bf16, fp16, nf4, fp4",
         lambda: lf.complete(model, tokenizer, "Go.", top_p=0.9): "top_p belongs to sampling",
         lambda: lf.add_lora(model, rank=0): "lora.rank=0 is not allowed",
         lambda: lf.add_lora(adapted): "the model has LoRA layers already",
