@@ -66,7 +66,7 @@ def main() -> int:
             majority=inputs.data.majority if config.exact_match else None,
             settings=config.to_dict(),
             device=devices.device_name(device),
-            dtype=storage_of(config, device).name,
+            dtype=storage_of(config.dtype, device, config.gpu).name,
             versions=devices.versions(),
             command=cli.command_line(),
             template=inputs.template.name,

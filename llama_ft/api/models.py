@@ -4,24 +4,23 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 import torch
 
 from llama_ft import hub
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, Dtype, GpuConfig, ModelConfig, ModelSource, UserError
-from llama_ft.config.checks import Settings
+from llama_ft.config.checks import Settings, check
 from llama_ft.config.presets import config_dir, preset
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
+from llama_ft.decoding.load import storage_of
 from llama_ft.decoding.prompts import prompt_of
-from llama_ft.device import DTYPES, compute_dtype, why_no_gpu
+from llama_ft.device import DTYPES, why_no_gpu
 from llama_ft.files import explained
 from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
-from llama_ft.model.four_bit import FourBit
-from llama_ft.model.storage import Storage
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import load_model
 from llama_ft.techniques.adapter import load_adapter as _load_adapter
@@ -56,6 +55,7 @@ def load(
     Raises:
         UserError: if a name is unknown, the weights are not this model's, or there is no tokenizer or no such device.
     """
+    check(dtype in get_args(StorageName), "dtype", dtype, f"one of {', '.join(get_args(StorageName))}")
     model, checkpoint = hub.local("model", model), hub.local("checkpoint", checkpoint)
     folder, is_name = Path(os.path.expanduser(model)), (config_dir() / "model" / f"{model}.yaml").is_file()
     if folder.exists() and not is_name:
@@ -65,21 +65,12 @@ def load(
     else:
         sizes = preset("model", str(model), ModelConfig)
     source = ModelSource(sizes, str(checkpoint) if checkpoint else None, str(tokenizer) if tokenizer else None)
-    has_gpu = torch.cuda.is_available()
-    place = torch.device(device or ("cuda" if has_gpu else "cpu"))
-    if place.type == "cuda" and not has_gpu:
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={device}: {why_no_gpu()}")
     use_kernels_of(place)
-    loaded = load_model(sizes, str(source.checkpoint), place, _storage_of(dtype, place), seed)
-    return loaded, load_tokenizer(source)
-
-
-def _storage_of(name: str, device: torch.device) -> torch.dtype | Storage:
-    if name in ("nf4", "fp4"):
-        return FourBit(compute_dtype(Dtype.auto, device, GpuConfig()), name)
-    if name not in DTYPES:
-        raise UserError(f"dtype={name} is not allowed: it must be one of {', '.join((*DTYPES, 'nf4', 'fp4'))}")
-    return dtype_of(name)
+    stored = storage_of(Dtype[dtype], place, GpuConfig())
+    return load_model(sizes, str(source.checkpoint), place, stored, seed), load_tokenizer(source)
 
 
 def dtype_of(name: str) -> torch.dtype:

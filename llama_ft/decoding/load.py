@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from llama_ft.config import Dtype, GenerateConfig, TrainedSource, UserError
+from llama_ft.config import Dtype, GenerateConfig, GpuConfig, TrainedSource, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
@@ -36,11 +36,11 @@ def check_sources(source: TrainedSource) -> None:
         check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
 
 
-def storage_of(source: TrainedSource, device: torch.device) -> Storage:
+def storage_of(dtype: Dtype, device: torch.device, gpu: GpuConfig) -> Storage:
     """How the weights are stored that are asked for; beside 4-bit ones all is in the dtype of `auto`."""
-    if source.dtype in (Dtype.nf4, Dtype.fp4):
-        return FourBit(compute_dtype(Dtype.auto, device, source.gpu), source.dtype.name)
-    return Storage(compute_dtype(source.dtype, device, source.gpu))
+    if dtype in (Dtype.nf4, Dtype.fp4):
+        return FourBit(compute_dtype(Dtype.auto, device, gpu), dtype.name)
+    return Storage(compute_dtype(dtype, device, gpu))
 
 
 def load_trained(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:
@@ -64,7 +64,7 @@ class Models:
         """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = use_device(choose_device(config.gpu), config.gpu)
-        self._storage = storage_of(config, self._device)
+        self._storage = storage_of(config.dtype, self._device, config.gpu)
         self.dtype_name = self._storage.name
         check_sources(config)
         log(about_device(self._device, config.gpu))

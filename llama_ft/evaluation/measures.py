@@ -44,7 +44,7 @@ def measure_models(
     """
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
-        model, name = load(config, device, storage_of(config, device), log), role.replace("_", "-")
+        model, name = load(config, device, storage_of(config.dtype, device, config.gpu), log), role.replace("_", "-")
         result = measure(model, inputs, config, role, lambda title, total: progress(f"{name}, {title}", total))
         del model
         gc.collect()
