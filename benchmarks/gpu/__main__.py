@@ -37,6 +37,7 @@ PARTS = (
     Part("tests", 240, "tests/test_gpu.py", runs.tests, needs_gpu=True),
     Part("table2", 150, "Table 2 on the built-in model", runs.table2),
     Part("plan", 240, "plan against measurement", runs.plan),
+    Part("less_memory", 240, "the ladder of less memory, plan against measurement", runs.less_memory),
     Part("out_of_memory", 60, "running out of memory is known as such", runs.out_of_memory),
     Part("on_cpu", 30, "a run on the CPU leaves the GPU alone", runs.on_cpu),
     Part("decoding", 40, "a token's time with the KV cache", kernels.decoding),
