@@ -21,6 +21,7 @@ from llama_ft.config.groups import (
     UploadConfig,
 )
 from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
+from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
 from llama_ft.config.source import (

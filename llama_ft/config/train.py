@@ -9,6 +9,7 @@ from typing import cast
 from llama_ft.config.checks import DeviceChoice, Dtype, Policy, Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig
+from llama_ft.config.parallel import ParallelConfig
 from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
@@ -19,6 +20,7 @@ LATER: Settings = {
     "adapter": None, "packing": None, "compile": False, "validation": None, "schedule": "cosine", "optimizer": "adamw",
     "eval_every": None, "keep_best": False, "patience": None, "optimizer_in_backward": False, "neft": {"alpha": 5.0},
     "double_quantization": True, "policy": "full", "offload": None,
+    "parallel": {"strategy": "none", "processes": None, "nodes": 1},
 }  # fmt: skip
 NAMES = ("tracker", "plan", "sweep", "recipe")  # sections and keys that do not change what is run
 
@@ -40,6 +42,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     adapter: str | None = setting(None, "folder of a run, or of PEFT, whose LoRA adapter is trained further, as it is")
     training: TrainingConfig = field(default_factory=TrainingConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     plan: PlanCheckConfig = field(default_factory=PlanCheckConfig)
@@ -57,6 +60,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
             )
         self.gpu.check_is_one()
         self.check_optimizer()
+        self.check_parallel()
         self.training.check_for(self.data.validation)
         self.sweep.check_for(self.data.validation)
 
@@ -65,6 +69,13 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         device_type = "cpu" if self.gpu.device is DeviceChoice.cpu else "cuda"
         in_fp16 = self.optim.mp and self.mp.dtype is Dtype.fp16
         self.training.check_on(device_type, self.accumulation_steps, in_fp16)
+
+    def check_parallel(self) -> None:
+        """Raise a UserError for what a run on several processes does not do."""
+        if self.parallel.is_split and (self.training.compile or self.training.optimizer_in_backward):
+            key = "compile" if self.training.compile else "optimizer_in_backward"
+            name = self.parallel.strategy.name
+            raise UserError(f"training.{key}=true is for one process, and parallel={name}: leave one of them out")
 
     @property
     def used_techniques(self) -> set[str]:
@@ -95,9 +106,16 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         """
         measured = {key: value for key, value in self.to_dict().items() if key not in (*NAMES, *without)}
         # How a run is kept, and where; not what is run.
-        kept = ("training.save_every", "training.resume", "data.cache_dir", "gpu.index")
+        kept = (
+            "training.save_every",
+            "training.resume",
+            "data.cache_dir",
+            "gpu.index",
+            "parallel.rendezvous",
+            "parallel.timeout_s",
+        )
         for section, _, name in (key.partition(".") for key in (*kept, *without) if "." in key):
-            del measured[section][name]
+            measured.get(section, {}).pop(name, None)
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
         files = {"builtin": str(self.model.builtin_dir)}
         data, training = measured["data"], measured["training"]
@@ -119,8 +137,8 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
 
     @property
     def run_hash(self) -> str:
-        """Equal for runs of which one can go on where the other has ended: they differ in when they end alone."""
-        return self.hash(without=("training.epochs", "training.patience"))
+        """Equal for runs of which one can resume the other: they may end elsewhere, on more or fewer cards."""
+        return self.hash(without=("training.epochs", "training.patience", "parallel"))
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
         """16 hex digits of what is measured."""

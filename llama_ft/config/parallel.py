@@ -1,0 +1,47 @@
+"""The config group `parallel`: over how many processes one run is split, and how."""
+
+import enum
+import re
+from dataclasses import dataclass
+
+from llama_ft.config.checks import check, check_settings, setting
+
+# How a run is split over processes: not at all, each with the whole model, or each with a part of every weight.
+Strategy = enum.Enum("Strategy", ["none", "ddp", "fsdp"])
+SPLIT, SEVERAL_NODES = "parallel.strategy=ddp|fsdp", "parallel.nodes"
+
+
+@dataclass
+class ParallelConfig:
+    """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
+
+    strategy: Strategy = setting(Strategy.none, "how it is split; the choice of the group sets it")
+    processes: int | None = setting(
+        None, "processes in all, one for each GPU; on the CPU as many as are wanted", at_least=1, needs=SPLIT
+    )
+    nodes: int = setting(1, "machines that share the processes; the same command runs on each", at_least=1, needs=SPLIT)
+    rendezvous: str | None = setting(
+        None, "HOST:PORT of the first machine, where they meet; null takes SLURM's variables", needs=SEVERAL_NODES
+    )
+    timeout_s: int = setting(
+        600, "seconds for which the others wait for a process before the run ends", at_least=1, needs=SPLIT
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self, "parallel.")
+        name, n, given = self.strategy.name, self.processes, self.rendezvous
+        check(not self.is_split or n is not None, "parallel.processes", n, f"given with parallel={name}: one a GPU")
+        holds = self.world_size % self.nodes == 0
+        check(holds, "parallel.processes", n, f"a multiple of parallel.nodes={self.nodes}")
+        holds = given is None or re.fullmatch(r"[^\s:/]+:\d{1,5}", given) is not None
+        check(holds, "parallel.rendezvous", given, "HOST:PORT, or null")
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is more than the run's own process."""
+        return self.strategy is not Strategy.none
+
+    @property
+    def world_size(self) -> int:
+        """Processes in all; 1 where the run is not split."""
+        return (self.processes or 1) if self.is_split else 1
