@@ -32,7 +32,9 @@ class Device:
         self.on_device: list[weakref.ref] = []
         self.most = 0  # inputs that are on the device at once
 
-    def __call__(self, x: Tensor) -> "Copied":
+    def __call__(self, x: Tensor) -> "Copied | None":
+        if not x.numel():  # before PyTorch 2.13 a checkpoint saves an empty tensor too, which is on the CPU
+            return None
         self.log.append("out")
         self.sees(x)
         return Copied(self, x.detach().clone())
