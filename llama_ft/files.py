@@ -95,17 +95,10 @@ def unread_hint(place: Path | str, names: Collection[str]) -> str:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write under: renamed when the block ends, removed when it fails.
-
-    The file gets the usual permissions, those of the umask, whoever writes it: safetensors lets the owner alone read.
-    """
+    """A temporary name to write under: renamed when the block ends, removed when it fails."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        permissions = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        if stat.S_IMODE(temporary.stat().st_mode) != permissions:
-            temporary.chmod(permissions)
         to_disk(temporary)
         temporary.replace(file)
     finally:

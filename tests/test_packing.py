@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama_ft.config import OptimConfig, TrainConfig
-from llama_ft.data.collate import Batch, Padding, collate, pack
+from llama_ft.data.collate import Batch, Padding, collate, end_to_end, rows_of
 from llama_ft.data.records import Sample
 from llama_ft.measure.worst_case import (
     hardest_windows,
@@ -46,7 +46,7 @@ SAMPLES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1
 
 @given(SAMPLES, st.integers(1, 60), st.sampled_from([1, 8]), st.sampled_from([None, 24, 30]))
 def test_samples_are_laid_out_in_order_as_many_in_a_row_as_fit(samples, max_tokens, multiple, context) -> None:
-    batches = pack(samples, max_tokens, Padding(multiple, context))
+    batches = [end_to_end(row, Padding(multiple, context)) for row in rows_of(samples, max_tokens)]
     remaining = iter(samples)
     for batch, following in itertools.zip_longest(batches, batches[1:]):
         row = [next(remaining) for _ in batch.segments.lengths]
@@ -106,7 +106,7 @@ def test_gradients_are_those_without_packing(optim: OptimConfig, dtype: torch.dt
 
 def test_a_sample_that_sees_the_one_before_it_would_fail() -> None:
     step = step_in(small_config(), OptimConfig(), torch.float64)
-    (row,) = pack(ragged_samples(), 1000)
+    row = end_to_end(ragged_samples())
     expected, (whole,) = gradients(step, [row]), [row.tokens.shape[1]]
     in_one = replace(row, segments=Segments.of([whole]))
     assert max(map(relative, gradients(step, [in_one]), expected)) > 1e-2
@@ -114,7 +114,7 @@ def test_a_sample_that_sees_the_one_before_it_would_fail() -> None:
 
 def test_logits_are_those_of_each_sequence_by_itself() -> None:
     model, samples = small_model(2), ragged_samples()
-    (row,) = pack(samples, 1000)
+    row = end_to_end(samples)
     with torch.no_grad():
         parts = model(row.tokens, mask=row.segments)[0].split(row.segments.lengths)
         for sample, logits in zip(samples, parts, strict=True):
@@ -190,7 +190,7 @@ def test_one_call_gets_what_its_documentation_asks_for(n_kv_heads: int, monkeypa
 def test_a_model_makes_one_call_a_layer_where_the_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     monkeypatch.setattr(attention, "varlen_attention", lambda: dense_varlen(calls))
-    model, (row,) = small_model(2), pack(ragged_samples(), 1000)
+    model, row = small_model(2), end_to_end(ragged_samples())
     with torch.no_grad():
         expected = model(row.tokens, mask=row.segments)
         for layer in model.layers:

@@ -161,6 +161,7 @@ LAYERS = [
     ("records", "hub"),
     ("model", "data"),
     ("techniques",),
+    ("parallel",),
     ("measure", "training", "decoding", "evaluation", "exporting"),
     ("reporting", "planning", "launch", "tracking"),
     ("api",),

@@ -73,10 +73,10 @@ def measured(told: Namespace) -> dict[str, Any]:
     ]
     data = Windows.over(samples, step, 1, row.window, packing=PACKING if row.has("packed") else None)
     for sample in samples[-workload.N_WARM_UP :]:
-        step.dry_run(data.lay_out([[sample]]))
+        step.dry_run([data.lay_out([sample])])
     meter.start()
     for group in windows(samples[: told.samples], row.window):
-        window = data.lay_out([[sample] for sample in group])  # collated when it is needed
+        window = data.share(group)  # collated when it is needed
         loss = step(window)[0].item()
         meter.add(loss, sum(batch.n_targets for batch in window), sum(map(len, group)), len(group))
     return meter.stop()

@@ -9,7 +9,7 @@ from typing import cast
 from llama_ft.config.checks import DeviceChoice, Dtype, Policy, Settings, UserError, literal, readable, setting
 from llama_ft.config.content import content_hash
 from llama_ft.config.groups import GpuConfig, MeasureConfig, PlanCheckConfig, TrackerConfig
-from llama_ft.config.parallel import ParallelConfig
+from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
@@ -72,10 +72,13 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
 
     def check_parallel(self) -> None:
         """Raise a UserError for what a run on several processes does not do."""
-        if self.parallel.is_split and (self.training.compile or self.training.optimizer_in_backward):
-            key = "compile" if self.training.compile else "optimizer_in_backward"
-            name = self.parallel.strategy.name
+        name, training = self.parallel.strategy.name, self.training
+        if self.parallel.is_split and (training.compile or training.optimizer_in_backward):
+            key = "compile" if training.compile else "optimizer_in_backward"
             raise UserError(f"training.{key}=true is for one process, and parallel={name}: leave one of them out")
+        if self.parallel.strategy is Strategy.fsdp and training.optimizer.name.endswith("8bit"):
+            why = "whose blocks of moments the rows of a process would cut"
+            raise UserError(f"training.optimizer={training.optimizer.name}, {why}, is not for parallel=fsdp: use adamw")
 
     @property
     def used_techniques(self) -> set[str]:

@@ -77,11 +77,10 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
     return _batch(samples, range(0, len(samples) * width, width), (len(samples), width))
 
 
-def pack(samples: Sequence[Sample], max_tokens: int, padding: Padding = NO_PADDING) -> list[Batch]:
-    """Lay samples end to end, in their order: in each batch as many as have up to `max_tokens` positions together.
+def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+    """The samples that are laid end to end: in their order, as many as have up to `max_tokens` positions together.
 
-    A longer sample is a batch of its own. What `padding` adds makes the last sample of a batch longer: under its causal
-    mask nobody looks at it.
+    A longer sample is a row of its own.
     """
     rows: list[list[Sample]] = []
     room = -1
@@ -91,11 +90,14 @@ def pack(samples: Sequence[Sample], max_tokens: int, padding: Padding = NO_PADDI
             room = max_tokens
         rows[-1].append(sample)
         room -= len(sample) - 1
-    return [end_to_end(row, padding) for row in rows]
+    return rows
 
 
 def end_to_end(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
-    """A batch of one row with all of the samples in it, one after the other."""
+    """A batch of one row with all of the samples in it, one after the other.
+
+    What `padding` adds makes the last sample longer: under its causal mask nobody looks at it.
+    """
     lengths = [len(sample) - 1 for sample in samples]
     starts = [0, *accumulate(lengths)]
     lengths[-1] += padding.added(starts[-1], lengths[-1])
@@ -117,6 +119,12 @@ def _batch(
             targets += sample.tokens[first:end]
     n_tokens = sum(len(sample) for sample in samples)
     return Batch(tokens, torch.tensor(positions), torch.tensor(targets), n_tokens, segments)
+
+
+def no_samples(padding: Padding, is_packed: bool) -> Batch:
+    """A batch of one token and no target: all that is computed of it is 0."""
+    width, none = padding.width(1), torch.empty(0, dtype=torch.int64)
+    return Batch(torch.full((1, width), PAD_ID), none, none, 0, Segments.of([width]) if is_packed else None)
 
 
 def blank_row(lengths: Sequence[int], n_targets: int) -> Batch:

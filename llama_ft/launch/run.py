@@ -1,7 +1,8 @@
 """One run, measured: set-up, the dry run, the timed training, what is left behind."""
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,8 +20,9 @@ from llama_ft.measure.memory import MemoryUse
 from llama_ft.measure.stopwatch import Stopwatch
 from llama_ft.measure.worst_case import measure_worst_case, warm_up
 from llama_ft.model.four_bit import count_parameters
+from llama_ft.parallel.ranks import Ranks, joined
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, steps_of
-from llama_ft.records.result import MemoryItem, Result
+from llama_ft.records.result import MemoryItem, RankUse, Result
 from llama_ft.system import MIB
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.compilation import compile_layers
@@ -50,6 +52,8 @@ class MeasuredRun:
     def __post_init__(self) -> None:
         """Choose the device, and say which it is; a UserError if it cannot be had."""
         gpu = self.config.gpu
+        if self.config.parallel.is_split:
+            gpu = replace(gpu, index=int(os.environ["LOCAL_RANK"]))
         self.device = choose_device(gpu)
         self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
         use_device(self.device, gpu, self.config.memory_limit_mib)
@@ -65,6 +69,11 @@ class MeasuredRun:
             UserError: for whatever the user can put right.
             KeyboardInterrupt: once the run is saved, if it was to be saved.
         """
+        self.stage = "meeting the other processes"
+        with joined(self.config.parallel, self.device) as ranks:
+            self._execute(ranks)
+
+    def _execute(self, ranks: Ranks) -> None:
         config, device = self.config, self.device
         torch.manual_seed(config.training.seed)
         precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
@@ -72,7 +81,9 @@ class MeasuredRun:
         if self.card:
             self.card.note_kernels(config.model, precision.compute)
         self.stage = "loading the weights"
-        step = set_up(config, precision, device, self.log)
+        step = set_up(config, precision, device, self.log, ranks)
+        if not ranks.is_first:  # each draws its own dropout
+            torch.manual_seed(config.training.seed + 1_000_003 * ranks.rank)
         trainable, total = count_parameters(step.model)
         self.result.total_params, self.result.trainable_params = total, trainable
         self.result.trainable_percent = percent = 100 * trainable / total
@@ -83,7 +94,8 @@ class MeasuredRun:
         self._train(step, Windows.over(samples, step, size, steps, training.seed, training.packing, held_out))
         self.stage = "saving"
         if config.training.save:
-            save_trained(step.model, self.run_dir, config.checkpoint)
+            save_trained(step.model, self.run_dir, config.checkpoint, ranks)
+        if config.training.save and ranks.is_first:
             if not config.optim.lora:
                 save_tokenizer(config, self.run_dir, self.log)
             if self.dataset.template_file is not None:
@@ -105,7 +117,7 @@ class MeasuredRun:
         position = self._restore(saver) or Position(train_loss_before=evaluate(step, fixed)[0])
         self.result.train_loss_before = position.train_loss_before
         watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
-        with MetricsFile(self.run_dir / METRICS_FILE) as file:
+        with MetricsFile(self.run_dir / METRICS_FILE, writes=step.ranks.is_first) as file:
             loop = TimedLoop(training, step, data, file, watch, saver, self.interrupts, self.log, position)
             self.stage = "training"
             try:
@@ -115,7 +127,7 @@ class MeasuredRun:
                     resume = "training.resume=true goes on from there"
                     self.stage += f", saved after optimizer step {position.step}: {resume}"
                 raise
-        self._note_memory(use, step.device)
+        self._note_memory(use, step)
         if self.card:
             self.card.note_end(watch.mean_power_w)
         self._note_training(loop)
@@ -170,15 +182,17 @@ class MeasuredRun:
                 f" loss was {best.eval_loss:.4f} after step {best.step}, and none of the {n_since} since was less"
             )
 
-    def _note_memory(self, use: MemoryUse, device: torch.device) -> None:
+    def _note_memory(self, use: MemoryUse, step: TrainStep) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""
-        result = self.result
-        result.peak_memory_mib, result.peak_phase, result.peak_rss_mib = use.peak_mib, use.phase, peak_rss_mib()
-        result.memory_mib, result.memory_max_mib = dict(use.at_peak_mib), use.max_mib
-        result.breakdown = list(use.breakdown)
-        if device.type == "cuda":
-            result.peak_memory_mib = torch.cuda.max_memory_allocated(device) / MIB
-            result.peak_memory_reserved_mib = torch.cuda.max_memory_reserved(device) / MIB
-            unseen = max(0.0, result.peak_memory_mib - use.peak_mib)  # compiled layers may need less than was tracked
-            result.memory_mib["other"] += unseen
-            result.breakdown.append(MemoryItem("other", "-", unseen, "workspaces and rounding"))
+        own = RankUse(use.peak_mib, peak_rss_mib(), use.phase, dict(use.at_peak_mib), use.max_mib, list(use.breakdown))
+        if step.device.type == "cuda":
+            own.peak_memory_mib = torch.cuda.max_memory_allocated(step.device) / MIB
+            own.peak_memory_reserved_mib = torch.cuda.max_memory_reserved(step.device) / MIB
+            unseen = max(0.0, own.peak_memory_mib - use.peak_mib)  # compiled layers may need less than was tracked
+            own.memory_mib["other"] += unseen
+            own.breakdown.append(MemoryItem("other", "-", unseen, "workspaces and rounding"))
+        ranks = step.ranks.gathered(own)
+        largest = max(ranks, key=lambda each: each.peak_memory_mib)
+        vars(self.result).update(vars(largest))
+        if not step.ranks.is_alone:
+            self.result.ranks = ranks

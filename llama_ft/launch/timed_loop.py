@@ -82,7 +82,7 @@ class TimedLoop:
         )
         if evaluates and (not self.held_out or self.held_out[-1].step < step):
             self._between(self._evaluate)
-        stops = self.interrupts.requested
+        stops = self.step.ranks.any(self.interrupts.requested)
         ends = step == self.total_steps or is_time_to_stop(self.held_out, config)
         saves = config.save_every is not None and step % config.save_every == 0
         keeps_last = config.save_every is not None or config.keep_best

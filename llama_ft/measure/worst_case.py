@@ -30,7 +30,7 @@ def warm_up(step: TrainStep, data: Windows) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
     by_length = sorted(data.samples, key=len)
-    usual = [data.lay_out([[sample]]) for sample in (by_length[len(by_length) // 2], by_length[0])]
+    usual = [[data.lay_out([sample])] for sample in (by_length[len(by_length) // 2], by_length[0])]
     for window in [*hardest_windows(data), *usual]:  # other widths have other kernels, which are loaded when first used
         step.dry_run(window)
     for batch in hardest_evaluations(data):
@@ -60,13 +60,13 @@ def hardest_windows(data: Windows) -> list[Window]:
     The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
     quick.
     """
-    by_length, size = sorted(data.samples, key=len), data.micro_batch_size
+    by_length, most = sorted(data.samples, key=len), data.most_samples
     if data.packing is not None:
-        needs_several = sum(len(sample) - 1 for sample in by_length[-data.window_size :]) > data.packing
-        before = data.lay_out([by_length[:1]]) if needs_several and data.window_size > 1 else []
-        return [[*before, row] for row in hardest_rows(by_length, data.window_size, data.packing, data.padding)]
-    n_before = min(data.accumulation_steps, -(-len(by_length) // size)) - 1
-    before = data.lay_out([by_length[start : start + size] for start in range(0, n_before * size, size)])
+        needs_several = sum(len(sample) - 1 for sample in by_length[-most:]) > data.packing
+        before = [data.lay_out(by_length[:1])] if needs_several and most > 1 else []
+        return [[*before, row] for row in hardest_rows(by_length, most, data.packing, data.padding)]
+    size = min(data.micro_batch_size, most)
+    before = [data.lay_out(group) for group in data.groups(by_length[:most])[:-1]]
     return [[*before, collate(group, data.padding)] for group in hardest_groups(by_length, size, data.padding)]
 
 

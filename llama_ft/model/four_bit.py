@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from llama_ft.bitsandbytes import bitsandbytes
 from llama_ft.model.formats import is_rotated, permute_rotary
+from llama_ft.model.sharded import write_rows
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import OUTPUT, Transformer
@@ -88,18 +89,17 @@ class FourBitLinear(nn.Linear):
         for first, rows in weight.pieces(BLOCK // math.gcd(BLOCK, self.in_features)):  # whole blocks
             rows = rows.to(self.weight.device, torch.float32 if rows.dtype == torch.float64 else rows.dtype)
             packed, new = torch.ops.bitsandbytes.quantize_4bit(rows.contiguous(), BLOCK, self.levels, torch.uint8)
-            start = first * self.in_features // 2
-            self.weight[start : start + len(packed)].copy_(packed.flatten())
+            write_rows(self.weight, first * self.in_features // 2, packed.flatten())
             scales.append(new)
         whole = torch.cat(scales)
         if self.scales.dtype == torch.uint8:
             whole = self._reordered(whole, to_hf=True)
-            self.mean_scale.copy_(whole.mean())
-            self.scale_levels.copy_(bitsandbytes("").functional.create_dynamic_map())
-            quantize = torch.ops.bitsandbytes.quantize_blockwise
-            whole, scale_scales = quantize(whole - self.mean_scale, self.scale_levels, SCALES_BLOCK)
-            self.scale_scales.copy_(scale_scales)
-        self.scales.copy_(whole)
+            levels, mean = bitsandbytes("").functional.create_dynamic_map().to(whole.device), whole.mean()
+            whole, scale_scales = torch.ops.bitsandbytes.quantize_blockwise(whole - mean, levels, SCALES_BLOCK)
+            write_rows(self.mean_scale, 0, mean[None])
+            write_rows(self.scale_levels, 0, levels)
+            write_rows(self.scale_scales, 0, scale_scales)
+        write_rows(self.scales, 0, whole)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move, as any module; another dtype is that of the bias, and of what is merged, and no scale's."""

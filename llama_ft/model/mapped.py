@@ -25,6 +25,7 @@ from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
 PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MOMENTS_DTYPES = {"U8": torch.uint8}  # of optimizers with moments in 8 bits
 PTH_STORAGES = {  # classes of PyTorch
     torch.float64: "DoubleStorage",
     torch.float32: "FloatStorage",

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from llama_ft.model.sharded import write_rows
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import Transformer
 
@@ -28,4 +29,4 @@ class Storage:
         """Fill a parameter, by its name, from pieces that are on any device and of any floating-point dtype."""
         target = model.get_parameter(name)
         for first, rows in weight.pieces(1):
-            target[first : first + len(rows)].copy_(rows)
+            write_rows(target, first, rows)

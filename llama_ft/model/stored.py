@@ -10,6 +10,7 @@ from torch import Tensor
 
 from llama_ft.model.formats import permute_rotary
 from llama_ft.model.mapped import Part, StoredTensor, rows_at_once
+from llama_ft.model.sharded import whole
 
 # (first row, rows) over a weight, in groups of a multiple of the rows given. Each is valid until the next is asked for,
 # and must not be written to: it may be a view of the file.
@@ -78,11 +79,11 @@ def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
 
 
 def in_memory(tensor: Tensor) -> Weight:
-    """A tensor on any device, a piece of it at a time on the CPU."""
+    """A tensor on any device, a piece of it at a time on the CPU; one that is split is gathered first."""
 
     def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
         step = rows_at_once(tensor.shape, multiple)
-        yield from ((number * step, rows.detach().cpu()) for number, rows in enumerate(tensor.split(step)))
+        yield from ((number * step, rows.cpu()) for number, rows in enumerate(whole(tensor.detach()).split(step)))
 
     return Weight(list(tensor.shape), tensor.dtype, pieces)
 

@@ -7,19 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
 from llama_ft.files import whole_file
 from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
-from llama_ft.model.mapped import SAFETENSORS_DTYPES, read_safetensors
+from llama_ft.model.mapped import MOMENTS_DTYPES, SAFETENSORS_DTYPES, read_safetensors
+from llama_ft.model.sharded import is_split, memory_for, own, write_rows
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import in_memory
 from llama_ft.model.transformer import Transformer, rotary_table
+from llama_ft.model.writing import write_safetensors
 from llama_ft.system import Log, silent
 
 INIT_STD = 0.02  # as transformers' initializer_range
@@ -39,12 +39,12 @@ class RandomWeights:
         for name, shape in self.shapes.items():
             parameter = model.get_parameter(name)
             if len(shape) == 1:
-                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
-            elif parameter.is_floating_point():
+                own(parameter).fill_(0.0 if name.endswith(".bias") else 1.0)
+            elif parameter.is_floating_point() and not is_split(parameter):
                 parameter.normal_(0.0, INIT_STD, generator=generator)
             else:
-                drawn = torch.empty(shape, dtype=model.norm.weight.dtype, device=device)
-                drawn.normal_(0.0, INIT_STD, generator=generator)
+                dtype = parameter.dtype if parameter.is_floating_point() else model.norm.weight.dtype
+                drawn = torch.empty(shape, dtype=dtype, device=device).normal_(0.0, INIT_STD, generator=generator)
                 storage.load(model, name, in_memory(drawn))
 
 
@@ -74,7 +74,7 @@ def materialise(model: Transformer, device: torch.device) -> None:
     """Allocate the parameters of a model on the meta device, once, on their device; they hold no values yet."""
     for module in model.modules():
         for name, shape_only in list(module.named_parameters(recurse=False)):
-            memory = torch.empty(shape_only.shape, dtype=shape_only.dtype, device=device)
+            memory = memory_for(shape_only, device)
             setattr(module, name, nn.Parameter(memory, requires_grad=shape_only.requires_grad))
     model.tie()
     model.rotary = rotary_table(model.config, device)
@@ -103,22 +103,21 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig)
 
     The sizes of the model that the tensors belong to become metadata, to be checked when they are loaded.
     """
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    weights = {name: in_memory(tensor) for name, tensor in tensors.items()}
     try:
         with whole_file(file) as temporary:
-            save_file(on_cpu, temporary, metadata={"format": "pt", SIZES_KEY: json.dumps(config.sizes)})
-    except (OSError, SafetensorError) as error:
-        n_mib = sum(tensor.nbytes for tensor in on_cpu.values()) / 2**20
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{file} ({n_mib:,.0f} MiB) cannot be written: {reason}") from error
+            write_safetensors(temporary, weights, lambda _: None, {SIZES_KEY: json.dumps(config.sizes)})
+    except OSError as error:
+        n_mib = sum(weight.n_bytes for weight in weights.values()) / 2**20
+        raise UserError(f"{file} ({n_mib:,.0f} MiB) cannot be written: {error.strerror or error}") from error
 
 
 @torch.no_grad()
 def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
     """Copy a file's tensors into tensors of the same names; a UserError unless names and shapes agree."""
-    stored, _ = read_safetensors(file, SAFETENSORS_DTYPES | {"U8": torch.uint8})  # of moments in 8 bits
+    stored, _ = read_safetensors(file, SAFETENSORS_DTYPES | MOMENTS_DTYPES)
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
         raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")
     for name, part in stored.items():
         for first, rows in part.pieces():
-            targets[name][first : first + len(rows)].copy_(rows)
+            write_rows(targets[name], first, rows)

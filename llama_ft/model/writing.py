@@ -13,26 +13,31 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from llama_ft.model.mapped import PTH_STORAGES, SAFETENSORS_DTYPES
+from llama_ft.model.mapped import MOMENTS_DTYPES, PTH_STORAGES, SAFETENSORS_DTYPES
 from llama_ft.model.stored import Weight
 
+W = TypeVar("W", Weight, Tensor)
 Advance = Callable[[int], None]  # called with how many more bytes are written
 PTH_ALIGNMENT = 64  # bytes, of a tensor's data, as torch.save has it
 
 
-def write_safetensors(file: Path, weights: Mapping[str, Weight], advance: Advance) -> None:
-    """Write a safetensors file (the format is at `read_safetensors`); an OSError if it cannot be written.
+def in_order(weights: Mapping[str, W]) -> list[tuple[str, W]]:
+    """As they lie in a safetensors file: the widest numbers first, so that all are aligned as in safetensors' own."""
+    return sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
 
-    The widest numbers come first, so that all are aligned as in safetensors' own.
-    """
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-    ordered = sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+
+def write_safetensors(
+    file: Path, weights: Mapping[str, Weight], advance: Advance, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file (the format is at `read_safetensors`); an OSError if it cannot be written."""
+    names = {dtype: name for name, dtype in (SAFETENSORS_DTYPES | MOMENTS_DTYPES).items()}
+    ordered = in_order(weights)
+    header: dict[str, object] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     start = 0
     for name, weight in ordered:
         offsets = [start, start := start + weight.n_bytes]

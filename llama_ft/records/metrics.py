@@ -83,11 +83,15 @@ def read_metrics(run_dir: Path) -> list[Metrics]:
 class MetricsFile:
     """The file of a run while it is written; a resumed run goes on after the lines that are there."""
 
-    def __init__(self, file: Path) -> None:
-        self._stream = file.open("a+", encoding="utf-8")
-        os.utime(file)  # by which our parent sees that training begins
-        self._stream.seek(0)
-        self.lines = [parse_line(line, f"{file}, line {number}") for number, line in enumerate(self._stream, 1)]
+    def __init__(self, file: Path, writes: bool = True) -> None:
+        """`writes` is whether lines reach the disk: of several processes one writes, and the others count along."""
+        self.lines: list[Metrics] = []
+        if file.exists():
+            with file.open(encoding="utf-8") as lines:
+                self.lines += [parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+        self._stream = Path(file if writes else os.devnull).open("a", encoding="utf-8")
+        if writes:
+            os.utime(file)  # by which our parent sees that training begins
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -109,4 +113,5 @@ class MetricsFile:
     def sync(self) -> None:
         """Bring all lines to the disk."""
         self._stream.flush()
-        os.fsync(self._stream.fileno())
+        if self._stream.name != os.devnull:
+            os.fsync(self._stream.fileno())

@@ -53,6 +53,19 @@ class CardFacts:
 
 
 @dataclass
+class RankUse:
+    """What one process of a run took."""
+
+    peak_memory_mib: float
+    peak_rss_mib: float | None
+    peak_phase: str
+    memory_mib: dict[str, float]
+    memory_max_mib: dict[str, float]
+    breakdown: list[MemoryItem]
+    peak_memory_reserved_mib: float | None = None
+
+
+@dataclass
 class Result:
     """A run. What it did not come to measure is None."""
 
@@ -87,6 +100,8 @@ class Result:
     memory_mib: dict[str, float] | None = None  # by category, at the peak
     memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
     breakdown: list[MemoryItem] = field(default_factory=list)  # the peak by category and dtype
+    parallel: Settings | None = None  # the strategy and its processes; None where the run was not split
+    ranks: list[RankUse] = field(default_factory=list)  # of a split run: each process, of which the largest is above
     trainable_params: int | None = None
     total_params: int | None = None
     trainable_percent: float | None = None
@@ -134,6 +149,7 @@ def unmeasured_result(settings: Settings, command: str, error: str | None = None
         micro_batch_size=settings["training"]["micro_batch_size"],
         packing=settings["training"].get("packing"),
         compiled=settings["training"].get("compile", False),
+        parallel=parallel if (parallel := settings.get("parallel", {})).get("strategy", "none") != "none" else None,
         command=command,
         error=error,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llama_ft.config import ModelConfig, UserError
+from llama_ft.model.sharded import write_rows
 from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build
@@ -134,8 +135,8 @@ def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
         raise UserError(f"{adapter.folder} does not hold the adapter that is expected here: its layers or rank differ")
     for name, factors in adapter.factors.items():
         a, b = factors.tensors()
-        layers[name].lora_A.copy_(a)
-        layers[name].lora_B.copy_(b)
+        write_rows(layers[name].lora_A, 0, a)
+        write_rows(layers[name].lora_B, 0, b)
 
 
 def check_copies(adapter: Adapter, base: Mapping[str, Weight]) -> None:

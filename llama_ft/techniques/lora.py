@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llama_ft.config import LoraConfig, UserError
 from llama_ft.kernels import at_least_fp32
 from llama_ft.model.four_bit import FourBitLinear
+from llama_ft.model.sharded import own, write_rows
 from llama_ft.model.transformer import Transformer
 from llama_ft.techniques.mixed_precision import Precision
 
@@ -65,8 +66,9 @@ class LoRALinear(nn.Linear):
 
     def initialize_added(self) -> None:
         """A Kaiming-uniform, B zero: the layer computes what its base does."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B)
+        a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device=self.lora_A.device)
+        write_rows(self.lora_A.detach(), 0, nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
+        nn.init.zeros_(own(self.lora_B))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] to [..., out_features]."""

@@ -17,6 +17,7 @@ from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, Json
 from llama_ft.model.folder import hub_repository
 from llama_ft.model.formats import hf_name, is_rotated, our_name, permute_rotary
 from llama_ft.model.mapped import StoredTensor, read_pth, read_safetensors
+from llama_ft.model.sharded import whole
 from llama_ft.model.sizes import check_sizes, own_sizes
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.model.weights import build, save_tensors
@@ -94,12 +95,13 @@ class Adapter:
         return {f"{layer}.weight": factors for layer, factors in self.factors.items()}
 
 
-def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> None:
+def save_adapter(model: Transformer, folder: Path, base: str | None = None, *, writes: bool = True) -> None:
     """Write the model's adapter into a folder; a UserError if it has none, or the files cannot be written.
 
     Args:
         base: the checkpoint that it was trained on, of which PEFT then knows the place, or the name on the Hugging Face
             hub; None names none.
+        writes: whether this process writes the files; of several that share the model all have to call it.
     """
     layers = lora_layers(model)
     if not layers:
@@ -119,10 +121,12 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None) -> N
     )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        b = layer.lora_B.detach()
+        a, b = whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
         if is_rotated(f"{name}.weight"):
             b = permute_rotary(b, layer.out_features // model.config.head_dim, to_hf=True)
-        tensors |= {f"{names[name]}.lora_A.weight": layer.lora_A, f"{names[name]}.lora_B.weight": b}
+        tensors |= {f"{names[name]}.lora_A.weight": a, f"{names[name]}.lora_B.weight": b}
+    if not writes:
+        return
     file = folder / ADAPTER_CONFIG_FILE
     try:
         write_json(file, asdict(config) | _OFF)

@@ -44,16 +44,17 @@ def measure_held_out(
 
     def until_stopped() -> Iterator[Batch]:
         n_done = 0
-        for batch in data.held_out_batches():
-            if is_stopped():
+        for batch in data.held_out_share():
+            if step.ranks.any(is_stopped()):
                 return
             yield batch
             n_done += len(batch.tokens) if batch.segments is None else len(batch.segments.lengths)
             if pace.is_due():
-                log(f"held-out loss: {n_done:,} of {len(data.held_out):,} samples")
+                n = min(n_done * step.ranks.world_size, len(data.held_out))
+                log(f"held-out loss: {n:,} of {len(data.held_out):,} samples")
 
     loss, accuracy = evaluate(step, until_stopped())
-    if is_stopped():
+    if step.ranks.any(is_stopped()):
         return None
     if not loss < MAX_NATS:
         raise Diverged(f"the held-out loss after optimizer step {n_steps} is {loss:g}: lower training.lr")

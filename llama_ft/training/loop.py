@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import islice
 
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, epoch_groups, pack
+from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, end_to_end, epoch_groups, no_samples, rows_of
 from llama_ft.data.records import Sample
+from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.training.position import Position
 from llama_ft.training.step import TrainStep, Window
@@ -26,6 +27,7 @@ class Windows:
     packing: int | None = None  # tokens up to which a window's samples are laid end to end; None leaves them
     pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
     held_out: Sequence[Sample] = ()  # to be evaluated, and never trained on
+    ranks: Ranks = ALONE  # the processes that a window is split over
 
     @classmethod
     def over(
@@ -41,20 +43,37 @@ class Windows:
         """Those of a training step, padded and pinned as its precision and device want them."""
         padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
         pin = step.device.type == "cuda"
-        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin, held_out)
+        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin, held_out, step.ranks)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Window]:
-        """The windows of an epoch, counted from 0, from the window `first` on; collated as they are asked for."""
+        """This process's windows of an epoch, counted from 0, from `first` on; collated as they are asked for."""
         groups = epoch_groups(len(self.samples), self.micro_batch_size, number, self.seed)
         for window in windows(groups[first * self.accumulation_steps :], self.accumulation_steps):
-            batches = self.lay_out([[self.samples[index] for index in group] for group in window])
+            batches = self.share([self.samples[index] for group in window for index in group])
             yield [batch.pinned() if self.pin else batch for batch in batches]
 
-    def lay_out(self, groups: Sequence[Sequence[Sample]]) -> list[Batch]:
-        """The micro-batches of a window: a group each, or all of its samples end to end."""
-        if self.packing is None:
-            return [collate(group, self.padding) for group in groups]
-        return pack(list(chain.from_iterable(groups)), self.packing, self.padding)
+    def share(self, samples: Sequence[Sample]) -> list[Batch]:
+        """This process's micro-batches of a window.
+
+        The samples are dealt out in turn. Of micro-batches all processes have as many, since they compute together:
+        those that some lack have no samples.
+        """
+        n = self.ranks.world_size
+        shares = [self.groups(samples[rank::n]) for rank in range(n)]
+        batches = [self.lay_out(group) for group in shares[self.ranks.rank]]
+        none = no_samples(self.padding, self.packing is not None)
+        return batches + [none] * (max(map(len, shares)) - len(batches))
+
+    def groups(self, samples: Sequence[Sample]) -> Sequence[Sequence[Sample]]:
+        """The samples of each micro-batch of a process's share of a window."""
+        if self.packing is not None:
+            return rows_of(samples, self.packing)
+        size = self.micro_batch_size
+        return [samples[start : start + size] for start in range(0, len(samples), size)]
+
+    def lay_out(self, group: Sequence[Sample]) -> Batch:
+        """A micro-batch: its samples side by side, or end to end."""
+        return collate(group, self.padding) if self.packing is None else end_to_end(group, self.padding)
 
     def held_out_batches(self) -> Iterator[Batch]:
         """The held-out samples in micro-batches no larger than in training, unless one sample is; longest first."""
@@ -63,13 +82,26 @@ class Windows:
         while ordered:
             fitting = max(1, min(self.micro_batch_size, room // len(ordered[0])))
             n = fitting if self.packing is None else self.window_size  # of which rows are made
-            yield from self.lay_out([ordered[:n]])
+            yield from map(self.lay_out, [ordered[:n]] if self.packing is None else self.groups(ordered[:n]))
             del ordered[:n]
+
+    def held_out_share(self) -> Iterator[Batch]:
+        """This process's part of them; all processes have as many batches."""
+        n = self.ranks.world_size
+        batches = self.held_out_batches()
+        while together := list(islice(batches, n)):
+            together += [no_samples(self.padding, self.packing is not None)] * (n - len(together))
+            yield together[self.ranks.rank]
 
     @property
     def window_size(self) -> int:
         """Samples in a window; the last of an epoch may have fewer."""
         return self.micro_batch_size * self.accumulation_steps
+
+    @property
+    def most_samples(self) -> int:
+        """The most samples of a window that a process has."""
+        return -(-min(self.window_size, len(self.samples)) // self.ranks.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,5 +133,5 @@ def train(
             loss, grad_norm = step(window)
             schedule.step()
             position.window, position.step = position.window + 1, position.step + 1
-            yield StepOutput(loss, grad_norm, lr, sum(batch.n_tokens for batch in window))
+            yield StepOutput(loss, grad_norm, lr, step.ranks.total(sum(batch.n_tokens for batch in window)))
         position.epoch, position.window = position.epoch + 1, 0

@@ -12,6 +12,7 @@ from torch.utils._mode_utils import no_dispatch
 from llama_ft.bitsandbytes import bitsandbytes
 from llama_ft.config import TrainingConfig
 from llama_ft.config.training import Optimizer
+from llama_ft.model.sharded import is_split
 
 # As bitsandbytes has it: elements from which on moments have 8 bits, with how many of them to a scale; elements from
 # which on they are paged.
@@ -146,7 +147,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
 
     Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps. SGD of 16-bit
     weights goes from one to the next instead: PyTorch's fused kernel for the CPU leaves most of such a weight as it is
-    (pytorch/pytorch#191763, in 2.13 too).
+    (pytorch/pytorch#191763, in 2.13 too). So does SGD of weights that are split over processes, for want of a kernel.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     decay = config.weight_decay
@@ -154,5 +155,5 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -
         return AdamW(trainable, config.lr, weight_decay=decay, fused=True)
     if config.optimizer is not Optimizer.sgd:
         return AdamW8bit(trainable, config.lr, decay, is_paged=config.optimizer is Optimizer.paged_adamw_8bit)
-    is_fused = all(parameter.dtype.itemsize > 2 for parameter in trainable)
+    is_fused = all(parameter.dtype.itemsize > 2 and not is_split(parameter) for parameter in trainable)
     return SGD(trainable, config.lr, config.momentum, weight_decay=decay, fused=is_fused, foreach=False)

@@ -86,7 +86,10 @@ def _entries(run_dir: Path) -> list[Path]:
 
 def _is_plain(folder: Path) -> bool:
     """Whether it is a folder, and not a link to one, in which nothing lies but what a run saves."""
-    return folder.is_dir() and not folder.is_symlink() and {path.name for path in folder.iterdir()} <= SAVED_FILES
+    if not folder.is_dir() or folder.is_symlink():
+        return False
+    names = {path.name for path in folder.iterdir()} - SAVED_FILES
+    return all(re.fullmatch(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors", name) for name in names)
 
 
 def remove_older(run_dir: Path, n_kept: int = N_KEPT, step: int | None = None) -> None:

@@ -5,19 +5,22 @@ A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appe
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama_ft.config import UserError
+from llama_ft.config import Strategy, UserError
 from llama_ft.files import WEIGHTS_FILE, to_disk, write_json
 from llama_ft.model.four_bit import is_in_4_bits
+from llama_ft.model.sharded import whole
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import read_into, save_tensors
+from llama_ft.model.writing import in_order
+from llama_ft.parallel.checkpoint import SHARDS, read_split, write_split
+from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.techniques.adapter import copy_factors
 from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.peft import read_adapter, save_adapter
@@ -34,28 +37,33 @@ from llama_ft.training.position import (
 from llama_ft.training.step import TrainStep
 
 
-def save_trained(model: Transformer, folder: Path, base: str | None = None) -> None:
+def save_trained(model: Transformer, folder: Path, base: str | None = None, ranks: Ranks = ALONE) -> None:
     """Write what was trained: all weights, or the adapter, with the name of the checkpoint that it belongs to.
+
+    Of several processes the first writes; weights that are split are gathered one by one, so all have to call it.
 
     Raises:
         UserError: if it cannot be written, or weights are in 4 bits.
     """
     if lora_layers(model):
-        save_adapter(model, folder, base)
+        save_adapter(model, folder, base, writes=ranks.is_first)
     elif is_in_4_bits(model):
         raise UserError("weights in 4 bits are not saved: convert merges an adapter into the checkpoint's own weights")
-    else:
+    elif ranks.is_first:
         save_tensors(dict(model.named_parameters()), folder / WEIGHTS_FILE, model.config)
+    else:
+        for _, parameter in in_order(dict(model.named_parameters())):
+            whole(parameter.detach())
 
 
 class Saver:
     """A run's checkpoints, and the weights that were the best so far.
 
-    `run_hash` is of what stays of the config when a run is trained longer.
+    `run_hash` is of what stays of the config when a run is trained longer, or on other processes.
     """
 
     def __init__(self, run_dir: Path, config_hash: str, step: TrainStep, run_hash: str | None = None) -> None:
-        self._run_dir, self._hashes, self._step = run_dir, (config_hash, run_hash), step
+        self._run_dir, self._hashes, self._step, self._ranks = run_dir, (config_hash, run_hash), step, step.ranks
 
     def save(self, position: Position) -> None:
         """Write a checkpoint.
@@ -63,13 +71,15 @@ class Saver:
         Raises:
             UserError: if it cannot be written; those before it stay.
         """
-        with self._new_folder(f"step_{position.step:08}") as folder:
-            save_tensors(self._optimizer_tensors(), folder / OPTIMIZER_FILE, self._step.model.config)
-            scaler, rng = self._step.scaler.state_dict(), _rng_states(self._step.device)
-            config_hash, run_hash = self._hashes
-            state = SavedState(config_hash, position, run_hash, scaler, rng)
-            write_json(folder / STATE_FILE, asdict(state))
-        remove_older(self._run_dir)
+        config_hash, run_hash = self._hashes
+        scaler, rng = self._step.scaler.state_dict(), self._ranks.gathered(_rng_states(self._step.device))
+        states = {
+            f"{name}.{rank}" if rank else name: each for rank, own in enumerate(rng) for name, each in own.items()
+        }
+        state = SavedState(config_hash, position, run_hash, scaler, states)
+        self._write(f"step_{position.step:08}", state)
+        if self._ranks.is_first:
+            remove_older(self._run_dir)
 
     def save_best(self, step: int) -> None:
         """Keep the weights as they are after this optimizer step, the best so far.
@@ -77,33 +87,39 @@ class Saver:
         Raises:
             UserError: if they cannot be written; those before them stay.
         """
-        with self._new_folder(self.best_folder(step).name):
-            pass
-        remove_older(self._run_dir, step=step)
+        self._write(self.best_folder(step).name)
+        if self._ranks.is_first:
+            remove_older(self._run_dir, step=step)
 
     def best_folder(self, step: int) -> Path:
         """Where the best weights are, those after this optimizer step."""
         return self._run_dir / CHECKPOINTS_DIR / f"best_{step:08}"
 
-    @contextmanager
-    def _new_folder(self, name: str) -> Iterator[Path]:
-        """A folder with what is trained, and with what the block adds; it appears whole."""
-        final = self._run_dir / CHECKPOINTS_DIR / name
-        temporary = final.with_name(f".{name}.{os.getpid()}.tmp")
+    def _write(self, name: str, state: SavedState | None = None) -> None:
+        """A folder with what is trained, and, with a state, the optimizer's tensors; it appears whole."""
+        ranks, final = self._ranks, self._run_dir / CHECKPOINTS_DIR / name
+        temporary = final.with_name(f".{name}.{ranks.gathered(os.getpid())[0]}.tmp")
         try:
-            temporary.mkdir(parents=True)
-            save_trained(self._step.model, temporary)
-            yield temporary
-            to_disk(temporary)
-            if final.exists():  # best weights whose loss did not reach the disk: it was measured again
-                shutil.rmtree(final)
-            temporary.rename(final)
+            if ranks.is_first:
+                temporary.mkdir(parents=True)
+            ranks.wait()
+            optimizer = self._optimizer_tensors() if state else {}
+            if ranks.strategy is Strategy.fsdp:
+                write_split(self._trained() | optimizer, temporary)
+            elif ranks.is_first:
+                save_trained(self._step.model, temporary)
+                if state:
+                    save_tensors(optimizer, temporary / OPTIMIZER_FILE, self._step.model.config)
+            if ranks.is_first:
+                _complete(temporary, final, state)
+            ranks.wait()
         except UserError as error:
             raise UserError(str(error).replace(str(temporary), str(final))) from error
         except OSError as error:
             raise UserError(f"{final} cannot be written: {error.strerror}") from error
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if ranks.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self) -> Position | None:
         """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
@@ -115,22 +131,33 @@ class Saver:
         if not found:
             return None
         saved = read_state(found[-1])
-        self.read_trained(found[-1])
-        read_into(self._optimizer_tensors(), found[-1] / OPTIMIZER_FILE)
+        self.read_trained(found[-1], self._optimizer_tensors())
         try:
             self._step.scaler.load_state_dict(saved.scaler)
-            _set_rng_states(saved.rng, self._step.device)
+            _set_rng_states(saved.rng, self._step.device, self._ranks.rank)
         except (TypeError, ValueError, LookupError, RuntimeError) as error:
             raise UserError(f"{found[-1] / STATE_FILE} is damaged: {error}") from error
         return saved.position
 
-    def read_trained(self, folder: Path) -> None:
-        """Put the weights of a checkpoint, or the best, back; a UserError if they are damaged."""
+    def read_trained(self, folder: Path, optimizer: Mapping[str, Tensor] | None = None) -> None:
+        """Put the weights of a checkpoint, or the best, back, and the optimizer's tensors, if they are given.
+
+        Raises:
+            UserError: if they are damaged.
+        """
         model = self._step.model
+        if any(folder.glob(SHARDS)):  # of processes that the run was split over, as many as there were
+            read_split(self._trained() | dict(optimizer or {}), folder, self._ranks)
+            return
         if layers := lora_layers(model):
             copy_factors(read_adapter(folder, model.config), layers)
         else:
             read_into(dict(model.named_parameters()), folder / WEIGHTS_FILE)
+        if optimizer is not None:
+            read_into(optimizer, folder / OPTIMIZER_FILE)
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: each for name, each in self._step.model.named_parameters() if each.requires_grad}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's tensors by parameter and name, such as `norm.weight:exp_avg`; scalars as [1]."""
@@ -142,6 +169,16 @@ class Saver:
         }
 
 
+def _complete(temporary: Path, final: Path, state: SavedState | None) -> None:
+    """Add the state to a folder, and let it have its name."""
+    if state:
+        write_json(temporary / STATE_FILE, asdict(state))
+    to_disk(temporary)
+    if final.exists():  # best weights whose loss did not reach the disk: it was measured again
+        shutil.rmtree(final)
+    temporary.rename(final)
+
+
 def _rng_states(device: torch.device) -> dict[str, str]:
     """The states of the random generators that a run uses, in hex."""
     states = {"cpu": torch.get_rng_state()}
@@ -150,8 +187,11 @@ def _rng_states(device: torch.device) -> dict[str, str]:
     return {name: bytes(state.tolist()).hex() for name, state in states.items()}
 
 
-def _set_rng_states(saved: dict[str, str], device: torch.device) -> None:
+def _set_rng_states(saved: dict[str, str], device: torch.device, rank: int) -> None:
+    """A process that the run did not have when it was saved keeps its own."""
+    suffix = f".{rank}" if rank else ""
     states = {name: torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for name, state in saved.items()}
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    if rank == 0 or f"cpu{suffix}" in states:
+        torch.set_rng_state(states[f"cpu{suffix}"])
+    if device.type == "cuda" and f"cuda{suffix}" in states:
+        torch.cuda.set_rng_state(states[f"cuda{suffix}"], device)

@@ -17,6 +17,8 @@ from llama_ft.config.training import Schedule
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, materialise, open_weights
+from llama_ft.parallel.ranks import ALONE, Ranks
+from llama_ft.parallel.split import shard
 from llama_ft.system import Log, silent
 from llama_ft.techniques.adapter import begin_with
 from llama_ft.techniques.mixed_precision import Precision
@@ -24,7 +26,9 @@ from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.step import TrainStep
 
 
-def set_up(config: TrainConfig, precision: Precision, device: torch.device, log: Log = silent) -> TrainStep:
+def set_up(
+    config: TrainConfig, precision: Precision, device: torch.device, log: Log = silent, ranks: Ranks = ALONE
+) -> TrainStep:
     """The training step of a run, with its model and optimizer.
 
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
@@ -34,7 +38,7 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
     """
     make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # a missing package is said first
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
-    model = shape_model(config, precision)
+    model = shape_model(config, precision, ranks)
     use_products_of(device, precision.compute)
     use_training_kernels(device)
     allocate(model, device)
@@ -44,14 +48,18 @@ def set_up(config: TrainConfig, precision: Precision, device: torch.device, log:
         log(f"adapter: that of {config.adapter} is trained further")
     if config.optim.gc and config.gc.offload is not None and device.type == "cpu":
         log("gc.offload=cpu: the blocks' inputs are in the host's memory as it is, and nothing is moved")
-    return make_step(model, config, precision)
+    return make_step(model, config, precision, ranks)
 
 
-def shape_model(config: TrainConfig, precision: Precision) -> Transformer:
-    """The model with its techniques, on the meta device; a UserError if a technique does not fit it."""
+def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> Transformer:
+    """The model with its techniques, split over its processes, on the meta device.
+
+    A technique that does not fit it is a UserError.
+    """
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)
+    shard(model, ranks, precision)
     return model
 
 
@@ -61,11 +69,11 @@ def allocate(model: Transformer, device: torch.device) -> None:
     techniques.initialize_added(model)
 
 
-def make_step(model: Transformer, config: TrainConfig, precision: Precision) -> TrainStep:
+def make_step(model: Transformer, config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> TrainStep:
     """The optimizer step of a model that is there."""
     training = config.training
     optimizer = make_optimizer(model.parameters(), training)
-    return TrainStep(model, optimizer, precision, training.max_grad_norm, training.optimizer_in_backward)
+    return TrainStep(model, optimizer, precision, training.max_grad_norm, training.optimizer_in_backward, ranks)
 
 
 # Share of the peak learning rate, so many steps after the warm-up of so many that there are.

@@ -9,6 +9,8 @@ from llama_ft.data.collate import Batch
 from llama_ft.kernels import at_least_fp32
 from llama_ft.model.autograd import SummedCrossEntropy
 from llama_ft.model.transformer import Transformer
+from llama_ft.parallel.ranks import ALONE, Ranks
+from llama_ft.parallel.split import replicate, sum_after
 from llama_ft.techniques.gradient_accumulation import target_tokens
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.update import Update, UpdateInBackward
@@ -42,8 +44,10 @@ class TrainStep:
         precision: Precision,
         max_grad_norm: float = 1.0,
         updates_in_backward: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model = model
+        self.model, self.ranks = model, ranks
+        self.forward = replicate(model, ranks)
         self.optimizer = optimizer
         self.precision = precision
         self.scaler = precision.scaler()
@@ -57,17 +61,19 @@ class TrainStep:
         Returns:
             The window's mean loss per target token and the norm of its gradient before clipping: fp32 scalars.
         """
-        n_targets = target_tokens(window)
+        n_targets = self.ranks.total(target_tokens(window))
         loss = torch.zeros((), device=self.device)
         with self.update.in_backward():
-            for micro_batch in window:
+            for number, micro_batch in enumerate(window, 1):
+                sum_after(self.forward, number == len(window))
                 loss += self._backward(micro_batch, n_targets)
+        self.ranks.add_up(loss)
         return loss, self.update()
 
     def _backward(self, micro_batch: Batch, n_targets: int) -> Tensor:
         """Add the micro-batch's part to the window's gradient; returns its part of the loss."""
         with self.precision.autocast():
-            loss = summed_loss(self.model, micro_batch.to(self.device)) / n_targets
+            loss = summed_loss(self.forward, micro_batch.to(self.device)) / n_targets
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -110,10 +116,14 @@ def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
 
 
 def evaluate(step: TrainStep, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Mean loss per target token, and the share of them that are the most probable token. Random states stay."""
+    """Mean loss per target token, and the share of them that are the most probable token. Random states stay.
+
+    Of several processes each has batches of its own, and all have as many.
+    """
     total, n_targets = torch.zeros(2, dtype=torch.float64, device=step.device), 0
     for batch in batches:
         total += evaluate_batch(step, batch)
         n_targets += batch.n_targets
-    loss, accuracy = (total / n_targets).tolist()
+    step.ranks.add_up(total)
+    loss, accuracy = (total / step.ranks.total(n_targets)).tolist()
     return loss, accuracy

@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from llama_ft.model.sharded import whole
+
 
 class Update:
     """After the backward pass: the gradients are clipped to a norm over all of them, then the weights are updated."""
@@ -33,7 +35,7 @@ class Update:
         A fused optimizer divides by `grad_scale` while it reads the gradients, which spares a pass over them.
         """
         gradients = [each.grad for each in self.optimizer.param_groups[0]["params"] if each.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = whole(nn.utils.get_total_norm(gradients))
         scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
         if self.optimizer.defaults.get("fused"):
             self.optimizer.grad_scale = scale.float()  # type: ignore[attr-defined]
