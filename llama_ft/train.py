@@ -3,6 +3,7 @@
 import os
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -16,7 +17,7 @@ from rich.console import Console
 from llama_ft import cli
 from llama_ft.cli.hydra_keys import check_directions, check_name, check_resumable, check_seeds, without_effect
 from llama_ft.cli.usage import OPTIONS
-from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import DeviceChoice, SweepConfig, TrackerConfig, TrackerKind, TrainConfig, UserError, config_dir
 from llama_ft.config.checks import Settings
 from llama_ft.files import check_replaceable, locked
 from llama_ft.launch.folder import (
@@ -28,6 +29,7 @@ from llama_ft.launch.folder import (
     goes_on,
     has_lost_patience,
 )
+from llama_ft.launch.machines import Place, held_place
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import Metrics, evaluations_of, read_metrics
 from llama_ft.records.result import (
@@ -75,14 +77,15 @@ class TrainCommand:
                 if self.is_tuned:
                     check_seeds(swept_keys())
             # Held from before the first look into the folder: a run whose command was killed may still be saving.
-            with locked(run_dir, SECONDS_FOR_THE_LAST) as lock:
-                result = self.results[run_dir.name] = self.run_locked(config, run_dir, lock)
+            with held_place(config.parallel, run_dir, SECONDS_FOR_THE_LAST) as place:
+                result = self.results[run_dir.name] = self.run_locked(config, place)
         except UserError as error:
             raise cli.Stop(str(error)) from error
         return objective_of(result, self.sweep.objective)
 
-    def run_locked(self, config: DictConfig, run_dir: Path, lock: int) -> Result:
+    def run_locked(self, config: DictConfig, place: Place) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
+        run_dir = place.folder
         settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
             checked = cli.checked_config(config, list(HydraConfig.get().overrides.task), TrainConfig)
@@ -94,14 +97,14 @@ class TrainCommand:
             self.remark(checked)
         try:
             check_inputs(run_dir, checked)
-            if finished := self.finished_before(checked, run_dir):
+            if finished := self.finished_before(checked, place.run_dir):
                 return finished
             check_resumable(checked, run_dir, self.sweep_dir is not None)
             clear(run_dir, checked)
         except UserError as error:
             return self.refuse(settings, run_dir, str(error), go_on=self.sweep_dir is not None)
         try:
-            return self.run(checked, run_dir, lock)
+            return self.run(checked, place)
         except KeyboardInterrupt:
             if not (run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
                 early = new_result(checked, cli.command_line())
@@ -148,12 +151,15 @@ class TrainCommand:
         self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
         return previous
 
-    def run(self, config: TrainConfig, run_dir: Path, lock: int) -> Result:
+    def run(self, config: TrainConfig, place: Place) -> Result:
         """Run in a process of its own, watched."""
+        run_dir, tracked = place.folder, config.tracker
+        if not place.is_first:
+            tracked = replace(tracked, kind=TrackerKind.disabled)
         group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
         self.console.print(title, style="bold", highlight=False, markup=False)
         with Bar(self.console, len(evaluations_of(read_metrics(run_dir)))) as display:
-            tracker = start_tracker(config.tracker, run_dir, config.to_dict(), group, display.message)
+            tracker = start_tracker(tracked, run_dir, config.to_dict(), group, display.message)
 
             log = partial(self.log_once, log=display.message)
 
@@ -165,13 +171,14 @@ class TrainCommand:
             check_fit = config.plan.enforce and not self.sweep_dir and config.gpu.device is not DeviceChoice.cpu
             result = None
             try:
-                result = run_in_child(config, run_dir, cli.command_line(), lock, check_fit, log, on_step)
+                result = run_in_child(config, place, cli.command_line(), check_fit, log, on_step)
             finally:
                 tracker.finish(result or read_result(run_dir))
             if self.sweep_dir or result.status in FINISHED:
                 display.message(ending(result))
         if not self.sweep_dir:
-            self.log(f"  results: {run_dir}")
+            where = "results" if place.is_first else "the results are on the first machine; the log of this one"
+            self.log(f"  {where}: {run_dir}")
         return result
 
     def log(self, line: str) -> None:
