@@ -3,15 +3,23 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CHECKOUT, environment, injected
+
+from llama_ft.config import ParallelConfig, TrainConfig, UserError
+from llama_ft.config.parallel import Strategy
+from llama_ft.launch import machines
+from llama_ft.launch.endings import Ending, root_of
+from llama_ft.records.result import results_below
 
 CHILD = "llama_ft.launch.child"
 STAND_IN = f"""
@@ -228,3 +236,145 @@ def test_a_wrong_file_is_said_as_without_ranks(started: Callable[..., Command]) 
     assert command.finish() != 0
     assert "rank" not in command.output.splitlines()[-1]
     assert "nowhere.json" in command.output.splitlines()[-1]
+
+
+# ----------------------------------------------------------------------------------------------------- several machines
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture(params=["one folder", "two folders"])
+def two(request: pytest.FixtureRequest, started: Callable[..., Command]) -> Callable[..., list[Command]]:
+    """Two machines with a rank each, which are this one; with a shared disk or without."""
+
+    def start(*overrides: str, **variables: str) -> list[Command]:
+        meeting = ("parallel.nodes=2", f"parallel.rendezvous=localhost:{free_port()}", *overrides)
+        first = started(*meeting, **variables)
+        wait_for((first.run_dir / "config.yaml").exists)  # is the first, then
+        return [first, started(*meeting, folder="run" if request.param == "one folder" else "other", **variables)]
+
+    return start
+
+
+@pytest.mark.process
+def test_two_machines_run_together(two: Callable[..., list[Command]]) -> None:
+    commands = two(STEPS="3")
+    assert [command.finish() for command in commands] == [0, 0], [command.output for command in commands]
+    first, other = commands
+    assert first.ended == ("ok", None)
+    assert "2 ranks" in first.output
+    assert "2 ranks" not in other.output
+    assert "the results are on the first machine" in other.output
+    log = other.run_dir / f"other_machine_{socket.gethostname()}" / "train.log"
+    assert "rank 1 prints this" in log.read_text()
+    assert len(results_below(first.run_dir)) == 1
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_on_either_machine_ends_both(two: Callable[..., list[Command]], rank: int) -> None:
+    commands = two()
+    os.kill(commands[0].ranks()[rank], signal.SIGKILL)
+    assert [command.finish(20) for command in commands] == [1, 1]
+    sentence = f"rank {rank}: killed by signal 9; no sign that memory was the reason"
+    assert commands[0].ended == ("killed", sentence)
+    assert sentence in commands[1].output
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("machine", [0, 1])
+def test_an_interrupt_on_either_machine_saves_on_both(two: Callable[..., list[Command]], machine: int) -> None:
+    commands = two("training.save_every=1000")
+    commands[0].ranks()
+    commands[machine].process.send_signal(signal.SIGINT)
+    codes = [command.finish(20) for command in commands]
+    assert codes[machine] == 130
+    assert commands[0].ended == ("interrupted", "interrupted during training")
+    assert len({(commands[0].run_dir / f"saved_{rank}").read_text() for rank in (0, 1)}) == 1
+
+
+@pytest.mark.process
+def test_a_machine_that_is_lost_ends_the_run(started: Callable[..., Command]) -> None:
+    meeting = ("parallel.nodes=2", f"parallel.rendezvous=localhost:{free_port()}")
+    first = started(*meeting)
+    wait_for((first.run_dir / "config.yaml").exists)
+    other = started(*meeting, folder="other")
+    first.ranks()
+    for pid in (other.process.pid, *descendants(other.process.pid)):
+        os.kill(pid, signal.SIGKILL)
+    assert first.finish() == 1
+    assert first.ended[1] == "rank 1: its machine does not answer"
+
+
+@pytest.mark.process
+def test_a_machine_alone_says_where_it_waited(started: Callable[..., Command]) -> None:
+    port = free_port()
+    command = started("parallel.nodes=2", f"parallel.rendezvous=localhost:{port}", "parallel.timeout_s=1")
+    assert command.finish() == 1
+    assert f"1 came to localhost:{port} within 1 s" in command.ended[1]
+
+
+@pytest.mark.process
+def test_another_command_on_the_second_machine_is_refused(started: Callable[..., Command]) -> None:
+    meeting = ("parallel.nodes=2", f"parallel.rendezvous=localhost:{free_port()}", "parallel.timeout_s=20")
+    first = started(*meeting)
+    wait_for((first.run_dir / "config.yaml").exists)
+    other = started(*meeting, "training.lr=0.5", folder="other")
+    assert other.finish() == 1
+    assert "the run on the first machine, localhost, is another one" in other.output
+
+
+SLURM = {"SLURM_JOB_ID": "123", "SLURM_JOB_NODELIST": "gpu[07-08,11]-ib,login1", "SLURM_NNODES": "4"}
+
+
+def test_slurm_says_where_machines_meet() -> None:
+    assert machines.meeting_point(None, 4, SLURM) == ("gpu07-ib", 20_123)
+    assert machines.meeting_point("other:1234", 4, SLURM) == ("other", 1234)
+    assert machines.first_host("a1,a2") == "a1"
+    assert machines.first_host("node[3,5]") == "node3"
+    assert machines.first_host("node[003-128]") == "node003"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({}, "parallel.rendezvous=HOST:PORT"),
+        (SLURM | {"SLURM_NNODES": "2"}, "SLURM gave this job 2"),
+        (SLURM | {"SLURM_NTASKS": "8"}, "--ntasks-per-node=1"),
+        (SLURM | {"SLURM_LOCALID": "1"}, "--ntasks-per-node=1"),
+    ],
+)
+def test_a_wrong_start_under_slurm_is_explained(variables: dict[str, str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        machines.meeting_point(None, 4, variables)
+
+
+# ------------------------------------------------------------------------------------------------------ which was first
+
+
+def test_a_cause_comes_before_its_consequences() -> None:
+    lost = Ending(0, "error", "connection closed", "others", 1.0)
+    hung = Ending(3, "error", "did not answer", "silent", 9.0)
+    stopped = Ending(0, "interrupted", "interrupted during training", "interrupted", 9.0)
+    first, later = (Ending(rank, "oom", "out of memory", "own", time_s) for rank, time_s in ((2, 5.0), (1, 6.0)))
+    assert root_of([]) is None
+    assert root_of([lost]) is lost
+    assert root_of([lost, hung]) is hung
+    assert root_of([lost, hung, stopped]) is stopped
+    assert root_of([lost, hung, stopped, later, first]) is first
+    assert first.sentence == "rank 2: out of memory"
+    assert stopped.sentence == "interrupted during training"
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_config: TrainConfig) -> None:
+    from llama_ft.launch import meeting
+
+    monkeypatch.setattr(meeting, "why_no_gpu", lambda: None)
+    monkeypatch.setattr(meeting.torch.cuda, "device_count", lambda: 2)
+    parallel = ParallelConfig(Strategy.ddp, processes=8, nodes=2)
+    with pytest.raises(UserError, match="4 on this machine, a GPU for each, and PyTorch sees 2"):
+        meeting.check_gpus(replace(tiny_config, parallel=parallel))
+    meeting.check_gpus(replace(tiny_config, parallel=replace(parallel, processes=4)))

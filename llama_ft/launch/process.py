@@ -172,9 +172,9 @@ def stop(child: subprocess.Popen[bytes], patience: float) -> None:
             child.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
-        child.terminate()  # a process of ours ends at once, and PyTorch's agent ends its own first
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(SECONDS_TO_KILL)
+    child.terminate()  # a process of ours ends at once, and PyTorch's agent ends its own first
+    with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+        child.wait(SECONDS_TO_KILL)
     child.kill()
     child.wait()
     if child.stdin is not None:
