@@ -45,3 +45,8 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Processes in all; 1 where the run is not split."""
         return (self.processes or 1) if self.is_split else 1
+
+    @property
+    def per_machine(self) -> int:
+        """Processes on each machine."""
+        return self.world_size // self.nodes

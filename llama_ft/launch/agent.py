@@ -11,8 +11,10 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from subprocess import Popen
+from types import FrameType
 from typing import Any, cast
 
 from torch._C._distributed_c10d import Store
@@ -24,6 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from llama_ft.config import TrainConfig
 from llama_ft.config.train import read_config
+from llama_ft.launch import END_NOW
 from llama_ft.launch.child import failure, seconds_to_stop, stop_with_parent
 from llama_ft.launch.endings import Ending, Seen, ending_of_killed
 from llama_ft.launch.interrupts import interrupts_held_back
@@ -62,15 +65,18 @@ class Agent(LocalElasticAgent):
             if context
         }
 
-    def interrupt(self, *_: object) -> None:
-        """Pass an interrupt on to the first rank here, which ends with all others; raise it where there is none yet."""
-        ranks = self.ranks
-        if not ranks:
+    def interrupt(self, number: int, _: FrameType | None) -> None:
+        """Pass an interrupt on to the first rank here, which tells the others; raise it where there is none yet."""
+        if not self.ranks:
             raise KeyboardInterrupt
-        process = ranks[min(ranks)][0]
+        self.send(min(self.ranks), number)
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a signal to a rank, unless it has ended."""
+        process, _ = self.ranks[rank]
         if process.returncode is None:
             with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGINT)
+                os.kill(process.pid, number)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         with interrupts_held_back():  # until a rank handles them
@@ -107,17 +113,17 @@ class Agent(LocalElasticAgent):
         for rank, code in codes.items():
             if code and rank not in self.endings:
                 self.endings[rank] = self._ending(rank, code)
-        # Interrupted ranks are on their way to the end, all of them, and may still be writing.
         causes, timeout = {each.cause for each in self.endings.values()}, self.config.parallel.timeout_s
-        patience = timeout if causes == {"interrupted"} else SECONDS_TO_END
-        waited = time.monotonic() - (self.failed_at or 0)
-        if None in codes.values() and waited < patience:
+        left = [rank for rank, code in codes.items() if code is None]
+        if is_interrupt := causes == {"interrupted"}:
+            for rank in left:  # those that have something to save note it, and the others end
+                self.send(rank, signal.SIGINT)
+        if left and time.monotonic() - (self.failed_at or 0) < (timeout if is_interrupt else SECONDS_TO_END):
             return RunResult(state=WorkerState.HEALTHY)
-        for rank, (running, _) in self.ranks.items():
-            if codes[rank] is None:
-                silent = f"did not answer for {timeout} s (parallel.timeout_s), and was ended"
-                self.endings[rank] = Ending(rank, "error", silent, "silent", time.time())
-                running.kill()
+        for rank in left:
+            silent = f"did not answer for {timeout} s (parallel.timeout_s), and was ended"
+            self.endings[rank] = Ending(rank, "error", silent, "silent", time.time())
+            self.send(rank, signal.SIGKILL)
         return RunResult(state=WorkerState.FAILED)
 
     def _ending(self, rank: int, code: int) -> Ending:
@@ -126,7 +132,8 @@ class Agent(LocalElasticAgent):
         if file.is_file():
             return Ending(**json.loads(file.read_text(encoding="utf-8")))
         seen = self.seen.get(rank, Seen())
-        seen.was_oom_kill = oom_kills() > self.kills_before
+        together = sum(each.resident_bytes for each in self.seen.values())
+        seen = Seen(together, seen.data_bytes, was_oom_kill=oom_kills() > self.kills_before)
         status, error = ending_of_killed(code, seen, self.config.measure.memory_limit_mib, self.log_file)
         log = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
         gave_up = code == -signal.SIGABRT and NCCL_GAVE_UP in log
@@ -135,11 +142,12 @@ class Agent(LocalElasticAgent):
 
 def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: Meeting) -> list[Ending]:
     """Start the ranks of this machine, watch them to the end, and return those that failed."""
-    n_here = config.parallel.world_size // config.parallel.nodes
+    n_here = config.parallel.per_machine
     module = ("-m", "llama_ft.launch.child", meeting.run_dir, *arguments)
     spec = WorkerSpec("rank", n_here, meeting, entrypoint=sys.executable, args=module, max_restarts=0)
     spec.monitor_interval = LOOK_SECONDS
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM"  # at once; SIGINT is ours, and a rank may first save
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # SIGINT is ours: a rank may first save
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # machines have as many ranks: the agents need not wait
     with tempfile.TemporaryDirectory(prefix="llama_ft_") as logs:
         agent = Agent(spec, DefaultLogsSpecs(logs), meeting.store, config, folder / LOG_FILE)
         signal.signal(signal.SIGINT, agent.interrupt)
@@ -150,6 +158,8 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
             ending = Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted", time.time())
             return [ending]
         except DistError:  # of the store, which is the first machine's
+            if meeting.rank == 0:
+                raise
             lost = f"the first machine, {meeting.host}, does not answer"
             return [*agent.endings.values(), Ending(0, "error", lost, "silent", time.time())]
         finally:
@@ -171,7 +181,7 @@ def main() -> int:
     folder, command, listener, *rest = sys.argv[1:]
     config = read_config(Path(folder) / CONFIG_FILE)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    stop_with_parent(seconds_to_stop(config), hold_ranks_input(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    stop_with_parent(seconds_to_stop(config), hold_ranks_input(), partial(os.kill, os.getpid(), END_NOW))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     meeting, root = None, None
     try:

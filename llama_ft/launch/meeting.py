@@ -31,7 +31,7 @@ class Meeting(StaticTCPRendezvous):
         timeout, self.n_machines = config.parallel.timeout_s, config.parallel.nodes
         super().__init__(host, server.port, rank, self.n_machines, "ranks", timeout)
         self._store = server
-        self.n_here = config.parallel.world_size // self.n_machines
+        self.n_here = config.parallel.per_machine
         self.host, self.run_dir, self.store = host, run_dir, PrefixStore("llama_ft", server)
 
     def settle(self, endings: Sequence[Ending], wait_seconds: float) -> Ending | None:
@@ -142,7 +142,7 @@ def check_gpus(config: TrainConfig) -> None:
     """Raise a UserError if there are fewer GPUs here than processes."""
     if config.gpu.device is DeviceChoice.cpu or why_no_gpu() is not None:
         return
-    n_here, n_gpus = config.parallel.world_size // config.parallel.nodes, torch.cuda.device_count()
+    n_here, n_gpus = config.parallel.per_machine, torch.cuda.device_count()
     if n_here > n_gpus:
         raise UserError(
             f"parallel.processes={config.parallel.processes}: that is {n_here} on this machine, a GPU for each, and"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
-from llama_ft.launch import CHECK_FIT
+from llama_ft.launch import CHECK_FIT, END_NOW
 from llama_ft.launch.endings import Seen, ending_of_killed
 from llama_ft.launch.interrupts import interrupts_held_back
 from llama_ft.launch.machines import Place
@@ -60,7 +60,7 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     metrics_file = run_dir / METRICS_FILE
     kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
-    child = start(config, place, command, check_fit)
+    child = start(config, place, command, check_fit, log)
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt:
@@ -87,26 +87,32 @@ def changed_ns(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def start(config: TrainConfig, place: Place, command: str, check_fit: bool) -> subprocess.Popen[bytes]:
+def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log) -> subprocess.Popen[bytes]:
     """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on.
 
     Of a run that is split it is PyTorch's agent, whose children are the ranks.
     """
-    folder, descriptors, environment = (
-        str(place.folder),
-        [place.lock],
-        child_environment(config.gpu.device is DeviceChoice.cpu, config.parallel.world_size // config.parallel.nodes),
-    )
-    program = [sys.executable, "-m", "llama_ft.launch.child", folder, folder, command]
-    if config.parallel.is_split:
+    parallel, folder, descriptors = config.parallel, str(place.folder), [place.lock]
+    environment = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
+    program = ["llama_ft.launch.child", folder, folder, command]
+    if parallel.is_split:
         listener = place.listener.fileno() if place.listener else None
         descriptors += [listener] if listener is not None else []
-        program = [sys.executable, "-m", "llama_ft.launch.agent", folder, command, str(listener).lower()]
-    program += [CHECK_FIT] if check_fit else []
+        program = ["llama_ft.launch.agent", folder, command, str(listener).lower()]
+        where = f" on each of {parallel.nodes} machines" if parallel.nodes > 1 else ""
+        threads = environment.get("OMP_NUM_THREADS", "all")
+        log(f"processes: {parallel.per_machine}{where}, CPU threads in each: {threads}")
+    program = [sys.executable, "-m", *program, *([CHECK_FIT] if check_fit else [])]
     pipe = subprocess.PIPE
-    with (place.folder / LOG_FILE).open("ab") as log, interrupts_held_back():
+    with (place.folder / LOG_FILE).open("ab") as stderr, interrupts_held_back():
         return subprocess.Popen(
-            program, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=descriptors, env=environment
+            program,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=stderr,
+            start_new_session=True,
+            pass_fds=descriptors,
+            env=environment,
         )
 
 
@@ -172,7 +178,7 @@ def stop(child: subprocess.Popen[bytes], patience: float) -> None:
             child.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
-    child.terminate()  # a process of ours ends at once, and PyTorch's agent ends its own first
+    child.send_signal(END_NOW)  # a process of ours ends at once, and PyTorch's agent ends its own first
     with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
         child.wait(SECONDS_TO_KILL)
     child.kill()
