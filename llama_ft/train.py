@@ -153,15 +153,12 @@ class TrainCommand:
 
     def run(self, config: TrainConfig, place: Place) -> Result:
         """Run in a process of its own, watched."""
-        run_dir, tracked = place.folder, config.tracker
-        if not place.is_first:
-            tracked = replace(tracked, kind=TrackerKind.disabled)
+        tracked = config.tracker if place.is_first else replace(config.tracker, kind=TrackerKind.disabled)
+        run_dir = place.folder
         group, title = (self.sweep_dir.name, run_dir.name) if self.sweep_dir else (None, config.optim.combination)
         self.console.print(title, style="bold", highlight=False, markup=False)
         with Bar(self.console, len(evaluations_of(read_metrics(run_dir)))) as display:
             tracker = start_tracker(tracked, run_dir, config.to_dict(), group, display.message)
-
-            log = partial(self.log_once, log=display.message)
 
             def on_step(metrics: Metrics) -> None:
                 display.step(metrics)
@@ -169,7 +166,7 @@ class TrainCommand:
 
             # Of a sweep, a row that runs out of memory is a result too.
             check_fit = config.plan.enforce and not self.sweep_dir and config.gpu.device is not DeviceChoice.cpu
-            result = None
+            result, log = None, partial(self.log_once, log=display.message)
             try:
                 result = run_in_child(config, place, cli.command_line(), check_fit, log, on_step)
             finally:
@@ -177,8 +174,7 @@ class TrainCommand:
             if self.sweep_dir or result.status in FINISHED:
                 display.message(ending(result))
         if not self.sweep_dir:
-            where = "results" if place.is_first else "the results are on the first machine; the log of this one"
-            self.log(f"  {where}: {run_dir}")
+            self.log(f"  {place.holds}: {run_dir}")
         return result
 
     def log(self, line: str) -> None:
