@@ -85,8 +85,7 @@ class TrainCommand:
 
     def run_locked(self, config: DictConfig, place: Place) -> Result:
         """The run's result, whether it is run, was finished before, or cannot be run."""
-        run_dir = place.folder
-        settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
+        run_dir, settings = place.folder, cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
             checked = cli.checked_config(config, list(HydraConfig.get().overrides.task), TrainConfig)
         except Exception as error:

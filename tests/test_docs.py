@@ -53,7 +53,7 @@ LINES = [(page.name, line) for page in PAGES for line in code_lines(page)]
 
 def command(line: str) -> tuple[str, ...]:
     """`("train", "optim=ga")` for a line in any of the forms of a command; empty for other lines."""
-    match = re.match(r"(?:python -m llama_ft[. ]|llama-ft )(\w+)(?: |$)(.*)", line)
+    match = re.match(r"(?:srun (?:--\S+ )+)?(?:python -m llama_ft[. ]|llama-ft )(\w+)(?: |$)(.*)", line)
     return (match[1], *shlex.split(match[2])) if match else ()
 
 
