@@ -94,11 +94,10 @@ def main() -> None:
     run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
     config = read_config(run_dir / CONFIG_FILE)
     result = new_result(config, command)
-    run, stage = None, "start-up"
+    run, stage, interrupts = None, "start-up", Interrupts()
     log = partial(print, flush=True)  # to our parent, who reads our standard output
     try:
         stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
-        interrupts = Interrupts()
         interrupts.install()
         stage = "reading the data"
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
@@ -115,9 +114,10 @@ def main() -> None:
         run.execute()
         result.status = "ok"
     except BaseException as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
+        interrupts.ignore()
         result.status, result.error = failure(error, run.stage if run else stage)
         result.has_diverged = isinstance(error, Diverged)
+        result.stopped_by = interrupts.queue_signal if result.status == "interrupted" else None
     write_result(run_dir, result)
 
 

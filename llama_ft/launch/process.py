@@ -15,7 +15,7 @@ from pathlib import Path
 from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
-from llama_ft.launch.interrupts import interrupts_held_back
+from llama_ft.launch.interrupts import StoppedByQueue, interrupts_held_back
 from llama_ft.records.metrics import METRICS_FILE, Metrics, parse_line
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, Status, new_result, read_result, write_result
 from llama_ft.system import (
@@ -58,7 +58,7 @@ class Seen:
     resident_bytes: int = 0  # when it was last looked at
     data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
     was_oom_kill: bool = False  # whether the system has killed a process of our control group for memory meanwhile
-    was_interrupted: bool = False
+    interrupt: KeyboardInterrupt | None = None
 
 
 def run_in_child(
@@ -75,7 +75,7 @@ def run_in_child(
         on_step: told the steps in its metrics.jsonl.
 
     Raises:
-        KeyboardInterrupt: passed on after the child has stopped and its result is written.
+        KeyboardInterrupt: Ctrl-C or a queue's signal, passed on after the child has stopped and its result is written.
     """
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     metrics_file = run_dir / METRICS_FILE
@@ -83,22 +83,25 @@ def run_in_child(
     child = start(run_dir, command, check_fit, lock, config.gpu.device is DeviceChoice.cpu)
     try:
         watch(child, run_dir, seen, log, on_step)
-    except KeyboardInterrupt:
-        seen.was_interrupted = True
+    except KeyboardInterrupt as interrupt:
+        seen.interrupt = interrupt
         if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
-        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
+        patience = math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP
+        stop(child, patience, getattr(seen.interrupt, "number", signal.SIGINT))
     result = read_result(run_dir)
     if result is None:
         result, limit_mib = new_result(config, command), config.measure.memory_limit_mib
         seen.was_oom_kill = oom_kills() > kills_before
         result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
+        if isinstance(seen.interrupt, StoppedByQueue):
+            result.stopped_by = signal.Signals(seen.interrupt.number).name
         write_result(run_dir, result)
-    if seen.was_interrupted:
+    if seen.interrupt:
         if result.error:
             log(f"{run_dir}: {result.error}")
-        raise KeyboardInterrupt
+        raise seen.interrupt
     return result
 
 
@@ -172,12 +175,12 @@ def new_steps(file: Path) -> Iterator[list[Metrics]]:
             yield [parse_line(line, str(file)) for line in lines]
 
 
-def stop(child: subprocess.Popen[bytes], patience: float) -> None:
+def stop(child: subprocess.Popen[bytes], patience: float, number: int = signal.SIGINT) -> None:
     """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
     end = time.monotonic() + patience
     with suppress(KeyboardInterrupt):
         while child.poll() is None and time.monotonic() < end:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
     child.kill()
@@ -193,7 +196,7 @@ def ending_of_killed(code: int, seen: Seen, limit_mib: int | None, log_file: Pat
     held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()
     # Code that does not check its allocations crashes where they fail.
     crashed_at_limit = code < 0 and limit_mib is not None and seen.data_bytes > NEAR_LIMIT * limit_mib * MIB
-    if seen.was_interrupted:
+    if seen.interrupt:
         return "interrupted", "interrupted, and did not stop by itself in time"
     if code == -signal.SIGKILL and (seen.was_oom_kill or held_most):
         return "oom", "killed by the operating system, which was out of memory"
