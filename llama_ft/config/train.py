@@ -95,7 +95,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         """
         measured = {key: value for key, value in self.to_dict().items() if key not in (*NAMES, *without)}
         # How a run is kept, and where; not what is run.
-        kept = ("training.save_every", "training.resume", "data.cache_dir", "gpu.index")
+        kept = ("training.save_every", "training.resume", "data.cache_dir", "gpu.index", "gpu.shared")
         for section, _, name in (key.partition(".") for key in (*kept, *without) if "." in key):
             del measured[section][name]
         measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called

@@ -16,7 +16,7 @@ class StoppedByQueue(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.number = number
+        self.number, self.name = number, signal.Signals(number).name
 
 
 class Interrupts:

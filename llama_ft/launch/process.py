@@ -88,15 +88,13 @@ def run_in_child(
         if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
-        patience = math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP
-        stop(child, patience, getattr(seen.interrupt, "number", signal.SIGINT))
+        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP, seen.interrupt)
     result = read_result(run_dir)
     if result is None:
         result, limit_mib = new_result(config, command), config.measure.memory_limit_mib
         seen.was_oom_kill = oom_kills() > kills_before
         result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
-        if isinstance(seen.interrupt, StoppedByQueue):
-            result.stopped_by = signal.Signals(seen.interrupt.number).name
+        result.stopped_by = seen.interrupt.name if isinstance(seen.interrupt, StoppedByQueue) else None
         write_result(run_dir, result)
     if seen.interrupt:
         if result.error:
@@ -175,9 +173,12 @@ def new_steps(file: Path) -> Iterator[list[Metrics]]:
             yield [parse_line(line, str(file)) for line in lines]
 
 
-def stop(child: subprocess.Popen[bytes], patience: float, number: int = signal.SIGINT) -> None:
+def stop(child: subprocess.Popen[bytes], patience: float, interrupt: KeyboardInterrupt | None) -> None:
     """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
-    end = time.monotonic() + patience
+    end, number = (
+        time.monotonic() + patience,
+        interrupt.number if isinstance(interrupt, StoppedByQueue) else signal.SIGINT,
+    )
     with suppress(KeyboardInterrupt):
         while child.poll() is None and time.monotonic() < end:
             child.send_signal(number)
