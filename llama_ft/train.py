@@ -16,7 +16,7 @@ from llama_ft.cli.job import run_job
 from llama_ft.cli.sweep_start import ENDED, STARTED, UNTIL_THE_END, ended, is_tuned, runs_here
 from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import TrackerConfig, TrainConfig, config_dir
-from llama_ft.records.result import FINISHED, RESULT_FILE
+from llama_ft.records.result import FINISHED, LOG_FILE, RESULT_FILE
 from llama_ft.reporting.best import best_lines
 from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
 from llama_ft.reporting.table2 import records
@@ -62,8 +62,7 @@ def main() -> int:
             if not STARTED or runs_here():
                 raise
             report_unfinished(folder_of(STARTED[0]))
-            print(f"a job has ended without a result: {str(error).splitlines()[0]}", file=sys.stderr)
-            return cli.FAILED
+            raise cli.Stop(" ".join(str(error).splitlines()[:2])) from error
         return end_of_sweep(STARTED[0]) if STARTED else 0
 
 
@@ -76,6 +75,8 @@ def report_unfinished(sweep_dir: Path) -> None:
     """Report on the runs of a sweep so far, and say how it goes on."""
     if any(sweep_dir.glob(f"*/{RESULT_FILE}")):
         report_sweep(sweep_dir, Console())
+    elif not any(sweep_dir.glob(f"*/{LOG_FILE}")):
+        return
     jobs = "" if runs_here() else "jobs that have been submitted may go on; "
     print(f"{jobs}the same command with hydra.sweep.dir={sweep_dir} goes on from here", file=sys.stderr)
 

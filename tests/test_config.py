@@ -276,7 +276,7 @@ WRONG_CHOICE = [
     ("data=mydata.json", "data", "mydata.json", "alpaca & a file is data.path=mydata.json$"),
     ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
     ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, a folder is checkpoint=/models/llama$"),
-    ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
+    ("hydra/launcher=ray", "hydra/launcher", "ray", "one of basic, joblib, submitit_local, submitit_slurm, & plugin"),
     ("hydra/sweeper=ax", "hydra/sweeper", "ax", "it must be one of basic, optuna, & plugin"),
     ("sweep.objective=loss", "sweep.objective", "loss", "eval_loss, peak_memory_mib, runtime_s & a list"),
     ("sweep.objective=[runtime_s,runtime_s]", "sweep.objective", "runtime_s,runtime_s", "eval_loss"),
