@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,8 @@ pytestmark = [
     pytest.mark.skipif(NO_GPU is not None, reason=f"{NO_GPU}; pytest tests/test_gpu.py shows a GPU"),
 ]
 run = partial(run_module, timeout=300)  # a machine that has just been started reads gigabytes to import torch
-GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+# A folder of its own, for locks of GPUs too: tests that run side by side share the card.
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "TMPDIR": tempfile.mkdtemp()}
 
 
 @pytest.fixture(autouse=True)

@@ -111,6 +111,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
             "training.resume",
             "data.cache_dir",
             "gpu.index",
+            "gpu.shared",
             "parallel.rendezvous",
             "parallel.timeout_s",
         )

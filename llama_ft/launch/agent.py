@@ -29,7 +29,7 @@ from llama_ft.config.train import read_config
 from llama_ft.launch import END_NOW
 from llama_ft.launch.child import failure, seconds_to_stop, stop_with_parent
 from llama_ft.launch.endings import Ending, Seen, ending_of_killed
-from llama_ft.launch.interrupts import interrupts_held_back
+from llama_ft.launch.interrupts import ALL_SIGNALS, interrupts_held_back
 from llama_ft.launch.meeting import Meeting, check_gpus, meet
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, read_result, write_result
 from llama_ft.system import oom_kills
@@ -146,11 +146,12 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
     module = ("-m", "llama_ft.launch.child", meeting.run_dir, *arguments)
     spec = WorkerSpec("rank", n_here, meeting, entrypoint=sys.executable, args=module, max_restarts=0)
     spec.monitor_interval = LOOK_SECONDS
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # SIGINT is ours: a rank may first save
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # an interrupt is ours: a rank may first save
     os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # machines have as many ranks: the agents need not wait
     with tempfile.TemporaryDirectory(prefix="llama_ft_") as logs:
         agent = Agent(spec, DefaultLogsSpecs(logs), meeting.store, config, folder / LOG_FILE)
-        signal.signal(signal.SIGINT, agent.interrupt)
+        for number in ALL_SIGNALS:
+            signal.signal(number, agent.interrupt)
         first = meeting.rank * n_here
         try:
             agent.run()
@@ -163,7 +164,8 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
             lost = f"the first machine, {meeting.host}, does not answer"
             return [*agent.endings.values(), Ending(0, "error", lost, "silent", time.time())]
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # repeated by our parent; the result must be written
+            for number in ALL_SIGNALS:  # our parent repeats them; the result must be written
+                signal.signal(number, signal.SIG_IGN)
         return list(agent.endings.values())
 
 
@@ -180,9 +182,10 @@ def main() -> int:
     """Meet the other machines, run the ranks, and see to it that a result is left behind."""
     folder, command, listener, *rest = sys.argv[1:]
     config = read_config(Path(folder) / CONFIG_FILE)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ALL_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     stop_with_parent(seconds_to_stop(config), hold_ranks_input(), partial(os.kill, os.getpid(), END_NOW))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
     meeting, root = None, None
     try:
         check_gpus(config)

@@ -137,14 +137,13 @@ def main() -> None:
     config = read_config(folder / CONFIG_FILE)
     rank = int(os.environ["RANK"]) if config.parallel.is_split else 0
     result = new_result(config, command)
-    run, stage, ending = None, "start-up", None
+    run, stage, ending, interrupts = None, "start-up", None, Interrupts()
     log: Log = partial(print, flush=True)  # to our parent, who reads our standard output
     if rank > 0:
         log = silent
         only_errors_are_printed()
     try:
         stop_with_parent(seconds_to_stop(config), sys.stdin.fileno(), partial(os._exit, 130))
-        interrupts = Interrupts()
         interrupts.install()
         stage = "reading the data"
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
@@ -161,9 +160,10 @@ def main() -> None:
         run.execute()
         result.status = "ok"
     except BaseException as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
+        interrupts.ignore()
         result.status, result.error = failure(error, run.stage if run else stage)
         result.has_diverged = isinstance(error, Diverged)
+        result.stopped_by = interrupts.queue_signal if result.status == "interrupted" else None
         ending = Ending(rank, result.status, result.error, cause_of(error, result.status), time.time())
     if rank == 0:
         write_result(run_dir, result)

@@ -48,7 +48,7 @@ class Seen:
     resident_bytes: int = 0  # when it was last looked at
     data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
     was_oom_kill: bool = False  # whether the system has killed a process of our control group for memory meanwhile
-    was_interrupted: bool = False
+    interrupt: KeyboardInterrupt | None = None
 
     def look_at(self, pid: int) -> None:
         """Note its memory."""
@@ -63,7 +63,7 @@ def ending_of_killed(code: int, seen: Seen, limit_mib: int | None, log_file: Pat
     held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()
     # Code that does not check its allocations crashes where they fail.
     crashed_at_limit = code < 0 and limit_mib is not None and seen.data_bytes > NEAR_LIMIT * limit_mib * MIB
-    if seen.was_interrupted:
+    if seen.interrupt:
         return "interrupted", "interrupted, and did not stop by itself in time"
     if code == -SIGKILL and (seen.was_oom_kill or held_most):
         return "oom", "killed by the operating system, which was out of memory"

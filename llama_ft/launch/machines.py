@@ -17,6 +17,7 @@ from typing import Any
 from llama_ft.config import UserError
 from llama_ft.files import locked
 from llama_ft.records.result import MACHINE
+from llama_ft.system import Log
 
 FIRST_PORT, N_PORTS = 20_000, 10_000  # of SLURM's jobs: below those that Linux gives to connections by itself
 
@@ -42,19 +43,19 @@ class Place:
 
 
 @contextmanager
-def held_place(parallel: Any, run_dir: Path, wait_seconds: float) -> Iterator[Place]:
+def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
     """Hold the folder that this machine works in.
 
     Args:
         parallel: the keys of `parallel`, which may not be checked yet.
         run_dir: the run's folder.
-        wait_seconds: for another process that holds the folder; see `files.locked`.
+        wait_seconds: for another process that holds the folder, and `log` is told of it; see `files.locked`.
     """
     is_one = not isinstance(parallel.nodes, int) or parallel.nodes < 2
     listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
     folder = run_dir if is_one or listener else run_dir / f"{MACHINE}{socket.gethostname()}"
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(listener) if listener else nullcontext(), locked(folder, wait_seconds) as lock:
+    with closing(listener) if listener else nullcontext(), locked(folder, wait_seconds, log) as lock:
         yield Place(run_dir, folder, lock, listener)
 
 

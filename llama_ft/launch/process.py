@@ -15,7 +15,7 @@ from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT, END_NOW
 from llama_ft.launch.endings import Seen, ending_of_killed
-from llama_ft.launch.interrupts import interrupts_held_back
+from llama_ft.launch.interrupts import StoppedByQueue, interrupts_held_back
 from llama_ft.launch.machines import Place
 from llama_ft.records.metrics import METRICS_FILE, Metrics, parse_line
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, new_result, read_result, write_result
@@ -54,7 +54,7 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
         on_step: told the steps in its metrics.jsonl.
 
     Raises:
-        KeyboardInterrupt: passed on after the child has stopped and its result is written.
+        KeyboardInterrupt: Ctrl-C or a queue's signal, passed on after the child has stopped and its result is written.
     """
     run_dir = place.folder
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
@@ -63,22 +63,23 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
     child = start(config, place, command, check_fit, log)
     try:
         watch(child, run_dir, seen, log, on_step)
-    except KeyboardInterrupt:
-        seen.was_interrupted = True
+    except KeyboardInterrupt as interrupt:
+        seen.interrupt = interrupt
         if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
-        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
+        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP, seen.interrupt)
     result = read_result(run_dir)
     if result is None:
         result, limit_mib = new_result(config, command), config.measure.memory_limit_mib
         seen.was_oom_kill = oom_kills() > kills_before
         result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
+        result.stopped_by = seen.interrupt.name if isinstance(seen.interrupt, StoppedByQueue) else None
         write_result(run_dir, result)
-    if seen.was_interrupted:
+    if seen.interrupt:
         if result.error:
             log(f"{run_dir}: {result.error}")
-        raise KeyboardInterrupt
+        raise seen.interrupt
     return result
 
 
@@ -170,12 +171,13 @@ def new_steps(file: Path) -> Iterator[list[Metrics]]:
             yield [parse_line(line, str(file)) for line in lines]
 
 
-def stop(child: subprocess.Popen[bytes], patience: float) -> None:
+def stop(child: subprocess.Popen[bytes], patience: float, interrupt: KeyboardInterrupt | None) -> None:
     """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
     end = time.monotonic() + patience
+    number = interrupt.number if isinstance(interrupt, StoppedByQueue) else signal.SIGINT
     with suppress(KeyboardInterrupt):
         while child.poll() is None and time.monotonic() < end:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
     child.send_signal(END_NOW)  # a process of ours ends at once, and PyTorch's agent ends its own first

@@ -108,6 +108,7 @@ class Result:
     eval_runtime_s: float | None = None  # of all held-out losses, which `runtime_s` does not hold
     stopped_early_at_step: int | None = None  # by training.patience
     has_diverged: bool = False  # whether the error is a loss, or a gradient, that is no number
+    stopped_by: str | None = None  # a queue's signal, such as SIGUSR2: the run goes on when its job does
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None
