@@ -323,6 +323,13 @@ def test_a_run_on_the_cpu_makes_no_context(tmp_path: Path) -> None:
     assert said.read_text() == "False"
 
 
+def test_more_ranks_than_gpus_are_refused(tmp_path: Path) -> None:
+    arguments = ["parallel=ddp", "parallel.processes=1000", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
+    assert done.returncode == 1
+    assert f"PyTorch sees {torch.cuda.device_count()}" in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_the_tracker_does_not_raise_the_peak(precision: torch.dtype) -> None:
     step, peaks = step_on("cuda", Precision("cuda", precision)), []
