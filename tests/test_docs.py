@@ -31,7 +31,7 @@ OTHER_LINES = (
     r"pip install (lm_eval|\.)",  # tests/test_install.py installs the wheel
     r"source \.venv/bin/activate",
     r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
-    r"pip install '\.\[(tensorboard|tune)\]'",
+    r"pip install '\.\[(tensorboard|tune|joblib,slurm)\]'",
     r"tensorboard --logdir outputs/\S+",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )

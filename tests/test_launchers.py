@@ -8,14 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Sweep, environment, injected, run, run_sweep
+from omegaconf import OmegaConf
 from test_sweep import CHILD, FAST
 
+from llama_ft.cli import hydra_keys
 from llama_ft.cli.compose import composed
+from llama_ft.config import UserError
 from llama_ft.files import try_lock
 from llama_ft.launch import cards
 from llama_ft.launch.interrupts import StoppedByQueue, queue_signals_raised
@@ -277,3 +281,25 @@ def test_one_card_is_waited_for_where_it_alone_may_be_taken(tmp_path: Path, monk
     with (tmp_path / "b").open("ab") as free:
         assert try_lock(free)
     other.close()
+
+
+@pytest.mark.parametrize(
+    ("visible", "per_node", "on_cpu", "problem"),
+    [
+        (None, None, False, "shows its jobs no GPU unless it is told: give hydra.launcher.gpus_per_node=N"),
+        ("2,3", 2, False, "CUDA_VISIBLE_DEVICES=2,3 has a choice of them: use hydra/launcher=joblib"),
+        (None, 2, False, None),
+        ("", None, False, None),
+        ("2,3", None, True, None),
+    ],
+)
+def test_jobs_of_this_machine_see_the_gpus_that_they_may(
+    visible: str | None, per_node: int | None, on_cpu: bool, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hydra_keys, "may_have_gpu", lambda: True)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    launcher = OmegaConf.create({"gpus_per_node": per_node})
+    with pytest.raises(UserError, match=problem) if problem else nullcontext():
+        hydra_keys.check_gpus_of_jobs(launcher, on_cpu)

@@ -11,8 +11,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from llama_ft import cli
-from llama_ft.cli.hydra_keys import check_directions, check_name, check_seeds
+from llama_ft.cli.hydra_keys import check_directions, check_gpus_of_jobs, check_name, check_seeds
 from llama_ft.cli.texts import parsed
+from llama_ft.config import DeviceChoice
 from llama_ft.config.training import SEED, Order
 from llama_ft.files import check_replaceable, locked
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK
@@ -37,6 +38,8 @@ class SweepStart(Callback):
             UNTIL_THE_END.callback(setattr, HydraConfig.instance(), "cfg", None)
             check_name("hydra.sweep.dir", config.hydra.sweep.dir)
             check_directions(config.sweep.objective)
+            if HydraConfig.get().runtime.choices["hydra/launcher"] == "submitit_local":
+                check_gpus_of_jobs(config.hydra.launcher, config.gpu.device == DeviceChoice.cpu)
             if is_tuned():
                 check_seeds(cli.swept_keys())
             folder = Path(config.hydra.sweep.dir)
