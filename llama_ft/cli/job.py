@@ -183,7 +183,8 @@ class Job:
                 result = run_in_child(config, place, self.command, check_fit, log, on_step)
             finally:
                 tracker.finish(result or read_result(run_dir))
-            if self.sweep_dir or result.status in FINISHED:
+            is_said = place.is_first or result.error  # the figures are the first machine's
+            if is_said and (self.sweep_dir or result.status in FINISHED):
                 display.message(ending(result))
         if not self.sweep_dir:
             self.log(f"  {place.holds}: {run_dir}")
