@@ -45,13 +45,13 @@ lint: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm]'
 	@touch $@
 
 # Write what a fresh installation of the newest allowed versions holds; torch stays at the version of the lock.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant]'
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm]'
 	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv-lock
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from llama_ft.config import UserError
+from llama_ft.system import Log, silent
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
 INDEX_FILE = "model.safetensors.index.json"  # which tensor lies in which file, where they are several
@@ -150,15 +152,17 @@ def to_disk(path: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, wait_seconds: float = 0) -> Iterator[int]:
+def locked(folder: Path, wait_seconds: float = 0, log: Log = silent) -> Iterator[int]:
     """Hold a folder for this process and for whoever inherits the descriptor that is given.
 
     The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends. If
-    another process holds it for longer than `wait_seconds`, that is a UserError.
+    another process holds it for longer than `wait_seconds`, that is a UserError; `log` is told of a wait without end.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         end = time.monotonic() + wait_seconds
+        if end == math.inf and not try_lock(descriptor):
+            log(f"another run is writing into {folder}: waiting for its end")
         while not try_lock(descriptor):
             if time.monotonic() >= end:
                 raise UserError(f"another run is writing into {folder}: wait for its end, or name another folder")

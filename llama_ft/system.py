@@ -90,6 +90,11 @@ def _cgroup_file(name: str) -> Path:
     return Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/") / name
 
 
+def n_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def oom_kills() -> int:
     """Processes of our control group that were killed for memory so far; 0 where the system does not tell."""
     try:

@@ -25,6 +25,7 @@ from llama_ft import cli
 from llama_ft import train as train_module
 from llama_ft.cli.compose import composed
 from llama_ft.cli.explain import RENAMED, setting_of
+from llama_ft.cli.job import Job
 from llama_ft.config import (
     SCHEMAS,
     Dtype,
@@ -38,6 +39,7 @@ from llama_ft.config import (
 )
 from llama_ft.config.content import content_hash
 from llama_ft.config.train import read_config
+from llama_ft.launch.interrupts import QUEUE_SIGNALS
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.result import CONFIG_FILE, Result, new_result
 
@@ -74,7 +76,18 @@ LEAVES = dict(leaf_hints(TrainConfig))
 def test_every_yaml_file_is_in_a_known_place():
     assert not list(CONF.rglob("*.yml"))
     groups = {option.rpartition("/")[0] for option in OPTIONS}
-    assert groups == {"model", "optim", "training", "data", "gpu", "tracker", "recipe", "experiment", "decoding"}
+    assert groups == {
+        "model",
+        "optim",
+        "training",
+        "data",
+        "gpu",
+        "parallel",
+        "tracker",
+        "recipe",
+        "experiment",
+        "decoding",
+    }
 
 
 @pytest.mark.parametrize("command", SCHEMAS)
@@ -214,7 +227,7 @@ class Outcome:
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     """The real command in this process and in an empty folder, except that runs are noted instead of trained."""
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in QUEUE_SIGNALS}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train_module, "report_sweep", lambda *_: [])
     monkeypatch.setattr(train_module, "records", lambda _: ([], []))
@@ -223,15 +236,15 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
     def command(*arguments: str) -> Outcome:
         outcome = Outcome(status=-1)
 
-        def note(_: Any, config: TrainConfig, run_dir: Path, *__: Any) -> Result:
-            outcome.folders.append(run_dir.name)
+        def note(job: Job, config: TrainConfig, _: Any) -> Result:
+            outcome.folders.append(job.run_dir.name)
             outcome.configs.append(config)
             result = new_result(config, "")
             result.status = "ok"
             return result
 
         monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command itself sets it
-        monkeypatch.setattr(train_module.TrainCommand, "run", note)
+        monkeypatch.setattr(Job, "run", note)
         monkeypatch.setattr(sys, "argv", ["llama_ft.train", "tracker=disabled", *arguments])
         with pytest.raises(SystemExit) as ended:
             cli.run_command(train_module.main, train_module.USAGE)
@@ -239,7 +252,8 @@ def train(tmp_path, monkeypatch, capsys) -> Iterator[Callable[..., Outcome]]:
         return outcome
 
     yield command
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 WHOLE, NUMBER, SWITCH = "int|whole", "float|number", "true & false"
@@ -273,7 +287,7 @@ WRONG_CHOICE = [
     ("data=mydata.json", "data", "mydata.json", "alpaca & a file is data.path=mydata.json$"),
     ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
     ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, a folder is checkpoint=/models/llama$"),
-    ("hydra/launcher=joblib", "hydra/launcher", "joblib", "it must be basic, & plugin"),
+    ("hydra/launcher=ray", "hydra/launcher", "ray", "one of basic, joblib, submitit_local, submitit_slurm, & plugin"),
     ("hydra/sweeper=ax", "hydra/sweeper", "ax", "it must be one of basic, optuna, & plugin"),
     ("sweep.objective=loss", "sweep.objective", "loss", "eval_loss, peak_memory_mib, runtime_s & a list"),
     ("sweep.objective=[runtime_s,runtime_s]", "sweep.objective", "runtime_s,runtime_s", "eval_loss"),
@@ -512,6 +526,9 @@ NOT_MEASURED = {leaf for leaf in LEAVES if leaf.startswith(("tracker.", "plan.",
     "training.resume",
     "data.cache_dir",
     "gpu.index",
+    "gpu.shared",
+    "parallel.rendezvous",
+    "parallel.timeout_s",
     "recipe",
 }
 MEASURED = [leaf for leaf in LEAVES if leaf not in NOT_MEASURED]

@@ -31,7 +31,7 @@ OTHER_LINES = (
     r"pip install (lm_eval|\.)",  # tests/test_install.py installs the wheel
     r"source \.venv/bin/activate",
     r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
-    r"pip install '\.\[(tensorboard|tune)\]'",
+    r"pip install '\.\[(tensorboard|tune|joblib,slurm)\]'",
     r"tensorboard --logdir outputs/\S+",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )
@@ -53,7 +53,7 @@ LINES = [(page.name, line) for page in PAGES for line in code_lines(page)]
 
 def command(line: str) -> tuple[str, ...]:
     """`("train", "optim=ga")` for a line in any of the forms of a command; empty for other lines."""
-    match = re.match(r"(?:python -m llama_ft[. ]|llama-ft )(\w+)(?: |$)(.*)", line)
+    match = re.match(r"(?:srun (?:--\S+ )+)?(?:python -m llama_ft[. ]|llama-ft )(\w+)(?: |$)(.*)", line)
     return (match[1], *shlex.split(match[2])) if match else ()
 
 

@@ -147,16 +147,18 @@ def slow(ignores_interrupts=False):
     if Path('slow').exists():
         return
     heard = []
-    def handler(*arguments):
+    def handler(number, frame):
         heard.append(1)
         Path('heard').touch()
-        earlier(*arguments)
-    earlier = signal.signal(signal.SIGINT, handler)
+        earlier[number](number, frame)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    earlier = {number: signal.signal(number, handler) for number in numbers}
     Path('slow').touch()
     end = time.monotonic() + 60
     while time.monotonic() < end and (ignores_interrupts or not heard):
         time.sleep(0.05)
-    signal.signal(signal.SIGINT, earlier)
+    for number in numbers:
+        signal.signal(number, earlier[number])
 def fill_disk(n_bytes):
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 """
@@ -405,7 +407,7 @@ CASES |= {
 
 # ------------------------------------------------------------------------------------------------- Ctrl-C at any moment
 
-INT, TERM = signal.SIGINT, signal.SIGTERM
+INT, TERM, USR1 = signal.SIGINT, signal.SIGTERM, signal.SIGUSR1
 SLOW_LOADING = """
 from llama_ft.model.mapped import StoredTensor
 read = StoredTensor.pieces
@@ -463,6 +465,9 @@ CASES |= {
     ),
     "SIGTERM: in training": interrupted(
         EVERY_STEP, ("saved after optimizer step 1:",), inject=SLOW_TRAINING, signals=(TERM,)
+    ),
+    "SIGUSR1: in training": interrupted(
+        "", ("saved after optimizer step 1: training.resume=true",), inject=SLOW_TRAINING, signals=(USR1,), then=resumes
     ),
     "Ctrl-C: while a checkpoint is saved": interrupted(
         EVERY_STEP,

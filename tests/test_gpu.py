@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,8 @@ pytestmark = [
     pytest.mark.skipif(NO_GPU is not None, reason=f"{NO_GPU}; pytest tests/test_gpu.py shows a GPU"),
 ]
 run = partial(run_module, timeout=300)  # a machine that has just been started reads gigabytes to import torch
-GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+# A folder of its own, for locks of GPUs too: tests that run side by side share the card.
+GPU = {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0"), "TMPDIR": tempfile.mkdtemp()}
 
 
 @pytest.fixture(autouse=True)
@@ -319,6 +321,13 @@ def test_a_run_on_the_cpu_makes_no_context(tmp_path: Path) -> None:
     done = run("llama_ft.train", *arguments, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert said.read_text() == "False"
+
+
+def test_more_ranks_than_gpus_are_refused(tmp_path: Path) -> None:
+    arguments = ["parallel=ddp", "parallel.processes=1000", "tracker=disabled", f"hydra.run.dir={tmp_path}/run"]
+    done = run("llama_ft.train", *arguments, cwd=tmp_path, env=GPU)
+    assert done.returncode == 1
+    assert f"PyTorch sees {torch.cuda.device_count()}" in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from llama_ft import device
 from llama_ft.config import TrainConfig
-from llama_ft.launch import process
+from llama_ft.launch import endings
 from llama_ft.records.result import new_result, read_result, write_result
 
 CHILD = "llama_ft.launch.child"
@@ -369,18 +369,18 @@ def test_an_unclear_error_is_out_of_memory_only_near_the_limit(monkeypatch: pyte
 def test_a_signal_9_needs_evidence_to_be_out_of_memory(
     code: int, log: str, resident: int, was_oom_kill: bool, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "total_memory_bytes", lambda: 100.0)
+    monkeypatch.setattr(endings, "total_memory_bytes", lambda: 100.0)
     (tmp_path / "train.log").write_text(log)
-    seen = process.Seen(resident, was_oom_kill=was_oom_kill)
-    found, error = process.ending_of_killed(code, seen, None, tmp_path / "train.log")
+    seen = endings.Seen(resident, was_oom_kill=was_oom_kill)
+    found, error = endings.ending_of_killed(code, seen, None, tmp_path / "train.log")
     assert found == status
     assert error
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.95, "oom"), (0.5, "error")])
 def test_a_crash_is_out_of_memory_only_near_the_limit(tmp_path: Path, share: float, status: str) -> None:
-    seen = process.Seen(data_bytes=int(share * 400 * 2**20))
-    assert process.ending_of_killed(-signal.SIGSEGV, seen, 400, tmp_path / "train.log")[0] == status
+    seen = endings.Seen(data_bytes=int(share * 400 * 2**20))
+    assert endings.ending_of_killed(-signal.SIGSEGV, seen, 400, tmp_path / "train.log")[0] == status
 
 
 # -------------------------------------------------------------------------------------------------- whole or not at all

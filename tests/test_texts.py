@@ -27,6 +27,7 @@ from llama_ft.config.presets import preset
 from llama_ft.config.train import read_config
 from llama_ft.decoding.prompt_file import print_line
 from llama_ft.launch import process
+from llama_ft.launch.machines import Place
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile
 from llama_ft.records.result import CONFIG_FILE, new_result
 
@@ -313,7 +314,7 @@ def test_saving_is_said_only_where_something_is_saved(
     monkeypatch.setattr(process, "stop", lambda *_: None)
     lines: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        process.run_in_child(tiny_config, tmp_path, "", 0, False, lines.append, lambda _: None)
+        process.run_in_child(tiny_config, Place(tmp_path, tmp_path, 0), "", False, lines.append, lambda _: None)
     assert any("saving it" in line for line in lines) == trains
 
 

@@ -108,6 +108,18 @@ NO_PLUGIN = "sys.modules['hydra_plugins'] = None"
             NO_PLUGIN,
             "hydra/sweeper=optuna needs the package hydra-optuna-sweeper",
         ),
+        *(
+            (
+                ("-m", f"hydra/launcher={name}", *FAST),
+                NO_PLUGIN,
+                f"hydra/launcher={name} needs the package {package}: pip",
+            )
+            for name, package in (
+                ("joblib", "hydra-joblib-launcher"),
+                ("submitit_local", "hydra-submitit-launcher"),
+                ("submitit_slurm", "hydra-submitit-launcher"),
+            )
+        ),
         (("-m", *FAST, "training.lr=interval(1,2)"), "", "interval(...) needs hydra/sweeper=optuna"),
         ((*OPTUNA, "hydra.sweeper.direction=maximize"), "", "hydra.sweeper.direction=maximize is not allowed"),
         (

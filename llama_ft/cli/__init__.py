@@ -2,18 +2,25 @@
 
 import io
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import checked_config, composed_config, register, swept, swept_configs, typed_overrides
+from llama_ft.cli.compose import (
+    checked_config,
+    command_line,
+    composed_config,
+    register,
+    swept_configs,
+    swept_keys,
+    typed_in,
+    typed_overrides,
+)
 from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import explain
 from llama_ft.cli.sweeps import composed_runs, is_sweep
@@ -29,13 +36,6 @@ class Stop(BaseException):
 
 
 EXPECTED = (Stop, UserError, HydraException, OmegaConfBaseException, OSError, ValueError)  # none is a bug of ours
-
-
-def command_line() -> str:
-    """What the user typed, to be typed again."""
-    typed = sys.orig_argv[1:]  # unlike sys.argv it has `-m llama_ft.train`, and no command changes it
-    is_script = bool(typed) and not typed[0].startswith("-")
-    return shlex.join([Path(typed[0]).name, *typed[1:]] if is_script else ["python", *typed])
 
 
 def _output_fails() -> bool:
@@ -56,7 +56,8 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
     """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the latter are a queue's, before a time limit
+        signal.signal(number, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"

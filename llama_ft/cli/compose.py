@@ -4,6 +4,7 @@ import copy
 import hashlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
@@ -15,6 +16,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
@@ -46,6 +48,9 @@ def register() -> None:
     OmegaConf.register_new_resolver("run_name", run_name)
     # Where runs start in the same second, each has a folder of its own.
     OmegaConf.register_new_resolver("new_folder", lambda name: str(new_folder(name)), use_cache=True)
+    # Hydra gives the configs of a sweep's runs, whichever process they are made in, what it has resolved of these.
+    OmegaConf.register_new_resolver("command", command_line, use_cache=True)
+    OmegaConf.register_new_resolver("typed", lambda: shlex.join(overrides_in(sys.argv[1:])), use_cache=True)
 
 
 def run_name(*, _root_: DictConfig) -> str:
@@ -66,15 +71,37 @@ def run_name(*, _root_: DictConfig) -> str:
     return f"{cut},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def command_line() -> str:
+    """What the user typed, to be typed again."""
+    typed = sys.orig_argv[1:]  # unlike sys.argv it has `-m llama_ft.train`, and no command changes it
+    is_script = bool(typed) and not typed[0].startswith("-")
+    return shlex.join([Path(typed[0]).name, *typed[1:]] if is_script else ["python", *typed])
+
+
+def overrides_in(arguments: list[str]) -> list[str]:
+    """The arguments that are no options."""
+    return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+
+
 def typed_overrides() -> list[Override]:
     """The overrides on the command line."""
-    return parsed([argument for argument in sys.argv[1:] if "=" in argument and not argument.startswith("-")])
+    return parsed(overrides_in(sys.argv[1:]))
+
+
+def typed_in(config: DictConfig) -> list[Override]:
+    """The overrides on the command line that a run's config, or a sweep's, with the section `hydra`, was made by."""
+    return parsed(shlex.split(config.hydra.callbacks.sweep.typed))
+
+
+def swept_keys() -> list[str]:
+    """The keys and groups of which the sweep that Hydra is at has several values."""
+    return [override.key_or_group for override in swept(cast(DictConfig, HydraConfig.instance().cfg))]
 
 
 def swept(config: DictConfig) -> list[Override]:
     """The keys and groups of which a sweep has several values, on the command line or in its experiment."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    found = [*parsed([f"{key}={value}" for key, value in params.items()]), *typed_overrides()]
+    found = [*parsed([f"{key}={value}" for key, value in params.items()]), *typed_in(config)]
     return [override for override in found if override.is_sweep_override()]
 
 

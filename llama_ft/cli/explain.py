@@ -17,6 +17,12 @@ FILES = {  # what is not a choice
     "data": "a file is data.path=",
     "model": "of the Hugging Face hub it is checkpoint=hub:ORG/NAME, a folder is checkpoint=",
 }
+PLUGINS = {  # choices that packages of Hydra bring, and our extras that have these
+    "hydra/sweeper=optuna": ("hydra-optuna-sweeper", "tune"),
+    "hydra/launcher=joblib": ("hydra-joblib-launcher", "joblib"),
+    "hydra/launcher=submitit_local": ("hydra-submitit-launcher", "slurm"),
+    "hydra/launcher=submitit_slurm": ("hydra-submitit-launcher", "slurm"),
+}
 RENAMED = {  # keys, and values of keys, that no longer exist: what to do instead
     "training.batch_size": "use training.micro_batch_size",
     "model.context": "use model.max_seq_len",
@@ -97,8 +103,9 @@ def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> s
     """A choice that a group does not have, and those that it has."""
     if setting_of(schema, group)[0]:
         return not_allowed(schema, group, value)
-    if (group, value) == ("hydra/sweeper", "optuna"):
-        return "hydra/sweeper=optuna needs the package hydra-optuna-sweeper: pip install 'llama_ft[tune]'"
+    if plugin := PLUGINS.get(f"{group}={value}"):
+        package, extra = plugin
+        return f"{group}={value} needs the package {package}: pip install 'llama_ft[{extra}]'"
     more = ", or what a plugin of Hydra brings once it is installed" if group.startswith("hydra/") else ""
     return f"{group}={value} is not allowed: it must be {'one of ' * (len(names) > 1)}{', '.join(names)}{more}"
 

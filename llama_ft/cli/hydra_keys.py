@@ -1,5 +1,6 @@
 """What `train` is told by Hydra's own keys: its folders, whether it sweeps, and how a sweep chooses its runs."""
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from omegaconf import OmegaConf
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import check
 from llama_ft.config.training import SEED
+from llama_ft.system import may_have_gpu
 from llama_ft.training.position import checkpoints
 
 
@@ -45,6 +47,24 @@ def check_directions(objective: Sequence[str]) -> None:
     allowed = f"[{','.join(least)}]" if len(least) > 1 else least[0]
     about = f"{allowed} with sweep.objective=[{','.join(objective)}], of which less is better"
     check(given is None or directions == least, "hydra.sweeper.direction", ",".join(directions), about)
+
+
+def check_gpus_of_jobs(launcher: Any, on_cpu: bool) -> None:
+    """Raise a UserError where jobs of `submitit_local` would see no GPU, or others than they may.
+
+    Args:
+        launcher: the section `hydra.launcher`. Jobs are given GPUs from 0 to `gpus_per_node`, whatever
+            CUDA_VISIBLE_DEVICES is.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if on_cpu or visible in ("", "-1") or not may_have_gpu():
+        return
+    if visible is not None:
+        problem = f"numbers GPUs from 0, and CUDA_VISIBLE_DEVICES={visible} has a choice of them"
+        raise UserError(f"hydra/launcher=submitit_local {problem}: use hydra/launcher=joblib, or unset it")
+    if not launcher.gpus_per_node:
+        given = "hydra.launcher.gpus_per_node=N, of which each takes one that is free, or gpu=cpu"
+        raise UserError(f"hydra/launcher=submitit_local shows its jobs no GPU unless it is told: give {given}")
 
 
 def check_seeds(swept: Collection[str]) -> None:

@@ -132,9 +132,12 @@ class GpuConfig:
     tflops: MatrixRates = field(default_factory=MatrixRates)
     index: int | None = setting(
         None,
-        "which GPU, as nvidia-smi numbers those that can be seen; null is the first",
+        "which GPU, as nvidia-smi numbers those that can be seen; null is the first, for train the first free one",
         at_least=0,
         needs="gpu.device=auto|cuda",
+    )
+    shared: bool = setting(
+        False, "train on a GPU that another run may have too, instead of waiting", needs="gpu.device=auto|cuda"
     )
 
     def __post_init__(self) -> None:

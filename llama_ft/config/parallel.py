@@ -16,8 +16,8 @@ class ParallelConfig:
     """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
 
     strategy: Strategy = setting(Strategy.none, "how it is split; the choice of the group sets it")
-    processes: int | None = setting(
-        None, "processes in all, one for each GPU; on the CPU as many as are wanted", at_least=1, needs=SPLIT
+    processes: int = setting(
+        2, "processes in all, one for each GPU; on the CPU as many as are wanted", at_least=1, needs=SPLIT
     )
     nodes: int = setting(1, "machines that share the processes; the same command runs on each", at_least=1, needs=SPLIT)
     rendezvous: str | None = setting(
@@ -29,8 +29,7 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "parallel.")
-        name, n, given = self.strategy.name, self.processes, self.rendezvous
-        check(not self.is_split or n is not None, "parallel.processes", n, f"given with parallel={name}: one a GPU")
+        n, given = self.processes, self.rendezvous
         holds = self.world_size % self.nodes == 0
         check(holds, "parallel.processes", n, f"a multiple of parallel.nodes={self.nodes}")
         holds = given is None or re.fullmatch(r"[^\s:/]+:\d{1,5}", given) is not None
@@ -44,4 +43,9 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """Processes in all; 1 where the run is not split."""
-        return (self.processes or 1) if self.is_split else 1
+        return self.processes if self.is_split else 1
+
+    @property
+    def per_machine(self) -> int:
+        """Processes on each machine."""
+        return self.world_size // self.nodes

@@ -20,7 +20,7 @@ LATER: Settings = {
     "adapter": None, "packing": None, "compile": False, "validation": None, "schedule": "cosine", "optimizer": "adamw",
     "eval_every": None, "keep_best": False, "patience": None, "optimizer_in_backward": False, "neft": {"alpha": 5.0},
     "double_quantization": True, "policy": "full", "offload": None,
-    "parallel": {"strategy": "none", "processes": None, "nodes": 1},
+    "parallel": {"strategy": "none", "processes": 2, "nodes": 1},
 }  # fmt: skip
 NAMES = ("tracker", "plan", "sweep", "recipe")  # sections and keys that do not change what is run
 
@@ -114,6 +114,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
             "training.resume",
             "data.cache_dir",
             "gpu.index",
+            "gpu.shared",
             "parallel.rendezvous",
             "parallel.timeout_s",
         )

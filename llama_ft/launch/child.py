@@ -1,9 +1,12 @@
-"""`python -m llama_ft.launch.child RUN_DIR COMMAND [check-fit]`: one run in this process, as its config.yaml says.
+"""`python -m llama_ft.launch.child RUN_DIR FOLDER COMMAND [check-fit]`: one run in this process, or one of its ranks.
 
-Started by `llama_ft.launch.process`, one process a run: peaks, allocator pools and a crash then stay in that run.
+Started by `llama_ft.launch.process`, one process a run: peaks, allocator pools and a crash then stay in that run. Of a
+run that is split, `llama_ft.launch.agent` starts one for each rank, and rank 0 alone reports and writes the result.
+FOLDER holds config.yaml: it is RUN_DIR, unless this is another machine than the first.
 """
 
 import errno
+import json
 import os
 import re
 import signal
@@ -11,9 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from llama_ft.config import TrainConfig, UserError
 from llama_ft.config.checks import Diverged
@@ -22,9 +28,10 @@ from llama_ft.config.train import read_config
 from llama_ft.data.dataset import Dataset, drawn_lines, load_data
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT
+from llama_ft.launch.endings import Cause, Ending
 from llama_ft.launch.interrupts import Interrupts, interrupts_held_back
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, write_result
-from llama_ft.system import MIB, Log
+from llama_ft.system import MIB, Log, silent
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
 HINTS = {
@@ -35,20 +42,40 @@ HINTS = {
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def stop_with_parent(patience: int) -> None:
-    """Interrupt this run when the parent is gone, whatever killed it: our standard input is a pipe that it holds.
+def stop_with_parent(patience: int, held: int, end: Callable[[], object]) -> None:
+    """Interrupt this process when its parent is gone, whatever killed it.
 
-    After so many seconds of patience the process ends, whatever it does.
+    Args:
+        patience: seconds after which the process is ended, whatever it does.
+        held: descriptor of a pipe whose other end the parent holds.
+        end: ends it then.
     """
 
     def wait() -> None:
-        os.read(sys.stdin.fileno(), 1)  # returns when the pipe closes; nothing is ever written to it
+        os.read(held, 1)  # returns when the pipe closes; nothing is ever written to it
         for _ in range(patience):  # an interrupt that comes within a destructor is lost
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-        os._exit(130)
+        end()
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def seconds_to_stop(config: TrainConfig) -> int:
+    """How long an interrupted run may take."""
+    return SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP
+
+
+def cause_of(error: BaseException, status: Status) -> Cause:
+    """Whether what ended this rank is its own, or is that it lost another one."""
+    if status == "interrupted":
+        return "interrupted"
+    if isinstance(error, UserError):
+        return "input"
+    from torch.distributed import DistError
+
+    is_lost = status != "oom" and (isinstance(error, DistError) or "gloo" in str(error))  # NCCL's are DistBackendError
+    return "others" if is_lost else "own"
 
 
 def failure(error: BaseException, stage: str) -> tuple[Status, str]:
@@ -89,36 +116,59 @@ def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Log) ->
         raise UserError(reason)
 
 
+def only_errors_are_printed() -> None:
+    """Send what is printed to the log, as errors are; the parent still sees by its pipe that this process is there."""
+    os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+
+
+def leave_rank(ending: Ending | None) -> NoReturn:
+    """End this rank, telling the agent how; at once, since libraries may wait for other ranks when Python ends."""
+    if ending is not None:
+        write_text(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(asdict(ending)))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0 if ending is None else 1)
+
+
 def main() -> None:
     """Run, and leave a result behind."""
-    run_dir, command, check_fit = Path(sys.argv[1]), sys.argv[2], sys.argv[3:] == [CHECK_FIT]
-    config = read_config(run_dir / CONFIG_FILE)
+    run_dir, folder, command, check_fit = *map(Path, sys.argv[1:3]), sys.argv[3], sys.argv[4:] == [CHECK_FIT]
+    config = read_config(folder / CONFIG_FILE)
+    rank = int(os.environ["RANK"]) if config.parallel.is_split else 0
     result = new_result(config, command)
-    run, stage = None, "start-up"
-    log = partial(print, flush=True)  # to our parent, who reads our standard output
+    run, stage, ending, interrupts = None, "start-up", None, Interrupts()
+    log: Log = partial(print, flush=True)  # to our parent, who reads our standard output
+    if rank > 0:
+        log = silent
+        only_errors_are_printed()
     try:
-        stop_with_parent(SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP)
-        interrupts = Interrupts()
+        stop_with_parent(seconds_to_stop(config), sys.stdin.fileno(), partial(os._exit, 130))
         interrupts.install()
         stage = "reading the data"
         dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
-        if dataset.drawn:
+        if dataset.drawn and rank == 0:
             write_text(run_dir / HELD_OUT_FILE, drawn_lines(config.data, dataset.drawn))
         with interrupts_held_back():  # half an import of torch cannot be recovered from
             from llama_ft.launch.run import MeasuredRun
         stage = "choosing the device"
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)
         log(f"data: {dataset.describe()}")
-        if check_fit and run.device.type == "cuda":
+        if check_fit and rank == 0 and run.device.type == "cuda":
             run.stage = "planning"
             refuse_what_does_not_fit(config, dataset, log)
         run.execute()
         result.status = "ok"
     except BaseException as error:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # our parent repeats its interrupts; the result must be written
+        interrupts.ignore()
         result.status, result.error = failure(error, run.stage if run else stage)
         result.has_diverged = isinstance(error, Diverged)
-    write_result(run_dir, result)
+        result.stopped_by = interrupts.queue_signal if result.status == "interrupted" else None
+        ending = Ending(rank, result.status, result.error, cause_of(error, result.status), time.time())
+    if rank == 0:
+        write_result(run_dir, result)
+    if config.parallel.is_split:
+        leave_rank(ending)
 
 
 if __name__ == "__main__":

@@ -9,26 +9,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from llama_ft.config import PACKAGE_DIR, DeviceChoice, TrainConfig
 from llama_ft.files import write_text
-from llama_ft.launch import CHECK_FIT
-from llama_ft.launch.interrupts import interrupts_held_back
+from llama_ft.launch import CHECK_FIT, END_NOW
+from llama_ft.launch.endings import Seen, ending_of_killed
+from llama_ft.launch.interrupts import StoppedByQueue, interrupts_held_back
+from llama_ft.launch.machines import Place
 from llama_ft.records.metrics import METRICS_FILE, Metrics, parse_line
-from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, Status, new_result, read_result, write_result
-from llama_ft.system import (
-    MIB,
-    NEAR_LIMIT,
-    OUT_OF_MEMORY_TEXT,
-    Log,
-    data_bytes,
-    is_wsl,
-    oom_kills,
-    resident_bytes,
-    total_memory_bytes,
-)
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Result, new_result, read_result, write_result
+from llama_ft.system import Log, is_wsl, n_cores, oom_kills
 
 POLL_SECONDS = 0.1
 RUN_ENVIRONMENT = {
@@ -46,59 +37,49 @@ RUN_ENVIRONMENT = {
 ALLOCATOR_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # of any age
 SECONDS_TO_STOP = 15
+SECONDS_TO_KILL = 10  # for PyTorch's agent to kill its ranks
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
 
 OnStep = Callable[[Metrics], None]
 
 
-@dataclass
-class Seen:
-    """What is seen of a child from outside."""
-
-    resident_bytes: int = 0  # when it was last looked at
-    data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
-    was_oom_kill: bool = False  # whether the system has killed a process of our control group for memory meanwhile
-    was_interrupted: bool = False
-
-
-def run_in_child(
-    config: TrainConfig, run_dir: Path, command: str, lock: int, check_fit: bool, log: Log, on_step: OnStep
-) -> Result:
+def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log, on_step: OnStep) -> Result:
     """Run to the end, in whichever way it ends, and return its result.
 
     Args:
-        run_dir: the run's folder, locked and cleared.
+        place: the folder that this machine works in, held and cleared; it is held until both processes are gone.
         command: what the user typed, for the result.
-        lock: descriptor of the folder's lock; the folder stays locked until both processes are gone.
         check_fit: whether a run that a plan says would not fit on the GPU here is refused.
         log: told the lines that the run prints.
         on_step: told the steps in its metrics.jsonl.
 
     Raises:
-        KeyboardInterrupt: passed on after the child has stopped and its result is written.
+        KeyboardInterrupt: Ctrl-C or a queue's signal, passed on after the child has stopped and its result is written.
     """
+    run_dir = place.folder
     write_text(run_dir / CONFIG_FILE, config.to_yaml())
     metrics_file = run_dir / METRICS_FILE
     kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
-    child = start(run_dir, command, check_fit, lock, config.gpu.device is DeviceChoice.cpu)
+    child = start(config, place, command, check_fit, log)
     try:
         watch(child, run_dir, seen, log, on_step)
-    except KeyboardInterrupt:
-        seen.was_interrupted = True
+    except KeyboardInterrupt as interrupt:
+        seen.interrupt = interrupt
         if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
     finally:
-        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP)
+        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP, seen.interrupt)
     result = read_result(run_dir)
     if result is None:
         result, limit_mib = new_result(config, command), config.measure.memory_limit_mib
         seen.was_oom_kill = oom_kills() > kills_before
         result.status, result.error = ending_of_killed(child.returncode, seen, limit_mib, run_dir / LOG_FILE)
+        result.stopped_by = seen.interrupt.name if isinstance(seen.interrupt, StoppedByQueue) else None
         write_result(run_dir, result)
-    if seen.was_interrupted:
+    if seen.interrupt:
         if result.error:
             log(f"{run_dir}: {result.error}")
-        raise KeyboardInterrupt
+        raise seen.interrupt
     return result
 
 
@@ -107,19 +88,37 @@ def changed_ns(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
-def start(run_dir: Path, command: str, check_fit: bool, lock: int, on_cpu: bool) -> subprocess.Popen[bytes]:
-    """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on."""
-    program = [sys.executable, "-m", "llama_ft.launch.child", str(run_dir), command]
-    program += [CHECK_FIT] if check_fit else []
-    pipe, environment = subprocess.PIPE, child_environment(on_cpu)
-    with (run_dir / LOG_FILE).open("ab") as log, interrupts_held_back():
+def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log) -> subprocess.Popen[bytes]:
+    """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on.
+
+    Of a run that is split it is PyTorch's agent, whose children are the ranks.
+    """
+    parallel, folder, descriptors = config.parallel, str(place.folder), [place.lock]
+    environment = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
+    program = ["llama_ft.launch.child", folder, folder, command]
+    if parallel.is_split:
+        listener = place.listener.fileno() if place.listener else None
+        descriptors += [listener] if listener is not None else []
+        program = ["llama_ft.launch.agent", folder, command, str(listener).lower()]
+        where = f" on each of {parallel.nodes} machines" if parallel.nodes > 1 else ""
+        threads = environment.get("OMP_NUM_THREADS", "all")
+        log(f"processes: {parallel.per_machine}{where}, CPU threads in each: {threads}")
+    program = [sys.executable, "-m", *program, *([CHECK_FIT] if check_fit else [])]
+    pipe = subprocess.PIPE
+    with (place.folder / LOG_FILE).open("ab") as stderr, interrupts_held_back():
         return subprocess.Popen(
-            program, stdin=pipe, stdout=pipe, stderr=log, start_new_session=True, pass_fds=(lock,), env=environment
+            program,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=stderr,
+            start_new_session=True,
+            pass_fds=descriptors,
+            env=environment,
         )
 
 
-def child_environment(on_cpu: bool) -> dict[str, str]:
-    """Our environment with what a run needs in it; what the user has set stays."""
+def child_environment(on_cpu: bool, n_processes: int = 1) -> dict[str, str]:
+    """Our environment with what a run needs in it; what the user has set stays. Processes share the cores."""
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     set_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     allocator = {} if set_by_user or is_wsl() else ALLOCATOR_ENVIRONMENT
@@ -127,7 +126,8 @@ def child_environment(on_cpu: bool) -> dict[str, str]:
     ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"}
     if on_cpu:  # PyTorch would make a context on a GPU that it sees, of hundreds of MiB, when an optimizer steps (2.13)
         ours["CUDA_VISIBLE_DEVICES"] = ""
-    return RUN_ENVIRONMENT | allocator | os.environ | ours
+    threads = {"OMP_NUM_THREADS": str(max(1, n_cores() // n_processes))} if n_processes > 1 else {}
+    return RUN_ENVIRONMENT | allocator | threads | os.environ | ours
 
 
 def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, on_step: OnStep) -> None:
@@ -150,8 +150,7 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, o
         if ended:
             copier.join()
         else:
-            seen.resident_bytes = resident_bytes(child.pid) or seen.resident_bytes
-            seen.data_bytes = data_bytes(child.pid) or seen.data_bytes
+            seen.look_at(child.pid)
             time.sleep(POLL_SECONDS)
         said = lines[:]
         del lines[: len(said)]
@@ -172,33 +171,19 @@ def new_steps(file: Path) -> Iterator[list[Metrics]]:
             yield [parse_line(line, str(file)) for line in lines]
 
 
-def stop(child: subprocess.Popen[bytes], patience: float) -> None:
+def stop(child: subprocess.Popen[bytes], patience: float, interrupt: KeyboardInterrupt | None) -> None:
     """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
     end = time.monotonic() + patience
+    number = interrupt.number if isinstance(interrupt, StoppedByQueue) else signal.SIGINT
     with suppress(KeyboardInterrupt):
         while child.poll() is None and time.monotonic() < end:
-            child.send_signal(signal.SIGINT)
+            child.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
+    child.send_signal(END_NOW)  # a process of ours ends at once, and PyTorch's agent ends its own first
+    with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
+        child.wait(SECONDS_TO_KILL)
     child.kill()
     child.wait()
     if child.stdin is not None:
         child.stdin.close()
-
-
-def ending_of_killed(code: int, seen: Seen, limit_mib: int | None, log_file: Path) -> tuple[Status, str]:
-    """Status and error text of a child that was killed, for memory where there is evidence, or crashed."""
-    log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.exists() else ""
-    how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
-    held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()
-    # Code that does not check its allocations crashes where they fail.
-    crashed_at_limit = code < 0 and limit_mib is not None and seen.data_bytes > NEAR_LIMIT * limit_mib * MIB
-    if seen.was_interrupted:
-        return "interrupted", "interrupted, and did not stop by itself in time"
-    if code == -signal.SIGKILL and (seen.was_oom_kill or held_most):
-        return "oom", "killed by the operating system, which was out of memory"
-    if crashed_at_limit or OUT_OF_MEMORY_TEXT.search(log):
-        return "oom", f"out of memory: the process ended {how}"
-    if code in (-signal.SIGKILL, -signal.SIGTERM):
-        return "killed", f"killed {how}; no sign that memory was the reason"
-    return "error", f"the run's process ended {how}; see {log_file}"

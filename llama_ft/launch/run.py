@@ -13,6 +13,7 @@ from llama_ft.data.dataset import Dataset
 from llama_ft.device import about_device, choose_device, device_name, has_bf16, peak_rss_mib, use_device, versions
 from llama_ft.exporting.sidecar import save_tokenizer
 from llama_ft.files import CHAT_TEMPLATE, write_text
+from llama_ft.launch.cards import take_card
 from llama_ft.launch.interrupts import Interrupts
 from llama_ft.launch.timed_loop import TimedLoop
 from llama_ft.measure.card import Card
@@ -52,8 +53,9 @@ class MeasuredRun:
     def __post_init__(self) -> None:
         """Choose the device, and say which it is; a UserError if it cannot be had."""
         gpu = self.config.gpu
-        if self.config.parallel.is_split:
-            gpu = replace(gpu, index=int(os.environ["LOCAL_RANK"]))
+        if self.config.parallel.is_split:  # two such runs could each wait for cards that the other holds
+            gpu = replace(gpu, index=int(os.environ["LOCAL_RANK"]), shared=True)
+        self.held_card = take_card(gpu, self.log)
         self.device = choose_device(gpu)
         self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
         use_device(self.device, gpu, self.config.memory_limit_mib)

@@ -79,7 +79,5 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=config.timeout_s)
     torch.distributed.init_process_group(backend, timeout=timeout, device_id=device if on_cuda else None)
-    try:
-        yield Ranks(config.strategy, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    finally:
-        torch.distributed.destroy_process_group()
+    yield Ranks(config.strategy, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    torch.distributed.destroy_process_group()  # after an error it could wait for processes that are gone

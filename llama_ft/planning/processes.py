@@ -1,6 +1,5 @@
 """Planning uses all cores: each job is a function of its arguments, run in a process of its own."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -8,6 +7,7 @@ from multiprocessing import active_children, get_context
 from typing import Any, TypeVar
 
 from llama_ft.config import UserError
+from llama_ft.system import n_cores
 
 MAX_PROCESSES = 8
 K = TypeVar("K")
@@ -20,8 +20,7 @@ def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) 
     Raises:
         UserError: the first that a job raises.
     """
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    n_processes = min(len(jobs), n_cores, MAX_PROCESSES)
+    n_processes = min(len(jobs), n_cores(), MAX_PROCESSES)
     if n_processes < 2:
         for key, arguments in jobs.items():
             yield key, function(*arguments)

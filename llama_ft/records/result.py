@@ -16,6 +16,7 @@ from llama_ft.records import SCHEMA_VERSION, read_record, write_record
 RESULT_FILE = "result.json"
 CONFIG_FILE = "config.yaml"
 LOG_FILE = "train.log"
+MACHINE = "other_machine_"  # begins the names of folders with the logs of other machines than the run's first
 BUILTIN_TEMPLATES = (None, "chat", "alpaca", "plain")  # of another one, a file, the run keeps a copy
 FINISHED = ("ok", "oom")  # not to be measured again
 
@@ -122,6 +123,7 @@ class Result:
     eval_runtime_s: float | None = None  # of all held-out losses, which `runtime_s` does not hold
     stopped_early_at_step: int | None = None  # by training.patience
     has_diverged: bool = False  # whether the error is a loss, or a gradient, that is no number
+    stopped_by: str | None = None  # a queue's signal, such as SIGUSR2: the run goes on when its job does
     skipped_steps: int | None = None
     resumed_at_step: int | None = None
     versions: dict[str, str | None] | None = None
@@ -172,9 +174,13 @@ def read_result(run_dir: Path) -> Result | None:
 
 
 def results_below(folder: Path) -> dict[Path, Result]:
-    """The results in a folder and in those below it, by their folders; W&B's copies, with its own files, left out."""
-    files = [file for file in sorted(folder.rglob(RESULT_FILE)) if "wandb" not in file.relative_to(folder).parts]
+    """The results in a folder and in those below it, by their folders; copies left out."""
+    files = [file for file in sorted(folder.rglob(RESULT_FILE)) if not _is_copy(file.relative_to(folder))]
     return {file.parent: result for file in files if (result := read_result(file.parent))}
+
+
+def _is_copy(file: Path) -> bool:
+    return any(part == "wandb" or part.startswith(MACHINE) for part in file.parts)
 
 
 def template_of_run(folder: str | None) -> str | None:

@@ -17,16 +17,16 @@ PLAIN_SECONDS = 10  # between the lines that stand for the bar where there is no
 class Bar(Progress):
     """A bar on a terminal; elsewhere a line now and then."""
 
-    def __init__(self, console: Console, n_known: int = 0) -> None:
-        """`n_known` held-out losses, of before a run was stopped, are not said again."""
+    def __init__(self, console: Console, n_known: int = 0, margin: str = "  ") -> None:
+        """`n_known` held-out losses, of before a run was stopped, are not said again; `margin` begins each line."""
         what, numbers = TextColumn("  {task.description}"), TextColumn("{task.fields[numbers]}")
         columns = (what, MofNCompleteColumn(), BarColumn(bar_width=None), numbers, TimeRemainingColumn(compact=True))
         super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal, expand=True)
-        self._last_line, self._held_out, self._n_known = time.monotonic(), "", n_known
+        self._last_line, self._held_out, self._n_known, self._margin = time.monotonic(), "", n_known, margin
 
     def message(self, line: str) -> None:
         """Print a line beside the bar."""
-        self.console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        self.console.print(f"{self._margin}{line}", highlight=False, markup=False, soft_wrap=True)
 
     def show(self, title: str, done: int, total: int, numbers: str = "") -> None:
         """How far it is."""

@@ -1,0 +1,209 @@
+"""`python -m llama_ft.launch.agent RUN_DIR COMMAND LISTENER [check-fit]`: the ranks of one run on this machine.
+
+Started by `llama_ft.launch.process` in the place of the one child of a run that is not split; PyTorch's elastic agent,
+which is what `torch.distributed.run` runs too, starts the ranks and sets their variables. Standard output is rank 0's.
+"""
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from subprocess import Popen
+from types import FrameType
+from typing import Any, cast
+
+from torch._C._distributed_c10d import Store
+from torch.distributed import DistError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+from llama_ft.config import TrainConfig
+from llama_ft.config.train import read_config
+from llama_ft.launch import END_NOW
+from llama_ft.launch.child import failure, seconds_to_stop, stop_with_parent
+from llama_ft.launch.endings import Ending, Seen, ending_of_killed
+from llama_ft.launch.interrupts import ALL_SIGNALS, interrupts_held_back
+from llama_ft.launch.meeting import Meeting, check_gpus, meet
+from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, read_result, write_result
+from llama_ft.system import oom_kills
+
+SECONDS_TO_END = 5  # for the other ranks to notice that one has failed, and to say how it ended them
+SECONDS_TO_DIE = 2  # for a rank that is told to
+LOOK_SECONDS = 0.2
+FAILING = "failing"  # a key that is there when a rank has failed, on whichever machine
+NCCL_GAVE_UP = "Watchdog caught collective operation timeout"  # it aborts the process: another rank did not come
+
+
+class Agent(LocalElasticAgent):
+    """PyTorch's agent. Once a rank has failed it lets the others end, and notes how each did; none starts again."""
+
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, store: Store, config: TrainConfig, log_file: Path):
+        timeout = config.parallel.timeout_s
+        super().__init__(spec, logs, exit_barrier_timeout=timeout, shutdown_timeout=SECONDS_TO_DIE)
+        self.store, self.config, self.log_file = store, config, log_file
+        self.kills_before = oom_kills()
+        self.seen: dict[int, Seen] = {}
+        self.endings: dict[int, Ending] = {}
+        self.failed_at: float | None = None  # when a rank had failed, here or elsewhere
+        self.done_at: float | None = None  # when rank 0 was done
+
+    @property
+    def ranks(self) -> dict[int, tuple[Popen[bytes], Path]]:
+        """The processes that were started, and where each says how it failed, by their ranks."""
+        context = cast(SubprocessContext | None, self._pcontext)
+        workers = self.get_worker_group().workers if context else []
+        return {
+            each.global_rank: (context.subprocess_handlers[n].proc, Path(context.error_files[n]))
+            for n, each in enumerate(workers)
+            if context
+        }
+
+    def interrupt(self, number: int, _: FrameType | None) -> None:
+        """Pass an interrupt on to the first rank here, which tells the others; raise it where there is none yet."""
+        if not self.ranks:
+            raise KeyboardInterrupt
+        self.send(min(self.ranks), number)
+
+    def send(self, rank: int, number: int) -> None:
+        """Send a signal to a rank, unless it has ended."""
+        process, _ = self.ranks[rank]
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, number)
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        with interrupts_held_back():  # until a rank handles them
+            return super()._start_workers(worker_group)  # type: ignore[no-any-return]
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        codes = self._look()
+        if self._is_failing(codes):
+            return self._wait_for_the_others(codes)
+        if all(code == 0 for code in codes.values()):
+            return super()._monitor_workers(worker_group)  # type: ignore[no-any-return]
+        return RunResult(state=WorkerState.HEALTHY)
+
+    def _look(self) -> dict[int, int | None]:
+        """The exit codes of the ranks; the memory of those that run is noted."""
+        codes = {rank: process.poll() for rank, (process, _) in self.ranks.items()}
+        for rank, (running, _) in self.ranks.items():
+            if codes[rank] is None:
+                self.seen.setdefault(rank, Seen()).look_at(running.pid)
+        if codes.get(0) == 0 and self.done_at is None:
+            self.done_at = time.monotonic()
+        return codes
+
+    def _is_failing(self, codes: dict[int, int | None]) -> bool:
+        """Whether a rank has failed; that is then known everywhere."""
+        late = self.done_at is not None and time.monotonic() - self.done_at > self.config.parallel.timeout_s
+        if self.failed_at is None and (late or any(codes.values()) or self.store.check([FAILING])):
+            self.store.set(FAILING, "")
+            self.failed_at = time.monotonic()
+        return self.failed_at is not None
+
+    def _wait_for_the_others(self, codes: dict[int, int | None]) -> RunResult:
+        """Note how ranks ended, and end those that do not."""
+        for rank, code in codes.items():
+            if code and rank not in self.endings:
+                self.endings[rank] = self._ending(rank, code)
+        causes, timeout = {each.cause for each in self.endings.values()}, self.config.parallel.timeout_s
+        left = [rank for rank, code in codes.items() if code is None]
+        if is_interrupt := causes == {"interrupted"}:
+            for rank in left:  # those that have something to save note it, and the others end
+                self.send(rank, signal.SIGINT)
+        if left and time.monotonic() - (self.failed_at or 0) < (timeout if is_interrupt else SECONDS_TO_END):
+            return RunResult(state=WorkerState.HEALTHY)
+        for rank in left:
+            silent = f"did not answer for {timeout} s (parallel.timeout_s), and was ended"
+            self.endings[rank] = Ending(rank, "error", silent, "silent", time.time())
+            self.send(rank, signal.SIGKILL)
+        return RunResult(state=WorkerState.FAILED)
+
+    def _ending(self, rank: int, code: int) -> Ending:
+        """What a rank says of its end or, if it could not, what is to be seen of it."""
+        _, file = self.ranks[rank]
+        if file.is_file():
+            return Ending(**json.loads(file.read_text(encoding="utf-8")))
+        seen = self.seen.get(rank, Seen())
+        together = sum(each.resident_bytes for each in self.seen.values())
+        seen = Seen(together, seen.data_bytes, was_oom_kill=oom_kills() > self.kills_before)
+        status, error = ending_of_killed(code, seen, self.config.measure.memory_limit_mib, self.log_file)
+        log = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
+        gave_up = code == -signal.SIGABRT and NCCL_GAVE_UP in log
+        return Ending(rank, status, error, "others" if gave_up else "own", time.time())
+
+
+def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: Meeting) -> list[Ending]:
+    """Start the ranks of this machine, watch them to the end, and return those that failed."""
+    n_here = config.parallel.per_machine
+    module = ("-m", "llama_ft.launch.child", meeting.run_dir, *arguments)
+    spec = WorkerSpec("rank", n_here, meeting, entrypoint=sys.executable, args=module, max_restarts=0)
+    spec.monitor_interval = LOOK_SECONDS
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # an interrupt is ours: a rank may first save
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # machines have as many ranks: the agents need not wait
+    with tempfile.TemporaryDirectory(prefix="llama_ft_") as logs:
+        agent = Agent(spec, DefaultLogsSpecs(logs), meeting.store, config, folder / LOG_FILE)
+        for number in ALL_SIGNALS:
+            signal.signal(number, agent.interrupt)
+        first = meeting.rank * n_here
+        try:
+            agent.run()
+        except SignalException:
+            ending = Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted", time.time())
+            return [ending]
+        except DistError:  # of the store, which is the first machine's
+            if meeting.rank == 0:
+                raise
+            lost = f"the first machine, {meeting.host}, does not answer"
+            return [*agent.endings.values(), Ending(0, "error", lost, "silent", time.time())]
+        finally:
+            for number in ALL_SIGNALS:  # our parent repeats them; the result must be written
+                signal.signal(number, signal.SIG_IGN)
+        return list(agent.endings.values())
+
+
+def hold_ranks_input() -> int:
+    """Give the ranks a standard input that ends with this process, whatever ends it; the parent's is returned."""
+    parents = os.dup(sys.stdin.fileno())
+    reading, _ = os.pipe()  # the other end is held, and nothing is written to it
+    os.dup2(reading, sys.stdin.fileno())
+    os.close(reading)
+    return parents
+
+
+def main() -> int:
+    """Meet the other machines, run the ranks, and see to it that a result is left behind."""
+    folder, command, listener, *rest = sys.argv[1:]
+    config = read_config(Path(folder) / CONFIG_FILE)
+    for number in ALL_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
+    stop_with_parent(seconds_to_stop(config), hold_ranks_input(), partial(os.kill, os.getpid(), END_NOW))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
+    meeting, root = None, None
+    try:
+        check_gpus(config)
+        meeting = meet(config, folder, int(listener) if listener != "none" else None)
+        endings = run_ranks(config, Path(folder), [folder, command, *rest], meeting)
+        root = meeting.settle(endings, SECONDS_TO_END)
+    except BaseException as error:
+        status, text = failure(error, "starting the processes")
+        root = Ending(0, status, text, "input", time.time())
+    written = read_result(Path(folder))
+    if root is not None or written is None:
+        result = written or new_result(config, command)
+        result.status, result.error = (root.status, root.sentence) if root else ("ok", None)
+        write_result(Path(folder), result)
+    if meeting is not None:
+        meeting.close(root, SECONDS_TO_END)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""A run on several machines: where they meet, which of them is the first, and which folder this one works in.
+
+The same command runs on each. The first machine has rank 0, holds the run's folder and writes the results; another one
+has a folder in it for its own log, `other_machine_NAME`, since the first's may be the same folder on a shared disk.
+"""
+
+import errno
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_ft.config import UserError
+from llama_ft.files import locked
+from llama_ft.records.result import MACHINE
+from llama_ft.system import Log
+
+FIRST_PORT, N_PORTS = 20_000, 10_000  # of SLURM's jobs: below those that Linux gives to connections by itself
+
+
+@dataclass(frozen=True)
+class Place:
+    """The folder that a command works in, which is held for it, and its part in a run on several machines."""
+
+    run_dir: Path  # of the run, wherever this machine's own is
+    folder: Path
+    lock: int  # descriptor of the folder's lock
+    listener: socket.socket | None = None  # on the first machine of several: the others come to it
+
+    @property
+    def is_first(self) -> bool:
+        """Whether rank 0 is here."""
+        return self.folder == self.run_dir
+
+    @property
+    def holds(self) -> str:
+        """For people: what is in the folder."""
+        return "results" if self.is_first else "the results are on the first machine; the log of this one"
+
+
+@contextmanager
+def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
+    """Hold the folder that this machine works in.
+
+    Args:
+        parallel: the keys of `parallel`, which may not be checked yet.
+        run_dir: the run's folder.
+        wait_seconds: for another process that holds the folder, and `log` is told of it; see `files.locked`.
+    """
+    is_one = not isinstance(parallel.nodes, int) or parallel.nodes < 2
+    listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
+    folder = run_dir if is_one or listener else run_dir / f"{MACHINE}{socket.gethostname()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with closing(listener) if listener else nullcontext(), locked(folder, wait_seconds, log) as lock:
+        yield Place(run_dir, folder, lock, listener)
+
+
+def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port of the first machine: `parallel.rendezvous`, or by SLURM's variables.
+
+    Raises:
+        UserError: if neither says it, or SLURM has started another number of commands than one a machine.
+    """
+    if given is not None:
+        host, _, port = str(given).rpartition(":")
+        return host, int(port)
+    hosts, job = variables.get("SLURM_JOB_NODELIST"), variables.get("SLURM_JOB_ID", "")
+    if not hosts or not job.isdigit():
+        raise UserError(
+            f"parallel.nodes={nodes} is run by SLURM's srun, whose variables are not there, or with"
+            " parallel.rendezvous=HOST:PORT of the first machine"
+        )
+    if (n_there := int(variables.get("SLURM_NNODES", nodes))) != nodes:
+        raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}; give as many")
+    if int(variables.get("SLURM_NTASKS", nodes)) != nodes or variables.get("SLURM_LOCALID", "0") != "0":
+        raise UserError(f"parallel.nodes={nodes}: one command a machine starts its processes: srun --ntasks-per-node=1")
+    return first_host(hosts), FIRST_PORT + int(job) % N_PORTS
+
+
+def first_host(hosts: str) -> str:
+    """The first of SLURM's compact list: of `node[03-05,9],login1`, node03."""
+    name = re.match(r"[^,\[]+", hosts)
+    first = re.match(r"[^,\[]*\[(\d+)[^\]]*\]([^,\[]*)", hosts)
+    return name[0] + (first[1] + first[2] if first else "") if name else hosts
+
+
+def listen_if_first(host: str, port: int) -> socket.socket | None:
+    """A socket to which the other machines come; None where this one is not HOST, or another command listens there."""
+    try:
+        address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise UserError(f"{host}, the first machine's name, is not known here: {error}") from error
+    with socket.socket(address[0]) as probe:
+        try:
+            probe.bind(address[4])  # the address of another machine cannot be bound to
+        except OSError:
+            return None
+    try:
+        # On all addresses: a machine's own name may be that of its loopback, to which no other comes.
+        both = address[0] == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(("", port), family=address[0], dualstack_ipv6=both)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return None
+        raise UserError(f"the other machines cannot come to {host}:{port}: {error.strerror}") from error
