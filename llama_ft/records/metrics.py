@@ -89,7 +89,8 @@ class MetricsFile:
         if file.exists():
             with file.open(encoding="utf-8") as lines:
                 self.lines += [parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
-        self._stream = Path(file if writes else os.devnull).open("a", encoding="utf-8")
+        written = file if writes else Path(os.devnull)
+        self._stream = written.open("a", encoding="utf-8")
         if writes:
             os.utime(file)  # by which our parent sees that training begins
         self._last_flush = time.monotonic()

@@ -1,0 +1,84 @@
+"""A run split over processes computes what one process computes, and goes on with any number of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CHECKOUT, run
+from helpers.models import relative
+from helpers.split_steps import Case, outcome
+
+pytestmark = pytest.mark.process
+N_STEPS = 3  # of an epoch of 6 samples
+COMBINATIONS = [[], ["ga"], ["lora"], ["gc"], ["ga", "lora", "gc"], ["mp"], ["ga", "mp"], ["ga", "mp", "lora", "gc"]]
+CASES: list[Case] = [
+    *({"optim": optim} for optim in COMBINATIONS),
+    {"optim": ["ga"], "size": 1},  # of the last window's 3 samples the fourth process has none
+    {"optim": [], "size": 1},  # all processes but the first have none
+    {"optim": ["ga"], "packing": 40},
+    {"optim": ["ga"], "model": {"tie_word_embeddings": True}},
+    {"optim": ["ga"], "model": {"qk_norm": True, "qkv_bias": True}},
+    {"optim": ["ga"], "optimizer": "sgd"},
+    {"optim": ["ga", "mp"], "compute": "fp16"},
+    {"optim": ["ga"], "fp64": True},
+    {"optim": ["lora", "gc"], "fp64": True},
+    {"optim": ["ga", "mp", "lora"], "frozen": "nf4"},
+]
+
+
+def tolerance(case: Case) -> float:
+    """Of a 16-bit product's sum the rounding depends on which samples are summed together."""
+    return 1e-12 if case.get("fp64") else 2e-2 if "mp" in case["optim"] else 5e-6
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[dict[str, Any]]:
+    return [outcome(case | {"strategy": "none"}) for case in CASES]
+
+
+@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_split_steps_have_the_gradients_of_whole_ones(tmp_path: Path, alone, strategy: str, n: int) -> None:
+    cases, found = tmp_path / "cases.json", tmp_path / "found.pt"
+    cases.write_text(json.dumps([case | {"strategy": strategy} for case in CASES]))
+    command = ["torch.distributed.run", "--nproc-per-node", str(n), "-m", "helpers.split_steps", str(cases), str(found)]
+    done = run(*command, cwd=CHECKOUT / "tests", env={"OMP_NUM_THREADS": "1"}, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for case, one, split in zip(CASES, alone, torch.load(found, weights_only=True), strict=True):
+        apart = tolerance(case)
+        assert split["gradients"].keys() == one["gradients"].keys() != set(), case
+        for name, gradient in split["gradients"].items():
+            assert relative(gradient, one["gradients"][name]) <= apart, (case, name)
+        assert split["losses"][0] == pytest.approx(one["losses"][0], rel=min(apart, 1e-6)), case
+        assert split["norms"][0] == pytest.approx(one["norms"][0], rel=apart), case
+        assert split["losses"] == pytest.approx(one["losses"], rel=max(100 * apart, 1e-5)), case
+        assert split["held_out"][0] == pytest.approx(one["held_out"][0], rel=max(100 * apart, 1e-5)), case
+        if strategy == "fsdp":  # rows are rounded up
+            assert one["bytes"] / n <= split["bytes"] <= 1.1 * one["bytes"] / n, case
+
+
+def train(folder: Path, *arguments: str) -> list[float]:
+    """The losses in a run's folder after a command."""
+    told = ["training.micro_batch_size=2", "training.max_samples=6", "tracker=disabled", "gpu=cpu", *arguments]
+    done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=folder.parent, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optim", ["baseline", "mp_lora"])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, optim: str) -> None:
+    """Begun on 2, resumed on 4, then on 1, and on 2 again; the files that it leaves are those of any run."""
+    shared = [f"optim={optim}", "lora.dropout=0", "training.schedule=constant", "training.warmup_ratio=0"]
+    shared += ["training.save_every=4", "training.resume=true"]
+    whole = train(tmp_path / "whole", *shared, "training.epochs=4")
+    for epochs, n in enumerate((2, 4, 1, 2), 1):
+        split = ["parallel=fsdp", f"parallel.processes={n}"] if n > 1 else []
+        losses = train(folder := tmp_path / "split", *shared, *split, f"training.epochs={epochs}")
+        resumed = json.loads((folder / "result.json").read_text())["resumed_at_step"]
+        assert resumed == (N_STEPS * (epochs - 1) or None)
+    assert len(losses) == 4 * N_STEPS
+    assert losses == pytest.approx(whole, rel=1e-5 if optim == "baseline" else 1e-2)
+    kept = {path.name for path in folder.iterdir()} - {"train.log"}
+    assert kept == {path.name for path in (tmp_path / "whole").iterdir()} - {"train.log"}
