@@ -441,3 +441,26 @@ def test_offloaded_inputs_leave_the_card_in_the_same_way_each_time() -> None:
     assert len(set(kept)) == len(set(offloaded)) == 1
     assert kept[0] - offloaded[0] >= 12 * 8 * 512 * 512 * 4  # of 16 inputs
     assert pinned[4:] == [pinned[4]] * 4
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_over_nccl_is_that_of_one_process(tmp_path: Path, strategy: str) -> None:
+    """With one process, as one GPU allows: it has the losses, and what is counted sums up to the allocator's peak."""
+    losses = {}
+    for parallel in ("none", strategy):
+        folder = tmp_path / parallel
+        split = [f"parallel={parallel}", "parallel.processes=1"] if parallel != "none" else []
+        told = [
+            "optim=mp_lora",
+            "optim.gc=true",
+            "lora.dropout=0",
+            "training.max_samples=8",
+            "tracker=disabled",
+            *split,
+        ]
+        done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=tmp_path, env=GPU)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = json.loads((folder / "result.json").read_text())
+        assert sum(result["memory_mib"].values()) == pytest.approx(result["peak_memory_mib"])
+        losses[parallel] = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert losses[strategy] == pytest.approx(losses["none"], rel=1e-2)

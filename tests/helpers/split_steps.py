@@ -27,6 +27,7 @@ from llama_ft.config import (
 )
 from llama_ft.data.records import Sample
 from llama_ft.model.sharded import own, whole, write_rows
+from llama_ft.model.storage import Storage
 from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.mixed_precision import Precision
@@ -75,7 +76,7 @@ def outcome(case: Case) -> dict[str, Any]:
     torch.manual_seed(0)
     precision = Precision.of(config, "cpu", True)
     if case.get("fp64"):
-        precision = Precision("cpu", trainable=torch.float64)
+        precision = Precision("cpu", trainable=torch.float64, frozen=Storage(torch.float64))
     step = set_up(config, precision, torch.device("cpu"), ranks=ranks)
     samples = ragged()
     size, packing = config.training.micro_batch_size, config.training.packing
