@@ -458,7 +458,7 @@ def test_a_run_over_nccl_is_that_of_one_process(tmp_path: Path, strategy: str) -
             "tracker=disabled",
             *split,
         ]
-        done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=tmp_path, env=GPU)
+        done = run("llama_ft.train", *told, *split, f"hydra.run.dir={folder}", cwd=tmp_path, env=GPU)
         assert done.returncode == 0, done.stdout + done.stderr
         result = json.loads((folder / "result.json").read_text())
         assert sum(result["memory_mib"].values()) == pytest.approx(result["peak_memory_mib"])
