@@ -4,6 +4,7 @@ Started by `llama_ft.launch.process` in the place of the one child of a run that
 which is what `torch.distributed.run` runs too, starts the ranks and sets their variables. Standard output is rank 0's.
 """
 
+import inspect
 import json
 import os
 import signal
@@ -46,7 +47,11 @@ class Agent(LocalElasticAgent):
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, store: Store, config: TrainConfig, log_file: Path):
         timeout = config.parallel.timeout_s
-        super().__init__(spec, logs, exit_barrier_timeout=timeout, shutdown_timeout=SECONDS_TO_DIE)
+        takes = inspect.signature(LocalElasticAgent).parameters
+        patience: Any = (
+            {"shutdown_timeout": SECONDS_TO_DIE} if "shutdown_timeout" in takes else {}
+        )  # since PyTorch 2.12
+        super().__init__(spec, logs, exit_barrier_timeout=timeout, **patience)
         self.store, self.config, self.log_file = store, config, log_file
         self.kills_before = oom_kills()
         self.seen: dict[int, Seen] = {}
