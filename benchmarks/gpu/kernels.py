@@ -136,7 +136,11 @@ def tracker(setting: Setting) -> Outcome:
     for combination in ("baseline", "mp", "lora", "mp_lora"):
         optim = OptimConfig(**{part: True for part in combination.split("_") if part != "baseline"})
         config = TrainConfig(
-            preset("model", name, ModelConfig), data=DataConfig("sample"), checkpoint="random", optim=optim
+            preset("model", name, ModelConfig),
+            data=DataConfig("sample"),
+            checkpoint="random",
+            tokenizer="none",  # of which nothing is read
+            optim=optim,
         )
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
         data = Windows.over([Sample.after([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
