@@ -10,6 +10,9 @@ from conftest import CHECKOUT, run
 from helpers.models import relative
 from helpers.split_steps import Case, outcome
 
+from llama_ft.model.formats import permute_rotary
+from llama_ft.model.stored import in_memory, permuted
+
 pytestmark = pytest.mark.process
 N_STEPS = 3  # of an epoch of 6 samples
 COMBINATIONS = [[], ["ga"], ["lora"], ["gc"], ["ga", "lora", "gc"], ["mp"], ["ga", "mp"], ["ga", "mp", "lora", "gc"]]
@@ -82,3 +85,18 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, optim: s
     assert losses == pytest.approx(whole, rel=1e-5 if optim == "baseline" else 1e-2)
     kept = {path.name for path in folder.iterdir()} - {"train.log"}
     assert kept == {path.name for path in (tmp_path / "whole").iterdir()} - {"train.log"}
+
+
+@pytest.mark.parametrize("rows", [range(0, 5), range(7, 40), range(90, 96), range(96, 96)])
+def test_a_process_reads_no_piece_without_rows_of_its_own(monkeypatch: pytest.MonkeyPatch, rows: range) -> None:
+    """Of a weight in one file, in several, and in Hugging Face's rotary layout; what it reads is right."""
+    monkeypatch.setattr("llama_ft.model.mapped.PIECE_ELEMENTS", 16)
+    tensor = torch.arange(96.0 * 4).view(96, 4)
+    weight = in_memory(tensor)
+    for read, truth in ((weight, tensor), (permuted(weight, 12, to_hf=True), permute_rotary(tensor, 8, to_hf=True))):
+        found = dict(read.pieces(1, rows))
+        for first, piece in found.items():
+            assert first < rows.stop
+            assert rows.start < first + len(piece)
+            assert torch.equal(piece, truth[first : first + len(piece)])
+        assert set(rows) <= {first + n for first, piece in found.items() for n in range(len(piece))}

@@ -62,8 +62,8 @@ def dtype_in_gguf(weight: Weight, asked: Dtype, dtype: torch.dtype) -> torch.dty
 def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
     """The weight in another dtype. Where a number is none, or beyond its range, reading it raises a UserError."""
 
-    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
-        for first, rows in weight.pieces(multiple):
+    def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
+        for first, rows in weight.pieces(multiple, wanted):
             narrow = rows.to(dtype)
             if not narrow.isfinite().all():
                 if not rows.isfinite().all():
@@ -80,9 +80,9 @@ def merged(weight: Weight, factors: Factors) -> Weight:
     dtype = torch.promote_types(weight.dtype, torch.float32)
     scale = lora_scale(factors.rank, factors.alpha, factors.rslora)
 
-    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+    def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
         a, b = (factor.to(dtype) for factor in factors.tensors())
-        for first, rows in weight.pieces(multiple):
+        for first, rows in weight.pieces(multiple, wanted):
             yield first, rows + b[first : first + len(rows)] @ a * scale
 
     return Weight(weight.shape, dtype, pieces)

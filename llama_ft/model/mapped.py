@@ -47,14 +47,13 @@ class StoredTensor(NamedTuple):
         """Bytes of the tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
 
-    def pieces(self, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) over the whole tensor, in groups of a multiple of rows; valid until the next is asked for.
+    def pieces(self, multiple: int = 1, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) over the tensor, in groups of a multiple of rows; valid until the next is asked for.
 
-        The tensors are views of the file: they must not be written to.
+        What lies outside the rows that are wanted is left out. The tensors are views of the file: they must not be
+        written to.
         """
-        step = rows_at_once(self.shape, multiple)
-        for first in range(0, self.shape[0], step):
-            last = min(first + step, self.shape[0])
+        for first, last in groups_of_rows(self.shape, multiple, wanted):
             yield first, self._view(first, last)
             self._give_back(first, last)
 
@@ -110,6 +109,15 @@ def mapped(path: Path) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise UserError(f"{path} is empty") from error
+
+
+def groups_of_rows(shape: Sequence[int], multiple: int, wanted: range | None = None) -> Iterator[tuple[int, int]]:
+    """(first, last) of each piece of a tensor that has rows which are wanted; None wants all."""
+    step, wanted = rows_at_once(shape, multiple), range(shape[0]) if wanted is None else wanted
+    for first in range(0, shape[0], step):
+        last = min(first + step, shape[0])
+        if first < wanted.stop and wanted.start < last:
+            yield first, last
 
 
 def rows_at_once(shape: Sequence[int], multiple: int) -> int:

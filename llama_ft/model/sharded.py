@@ -31,6 +31,12 @@ def first_own_row(tensor: Tensor) -> int:
     return min(n_rows, rank * -(-n_rows // int(mesh.size())))
 
 
+def own_rows(tensor: Tensor) -> range:
+    """The indices of the rows that this process holds."""
+    first = first_own_row(tensor)
+    return range(first, first + len(own(tensor)))
+
+
 def write_rows(target: Tensor, first: int, rows: Tensor) -> None:
     """Copy rows to their place, the first of them to row `first`; what other processes hold is left to them."""
     held, start = own(target), first_own_row(target)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llama_ft.model.sharded import write_rows
+from llama_ft.model.sharded import own_rows, write_rows
 from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import Transformer
 
@@ -28,5 +28,5 @@ class Storage:
     def load(self, model: Transformer, name: str, weight: Weight) -> None:
         """Fill a parameter, by its name, from pieces that are on any device and of any floating-point dtype."""
         target = model.get_parameter(name)
-        for first, rows in weight.pieces(1):
+        for first, rows in weight.pieces(1, own_rows(target)):
             write_rows(target, first, rows)

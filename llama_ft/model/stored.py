@@ -1,20 +1,28 @@
 """Weights that are read, or computed, a piece at a time: what a checkpoint is loaded from, and written from."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from llama_ft.model.formats import permute_rotary
-from llama_ft.model.mapped import Part, StoredTensor, rows_at_once
+from llama_ft.model.mapped import Part, StoredTensor, groups_of_rows
 from llama_ft.model.sharded import whole
 
-# (first row, rows) over a weight, in groups of a multiple of the rows given. Each is valid until the next is asked for,
-# and must not be written to: it may be a view of the file.
-Pieces = Callable[[int], Iterator[tuple[int, Tensor]]]
+
+class Pieces(Protocol):
+    """(first row, rows) over a weight, in groups of a multiple of rows; those with no row that is wanted are left out.
+
+    Each is valid until the next is asked for, and must not be written to: it may be a view of the file.
+    """
+
+    def __call__(self, multiple: int, wanted: range | None = None, /) -> Iterator[tuple[int, Tensor]]:
+        """None wants all."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,11 @@ def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
     return None
 
 
-def _joined_pieces(shape: list[int], parts: Sequence[Part], dim: int, multiple: int) -> Iterator[tuple[int, Tensor]]:
+def _joined_pieces(
+    shape: list[int], parts: Sequence[Part], dim: int, multiple: int, wanted: range | None = None
+) -> Iterator[tuple[int, Tensor]]:
     """The pieces of a weight that lies in several files, split along a dimension."""
-    step = rows_at_once(shape, multiple)
-    for first in range(0, shape[0], step):
-        last = min(first + step, shape[0])
+    for first, last in groups_of_rows(shape, multiple, wanted):
         rows, start = [], 0  # the first row of each part, where rows are split
         for part in parts:
             if dim:
@@ -69,11 +77,13 @@ def _joined_pieces(shape: list[int], parts: Sequence[Part], dim: int, multiple: 
 def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
     """wq or wk in Hugging Face's rotary layout, or from it in ours."""
 
-    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
+    def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
         together = math.lcm(multiple, head_dim)
-        for first, rows in weight.pieces(together):
-            for number, heads in enumerate(rows.split(together)):  # so that what is copied at a time is small
-                yield first + number * together, permute_rotary(heads, len(heads) // head_dim, to_hf)
+        for first, rows in weight.pieces(together, wanted):
+            for start in range(0, len(rows), together):  # so that what is copied at a time is small
+                heads = rows[start : start + together]
+                if wanted is None or (first + start < wanted.stop and wanted.start < first + start + len(heads)):
+                    yield first + start, permute_rotary(heads, len(heads) // head_dim, to_hf)
 
     return Weight(weight.shape, weight.dtype, pieces)
 
@@ -81,9 +91,10 @@ def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
 def in_memory(tensor: Tensor) -> Weight:
     """A tensor on any device, a piece of it at a time on the CPU; one that is split is gathered first."""
 
-    def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
-        step = rows_at_once(tensor.shape, multiple)
-        yield from ((number * step, rows.cpu()) for number, rows in enumerate(whole(tensor.detach()).split(step)))
+    def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
+        gathered = whole(tensor.detach())
+        for first, last in groups_of_rows(tensor.shape, multiple, wanted):
+            yield first, gathered[first:last].cpu()
 
     return Weight(list(tensor.shape), tensor.dtype, pieces)
 

@@ -14,7 +14,7 @@ from llama_ft.files import whole_file
 from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import MOMENTS_DTYPES, SAFETENSORS_DTYPES, read_safetensors
-from llama_ft.model.sharded import is_split, memory_for, own, write_rows
+from llama_ft.model.sharded import is_split, memory_for, own, own_rows, write_rows
 from llama_ft.model.sizes import SIZES_KEY
 from llama_ft.model.storage import Storage
 from llama_ft.model.stored import in_memory
@@ -119,5 +119,5 @@ def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
         raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")
     for name, part in stored.items():
-        for first, rows in part.pieces():
+        for first, rows in part.pieces(1, own_rows(targets[name])):
             write_rows(targets[name], first, rows)
