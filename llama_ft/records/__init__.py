@@ -11,7 +11,7 @@ from llama_ft.config import UserError
 from llama_ft.files import read_json, write_json
 
 SCHEMA_VERSION = 2  # of every record that has a file of its own
-CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")  # of memory
+CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "gathered", "other")  # of memory
 
 R = TypeVar("R")
 
