@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from llama_ft.measure.collectives import GlooReferences
 from llama_ft.model.sharded import is_split, own
 from llama_ft.records import CATEGORIES
 from llama_ft.records.result import MemoryItem
@@ -75,7 +76,8 @@ class MemoryTracker(TorchDispatchMode):
         parameter = own(next(model.parameters()))
         self._device_type, self._fake_mode = parameter.device.type, getattr(parameter, "fake_mode", None)
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
-        self._gathered: set[int] = set()  # of them those that FSDP may free without an operator
+        self._gathered: dict[int, None] = {}  # of them those that FSDP may free without an operator
+        self._gloo = GlooReferences()
         self.events: list[Event] = []
         self._phase = "load"
         self._handles: list[RemovableHandle] = []
@@ -113,11 +115,12 @@ class MemoryTracker(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         if any(hasattr(kind, "to_local") for kind in types):
             return NotImplemented  # what it is on this process's rows comes next
+        self._gloo.wait()
         self._note_freed()
         if func.namespace in ("fsdp", "c10d"):
             self._communicate(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+        for tensor in () if func.is_view else tree_leaves(out):  # a view of what is unknown is in an operator's memory
             if isinstance(tensor, Tensor):
                 self._see(tensor, self._category(func, args))
         return out
@@ -128,9 +131,9 @@ class MemoryTracker(TorchDispatchMode):
             known = self._live.get(key)
             storage = known and known[0]()
             if known is None or storage is None:
-                self._gathered.remove(key)
+                del self._gathered[key]
             elif storage.nbytes() == 0:
-                self._gathered.remove(key)
+                del self._gathered[key]
                 del self._live[key]
                 self.events.append((known[1], -1, self._phase))
 
@@ -141,9 +144,11 @@ class MemoryTracker(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._see(tensor, "gathered")  # it may have its memory again
                     self._claim(tensor, "gathered")
-                    self._gathered.add(tensor.untyped_storage()._cdata)
+                    self._gathered[tensor.untyped_storage()._cdata] = None
         elif "reduce_scatter" in func.__name__:
             self._claim(args[0], "gradient")
+        if func.namespace == "c10d" and self._device_type == "cpu" and self._fake_mode is None:
+            self._gloo.note((args, kwargs))
 
     def _at(self, phase: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
