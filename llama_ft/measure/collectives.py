@@ -27,7 +27,7 @@ class GlooReferences:
         tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
         alike = Counter(tensor.untyped_storage()._cdata for tensor in tensors)
         self._noted += [
-            (weakref.ref(each), each._use_count(), _holders(each) + 1 - alike[each.untyped_storage()._cdata])
+            (weakref.ref(each), _count(each), _holders(each) + 1 - alike[each.untyped_storage()._cdata])
             for each in tensors
         ]
 
@@ -43,9 +43,13 @@ class GlooReferences:
 
 def _is_held(reference: "weakref.ref[Tensor]", n_calling: int, most: int) -> bool:
     tensor = reference()
-    return tensor is not None and (tensor._use_count() >= n_calling or _holders(tensor) > most)
+    return tensor is not None and (_count(tensor) >= n_calling or _holders(tensor) > most)
+
+
+def _count(tensor: Any) -> int:
+    count: int = tensor._use_count()
+    return count
 
 
 def _holders(tensor: Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    return count
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)

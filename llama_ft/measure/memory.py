@@ -74,7 +74,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer, self._others, self._round_to = model, optimizer, tuple(others), round_to
         parameter = own(next(model.parameters()))
-        self._device_type, self._fake_mode = parameter.device.type, getattr(parameter, "fake_mode", None)
+        self._device_type, self._is_fake = parameter.device.type, hasattr(parameter, "fake_mode")
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
         self._gathered: dict[int, None] = {}  # of them those that FSDP may free without an operator
         self._gloo = GlooReferences()
@@ -113,8 +113,6 @@ class MemoryTracker(TorchDispatchMode):
         """Run the operator and note the storages that it made."""
         if func is torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
             return func(*args, **(kwargs or {}))
-        if any(hasattr(kind, "to_local") for kind in types):
-            return NotImplemented  # what it is on this process's rows comes next
         self._gloo.wait()
         self._note_freed()
         if func.namespace in ("fsdp", "c10d"):
@@ -122,7 +120,7 @@ class MemoryTracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in () if func.is_view else tree_leaves(out):  # a view of what is unknown is in an operator's memory
             if isinstance(tensor, Tensor):
-                self._see(tensor, self._category(func, args))
+                self._see(own(tensor), self._category(func, args))
         return out
 
     def _note_freed(self) -> None:
@@ -147,7 +145,7 @@ class MemoryTracker(TorchDispatchMode):
                     self._gathered[tensor.untyped_storage()._cdata] = None
         elif "reduce_scatter" in func.__name__:
             self._claim(args[0], "gradient")
-        if func.namespace == "c10d" and self._device_type == "cpu" and self._fake_mode is None:
+        if func.namespace == "c10d" and self._device_type == "cpu" and not self._is_fake:
             self._gloo.note((args, kwargs))
 
     def _at(self, phase: str) -> Callable[..., None]:
@@ -172,7 +170,7 @@ class MemoryTracker(TorchDispatchMode):
         if self._phase == "optimizer step":
             return "optimizer_state"
         if func is torch.ops.aten._to_copy.default or func.namespace == "bitsandbytes":  # a copy of a weight is one
-            source = self._live.get(args[0].untyped_storage()._cdata)
+            source = self._live.get(own(args[0]).untyped_storage()._cdata)
             if source is not None and source[1].category in ("parameter", "gathered"):
                 return source[1].category
         return "activation"
@@ -182,8 +180,8 @@ class MemoryTracker(TorchDispatchMode):
         key = storage._cdata
         if key in self._live or (size := storage.nbytes()) == 0:
             return
-        if tensor.device.type != self._device_type or getattr(tensor, "fake_mode", None) is not self._fake_mode:
-            return  # elsewhere; or DTensor asks for shapes
+        if tensor.device.type != self._device_type:
+            return
         allocation = Allocation(-(-size // self._round_to) * self._round_to, tensor.dtype, category, item)
 
         def freed(_: object) -> None:
@@ -208,8 +206,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Count these as gradients; those that a backward pass makes are found without being told."""
-        for gradient in gradients:
-            self._claim(own(gradient), "gradient")
+        for gradient in map(own, gradients):
+            self._see(gradient, "gradient")
+            self._claim(gradient, "gradient")
 
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""
