@@ -115,7 +115,7 @@ class MemoryTracker(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         self._gloo.wait()
         self._note_freed()
-        if func.namespace in ("fsdp", "c10d"):
+        if func.namespace in ("fsdp", "c10d") or func is torch.ops.aten.copy_.default:
             self._communicate(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
         for tensor in () if func.is_view else tree_leaves(out):  # a view of what is unknown is in an operator's memory
@@ -136,13 +136,16 @@ class MemoryTracker(TorchDispatchMode):
                 self.events.append((known[1], -1, self._phase))
 
     def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What FSDP's operators read and write is gathered, unless it is a weight; its sums are gradients."""
-        if func.namespace == "fsdp":
+        """What FSDP's operators read and write is gathered, unless it is a weight; its sums are gradients.
+
+        One process alone copies its weights instead.
+        """
+        if func.namespace == "fsdp" or (func.namespace == "aten" and self._is_weight(args[1])):
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor):
-                    self._see(tensor, "gathered")  # it may have its memory again
-                    self._claim(tensor, "gathered")
-                    self._gathered[tensor.untyped_storage()._cdata] = None
+                    self._see(own(tensor), "gathered")  # it may have its memory again
+                    self._claim(own(tensor), "gathered")
+                    self._gathered[own(tensor).untyped_storage()._cdata] = None
         elif "reduce_scatter" in func.__name__:
             self._claim(args[0], "gradient")
         if func.namespace == "c10d" and self._device_type == "cpu" and not self._is_fake:
@@ -174,6 +177,10 @@ class MemoryTracker(TorchDispatchMode):
             if source is not None and source[1].category in ("parameter", "gathered"):
                 return source[1].category
         return "activation"
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        known = self._live.get(own(tensor).untyped_storage()._cdata)
+        return known is not None and known[1].category == "parameter"
 
     def _see(self, tensor: Tensor, category: str, item: str = "") -> None:
         storage = tensor.untyped_storage()

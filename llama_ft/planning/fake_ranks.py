@@ -1,5 +1,7 @@
 """One of a run's processes without the others: what it exchanges is counted, and goes nowhere."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +31,25 @@ class FakeRanks(Ranks):
 
 
 def first_rank(config: ParallelConfig) -> Ranks:
-    """The first process of a planned run, under PyTorch's fake process group of as many."""
+    """The first process of a planned run."""
     if not config.is_split:
         return ALONE
-    n = config.world_size
-    if dist.is_initialized() and dist.get_world_size() != n:
-        dist.destroy_process_group()
-    if not dist.is_initialized():
+    strategy = config.strategy if config.strategy is Strategy.fsdp else Strategy.none  # `Buckets` are DDP's
+    return FakeRanks(strategy, 0, config.world_size)
+
+
+@contextmanager
+def fake_processes(config: ParallelConfig) -> Iterator[Ranks]:
+    """The first process of a planned run, with PyTorch's fake process group of as many while the block runs."""
+    if config.is_split:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
-    strategy = config.strategy if config.strategy is Strategy.fsdp else Strategy.none  # `Buckets` are DDP's
-    return FakeRanks(strategy, 0, n)
+        dist.init_process_group("fake", rank=0, world_size=config.world_size, store=FakeStore())
+    try:
+        yield first_rank(config)
+    finally:
+        if config.is_split:
+            dist.destroy_process_group()
 
 
 class Buckets(nn.Module):
@@ -52,7 +61,7 @@ class Buckets(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.require_backward_grad_sync = model, True
-        parameters = [each for each in reversed(list(model.parameters())) if each.requires_grad]
+        parameters: list[Tensor] = [each for each in reversed(list(model.parameters())) if each.requires_grad]
         assigned, _ = dist._compute_bucket_assignment_by_size(parameters, BUCKETS)  # type: ignore[attr-defined]
         self.buckets: list[Tensor] = []
         self.views: dict[Tensor, Tensor] = {}  # of a bucket, by parameter

@@ -21,9 +21,9 @@ from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
-from llama_ft.model.transformer import Attention
+from llama_ft.model.transformer import Attention, Transformer
 from llama_ft.planning.fake_host import FakeHost
-from llama_ft.planning.fake_ranks import Buckets, first_rank
+from llama_ft.planning.fake_ranks import Buckets, fake_processes, first_rank
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.techniques.gradient_checkpointing import CheckpointedLayers
@@ -59,24 +59,29 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     precision = traits.precision(config)
     on_cpu = replace(precision, device_type="cpu")
     is_16bit = precision.compute != torch.float32
-    ranks = first_rank(config.parallel)
-    model = shape_model(config, on_cpu, ranks)
-    with FakeTensorMode() as fake, ShapeCache(fake):
-        allocate(model, torch.device("cpu"))
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
-                module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
-            if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
-                # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
-                module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
-        if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
-            model.run_layers.copy_of = FakeHost()
-        model.train()
-        step = make_step(model, config, on_cpu, ranks)
-        if config.parallel.strategy is Strategy.ddp:
-            step.forward = Buckets(model)
-        yield step
+    with fake_processes(config.parallel) as ranks:
+        model = shape_model(config, on_cpu, ranks)
+        with FakeTensorMode() as fake, ShapeCache(fake):
+            allocate(model, torch.device("cpu"))
+            _as_on_card(model, traits, is_16bit)
+            step = make_step(model, config, on_cpu, ranks)
+            if config.parallel.strategy is Strategy.ddp:
+                step.forward = Buckets(model)
+            yield step
+
+
+def _as_on_card(model: Transformer, traits: Traits, is_16bit: bool) -> None:
+    """Let a model do what it would on the planned card, with what it keeps there."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
+            module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
+        if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
+            # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
+    if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
+        model.run_layers.copy_of = FakeHost()
+    model.train()
 
 
 def windows_of(

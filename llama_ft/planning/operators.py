@@ -21,8 +21,8 @@ from llama_ft.config import GpuConfig
 from llama_ft.model.sharded import own
 
 aten = torch.ops.aten
-# (matrix dtype, `LINK` or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor of a
-# list is as many.
+# (matrix dtype, `LINK` or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor
+# of a list is as many.
 Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
 TERA, GIGA = 1e12, 1e9
