@@ -34,7 +34,8 @@ CAPABILITY = {"t4": "7.5", "p100": "6.0", "v100": "7.0", "rtx3090": "8.6", "rtx4
 CAPABILITY |= {"h100": "9.0", "h200": "9.0", "b200": "10.0", "rtx5090": "12.0"}
 CAPABILITY |= {"rtx3060": "8.6", "a10g": "8.6", "l4": "8.9"}
 CARDS = sorted(TOTAL)
-FIGURES = {"memory_mib", "context_mib", "compute_capability", "bandwidth_gb_s", "fp32", "tf32", "fp16", "bf16"}
+FIGURES = {"memory_mib", "context_mib", "compute_capability", "bandwidth_gb_s", "link_gb_s"}
+FIGURES |= {"fp32", "tf32", "fp16", "bf16"}
 
 
 @cache

@@ -148,7 +148,7 @@ def test_the_page_needs_nothing_else_and_holds_every_cell(written: Path) -> None
 
 def test_the_page_escapes_what_users_can_write(tmp_path: Path) -> None:
     card = gpu(EVIL)
-    cells = dict.fromkeys((*CATEGORIES[:-1], "computation"), Table1Cell("↑", 1.0, 2.0, EVIL))
+    cells = dict.fromkeys((*CATEGORIES[:4], "computation"), Table1Cell("↑", 1.0, 2.0, EVIL))
     rows = [row("baseline", card), failed("lora", card, EVIL)]
     values = {"model": EVIL, "command": EVIL, "versions": {EVIL: EVIL}, "advice": Advice("fit", EVIL, lines=[EVIL])}
     plan = plan_of(rows, card, table1=Table1(EVIL, [Table1Row("ga", "GA", EVIL, cells)], []), **values)

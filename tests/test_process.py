@@ -29,7 +29,7 @@ LORA_PARAMETERS = 6 * 2 * (16 * 192 + 192 * 16)  # A and B of rank 16 on wq and 
 
 NUMBERS = (int, float)
 ABSENT = type(None)
-CATEGORIES = {"parameter", "gradient", "optimizer_state", "activation", "other"}
+CATEGORIES = {"parameter", "gradient", "optimizer_state", "activation", "gathered", "other"}
 CONTRACT: dict[str, Any] = {
     **dict.fromkeys(("status", "config_hash", "combination", "model", "data", "gpu", "device", "command"), str),
     **dict.fromkeys(("schema_version", "samples", "tokens", "trainable_params", "total_params"), int),

@@ -129,6 +129,7 @@ class GpuConfig:
     context_mib: int = setting(0, "MiB of it that the CUDA context and its libraries take before the first tensor")
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
+    link_gb_s: float | None = setting(None, "to another card, one direction, in 10**9 bytes per second; for plan")
     tflops: MatrixRates = field(default_factory=MatrixRates)
     index: int | None = setting(
         None,
@@ -142,12 +143,13 @@ class GpuConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "gpu.")
-        below, bandwidth = self.memory_mib or math.inf, self.bandwidth_gb_s
+        below = self.memory_mib or math.inf
         check(0 <= self.context_mib < below, "gpu.context_mib", self.context_mib, "at least 0 and below gpu.memory_mib")
         version = self.compute_capability
         holds = version is None or re.fullmatch(r"\d+\.\d", version) is not None
         check(holds, "gpu.compute_capability", version, "two numbers such as '8.0', or null")
-        check(bandwidth is None or 0 < bandwidth < math.inf, "gpu.bandwidth_gb_s", bandwidth, "positive and finite")
+        for key, rate in {"bandwidth_gb_s": self.bandwidth_gb_s, "link_gb_s": self.link_gb_s}.items():
+            check(rate is None or 0 < rate < math.inf, f"gpu.{key}", rate, "positive and finite")
 
     def check_is_one(self) -> None:
         """Raise a UserError for `all`, which only a plan can be made for."""

@@ -76,10 +76,11 @@ def row_settings(runs: Sequence[TrainConfig]) -> list[Settings]:
     keys = [key for key in known[0] if any(settings.get(key) != known[0][key] for settings in known)]
     for key in keys:
         section, _, name = key.partition(".")
-        if section not in ("recipe", "optim", *sections) and not (section == "training" and name in OF_ROWS):
+        is_known = section in ("recipe", "optim", *sections) or key in ("parallel.strategy", "parallel.processes")
+        if not is_known and not (section == "training" and name in OF_ROWS):
             raise UserError(
                 f"{section if section in ('model', 'gpu') else key} has several values, and a plan is of one: its rows"
-                f" can differ in recipe, optim, {', '.join(sections)} and training.{', '.join(OF_ROWS)};"
+                f" can differ in recipe, optim, parallel, {', '.join(sections)} and training.{', '.join(OF_ROWS)};"
                 " gpu=all plans for all cards"
             )
     return [{key: settings[key] for key in keys if not key.startswith("optim.")} for settings in known]

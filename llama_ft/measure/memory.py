@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from llama_ft.measure.collectives import GlooReferences
+from llama_ft.model.sharded import is_split, own
 from llama_ft.records import CATEGORIES
 from llama_ft.records.result import MemoryItem
 from llama_ft.system import MIB
@@ -54,7 +56,9 @@ class MemoryTracker(TorchDispatchMode):
 
     Categories: `parameter` weights and the 16-bit copies that autocast makes of them; `gradient` what reaches a
     parameter's gradient; `optimizer_state` what the optimizer allocates while it steps; `activation` every other tensor
-    made in forward and backward, temporaries included; `other` buffers and what the caller names.
+    made in forward and backward, temporaries included; `gathered` what FSDP gathers of other processes' rows, and
+    sums of gradients that they are to get, with what these pass through; `other` buffers and what the caller names.
+    Of what is split over processes it is this one's part.
 
     Memory that operators use inside themselves (workspaces) is not seen; on CUDA the allocator's own peak shows it.
     """
@@ -69,27 +73,30 @@ class MemoryTracker(TorchDispatchMode):
         """Watch a model, its optimizer and the tensors of batches; sizes are rounded up to multiples of `round_to`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer, self._others, self._round_to = model, optimizer, tuple(others), round_to
-        self._device_type = next(model.parameters()).device.type
+        parameter = own(next(model.parameters()))
+        self._device_type, self._is_fake = parameter.device.type, hasattr(parameter, "fake_mode")
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
+        self._gathered: dict[int, None] = {}  # of them those that FSDP may free without an operator
+        self._gloo = GlooReferences()
         self.events: list[Event] = []
         self._phase = "load"
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for parameter in self._model.parameters():
-            self._see(parameter, "parameter")
-            if parameter.requires_grad:
+            self._see(own(parameter), "parameter")
+            if parameter.requires_grad and not is_split(parameter):
                 self._handles.append(parameter.register_hook(self._claim_gradient))
         for buffer in self._model.buffers():
             self._see(buffer, "other", "buffers")
         for state in self._optimizer.state.values():
             for tensor in state.values():
-                self._see(tensor, "optimizer_state")
+                self._see(own(tensor), "optimizer_state")
         self.watch(self._others)
         self._handles += [
             self._model.register_forward_pre_hook(self._at("forward")),
             self._model.register_forward_hook(self._at("backward")),
-            self._optimizer.register_step_pre_hook(self._at("optimizer step")),
+            self._optimizer.register_step_pre_hook(self._before_update),
             self._optimizer.register_step_post_hook(self._after_update),
         ]
         super().__enter__()  # type: ignore[no-untyped-call]
@@ -99,22 +106,64 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(kind, error, tb)  # type: ignore[no-untyped-call]
         for handle in self._handles:
             handle.remove()
+        self._note_freed()
         self._live.clear()  # and with it the callbacks: the log ends here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and note the storages that it made."""
+        if func is torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
+            return func(*args, **(kwargs or {}))
+        self._gloo.wait()
+        self._note_freed()
+        if func.namespace in ("fsdp", "c10d") or func is torch.ops.aten.copy_.default:
+            self._communicate(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._see(tensor, self._category(func, args))
+        for tensor in () if func.is_view else tree_leaves(out):  # a view of what is unknown is in an operator's memory
+            if isinstance(tensor, Tensor):
+                self._see(own(tensor), self._category(func, args))
         return out
+
+    def _note_freed(self) -> None:
+        """FSDP gives the memory of gathered weights back by resizing their storages, which no operator does."""
+        for key in list(self._gathered):
+            known = self._live.get(key)
+            storage = known and known[0]()
+            if known is None or storage is None:
+                del self._gathered[key]
+            elif storage.nbytes() == 0:
+                del self._gathered[key]
+                del self._live[key]
+                self.events.append((known[1], -1, self._phase))
+
+    def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What FSDP's operators read and write is gathered, unless it is a weight; its sums are gradients.
+
+        One process alone copies its weights instead.
+        """
+        if func.namespace == "fsdp" or (func.namespace == "aten" and self._is_weight(args[1])):
+            for tensor in tree_leaves((args, kwargs)):
+                if isinstance(tensor, Tensor):
+                    self._see(own(tensor), "gathered")  # it may have its memory again
+                    self._claim(own(tensor), "gathered")
+                    self._gathered[own(tensor).untyped_storage()._cdata] = None
+        elif "reduce_scatter" in func.__name__:
+            self._claim(args[0], "gradient")
+        if func.namespace == "c10d" and self._device_type == "cpu" and not self._is_fake:
+            self._gloo.note((args, kwargs))
 
     def _at(self, phase: str) -> Callable[..., None]:
         def hook(*_: object) -> None:
             self._phase = phase if self._model.training else EVALUATION
 
         return hook
+
+    def _before_update(self, *_: object) -> None:
+        self._phase = "optimizer step"
+        for parameter in self._model.parameters():
+            if is_split(parameter):  # by now FSDP has given it its gradient, and memory for equal numbers of rows
+                self._claim(own(parameter), "parameter")
+            if parameter.grad is not None:
+                self._claim(own(parameter.grad), "gradient")
 
     def _after_update(self, *_: object) -> None:
         within_backward = torch._C._current_graph_task_id() != -1
@@ -124,10 +173,14 @@ class MemoryTracker(TorchDispatchMode):
         if self._phase == "optimizer step":
             return "optimizer_state"
         if func is torch.ops.aten._to_copy.default or func.namespace == "bitsandbytes":  # a copy of a weight is one
-            source = self._live.get(args[0].untyped_storage()._cdata)
-            if source is not None and source[1].category == "parameter":
-                return "parameter"
+            source = self._live.get(own(args[0]).untyped_storage()._cdata)
+            if source is not None and source[1].category in ("parameter", "gathered"):
+                return source[1].category
         return "activation"
+
+    def _is_weight(self, tensor: Tensor) -> bool:
+        known = self._live.get(own(tensor).untyped_storage()._cdata)
+        return known is not None and known[1].category == "parameter"
 
     def _see(self, tensor: Tensor, category: str, item: str = "") -> None:
         storage = tensor.untyped_storage()
@@ -145,9 +198,13 @@ class MemoryTracker(TorchDispatchMode):
         self._live[key] = (weakref.ref(storage, freed), allocation)
         self.events.append((allocation, +1, self._phase))
 
+    def _claim(self, tensor: Tensor, category: str) -> None:
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        if known is not None and not (category == "gathered" and known[1].category in ("parameter", "gradient")):
+            known[1].category = category
+
     def _claim_gradient(self, gradient: Tensor) -> None:
-        if (known := self._live.get(gradient.untyped_storage()._cdata)) is not None:
-            known[1].category = "gradient"
+        self._claim(gradient, "gradient")
 
     def watch(self, batch: Iterable[Tensor]) -> None:
         """Count the tensors of a batch from now on."""
@@ -156,8 +213,9 @@ class MemoryTracker(TorchDispatchMode):
 
     def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
         """Count these as gradients; those that a backward pass makes are found without being told."""
-        for gradient in gradients:
-            self._claim_gradient(gradient)
+        for gradient in map(own, gradients):
+            self._see(gradient, "gradient")
+            self._claim(gradient, "gradient")
 
     def result(self) -> MemoryUse:
         """Replay the log. Call it after the `with` block."""

@@ -65,5 +65,5 @@ def like(tensor: Tensor, rows: Tensor) -> Tensor:
 
 def memory_for(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Memory on a device for a tensor that is on any, split in the same way; it holds no values yet."""
-    shape: Sequence[int] = own(tensor).shape
+    shape: Sequence[int] = getattr(tensor, "_local_tensor", tensor).shape  # without a view, of what has no memory
     return like(tensor, torch.empty(shape, dtype=dtype or tensor.dtype, device=device))

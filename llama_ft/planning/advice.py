@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 from llama_ft.bitsandbytes import is_installed
 from llama_ft.config import Goal, GpuConfig, OptimConfig, PlanConfig
-from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, largest, reserved_mib
+from llama_ft.planning.fit import MAX_LENGTH, MICRO_BATCH, PACKING, fewest_cards, largest, on_cards, reserved_mib
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.last_resort import NEEDS_PACKAGE, last_resorts, typed
 from llama_ft.planning.lengths import Lengths
@@ -167,6 +167,9 @@ class Adviser:
         elif size.now > 1:
             advice.lines.append(f"no {size.key} is small enough")
         advice.lines.append(self._smallest_card(row, gpu))
+        run, limit_mib = self._run(row), (1 - SPARE) * (gpu.usable_mib or 0.0)
+        if n := fewest_cards(run, self.lengths, traits_of(gpu), workspace_bytes(gpu), limit_mib):
+            advice.lines.append(f"fewest cards of this kind on which it fits: {_typed(row)} {on_cards(n)}")
         advice.lines += [] if is_installed() else [NEEDS_PACKAGE]
 
     def _run(self, row: PlanRow) -> PlanConfig:

@@ -11,7 +11,7 @@ from llama_ft.config import GpuConfig, UserError
 from llama_ft.config.train import read_config
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.gpu_traits import traits_of
-from llama_ft.planning.operators import GIGA, bound_by_resource, flops_of
+from llama_ft.planning.operators import GIGA, bound_by_resource, flops_of, least_seconds
 from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import run_costs
 from llama_ft.records.plan import PlannedTime, PlanRow
@@ -57,7 +57,7 @@ def work_of(run_dir: Path, tokens: int | None, gpu: GpuConfig) -> float:
     if costs.tokens != tokens:
         raise UserError(f"{run_dir}: its data has {costs.tokens} tokens now, and had {tokens} when it was measured")
     bound_s = bound_by_resource(costs.operators, gpu)
-    return sum(bound_s.values()) if bound_s else sum(flops_of(costs.operators).values())
+    return least_seconds(bound_s) if bound_s else sum(flops_of(costs.operators).values())
 
 
 def calibrate(rows: Sequence[PlanRow], runs: Runs, device: str) -> PlannedTime:

@@ -5,7 +5,7 @@ autocast; what depends on the device (the 16-bit format, padding, the kernels of
 workspaces) is the planned card's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llama_ft.config import TrainConfig
+from llama_ft.config import Strategy, TrainConfig
 from llama_ft.data.collate import Batch, Padding, blank_row
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
-from llama_ft.model.transformer import Attention
+from llama_ft.model.transformer import Attention, Transformer
 from llama_ft.planning.fake_host import FakeHost
+from llama_ft.planning.fake_ranks import Buckets, fake_processes, first_rank
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.shape_cache import ShapeCache
 from llama_ft.techniques.gradient_checkpointing import CheckpointedLayers
@@ -58,20 +59,29 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     precision = traits.precision(config)
     on_cpu = replace(precision, device_type="cpu")
     is_16bit = precision.compute != torch.float32
-    model = shape_model(config, on_cpu)
-    with FakeTensorMode() as fake, ShapeCache(fake):
-        allocate(model, torch.device("cpu"))
-        for module in model.modules():
-            if isinstance(module, Attention):
-                module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
-                module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
-            if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
-                # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
-                module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
-        if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
-            model.run_layers.copy_of = FakeHost()
-        model.train()
-        yield make_step(model, config, on_cpu)
+    with fake_processes(config.parallel) as ranks:
+        model = shape_model(config, on_cpu, ranks)
+        with FakeTensorMode() as fake, ShapeCache(fake):
+            allocate(model, torch.device("cpu"))
+            _as_on_card(model, traits, is_16bit)
+            step = make_step(model, config, on_cpu, ranks)
+            if config.parallel.strategy is Strategy.ddp:
+                step.forward = Buckets(model)
+            yield step
+
+
+def _as_on_card(model: Transformer, traits: Traits, is_16bit: bool) -> None:
+    """Let a model do what it would on the planned card, with what it keeps there."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
+            module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
+        if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
+            # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
+            module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
+    if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
+        model.run_layers.copy_of = FakeHost()
+    model.train()
 
 
 def windows_of(
@@ -79,15 +89,15 @@ def windows_of(
 ) -> Windows:
     """The optimizer steps of a run there, and its held-out samples."""
     training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
-    size, steps = training.micro_batch_size, config.accumulation_steps
-    return Windows(samples, size, steps, training.seed, padding, training.packing, held_out=held_out)
+    size, steps, ranks = training.micro_batch_size, config.accumulation_steps, first_rank(config.parallel)
+    return Windows(samples, size, steps, training.seed, padding, training.packing, held_out=held_out, ranks=ranks)
 
 
-def give_gradients(step: TrainStep) -> list[Tensor]:
+def give_gradients(step: TrainStep, known: Mapping[Tensor, Tensor] | None = None) -> list[Tensor]:
     """Let every trainable parameter have a gradient, as after the backward pass of any micro-batch."""
     parameters = step.optimizer.param_groups[0]["params"]
     for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
+        parameter.grad = torch.empty_like(parameter) if known is None else known[parameter]
     return [parameter.grad for parameter in parameters]
 
 
@@ -116,6 +126,8 @@ def fake_run(
         tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
+            if isinstance(step.forward, Buckets):
+                tracker.claim_gradients(step.forward.buckets)
             first_step = len(tracker.events)
             if in_backward:
                 step(windows[0])
@@ -141,7 +153,8 @@ def fake_run(
 
 def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
     """Let the optimizer make its state, in a step without a micro-batch."""
-    tracker.claim_gradients(give_gradients(step))
+    views = step.forward.views if isinstance(step.forward, Buckets) else None
+    tracker.claim_gradients(give_gradients(step, views))
     step.optimizer.step()
     step.optimizer.zero_grad(set_to_none=True)
 

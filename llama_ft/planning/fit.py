@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import ParallelConfig, Strategy, TrainConfig, UserError
 from llama_ft.config.checks import Settings
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
@@ -18,6 +18,7 @@ from llama_ft.system import MIB
 # What CUDA's libraries and kernels take when they are first used, beside the context that is there when free memory is
 # asked for: they are loaded late. The profiles' largest context, of an H100, is 676 MiB, and a fresh one about 450.
 LIBRARIES_MIB = 300
+CARDS = (2, 4, 8, 16)  # numbers of them that are tried
 MICRO_BATCH, PACKING, MAX_LENGTH = "training.micro_batch_size", "training.packing", "data.max_length"
 
 
@@ -81,6 +82,7 @@ def objection(
         return None
     larger = f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu names a card that is large enough"
     hint = larger
+    smallest: tuple[TrainConfig, Settings] = config, {}
     for other, settings in alternatives(config, run.use.at_peak_mib["activation"] > missing):
         with suppress(UserError):
             mib = reserved_mib(other, lengths, traits, workspace) + capacity.context_mib
@@ -88,7 +90,10 @@ def objection(
             if mib <= capacity.mib:
                 hint = would_need
                 break
-            hint = f"even {would_need}; {larger}"
+            hint, smallest = f"even {would_need}; {larger}", (other, settings)
+    else:
+        if n := fewest_cards(smallest[0], lengths, traits, workspace, capacity.mib - capacity.context_mib):
+            hint += f"; on {n} such cards {typed(smallest[0].optim, smallest[1])} {on_cards(n)} would fit"
     return (
         f"{config.optim.combination} on {config.model.name} needs {need:,.0f} MiB at its peak, and {capacity.about}:"
         f" {hint}; plan.enforce=false goes on"
@@ -108,6 +113,22 @@ def alternatives(config: TrainConfig, activations_suffice: bool) -> list[tuple[T
         with suppress(UserError):  # what else is asked for does not go with it
             found += [(replace(config, optim=other), {})] if other != optim else []
     return found + [each for each in last_resorts(config) if each[0].optim == last]
+
+
+def on_cards(n: int) -> str:
+    """A run split over so many cards, as one types it."""
+    return f"parallel=fsdp parallel.processes={n}"
+
+
+def fewest_cards(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int, limit_mib: float) -> int | None:
+    """The smallest of the numbers of cards on which a run split by FSDP fits, of more than it has; None if none is."""
+    for n in CARDS:
+        if n > config.parallel.world_size:
+            with suppress(UserError):  # what the run is told does not go with several processes
+                split = replace(config, parallel=ParallelConfig(Strategy.fsdp, n))
+                if reserved_mib(split, lengths, traits, workspace) <= limit_mib:
+                    return n
+    return None
 
 
 def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:

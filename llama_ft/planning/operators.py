@@ -2,7 +2,8 @@
 
 FLOPs are those of matrix products and attention, as `torch.utils.flop_counter` counts them: 2 a multiply-add; but of
 causal attention's square of scores only half and the diagonal, where the kernel passes over the rest. Bytes are those
-of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before.
+of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before. What
+a process sends to others, and is sent, is that of a ring: of N processes' tensors (N - 1) / N, of sums twice that.
 """
 
 from collections import Counter, defaultdict
@@ -10,19 +11,24 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from llama_ft.config import GpuConfig
+from llama_ft.model.sharded import own
 
 aten = torch.ops.aten
-# (matrix dtype or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor of a
-# list is as many.
+# (matrix dtype, `LINK` or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor
+# of a list is as many.
 Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
 TERA, GIGA = 1e12, 1e9
+LINK = "communication"
+# By what is in the name of a collective: which of its arguments is whole, and how often it goes around the ring.
+COLLECTIVES = {"allgather": (0, 1), "reduce_scatter": (1, 1), "allreduce": (0, 2), "all_reduce": (0, 2)}
 RATES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch multiplies fp32 in fp32, not in TF32
 ONLY_READ = ("g", "qmap1", "qmap2")  # by bitsandbytes' updates, whose schemas say that all is written
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
@@ -75,9 +81,17 @@ class OperatorCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator and count it."""
         out = func(*args, **(kwargs or {}))
-        if func is not torch.ops.prim.device.default and not func.is_view and func._overloadpacket not in EMPTY:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self._count_sent(func, args)
+        elif func is not torch.ops.prim.device.default and not func.is_view and func._overloadpacket not in EMPTY:
             self._count(func, args, kwargs or {}, out)
         return out
+
+    def _count_sent(self, func: Any, args: tuple[Any, ...]) -> None:
+        for name, (index, rounds) in COLLECTIVES.items():
+            if name in func.__name__:
+                n_bytes, n = sum(tensor.nbytes for tensor in _tensors(args[index])), dist.get_world_size()
+                self.operators[LINK, 0.0, rounds * n_bytes * (n - 1) / n] += 1
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         packet, flops = func._overloadpacket, 0.0
@@ -102,7 +116,7 @@ class OperatorCounter(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+    return [own(value) for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
@@ -134,12 +148,17 @@ def flops_of(operators: Operators) -> dict[str, float]:
 
 
 def bytes_of(operators: Operators) -> float:
-    """Bytes moved."""
-    return sum(n_bytes * count for (_, _, n_bytes), count in operators.items())
+    """Bytes moved on the card."""
+    return sum(n_bytes * count for (dtype, _, n_bytes), count in operators.items() if dtype != LINK)
+
+
+def sent_of(operators: Operators) -> float:
+    """Bytes sent to other cards; as many are received."""
+    return sum(n_bytes * count for (dtype, _, n_bytes), count in operators.items() if dtype == LINK)
 
 
 def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] | None:
-    """The least seconds on a card, by what binds: `memory`, or matrix products in a format.
+    """The least seconds on a card, by what binds: `memory`, matrix products in a format, or `communication`.
 
     Each operator runs at the rate of the matrix units or of the memory, after the roofline model (Williams, Waterman
     and Patterson 2009, doi.org/10.1145/1498765.1498785). No kernel reaches it, so it is shown as a bound; what share
@@ -149,7 +168,9 @@ def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] 
         return None
     seconds_by: dict[str, float] = {"memory": 0.0}
     for (dtype, flops, n_bytes), count in operators.items():
-        resource, seconds = "memory", n_bytes / (gpu.bandwidth_gb_s * GIGA)
+        if (rate := gpu.link_gb_s if dtype == LINK else gpu.bandwidth_gb_s) is None:
+            return None
+        resource, seconds = dtype if dtype == LINK else "memory", n_bytes / (rate * GIGA)
         if flops:
             rate = getattr(gpu.tflops, RATES.get(dtype, ""), None)
             if rate is None:
@@ -158,3 +179,15 @@ def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] 
                 resource, seconds = RATES[dtype], computing
         seconds_by[resource] = seconds_by.get(resource, 0.0) + seconds * count
     return seconds_by
+
+
+def least_seconds(bound_s: dict[str, float]) -> float:
+    """Of all resources: other cards are waited for only where there is nothing to compute meanwhile."""
+    return max(sum(seconds for name, seconds in bound_s.items() if name != LINK), bound_s.get(LINK, 0.0))
+
+
+def binding(bound_s: dict[str, float]) -> str:
+    """The resource that binds longest."""
+    if bound_s.get(LINK, 0.0) >= least_seconds(bound_s) > 0:
+        return LINK
+    return max((name for name in bound_s if name != LINK), key=bound_s.__getitem__)

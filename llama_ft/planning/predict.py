@@ -14,7 +14,7 @@ from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import FakeRun, fake_run
 from llama_ft.planning.gpu_traits import Traits, relevant_traits, traits_of, workspace_bytes
 from llama_ft.planning.lengths import Lengths, blank_samples
-from llama_ft.planning.operators import bound_by_resource, bytes_of, flops_of
+from llama_ft.planning.operators import binding, bound_by_resource, bytes_of, flops_of, least_seconds, sent_of
 from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import RunCosts, run_costs
 from llama_ft.records.plan import MemoryPoint, PlanRow
@@ -73,7 +73,10 @@ def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
     settings = config.to_dict()
     on = [each.name for each in TECHNIQUES if each.changes_operators and getattr(config.optim, each.name)]
     packed = config.accumulation_steps if config.training.packing else 0  # the samples of an update share passes
-    changing = [{name: settings.get(name) for name in on}, settings["training"], packed]
+    parallel = [config.parallel.strategy.name, config.parallel.world_size]
+    if config.parallel.is_split:  # then a process has fewer samples of larger updates
+        packed = config.accumulation_steps
+    changing = [{name: settings.get(name) for name in on}, settings["training"], parallel, packed]
     return json.dumps(changing), relevant_traits(traits_of(gpu), config)
 
 
@@ -156,8 +159,11 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
     row.steps, row.samples, row.tokens = costs.steps, costs.samples, costs.tokens
     row.flops, row.bytes_moved = flops_of(costs.operators), bytes_of(costs.operators)
     row.operators = sum(costs.operators.values())
+    if config.parallel.is_split:
+        row.parallel = {"strategy": config.parallel.strategy.name, "processes": config.parallel.world_size}
+        row.sent_mib = sent_of(costs.operators) / costs.steps / MIB
     if bound_s := bound_by_resource(costs.operators, gpu):
-        row.bound_s, row.binds = bound_s, max(bound_s, key=bound_s.__getitem__)
-        row.runtime_s = row.bound_runtime_s = sum(bound_s.values())
+        row.bound_s, row.binds = bound_s, binding(bound_s)
+        row.runtime_s = row.bound_runtime_s = least_seconds(bound_s)
         row.tokens_per_s = costs.tokens / row.runtime_s
     return row

@@ -45,7 +45,8 @@ class StepOperators:
 def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits: Traits) -> list[RunCosts]:
     """The operators of whole runs; they differ only in techniques which do not change those of a micro-batch."""
     config, training = configs[0], configs[0].training
-    batches = [batch for window in windows_of(config, samples, traits).epoch(0) for batch in window]
+    data = windows_of(config, samples, traits)
+    batches = [batch for window in data.epoch(0) for batch in window]
     # Other epochs' widths and targets differ where a micro-batch has several samples, and only there.
     shapes = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
     widths, targets = [width for width, _ in shapes], [n_targets for _, n_targets in shapes]
@@ -53,10 +54,11 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
     n_steps = [windows_of(each, samples, traits).steps_per_epoch for each in configs]
     accumulates = min(n_steps) < len(batches)
     sequence = None if training.packing is None else mean_sequence(batches)
+    size = min(training.micro_batch_size, data.most_samples) if sequence is None else 1
     at = knots(widths) if sequence is None else knots_of_sequences(widths, sequence)
     steps = [
         # Targets concern the head alone.
-        step_operators(config, n, at, knots(targets) if n == min(layers) else [], traits, accumulates, sequence)
+        step_operators(config, n, at, knots(targets) if n == min(layers) else [], traits, accumulates, sequence, size)
         for n in layers
     ]
     costs = []
@@ -87,12 +89,13 @@ def step_operators(
     traits: Traits,
     accumulates: bool,
     sequence: int | None,
+    size: int,
 ) -> StepOperators:
     """Run steps of these widths, and of these numbers of targets in a micro-batch.
 
-    `sequence` is how long those are that lie end to end in a row; None without packing.
+    `sequence` is how long those are that lie end to end in a row; None without packing. `size` is how many rows a
+    micro-batch has.
     """
-    size = config.training.micro_batch_size if sequence is None else 1
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:
 

@@ -32,6 +32,10 @@ class ShapeCache(TorchDispatchMode):
         """What FakeTensorMode would make."""
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
+        if any(hasattr(kind, "to_local") for kind in types):
+            return NotImplemented  # what it is on a process's rows comes next
+        if func.namespace in ("c10d", "fsdp"):
+            return func(*args, **(kwargs or {}))
         inputs: list[Tensor] = []
         key = (func, _key(args, inputs), _key(tuple((kwargs or {}).items()), inputs))
         try:

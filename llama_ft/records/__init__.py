@@ -1,5 +1,6 @@
 """What runs and plans leave behind: each record a dataclass, written and read in one place, without torch."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -11,11 +12,19 @@ from llama_ft.config import UserError
 from llama_ft.files import read_json, write_json
 
 SCHEMA_VERSION = 2  # of every record that has a file of its own
-CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "other")  # of memory
+CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "gathered", "other")  # of memory
+
+GATHERED = "gathered"  # there where a run is split over processes
 
 R = TypeVar("R")
 
 _adapter = cache(TypeAdapter)  # making one takes milliseconds
+
+
+def shown_categories(memories: Iterable[Mapping[str, float] | None]) -> tuple[str, ...]:
+    """The categories to show: `gathered` only where there is any."""
+    is_there = any((memory or {}).get(GATHERED) for memory in memories)
+    return tuple(name for name in CATEGORIES if is_there or name != GATHERED)
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:

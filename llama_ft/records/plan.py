@@ -50,6 +50,8 @@ class PlanRow:
     tokens: int | None = None
     flops: dict[str, float] | None = None  # by dtype
     bytes_moved: float | None = None
+    parallel: Settings | None = None  # the strategy and its processes; all numbers are then those of one card
+    sent_mib: float | None = None  # to other cards in an optimizer step; as many are received
     operators: float | None = None
     runtime_s: float | None = None
     tokens_per_s: float | None = None
@@ -174,7 +176,8 @@ class Plan:
 
     def settings_of(self, row: PlanRow) -> Settings:
         """The numbers of each technique and of training that a row has."""
-        settings = {name: dict(section) for name, section in {**self.techniques, "training": self.training}.items()}
+        sections = {**self.techniques, "training": self.training, "parallel": row.parallel or {}}
+        settings = {name: dict(section) for name, section in sections.items()}
         for section, _, key in (full.partition(".") for full in row.settings):
             if key:
                 settings[section][key] = row.settings[f"{section}.{key}"]

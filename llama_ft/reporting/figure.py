@@ -19,14 +19,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from llama_ft.files import whole_file
-from llama_ft.records import CATEGORIES
+from llama_ft.records import CATEGORIES, shown_categories
 from llama_ft.records.result import Result
 from llama_ft.reporting.repeats import spread_of, values_of
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table2 import cell
 
 # Okabe and Ito's colours: told apart by colour-blind readers too.
-COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#999999"), strict=True))
+COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#999999"), strict=True))
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
 SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
@@ -141,9 +141,9 @@ def memory_panel(
         axes.barh(range(len(results)), sizes, left=ends, color=colour, label=name, height=0.7)
         ends[:] = [end + size for end, size in zip(ends, sizes, strict=True)]
 
-    for category, colour in COLOURS.items():
-        sizes = [(value_of(result, "memory_mib") or {}).get(category, 0.0) for result in results]
-        stack(sizes, colour, category.replace("_", " "))
+    memories = [value_of(result, "memory_mib") or {} for result in results]
+    for category in shown_categories(memories):
+        stack([each.get(category, 0.0) for each in memories], COLOURS[category], category.replace("_", " "))
     if key == "peak_memory_reserved_mib":
         beyond = [max(0.0, (value_of(r, key) or 0.0) - end) for r, end in zip(results, ends, strict=True)]
         stack(beyond, RESERVED_COLOUR, UNUSED)

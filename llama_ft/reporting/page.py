@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llama_ft.config.techniques import combination_label
-from llama_ft.records import CATEGORIES
+from llama_ft.records import CATEGORIES, shown_categories
 from llama_ft.records.metrics import evaluations_of, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem
 from llama_ft.reporting.curves import MAX_POINTS, held_out_table, run_charts
@@ -43,13 +43,15 @@ def versions_text(versions: dict[str, str | None]) -> str:
 def memory_table(group: Group) -> Table:
     """Each run's memory by category at its peak, and the phase of that."""
     rows: Rows = []
+    categories = shown_categories(value_of(result, "memory_mib") for result in group.results)
     for result, label in zip(group.results, group.labels, strict=True):
-        cells = [*[UNKNOWN] * len(CATEGORIES), MARKS.get(result.status, UNKNOWN), UNKNOWN]
+        cells = [*[UNKNOWN] * len(categories), MARKS.get(result.status, UNKNOWN), UNKNOWN]
         if memory := value_of(result, "memory_mib"):
-            parts = [amount(memory.get(category, 0.0)) for category in CATEGORIES]
+            parts = [amount(memory.get(category, 0.0)) for category in categories]
             cells = [*parts, amount(sum(memory.values())), result.peak_phase or UNKNOWN]
         rows.append((label, cells))
-    return Table("Memory at the peak", [("", [*CATEGORY_COLOURS, "sum", "during"])], rows, [])
+    names = [category.replace("_", " ") for category in categories]
+    return Table("Memory at the peak", [("", [*names, "sum", "during"])], rows, [])
 
 
 def breakdown_table(breakdown: list[MemoryItem]) -> Table:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
 from llama_ft.config.checks import Settings, flat
-from llama_ft.records import CATEGORIES
+from llama_ft.records import CATEGORIES, shown_categories
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
 from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
@@ -98,7 +98,8 @@ def plan_page(plan: Plan) -> str:
     tables = tables_of(plan)
     table1 = tables.pop() if plan.table1 else None
     groups = [planned_group(plan, gpu) for gpu in plan.gpus]
-    colours = dict(CATEGORY_COLOURS)
+    shown = [category.replace("_", " ") for category in shown_categories(row.memory_mib for row in plan.rows)]
+    colours = {name: CATEGORY_COLOURS[name] for name in shown}
     if any(group.on_cuda for group in groups):
         colours[figure.UNUSED] = figure.RESERVED_COLOUR
     has_limit = any(figure.limit_in_picture(group) is not None for group in groups)

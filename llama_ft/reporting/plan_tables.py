@@ -12,7 +12,7 @@ from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_not
 
 # What runs when memory peaks, short enough for eight columns beside each other.
 SHORT_PHASES = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
-TABLE1_COLUMNS = (*CATEGORIES[:-1], "computation")
+TABLE1_COLUMNS = (*CATEGORIES[:4], "computation")
 MAX_CHOICE_LENGTH = 28
 TOO_LARGE = "×: needs more memory than the card has."
 
@@ -22,6 +22,7 @@ def _fits(fits: bool) -> str:
 
 
 FIT = (Measure("needed", "required_mib"), Measure("fits", "fits", _fits), Measure("margin", "margin_mib"))
+SENT = "sent_mib"
 
 
 def tables_of(plan: Plan) -> list[Table]:
@@ -44,9 +45,14 @@ def title(plan: Plan) -> str:
 
 
 def cards(plan: Plan) -> str:
-    """What the plan is for: a card's name, or how many there are."""
-    name: str = plan.gpus[0]["name"]
-    return name if len(plan.gpus) == 1 else f"{len(plan.gpus)} GPUs"
+    """What the plan is for: a card's name, or how many kinds there are; and with how many of them in a run."""
+    name = plan.gpus[0]["name"] if len(plan.gpus) == 1 else f"{len(plan.gpus)} GPUs"
+    splits = [row.parallel or {"processes": 1} for row in plan.rows]
+    if not any(row.parallel for row in plan.rows):
+        return str(name)
+    if all(split == splits[0] for split in splits):
+        return f"{splits[0]['processes']} × {name} ({splits[0]['strategy']}), of each"
+    return f"{' or '.join(str(n) for n in sorted({split['processes'] for split in splits}))} × {name}, of each"
 
 
 def is_at_best(plan: Plan) -> bool:
@@ -66,6 +72,7 @@ def card_table(plan: Plan) -> Table:
         Measure("Margin, MiB", "margin_mib"),
         Measure(runtime, "runtime_s", always=True, relative=True),
         Measure("Tokens/s", "tokens_per_s"),
+        Measure("Sent, MiB/update", SENT),
         Measure("Bound by", "binds", str),
     )
     head = technique_rows(row.optim for row in plan.rows)
@@ -81,6 +88,8 @@ def _runs_table(plan: Plan) -> Table:
         Measure("peak MiB", "peak_memory_mib", always=True),
         *FIT,
         Measure("runtime s", "runtime_s", always=True),
+        Measure("sent MiB/update", SENT),
+        *([Measure("bound by", "binds", str)] if any(row.parallel for row in rows) else []),
     )
     known = [m for m in measures if m.always or any(getattr(row, m.key) is not None for row in rows)]
     columns = {each.title: [cell(row, each.key, each.form) for row in rows] for each in known}
@@ -128,7 +137,7 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 
 def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
-    notes = [] if plan.is_sweep else _setting_notes(plan)
+    notes = ([] if plan.is_sweep else _setting_notes(plan)) + _parallel_notes(plan)
     if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
         notes.append(
             f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the"
@@ -173,6 +182,22 @@ def _setting_notes(plan: Plan) -> list[str]:
     if plan.training.get("optimizer_in_backward"):
         notes.append("Each weight is updated within the backward pass, as soon as its gradient is there.")
     return notes
+
+
+def _parallel_notes(plan: Plan) -> list[str]:
+    """What the numbers are of where a run is split over cards."""
+    if not any(row.parallel for row in plan.rows):
+        return []
+    gathered = any((row.memory_max_mib or {}).get("gathered") for row in plan.rows)
+    notes = [
+        "Split over cards: memory is that of one card, the first, which has the most; tokens/s are of all together.",
+        "Sent: to other cards in an update, by a ring; as much is received. Computing and sending go on at once.",
+    ]
+    if gathered:
+        notes.append("Gathered: other cards' rows of weights while they are used, and gradients on their way to them.")
+    rates = {gpu["name"]: gpu.get("link_gb_s") for gpu in plan.gpus}
+    known = [f"{rate:g} GB/s (gpu.link_gb_s)" for rate in rates.values() if rate]
+    return [*notes, f"Link to other cards: {', '.join(dict.fromkeys(known))} in each direction."] if known else notes
 
 
 def _memory_notes(plan: Plan) -> list[str]:

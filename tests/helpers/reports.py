@@ -44,7 +44,7 @@ def optim(combination: str) -> dict[str, bool]:
 
 
 def memory(total: float) -> dict[str, float]:
-    return {name: share * total for name, share in zip(CATEGORIES, (0.4, 0.2, 0.2, 0.15, 0.05), strict=True)}
+    return {name: share * total for name, share in zip(CATEGORIES, (0.4, 0.2, 0.2, 0.15, 0.0, 0.05), strict=True)}
 
 
 def write(folder: Path, name: str, status: Any = "ok", **values: Any) -> Result:
