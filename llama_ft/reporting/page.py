@@ -41,15 +41,21 @@ def versions_text(versions: dict[str, str | None]) -> str:
 
 
 def memory_table(group: Group) -> Table:
-    """Each run's memory by category at its peak, and the phase of that."""
+    """Each run's memory by category at its peak, and the phase of that; of a split run, each process's too."""
     rows: Rows = []
     categories = shown_categories(value_of(result, "memory_mib") for result in group.results)
+
+    def cells(memory: dict[str, float], phase: str | None) -> list[str]:
+        parts = [amount(memory.get(category, 0.0)) for category in categories]
+        return [*parts, amount(sum(memory.values())), phase or UNKNOWN]
+
     for result, label in zip(group.results, group.labels, strict=True):
-        cells = [*[UNKNOWN] * len(categories), MARKS.get(result.status, UNKNOWN), UNKNOWN]
-        if memory := value_of(result, "memory_mib"):
-            parts = [amount(memory.get(category, 0.0)) for category in categories]
-            cells = [*parts, amount(sum(memory.values())), result.peak_phase or UNKNOWN]
-        rows.append((label, cells))
+        unknown = [*[UNKNOWN] * len(categories), MARKS.get(result.status, UNKNOWN), UNKNOWN]
+        memory = value_of(result, "memory_mib")
+        rows.append((label, cells(memory, result.peak_phase) if memory else unknown))
+        rows += [
+            (f"{label}, rank {rank}", cells(use.memory_mib, use.peak_phase)) for rank, use in enumerate(result.ranks)
+        ]
     names = [category.replace("_", " ") for category in categories]
     return Table("Memory at the peak", [("", [*names, "sum", "during"])], rows, [])
 

@@ -159,6 +159,7 @@ def measure_notes(group: Group) -> list[str]:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
         notes.append("Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process.")
+    notes += split_notes([result for result in results if result.ranks])
     notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     limit, gpu = group.memory_limit_mib, results[0].gpu
     if gpu not in ("auto", "cpu") and limit is not None and group.device:
@@ -180,6 +181,19 @@ def measure_notes(group: Group) -> list[str]:
         if any(r.eval_loss != r.last_eval_loss for r in results):
             notes.append("Where training.keep_best is on, both are of the best weights.")
     return notes + front_notes(group)
+
+
+def split_notes(results: Sequence[Result]) -> list[str]:
+    """What memory and times are of where runs were split over processes; one line for all of the same strategy."""
+    lines = {}
+    for result in results:
+        split, peaks = result.parallel or {}, [each.peak_memory_mib for each in result.ranks]
+        name, n = split.get("strategy"), len(peaks)
+        apart = "" if min(peaks) == max(peaks) else f", in which it is {amount(min(peaks))} MiB at the least"
+        lines[name, n] = (
+            f"parallel={name}: memory is that of one of {n} processes, the largest{apart}; times are of all."
+        )
+    return list(lines.values())
 
 
 def failures(group: Group, names: Sequence[str]) -> list[str]:
