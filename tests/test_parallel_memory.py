@@ -118,13 +118,17 @@ def test_a_slow_link_binds() -> None:
     assert (alone.parallel, alone.sent_mib) == (None, None)
     assert alone.runtime_s == same.runtime_s
     assert quick.parallel == {"strategy": "fsdp", "processes": 4}
-    assert quick.binds != "communication" and quick.bound_s and slow.bound_s
+    assert quick.binds != "communication"
+    assert quick.bound_s
+    assert slow.bound_s
     assert quick.runtime_s == sum(s for name, s in quick.bound_s.items() if name != "communication")
     assert slow.binds == "communication"
     assert slow.runtime_s == slow.bound_s["communication"]
     assert slow.runtime_s == pytest.approx((slow.sent_mib or 0) * 2**20 * (slow.steps or 0) / 1e6)
-    assert unknown.runtime_s is None and unknown.sent_mib == quick.sent_mib
-    assert quick.flops and alone.flops  # each of four processes has one of four samples
+    assert unknown.runtime_s is None
+    assert unknown.sent_mib == quick.sent_mib
+    assert quick.flops
+    assert alone.flops
     assert sum(quick.flops.values()) == pytest.approx(sum(alone.flops.values()) / 4, rel=0.1)
 
 
