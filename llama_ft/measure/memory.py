@@ -142,7 +142,7 @@ class MemoryTracker(TorchDispatchMode):
         """
         if func.namespace == "fsdp" or (func.namespace == "aten" and self._is_weight(args[1])):
             for tensor in tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
+                if isinstance(tensor, Tensor) and not self._is_weight(tensor):
                     self._see(own(tensor), "gathered")  # it may have its memory again
                     self._claim(own(tensor), "gathered")
                     self._gathered[own(tensor).untyped_storage()._cdata] = None
@@ -200,7 +200,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _claim(self, tensor: Tensor, category: str) -> None:
         known = self._live.get(tensor.untyped_storage()._cdata)
-        if known is not None and not (category == "gathered" and known[1].category in ("parameter", "gradient")):
+        if known is not None:
             known[1].category = category
 
     def _claim_gradient(self, gradient: Tensor) -> None:

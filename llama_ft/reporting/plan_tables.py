@@ -50,9 +50,10 @@ def cards(plan: Plan) -> str:
     splits = [row.parallel or {"processes": 1} for row in plan.rows]
     if not any(row.parallel for row in plan.rows):
         return str(name)
-    if all(split == splits[0] for split in splits):
-        return f"{splits[0]['processes']} × {name} ({splits[0]['strategy']}), of each"
-    return f"{' or '.join(str(n) for n in sorted({split['processes'] for split in splits}))} × {name}, of each"
+    *others, most = sorted({split["processes"] for split in splits})
+    numbers = f"{', '.join(map(str, others))} or {most}" if others else str(most)
+    strategies = dict.fromkeys(split["strategy"] for split in splits if "strategy" in split)
+    return f"{numbers} × {name} ({', '.join(strategies)}), per card"
 
 
 def is_at_best(plan: Plan) -> bool:
@@ -190,7 +191,7 @@ def _parallel_notes(plan: Plan) -> list[str]:
         return []
     gathered = any((row.memory_max_mib or {}).get("gathered") for row in plan.rows)
     notes = [
-        "Split over cards: memory is that of one card, the first, which has the most; tokens/s are of all together.",
+        "Per card: memory is that of the first, which has the most; tokens/s are of all cards together.",
         "Sent: to other cards in an update, by a ring; as much is received. Computing and sending go on at once.",
     ]
     if gathered:
