@@ -26,11 +26,7 @@ from llama_ft.system import (
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        UserError: if a GPU is asked for that PyTorch does not see or cannot use, or that is less than the profile's.
-    """
+    """The device to run on; a UserError if a GPU is asked for that PyTorch cannot use, or less than its profile."""
     if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
     if reason := why_no_gpu():
@@ -173,8 +169,7 @@ def peak_rss_mib() -> float:
 def limit_memory(device: torch.device, limit_mib: int) -> None:
     """Make allocations fail beyond a limit: of the allocator on CUDA, of the process's data segment on the CPU.
 
-    Raises:
-        UserError: if the operating system has no such limit.
+    A UserError if the operating system has no such limit.
     """
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory

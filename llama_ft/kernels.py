@@ -127,7 +127,6 @@ def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
 
 
 def _into(kernel: Callable[..., Tensor], keys: Any, *args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    """What a kernel returns, put into a tensor that is there."""
     result = kernel(keys, *args, **kwargs)
     return out.resize_(result.shape).copy_(result)
 

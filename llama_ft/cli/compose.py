@@ -106,11 +106,7 @@ def swept(config: DictConfig) -> list[Override]:
 
 
 def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
-    """The configs, composed and not checked, of a sweep's runs, so far as they may differ in these keys.
-
-    Args:
-        config: that of one of the runs, with the section `hydra`.
-    """
+    """The configs, not checked, of a sweep's runs, so far as they may differ in these keys; `config` is one run's."""
     names = {*keys, *(key.partition(".")[0] for key in keys), "experiment", "recipe"}
     found = [override for override in swept(config) if override.key_or_group in names and override.is_discrete_sweep()]
     varied = {override.key_or_group: str(override.input_line) for override in found}

@@ -100,7 +100,6 @@ def _keys(schema: type) -> Iterator[str]:
 
 
 def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> str:
-    """A choice that a group does not have, and those that it has."""
     if setting_of(schema, group)[0]:
         return not_allowed(schema, group, value)
     if plugin := PLUGINS.get(f"{group}={value}"):

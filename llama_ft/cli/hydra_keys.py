@@ -52,9 +52,7 @@ def check_directions(objective: Sequence[str]) -> None:
 def check_gpus_of_jobs(launcher: Any, on_cpu: bool) -> None:
     """Raise a UserError where jobs of `submitit_local` would see no GPU, or others than they may.
 
-    Args:
-        launcher: the section `hydra.launcher`. Jobs are given GPUs from 0 to `gpus_per_node`, whatever
-            CUDA_VISIBLE_DEVICES is.
+    They are given GPUs from 0 to the launcher's `gpus_per_node`, whatever CUDA_VISIBLE_DEVICES is.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if on_cpu or visible in ("", "-1") or not may_have_gpu():

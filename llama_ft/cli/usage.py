@@ -114,7 +114,6 @@ def keys(schema: type, config: DictConfig, prefix: str = "") -> Iterator[Row]:
 
 
 def _typed(section: DictConfig, key: str) -> str:
-    """A key's value as one types it."""
     if OmegaConf.is_missing(section, key):
         return "required"
     value = OmegaConf.to_container(section, enum_to_str=True)[key]  # type: ignore[call-overload, index]

@@ -49,11 +49,8 @@ Lines = tuple[Texts, Write]
 def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answers: int) -> Iterator[Lines]:
     """Open a file, to go on from its last whole line. One process at a time writes into it; an empty one is removed.
 
-    Args:
-        made_with: the settings' hash, which each line that is there must have.
-
-    Raises:
-        UserError: if it cannot be written, another process writes into it, or it is of other prompts or settings.
+    A UserError if it cannot be written, another process writes into it, or it is of other prompts or settings, by the
+    hash that lines are `made_with`.
     """
     file = Path(os.path.expanduser(name))
     if file.exists() and not file.is_file():

@@ -45,7 +45,6 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) ->
 def _ask(
     answer: GenerateFn, prompt: str, on_text: Callable[[str], None], config: GenerateConfig
 ) -> tuple[list[Answer], str]:
-    """The answers, and how they came about."""
     began = time.monotonic()
     (answers,) = answer([prompt], on_text)
     n_tokens, seconds = sum(answer.n_tokens for answer in answers), time.monotonic() - began

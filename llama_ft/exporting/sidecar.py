@@ -63,7 +63,6 @@ class SidecarFiles:
         return GgufFile(source, self._tokenizer, self._config.dtype, self._log)
 
     def _found_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
@@ -147,7 +146,6 @@ class SidecarFiles:
             self.files[TOKENIZER_CONFIG] = _json(settings)
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
-        """What is missing of a tokenizer in Hugging Face's form."""
         made = {TOKENIZER_CONFIG: FAST_TOKENIZER if tokenizer.is_json else {}}
         try:
             made |= {} if tokenizer.is_json else tokenizer_files(tokenizer.file, self._config.model.rope_factor != 1)

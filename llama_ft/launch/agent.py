@@ -114,7 +114,6 @@ class Agent(LocalElasticAgent):
         return self.failed_at is not None
 
     def _wait_for_the_others(self, codes: dict[int, int | None]) -> RunResult:
-        """Note how ranks ended, and end those that do not."""
         for rank, code in codes.items():
             if code and rank not in self.endings:
                 self.endings[rank] = self._ending(rank, code)
@@ -132,7 +131,6 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.FAILED)
 
     def _ending(self, rank: int, code: int) -> Ending:
-        """What a rank says of its end or, if it could not, what is to be seen of it."""
         _, file = self.ranks[rank]
         if file.is_file():
             return Ending(**json.loads(file.read_text(encoding="utf-8")))

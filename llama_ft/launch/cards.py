@@ -20,9 +20,7 @@ POLL_SECONDS = 1.0
 def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
     """Set `gpu.index` to a card of the run's own; wait for one where other runs have all.
 
-    Returns:
-        What holds the card until it is closed, or the process ends, however that does; None where there is no card, or
-        it is to be shared.
+    What is returned holds it until closed, or the process ends. None where there is no card, or it is to be shared.
     """
     if gpu.shared or gpu.device is DeviceChoice.cpu or why_no_gpu():
         return None
@@ -45,12 +43,7 @@ def cards_for(gpu: GpuConfig) -> dict[int, str]:
 
 
 def hold_one(cards: Mapping[int, str], folder: Path, log: Log) -> tuple[int, IO[bytes]]:
-    """The number of the first card whose lock, a file in the folder, nobody has, and the lock; waits for one.
-
-    Args:
-        cards: ids, the files' names, by numbers.
-        log: told, once, of a wait.
-    """
+    """The first card whose lock, a file in the folder by the card's id, nobody has, and the lock; waits for one."""
     files = {number: (folder / card).open("ab") for number, card in cards.items()}
     n_looks = 0
     while (free := next((number for number, file in files.items() if try_lock(file)), None)) is None:

@@ -43,12 +43,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def stop_with_parent(patience: int, held: int, end: Callable[[], object]) -> None:
-    """Interrupt this process when its parent is gone, whatever killed it.
+    """Interrupt this process when its parent is gone, whatever killed it, which holds the other end of the pipe `held`.
 
-    Args:
-        patience: seconds after which the process is ended, whatever it does.
-        held: descriptor of a pipe whose other end the parent holds.
-        end: ends it then.
+    After `patience` seconds it is ended, by `end`, whatever it does.
     """
 
     def wait() -> None:

@@ -43,11 +43,8 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
 def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
-    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote.
-
-    Raises:
-        UserError: if something lies there that no run wrote, the checkpoint is of another configuration, or the
-            metrics before it are missing.
+    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote. A
+    UserError if something else lies there, the checkpoint is another run's, or the metrics before it are missing.
     """
     present = [name for name in (*ALWAYS, *TRAINED, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)]
     saved = checkpoints(run_dir)
@@ -96,11 +93,7 @@ def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) 
 
 
 def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
-    """Whether the run is the one that has ended in the folder, so, to be trained longer; `ended` is its result.
-
-    Raises:
-        UserError: if it is, and cannot be.
-    """
+    """Whether the run is the one that `ended` in the folder, to be trained longer; a UserError if it cannot be."""
     earlier = earlier_config(run_dir)
     if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
         return False
@@ -148,7 +141,6 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
 
 
 def _first_lines(run_dir: Path, n_steps: int) -> str:
-    """The lines of the steps that a checkpoint holds."""
     try:
         kept = [metrics for metrics in read_metrics(run_dir) if metrics.step <= n_steps]
     except (UserError, OSError):

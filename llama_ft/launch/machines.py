@@ -44,13 +44,7 @@ class Place:
 
 @contextmanager
 def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
-    """Hold the folder that this machine works in.
-
-    Args:
-        parallel: the keys of `parallel`, which may not be checked yet.
-        run_dir: the run's folder.
-        wait_seconds: for another process that holds the folder, and `log` is told of it; see `files.locked`.
-    """
+    """Hold the folder that this machine works in, as `files.locked` does; `parallel` may not be checked yet."""
     is_one = not isinstance(parallel.nodes, int) or parallel.nodes < 2
     listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
     folder = run_dir if is_one or listener else run_dir / f"{MACHINE}{socket.gethostname()}"
@@ -62,8 +56,7 @@ def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> I
 def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
     """Host and port of the first machine: `parallel.rendezvous`, or by SLURM's variables.
 
-    Raises:
-        UserError: if neither says it, or SLURM has started another number of commands than one a machine.
+    A UserError if neither says it, or SLURM has started another number of commands than one a machine.
     """
     if given is not None:
         host, _, port = str(given).rpartition(":")

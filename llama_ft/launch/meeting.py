@@ -76,15 +76,11 @@ def waited(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
-    """Wait until the agents of all machines are here.
+    """Wait until the agents of all machines are here; a UserError if they do not come, or were told something else.
 
     Args:
-        config: the run's.
         folder: in which this machine works: on the first, the run's.
         listener: descriptor of the socket to which the others come; None on another machine, and where there is none.
-
-    Raises:
-        UserError: if they do not come within `parallel.timeout_s`, or were told something else.
     """
     parallel, seconds = config.parallel, config.parallel.timeout_s
     timeout = timedelta(seconds=seconds)

@@ -67,9 +67,7 @@ class MeasuredRun:
     def execute(self) -> None:
         """Do all of it, noting results in `self.result` and the stage in `self.stage`.
 
-        Raises:
-            UserError: for whatever the user can put right.
-            KeyboardInterrupt: once the run is saved, if it was to be saved.
+        A UserError is what the user can put right; a KeyboardInterrupt comes once the run is saved, if it was to be.
         """
         self.stage = "meeting the other processes"
         with joined(self.config.parallel, self.device) as ranks:
@@ -142,7 +140,6 @@ class MeasuredRun:
         self.result.train_loss_after, self.result.loss_samples = after, len(fixed)
 
     def _restore(self, saver: Saver) -> Position | None:
-        """Go on from a checkpoint, if that is wanted and there is one."""
         position = saver.restore() if self.config.training.resume else None
         if position is not None:
             self.log(f"resuming after optimizer step {position.step}")
@@ -152,7 +149,6 @@ class MeasuredRun:
         return position
 
     def _note_training(self, loop: TimedLoop) -> None:
-        """What was trained, how fast, and with which losses."""
         result, steps, data = self.result, steps_of(loop.file.lines), loop.data
         n_epochs, n_windows = divmod(loop.position.step, data.steps_per_epoch)
         n_last = min(n_windows * data.window_size, len(data.samples))
@@ -165,7 +161,6 @@ class MeasuredRun:
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
 
     def _note_held_out(self, loop: TimedLoop) -> None:
-        """The held-out losses, and whether they ended the training."""
         result, losses = self.result, loop.held_out
         if not losses:
             return

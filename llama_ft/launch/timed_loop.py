@@ -55,12 +55,7 @@ class TimedLoop:
             )
 
     def run(self) -> None:
-        """Train.
-
-        Raises:
-            KeyboardInterrupt: once an interrupted run is saved.
-            UserError: if a loss is not finite, or a checkpoint cannot be written.
-        """
+        """Train; a UserError if a loss is not finite, or a checkpoint cannot be written."""
         outputs = train(self.step, self.schedule, self.data, self.config.epochs, self.position)
         self.watch.start()
         try:
@@ -101,7 +96,6 @@ class TimedLoop:
         self._meter.restart_clock()
 
     def _evaluate(self) -> None:
-        """Measure the held-out loss, and keep the weights if it is the least."""
         step = self.position.step
         measured = measure_held_out(self.step, self.data, step, lambda: self.interrupts.requested, self.log)
         if measured is None:

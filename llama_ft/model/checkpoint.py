@@ -107,7 +107,6 @@ def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
 
 
 def _renamed(tensors: Mapping[str, Part], model: Transformer, form: Format) -> Shards:
-    """The tensors by our names."""
     ours = {form.their_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     # In Meta's layout under our names a tensor would be taken for theirs: such names must stay unknown.
     return {ours.get(name, f"{form.kind}'s {name}"): [stored] for name, stored in tensors.items()}

@@ -103,7 +103,6 @@ def hf_sizes(file: Path) -> Sizes:
 
 
 def _hf_rope(config: Json, file: Path) -> dict[str, float]:
-    """The rotary embeddings' base, and how their frequencies are scaled."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # of transformers 5, and before
     if not isinstance(rope, dict):
         raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")

@@ -160,7 +160,6 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
 
 
 def _repeats(a: Group, b: Group) -> list[str]:
-    """What the means are of, and what the differences say."""
     sides = [f"{side} {seeds_text(group.seeds)}" for side, group in (("A", a), ("B", b)) if group.seeds]
     notes = [f"Seeds: {'; '.join(sides)}.", REPEATS_NOTE] if sides else []
     if len(sides) == 2:

@@ -137,7 +137,6 @@ def _joined(plan: Plan, matches: list[Match]) -> Match:
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
-    """Why a row does not predict a run of the same combination, if it does not."""
     sizes = measured.total_params, planned.total_params
     if None not in sizes and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"

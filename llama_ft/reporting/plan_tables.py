@@ -73,7 +73,6 @@ def card_table(plan: Plan) -> Table:
 
 
 def _runs_table(plan: Plan) -> Table:
-    """A row for each run of a sweep, on one card."""
     rows, group, notes = plan.rows, planned_group(plan, plan.gpus[0]), plan_notes(plan)
     if is_ladder(group):
         return ladder_table(group, rows, FIT[:2], notes, title(plan))
@@ -88,7 +87,6 @@ def _runs_table(plan: Plan) -> Table:
 
 
 def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
-    """A column for each card, marked where a combination does not fit."""
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
@@ -156,7 +154,6 @@ def plan_notes(plan: Plan) -> list[str]:
 
 
 def _setting_notes(plan: Plan) -> list[str]:
-    """What the settings that all rows share mean for them."""
     optims = [row.optim for row in plan.rows]
     size, packing = plan.training["micro_batch_size"], plan.training.get("packing")
     optimizer = plan.training.get("optimizer", "adamw")

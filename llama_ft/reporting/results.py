@@ -98,8 +98,7 @@ def _end(text: str) -> str:
 def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> list[dict[str, str]]:
     """What tells runs apart as the columns of a table: techniques, settings, the device; of a recipe its name alone.
 
-    Args:
-        values: settings of each run, by full name; `UNKNOWN` of what nobody knows.
+    `values` are each run's settings by full name, `UNKNOWN` of what nobody knows.
     """
     keys = varied(values)
     labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}

@@ -111,7 +111,6 @@ def terminal(table: Table, width: int) -> list[RichTable]:
 
 
 def _widths(rows: Rows, gap: int) -> list[int]:
-    """Of the columns, in characters."""
     return [gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
 
 
@@ -127,7 +126,6 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Other letters in place of those that an encoding lacks."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end].translate(SUBSTITUTES)
     return lacking.encode("ascii", "replace").decode(), error.end

@@ -30,8 +30,7 @@ def check_base_of(adapter: Adapter, checkpoint: str) -> None:
 def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> dict[str, float | bool | list[str]]:
     """Those of `LoraConfig` with which an adapter was made, to train it further.
 
-    Raises:
-        UserError: if it is not this model's, or one set of numbers and targets does not describe all of its layers.
+    A UserError if it is not this model's, or one set of numbers and targets does not describe all of its layers.
     """
     adapter = read_adapter(Path(os.path.expanduser(folder)), model)
     check_base_of(adapter, checkpoint or "builtin")

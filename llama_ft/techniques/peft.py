@@ -136,7 +136,6 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None, *, w
 
 
 def _peft_name(layer: str) -> str:
-    """PEFT's name of one of our linear layers."""
     return PREFIX + hf_name(f"{layer}.weight").removesuffix(".weight")
 
 
@@ -162,7 +161,6 @@ def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
 
 
 def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of an adapter by PEFT's names."""
     if not folder.is_dir():
         raise UserError(why_no_folder(folder))
     file = folder / ADAPTER_FILE
@@ -193,7 +191,6 @@ def _check_supported(content: Json) -> None:
 
 
 def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTensor], model: ModelConfig) -> Adapter:
-    """The adapter that the tensors make up."""
     linears = {name: module for name, module in build(model).named_modules() if isinstance(module, nn.Linear)}
     pairs: dict[str, dict[str, StoredTensor]] = {}
     copies: dict[str, StoredTensor] = {}

@@ -37,8 +37,7 @@ def measure_held_out(
 ) -> EvalMetrics | None:
     """The held-out samples' loss after so many optimizer steps; None if it was stopped. Changes nothing of the run.
 
-    Raises:
-        Diverged: if the loss is no number.
+    A loss that is no number is a Diverged.
     """
     start, pace = time.perf_counter(), Pace()
 

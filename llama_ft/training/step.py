@@ -56,11 +56,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
 
     def __call__(self, window: Window) -> tuple[Tensor, Tensor]:
-        """Update the weights.
-
-        Returns:
-            The window's mean loss per target token and the norm of its gradient before clipping: fp32 scalars.
-        """
+        """Update the weights; returns the loss per target token and the norm of the unclipped gradient: scalars."""
         n_targets = self.ranks.total(target_tokens(window))
         loss = torch.zeros((), device=self.device)
         with self.update.in_backward():
