@@ -167,10 +167,7 @@ def peak_rss_mib() -> float:
 
 
 def limit_memory(device: torch.device, limit_mib: int) -> None:
-    """Make allocations fail beyond a limit: of the allocator on CUDA, of the process's data segment on the CPU.
-
-    A UserError if the operating system has no such limit.
-    """
+    """Limit the CUDA allocator, or the process's data segment on the CPU; a UserError if the system cannot."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib * MIB / total), device)

@@ -130,10 +130,7 @@ def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> Di
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The checked config of a command that is not a Hydra application itself; a UserError names a wrong key.
-
-    What is given and would surprise is said on standard error.
-    """
+    """The checked config of a command that Hydra does not run; a UserError names a wrong key. Remarks are printed."""
     overrides = as_typed(overrides, schema)
     config = checked_config(composed(name, overrides), overrides, schema)
     for line in remarks(config, overrides):
@@ -190,10 +187,7 @@ def _with_hub_folders(config: DictConfig, schema: type) -> dict[str, str]:
 
 
 def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
-    """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs.
-
-    It is to where no model is chosen, and the checkpoint is one of another model than the default.
-    """
+    """The config with its checkpoint's sizes, if asked for, or no model is chosen; the keys given keep theirs."""
     if "model" not in sized:
         return sized
     sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))

@@ -23,10 +23,7 @@ def check_name(key: str, folder: object) -> None:
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
-    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
-
-    Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
-    """
+    """Raise a UserError at what would lose what a run saved, other than a sweep's row, or has nothing to resume."""
     found = checkpoints(run_dir)
     key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
     is_new = not any(key in override for override in HydraConfig.get().overrides.hydra)
@@ -72,10 +69,7 @@ def check_seeds(swept: Collection[str]) -> None:
 
 
 def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterator[str]:
-    """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round.
-
-    `swept` are the keys of which a sweep has several values; None is a run.
-    """
+    """A line for each typed key that is for a sweep, and this is a run (`swept` is None), or the other way round."""
     sweeps = swept is not None
     used, idle = ("sweep", "run") if sweeps else ("run", "sweep")
     if f"hydra.{idle}.dir" in keys:

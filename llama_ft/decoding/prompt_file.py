@@ -103,10 +103,7 @@ def print_line(line: str) -> None:
 def answer_prompts(
     config: GenerateConfig, prompts: Sequence[Prompt], dtype: str, load: LoadFn, progress: Progress, log: Log
 ) -> None:
-    """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
-
-    Before anything is generated, a UserError says if the output is of other prompts or settings.
-    """
+    """Answer the prompts that have no line in `config.output`, or print them all; a UserError if it is of others."""
     made_with = settings_hash(config, dtype, prompts)
 
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:

@@ -25,10 +25,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> T
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row of fp32 [B, V], -inf elsewhere; 0, V and more keep all.
-
-    All that equal the k-th are kept, so that ties are not broken by the order of the vocabulary.
-    """
+    """The k largest logits of each row of fp32 [B, V], and their equals, -inf elsewhere; 0, V and more keep all."""
     if not 0 < k < logits.shape[-1]:
         return logits
     smallest = logits.topk(k).values[:, -1:]

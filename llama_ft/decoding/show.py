@@ -18,10 +18,7 @@ MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand bel
 
 
 def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) -> str:
-    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
-
-    Returns the text of the first one, with `compare` of the fine-tuned model.
-    """
+    """Print the answers to a prompt, a single one as it comes; returns the first, of two models the fine-tuned's."""
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):

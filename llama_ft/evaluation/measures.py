@@ -38,10 +38,7 @@ class EvalInputs:
 def measure_models(
     config: EvaluateConfig, inputs: EvalInputs, device: torch.device, progress: Progress, log: Log
 ) -> list[Measured]:
-    """The model's figures and answers, or base's and fine-tuned's, in this order; one is in memory at a time.
-
-    Weights or adapter that are not this model's, or give no finite numbers, are a UserError.
-    """
+    """The model's figures and answers, or base's and fine-tuned's, one in memory at a time; a UserError if damaged."""
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
         model, name = load(config, device, storage_of(config.dtype, device, config.gpu), log), role.replace("_", "-")

@@ -54,10 +54,7 @@ def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> I
 
 
 def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port of the first machine: `parallel.rendezvous`, or by SLURM's variables.
-
-    A UserError if neither says it, or SLURM has started another number of commands than one a machine.
-    """
+    """Host and port of the first machine, by `parallel.rendezvous` or SLURM's variables; a UserError by neither."""
     if given is not None:
         host, _, port = str(given).rpartition(":")
         return host, int(port)

@@ -65,10 +65,7 @@ class MeasuredRun:
         self.log(about_device(self.device, gpu))
 
     def execute(self) -> None:
-        """Do all of it, noting results in `self.result` and the stage in `self.stage`.
-
-        A UserError is what the user can put right; a KeyboardInterrupt comes once the run is saved, if it was to be.
-        """
+        """Do all of it, noting results and stage; a KeyboardInterrupt comes once the run is saved, if it is to be."""
         self.stage = "meeting the other processes"
         with joined(self.config.parallel, self.device) as ranks:
             self._execute(ranks)

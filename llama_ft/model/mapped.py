@@ -154,10 +154,7 @@ def read_safetensors(
 
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file of `torch.save` by name. No code in it is run, and no tensor is read.
-
-    A file that is damaged, or holds something else than floating-point tensors, is a UserError.
-    """
+    """The tensors of a `torch.save` file by name, not read, no code run; a UserError if it is damaged or other."""
     file = mapped(path)
     if file[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")

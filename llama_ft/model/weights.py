@@ -99,10 +99,7 @@ def load_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:
-    """Write a safetensors file, whole or not at all; a UserError if the disk is full or cannot be written to.
-
-    The sizes of the model that the tensors belong to become metadata, to be checked when they are loaded.
-    """
+    """Write a safetensors file, the model's sizes in its metadata, whole; a UserError if it cannot be written."""
     weights = {name: in_memory(tensor) for name, tensor in tensors.items()}
     n_mib = sum(weight.n_bytes for weight in weights.values()) / 2**20
     with explained(f"{file} ({n_mib:,.0f} MiB) cannot be written"), whole_file(file) as temporary:

@@ -72,9 +72,7 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
 
 
 def match_plan(plan: Plan, group: Group) -> Match | str:
-    """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
-    and notes on what is left out.
-    """
+    """The group, the rows that predict it, their card, settings that differ and notes; or why there are none."""
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"

@@ -160,10 +160,7 @@ def plain_text(name: str) -> str:
 def record_table(
     records: Sequence[Result | PlanRow], leading: Sequence[dict[str, str]]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and a row for each record, numbers unrounded: the leading values, the switches, the record's fields.
-
-    A field that is a dict, such as `memory_mib`, has a column for each of its keys.
-    """
+    """Columns and a row for each record: leading values, switches, its fields unrounded, of a dict each key."""
     columns = [*leading[0], *(technique.name for technique in TECHNIQUES)]
     rows: list[list[Any]] = [
         [*values.values(), *(record.optim.get(technique.name, False) for technique in TECHNIQUES)]

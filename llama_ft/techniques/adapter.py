@@ -110,10 +110,7 @@ class Adapters:
 
 
 def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:
-    """Frozen layers that share the model's weights and have the adapter's factors, by name; the model is left as it is.
-
-    An adapter with copies of the base's weights that differ from the model's is a UserError.
-    """
+    """Frozen layers with the model's weights and the adapter's factors, by name; a UserError if its copies differ."""
     check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
     layers = {}
     for name, factors in adapter.factors.items():

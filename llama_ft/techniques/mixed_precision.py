@@ -57,10 +57,7 @@ class Precision:
 
 
 def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bool) -> Precision:
-    """Mixed precision, switched on, for a device; `has_bf16` is whether it computes in bf16 itself.
-
-    A UserError for bf16 on a device without it, or fp16 without fp32 masters.
-    """
+    """Mixed precision, switched on; a UserError for bf16 on a device without it, or fp16 without fp32 masters."""
     if config.dtype is Dtype.bf16 and not has_bf16:
         raise UserError("mp.dtype=bf16 is not supported by this GPU: use mp.dtype=fp16 or auto")
     bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and has_bf16)

@@ -140,10 +140,7 @@ def _peft_name(layer: str) -> str:
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
-    """Find an adapter in a folder; a UserError if it is damaged, of another model, or of another kind than LoRA.
-
-    None of its tensors is read.
-    """
+    """Find an adapter in a folder, reading no tensor; a UserError if it is damaged, another model's, or no LoRA."""
     try:
         tensors = _open_tensors(folder, model)
         config_file = folder / ADAPTER_CONFIG_FILE

@@ -49,10 +49,7 @@ def set_up(
 
 
 def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> Transformer:
-    """The model with its techniques, split over its processes, on the meta device.
-
-    A technique that does not fit it is a UserError.
-    """
+    """The model with its techniques, split over its processes, on the meta device; a UserError if they misfit."""
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)

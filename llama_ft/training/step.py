@@ -112,10 +112,7 @@ def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
 
 
 def evaluate(step: TrainStep, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Mean loss per target token, and the share of them that are the most probable token. Random states stay.
-
-    Of several processes each has batches of its own, and all have as many.
-    """
+    """Mean loss per target token, and the share that are the most probable; all processes have as many batches."""
     total, n_targets = torch.zeros(2, dtype=torch.float64, device=step.device), 0
     for batch in batches:
         total += evaluate_batch(step, batch)
