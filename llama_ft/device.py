@@ -6,23 +6,15 @@ import re
 import resource
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from llama_ft import __version__
 from llama_ft.config import DeviceChoice, Dtype, GpuConfig, UserError
 from llama_ft.kernels import use_kernels_of
-from llama_ft.system import (
-    MIB,
-    NEAR_LIMIT,
-    OUT_OF_MEMORY_TEXT,
-    data_bytes,
-    may_have_gpu,
-    resident_bytes,
-)
+from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, cpu_info, data_bytes, may_have_gpu, resident_bytes
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
@@ -145,10 +137,7 @@ def device_name(device: torch.device) -> str:
     """Name for people: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    match = None
-    with suppress(OSError):
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    name = match[1] if match else platform.processor() or platform.machine()
+    name = cpu_info("model name") or platform.processor() or platform.machine()
     n_threads = torch.get_num_threads()
     return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 

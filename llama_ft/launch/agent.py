@@ -48,10 +48,8 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, store: Store, config: TrainConfig, log_file: Path):
         timeout = config.parallel.timeout_s
         takes = inspect.signature(LocalElasticAgent).parameters
-        patience: Any = (
-            {"shutdown_timeout": SECONDS_TO_DIE} if "shutdown_timeout" in takes else {}
-        )  # since PyTorch 2.12
-        super().__init__(spec, logs, exit_barrier_timeout=timeout, **patience)
+        since_2_12: Any = {"shutdown_timeout": SECONDS_TO_DIE} if "shutdown_timeout" in takes else {}
+        super().__init__(spec, logs, exit_barrier_timeout=timeout, **since_2_12)
         self.store, self.config, self.log_file = store, config, log_file
         self.kills_before = oom_kills()
         self.seen: dict[int, Seen] = {}
@@ -172,22 +170,16 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
         return list(agent.endings.values())
 
 
-def hold_ranks_input() -> int:
-    """Give the ranks a standard input that ends with this process, whatever ends it; the parent's is returned."""
-    parents = os.dup(sys.stdin.fileno())
-    reading, _ = os.pipe()  # the other end is held, and nothing is written to it
-    os.dup2(reading, sys.stdin.fileno())
-    os.close(reading)
-    return parents
-
-
 def main() -> int:
     """Meet the other machines, run the ranks, and see to it that a result is left behind."""
     folder, command, listener, *rest = sys.argv[1:]
     config = read_config(Path(folder) / CONFIG_FILE)
     for number in ALL_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    stop_with_parent(seconds_to_stop(config), hold_ranks_input(), partial(os.kill, os.getpid(), END_NOW))
+    stop_with_parent(seconds_to_stop(config), os.dup(sys.stdin.fileno()), partial(os.kill, os.getpid(), END_NOW))
+    reading, _ = os.pipe()  # the ranks' standard input, which ends with this process: the other end is held
+    os.dup2(reading, sys.stdin.fileno())
+    os.close(reading)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
     meeting, root = None, None
     try:

@@ -27,19 +27,11 @@ def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
     folder = Path(tempfile.gettempdir()) / f"llama_ft_gpus_{os.getuid()}"
     with explained(f"which GPUs are taken cannot be kept in {folder}, of TMPDIR; gpu.shared=true does without"):
         folder.mkdir(mode=0o700, exist_ok=True)
-        gpu.index, held = hold_one(cards_for(gpu), folder, log)
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        likes = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # rows of a table are of one kind
+        taken = likes if gpu.index is None else [gpu_index(gpu)]
+        gpu.index, held = hold_one({number: str(cards[number].uuid) for number in taken}, folder, log)
     return held
-
-
-def cards_for(gpu: GpuConfig) -> dict[int, str]:
-    """The cards that a run may take: the one of `gpu.index`, or all that are like the first. Ids by PyTorch's numbers.
-
-    Rows of a table are to be measured on cards of one kind.
-    """
-    cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    first = gpu_index(gpu)
-    likes = [first] if gpu.index is not None else [n for n, card in enumerate(cards) if card.name == cards[0].name]
-    return {number: str(cards[number].uuid) for number in likes}
 
 
 def hold_one(cards: Mapping[int, str], folder: Path, log: Log) -> tuple[int, IO[bytes]]:

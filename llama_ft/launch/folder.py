@@ -13,7 +13,6 @@ from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training.position import (
     N_KEPT,
-    SavedState,
     best_weights,
     check_plain,
     checkpoints,
@@ -61,7 +60,10 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
     states, metrics = [read_state(folder) for folder in saved], None
     if earlier and states and config.training.resume:
-        check_same_run(states[-1], earlier, config, saved[-1])
+        saved_hash, is_earliers = states[-1].config_hash, config.run_hash == earlier.run_hash
+        goes_on_from = saved_hash in (config.hash(), earlier.hash() if is_earliers else None)
+        if not goes_on_from and config.run_hash != states[-1].run_hash:
+            raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
         check_not_shorter(earlier, config, run_dir)
         metrics = _first_lines(run_dir, states[-1].position.step)
     for folder in best_weights(run_dir):
@@ -76,13 +78,6 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     for name in written:
         for leftover in run_dir.glob(f".{name}.*.tmp"):
             leftover.unlink()
-
-
-def check_same_run(saved: SavedState, earlier: TrainConfig, config: TrainConfig, folder: Path) -> None:
-    """Raise a UserError unless a checkpoint is this run's, or that of a run that it goes on from."""
-    is_earliers = saved.config_hash == earlier.hash() and config.run_hash == earlier.run_hash
-    if config.hash() != saved.config_hash and config.run_hash != saved.run_hash and not is_earliers:
-        raise UserError(f"{folder} is of a run with another configuration: {differences(earlier, config)}")
 
 
 def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> None:
