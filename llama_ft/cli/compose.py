@@ -194,9 +194,8 @@ def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
     is_asked, weights = sized.model.name == FROM_CHECKPOINT, OmegaConf.select(sized, "checkpoint")
     has_folder = weights not in (None, "builtin", "random")
     if is_asked and not has_folder:
-        raise UserError(
-            f"model={FROM_CHECKPOINT} takes its sizes from a checkpoint: give checkpoint=DIR, FILE.gguf or hub:ORG/NAME"
-        )
+        sources = "checkpoint=DIR, FILE.gguf or hub:ORG/NAME"
+        raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a checkpoint: give {sources}")
     folder = Path(os.path.expanduser(weights or ""))
     is_open = "model" not in given and sized.model.name == DEFAULT_MODEL and has_folder and folder.exists()
     if not (is_asked or is_open):

@@ -132,9 +132,7 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
     if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
         return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
     if text.endswith("does not support sweep type : INTERVAL_SWEEP"):
-        return (
-            "interval(...) needs hydra/sweeper=optuna, which chooses values in it: a plain sweep has no number of them"
-        )
+        return "interval(...) needs hydra/sweeper=optuna, which chooses in it: a plain sweep has no number of values"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):

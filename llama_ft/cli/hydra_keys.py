@@ -62,12 +62,6 @@ def check_gpus_of_jobs(launcher: Any, on_cpu: bool) -> None:
         raise UserError(f"hydra/launcher=submitit_local shows its jobs no GPU unless it is told: give {given}")
 
 
-def check_seeds(swept: Collection[str]) -> None:
-    """Raise a UserError if a tuned sweep would choose a seed, as if one were better than another."""
-    if SEED in swept:
-        raise UserError(f"{SEED} has several values, and the sweeper would choose the best of them: give one")
-
-
 def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterator[str]:
     """A line for each typed key that is for a sweep, and this is a run (`swept` is None), or the other way round."""
     sweeps = swept is not None

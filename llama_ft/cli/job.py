@@ -187,7 +187,8 @@ class Job:
             if is_said and (self.sweep_dir or result.status in FINISHED):
                 display.message(ending(result))
         if not self.sweep_dir:
-            self.log(f"  {place.holds}: {run_dir}")
+            there = "results" if place.is_first else "the results are on the first machine; the log of this one"
+            self.log(f"  {there}: {run_dir}")
         return result
 
     def log(self, line: str, style: str | None = None) -> None:

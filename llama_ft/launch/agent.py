@@ -124,7 +124,7 @@ class Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         for rank in left:
             silent = f"did not answer for {timeout} s (parallel.timeout_s), and was ended"
-            self.endings[rank] = Ending(rank, "error", silent, "silent", time.time())
+            self.endings[rank] = Ending(rank, "error", silent, "silent")
             self.send(rank, signal.SIGKILL)
         return RunResult(state=WorkerState.FAILED)
 
@@ -138,7 +138,7 @@ class Agent(LocalElasticAgent):
         status, error = ending_of_killed(code, seen, self.config.measure.memory_limit_mib, self.log_file)
         log = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
         gave_up = code == -signal.SIGABRT and NCCL_GAVE_UP in log
-        return Ending(rank, status, error, "others" if gave_up else "own", time.time())
+        return Ending(rank, status, error, "others" if gave_up else "own")
 
 
 def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: Meeting) -> list[Ending]:
@@ -157,13 +157,11 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
         try:
             agent.run()
         except SignalException:
-            ending = Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted", time.time())
-            return [ending]
+            return [Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted")]
         except DistError:  # of the store, which is the first machine's
             if meeting.rank == 0:
                 raise
-            lost = f"the first machine, {meeting.host}, does not answer"
-            return [*agent.endings.values(), Ending(0, "error", lost, "silent", time.time())]
+            return [*agent.endings.values(), meeting.without_first()]
         finally:
             for number in ALL_SIGNALS:  # our parent repeats them; the result must be written
                 signal.signal(number, signal.SIG_IGN)
@@ -189,7 +187,7 @@ def main() -> int:
         root = meeting.settle(endings, SECONDS_TO_END)
     except BaseException as error:
         status, text = failure(error, "starting the processes")
-        root = Ending(0, status, text, "input", time.time())
+        root = Ending(0, status, text, "input")
     written = read_result(Path(folder))
     if root is not None or written is None:
         result = written or new_result(config, command)

@@ -156,7 +156,7 @@ def main() -> None:
         result.status, result.error = failure(error, run.stage if run else stage)
         result.has_diverged = isinstance(error, Diverged)
         result.stopped_by = interrupts.queue_signal if result.status == "interrupted" else None
-        ending = Ending(rank, result.status, result.error, cause_of(error, result.status), time.time())
+        ending = Ending(rank, result.status, result.error, cause_of(error, result.status))
     if rank == 0:
         write_result(run_dir, result)
     if config.parallel.is_split:

@@ -36,11 +36,6 @@ class Place:
         """Whether rank 0 is here."""
         return self.folder == self.run_dir
 
-    @property
-    def holds(self) -> str:
-        """For people: what is in the folder."""
-        return "results" if self.is_first else "the results are on the first machine; the log of this one"
-
 
 @contextmanager
 def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:

@@ -46,8 +46,7 @@ class Meeting(StaticTCPRendezvous):
                     root = json.loads(self.store.get("root"))
                     self.store.set(f"read_{self.rank}", "")
                     return Ending(**root) if root else None
-            lost = f"the first machine, {self.host}, does not answer"
-            return root_of(endings) or Ending(0, "error", lost, "silent", time.time())
+            return root_of(endings) or self.without_first()
         everyone = list(endings)
         for machine in range(1, self.n_machines):
             key = f"endings_{machine}"
@@ -55,9 +54,12 @@ class Meeting(StaticTCPRendezvous):
                 told = json.loads(self.store.get(key))
                 everyone += [Ending(**each) for each in told]
             else:
-                lost = "its machine does not answer"
-                everyone.append(Ending(machine * self.n_here, "error", lost, "silent", time.time()))
+                everyone.append(Ending(machine * self.n_here, "error", "its machine does not answer", "silent"))
         return root_of(everyone)
+
+    def without_first(self) -> Ending:
+        """The ending of a run whose first machine is lost."""
+        return Ending(0, "error", f"the first machine, {self.host}, does not answer", "silent")
 
     def close(self, root: Ending | None, wait_seconds: float) -> None:
         """Tell the other machines how the run ended, and wait until they know."""

@@ -72,10 +72,8 @@ class TimedLoop:
     def _ends_here(self) -> bool:
         """Do what is due between two optimizer steps, and say whether that was the last one."""
         step, config = self.position.step, self.config
-        evaluates = bool(self.data.held_out) and is_due(
-            step, self.total_steps, self.data.steps_per_epoch, config.eval_every
-        )
-        if evaluates and (not self.held_out or self.held_out[-1].step < step):
+        due = is_due(step, self.total_steps, self.data.steps_per_epoch, config.eval_every)
+        if self.data.held_out and due and (not self.held_out or self.held_out[-1].step < step):
             self._between(self._evaluate)
         stops = self.step.ranks.any(self.interrupts.requested)
         ends = step == self.total_steps or is_time_to_stop(self.held_out, config)

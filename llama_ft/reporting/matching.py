@@ -11,9 +11,8 @@ from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
 # What changes the memory and time of each run, whatever its combination.
-OF_EVERY_RUN = tuple(
-    f"training.{key}" for key in ("micro_batch_size", "packing", "optimizer", "optimizer_in_backward", "momentum")
-)
+KEYS_OF_EVERY_RUN = "micro_batch_size packing optimizer optimizer_in_backward momentum".split()
+OF_EVERY_RUN = [f"training.{key}" for key in KEYS_OF_EVERY_RUN]
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other

@@ -26,9 +26,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]") | {ord("±"): "+-"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
-NOT_IN_CSV = tuple(
-    "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
-)
+NOT_IN_CSV = "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 

@@ -35,15 +35,12 @@ def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> di
     adapter = read_adapter(Path(os.path.expanduser(folder)), model)
     check_base_of(adapter, checkpoint or "builtin")
     (kind, *others) = {(factors.rank, factors.alpha, factors.rslora) for factors in adapter.factors.values()}
-    names = {
-        name: name.rpartition(".")[2] for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)
-    }
+    linears = [name for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)]
+    names = {name: name.rpartition(".")[2] for name in linears}
     targets = set(map(names.get, adapter.factors))
     if others or {name for name in names if names[name] in targets} != adapter.factors.keys():
-        advice = "merge it into the weights with convert, and train another one on them"
-        raise UserError(
-            f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further: {advice}"
-        )
+        problem = f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further"
+        raise UserError(f"{problem}: merge it into the weights with convert, and train another one on them")
     rank, alpha, rslora = kind
     ordered = [name for name in dict.fromkeys(names.values()) if name in targets]
     return {"rank": rank, "alpha": float(alpha), "rslora": rslora, "targets": ordered}

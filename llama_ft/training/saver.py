@@ -67,9 +67,7 @@ class Saver:
         """Write a checkpoint; a UserError if it cannot be written, and those before it stay."""
         config_hash, run_hash = self._hashes
         scaler, rng = self._step.scaler.state_dict(), self._ranks.gathered(_rng_states(self._step.device))
-        states = {
-            f"{name}.{rank}" if rank else name: each for rank, own in enumerate(rng) for name, each in own.items()
-        }
+        states = {f"{key}.{rank}" if rank else key: each for rank, own in enumerate(rng) for key, each in own.items()}
         state = SavedState(config_hash, position, run_hash, scaler, states)
         self._write(f"step_{position.step:08}", state)
         if self._ranks.is_first:
