@@ -44,20 +44,15 @@ def check_card(device: torch.device, gpu: GpuConfig) -> None:
     capability, total_mib = (card.major, card.minor), card.total_memory / MIB
     built_for = torch.cuda.get_arch_list()
     if not has_kernels(capability, built_for):
-        raise UserError(
-            f"PyTorch {torch.__version__} has no kernels for this {card.name}: its compute capability is"
-            f" {card.major}.{card.minor}, and they are for {', '.join(built_for)}; docs/gpus.md says which build has"
-        )
+        what = f"its compute capability is {card.major}.{card.minor}, and they are for {', '.join(built_for)}"
+        advice = "docs/gpus.md says which build has"
+        raise UserError(f"PyTorch {torch.__version__} has no kernels for this {card.name}: {what}; {advice}")
     if gpu.capability is not None and gpu.capability > capability:
-        raise UserError(
-            f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and this {card.name} has the older"
-            f" {card.major}.{card.minor}, without all of that one's kernels: use gpu=auto"
-        )
+        older = f"this {card.name} has the older {card.major}.{card.minor}, without all of that one's kernels"
+        raise UserError(f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and {older}: use gpu=auto")
     if gpu.usable_mib is not None and gpu.usable_mib > total_mib:
-        raise UserError(
-            f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than the {total_mib:,.0f} MiB of this"
-            f" {card.name}: use gpu=auto"
-        )
+        here = f"the {total_mib:,.0f} MiB of this {card.name}"
+        raise UserError(f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than {here}: use gpu=auto")
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:

@@ -30,10 +30,8 @@ def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
     if config.training.resume and is_new and not HydraConfig.get().runtime.choices.get("experiment"):
         raise UserError(f"training.resume=true needs the folder to go on in: add {key}=DIR")
     if found and not config.training.resume and not sweeping:
-        raise UserError(
-            f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
-            f" to begin anew delete {found[-1].parent}"
-        )
+        saved = f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there"
+        raise UserError(f"{saved}; to begin anew delete {found[-1].parent}")
 
 
 def check_directions(objective: Sequence[str]) -> None:

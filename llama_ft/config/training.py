@@ -73,10 +73,8 @@ class TrainingConfig:
     def check_on(self, device_type: str, accumulation_steps: int, in_fp16: bool) -> None:
         """Raise a UserError where the optimizer does not go with the device, several micro-batches or loss scaling."""
         if self.optimizer is Optimizer.paged_adamw_8bit and device_type != "cuda":
-            raise UserError(
-                "training.optimizer=paged_adamw_8bit needs a CUDA GPU, whose driver moves its state to the host: on the"
-                " CPU use training.optimizer=adamw_8bit"
-            )
+            needs = "needs a CUDA GPU, whose driver moves its state to the host: on the CPU use"
+            raise UserError(f"training.optimizer=paged_adamw_8bit {needs} training.optimizer=adamw_8bit")
         if self.optimizer_in_backward:
             several = self.packing is not None and self.micro_batch_size > 1
             rows = f"training.packing={self.packing} can lay {self.micro_batch_size} samples into several rows"
@@ -98,10 +96,8 @@ class TrainingConfig:
             raise UserError("training.keep_best=true keeps weights, and training.save=false none: leave one out")
         for key, given in (("keep_best=true", self.keep_best), (f"patience={self.patience}", self.patience)):
             if given and validation is None:
-                raise UserError(
-                    f"training.{key} goes by the held-out loss, and nothing is held out: give data.validation, a file,"
-                    " a share such as 0.1 or a number of records"
-                )
+                advice = "give data.validation, a file, a share such as 0.1 or a number of records"
+                raise UserError(f"training.{key} goes by the held-out loss, and nothing is held out: {advice}")
 
 
 @dataclass

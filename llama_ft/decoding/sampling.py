@@ -52,10 +52,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def require_distribution(logits: Tensor) -> None:
     """Raise a UserError if a row of fp32 [B, V] is no distribution: it has NaN or +inf, or nothing but -inf."""
     if not logits.amax(-1).isfinite().all():  # which NaN and +inf pass through
-        raise UserError(
-            "the model's logits are not finite, so no token can be chosen: its weights are damaged, or 16 bit overflow "
-            "(bf16 and fp32 have more range than fp16)"
-        )
+        cause = "its weights are damaged, or 16 bit overflow (bf16 and fp32 have more range than fp16)"
+        raise UserError(f"the model's logits are not finite, so no token can be chosen: {cause}")
 
 
 @dataclass(frozen=True)

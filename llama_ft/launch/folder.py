@@ -96,10 +96,9 @@ def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
     n_steps = max((each.step for each in steps_of(read_metrics(run_dir))), default=0)
     if ended.status == "ok" and n_steps not in map(step_of, checkpoints(run_dir)):
         trained = "adapter" if config.optim.lora else "checkpoint"
-        raise UserError(
-            f"{run_dir} has no checkpoint of its end to go on from, which training.save_every=N or keep_best=true"
-            f" leaves. A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
-        )
+        missing = "no checkpoint of its end to go on from, which training.save_every=N or keep_best=true leaves"
+        advice = f"A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
+        raise UserError(f"{run_dir} has {missing}. {advice}")
     return True
 
 

@@ -55,10 +55,8 @@ def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -
         return host, int(port)
     hosts, job = variables.get("SLURM_JOB_NODELIST"), variables.get("SLURM_JOB_ID", "")
     if not hosts or not job.isdigit():
-        raise UserError(
-            f"parallel.nodes={nodes} is run by SLURM's srun, whose variables are not there, or with"
-            " parallel.rendezvous=HOST:PORT of the first machine"
-        )
+        ways = "SLURM's srun, whose variables are not there, or with parallel.rendezvous=HOST:PORT of the first machine"
+        raise UserError(f"parallel.nodes={nodes} is run by {ways}")
     if (n_there := int(variables.get("SLURM_NNODES", nodes))) != nodes:
         raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}; give as many")
     if int(variables.get("SLURM_NTASKS", nodes)) != nodes or variables.get("SLURM_LOCALID", "0") != "0":

@@ -93,10 +93,8 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
         host, port = meeting_point(parallel.rendezvous, parallel.nodes, os.environ)
     if listener is None:
         if not waited(lambda: answers(host, port), seconds):
-            raise UserError(
-                f"nothing answers at {host}:{port} after {seconds} s: the same command must run on that machine, and"
-                " its port be open"
-            )
+            needed = "the same command must run on that machine, and its port be open"
+            raise UserError(f"nothing answers at {host}:{port} after {seconds} s: {needed}")
         server = TCPStore(host, port, is_master=False, timeout=timeout)
         return come(server, host, config)
     server = TCPStore(host, port, is_master=True, master_listen_fd=listener, timeout=timeout, wait_for_workers=False)
@@ -105,10 +103,8 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
     meeting.store.set("first", json.dumps({"hash": config.hash(), "run_dir": run_dir}))
     if not waited(lambda: meeting.store.add("come", 0) >= parallel.nodes - 1, seconds):
         came = 1 + meeting.store.add("come", 0)
-        raise UserError(
-            f"parallel.nodes={parallel.nodes}: {came} came to {host}:{port} within {seconds} s; start the same command"
-            " on each machine, or wait longer with parallel.timeout_s"
-        )
+        advice = "start the same command on each machine, or wait longer with parallel.timeout_s"
+        raise UserError(f"parallel.nodes={parallel.nodes}: {came} came to {host}:{port} within {seconds} s; {advice}")
     meeting.store.set("all_here", "")
     return meeting
 
@@ -142,7 +138,5 @@ def check_gpus(config: TrainConfig) -> None:
         return
     n_here, n_gpus = config.parallel.per_machine, torch.cuda.device_count()
     if n_here > n_gpus:
-        raise UserError(
-            f"parallel.processes={config.parallel.processes}: that is {n_here} on this machine, a GPU for each, and"
-            f" PyTorch sees {n_gpus}: give as many processes, or gpu=cpu"
-        )
+        here = f"that is {n_here} on this machine, a GPU for each, and PyTorch sees {n_gpus}"
+        raise UserError(f"parallel.processes={config.parallel.processes}: {here}: give as many processes, or gpu=cpu")

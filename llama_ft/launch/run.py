@@ -171,10 +171,9 @@ class MeasuredRun:
         result.eval_runtime_s = sum(each.eval_time_s for each in losses)
         if loop.position.step < loop.total_steps:
             result.stopped_early_at_step, n_since = loop.position.step, len(losses) - 1 - losses.index(best)
-            self.log(
-                f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the least held-out"
-                f" loss was {best.eval_loss:.4f} after step {best.step}, and none of the {n_since} since was less"
-            )
+            least = f"the least held-out loss was {best.eval_loss:.4f} after step {best.step}"
+            when = f"after optimizer step {loop.position.step} of {loop.total_steps}"
+            self.log(f"stopped early, {when}: {least}, and none of the {n_since} since was less")
 
     def _note_memory(self, use: MemoryUse, step: TrainStep) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""

@@ -49,10 +49,9 @@ class TimedLoop:
         self._meter = StepMeter(self.total_steps, self.step.device, self.step.scaler.is_enabled(), last)
         if last is not None and last.total_steps != self.total_steps:
             lr, kind = self.schedule.get_last_lr()[0], self.config.schedule.name
-            self.log(
-                f"trained longer: {self.total_steps} optimizer steps in place of {last.total_steps}. The {kind}"
-                f" schedule is over all of them now: the learning rate goes on at {lr:.2e}, after {last.lr:.2e}"
-            )
+            longer = f"trained longer: {self.total_steps} optimizer steps in place of {last.total_steps}"
+            rate = f"the learning rate goes on at {lr:.2e}, after {last.lr:.2e}"
+            self.log(f"{longer}. The {kind} schedule is over all of them now: {rate}")
 
     def run(self) -> None:
         """Train; a UserError if a loss is not finite, or a checkpoint cannot be written."""

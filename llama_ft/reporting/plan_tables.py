@@ -128,10 +128,8 @@ def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
     notes = [] if plan.is_sweep else _setting_notes(plan)
     if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
-        notes.append(
-            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the"
-            " driver moves it to the host where the card is full."
-        )
+        where = "in managed memory, and counted nowhere here: the driver moves it to the host where the card is full"
+        notes.append(f"Up to {amount(managed)} MiB of optimizer state are {where}.")
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
