@@ -5,16 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llama_ft.config import (
-    TOKENIZER_FILES,
-    ConvertConfig,
-    Format,
-    ModelConfig,
-    ModelSource,
-    UserError,
-    found_tokenizer,
-    is_gguf,
-)
+from llama_ft.config import ConvertConfig, Format, ModelConfig, ModelSource, UserError
+from llama_ft.config.source import TOKENIZER_FILES, found_tokenizer, is_gguf
 from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, default_template, home_of
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
