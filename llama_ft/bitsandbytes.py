@@ -21,13 +21,9 @@ def is_installed() -> bool:
 
 @cache
 def bitsandbytes(setting: str) -> ModuleType:
-    """The library, with its operators registered in `torch.ops.bitsandbytes`.
+    """The library, with its operators registered in `torch.ops.bitsandbytes`; a UserError if it is not to be had here.
 
-    Args:
-        setting: what asks for it, as one types it.
-
-    Raises:
-        UserError: if it is not installed, or cannot be loaded here.
+    `setting` is what asks for it, as one types it.
     """
     # It warns of a kernel for generating on the CPU that it would download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

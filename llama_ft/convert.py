@@ -44,7 +44,8 @@ def main() -> int:
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
-    check_free(output, config)
+    if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"output={config.output} is there already, and nothing is overwritten: give another name")
     from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import open_source
 
@@ -64,13 +65,6 @@ def main() -> int:
     files = "" if gguf else f"{', '.join(sorted(file.name for file in output.iterdir()))} in "
     console.print(f"Written: {files}{config.output}", highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def check_free(output: Path, config: ConvertConfig) -> None:
-    """Raise a UserError if something is in the place of the output; nothing is ever overwritten."""
-    is_empty = output.is_dir() and not output.is_symlink() and not any(output.iterdir())
-    if os.path.lexists(output) and not is_empty:
-        raise UserError(f"output={config.output} is there already, and nothing is overwritten: give another name")
 
 
 def folder_bytes(source: "Source", config: ConvertConfig) -> int:

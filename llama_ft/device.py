@@ -6,31 +6,19 @@ import re
 import resource
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
 from llama_ft import __version__
 from llama_ft.config import DeviceChoice, Dtype, GpuConfig, UserError
 from llama_ft.kernels import use_kernels_of
-from llama_ft.system import (
-    MIB,
-    NEAR_LIMIT,
-    OUT_OF_MEMORY_TEXT,
-    data_bytes,
-    may_have_gpu,
-    resident_bytes,
-)
+from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, cpu_info, data_bytes, may_have_gpu, resident_bytes
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
-    """The device to run on.
-
-    Raises:
-        UserError: if a GPU is asked for that PyTorch does not see or cannot use, or that is less than the profile's.
-    """
+    """The device to run on; a UserError if a GPU is asked for that PyTorch cannot use, or less than its profile."""
     if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
     if reason := why_no_gpu():
@@ -56,20 +44,15 @@ def check_card(device: torch.device, gpu: GpuConfig) -> None:
     capability, total_mib = (card.major, card.minor), card.total_memory / MIB
     built_for = torch.cuda.get_arch_list()
     if not has_kernels(capability, built_for):
-        raise UserError(
-            f"PyTorch {torch.__version__} has no kernels for this {card.name}: its compute capability is"
-            f" {card.major}.{card.minor}, and they are for {', '.join(built_for)}; docs/gpus.md says which build has"
-        )
+        what = f"its compute capability is {card.major}.{card.minor}, and they are for {', '.join(built_for)}"
+        advice = "docs/gpus.md says which build has"
+        raise UserError(f"PyTorch {torch.__version__} has no kernels for this {card.name}: {what}; {advice}")
     if gpu.capability is not None and gpu.capability > capability:
-        raise UserError(
-            f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and this {card.name} has the older"
-            f" {card.major}.{card.minor}, without all of that one's kernels: use gpu=auto"
-        )
+        older = f"this {card.name} has the older {card.major}.{card.minor}, without all of that one's kernels"
+        raise UserError(f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and {older}: use gpu=auto")
     if gpu.usable_mib is not None and gpu.usable_mib > total_mib:
-        raise UserError(
-            f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than the {total_mib:,.0f} MiB of this"
-            f" {card.name}: use gpu=auto"
-        )
+        here = f"the {total_mib:,.0f} MiB of this {card.name}"
+        raise UserError(f"gpu={gpu.name} has {gpu.usable_mib:,} MiB to use, more than {here}: use gpu=auto")
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
@@ -149,10 +132,7 @@ def device_name(device: torch.device) -> str:
     """Name for people: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    match = None
-    with suppress(OSError):
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    name = match[1] if match else platform.processor() or platform.machine()
+    name = cpu_info("model name") or platform.processor() or platform.machine()
     n_threads = torch.get_num_threads()
     return f"{name}, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
@@ -171,11 +151,7 @@ def peak_rss_mib() -> float:
 
 
 def limit_memory(device: torch.device, limit_mib: int) -> None:
-    """Make allocations fail beyond a limit: of the allocator on CUDA, of the process's data segment on the CPU.
-
-    Raises:
-        UserError: if the operating system has no such limit.
-    """
+    """Limit the CUDA allocator, or the process's data segment on the CPU; a UserError if the system cannot."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib * MIB / total), device)

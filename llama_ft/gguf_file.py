@@ -10,7 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from llama_ft.config import GGUF_MAGIC, UserError
+from llama_ft.config import UserError
+from llama_ft.config.source import GGUF_MAGIC
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
 # By the numbers of types in the format's description, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.

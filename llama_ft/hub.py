@@ -13,7 +13,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_ft.config import TOKENIZER_FILES, UserError
+from llama_ft.config import UserError
+from llama_ft.config.source import TOKENIZER_FILES
 from llama_ft.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -46,11 +47,7 @@ def is_hub_name(name: object) -> bool:
 def fetch(key: str, name: str) -> Path:
     """A repository's folder in the cache, with all but the weights; or the one file that is named. Once a process.
 
-    Args:
-        key: of the config: `checkpoint`, `base`, `adapter`, whose folder is whole, or `tokenizer`, which is a file.
-
-    Raises:
-        UserError: if the name, the network, the rights, the cache or what lies there is at fault.
+    Of the key `adapter` the folder is whole, of `tokenizer` it is a file. Whatever is at fault is a UserError.
     """
     repo, file, revision = _parts(key, name)
     needed = NEEDED.get(key, (HF_CONFIG, META_PARAMS))
@@ -109,7 +106,6 @@ def local(key: str, name: T) -> T | Path:
 
 
 def _parts(key: str, name: str) -> tuple[str, str | None, str | None]:
-    """Repository, file and revision."""
     if not (match := NAME.fullmatch(name)):
         shapes = "hub:ORG/NAME or hub:ORG/NAME/FILE.gguf, with @REVISION or without"
         raise UserError(f"{key}={name} is not allowed: it must be {shapes}")
@@ -129,7 +125,6 @@ def _files(repo: str, folder: Path) -> Mapping[str, int]:
 
 @contextmanager
 def _explained(key: str, name: str, repo: str) -> Iterator[None]:
-    """Make what can go wrong in a download a UserError that says what to do."""
     try:
         from huggingface_hub import constants, errors
     except ImportError as error:

@@ -1,10 +1,8 @@
 """The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
 
-import re
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import Library, get_kernel
 from torch.utils._pytree import tree_map
+
+from llama_ft.system import cpu_info
 
 MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds of an fp32 product from which on oneDNN's kernels are worth building
 ONEDNN_MULTIPLE = 16  # to which rows are rounded up there, so that lengths share kernels
@@ -76,17 +76,8 @@ def mkl_is_slow() -> bool:
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and torch.cpu._is_avx512_supported()
-        and cpu_vendor() != "GenuineIntel"
+        and cpu_info("vendor_id") != "GenuineIntel"
     )
-
-
-def cpu_vendor() -> str:
-    """The CPU's maker as Linux names it; empty elsewhere."""
-    try:
-        match = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return ""
-    return match[1] if match else ""
 
 
 # PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
@@ -127,7 +118,6 @@ def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
 
 
 def _into(kernel: Callable[..., Tensor], keys: Any, *args: Any, out: Tensor, **kwargs: Any) -> Tensor:
-    """What a kernel returns, put into a tensor that is there."""
     result = kernel(keys, *args, **kwargs)
     return out.resize_(result.shape).copy_(result)
 

@@ -43,9 +43,7 @@ def overrides(arguments: list[str]) -> list[str]:
         return [*arguments, "combinations=one"]
     names_optim = any(argument.startswith(("optim=", "optim.", "recipe=")) for argument in arguments)
     if names_optim and both:
-        raise UserError(
-            f"{both[0]} plans combinations without it and with it, and optim names one: leave one of them out"
-        )
+        raise UserError(f"{both[0]} plans combinations without it and with it, and optim names one: leave one out")
     others = [argument for argument in arguments if argument not in short]
     if both:
         others.append(f"both=[{','.join(short[argument] for argument in both)}]")

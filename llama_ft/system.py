@@ -82,6 +82,14 @@ def data_bytes(pid: int) -> int:
     return 0
 
 
+def cpu_info(key: str) -> str:
+    """What Linux says of the CPU, such as its `model name`; empty elsewhere."""
+    with suppress(OSError):
+        if match := re.search(rf"^{key}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1]
+    return ""
+
+
 def _cgroup_file(name: str) -> Path:
     try:
         line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from helpers.planning import CPU_PROFILE, card
 
-from llama_ft.config import MatrixRates, TrainConfig, UserError
+from llama_ft.config import TrainConfig, UserError
+from llama_ft.config.groups import MatrixRates
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.calibration import calibrate, efficiency, errors, measured_runs
 from llama_ft.planning.predict import predict

@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers.planning import SHORT, WIDE_HEAD, card, small_config
 
-from llama_ft.config import GpuConfig, MeasureConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config import GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.config.checks import Policy
+from llama_ft.config.groups import MeasureConfig
 from llama_ft.launch import child, process
 from llama_ft.planning import fit
 from llama_ft.planning.fit import Capacity, alternatives, capacity_of, objection, objection_here, reserved_mib

@@ -21,7 +21,8 @@ from helpers.tracked import (
     write_run,
 )
 
-from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfig, UserError
+from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UserError
+from llama_ft.config.groups import UploadConfig
 from llama_ft.tracking import upload_runs, wandb_run
 from llama_ft.tracking.base import RUN_FILES
 

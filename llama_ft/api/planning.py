@@ -2,18 +2,9 @@
 
 from collections.abc import Sequence
 
-from llama_ft.config import (
-    FROM_CHECKPOINT,
-    TECHNIQUES,
-    DataConfig,
-    GpuConfig,
-    ModelConfig,
-    OptimConfig,
-    PlanConfig,
-    TrainingConfig,
-    UserError,
-)
+from llama_ft.config import FROM_CHECKPOINT, DataConfig, GpuConfig, ModelConfig, PlanConfig, TrainingConfig, UserError
 from llama_ft.config.presets import preset
+from llama_ft.config.techniques import TECHNIQUES, OptimConfig
 from llama_ft.planning.predict import predict as _predict
 from llama_ft.records.plan import PlanRow
 

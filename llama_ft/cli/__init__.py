@@ -11,16 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from llama_ft import __version__
-from llama_ft.cli.compose import (
-    checked_config,
-    command_line,
-    composed_config,
-    register,
-    swept_configs,
-    swept_keys,
-    typed_in,
-    typed_overrides,
-)
+from llama_ft.cli.compose import checked_config, command_line, composed_config, register, typed_overrides
 from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import explain
 from llama_ft.cli.sweeps import composed_runs, is_sweep

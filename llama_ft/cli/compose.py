@@ -106,11 +106,7 @@ def swept(config: DictConfig) -> list[Override]:
 
 
 def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
-    """The configs, composed and not checked, of a sweep's runs, so far as they may differ in these keys.
-
-    Args:
-        config: that of one of the runs, with the section `hydra`.
-    """
+    """The configs, not checked, of a sweep's runs, so far as they may differ in these keys; `config` is one run's."""
     names = {*keys, *(key.partition(".")[0] for key in keys), "experiment", "recipe"}
     found = [override for override in swept(config) if override.key_or_group in names and override.is_discrete_sweep()]
     varied = {override.key_or_group: str(override.input_line) for override in found}
@@ -134,10 +130,7 @@ def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> Di
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The checked config of a command that is not a Hydra application itself; a UserError names a wrong key.
-
-    What is given and would surprise is said on standard error.
-    """
+    """The checked config of a command that Hydra does not run; a UserError names a wrong key. Remarks are printed."""
     overrides = as_typed(overrides, schema)
     config = checked_config(composed(name, overrides), overrides, schema)
     for line in remarks(config, overrides):
@@ -194,19 +187,15 @@ def _with_hub_folders(config: DictConfig, schema: type) -> dict[str, str]:
 
 
 def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
-    """The config with the sizes that its checkpoint says, where it is to say them; the keys given keep theirs.
-
-    It is to where no model is chosen, and the checkpoint is one of another model than the default.
-    """
+    """The config with its checkpoint's sizes, if asked for, or no model is chosen; the keys given keep theirs."""
     if "model" not in sized:
         return sized
     sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
     is_asked, weights = sized.model.name == FROM_CHECKPOINT, OmegaConf.select(sized, "checkpoint")
     has_folder = weights not in (None, "builtin", "random")
     if is_asked and not has_folder:
-        raise UserError(
-            f"model={FROM_CHECKPOINT} takes its sizes from a checkpoint: give checkpoint=DIR, FILE.gguf or hub:ORG/NAME"
-        )
+        sources = "checkpoint=DIR, FILE.gguf or hub:ORG/NAME"
+        raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a checkpoint: give {sources}")
     folder = Path(os.path.expanduser(weights or ""))
     is_open = "model" not in given and sized.model.name == DEFAULT_MODEL and has_folder and folder.exists()
     if not (is_asked or is_open):

@@ -100,7 +100,6 @@ def _keys(schema: type) -> Iterator[str]:
 
 
 def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> str:
-    """A choice that a group does not have, and those that it has."""
     if setting_of(schema, group)[0]:
         return not_allowed(schema, group, value)
     if plugin := PLUGINS.get(f"{group}={value}"):
@@ -133,9 +132,7 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
     if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
         return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
     if text.endswith("does not support sweep type : INTERVAL_SWEEP"):
-        return (
-            "interval(...) needs hydra/sweeper=optuna, which chooses values in it: a plain sweep has no number of them"
-        )
+        return "interval(...) needs hydra/sweeper=optuna, which chooses in it: a plain sweep has no number of values"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):

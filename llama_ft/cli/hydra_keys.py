@@ -23,20 +23,15 @@ def check_name(key: str, folder: object) -> None:
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:
-    """Raise a UserError at what would silently lose what an earlier run saved, and what has nothing to resume.
-
-    Rows of a sweep that were cut short begin anew: a measurement in two parts is a worse one.
-    """
+    """Raise a UserError at what would lose what a run saved, other than a sweep's row, or has nothing to resume."""
     found = checkpoints(run_dir)
     key = "hydra.sweep.dir" if sweeping else "hydra.run.dir"
     is_new = not any(key in override for override in HydraConfig.get().overrides.hydra)
     if config.training.resume and is_new and not HydraConfig.get().runtime.choices.get("experiment"):
         raise UserError(f"training.resume=true needs the folder to go on in: add {key}=DIR")
     if found and not config.training.resume and not sweeping:
-        raise UserError(
-            f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there;"
-            f" to begin anew delete {found[-1].parent}"
-        )
+        saved = f"{run_dir} holds a run saved at {found[-1].name}: training.resume=true goes on from there"
+        raise UserError(f"{saved}; to begin anew delete {found[-1].parent}")
 
 
 def check_directions(objective: Sequence[str]) -> None:
@@ -52,9 +47,7 @@ def check_directions(objective: Sequence[str]) -> None:
 def check_gpus_of_jobs(launcher: Any, on_cpu: bool) -> None:
     """Raise a UserError where jobs of `submitit_local` would see no GPU, or others than they may.
 
-    Args:
-        launcher: the section `hydra.launcher`. Jobs are given GPUs from 0 to `gpus_per_node`, whatever
-            CUDA_VISIBLE_DEVICES is.
+    They are given GPUs from 0 to the launcher's `gpus_per_node`, whatever CUDA_VISIBLE_DEVICES is.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if on_cpu or visible in ("", "-1") or not may_have_gpu():
@@ -67,17 +60,8 @@ def check_gpus_of_jobs(launcher: Any, on_cpu: bool) -> None:
         raise UserError(f"hydra/launcher=submitit_local shows its jobs no GPU unless it is told: give {given}")
 
 
-def check_seeds(swept: Collection[str]) -> None:
-    """Raise a UserError if a tuned sweep would choose a seed, as if one were better than another."""
-    if SEED in swept:
-        raise UserError(f"{SEED} has several values, and the sweeper would choose the best of them: give one")
-
-
 def without_effect(keys: Sequence[str], swept: Collection[str] | None) -> Iterator[str]:
-    """A line for each of the typed keys that is for a sweep, and this is a run, or the other way round.
-
-    `swept` are the keys of which a sweep has several values; None is a run.
-    """
+    """A line for each typed key that is for a sweep, and this is a run (`swept` is None), or the other way round."""
     sweeps = swept is not None
     used, idle = ("sweep", "run") if sweeps else ("run", "sweep")
     if f"hydra.{idle}.dir" in keys:

@@ -18,19 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from llama_ft import cli
+from llama_ft.cli.compose import swept_configs, swept_keys, typed_in
 from llama_ft.cli.hydra_keys import check_name, check_resumable, without_effect
 from llama_ft.cli.sweep_start import note_ended, runs_here
 from llama_ft.config import DeviceChoice, TrackerKind, TrainConfig, UserError
 from llama_ft.config.checks import Settings
-from llama_ft.launch.folder import (
-    ELSEWHERE,
-    check_inputs,
-    clear,
-    differences,
-    earlier_config,
-    goes_on,
-    has_lost_patience,
-)
+from llama_ft.launch import folder
 from llama_ft.launch.interrupts import queue_signals_raised
 from llama_ft.launch.machines import Place, held_place
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
@@ -104,14 +97,14 @@ class Job:
         if self.number == 0:
             self.remark(checked)
         try:
-            check_inputs(self.run_dir, checked)
+            folder.check_inputs(self.run_dir, checked)
             previous = read_result(place.run_dir)
             if previous and (finished := self.finished_before(checked, place.run_dir, previous)):
                 return finished
             check_resumable(checked, self.run_dir, self.sweep_dir is not None)
             if previous and previous.stopped_by and self.sweep_dir:  # by a queue, which has started it again
                 checked.training.resume = True
-            clear(self.run_dir, checked)
+            folder.clear(self.run_dir, checked)
         except UserError as error:
             return self.refuse(settings, str(error), go_on=self.sweep_dir is not None)
         try:
@@ -126,10 +119,10 @@ class Job:
     def remark(self, config: TrainConfig) -> None:
         """Say what is given and would surprise."""
         composed = cast(DictConfig, HydraConfig.instance().cfg)
-        typed = cli.typed_in(composed)
-        alternatives = partial(cli.swept_configs, composed) if self.sweep_dir else lambda _: ()
+        typed = typed_in(composed)
+        alternatives = partial(swept_configs, composed) if self.sweep_dir else lambda _: ()
         lines = cli.remarks(config, [str(override.input_line) for override in typed], alternatives)
-        swept = cli.swept_keys() if self.sweep_dir else None
+        swept = swept_keys() if self.sweep_dir else None
         for line in (*lines, *without_effect([override.key_or_group for override in typed], swept)):
             self.log(line)
 
@@ -148,15 +141,15 @@ class Job:
         if previous.config_hash is None:
             return None
         if previous.config_hash != config.hash():
-            if goes_on(run_dir, config, previous):
-                if not has_lost_patience(run_dir, config, previous):
+            if folder.goes_on(run_dir, config, previous):
+                if not folder.has_lost_patience(run_dir, config, previous):
                     return None
                 stopped = f"{run_dir.name}: stopped early, after optimizer step {previous.stopped_early_at_step}"
                 self.log(f"{stopped}, and goes on with more training.patience alone, or with null")
                 return previous
-            earlier = earlier_config(run_dir)
-            what = f": {differences(earlier, config)}" if earlier else ""
-            raise cli.Stop(f"{run_dir} holds a run with another configuration{what}; {ELSEWHERE}")
+            earlier = folder.earlier_config(run_dir)
+            what = f": {folder.differences(earlier, config)}" if earlier else ""
+            raise cli.Stop(f"{run_dir} holds a run with another configuration{what}; {folder.ELSEWHERE}")
         if previous.status not in FINISHED:
             return None
         self.log(f"{run_dir.name}: done before ({previous.status}){ending(previous).removeprefix(previous.status)}")
@@ -187,7 +180,8 @@ class Job:
             if is_said and (self.sweep_dir or result.status in FINISHED):
                 display.message(ending(result))
         if not self.sweep_dir:
-            self.log(f"  {place.holds}: {run_dir}")
+            there = "results" if place.is_first else "the results are on the first machine; the log of this one"
+            self.log(f"  {there}: {run_dir}")
         return result
 
     def log(self, line: str, style: str | None = None) -> None:

@@ -11,9 +11,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from llama_ft import cli
-from llama_ft.cli.hydra_keys import check_directions, check_gpus_of_jobs, check_name, check_seeds
+from llama_ft.cli.compose import swept_keys
+from llama_ft.cli.hydra_keys import check_directions, check_gpus_of_jobs, check_name
 from llama_ft.cli.texts import parsed
-from llama_ft.config import DeviceChoice
+from llama_ft.config import DeviceChoice, UserError
 from llama_ft.config.training import SEED, Order
 from llama_ft.files import check_replaceable, locked
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK
@@ -40,8 +41,8 @@ class SweepStart(Callback):
             check_directions(config.sweep.objective)
             if HydraConfig.get().runtime.choices["hydra/launcher"] == "submitit_local":
                 check_gpus_of_jobs(config.hydra.launcher, config.gpu.device == DeviceChoice.cpu)
-            if is_tuned():
-                check_seeds(cli.swept_keys())
+            if is_tuned() and SEED in swept_keys():
+                raise UserError(f"{SEED} has several values, and the sweeper would choose the best of them: give one")
             folder = Path(config.hydra.sweep.dir)
             folder.mkdir(parents=True, exist_ok=True)
             UNTIL_THE_END.enter_context(locked(folder))

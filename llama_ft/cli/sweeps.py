@@ -25,10 +25,7 @@ def is_sweep(arguments: Sequence[str]) -> bool:
 def composed_runs(name: str, arguments: Sequence[str], schema: type[T]) -> list[T]:
     """The checked configs of the runs that `train` would make of these arguments, in the same order.
 
-    What is given and would surprise is said on standard error.
-
-    Raises:
-        UserError: naming a wrong key or value of one of the runs.
+    What is given and would surprise is said on standard error; a wrong key or value of one of the runs is a UserError.
     """
     register()
     texts = as_typed([argument for argument in arguments if argument not in OPTIONS], schema, sweeps=True)

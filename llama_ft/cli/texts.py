@@ -65,7 +65,6 @@ def _argument(argument: str, schema: type, sweeps: bool) -> str:
 
 
 def _text(value: str) -> str:
-    """A text as Hydra is to be given it."""
     text = unquoted(value)
     is_read = value and _value(f"key={value}") == text and not re.search(r"\$\{|\\", text)
     return value if is_read else QuotedString(literal(text), Quote.double).with_quotes()

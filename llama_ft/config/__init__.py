@@ -9,29 +9,12 @@ from llama_ft.config.convert import ConvertConfig
 from llama_ft.config.data_command import DataCommandConfig
 from llama_ft.config.evaluate import EvaluateConfig
 from llama_ft.config.generate import DecodingConfig, GenerateConfig
-from llama_ft.config.groups import (
-    DataConfig,
-    GpuConfig,
-    MatrixRates,
-    MeasureConfig,
-    ReportConfig,
-    TrackerConfig,
-    TrackerKind,
-    TrackerMode,
-    UploadConfig,
-)
+from llama_ft.config.groups import DataConfig, GpuConfig, ReportConfig, TrackerConfig, TrackerKind, TrackerMode
 from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelConfig
 from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
-from llama_ft.config.source import (
-    GGUF_MAGIC,
-    TOKENIZER_FILES,
-    ModelSource,
-    TrainedSource,
-    found_tokenizer,
-    is_gguf,
-)
+from llama_ft.config.source import ModelSource, TrainedSource, found_tokenizer, is_gguf
 from llama_ft.config.techniques import (
     COURSE,
     LABELS,

@@ -24,9 +24,7 @@ class ConvertConfig:
         if self.checkpoint is None and self.model.is_builtin:
             self.checkpoint = "builtin"
         if self.checkpoint is None:
-            raise UserError(
-                "give checkpoint=DIR: a folder of Meta's or Hugging Face's files, or of a run, or a GGUF file"
-            )
+            raise UserError("give checkpoint=DIR: a folder of Meta's or Hugging Face's, or of a run, or a GGUF file")
         if self.checkpoint == "random" or (self.checkpoint == "builtin" and not self.model.is_builtin):
             raise UserError(f"checkpoint={self.checkpoint}: there are no weights to convert; give checkpoint=DIR")
         if self.to is None:

@@ -137,9 +137,7 @@ class GpuConfig:
         at_least=0,
         needs="gpu.device=auto|cuda",
     )
-    shared: bool = setting(
-        False, "train on a GPU that another run may have too, instead of waiting", needs="gpu.device=auto|cuda"
-    )
+    shared: bool = setting(False, "share a GPU with other runs instead of waiting", needs="gpu.device=auto|cuda")
 
     def __post_init__(self) -> None:
         check_settings(self, "gpu.")
@@ -201,13 +199,9 @@ class TrackerConfig:
         TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline", needs=WANDB
     )
     project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft", needs=WANDB)
-    entity: str | None = setting(
-        None, "the W&B user or team; null is WANDB_ENTITY, else the API key's own", needs=WANDB
-    )
+    entity: str | None = setting(None, "the W&B user or team; null: WANDB_ENTITY, else the API key's own", needs=WANDB)
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder", needs=WANDB)
-    tags: list[str] = setting(
-        [], "W&B tags beside those of techniques, model and card; [] is those of WANDB_TAGS", needs=WANDB
-    )
+    tags: list[str] = setting([], "W&B tags beside techniques, model and card; [] is those of WANDB_TAGS", needs=WANDB)
     notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES", needs=WANDB)
 
     def __post_init__(self) -> None:

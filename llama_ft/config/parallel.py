@@ -16,16 +16,12 @@ class ParallelConfig:
     """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
 
     strategy: Strategy = setting(Strategy.none, "how it is split; the choice of the group sets it")
-    processes: int = setting(
-        2, "processes in all, one for each GPU; on the CPU as many as are wanted", at_least=1, needs=SPLIT
-    )
+    processes: int = setting(2, "processes in all, one for each GPU; on the CPU any number", at_least=1, needs=SPLIT)
     nodes: int = setting(1, "machines that share the processes; the same command runs on each", at_least=1, needs=SPLIT)
     rendezvous: str | None = setting(
         None, "HOST:PORT of the first machine, where they meet; null takes SLURM's variables", needs=SEVERAL_NODES
     )
-    timeout_s: int = setting(
-        600, "seconds for which the others wait for a process before the run ends", at_least=1, needs=SPLIT
-    )
+    timeout_s: int = setting(600, "seconds that others wait for a process before the run ends", at_least=1, needs=SPLIT)
 
     def __post_init__(self) -> None:
         check_settings(self, "parallel.")

@@ -67,11 +67,7 @@ class PlanConfig(TrainConfig):
 
 
 def row_settings(runs: Sequence[TrainConfig]) -> list[Settings]:
-    """The settings, by full name, in which the runs of a plan differ beside the switches, as each of them has them.
-
-    Raises:
-        UserError: if they differ in others.
-    """
+    """The settings, by full name, in which runs differ beside the switches; a UserError if a plan's rows may not."""
     known, sections = [flat(run.to_dict()) for run in runs], [each.name for each in TECHNIQUES]
     keys = [key for key in known[0] if any(settings.get(key) != known[0][key] for settings in known)]
     for key in keys:

@@ -18,11 +18,7 @@ def config_dir() -> Path:
 
 
 def preset(group: str, name: str, schema: type[T], **changes: Any) -> T:
-    """A choice of a config group, with some keys changed: `preset("model", "llama2_7b", ModelConfig, max_seq_len=512)`.
-
-    Raises:
-        UserError: if there is no such choice, naming those that there are.
-    """
+    """A choice of a config group, with some keys changed; a UserError names those that there are."""
     merged = OmegaConf.merge(OmegaConf.structured(schema), _load(group, name), literal(changes))
     return cast(T, OmegaConf.to_object(merged))
 

@@ -54,10 +54,8 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         if self.adapter is not None and not self.optim.lora:
             raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
         if self.training.compile and self.optim.gc and self.gc.policy is Policy.selective:
-            raise UserError(
-                "gc.policy=selective chooses among operators, and training.compile=true makes one of a layer: leave one"
-                " of them out"
-            )
+            problem = "gc.policy=selective chooses among operators, and training.compile=true makes one of a layer"
+            raise UserError(f"{problem}: leave one of them out")
         self.gpu.check_is_one()
         self.check_optimizer()
         self.check_parallel()

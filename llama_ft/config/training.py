@@ -23,9 +23,7 @@ class TrainingConfig:
     lr: float = setting(1e-5, "peak learning rate; it warms up, then falls as training.schedule says")
     epochs: int = setting(1, "passes over the data", at_least=1)
     micro_batch_size: int = setting(1, "samples in a micro-batch; with packing only those of an update", at_least=1)
-    packing: int | None = setting(
-        None, "tokens up to which an update's samples are laid end to end; null is off", at_least=1
-    )
+    packing: int | None = setting(None, "tokens up to which an update's samples lie end to end; null: off", at_least=1)
     compile: bool = setting(False, "compile the model's layers by torch.compile; memory is tracked without")
     max_samples: int | None = setting(
         None, "read the first n samples only, held-out ones that are drawn included; null is all", at_least=1
@@ -50,9 +48,7 @@ class TrainingConfig:
     eval_every: int | None = setting(
         None, "optimizer steps between held-out losses; null is once an epoch", at_least=1, needs="data.validation"
     )
-    keep_best: bool = setting(
-        False, "leave the weights of the least held-out loss, not the last; needs data.validation"
-    )
+    keep_best: bool = setting(False, "leave weights of the least held-out loss, not the last; needs data.validation")
     patience: int | None = setting(
         None, "held-out losses in a row without improvement after which training stops; null: never", at_least=1
     )
@@ -77,10 +73,8 @@ class TrainingConfig:
     def check_on(self, device_type: str, accumulation_steps: int, in_fp16: bool) -> None:
         """Raise a UserError where the optimizer does not go with the device, several micro-batches or loss scaling."""
         if self.optimizer is Optimizer.paged_adamw_8bit and device_type != "cuda":
-            raise UserError(
-                "training.optimizer=paged_adamw_8bit needs a CUDA GPU, whose driver moves its state to the host: on the"
-                " CPU use training.optimizer=adamw_8bit"
-            )
+            needs = "needs a CUDA GPU, whose driver moves its state to the host: on the CPU use"
+            raise UserError(f"training.optimizer=paged_adamw_8bit {needs} training.optimizer=adamw_8bit")
         if self.optimizer_in_backward:
             several = self.packing is not None and self.micro_batch_size > 1
             rows = f"training.packing={self.packing} can lay {self.micro_batch_size} samples into several rows"
@@ -99,24 +93,18 @@ class TrainingConfig:
     def check_for(self, validation: str | None) -> None:
         """Raise a UserError where a key asks for held-out losses, and nothing is held out, or for weights not saved."""
         if self.keep_best and not self.save:
-            raise UserError(
-                "training.keep_best=true keeps weights, and training.save=false none: leave one of them out"
-            )
+            raise UserError("training.keep_best=true keeps weights, and training.save=false none: leave one out")
         for key, given in (("keep_best=true", self.keep_best), (f"patience={self.patience}", self.patience)):
             if given and validation is None:
-                raise UserError(
-                    f"training.{key} goes by the held-out loss, and nothing is held out: give data.validation, a file,"
-                    " a share such as 0.1 or a number of records"
-                )
+                advice = "give data.validation, a file, a share such as 0.1 or a number of records"
+                raise UserError(f"training.{key} goes by the held-out loss, and nothing is held out: {advice}")
 
 
 @dataclass
 class SweepConfig:
     """What a sweep does with its runs."""
 
-    order: Order = setting(
-        Order.grouped, "of repeats, as of training.seed=0,1,2: each combination's together, or in turns"
-    )
+    order: Order = setting(Order.grouped, "of repeats as training.seed=0,1,2: each combination's together, or in turns")
     objective: list[str] = setting(
         [],
         f"what is least in the best run, and what Optuna is told: {', '.join(OBJECTIVES)}, or several; [] is eval_loss,"

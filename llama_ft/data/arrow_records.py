@@ -21,8 +21,7 @@ def arrow_rows(name: str, subset: str | None, split: str | None) -> Iterator[tup
         subset: one of several data sets that lie together; None where there is one.
         split: None is train.
 
-    Raises:
-        UserError: if the library is missing or cannot read it, or there is no such subset or split.
+    A UserError if the library is missing or cannot read it, or there is no such subset or split.
     """
     try:
         import datasets

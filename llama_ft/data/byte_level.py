@@ -85,11 +85,8 @@ def tokenizer_json(
 ) -> Json:
     """The content of a tokenizer.json.
 
-    Args:
-        vocabulary: ids of tokens, a letter for each byte.
-        merges: pairs of tokens, in the order of merging.
-        added: tokens that are in the vocabulary already, or follow it.
-        bos: the token before every text, if any.
+    `vocabulary` has a letter for each byte, `merges` are in the order of merging, `bos` is before every text, if any;
+    tokens that are `added` are in the vocabulary already, or follow it.
     """
     return {
         "version": "1.0",

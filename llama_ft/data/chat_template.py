@@ -7,6 +7,7 @@ since they come from strangers, and `{% generation %}` … `{% endgeneration %}`
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateError, nodes
@@ -42,10 +43,6 @@ def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # Jinja's own escapes what HTML would
-
-
 class Rendered(str):
     """What a chat template has written: a text that spells special tokens."""
 
@@ -56,10 +53,9 @@ class ChatTemplate:
     def __init__(self, text: str, name: str, special_names: Mapping[str, str]) -> None:
         """Compile it, for a tokenizer that has these special tokens; a UserError says where it is wrong."""
         self.name, self.text, self._known = name, text, {"documents": None, **special_names}
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _tojson
+        tags = [_Generation, "jinja2.ext.loopcontrols"]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes what HTML would
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(text)

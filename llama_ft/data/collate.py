@@ -78,10 +78,7 @@ def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
 
 
 def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """The samples that are laid end to end: in their order, as many as have up to `max_tokens` positions together.
-
-    A longer sample is a row of its own.
-    """
+    """The samples to be laid end to end: as many as have `max_tokens` positions together; a longer one is alone."""
     rows: list[list[Sample]] = []
     room = -1
     for sample in samples:
@@ -94,10 +91,7 @@ def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
 
 
 def end_to_end(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
-    """A batch of one row with all of the samples in it, one after the other.
-
-    What `padding` adds makes the last sample longer: under its causal mask nobody looks at it.
-    """
+    """A batch of one row with all samples in it; padding makes the last one longer, at which nobody looks."""
     lengths = [len(sample) - 1 for sample in samples]
     starts = [0, *accumulate(lengths)]
     lengths[-1] += padding.added(starts[-1], lengths[-1])

@@ -77,12 +77,8 @@ def load_dataset(
 ) -> Dataset:
     """Tokenize the records of a run, downloaded where needed, and hold out those that `data.validation` says.
 
-    Args:
-        max_samples: the most that are read, held-out ones that are drawn included.
-        seed: of the draw.
-
-    Raises:
-        UserError: if a record is bad, or no sample is left to train on or to hold out.
+    `max_samples` are read, held-out ones that are drawn, with the seed, included. A UserError if a record is bad, or no
+    sample is left to train on or to hold out.
     """
     template = template or choose_template(config.template, tokenizer)
 

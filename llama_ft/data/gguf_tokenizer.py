@@ -84,9 +84,7 @@ def tokenizer_settings(path: Path) -> dict[str, Json]:
 
 def _byte_level(said: Said) -> Json:
     if said.rule_name not in RULES:
-        raise said.refused(
-            f"it splits text by the rule {said.values.get('pre')}, and only {', '.join(RULES)} are known"
-        )
+        raise said.refused(f"it splits text by the rule {said.values.get('pre')}: only {', '.join(RULES)} are known")
     numbered = list(enumerate(said.tokens_and_types))
     vocabulary = {token: number for number, (token, kind) in numbered if kind is not TokenType.UNUSED}
     apart = (TokenType.CONTROL, TokenType.USER_DEFINED)

@@ -154,7 +154,6 @@ def conversation_record(messages: object, task: str = "") -> Record:
 
 
 def _checked(number: int, message: object) -> Message:
-    """A message with its role as chat templates know it."""
     if not isinstance(message, dict):
         raise ValueError(f"message {number} must be an object with role and content")
     said = {key: part for key, part in message.items() if part is not None}

@@ -78,10 +78,7 @@ class Tokenizer:
 
 
 def load_tokenizer(source: ModelSource, log: Log = silent) -> Tokenizer:
-    """The tokenizer of a model; a UserError if it is missing, damaged, or another model's.
-
-    Of a model that is not built in, `log` is told where texts begin and end.
-    """
+    """The tokenizer of a model; a UserError if it is missing, damaged, or another model's. `log` is told its ends."""
     tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
     check_vocabulary(tokenizer, source.tokenizer_file, source.model, source.checkpoint)
     if not source.model.is_builtin:

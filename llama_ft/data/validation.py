@@ -36,8 +36,7 @@ def hold_out(
         seed: of the draw, if it is a share or a number.
         read: gives the samples of another file or split.
 
-    Raises:
-        UserError: if none would be left to train on, or the file cannot be read.
+    A UserError if none would be left to train on, or the file cannot be read.
     """
     given, drawn = config.validation, config.drawn_validation
     if given is None:

@@ -25,8 +25,6 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class _Beam:
-    """A continuation in the search."""
-
     row: int  # of the state, whose tokens are these without the last
     tokens: list[int]
     total: float  # sum of their log-probabilities

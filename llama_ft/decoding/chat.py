@@ -83,11 +83,9 @@ def chat(
     """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
 
     Args:
-        answer: generates, shows and returns what follows a prompt. A UserError of it is logged, and the dialogue goes
-            on.
+        answer: generates, shows and returns what follows a prompt; a UserError of it is logged.
         use_adapter: likewise changes to the adapter in a folder; an empty name is none.
         read_line: the next line without its line break; raises EOFError after the last.
-        system: the system message that the conversation begins with.
     """
     dialogue = _Dialogue(answer, use_adapter, log, template, system)
     log(f"{'a conversation' if dialogue.remembers else 'an instruction a line'}; /help says more, /quit ends")

@@ -49,11 +49,8 @@ Lines = tuple[Texts, Write]
 def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answers: int) -> Iterator[Lines]:
     """Open a file, to go on from its last whole line. One process at a time writes into it; an empty one is removed.
 
-    Args:
-        made_with: the settings' hash, which each line that is there must have.
-
-    Raises:
-        UserError: if it cannot be written, another process writes into it, or it is of other prompts or settings.
+    A UserError if it cannot be written, another process writes into it, or it is of other prompts or settings, by the
+    hash that lines are `made_with`.
     """
     file = Path(os.path.expanduser(name))
     if file.exists() and not file.is_file():
@@ -106,10 +103,7 @@ def print_line(line: str) -> None:
 def answer_prompts(
     config: GenerateConfig, prompts: Sequence[Prompt], dtype: str, load: LoadFn, progress: Progress, log: Log
 ) -> None:
-    """Answer the prompts that have no line yet, and write the lines to `config.output`, else print them.
-
-    Before anything is generated, a UserError says if the output is of other prompts or settings.
-    """
+    """Answer the prompts that have no line in `config.output`, or print them all; a UserError if it is of others."""
     made_with = settings_hash(config, dtype, prompts)
 
     def lines_for(suffix: str = "") -> AbstractContextManager[Lines]:

@@ -33,8 +33,7 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
         record: has `prompt`; or `instruction`, and `input` where it needs that; or `messages`, the last one the user's.
         system: a system message that comes before what has none.
 
-    Raises:
-        UserError: if it is unclear what is asked, or the template does not take it.
+    A UserError if it is unclear what is asked, or the template does not take it.
     """
     try:
         asked = _asked(record, system)

@@ -25,10 +25,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> T
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row of fp32 [B, V], -inf elsewhere; 0, V and more keep all.
-
-    All that equal the k-th are kept, so that ties are not broken by the order of the vocabulary.
-    """
+    """The k largest logits of each row of fp32 [B, V], and their equals, -inf elsewhere; 0, V and more keep all."""
     if not 0 < k < logits.shape[-1]:
         return logits
     smallest = logits.topk(k).values[:, -1:]
@@ -55,10 +52,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 def require_distribution(logits: Tensor) -> None:
     """Raise a UserError if a row of fp32 [B, V] is no distribution: it has NaN or +inf, or nothing but -inf."""
     if not logits.amax(-1).isfinite().all():  # which NaN and +inf pass through
-        raise UserError(
-            "the model's logits are not finite, so no token can be chosen: its weights are damaged, or 16 bit overflow "
-            "(bf16 and fp32 have more range than fp16)"
-        )
+        cause = "its weights are damaged, or 16 bit overflow (bf16 and fp32 have more range than fp16)"
+        raise UserError(f"the model's logits are not finite, so no token can be chosen: {cause}")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,7 @@ MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand bel
 
 
 def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) -> str:
-    """Print the answers to a prompt: a single one while it is generated, several or two models' at their end.
-
-    Returns the text of the first one, with `compare` of the fine-tuned model.
-    """
+    """Print the answers to a prompt, a single one as it comes; returns the first, of two models the fine-tuned's."""
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):
@@ -45,7 +42,6 @@ def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) ->
 def _ask(
     answer: GenerateFn, prompt: str, on_text: Callable[[str], None], config: GenerateConfig
 ) -> tuple[list[Answer], str]:
-    """The answers, and how they came about."""
     began = time.monotonic()
     (answers,) = answer([prompt], on_text)
     n_tokens, seconds = sum(answer.n_tokens for answer in answers), time.monotonic() - began

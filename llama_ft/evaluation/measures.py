@@ -38,10 +38,7 @@ class EvalInputs:
 def measure_models(
     config: EvaluateConfig, inputs: EvalInputs, device: torch.device, progress: Progress, log: Log
 ) -> list[Measured]:
-    """The model's figures and answers, or base's and fine-tuned's, in this order; one is in memory at a time.
-
-    Weights or adapter that are not this model's, or give no finite numbers, are a UserError.
-    """
+    """The model's figures and answers, or base's and fine-tuned's, one in memory at a time; a UserError if damaged."""
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
         model, name = load(config, device, storage_of(config.dtype, device, config.gpu), log), role.replace("_", "-")
@@ -75,10 +72,8 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
         # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
         at_once = max(1, config.model.max_seq_len // config.window_tokens)
         with progress("perplexity of the text", len(windows)) as advance:
-            result = perplexity(model, windows, at_once, padding, advance)
-        text = TextPerplexity(
-            **vars(result), bits_per_byte=bits_per_byte(result.nll, inputs.text), windows=len(windows)
-        )
+            found = perplexity(model, windows, at_once, padding, advance)
+        text = TextPerplexity(**vars(found), bits_per_byte=bits_per_byte(found.nll, inputs.text), windows=len(windows))
     answers: list[Answer] = []
     exact_match = None
     if config.exact_match:

@@ -56,10 +56,7 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
 
 
 def bits_per_byte(nll: float, text: Text) -> float:
-    """What a text costs by its mean nll in nats, for comparisons of models with different tokenizers.
-
-    The few tokens that did not count (see `text_windows`) cost as much as the others.
-    """
+    """What a text costs by its mean nll in nats, to compare tokenizers; tokens that did not count cost the mean."""
     return nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
 
 

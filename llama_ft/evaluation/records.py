@@ -32,10 +32,7 @@ class EvaluationSet:
 
 
 def load_records(config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Log) -> EvaluationSet:
-    """Read the records that `data` names; of the built-in set those that are held out from training.
-
-    A file or record that is bad or cannot be had is a UserError, and so is it if none is left.
-    """
+    """Read the records of `data`, of the built-in set the held-out ones; a UserError if one is bad, or none is left."""
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
     reader, n_without_room = Reader(file, config.data, log), 0

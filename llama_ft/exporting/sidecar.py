@@ -5,16 +5,8 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from llama_ft.config import (
-    TOKENIZER_FILES,
-    ConvertConfig,
-    Format,
-    ModelConfig,
-    ModelSource,
-    UserError,
-    found_tokenizer,
-    is_gguf,
-)
+from llama_ft.config import ConvertConfig, Format, ModelConfig, ModelSource, UserError
+from llama_ft.config.source import TOKENIZER_FILES, found_tokenizer, is_gguf
 from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, default_template, home_of
 from llama_ft.data.tokenizer import Tokenizer, check_vocabulary
@@ -63,7 +55,6 @@ class SidecarFiles:
         return GgufFile(source, self._tokenizer, self._config.dtype, self._log)
 
     def _found_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer, if there is one that we can read."""
         config = self._config
         builtin = str(config.model.builtin_dir / TOKENIZER_FILES[0]) if config.model.is_builtin else None
         name = config.tokenizer or builtin or found_tokenizer(config.model, config.checkpoint)
@@ -147,7 +138,6 @@ class SidecarFiles:
             self.files[TOKENIZER_CONFIG] = _json(settings)
 
     def _made(self, tokenizer: Tokenizer) -> dict[str, bytes]:
-        """What is missing of a tokenizer in Hugging Face's form."""
         made = {TOKENIZER_CONFIG: FAST_TOKENIZER if tokenizer.is_json else {}}
         try:
             made |= {} if tokenizer.is_json else tokenizer_files(tokenizer.file, self._config.model.rope_factor != 1)

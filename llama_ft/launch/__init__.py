@@ -2,7 +2,5 @@
 
 import signal
 
-END_NOW = (
-    signal.SIGHUP
-)  # tells the agent of a split run to kill its ranks; nobody else sends it in a session of our own
+END_NOW = signal.SIGHUP  # tells the agent of a split run to kill its ranks: in its session nobody else sends it
 CHECK_FIT = "check-fit"  # tells the child to refuse a run that a plan says would not fit

@@ -48,10 +48,8 @@ class Agent(LocalElasticAgent):
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, store: Store, config: TrainConfig, log_file: Path):
         timeout = config.parallel.timeout_s
         takes = inspect.signature(LocalElasticAgent).parameters
-        patience: Any = (
-            {"shutdown_timeout": SECONDS_TO_DIE} if "shutdown_timeout" in takes else {}
-        )  # since PyTorch 2.12
-        super().__init__(spec, logs, exit_barrier_timeout=timeout, **patience)
+        since_2_12: Any = {"shutdown_timeout": SECONDS_TO_DIE} if "shutdown_timeout" in takes else {}
+        super().__init__(spec, logs, exit_barrier_timeout=timeout, **since_2_12)
         self.store, self.config, self.log_file = store, config, log_file
         self.kills_before = oom_kills()
         self.seen: dict[int, Seen] = {}
@@ -114,7 +112,6 @@ class Agent(LocalElasticAgent):
         return self.failed_at is not None
 
     def _wait_for_the_others(self, codes: dict[int, int | None]) -> RunResult:
-        """Note how ranks ended, and end those that do not."""
         for rank, code in codes.items():
             if code and rank not in self.endings:
                 self.endings[rank] = self._ending(rank, code)
@@ -127,12 +124,11 @@ class Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.HEALTHY)
         for rank in left:
             silent = f"did not answer for {timeout} s (parallel.timeout_s), and was ended"
-            self.endings[rank] = Ending(rank, "error", silent, "silent", time.time())
+            self.endings[rank] = Ending(rank, "error", silent, "silent")
             self.send(rank, signal.SIGKILL)
         return RunResult(state=WorkerState.FAILED)
 
     def _ending(self, rank: int, code: int) -> Ending:
-        """What a rank says of its end or, if it could not, what is to be seen of it."""
         _, file = self.ranks[rank]
         if file.is_file():
             return Ending(**json.loads(file.read_text(encoding="utf-8")))
@@ -142,7 +138,7 @@ class Agent(LocalElasticAgent):
         status, error = ending_of_killed(code, seen, self.config.measure.memory_limit_mib, self.log_file)
         log = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
         gave_up = code == -signal.SIGABRT and NCCL_GAVE_UP in log
-        return Ending(rank, status, error, "others" if gave_up else "own", time.time())
+        return Ending(rank, status, error, "others" if gave_up else "own")
 
 
 def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: Meeting) -> list[Ending]:
@@ -161,26 +157,15 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
         try:
             agent.run()
         except SignalException:
-            ending = Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted", time.time())
-            return [ending]
+            return [Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted")]
         except DistError:  # of the store, which is the first machine's
             if meeting.rank == 0:
                 raise
-            lost = f"the first machine, {meeting.host}, does not answer"
-            return [*agent.endings.values(), Ending(0, "error", lost, "silent", time.time())]
+            return [*agent.endings.values(), meeting.without_first()]
         finally:
             for number in ALL_SIGNALS:  # our parent repeats them; the result must be written
                 signal.signal(number, signal.SIG_IGN)
         return list(agent.endings.values())
-
-
-def hold_ranks_input() -> int:
-    """Give the ranks a standard input that ends with this process, whatever ends it; the parent's is returned."""
-    parents = os.dup(sys.stdin.fileno())
-    reading, _ = os.pipe()  # the other end is held, and nothing is written to it
-    os.dup2(reading, sys.stdin.fileno())
-    os.close(reading)
-    return parents
 
 
 def main() -> int:
@@ -189,7 +174,10 @@ def main() -> int:
     config = read_config(Path(folder) / CONFIG_FILE)
     for number in ALL_SIGNALS:
         signal.signal(number, signal.default_int_handler)
-    stop_with_parent(seconds_to_stop(config), hold_ranks_input(), partial(os.kill, os.getpid(), END_NOW))
+    stop_with_parent(seconds_to_stop(config), os.dup(sys.stdin.fileno()), partial(os.kill, os.getpid(), END_NOW))
+    reading, _ = os.pipe()  # the ranks' standard input, which ends with this process: the other end is held
+    os.dup2(reading, sys.stdin.fileno())
+    os.close(reading)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
     meeting, root = None, None
     try:
@@ -199,7 +187,7 @@ def main() -> int:
         root = meeting.settle(endings, SECONDS_TO_END)
     except BaseException as error:
         status, text = failure(error, "starting the processes")
-        root = Ending(0, status, text, "input", time.time())
+        root = Ending(0, status, text, "input")
     written = read_result(Path(folder))
     if root is not None or written is None:
         result = written or new_result(config, command)

@@ -20,37 +20,22 @@ POLL_SECONDS = 1.0
 def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
     """Set `gpu.index` to a card of the run's own; wait for one where other runs have all.
 
-    Returns:
-        What holds the card until it is closed, or the process ends, however that does; None where there is no card, or
-        it is to be shared.
+    What is returned holds it until closed, or the process ends. None where there is no card, or it is to be shared.
     """
     if gpu.shared or gpu.device is DeviceChoice.cpu or why_no_gpu():
         return None
     folder = Path(tempfile.gettempdir()) / f"llama_ft_gpus_{os.getuid()}"
     with explained(f"which GPUs are taken cannot be kept in {folder}, of TMPDIR; gpu.shared=true does without"):
         folder.mkdir(mode=0o700, exist_ok=True)
-        gpu.index, held = hold_one(cards_for(gpu), folder, log)
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+        likes = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # rows of a table are of one kind
+        taken = likes if gpu.index is None else [gpu_index(gpu)]
+        gpu.index, held = hold_one({number: str(cards[number].uuid) for number in taken}, folder, log)
     return held
 
 
-def cards_for(gpu: GpuConfig) -> dict[int, str]:
-    """The cards that a run may take: the one of `gpu.index`, or all that are like the first. Ids by PyTorch's numbers.
-
-    Rows of a table are to be measured on cards of one kind.
-    """
-    cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    first = gpu_index(gpu)
-    likes = [first] if gpu.index is not None else [n for n, card in enumerate(cards) if card.name == cards[0].name]
-    return {number: str(cards[number].uuid) for number in likes}
-
-
 def hold_one(cards: Mapping[int, str], folder: Path, log: Log) -> tuple[int, IO[bytes]]:
-    """The number of the first card whose lock, a file in the folder, nobody has, and the lock; waits for one.
-
-    Args:
-        cards: ids, the files' names, by numbers.
-        log: told, once, of a wait.
-    """
+    """The first card whose lock, a file in the folder by the card's id, nobody has, and the lock; waits for one."""
     files = {number: (folder / card).open("ab") for number, card in cards.items()}
     n_looks = 0
     while (free := next((number for number, file in files.items() if try_lock(file)), None)) is None:

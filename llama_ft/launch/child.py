@@ -43,12 +43,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def stop_with_parent(patience: int, held: int, end: Callable[[], object]) -> None:
-    """Interrupt this process when its parent is gone, whatever killed it.
+    """Interrupt this process when its parent is gone, whatever killed it, which holds the other end of the pipe `held`.
 
-    Args:
-        patience: seconds after which the process is ended, whatever it does.
-        held: descriptor of a pipe whose other end the parent holds.
-        end: ends it then.
+    After `patience` seconds it is ended, by `end`, whatever it does.
     """
 
     def wait() -> None:
@@ -116,12 +113,6 @@ def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Log) ->
         raise UserError(reason)
 
 
-def only_errors_are_printed() -> None:
-    """Send what is printed to the log, as errors are; the parent still sees by its pipe that this process is there."""
-    os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-
-
 def leave_rank(ending: Ending | None) -> NoReturn:
     """End this rank, telling the agent how; at once, since libraries may wait for other ranks when Python ends."""
     if ending is not None:
@@ -140,8 +131,9 @@ def main() -> None:
     run, stage, ending, interrupts = None, "start-up", None, Interrupts()
     log: Log = partial(print, flush=True)  # to our parent, who reads our standard output
     if rank > 0:
-        log = silent
-        only_errors_are_printed()
+        log = silent  # what is printed all the same goes where errors go; the pipe stays, by which the parent sees us
+        os.dup(sys.stdout.fileno())
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         stop_with_parent(seconds_to_stop(config), sys.stdin.fileno(), partial(os._exit, 130))
         interrupts.install()
@@ -164,7 +156,7 @@ def main() -> None:
         result.status, result.error = failure(error, run.stage if run else stage)
         result.has_diverged = isinstance(error, Diverged)
         result.stopped_by = interrupts.queue_signal if result.status == "interrupted" else None
-        ending = Ending(rank, result.status, result.error, cause_of(error, result.status), time.time())
+        ending = Ending(rank, result.status, result.error, cause_of(error, result.status))
     if rank == 0:
         write_result(run_dir, result)
     if config.parallel.is_split:

@@ -1,7 +1,8 @@
 """How the processes of a run ended, and, where they are several, which of them is the reason."""
 
+import time
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Literal
@@ -23,7 +24,7 @@ class Ending:
     status: Status
     error: str
     cause: Cause
-    time_s: float  # of the clock
+    time_s: float = field(default_factory=time.time)
 
     @property
     def sentence(self) -> str:

@@ -11,16 +11,7 @@ from llama_ft.data.validation import SPLIT
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
-from llama_ft.training.position import (
-    N_KEPT,
-    SavedState,
-    best_weights,
-    check_plain,
-    checkpoints,
-    read_state,
-    remove_older,
-    step_of,
-)
+from llama_ft.training import position
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
 TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
@@ -43,16 +34,13 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
 def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
-    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote.
-
-    Raises:
-        UserError: if something lies there that no run wrote, the checkpoint is of another configuration, or the
-            metrics before it are missing.
+    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote. A
+    UserError if something else lies there, the checkpoint is another run's, or the metrics before it are missing.
     """
     present = [name for name in (*ALWAYS, *TRAINED, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)]
-    saved = checkpoints(run_dir)
+    saved = position.checkpoints(run_dir)
     others = [name for name in present if name != RESULT_FILE]
-    others += [folder.name for folder in (*saved, *best_weights(run_dir))]
+    others += [folder.name for folder in (*saved, *position.best_weights(run_dir))]
     earlier = earlier_config(run_dir) if others else None
     written = {RESULT_FILE}  # what the earlier run may have written
     if earlier:
@@ -62,15 +50,18 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     for name in present if earlier else others:
         if earlier is None or name not in written or (run_dir / name).is_symlink() or not (run_dir / name).is_file():
             raise UserError(f"{run_dir} holds {name}, which no run wrote: {ELSEWHERE}")
-    states, metrics = [read_state(folder) for folder in saved], None
+    states, metrics = [position.read_state(folder) for folder in saved], None
     if earlier and states and config.training.resume:
-        check_same_run(states[-1], earlier, config, saved[-1])
+        saved_hash, is_earliers = states[-1].config_hash, config.run_hash == earlier.run_hash
+        goes_on_from = saved_hash in (config.hash(), earlier.hash() if is_earliers else None)
+        if not goes_on_from and config.run_hash != states[-1].run_hash:
+            raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
         check_not_shorter(earlier, config, run_dir)
         metrics = _first_lines(run_dir, states[-1].position.step)
-    for folder in best_weights(run_dir):
-        check_plain(folder)
+    for folder in position.best_weights(run_dir):
+        position.check_plain(folder)
 
-    remove_older(run_dir, N_KEPT if config.training.resume else 0)
+    position.remove_older(run_dir, position.N_KEPT if config.training.resume else 0)
     if metrics is not None:
         write_text(run_dir / METRICS_FILE, metrics)
     kept = (CONFIG_FILE,) if metrics is None else (CONFIG_FILE, METRICS_FILE)
@@ -81,13 +72,6 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
             leftover.unlink()
 
 
-def check_same_run(saved: SavedState, earlier: TrainConfig, config: TrainConfig, folder: Path) -> None:
-    """Raise a UserError unless a checkpoint is this run's, or that of a run that it goes on from."""
-    is_earliers = saved.config_hash == earlier.hash() and config.run_hash == earlier.run_hash
-    if config.hash() != saved.config_hash and config.run_hash != saved.run_hash and not is_earliers:
-        raise UserError(f"{folder} is of a run with another configuration: {differences(earlier, config)}")
-
-
 def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> None:
     """Raise a UserError unless the run in the folder goes on for as many epochs as it was told at first, or more."""
     before, now = earlier.training.epochs, config.training.epochs
@@ -96,22 +80,17 @@ def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) 
 
 
 def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
-    """Whether the run is the one that has ended in the folder, so, to be trained longer; `ended` is its result.
-
-    Raises:
-        UserError: if it is, and cannot be.
-    """
+    """Whether the run is the one that `ended` in the folder, to be trained longer; a UserError if it cannot be."""
     earlier = earlier_config(run_dir)
     if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
         return False
     check_not_shorter(earlier, config, run_dir)
     n_steps = max((each.step for each in steps_of(read_metrics(run_dir))), default=0)
-    if ended.status == "ok" and n_steps not in map(step_of, checkpoints(run_dir)):
+    if ended.status == "ok" and n_steps not in map(position.step_of, position.checkpoints(run_dir)):
         trained = "adapter" if config.optim.lora else "checkpoint"
-        raise UserError(
-            f"{run_dir} has no checkpoint of its end to go on from, which training.save_every=N or keep_best=true"
-            f" leaves. A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
-        )
+        missing = "no checkpoint of its end to go on from, which training.save_every=N or keep_best=true leaves"
+        advice = f"A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
+        raise UserError(f"{run_dir} has {missing}. {advice}")
     return True
 
 
@@ -148,7 +127,6 @@ def differences(there: TrainConfig, here: TrainConfig) -> str:
 
 
 def _first_lines(run_dir: Path, n_steps: int) -> str:
-    """The lines of the steps that a checkpoint holds."""
     try:
         kept = [metrics for metrics in read_metrics(run_dir) if metrics.step <= n_steps]
     except (UserError, OSError):

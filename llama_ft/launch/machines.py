@@ -36,21 +36,10 @@ class Place:
         """Whether rank 0 is here."""
         return self.folder == self.run_dir
 
-    @property
-    def holds(self) -> str:
-        """For people: what is in the folder."""
-        return "results" if self.is_first else "the results are on the first machine; the log of this one"
-
 
 @contextmanager
 def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
-    """Hold the folder that this machine works in.
-
-    Args:
-        parallel: the keys of `parallel`, which may not be checked yet.
-        run_dir: the run's folder.
-        wait_seconds: for another process that holds the folder, and `log` is told of it; see `files.locked`.
-    """
+    """Hold the folder that this machine works in, as `files.locked` does; `parallel` may not be checked yet."""
     is_one = not isinstance(parallel.nodes, int) or parallel.nodes < 2
     listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
     folder = run_dir if is_one or listener else run_dir / f"{MACHINE}{socket.gethostname()}"
@@ -60,20 +49,14 @@ def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> I
 
 
 def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port of the first machine: `parallel.rendezvous`, or by SLURM's variables.
-
-    Raises:
-        UserError: if neither says it, or SLURM has started another number of commands than one a machine.
-    """
+    """Host and port of the first machine, by `parallel.rendezvous` or SLURM's variables; a UserError by neither."""
     if given is not None:
         host, _, port = str(given).rpartition(":")
         return host, int(port)
     hosts, job = variables.get("SLURM_JOB_NODELIST"), variables.get("SLURM_JOB_ID", "")
     if not hosts or not job.isdigit():
-        raise UserError(
-            f"parallel.nodes={nodes} is run by SLURM's srun, whose variables are not there, or with"
-            " parallel.rendezvous=HOST:PORT of the first machine"
-        )
+        ways = "SLURM's srun, whose variables are not there, or with parallel.rendezvous=HOST:PORT of the first machine"
+        raise UserError(f"parallel.nodes={nodes} is run by {ways}")
     if (n_there := int(variables.get("SLURM_NNODES", nodes))) != nodes:
         raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}; give as many")
     if int(variables.get("SLURM_NTASKS", nodes)) != nodes or variables.get("SLURM_LOCALID", "0") != "0":

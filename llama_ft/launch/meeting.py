@@ -46,8 +46,7 @@ class Meeting(StaticTCPRendezvous):
                     root = json.loads(self.store.get("root"))
                     self.store.set(f"read_{self.rank}", "")
                     return Ending(**root) if root else None
-            lost = f"the first machine, {self.host}, does not answer"
-            return root_of(endings) or Ending(0, "error", lost, "silent", time.time())
+            return root_of(endings) or self.without_first()
         everyone = list(endings)
         for machine in range(1, self.n_machines):
             key = f"endings_{machine}"
@@ -55,9 +54,12 @@ class Meeting(StaticTCPRendezvous):
                 told = json.loads(self.store.get(key))
                 everyone += [Ending(**each) for each in told]
             else:
-                lost = "its machine does not answer"
-                everyone.append(Ending(machine * self.n_here, "error", lost, "silent", time.time()))
+                everyone.append(Ending(machine * self.n_here, "error", "its machine does not answer", "silent"))
         return root_of(everyone)
+
+    def without_first(self) -> Ending:
+        """The ending of a run whose first machine is lost."""
+        return Ending(0, "error", f"the first machine, {self.host}, does not answer", "silent")
 
     def close(self, root: Ending | None, wait_seconds: float) -> None:
         """Tell the other machines how the run ended, and wait until they know."""
@@ -76,15 +78,11 @@ def waited(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
-    """Wait until the agents of all machines are here.
+    """Wait until the agents of all machines are here; a UserError if they do not come, or were told something else.
 
     Args:
-        config: the run's.
         folder: in which this machine works: on the first, the run's.
         listener: descriptor of the socket to which the others come; None on another machine, and where there is none.
-
-    Raises:
-        UserError: if they do not come within `parallel.timeout_s`, or were told something else.
     """
     parallel, seconds = config.parallel, config.parallel.timeout_s
     timeout = timedelta(seconds=seconds)
@@ -95,10 +93,8 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
         host, port = meeting_point(parallel.rendezvous, parallel.nodes, os.environ)
     if listener is None:
         if not waited(lambda: answers(host, port), seconds):
-            raise UserError(
-                f"nothing answers at {host}:{port} after {seconds} s: the same command must run on that machine, and"
-                " its port be open"
-            )
+            needed = "the same command must run on that machine, and its port be open"
+            raise UserError(f"nothing answers at {host}:{port} after {seconds} s: {needed}")
         server = TCPStore(host, port, is_master=False, timeout=timeout)
         return come(server, host, config)
     server = TCPStore(host, port, is_master=True, master_listen_fd=listener, timeout=timeout, wait_for_workers=False)
@@ -107,10 +103,8 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
     meeting.store.set("first", json.dumps({"hash": config.hash(), "run_dir": run_dir}))
     if not waited(lambda: meeting.store.add("come", 0) >= parallel.nodes - 1, seconds):
         came = 1 + meeting.store.add("come", 0)
-        raise UserError(
-            f"parallel.nodes={parallel.nodes}: {came} came to {host}:{port} within {seconds} s; start the same command"
-            " on each machine, or wait longer with parallel.timeout_s"
-        )
+        advice = "start the same command on each machine, or wait longer with parallel.timeout_s"
+        raise UserError(f"parallel.nodes={parallel.nodes}: {came} came to {host}:{port} within {seconds} s; {advice}")
     meeting.store.set("all_here", "")
     return meeting
 
@@ -144,7 +138,5 @@ def check_gpus(config: TrainConfig) -> None:
         return
     n_here, n_gpus = config.parallel.per_machine, torch.cuda.device_count()
     if n_here > n_gpus:
-        raise UserError(
-            f"parallel.processes={config.parallel.processes}: that is {n_here} on this machine, a GPU for each, and"
-            f" PyTorch sees {n_gpus}: give as many processes, or gpu=cpu"
-        )
+        here = f"that is {n_here} on this machine, a GPU for each, and PyTorch sees {n_gpus}"
+        raise UserError(f"parallel.processes={config.parallel.processes}: {here}: give as many processes, or gpu=cpu")

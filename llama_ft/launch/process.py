@@ -89,10 +89,7 @@ def changed_ns(file: Path) -> int | None:
 
 
 def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log) -> subprocess.Popen[bytes]:
-    """Start the child: in a session of its own, since Ctrl-C is to reach us alone, and we pass it on.
-
-    Of a run that is split it is PyTorch's agent, whose children are the ranks.
-    """
+    """Start the child, of a split run PyTorch's agent: in a session of its own, since Ctrl-C is to reach us alone."""
     parallel, folder, descriptors = config.parallel, str(place.folder), [place.lock]
     environment = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
     program = ["llama_ft.launch.child", folder, folder, command]

@@ -65,12 +65,7 @@ class MeasuredRun:
         self.log(about_device(self.device, gpu))
 
     def execute(self) -> None:
-        """Do all of it, noting results in `self.result` and the stage in `self.stage`.
-
-        Raises:
-            UserError: for whatever the user can put right.
-            KeyboardInterrupt: once the run is saved, if it was to be saved.
-        """
+        """Do all of it, noting results and stage; a KeyboardInterrupt comes once the run is saved, if it is to be."""
         self.stage = "meeting the other processes"
         with joined(self.config.parallel, self.device) as ranks:
             self._execute(ranks)
@@ -142,7 +137,6 @@ class MeasuredRun:
         self.result.train_loss_after, self.result.loss_samples = after, len(fixed)
 
     def _restore(self, saver: Saver) -> Position | None:
-        """Go on from a checkpoint, if that is wanted and there is one."""
         position = saver.restore() if self.config.training.resume else None
         if position is not None:
             self.log(f"resuming after optimizer step {position.step}")
@@ -152,7 +146,6 @@ class MeasuredRun:
         return position
 
     def _note_training(self, loop: TimedLoop) -> None:
-        """What was trained, how fast, and with which losses."""
         result, steps, data = self.result, steps_of(loop.file.lines), loop.data
         n_epochs, n_windows = divmod(loop.position.step, data.steps_per_epoch)
         n_last = min(n_windows * data.window_size, len(data.samples))
@@ -165,7 +158,6 @@ class MeasuredRun:
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
 
     def _note_held_out(self, loop: TimedLoop) -> None:
-        """The held-out losses, and whether they ended the training."""
         result, losses = self.result, loop.held_out
         if not losses:
             return
@@ -179,10 +171,9 @@ class MeasuredRun:
         result.eval_runtime_s = sum(each.eval_time_s for each in losses)
         if loop.position.step < loop.total_steps:
             result.stopped_early_at_step, n_since = loop.position.step, len(losses) - 1 - losses.index(best)
-            self.log(
-                f"stopped early, after optimizer step {loop.position.step} of {loop.total_steps}: the least held-out"
-                f" loss was {best.eval_loss:.4f} after step {best.step}, and none of the {n_since} since was less"
-            )
+            least = f"the least held-out loss was {best.eval_loss:.4f} after step {best.step}"
+            when = f"after optimizer step {loop.position.step} of {loop.total_steps}"
+            self.log(f"stopped early, {when}: {least}, and none of the {n_since} since was less")
 
     def _note_memory(self, use: MemoryUse, step: TrainStep) -> None:
         """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""

@@ -49,18 +49,12 @@ class TimedLoop:
         self._meter = StepMeter(self.total_steps, self.step.device, self.step.scaler.is_enabled(), last)
         if last is not None and last.total_steps != self.total_steps:
             lr, kind = self.schedule.get_last_lr()[0], self.config.schedule.name
-            self.log(
-                f"trained longer: {self.total_steps} optimizer steps in place of {last.total_steps}. The {kind}"
-                f" schedule is over all of them now: the learning rate goes on at {lr:.2e}, after {last.lr:.2e}"
-            )
+            longer = f"trained longer: {self.total_steps} optimizer steps in place of {last.total_steps}"
+            rate = f"the learning rate goes on at {lr:.2e}, after {last.lr:.2e}"
+            self.log(f"{longer}. The {kind} schedule is over all of them now: {rate}")
 
     def run(self) -> None:
-        """Train.
-
-        Raises:
-            KeyboardInterrupt: once an interrupted run is saved.
-            UserError: if a loss is not finite, or a checkpoint cannot be written.
-        """
+        """Train; a UserError if a loss is not finite, or a checkpoint cannot be written."""
         outputs = train(self.step, self.schedule, self.data, self.config.epochs, self.position)
         self.watch.start()
         try:
@@ -77,10 +71,8 @@ class TimedLoop:
     def _ends_here(self) -> bool:
         """Do what is due between two optimizer steps, and say whether that was the last one."""
         step, config = self.position.step, self.config
-        evaluates = bool(self.data.held_out) and is_due(
-            step, self.total_steps, self.data.steps_per_epoch, config.eval_every
-        )
-        if evaluates and (not self.held_out or self.held_out[-1].step < step):
+        due = is_due(step, self.total_steps, self.data.steps_per_epoch, config.eval_every)
+        if self.data.held_out and due and (not self.held_out or self.held_out[-1].step < step):
             self._between(self._evaluate)
         stops = self.step.ranks.any(self.interrupts.requested)
         ends = step == self.total_steps or is_time_to_stop(self.held_out, config)
@@ -101,7 +93,6 @@ class TimedLoop:
         self._meter.restart_clock()
 
     def _evaluate(self) -> None:
-        """Measure the held-out loss, and keep the weights if it is the least."""
         step = self.position.step
         measured = measure_held_out(self.step, self.data, step, lambda: self.interrupts.requested, self.log)
         if measured is None:

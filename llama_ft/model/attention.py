@@ -34,8 +34,7 @@ class Segments:
     def rotary(self, table: Tensor) -> Tensor:
         """The rows of a rotary table, [positions, E / 2, 2], for positions that start anew in each: [S, E / 2, 2].
 
-        Raises:
-            ValueError: if a sequence has more tokens than the table has positions.
+        A ValueError if a sequence has more tokens than the table has positions.
         """
         if (longest := max(self.lengths)) > len(table):
             raise ValueError(f"{longest} tokens exceed the model's context of {len(table)}")
@@ -86,11 +85,9 @@ def varlen_attention() -> Callable[..., Tensor] | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, in_one_call: bool = False) -> Tensor:
-    """Queries [B, H, S, E], keys and values [B, K, T, E] to [B, S, H, E], all of one dtype.
+    """Queries [B, H, S, E], keys and values [B, K, T, E] to [B, S, H, E], all of one dtype; B is 1 under `Segments`.
 
-    Args:
-        mask: B is 1 where it is `Segments`.
-        in_one_call: whether FlashAttention takes `Segments` at once, as `takes_segments` has it.
+    `in_one_call` is whether FlashAttention takes `Segments` at once, as `takes_segments` has it.
     """
     if not isinstance(mask, Segments):
         # A single query is the last one, and may attend to all keys. A bool, whatever a compiler makes of lengths.

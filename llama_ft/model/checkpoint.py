@@ -107,7 +107,6 @@ def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
 
 
 def _renamed(tensors: Mapping[str, Part], model: Transformer, form: Format) -> Shards:
-    """The tensors by our names."""
     ours = {form.their_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
     # In Meta's layout under our names a tensor would be taken for theirs: such names must stay unknown.
     return {ours.get(name, f"{form.kind}'s {name}"): [stored] for name, stored in tensors.items()}
@@ -120,11 +119,9 @@ def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, Stor
     """
     index = folder / INDEX_FILE
     weight_map = read_json(index, "which file holds which tensor").get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise UserError(f"{index} must hold a weight_map from tensors to files")
+    if not isinstance(weight_map, dict) or any(Path(name).name != name for name in weight_map.values()):
+        raise UserError(f"{index} must hold a weight_map from tensors to files of its own folder")
     names = sorted(set(weight_map.values()))
-    if any(Path(name).name != name for name in names):
-        raise UserError(f"{index}: weight_map must name files of its own folder")
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
     files = {name: read_safetensors(folder / name)[0] for name in names}

@@ -91,7 +91,6 @@ def _split_dim(name: str, config: ModelConfig) -> int | None:
 
 
 def _form(weight: Weight, split_dim: int | None, n_shards: int) -> Tensor:
-    """A shard's part of a weight as a meta tensor."""
     shape = [size // n_shards if dim == split_dim else size for dim, size in enumerate(weight.shape)]
     return torch.empty(shape, dtype=weight.dtype, device="meta")
 

@@ -55,7 +55,6 @@ def _sizes(folder: Path) -> Sizes:
 
 
 def _meta_sizes(folder: Path) -> dict[str, float]:
-    """Those of params.json, and those that it leaves to the tensors."""
     sizes = meta_sizes(folder / META_PARAMS, LLAMA_3_1_FACTOR)
     tensors = meta_tensors(folder)
     if EMBEDDING not in tensors:

@@ -79,7 +79,6 @@ def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
 
 
 def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
-    """The type of a tensor's numbers; a UserError if it cannot be read."""
     kind: Any = type_number
     try:
         kind = gguf.GGMLQuantizationType(type_number)

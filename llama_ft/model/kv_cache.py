@@ -27,10 +27,7 @@ class LayerCache:
         self.length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, [B, K, S, E] each, and return all so far, [B, K, length, E].
-
-        A ValueError says that there is no room for them.
-        """
+        """Store new keys and values, [B, K, S, E]; returns all, [B, K, length, E]. A ValueError without room."""
         start, end = self.length, self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(f"the KV cache has room for {self.keys.shape[2]} tokens, not for {end}")

@@ -162,10 +162,7 @@ def read_safetensors(
 
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a file of `torch.save` by name. No code in it is run, and no tensor is read.
-
-    A file that is damaged, or holds something else than floating-point tensors, is a UserError.
-    """
+    """The tensors of a `torch.save` file by name, not read, no code run; a UserError if it is damaged or other."""
     file = mapped(path)
     if file[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")
@@ -189,17 +186,14 @@ class _TensorUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, file: mmap.mmap, archive: zipfile.ZipFile) -> None:
-        pickled = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
-        if pickled is None:
-            raise ValueError("there is no data.pkl in it")
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):  # it could become any size
-            raise ValueError("it is compressed; torch.save compresses nothing")
+        names = archive.namelist()
+        pickled = next((name for name in names if name.endswith("/data.pkl")), "")
+        self._file, self._archive, self._folder = file, archive, pickled.removesuffix("data.pkl")
+        is_stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())  # else of any size
+        byteorder = f"{self._folder}byteorder"
+        if not pickled or not is_stored or (byteorder in names and archive.read(byteorder) != b"little"):
+            raise ValueError("it is not as torch.save writes files, little-endian and uncompressed")
         super().__init__(archive.open(pickled))
-        self._file, self._archive = file, archive
-        self._folder = pickled.removesuffix("data.pkl")
-        byteorder = self._folder + "byteorder"
-        if byteorder in archive.namelist() and archive.read(byteorder) != b"little":
-            raise ValueError("its numbers are not little-endian")
 
     def find_class(self, module: str, name: str) -> Any:
         """What a name of code stands for here. None is imported, and an unknown one ends the loading."""

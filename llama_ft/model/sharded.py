@@ -4,7 +4,6 @@ A tensor that is split is a DTensor. Of R rows each of N processes in turn has R
 fewer, or none.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,24 +21,18 @@ def own(tensor: Tensor) -> Tensor:
     return local
 
 
-def first_own_row(tensor: Tensor) -> int:
-    """The index, in the whole tensor, of the first row that this process holds."""
-    if not is_split(tensor):
-        return 0
-    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
-    n_rows, rank = tensor.shape[0], int(mesh.get_local_rank())
-    return min(n_rows, rank * -(-n_rows // int(mesh.size())))
-
-
 def own_rows(tensor: Tensor) -> range:
     """The indices of the rows that this process holds."""
-    first = first_own_row(tensor)
+    if not is_split(tensor):
+        return range(len(tensor))
+    mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+    first = min(len(tensor), int(mesh.get_local_rank()) * -(-len(tensor) // int(mesh.size())))
     return range(first, first + len(own(tensor)))
 
 
 def write_rows(target: Tensor, first: int, rows: Tensor) -> None:
     """Copy rows to their place, the first of them to row `first`; what other processes hold is left to them."""
-    held, start = own(target), first_own_row(target)
+    held, start = own(target), own_rows(target).start
     begin, end = max(first, start), min(first + len(rows), start + len(held))
     if begin < end:
         held[begin - start : end - start].copy_(rows[begin - first : end - first])
@@ -63,7 +56,7 @@ def like(tensor: Tensor, rows: Tensor) -> Tensor:
     )
 
 
-def memory_for(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+def memory_for(tensor: Tensor, device: torch.device) -> Tensor:
     """Memory on a device for a tensor that is on any, split in the same way; it holds no values yet."""
-    shape: Sequence[int] = getattr(tensor, "_local_tensor", tensor).shape  # without a view, of what has no memory
-    return like(tensor, torch.empty(shape, dtype=dtype or tensor.dtype, device=device))
+    shape = getattr(tensor, "_local_tensor", tensor).shape  # without a view, of what has no memory
+    return like(tensor, torch.empty(shape, dtype=tensor.dtype, device=device))

@@ -103,7 +103,6 @@ def hf_sizes(file: Path) -> Sizes:
 
 
 def _hf_rope(config: Json, file: Path) -> dict[str, float]:
-    """The rotary embeddings' base, and how their frequencies are scaled."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # of transformers 5, and before
     if not isinstance(rope, dict):
         raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")
@@ -142,10 +141,7 @@ def _ffn_dim(dim: float, multiplier: float, multiple_of: float) -> int:
 
 
 def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> Json:
-    """What `config.json` holds of a model, in the keys of transformers 4, which 5 and other readers take too.
-
-    A UserError if transformers has no architecture with all of its features.
-    """
+    """What `config.json` holds of a model, in transformers 4's keys; a UserError if it has no architecture like it."""
     features = tuple(key for key in FEATURES if getattr(config, key))
     kind = next((kind for kind, each in _HF_TYPES.items() if each.features == features), None)
     if kind is None:
@@ -194,10 +190,7 @@ def meta_params(config: ModelConfig) -> Json:
 
 
 def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
-    """Raise a UserError that names every size in which a checkpoint differs from the model.
-
-    Those that were given win, as long as no weight's shape hangs on them.
-    """
+    """Raise a UserError that names the sizes in which a checkpoint differs; some that are given by hand may."""
     wrong = {key: value for key, value in sizes.items() if not _agree(value, getattr(config, key))}
     for key in (*NO_CHECK, *(key for key in config.given if key.startswith(("rope_", "norm_")))):
         wrong.pop(key, None)

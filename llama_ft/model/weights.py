@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llama_ft.config import ModelConfig, UserError
-from llama_ft.files import whole_file
+from llama_ft.files import explained, whole_file
 from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.mapped import MOMENTS_DTYPES, SAFETENSORS_DTYPES, read_safetensors
@@ -99,17 +99,11 @@ def load_model(
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:
-    """Write a safetensors file, whole or not at all; a UserError if the disk is full or cannot be written to.
-
-    The sizes of the model that the tensors belong to become metadata, to be checked when they are loaded.
-    """
+    """Write a safetensors file, the model's sizes in its metadata, whole; a UserError if it cannot be written."""
     weights = {name: in_memory(tensor) for name, tensor in tensors.items()}
-    try:
-        with whole_file(file) as temporary:
-            write_safetensors(temporary, weights, lambda _: None, {SIZES_KEY: json.dumps(config.sizes)})
-    except OSError as error:
-        n_mib = sum(weight.n_bytes for weight in weights.values()) / 2**20
-        raise UserError(f"{file} ({n_mib:,.0f} MiB) cannot be written: {error.strerror or error}") from error
+    n_mib = sum(weight.n_bytes for weight in weights.values()) / 2**20
+    with explained(f"{file} ({n_mib:,.0f} MiB) cannot be written"), whole_file(file) as temporary:
+        write_safetensors(temporary, weights, lambda _: None, {SIZES_KEY: json.dumps(config.sizes)})
 
 
 @torch.no_grad()

@@ -28,11 +28,7 @@ def shown_categories(memories: Iterable[Mapping[str, float] | None]) -> tuple[st
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:
-    """A record from JSON's types; `where` is the file, and the line in it, for the error.
-
-    Raises:
-        UserError: naming the first field that is missing or of another type, or another schema version.
-    """
+    """A record from JSON's types; a UserError names `where` it is, and the version, or first field, that is wrong."""
     version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise UserError(f"{where} has schema_version {version}, and this version reads {SCHEMA_VERSION}: run it again")

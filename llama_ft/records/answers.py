@@ -19,9 +19,7 @@ class Answer:
 def added_keys(answers: Sequence[Answer], settings_hash: str, base_answers: Sequence[str] | None) -> Json:
     """What a line has beside its prompt's record: `answer`, or of several `answers`, and what else is known.
 
-    Args:
-        settings_hash: of what they were made with, the prompts included: equal for the lines of a file.
-        base_answers: those of the model that is compared with.
+    `settings_hash` is of what they were made with, the prompts included: equal for the lines of a file.
     """
     several = len(answers) > 1
     key = "answers" if several else "answer"

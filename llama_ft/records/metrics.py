@@ -85,10 +85,7 @@ class MetricsFile:
 
     def __init__(self, file: Path, writes: bool = True) -> None:
         """`writes` is whether lines reach the disk: of several processes one writes, and the others count along."""
-        self.lines: list[Metrics] = []
-        if file.exists():
-            with file.open(encoding="utf-8") as lines:
-                self.lines += [parse_line(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+        self.lines = read_metrics(file.parent)
         written = file if writes else Path(os.devnull)
         self._stream = written.open("a", encoding="utf-8")
         if writes:

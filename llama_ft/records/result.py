@@ -175,12 +175,9 @@ def read_result(run_dir: Path) -> Result | None:
 
 def results_below(folder: Path) -> dict[Path, Result]:
     """The results in a folder and in those below it, by their folders; copies left out."""
-    files = [file for file in sorted(folder.rglob(RESULT_FILE)) if not _is_copy(file.relative_to(folder))]
-    return {file.parent: result for file in files if (result := read_result(file.parent))}
-
-
-def _is_copy(file: Path) -> bool:
-    return any(part == "wandb" or part.startswith(MACHINE) for part in file.parts)
+    files = {file: file.relative_to(folder).parts for file in sorted(folder.rglob(RESULT_FILE))}
+    own = [f for f, parts in files.items() if not any(part == "wandb" or part.startswith(MACHINE) for part in parts)]
+    return {file.parent: result for file in own if (result := read_result(file.parent))}
 
 
 def template_of_run(folder: str | None) -> str | None:

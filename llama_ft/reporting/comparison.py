@@ -160,14 +160,11 @@ def compare_plan(groups: list[Group], plan: Plan) -> tuple[list[Comparison], lis
 
 
 def _repeats(a: Group, b: Group) -> list[str]:
-    """What the means are of, and what the differences say."""
     sides = [f"{side} {seeds_text(group.seeds)}" for side, group in (("A", a), ("B", b)) if group.seeds]
     notes = [f"Seeds: {'; '.join(sides)}.", REPEATS_NOTE] if sides else []
     if len(sides) == 2:
-        notes.append(
-            f"{WITHIN}: the difference is within the spread of the runs (Welch's t-test at 95 %); without it, larger,"
-            " where there are two runs or more on both sides."
-        )
+        within = "the difference is within the spread of the runs (Welch's t-test at 95 %)"
+        notes.append(f"{WITHIN}: {within}; without it, larger, where there are two runs or more on both sides.")
     return notes
 
 
@@ -196,10 +193,9 @@ def summary(comparison: Comparison) -> list[str]:
         if errors := [(error, name) for error, name in changes if error is not None]:
             sizes = [abs(error) for error, _ in errors]
             worst, name = max(errors, key=lambda error: abs(error[0]))
-            notes.append(
-                f"{measure.title.partition(',')[0]}: absolute error {fmean(sizes):.1%} in the mean, {median(sizes):.1%}"
-                f" in the median, at worst {worst:+.1%} ({name})."
-            )
+            middle = f"{fmean(sizes):.1%} in the mean, {median(sizes):.1%} in the median"
+            what = measure.title.partition(",")[0]
+            notes.append(f"{what}: absolute error {middle}, at worst {worst:+.1%} ({name}).")
     if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
         for planned, measured, words in (("ok", "oom", "fit and did not"), ("oom", "ok", "need too much and fitted")):
             named = zip(comparison.names, comparison.pairs, strict=True)

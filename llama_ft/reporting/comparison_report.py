@@ -130,7 +130,6 @@ def _marks(comparison: Comparison) -> dict[int, list[str]]:
 
 
 def _mark(change: float | None, key: str, cell: str) -> str:
-    """`better` or `worse`, whichever way the measure goes."""
     if change is None:
         return "changed" if cell == CHANGED else ""
     if abs(change) < NOTEWORTHY.get(key, NOTEWORTHY_LOSS) or cell.endswith(WITHIN):

@@ -56,7 +56,6 @@ def _title(example: Example, how: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """A part of an example, a long one without its middle."""
     half, left_out = MAX_SHOWN // 2, len(text) - MAX_SHOWN
     return f"{text[:half]} [… {left_out:,} characters …] {text[-half:]}" if left_out > 0 else text
 

@@ -41,11 +41,8 @@ def base_of(group: Group, number: int) -> int | None:
 def ladder_table(
     group: Group, records: Sequence[Result | PlanRow], others: Iterable[Measure], notes: list[str], title: str = ""
 ) -> Table:
-    """A row for each rung: peak memory and runtime, each also as a share of the rung above and of the first.
-
-    Args:
-        records: what the numbers are of, in the order of the group.
-        others: further columns, so far as a record has a value.
+    """A row for each rung, measured or planned: peak memory and runtime, each also as a share of the rung above and of
+    the first; and `others`, so far as a record has a value.
     """
     bases = [base_of(group, number) for number in range(len(records))]
     columns: list[tuple[str, list[str]]] = []

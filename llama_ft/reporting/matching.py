@@ -11,9 +11,8 @@ from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
 # What changes the memory and time of each run, whatever its combination.
-OF_EVERY_RUN = tuple(
-    f"training.{key}" for key in ("micro_batch_size", "packing", "optimizer", "optimizer_in_backward", "momentum")
-)
+KEYS_OF_EVERY_RUN = "micro_batch_size packing optimizer optimizer_in_backward momentum".split()
+OF_EVERY_RUN = [f"training.{key}" for key in KEYS_OF_EVERY_RUN]
 ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
@@ -72,9 +71,7 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
 
 
 def match_plan(plan: Plan, group: Group) -> Match | str:
-    """Why no rows of a plan predict a group; or the group, the rows, their card, the settings that are not the same,
-    and notes on what is left out.
-    """
+    """The group, the rows that predict it, their card, settings that differ and notes; or why there are none."""
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
         return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
@@ -137,7 +134,6 @@ def _joined(plan: Plan, matches: list[Match]) -> Match:
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
-    """Why a row does not predict a run of the same combination, if it does not."""
     sizes = measured.total_params, planned.total_params
     if None not in sizes and sizes[0] != sizes[1]:
         return f"the model has {sizes[0]:,} parameters in the sweep, {sizes[1]:,} in the plan"

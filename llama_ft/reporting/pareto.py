@@ -34,10 +34,7 @@ def draw_fronts(groups: list[Group], file: Path) -> None:
 
 
 def front_panel(axes: Axes, group: Group, key: str) -> None:
-    """A point for each run: numbered, and listed beside the last panel, where it is on the front of all three.
-
-    The line goes through the runs that no other beats in the two figures of this panel.
-    """
+    """A point for each run, numbered on the front of all three; the line is the front of this panel's two."""
     numbered, column = members(group), list(COSTS).index(key)
     at = {n: (point[column], point[-1]) for n, point in measured(group).items()}
     for n in sorted(at, key=lambda n: n in numbered):

@@ -81,7 +81,6 @@ def card_table(plan: Plan) -> Table:
 
 
 def _runs_table(plan: Plan) -> Table:
-    """A row for each run of a sweep, on one card."""
     rows, group, notes = plan.rows, planned_group(plan, plan.gpus[0]), plan_notes(plan)
     if is_ladder(group):
         return ladder_table(group, rows, FIT[:2], notes, title(plan))
@@ -98,7 +97,6 @@ def _runs_table(plan: Plan) -> Table:
 
 
 def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
-    """A column for each card, marked where a combination does not fit."""
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
@@ -140,10 +138,8 @@ def plan_notes(plan: Plan) -> list[str]:
     """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
     notes = ([] if plan.is_sweep else _setting_notes(plan)) + _parallel_notes(plan)
     if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
-        notes.append(
-            f"Up to {amount(managed)} MiB of optimizer state are in managed memory, and counted nowhere here: the"
-            " driver moves it to the host where the card is full."
-        )
+        where = "in managed memory, and counted nowhere here: the driver moves it to the host where the card is full"
+        notes.append(f"Up to {amount(managed)} MiB of optimizer state are {where}.")
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
@@ -166,7 +162,6 @@ def plan_notes(plan: Plan) -> list[str]:
 
 
 def _setting_notes(plan: Plan) -> list[str]:
-    """What the settings that all rows share mean for them."""
     optims = [row.optim for row in plan.rows]
     size, packing = plan.training["micro_batch_size"], plan.training.get("packing")
     optimizer = plan.training.get("optimizer", "adamw")

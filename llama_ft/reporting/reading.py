@@ -16,11 +16,7 @@ from llama_ft.reporting.settings import NOT_COMPARED, run_settings
 
 
 def read_groups(folder: Path) -> list[Group]:
-    """The results in a folder and in the folders below it.
-
-    Raises:
-        UserError: if there are none, or one cannot be read.
-    """
+    """The results in a folder and in the folders below it; a UserError if there are none, or one cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
     runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
@@ -87,7 +83,6 @@ def _group_of_repeats(variant: str, runs: list[Run]) -> Group:
 
 
 def _named_seed(variant: str) -> int | str | None:
-    """The seed in the names of folders."""
     named = re.search(rf"\b{SEED}=([^,]*)", variant)
     return None if named is None else int(named[1]) if re.fullmatch(r"-?\d+", named[1]) else named[1]
 

@@ -96,11 +96,7 @@ def _end(text: str) -> str:
 
 
 def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> list[dict[str, str]]:
-    """What tells runs apart as the columns of a table: techniques, settings, the device; of a recipe its name alone.
-
-    Args:
-        values: settings of each run, by full name; `UNKNOWN` of what nobody knows.
-    """
+    """What tells runs apart as columns of a table: techniques, settings, device; of a recipe its name alone."""
     keys = varied(values)
     labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
     said = [values[n].get(RECIPE) for n in range(len(results))] if RECIPE in keys else labels[:1] * len(labels)
@@ -125,10 +121,7 @@ def value_of(record: Result | PlanRow, key: str) -> Any:
 
 
 def planned_group(plan: Plan, gpu: Settings, variant: str = "", rows: Sequence[PlanRow] | None = None) -> Group:
-    """A card's rows of a plan, or some of them, as results.
-
-    A row that does not fit is out of memory, and has numbers all the same.
-    """
+    """A card's rows of a plan, or some, as results; one that does not fit is out of memory, and has its numbers."""
     rows = plan.rows_on(gpu["name"]) if rows is None else rows
     results = [_planned(plan, row, gpu) for row in rows]
     if not any(row.settings for row in rows):

@@ -26,9 +26,7 @@ CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a
 SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]") | {ord("±"): "+-"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
-NOT_IN_CSV = tuple(
-    "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
-)
+NOT_IN_CSV = "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
 
@@ -111,7 +109,6 @@ def terminal(table: Table, width: int) -> list[RichTable]:
 
 
 def _widths(rows: Rows, gap: int) -> list[int]:
-    """Of the columns, in characters."""
     return [gap + max(map(len, column)) for column in zip(*(cells for _, cells in rows), strict=True)]
 
 
@@ -127,7 +124,6 @@ def print_table(table: Table, console: Console) -> None:
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Other letters in place of those that an encoding lacks."""
     assert isinstance(error, UnicodeEncodeError)
     lacking = error.object[error.start : error.end].translate(SUBSTITUTES)
     return lacking.encode("ascii", "replace").decode(), error.end
@@ -162,10 +158,7 @@ def plain_text(name: str) -> str:
 def record_table(
     records: Sequence[Result | PlanRow], leading: Sequence[dict[str, str]]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and a row for each record, numbers unrounded: the leading values, the switches, the record's fields.
-
-    A field that is a dict, such as `memory_mib`, has a column for each of its keys.
-    """
+    """Columns and a row for each record: leading values, switches, its fields unrounded, of a dict each key."""
     columns = [*leading[0], *(technique.name for technique in TECHNIQUES)]
     rows: list[list[Any]] = [
         [*values.values(), *(record.optim.get(technique.name, False) for technique in TECHNIQUES)]

@@ -163,9 +163,8 @@ def measure_notes(group: Group) -> list[str]:
     notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     limit, gpu = group.memory_limit_mib, results[0].gpu
     if gpu not in ("auto", "cpu") and limit is not None and group.device:
-        notes.append(
-            f"gpu={gpu}: the allocator has that card's {limit:,} MiB; times are those of the device named above."
-        )
+        times = "times are those of the device named above"
+        notes.append(f"gpu={gpu}: the allocator has that card's {limit:,} MiB; {times}.")
     if any(run.result.status == "oom" for _, run in group.runs):
         on_cpu = any(r.status == "ok" and not r.peak_memory_reserved_mib for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
@@ -174,10 +173,9 @@ def measure_notes(group: Group) -> list[str]:
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
     if counts := held_out_counts(group):
         several = f" to {counts[-1]:,.0f}" if len(counts) > 1 else ""
-        notes.append(
-            f"Held-out loss: of {counts[0]:,.0f}{several} samples (data.validation), never trained on; token accuracy:"
-            " the share of their target tokens that the model finds the most probable."
-        )
+        accuracy = "token accuracy: the share of their target tokens that the model finds the most probable"
+        held_out = f"{counts[0]:,.0f}{several} samples (data.validation), never trained on"
+        notes.append(f"Held-out loss: of {held_out}; {accuracy}.")
         if any(r.eval_loss != r.last_eval_loss for r in results):
             notes.append("Where training.keep_best is on, both are of the best weights.")
     return notes + front_notes(group)

@@ -9,12 +9,9 @@ from llama_ft.techniques.mixed_precision import Precision
 
 
 def apply(model: Transformer, config: TrainConfig, precision: Precision) -> None:
-    """Change a model in place by each technique that is on, in the registry's order.
+    """Change a model in place by each technique that is on, in the registry's order; a UserError if one does not fit.
 
     The model may be on the meta device: then call `initialize_added` once it has been materialised.
-
-    Raises:
-        UserError: if a LoRA target matches no linear layer.
     """
     for technique in TECHNIQUES:
         if technique.apply is not None and getattr(config.optim, technique.name):

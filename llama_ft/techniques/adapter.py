@@ -30,21 +30,17 @@ def check_base_of(adapter: Adapter, checkpoint: str) -> None:
 def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> dict[str, float | bool | list[str]]:
     """Those of `LoraConfig` with which an adapter was made, to train it further.
 
-    Raises:
-        UserError: if it is not this model's, or one set of numbers and targets does not describe all of its layers.
+    A UserError if it is not this model's, or one set of numbers and targets does not describe all of its layers.
     """
     adapter = read_adapter(Path(os.path.expanduser(folder)), model)
     check_base_of(adapter, checkpoint or "builtin")
     (kind, *others) = {(factors.rank, factors.alpha, factors.rslora) for factors in adapter.factors.values()}
-    names = {
-        name: name.rpartition(".")[2] for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)
-    }
+    linears = [name for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)]
+    names = {name: name.rpartition(".")[2] for name in linears}
     targets = set(map(names.get, adapter.factors))
     if others or {name for name in names if names[name] in targets} != adapter.factors.keys():
-        advice = "merge it into the weights with convert, and train another one on them"
-        raise UserError(
-            f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further: {advice}"
-        )
+        problem = f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further"
+        raise UserError(f"{problem}: merge it into the weights with convert, and train another one on them")
     rank, alpha, rslora = kind
     ordered = [name for name in dict.fromkeys(names.values()) if name in targets]
     return {"rank": rank, "alpha": float(alpha), "rslora": rslora, "targets": ordered}
@@ -111,10 +107,7 @@ class Adapters:
 
 
 def adapted_layers(model: Transformer, adapter: Adapter, dtype: torch.dtype) -> dict[str, LoRALinear]:
-    """Frozen layers that share the model's weights and have the adapter's factors, by name; the model is left as it is.
-
-    An adapter with copies of the base's weights that differ from the model's is a UserError.
-    """
+    """Frozen layers with the model's weights and the adapter's factors, by name; a UserError if its copies differ."""
     check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
     layers = {}
     for name, factors in adapter.factors.items():

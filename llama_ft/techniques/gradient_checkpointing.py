@@ -52,14 +52,12 @@ class CheckpointedLayers:
         inputs: AbstractContextManager[object] = offloading(self.copy_of) if self.offload else nullcontext()
         for start in range(0, len(layers), self.every):
             group = slice(start, start + self.every)
-            run = partial(self.run_group, layers[group])
+            run = partial(self.run_group, layers[group], turns=turns, mask=mask, caches=caches[group])
             contexts = partial(_keeping_products, layers[group]) if self.selective else noop_context_fn
-            with inputs:  # the tensors that a checkpoint saves are those given without a name: x
+            with inputs:  # the tensors that a checkpoint saves are given to it: x
                 # The non-reentrant form: under LoRA the embeddings are frozen, so the first block's input needs no
                 # gradient, and the reentrant form would then give none to any weight of any block.
-                x = checkpoint(
-                    run, x, turns=turns, mask=mask, caches=caches[group], use_reentrant=False, context_fn=contexts
-                )
+                x = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
         return x
 
 

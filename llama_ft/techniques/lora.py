@@ -112,7 +112,6 @@ class LoRALinear(nn.Linear):
 
 @cache
 def _over(cls: Any, parent: Any) -> Any:
-    """LoRA over a subclass of `nn.Linear`."""
     return type(f"LoRA{parent.__name__}", (cls, parent), {})
 
 

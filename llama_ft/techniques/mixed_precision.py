@@ -32,11 +32,7 @@ class Precision:
 
     @classmethod
     def of(cls, config: TrainConfig, device_type: str, has_bf16: bool) -> "Precision":
-        """A run's: that of `mixed_precision` where it is on, else fp32 throughout.
-
-        Raises:
-            UserError: if the device, or what the optimizer does there, does not go with it.
-        """
+        """A run's; fp32 throughout where MP is off. A UserError if the device, or the optimizer there, lacks it."""
         precision = mixed_precision(config.mp, device_type, has_bf16) if config.optim.mp else cls(device_type)
         config.training.check_on(device_type, config.accumulation_steps, precision.compute == torch.float16)
         return precision
@@ -61,11 +57,7 @@ class Precision:
 
 
 def mixed_precision(config: MixedPrecisionConfig, device_type: str, has_bf16: bool) -> Precision:
-    """Mixed precision, switched on, for a device; `has_bf16` is whether it computes in bf16 itself.
-
-    Raises:
-        UserError: for bf16 on a device without it, or fp16 without fp32 masters.
-    """
+    """Mixed precision, switched on; a UserError for bf16 on a device without it, or fp16 without fp32 masters."""
     if config.dtype is Dtype.bf16 and not has_bf16:
         raise UserError("mp.dtype=bf16 is not supported by this GPU: use mp.dtype=fp16 or auto")
     bf16 = config.dtype is Dtype.bf16 or (config.dtype is Dtype.auto and has_bf16)

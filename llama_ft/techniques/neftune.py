@@ -26,11 +26,7 @@ def apply(model: Transformer, config: NeftuneConfig, precision: Precision) -> No
 
 
 def add_noise(model: Transformer, alpha: float = 5.0) -> None:
-    """Add noise to a model's embeddings while it is in training mode.
-
-    Raises:
-        UserError: unless alpha is positive, or if the model has noise already.
-    """
+    """Add noise to a model's embeddings in training mode; a UserError unless alpha is positive, or if it has some."""
     NeftuneConfig(alpha)  # checks it
     if model.embed is not plain_embed:
         raise UserError("the model has noise on its embeddings already")

@@ -136,15 +136,11 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None, *, w
 
 
 def _peft_name(layer: str) -> str:
-    """PEFT's name of one of our linear layers."""
     return PREFIX + hf_name(f"{layer}.weight").removesuffix(".weight")
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
-    """Find an adapter in a folder; a UserError if it is damaged, of another model, or of another kind than LoRA.
-
-    None of its tensors is read.
-    """
+    """Find an adapter in a folder, reading no tensor; a UserError if it is damaged, another model's, or no LoRA."""
     try:
         tensors = _open_tensors(folder, model)
         config_file = folder / ADAPTER_CONFIG_FILE
@@ -162,7 +158,6 @@ def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
 
 
 def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
-    """The tensors of an adapter by PEFT's names."""
     if not folder.is_dir():
         raise UserError(why_no_folder(folder))
     file = folder / ADAPTER_FILE
@@ -193,7 +188,6 @@ def _check_supported(content: Json) -> None:
 
 
 def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTensor], model: ModelConfig) -> Adapter:
-    """The adapter that the tensors make up."""
     linears = {name: module for name, module in build(model).named_modules() if isinstance(module, nn.Linear)}
     pairs: dict[str, dict[str, StoredTensor]] = {}
     copies: dict[str, StoredTensor] = {}

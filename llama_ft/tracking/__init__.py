@@ -4,8 +4,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UploadConfig, UserError
+from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UserError
 from llama_ft.config.checks import Settings
+from llama_ft.config.groups import UploadConfig
 from llama_ft.config.techniques import combination_name
 from llama_ft.config.train import read_config
 from llama_ft.records.metrics import read_metrics
@@ -42,11 +43,7 @@ def track_study(config: TrackerConfig, name: str, numbers: dict[str, float], fil
 def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Log) -> TrackerConfig:
     """Send each run as if it took place now, in place of what the tracker has of it. Returns the last run's tracker.
 
-    Args:
-        sweep: the name to group the runs by; None for a run by itself.
-
-    Raises:
-        UserError: if nothing would be sent, a file is damaged, or the tracker fails; later runs are then not sent.
+    The name of a `sweep` groups them. A UserError if nothing would be sent, a file is damaged, or the tracker fails.
     """
     if config.kind is TrackerKind.disabled:
         raise UserError("tracker.upload=true with tracker=disabled sends nothing: leave one of them out")

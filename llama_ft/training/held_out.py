@@ -35,11 +35,7 @@ def is_time_to_stop(losses: Sequence[EvalMetrics], config: TrainingConfig) -> bo
 def measure_held_out(
     step: TrainStep, data: Windows, n_steps: int, is_stopped: Callable[[], bool], log: Log
 ) -> EvalMetrics | None:
-    """The held-out samples' loss after so many optimizer steps; None if it was stopped. Changes nothing of the run.
-
-    Raises:
-        Diverged: if the loss is no number.
-    """
+    """The held-out samples' loss after so many steps, None if stopped; a Diverged if it is no number."""
     start, pace = time.perf_counter(), Pace()
 
     def until_stopped() -> Iterator[Batch]:

@@ -122,10 +122,7 @@ class StepOutput:
 def train(
     step: TrainStep, schedule: LRScheduler, data: Windows, epochs: int, position: Position
 ) -> Iterator[StepOutput]:
-    """Train from a position to the end of the last epoch.
-
-    Between two steps the caller may measure, save or stop. `position` is kept up to date.
-    """
+    """Train from a position, which is kept up to date, to the last epoch's end; the caller may save between steps."""
     step.model.train()
     while position.epoch < epochs:
         for window in data.epoch(position.epoch, position.window):

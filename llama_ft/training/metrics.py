@@ -30,9 +30,8 @@ def check_losses(before: float, after: float, vocab_size: int) -> None:
 class StepMeter:
     """Reads each step's loss when the next step has been started, and the device has long computed it.
 
-    Args of the constructor:
-        may_skip: whether a gradient that is not finite skips its step, as under loss scaling, or ends the training.
-        last: the step that a resumed run goes on from.
+    A gradient that is not finite ends the training, or with `may_skip`, as under loss scaling, skips its step. A
+    resumed run goes on from its `last` step.
     """
 
     def __init__(
@@ -53,11 +52,7 @@ class StepMeter:
         self._before = self._moment()
 
     def record(self, output: StepOutput) -> StepMetrics | None:
-        """Keep a step's output; returns the step before it, if that has not been read yet.
-
-        Raises:
-            Diverged: if the loss or the gradient of the step before is not finite.
-        """
+        """Keep a step's output; returns the step before it, as `flush` does."""
         scalars = torch.stack((output.loss, output.grad_norm.to(output.loss.dtype)))
         if self._pinned:  # copied without waiting; the moment comes after the copy
             scalars = self._pinned[self._step % 2].copy_(scalars, non_blocking=True)
@@ -80,11 +75,7 @@ class StepMeter:
         return before
 
     def flush(self) -> StepMetrics | None:
-        """The newest step, if it has not been read yet. Waits for the device.
-
-        Raises:
-            Diverged: if its loss or its gradient is not finite.
-        """
+        """The newest step, if it has not been read yet; a Diverged if its loss or its gradient is not finite. Waits."""
         if self._pending is None:
             return None
         metrics, n_tokens, scalars, done = self._pending

@@ -111,7 +111,6 @@ class AdamW8bit(torch.optim.Optimizer):
             )
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state before the first step."""
         n, device = parameter.numel(), parameter.device
         state = {"step": torch.zeros(())}  # on the CPU, where reading it waits for nothing
         if n < MIN_8BIT:

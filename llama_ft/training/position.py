@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llama_ft.config import UserError
 from llama_ft.config.checks import Settings
-from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE
+from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, explained
 from llama_ft.records import read_record
 
 CHECKPOINTS_DIR = "checkpoints"
@@ -54,11 +54,7 @@ def check_plain(folder: Path, is_known: bool = True) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """What looks like the run's checkpoints, the newest last. What an interrupted write left behind is none of them.
-
-    Raises:
-        UserError: if the folder that holds them cannot be read, or is a link.
-    """
+    """What looks like the run's checkpoints, the newest last; a UserError if their folder is a link, or unreadable."""
     return [path for path in _entries(run_dir) if re.fullmatch(r"step_\d{8,}", path.name)]
 
 
@@ -76,12 +72,9 @@ def _entries(run_dir: Path) -> list[Path]:
     folder = run_dir / CHECKPOINTS_DIR
     if folder.is_symlink():
         raise UserError(f"{folder} is a link, and no run makes one: remove it, or name another folder for the run")
-    try:
+    with explained(f"{folder} cannot be read"), suppress(FileNotFoundError):
         return sorted(folder.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from error
+    return []
 
 
 def _is_plain(folder: Path) -> bool:

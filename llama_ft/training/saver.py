@@ -40,10 +40,8 @@ from llama_ft.training.step import TrainStep
 def save_trained(model: Transformer, folder: Path, base: str | None = None, ranks: Ranks = ALONE) -> None:
     """Write what was trained: all weights, or the adapter, with the name of the checkpoint that it belongs to.
 
-    Of several processes the first writes; weights that are split are gathered one by one, so all have to call it.
-
-    Raises:
-        UserError: if it cannot be written, or weights are in 4 bits.
+    Of several processes the first writes; weights that are split are gathered one by one, so all have to call it. A
+    UserError if it cannot be written, or weights are in 4 bits.
     """
     if lora_layers(model):
         save_adapter(model, folder, base, writes=ranks.is_first)
@@ -66,27 +64,17 @@ class Saver:
         self._run_dir, self._hashes, self._step, self._ranks = run_dir, (config_hash, run_hash), step, step.ranks
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            UserError: if it cannot be written; those before it stay.
-        """
+        """Write a checkpoint; a UserError if it cannot be written, and those before it stay."""
         config_hash, run_hash = self._hashes
         scaler, rng = self._step.scaler.state_dict(), self._ranks.gathered(_rng_states(self._step.device))
-        states = {
-            f"{name}.{rank}" if rank else name: each for rank, own in enumerate(rng) for name, each in own.items()
-        }
+        states = {f"{key}.{rank}" if rank else key: each for rank, own in enumerate(rng) for key, each in own.items()}
         state = SavedState(config_hash, position, run_hash, scaler, states)
         self._write(f"step_{position.step:08}", state)
         if self._ranks.is_first:
             remove_older(self._run_dir)
 
     def save_best(self, step: int) -> None:
-        """Keep the weights as they are after this optimizer step, the best so far.
-
-        Raises:
-            UserError: if they cannot be written; those before them stay.
-        """
+        """Keep the weights as they are after this optimizer step, the best so far; a UserError as in `save`."""
         self._write(self.best_folder(step).name)
         if self._ranks.is_first:
             remove_older(self._run_dir, step=step)
@@ -124,8 +112,7 @@ class Saver:
     def restore(self) -> Position | None:
         """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
 
-        Raises:
-            UserError: if the checkpoint is damaged.
+        A UserError if it is damaged.
         """
         found = checkpoints(self._run_dir)
         if not found:
@@ -142,8 +129,7 @@ class Saver:
     def read_trained(self, folder: Path, optimizer: Mapping[str, Tensor] | None = None) -> None:
         """Put the weights of a checkpoint, or the best, back, and the optimizer's tensors, if they are given.
 
-        Raises:
-            UserError: if they are damaged.
+        A UserError if they are damaged.
         """
         model = self._step.model
         if any(folder.glob(SHARDS)):  # of processes that the run was split over, as many as there were
@@ -170,7 +156,6 @@ class Saver:
 
 
 def _complete(temporary: Path, final: Path, state: SavedState | None) -> None:
-    """Add the state to a folder, and let it have its name."""
     if state:
         write_json(temporary / STATE_FILE, asdict(state))
     to_disk(temporary)
@@ -180,7 +165,6 @@ def _complete(temporary: Path, final: Path, state: SavedState | None) -> None:
 
 
 def _rng_states(device: torch.device) -> dict[str, str]:
-    """The states of the random generators that a run uses, in hex."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

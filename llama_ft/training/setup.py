@@ -29,12 +29,9 @@ from llama_ft.training.step import TrainStep
 def set_up(
     config: TrainConfig, precision: Precision, device: torch.device, log: Log = silent, ranks: Ranks = ALONE
 ) -> TrainStep:
-    """The training step of a run, with its model and optimizer.
+    """The training step of a run, with its model and optimizer; a UserError if weights, technique or adapter misfit.
 
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
-
-    Raises:
-        UserError: if the checkpoint has no weights for this model, or a technique or an adapter does not fit it.
     """
     make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # a missing package is said first
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
@@ -52,10 +49,7 @@ def set_up(
 
 
 def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> Transformer:
-    """The model with its techniques, split over its processes, on the meta device.
-
-    A technique that does not fit it is a UserError.
-    """
+    """The model with its techniques, split over its processes, on the meta device; a UserError if they misfit."""
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)

@@ -56,11 +56,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
 
     def __call__(self, window: Window) -> tuple[Tensor, Tensor]:
-        """Update the weights.
-
-        Returns:
-            The window's mean loss per target token and the norm of its gradient before clipping: fp32 scalars.
-        """
+        """Update the weights; returns the loss per target token and the norm of the unclipped gradient: scalars."""
         n_targets = self.ranks.total(target_tokens(window))
         loss = torch.zeros((), device=self.device)
         with self.update.in_backward():
@@ -116,10 +112,7 @@ def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
 
 
 def evaluate(step: TrainStep, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Mean loss per target token, and the share of them that are the most probable token. Random states stay.
-
-    Of several processes each has batches of its own, and all have as many.
-    """
+    """Mean loss per target token, and the share that are the most probable; all processes have as many batches."""
     total, n_targets = torch.zeros(2, dtype=torch.float64, device=step.device), 0
     for batch in batches:
         total += evaluate_batch(step, batch)

@@ -30,10 +30,7 @@ class Update:
         return grad_norm
 
     def _clip(self) -> Tensor:
-        """Clip the gradients' norm; returns what it was.
-
-        A fused optimizer divides by `grad_scale` while it reads the gradients, which spares a pass over them.
-        """
+        """Clip the gradients' norm; returns what it was. A fused optimizer divides by `grad_scale` as it reads them."""
         gradients = [each.grad for each in self.optimizer.param_groups[0]["params"] if each.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
