@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+import torch
 from conftest import injected, run
 from helpers.reports import EIGHT, Page, csv_rows, optim, plan_of, report, row, tables, undrawn, write, write_steps
 from helpers.reports import gpu as card
@@ -20,7 +21,7 @@ from llama_ft.records import write_record
 from llama_ft.records.result import Result
 from llama_ft.reporting import figure
 from llama_ft.reporting.reading import read_groups
-from llama_ft.reporting.repeats import Repeated, are_apart, half_width, repeated, t_quantile
+from llama_ft.reporting.repeats import Repeated, are_apart, half_width, repeated, t_probability, t_quantile
 from llama_ft.reporting.repeats import Run as OneRun
 from llama_ft.reporting.table2 import cell
 
@@ -37,6 +38,17 @@ PUBLISHED = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 19: 2.
 @pytest.mark.parametrize("freedom", PUBLISHED)
 def test_quantiles_are_the_published_ones(freedom: int) -> None:
     assert t_quantile(freedom) == pytest.approx(PUBLISHED[freedom], abs=5.1e-4)
+
+
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 6.0, 15.0])
+def test_probabilities_are_closed_forms_and_the_integral_of_the_density(t: float) -> None:
+    """Those of one and two degrees of freedom, and for a number of them that is not whole PyTorch's density."""
+    assert t_probability(t, 1) == pytest.approx(2 / math.pi * math.atan(t), abs=1e-8)
+    assert t_probability(t, 2) == pytest.approx(t / math.sqrt(2 + t * t), abs=1e-8)
+    for freedom in (1.3, 2.7, 24.9):
+        grid = torch.linspace(-t, t, 100_001, dtype=torch.float64)
+        density = torch.distributions.StudentT(torch.tensor(freedom, dtype=torch.float64)).log_prob(grid).exp()
+        assert t_probability(t, freedom) == pytest.approx(float(torch.trapezoid(density, grid)), abs=1e-7)
 
 
 def test_an_interval_holds_the_mean_and_equal_means_are_apart_as_often_as_95_percent_says() -> None:
