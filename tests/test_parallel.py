@@ -8,10 +8,13 @@ import pytest
 import torch
 from conftest import CHECKOUT, run
 from helpers.models import relative
-from helpers.split_steps import Case, outcome
+from helpers.split_steps import Case, config_of, outcome
 
+from llama_ft.config import UserError
+from llama_ft.launch.meeting import check_gpus
 from llama_ft.model.formats import permute_rotary
 from llama_ft.model.stored import in_memory, permuted
+from llama_ft.system import n_cores
 
 pytestmark = pytest.mark.process
 N_STEPS = 3  # of an epoch of 6 samples
@@ -100,3 +103,11 @@ def test_a_process_reads_no_piece_without_rows_of_its_own(monkeypatch: pytest.Mo
             assert rows.start < first + len(piece)
             assert torch.equal(piece, truth[first : first + len(piece)])
         assert set(rows) <= {first + n for first, piece in found.items() for n in range(len(piece))}
+
+
+def test_far_more_processes_than_cores_are_refused() -> None:
+    """They would take all of the machine's memory before one of them computes."""
+    config = config_of({"strategy": "ddp", "optim": []})
+    config.parallel.processes = 1000 * n_cores()
+    with pytest.raises(UserError, match=r"give at most \d+"):
+        check_gpus(config)

@@ -20,8 +20,10 @@ from llama_ft.config import DeviceChoice, TrainConfig, UserError
 from llama_ft.device import why_no_gpu
 from llama_ft.launch.endings import Ending, root_of
 from llama_ft.launch.machines import meeting_point
+from llama_ft.system import n_cores
 
 POLL_SECONDS = 0.1
+MOST_PER_CORE = 8  # processes on the CPU; each takes some 0.3 GB before it has a tensor
 
 
 class Meeting(StaticTCPRendezvous):
@@ -133,10 +135,16 @@ def answers(host: str, port: int) -> bool:
 
 
 def check_gpus(config: TrainConfig) -> None:
-    """Raise a UserError if there are fewer GPUs here than processes."""
+    """Raise a UserError if there are fewer GPUs here than processes, or far fewer cores where there are no GPUs."""
+    n_here = config.parallel.per_machine
     if config.gpu.device is DeviceChoice.cpu or why_no_gpu() is not None:
+        if n_here > (most := MOST_PER_CORE * n_cores()):
+            raise UserError(
+                f"parallel.processes={config.parallel.processes}: that is {n_here} on this machine, which has"
+                f" {n_cores()} cores and no GPU to use: give at most {most}"
+            )
         return
-    n_here, n_gpus = config.parallel.per_machine, torch.cuda.device_count()
+    n_gpus = torch.cuda.device_count()
     if n_here > n_gpus:
         here = f"that is {n_here} on this machine, a GPU for each, and PyTorch sees {n_gpus}"
         raise UserError(f"parallel.processes={config.parallel.processes}: {here}: give as many processes, or gpu=cpu")
