@@ -17,7 +17,7 @@ from llama_ft.model.stored import in_memory, permuted
 from llama_ft.system import n_cores
 
 pytestmark = pytest.mark.process
-N_STEPS = 3  # of an epoch of 6 samples
+N_STEPS = 3  # of an epoch: of 9 samples 3 are held out
 COMBINATIONS = [[], ["ga"], ["lora"], ["gc"], ["ga", "lora", "gc"], ["mp"], ["ga", "mp"], ["ga", "mp", "lora", "gc"]]
 CASES: list[Case] = [
     *({"optim": optim} for optim in COMBINATIONS),
@@ -65,26 +65,28 @@ def test_split_steps_have_the_gradients_of_whole_ones(tmp_path: Path, alone, str
             assert one["bytes"] / n <= split["bytes"] <= 1.1 * one["bytes"] / n, case
 
 
-def train(folder: Path, *arguments: str) -> list[float]:
-    """The losses in a run's folder after a command."""
-    told = ["training.micro_batch_size=2", "training.max_samples=6", "tracker=disabled", "gpu=cpu", *arguments]
+def train(folder: Path, *arguments: str) -> dict[tuple[str, int], float]:
+    """The losses in a run's folder after a command, held-out ones too, by their steps."""
+    told = ["training.micro_batch_size=2", "training.max_samples=9", "tracker=disabled", "gpu=cpu", *arguments]
     done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=folder.parent, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {(key, line["step"]): line[key] for line in lines for key in ("loss", "eval_loss") if key in line}
 
 
 @pytest.mark.parametrize("optim", ["baseline", "mp_lora"])
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, optim: str) -> None:
     """Begun on 2, resumed on 4, then on 1, and on 2 again; the files that it leaves are those of any run."""
     shared = [f"optim={optim}", "lora.dropout=0", "training.schedule=constant", "training.warmup_ratio=0"]
-    shared += ["training.save_every=4", "training.resume=true"]
+    shared += ["training.save_every=4", "training.resume=true", "data.validation=3", "training.eval_every=2"]
     whole = train(tmp_path / "whole", *shared, "training.epochs=4")
     for epochs, n in enumerate((2, 4, 1, 2), 1):
         split = ["parallel=fsdp", f"parallel.processes={n}"] if n > 1 else []
         losses = train(folder := tmp_path / "split", *shared, *split, f"training.epochs={epochs}")
         resumed = json.loads((folder / "result.json").read_text())["resumed_at_step"]
         assert resumed == (N_STEPS * (epochs - 1) or None)
-    assert len(losses) == 4 * N_STEPS
+    assert {key for key, _ in whole} == {"loss", "eval_loss"}
+    losses = {key: losses[key] for key in whole}  # it was evaluated at each of its ends too
     assert losses == pytest.approx(whole, rel=1e-5 if optim == "baseline" else 1e-2)
     kept = {path.name for path in folder.iterdir()} - {"train.log"}
     assert kept == {path.name for path in (tmp_path / "whole").iterdir()} - {"train.log"}

@@ -11,6 +11,13 @@ Strategy = enum.Enum("Strategy", ["none", "ddp", "fsdp"])
 SPLIT, SEVERAL_NODES = "parallel.strategy=ddp|fsdp", "parallel.nodes"
 
 
+def check_rendezvous(given: str | None) -> None:
+    """Raise a UserError unless it is HOST:PORT, or None."""
+    match = re.fullmatch(r"[^\s:/]+:(\d{1,5})", str(given))
+    holds = given is None or (match is not None and 0 < int(match[1]) < 2**16)
+    check(holds, "parallel.rendezvous", given, "HOST:PORT, such as node1:29500, or null")
+
+
 @dataclass
 class ParallelConfig:
     """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
@@ -25,11 +32,10 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "parallel.")
-        n, given = self.processes, self.rendezvous
+        n = self.processes
         holds = self.world_size % self.nodes == 0
         check(holds, "parallel.processes", n, f"a multiple of parallel.nodes={self.nodes}")
-        holds = given is None or re.fullmatch(r"[^\s:/]+:\d{1,5}", given) is not None
-        check(holds, "parallel.rendezvous", given, "HOST:PORT, or null")
+        check_rendezvous(self.rendezvous)
 
     @property
     def is_split(self) -> bool:

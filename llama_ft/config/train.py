@@ -74,6 +74,8 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         if self.parallel.is_split and (training.compile or training.optimizer_in_backward):
             key = "compile" if training.compile else "optimizer_in_backward"
             raise UserError(f"training.{key}=true is for one process, and parallel={name}: leave one of them out")
+        if self.parallel.is_split and self.gpu.index is not None:
+            raise UserError(f"gpu.index names one GPU, and parallel={name} takes several: set CUDA_VISIBLE_DEVICES")
         if self.parallel.strategy is Strategy.fsdp and training.optimizer.name.endswith("8bit"):
             why = "whose blocks of moments the rows of a process would cut"
             raise UserError(f"training.optimizer={training.optimizer.name}, {why}, is not for parallel=fsdp: use adamw")

@@ -34,6 +34,7 @@ from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, w
 from llama_ft.system import MIB, Log, silent
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
+MOST_CHARACTERS = 300  # of an error that is a bug
 HINTS = {
     "No working C++ compiler": "training.compile=true needs one, such as g++",
     "CUDA driver error": "PYTORCH_ALLOC_CONF=expandable_segments:False may help",
@@ -93,7 +94,8 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
         return "error", f"{file} cannot be written during {stage}: {error.strerror}"
     with suppress(OSError):  # the disk may be full, and the result still fit
         traceback.print_exception(error)  # into train.log: this one is ours to mend
-    text = next(iter(str(error).strip().splitlines()), "")  # CUDA's other lines are advice for those who write kernels
+    # CUDA's other lines are advice for those who write kernels.
+    text = next(iter(str(error).strip().splitlines()), "")[:MOST_CHARACTERS]
     hint = next((f"; {hint}" for said, hint in HINTS.items() if said in text), "")
     return "error", f"{type(error).__name__} during {stage}: {text}{hint} (traceback in {LOG_FILE})"
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_ft.config import UserError
+from llama_ft.config.parallel import check_rendezvous
 from llama_ft.files import locked
 from llama_ft.records.result import MACHINE
 from llama_ft.system import Log
@@ -40,7 +41,8 @@ class Place:
 @contextmanager
 def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
     """Hold the folder that this machine works in, as `files.locked` does; `parallel` may not be checked yet."""
-    is_one = not isinstance(parallel.nodes, int) or parallel.nodes < 2
+    numbers = parallel.nodes, parallel.processes
+    is_one = not all(isinstance(n, int) for n in numbers) or parallel.nodes < 2 or parallel.processes % parallel.nodes
     listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
     folder = run_dir if is_one or listener else run_dir / f"{MACHINE}{socket.gethostname()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,6 +53,7 @@ def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> I
 def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
     """Host and port of the first machine, by `parallel.rendezvous` or SLURM's variables; a UserError by neither."""
     if given is not None:
+        check_rendezvous(given)  # a run's config is checked later
         host, _, port = str(given).rpartition(":")
         return host, int(port)
     hosts, job = variables.get("SLURM_JOB_NODELIST"), variables.get("SLURM_JOB_ID", "")

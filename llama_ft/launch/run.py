@@ -152,8 +152,8 @@ class MeasuredRun:
         result.runtime_s, result.samples = loop.watch.seconds, n_epochs * len(data.samples) + n_last
         result.tokens = steps[-1].tokens
         result.tokens_per_s = result.tokens / result.runtime_s
-        power = loop.watch.mean_power_w
-        result.joules_per_token = power and power / result.tokens_per_s
+        powers = loop.step.ranks.gathered(loop.watch.mean_power_w)  # of all GPUs, since the tokens are
+        result.joules_per_token = None if None in powers else sum(powers) / result.tokens_per_s
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
 

@@ -44,7 +44,8 @@ def shard(model: Transformer, ranks: Ranks, precision: Precision) -> None:
     if not model.config.tie_word_embeddings:
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=stored)
         fully_shard(model.output, mesh=mesh, mp_policy=cast)
-    fully_shard(model, mesh=mesh, mp_policy=stored)
+    # Else what is the root's own would stay gathered after an evaluation, which no backward pass follows.
+    fully_shard(model, mesh=mesh, mp_policy=stored, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the loss is divided by the targets of all processes

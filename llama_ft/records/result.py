@@ -93,7 +93,7 @@ class Result:
     samples: int | None = None
     tokens: int | None = None
     tokens_per_s: float | None = None
-    joules_per_token: float | None = None  # of the whole GPU, where it tells
+    joules_per_token: float | None = None  # of the whole GPU, or of all of them, where they tell
     peak_memory_mib: float | None = None
     peak_memory_reserved_mib: float | None = None  # of the CUDA allocator
     peak_rss_mib: float | None = None

@@ -182,16 +182,9 @@ def measure_notes(group: Group) -> list[str]:
 
 
 def split_notes(results: Sequence[Result]) -> list[str]:
-    """What memory and times are of where runs were split over processes; one line for all of the same strategy."""
-    lines = {}
-    for result in results:
-        split, peaks = result.parallel or {}, [each.peak_memory_mib for each in result.ranks]
-        name, n = split.get("strategy"), len(peaks)
-        apart = "" if min(peaks) == max(peaks) else f", in which it is {amount(min(peaks))} MiB at the least"
-        lines[name, n] = (
-            f"parallel={name}: memory is that of one of {n} processes, the largest{apart}; times are of all."
-        )
-    return list(lines.values())
+    """What memory and times are of where runs were split over processes."""
+    names = sorted({str((result.parallel or {}).get("strategy")) for result in results if len(result.ranks) > 1})
+    return [f"parallel={name}: memory is that of the process with the most; times are of all." for name in names]
 
 
 def failures(group: Group, names: Sequence[str]) -> list[str]:

@@ -91,6 +91,8 @@ class Saver:
             if ranks.is_first:
                 temporary.mkdir(parents=True)
             ranks.wait()
+            if ranks.any(ranks.strategy is Strategy.fsdp and not temporary.is_dir()):
+                raise UserError(f"{final} is not on a disk that all machines share: each process writes its rows there")
             optimizer = self._optimizer_tensors() if state else {}
             if ranks.strategy is Strategy.fsdp:
                 write_split(self._trained() | optimizer, temporary)
@@ -115,6 +117,8 @@ class Saver:
         A UserError if it is damaged.
         """
         found = checkpoints(self._run_dir)
+        if self._ranks.total(int(bool(found))) not in (0, self._ranks.world_size):
+            raise UserError(f"{self._run_dir} has checkpoints that not all machines see: it must be on a shared disk")
         if not found:
             return None
         saved = read_state(found[-1])
