@@ -245,8 +245,9 @@ def test_whoever_handled_a_signal_before_does_so_once_the_run_is_saved(number: s
 HOLDER = """
 import sys, time
 from pathlib import Path
-from llama_ft.launch.cards import hold_one
-number, lock = hold_one({0: "GPU-a", 1: "GPU-b"}, Path(sys.argv[1]), lambda line: print(line, flush=True))
+from llama_ft.launch.cards import hold
+held = hold({0: "GPU-a", 1: "GPU-b"}, 1, Path(sys.argv[1]), lambda line: print(line, flush=True))
+(number,) = held
 print(number, flush=True)
 time.sleep(60)
 """
@@ -272,15 +273,32 @@ def test_runs_take_different_cards_and_a_killed_one_frees_its_own(tmp_path: Path
 
 
 def test_one_card_is_waited_for_where_it_alone_may_be_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, held = cards.hold_one({0: "a", 1: "b"}, tmp_path, pytest.fail)
+    ((first, held),) = cards.hold({0: "a", 1: "b"}, 1, tmp_path, pytest.fail).items()
     lines: list[str] = []
     monkeypatch.setattr(cards.time, "sleep", lambda _: held.close())
-    again, other = cards.hold_one({0: "a"}, tmp_path, lines.append)  # gpu.index=0
+    ((again, other),) = cards.hold({0: "a"}, 1, tmp_path, lines.append).items()  # gpu.index=0
     assert (first, again) == (0, 0)
     assert lines == ["waiting: the GPU is taken by other runs; gpu.shared=true shares one"]
     with (tmp_path / "b").open("ab") as free:
         assert try_lock(free)
     other.close()
+
+
+def test_a_split_run_takes_all_of_its_cards_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    three, waits = {0: "a", 1: "b", 2: "c"}, list[bool]()
+    held = cards.hold(three, 2, tmp_path, pytest.fail)
+    assert list(held) == [0, 1]
+
+    def later(_: float) -> None:
+        with (tmp_path / "c").open("ab") as free:
+            waits.append(try_lock(free))  # the one that was free has been given back
+        held[1].close()
+
+    monkeypatch.setattr(cards.time, "sleep", later)
+    others = cards.hold(three, 2, tmp_path, lambda _: None)
+    assert (list(others), waits) == ([1, 2], [True])
+    with pytest.raises(UserError, match="4 GPUs of one kind are wanted, and 3 are there"):
+        cards.hold(three, 4, tmp_path, pytest.fail)
 
 
 @pytest.mark.parametrize(

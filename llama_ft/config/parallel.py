@@ -23,7 +23,7 @@ class ParallelConfig:
     """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
 
     strategy: Strategy = setting(Strategy.none, "how it is split; the choice of the group sets it")
-    processes: int = setting(2, "processes in all, one for each GPU; on the CPU any number", at_least=1, needs=SPLIT)
+    processes: int = setting(2, "processes in all, one a GPU; on the CPU up to 8 a core", at_least=1, needs=SPLIT)
     nodes: int = setting(1, "machines that share the processes; the same command runs on each", at_least=1, needs=SPLIT)
     rendezvous: str | None = setting(
         None, "HOST:PORT of the first machine, where they meet; null takes SLURM's variables", needs=SEVERAL_NODES

@@ -28,6 +28,7 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from llama_ft.config import TrainConfig
 from llama_ft.config.train import read_config
 from llama_ft.launch import END_NOW
+from llama_ft.launch.cards import take_cards
 from llama_ft.launch.child import failure, seconds_to_stop, stop_with_parent
 from llama_ft.launch.endings import Ending, Seen, ending_of_killed
 from llama_ft.launch.interrupts import ALL_SIGNALS, interrupts_held_back
@@ -179,9 +180,10 @@ def main() -> int:
     os.dup2(reading, sys.stdin.fileno())
     os.close(reading)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
-    meeting, root = None, None
+    meeting, root, held = None, None, list[Any]()
     try:
         check_gpus(config)
+        held += take_cards(config.gpu, config.parallel.per_machine, partial(print, flush=True))  # until the end
         meeting = meet(config, folder, int(listener) if listener != "none" else None)
         endings = run_ranks(config, Path(folder), [folder, command, *rest], meeting)
         root = meeting.settle(endings, SECONDS_TO_END)

@@ -9,7 +9,7 @@ from typing import IO
 
 import torch
 
-from llama_ft.config import DeviceChoice, GpuConfig
+from llama_ft.config import DeviceChoice, GpuConfig, UserError
 from llama_ft.device import gpu_index, why_no_gpu
 from llama_ft.files import explained, try_lock
 from llama_ft.system import Log
@@ -22,28 +22,55 @@ def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
 
     What is returned holds it until closed, or the process ends. None where there is no card, or it is to be shared.
     """
+    held = _taken(gpu, 1, log)
+    for gpu.index in held:
+        return held[gpu.index]
+    return None
+
+
+def take_cards(gpu: GpuConfig, n: int, log: Log) -> list[IO[bytes]]:
+    """Let the processes that are started from now on see so many cards, which no other run has, and hold them."""
+    held = _taken(gpu, n, log)
+    if held:
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[number] if visible else str(number) for number in held)
+    return list(held.values())
+
+
+def _taken(gpu: GpuConfig, n: int, log: Log) -> dict[int, IO[bytes]]:
+    """What holds each card, by PyTorch's number; nothing where there is no card, or they are to be shared."""
     if gpu.shared or gpu.device is DeviceChoice.cpu or why_no_gpu():
-        return None
+        return {}
     folder = Path(tempfile.gettempdir()) / f"llama_ft_gpus_{os.getuid()}"
     with explained(f"which GPUs are taken cannot be kept in {folder}, of TMPDIR; gpu.shared=true does without"):
         folder.mkdir(mode=0o700, exist_ok=True)
         cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
         likes = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # rows of a table are of one kind
-        taken = likes if gpu.index is None else [gpu_index(gpu)]
-        gpu.index, held = hold_one({number: str(cards[number].uuid) for number in taken}, folder, log)
-    return held
+        wanted = likes if gpu.index is None else [gpu_index(gpu)]
+        return hold({number: str(cards[number].uuid) for number in wanted}, n, folder, log)
 
 
-def hold_one(cards: Mapping[int, str], folder: Path, log: Log) -> tuple[int, IO[bytes]]:
-    """The first card whose lock, a file in the folder by the card's id, nobody has, and the lock; waits for one."""
-    files = {number: (folder / card).open("ab") for number, card in cards.items()}
+def hold(cards: Mapping[int, str], n: int, folder: Path, log: Log) -> dict[int, IO[bytes]]:
+    """The locks, files in the folder by the cards' ids, of the first n cards whose locks nobody has; waits for them.
+
+    All are taken at once, or none: two runs that each held a part would wait for each other.
+
+    Raises:
+        UserError: if there are not as many.
+    """
+    if n > len(cards):
+        raise UserError(f"{n} GPUs of one kind are wanted, and {len(cards)} are there")
     n_looks = 0
-    while (free := next((number for number, file in files.items() if try_lock(file)), None)) is None:
+    while True:
+        files = {number: (folder / card).open("ab") for number, card in cards.items()}
+        free = [number for number, file in files.items() if try_lock(file)][:n]
+        kept = free if len(free) == n else []
+        for number in files.keys() - set(kept):
+            files[number].close()
+        if kept:
+            return {number: files[number] for number in kept}
         if n_looks == 0:
-            which = "GPU is" if len(cards) == 1 else f"{len(cards)} GPUs are all"
+            which = "GPU is" if len(cards) == 1 else f"{len(cards)} GPUs are all" if n == 1 else "GPUs are"
             log(f"waiting: the {which} taken by other runs; gpu.shared=true shares one")
         n_looks += 1
         time.sleep(POLL_SECONDS)
-    for number in files.keys() - {free}:
-        files[number].close()
-    return free, files[free]

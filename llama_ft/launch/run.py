@@ -53,7 +53,7 @@ class MeasuredRun:
     def __post_init__(self) -> None:
         """Choose the device, and say which it is; a UserError if it cannot be had."""
         gpu = self.config.gpu
-        if self.config.parallel.is_split:  # two such runs could each wait for cards that the other holds
+        if self.config.parallel.is_split:  # the agent holds the cards of all of its ranks
             gpu = replace(gpu, index=int(os.environ["LOCAL_RANK"]), shared=True)
         self.held_card = take_card(gpu, self.log)
         self.device = choose_device(gpu)
