@@ -69,7 +69,7 @@ def test_profile_is_complete(card):
     assert set(values) == {"name", "device", "tflops"} | FIGURES - {"fp32", "tf32", "fp16", "bf16"}
     assert set(values["tflops"]) == {"fp32", "tf32", "fp16", "bf16"}
     assert (values["name"], values["device"]) == (card, "cuda")
-    assert asdict(profile(card)) == values | {"device": profile(card).device, "index": None}
+    assert asdict(profile(card)) == values | {"device": profile(card).device, "index": None, "shared": False}
 
 
 @pytest.mark.parametrize("card", CARDS)
