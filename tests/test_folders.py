@@ -12,7 +12,7 @@ from llama_ft.data.dataset import read_records
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.evaluate import JSON_FILE
 from llama_ft.evaluation.perplexity import read_text
-from llama_ft.files import check_replaceable, new_folder, output_folder, read_json, whole_file, write_json
+from llama_ft.files import check_replaceable, new_folder, output_folder, read_json, write_json
 from llama_ft.launch.folder import check_inputs, clear
 from llama_ft.model.mapped import read_pth, read_safetensors
 from llama_ft.records import read_record
@@ -255,20 +255,6 @@ def test_files_that_no_command_wrote_are_not_overwritten(tmp_path: Path, files: 
     else:
         with pytest.raises(UserError, match=f"holds {next(iter(files))}, which no command of llama_ft wrote"):
             check_replaceable(tmp_path, ("plan.json", "plan.md"))
-
-
-def test_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
-    def write(file: Path) -> None:  # as safetensors does
-        os.close(os.open(file.with_suffix(".new"), os.O_CREAT | os.O_WRONLY, 0o600))
-        file.with_suffix(".new").replace(file)
-
-    before = os.umask(0o027)
-    try:
-        with whole_file(tmp_path / "weights") as temporary:
-            write(temporary)
-    finally:
-        os.umask(before)
-    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
 
 
 READERS: dict[str, Callable[[Path], object]] = {

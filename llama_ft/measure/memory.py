@@ -118,7 +118,9 @@ class MemoryTracker(TorchDispatchMode):
         if func.namespace in ("fsdp", "c10d") or func is torch.ops.aten.copy_.default:
             self._communicate(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
-        for tensor in () if func.is_view else tree_leaves(out):  # a view of what is unknown is in an operator's memory
+        # A view of what is unknown is in an operator's memory, but for what torch.tensor has made.
+        is_view = func.is_view and func is not torch.ops.aten.lift_fresh.default
+        for tensor in () if is_view else tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(own(tensor), self._category(func, args))
         return out

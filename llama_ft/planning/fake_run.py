@@ -113,8 +113,8 @@ def fake_run(
     """What is alive when, in the dry run that a run of this config begins with.
 
     Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
-    The optimizer's state is made by a step without a micro-batch; in the log it is a step like the last. Where updates
-    are a part of the backward pass, it is made by a whole step, the hardest window's.
+    The optimizer's state is made by a step without a micro-batch, in the log a step like the last; where updates are a
+    part of the backward pass, by a whole step, the hardest window's.
     """
     data = windows_of(config, samples, traits, held_out)
     hardest, evaluated = hardest_windows(data), hardest_evaluations(data)
@@ -122,12 +122,10 @@ def fake_run(
     with fake_step(config, traits) as step:
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
-        evaluated = [as_fake(batch) for batch in evaluated]
-        tensors = [tensor for batch in fakes.values() for tensor in batch.tensors]
+        evaluated, tensors = list(map(as_fake, evaluated)), [each for batch in fakes.values() for each in batch.tensors]
         kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
         with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
-            if isinstance(step.forward, Buckets):
-                tracker.claim_gradients(step.forward.buckets)
+            tracker.claim_gradients(getattr(step.forward, "buckets", ()))  # DDP's
             first_step = len(tracker.events)
             if in_backward:
                 step(windows[0])
