@@ -17,7 +17,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from llama_ft.config import DeviceChoice, TrainConfig, UserError
-from llama_ft.device import why_no_gpu
+from llama_ft.device import choose_device, why_no_gpu
 from llama_ft.launch.endings import Ending, root_of
 from llama_ft.launch.machines import meeting_point
 from llama_ft.system import n_cores
@@ -138,6 +138,7 @@ def check_gpus(config: TrainConfig) -> None:
     """Raise a UserError if there are fewer GPUs here than processes, or far fewer cores where there are no GPUs."""
     n_here = config.parallel.per_machine
     if config.gpu.device is DeviceChoice.cpu or why_no_gpu() is not None:
+        choose_device(config.gpu)  # one that is not here is refused before a process starts
         if n_here > (most := MOST_PER_CORE * n_cores()):
             raise UserError(
                 f"parallel.processes={config.parallel.processes}: that is {n_here} on this machine, which has"
