@@ -346,6 +346,7 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, number):
         stdout=subprocess.PIPE,
         text=True,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "writing\n"

@@ -67,8 +67,9 @@ def test_split_steps_have_the_gradients_of_whole_ones(tmp_path: Path, alone, str
 
 def train(folder: Path, *arguments: str) -> dict[tuple[str, int], float]:
     """The losses in a run's folder after a command, held-out ones too, by their steps."""
-    told = ["training.micro_batch_size=2", "training.max_samples=9", "tracker=disabled", "gpu=cpu", *arguments]
-    done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=folder.parent, timeout=200)
+    told = ["training.micro_batch_size=2", "training.max_samples=9", "tracker=disabled", *arguments]
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""}
+    done = run("llama_ft.train", *told, f"hydra.run.dir={folder}", cwd=folder.parent, timeout=200, env=no_gpu)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return {(key, line["step"]): line[key] for line in lines for key in ("loss", "eval_loss") if key in line}

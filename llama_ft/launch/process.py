@@ -61,14 +61,16 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
     metrics_file = run_dir / METRICS_FILE
     kills_before, before, seen = oom_kills(), changed_ns(metrics_file), Seen()
     child = start(config, place, command, check_fit, log)
+    patience: float = SECONDS_TO_STOP
     try:
         watch(child, run_dir, seen, log, on_step)
     except KeyboardInterrupt as interrupt:
         seen.interrupt = interrupt
         if config.training.saves_when_interrupted and changed_ns(metrics_file) != before:  # else it stops at once
             log("stopping after this optimizer step, and saving it; Ctrl-C again stops at once")
+            patience = math.inf
     finally:
-        stop(child, math.inf if config.training.saves_when_interrupted else SECONDS_TO_STOP, seen.interrupt)
+        stop(child, patience, seen.interrupt)
     result = read_result(run_dir)
     if result is None:
         result, limit_mib = new_result(config, command), config.measure.memory_limit_mib

@@ -10,7 +10,16 @@ import torch
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Dataset
-from llama_ft.device import about_device, choose_device, device_name, has_bf16, peak_rss_mib, use_device, versions
+from llama_ft.device import (
+    about_device,
+    choose_device,
+    device_name,
+    has_bf16,
+    peak_rss_mib,
+    use_device,
+    versions,
+    why_no_gpu,
+)
 from llama_ft.exporting.sidecar import save_tokenizer
 from llama_ft.files import CHAT_TEMPLATE, write_text
 from llama_ft.launch.cards import take_card
@@ -54,7 +63,7 @@ class MeasuredRun:
         """Choose the device, and say which it is; a UserError if it cannot be had."""
         gpu = self.config.gpu
         if self.config.parallel.is_split:  # the agent holds the cards of all of its ranks
-            gpu = replace(gpu, index=int(os.environ["LOCAL_RANK"]), shared=True)
+            gpu = replace(gpu, index=None if why_no_gpu() else int(os.environ["LOCAL_RANK"]), shared=True)
         self.held_card = take_card(gpu, self.log)
         self.device = choose_device(gpu)
         self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
