@@ -2,13 +2,14 @@
 # make real    fine-tune a published model, SmolLM2-135M-Instruct, and ask it before and after
 # make test    run the whole test suite
 # make quick   run the tests that start no process of their own and take no long computation
+# make phases  render the course's three pages to PDF, into outputs/phases
 # make lint    ruff and mypy, over the library, the studies and dev/
 # Each makes a virtual environment in .venv on first use, with the versions of requirements.lock.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: sweep real test quick lint lock clean
+.PHONY: sweep real test quick phases lint lock clean
 
 sweep: .venv/installed
 	$(BIN)/python -m llama_ft.train experiment=table2
@@ -30,6 +31,9 @@ test: .venv/installed-dev
 quick: .venv/installed-dev
 	$(BIN)/python -m pytest -m "not process and not slow and not gpu"
 
+phases: .venv/installed
+	$(BIN)/python -m dev.phases
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,13 +49,13 @@ lint: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'
 	@touch $@
 
 # Write what a fresh installation of the newest allowed versions holds; torch stays at the version of the lock.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm]'
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'
 	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv-lock
 

@@ -25,6 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"  # which tensor lies in which file, 
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers' name since version 5
 HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
+TRAINED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)  # those that a run leaves, with LoRA and without
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
 
 Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's

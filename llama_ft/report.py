@@ -9,6 +9,7 @@ from rich.console import Console
 
 from llama_ft import cli
 from llama_ft.config import ReportConfig, UserError
+from llama_ft.config.groups import ReportForm, UploadConfig
 from llama_ft.records.plan import is_plan
 from llama_ft.reporting.reports import SWEEP_FILES, report_plan, report_sweep
 from llama_ft.reporting.results import Group
@@ -25,6 +26,7 @@ USAGE = cli.Usage(
         "outputs/table2",
         "outputs/table2 outputs/other",
         "outputs/table2 outputs/plan",
+        "outputs/table2 form=course",
         "outputs/table2 tracker.upload=true",
     ),
 )
@@ -39,25 +41,45 @@ def main() -> int:
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")
     console = Console()
-    if overrides and not config.tracker.upload:
-        print(f"{', '.join(overrides)}: no effect without tracker.upload=true", file=sys.stderr)
     plans = [folder for folder in folders if is_plan(folder)]
-    if config.tracker.upload and (len(folders) == 2 or plans):
-        raise UserError("tracker.upload=true sends one sweep: give its folder alone")
-    if len(plans) == 2:
-        raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
+    check(config, folders, plans, overrides)
     if len(folders) == 2:
         from llama_ft.reporting.comparison_report import report_comparison  # matplotlib takes a second to import
 
         first, second = sorted(folders, key=is_plan)  # a plan second, in whichever order they were given
         report_comparison(first, second, console)
     elif plans:
-        report_plan(folders[0], console)
+        report_plan(folders[0], console, config.form is ReportForm.course)
     else:
-        groups = report_sweep(folders[0], console)
+        groups = report_sweep(folders[0], console, config.form is ReportForm.course)
         if config.tracker.upload:
             send(config, folders[0], groups, console)
+        if config.tracker.dashboard:
+            console.print(f"Dashboard: {made_dashboard(config.tracker, folders[0])}", highlight=False, soft_wrap=True)
     return 0
+
+
+def check(config: ReportConfig, folders: list[Path], plans: list[Path], overrides: list[str]) -> None:
+    """Raise a UserError if the folders do not suit the settings; warn of settings without effect."""
+    needs = [f"tracker.{key}=true" for key in ("upload", "dashboard") if getattr(config.tracker, key)]
+    if not needs and (idle := [text for text in overrides if text.startswith("tracker")]):
+        print(f"{', '.join(idle)}: no effect without tracker.upload=true or tracker.dashboard=true", file=sys.stderr)
+    if needs and (len(folders) == 2 or plans):
+        raise UserError(f"{needs[0]} sends one sweep: give its folder only")
+    if len(plans) == 2:
+        raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
+    if len(folders) == 2 and config.form is ReportForm.course:
+        raise UserError("form=course is for one folder, of a sweep or of a plan")
+
+
+def made_dashboard(config: UploadConfig, folder: Path) -> str:
+    """Make the sweep's dashboard in W&B and return its address."""
+    try:
+        from llama_ft.tracking.dashboard import save_dashboard
+    except ModuleNotFoundError as error:
+        package = "wandb-workspaces: pip install 'llama_ft[dashboard]'"
+        raise UserError(f"tracker.dashboard=true needs the package {package}") from error
+    return save_dashboard(config, config.group or folder.resolve().name)
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,15 @@ def test_a_sweep_has_a_run_with_table_charts_pictures_and_files(run_dir: Path) -
         assert (kept.folder / path).read_bytes() == PICTURE.read_bytes()
     assert "absent.md" not in kept.files
     assert (kept.run.display_name, kept.run.run_group, list(kept.run.tags)) == ("sweep: table", "sweep", ["sweep"])
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_what_was_trained_is_an_artifact_if_that_is_wanted(run_dir: Path, is_wanted: bool) -> None:
+    trained = {"adapter_model.safetensors", "adapter_config.json"}
+    for name in trained:
+        (run_dir / name).write_bytes(b"{}")
+    assert track(run_dir, replace(OFFLINE, artifacts=is_wanted)) == []
+    assert read_wandb(run_dir).artifacts == ({f"{run_dir.name}-trained": trained} if is_wanted else {})
 
 
 def test_a_study_has_a_run_with_its_numbers(run_dir: Path) -> None:

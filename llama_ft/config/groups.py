@@ -203,6 +203,7 @@ class TrackerConfig:
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder", needs=WANDB)
     tags: list[str] = setting([], "W&B tags beside techniques, model and card; [] is those of WANDB_TAGS", needs=WANDB)
     notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES", needs=WANDB)
+    artifacts: bool = setting(False, "log the adapter or weights that a run leaves as a W&B artifact", needs=WANDB)
 
     def __post_init__(self) -> None:
         holds = self.project is None or re.fullmatch(r"[^/\\#?%:]{1,128}", self.project) is not None
@@ -214,10 +215,16 @@ class UploadConfig(TrackerConfig):
     """The tracker for runs that are over. What is not given is as each run was told."""
 
     upload: bool = setting(False, "send every run, and the sweep, to the tracker again from the local files")
+    dashboard: bool = setting(False, "make a W&B dashboard of the sweep's runs, with wandb-workspaces", needs=WANDB)
+
+
+# Which tables `report` writes: its own, or also those of the course.
+ReportForm = enum.Enum("ReportForm", ["standard", "course"])
 
 
 @dataclass
 class ReportConfig:
-    """Everything `python -m llama_ft.report` can be told beside folders."""
+    """The settings of `python -m llama_ft.report`, besides the folders."""
 
     tracker: UploadConfig = field(default_factory=UploadConfig)
+    form: ReportForm = setting(ReportForm.standard, "course: also write Tables 1 and 2 as the course has them")

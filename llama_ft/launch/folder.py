@@ -8,13 +8,12 @@ from llama_ft.config.checks import flat
 from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
 from llama_ft.data.validation import SPLIT
-from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, WEIGHTS_FILE, write_text
+from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, TRAINED_FILES, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_of
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training import position
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
-TRAINED = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)
 ELSEWHERE = "name another folder with hydra.run.dir=DIR, or of a sweep hydra.sweep.dir=DIR"
 N_SHOWN = 6  # settings that differ
 FILE_KEYS = ("data.path", "data.validation", "data.template", "tokenizer", "checkpoint", "adapter")
@@ -37,7 +36,9 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote. A
     UserError if something else lies there, the checkpoint is another run's, or the metrics before it are missing.
     """
-    present = [name for name in (*ALWAYS, *TRAINED, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)]
+    present = [
+        name for name in (*ALWAYS, *TRAINED_FILES, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)
+    ]
     saved = position.checkpoints(run_dir)
     others = [name for name in present if name != RESULT_FILE]
     others += [folder.name for folder in (*saved, *position.best_weights(run_dir))]

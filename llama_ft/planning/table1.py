@@ -29,11 +29,10 @@ from llama_ft.planning.operators import GIGA, RATES, TERA, bytes_of, flops_of
 from llama_ft.planning.predict import refusal
 from llama_ft.planning.processes import side_by_side
 from llama_ft.planning.run_costs import run_costs
-from llama_ft.records.plan import PlanRow, Table1, Table1Cell, Table1Row
+from llama_ft.records.plan import SAME, PlanRow, Table1, Table1Cell, Table1Row, arrow
 from llama_ft.system import Progress, no_progress
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
-SAME = 0.01  # share of the value before, up to which a change is none
 LABELS = {each.name: each.label for each in TECHNIQUES} | {"optimizer": "Optimizer"}
 # A technique, as it is chosen, and the runs without it and with it.
 Contrast = tuple[str, str, TrainConfig, TrainConfig]
@@ -182,13 +181,6 @@ def _cells(before: Case, after: Case) -> dict[str, Table1Cell]:
     tflop_before, tflop_after = (sum(case.flops.values()) / TERA for case in (before, after))
     memory = {name: cell(before.memory[name], after.memory[name], "MiB") for name in MEMORY}
     return memory | {"computation": cell(tflop_before, tflop_after, "TFLOP", note)}
-
-
-def arrow(before: float, after: float) -> str:
-    """Up, down, or a dash where the change is at most `SAME`."""
-    if abs(after - before) <= SAME * abs(before):
-        return "–"
-    return "↑" if after > before else "↓"
 
 
 def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:

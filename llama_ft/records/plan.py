@@ -11,6 +11,7 @@ from llama_ft.records import SCHEMA_VERSION
 from llama_ft.records.result import RESULT_FILE, MemoryItem, Status
 
 PLAN_FILE = "plan.json"
+SAME = 0.01  # share of the value before, up to which Table 1 shows no change
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,13 @@ class PlanRow:
 def row_key(combination: str, settings: Settings) -> str:
     """Tells the rows of a card apart."""
     return json.dumps([combination, settings])
+
+
+def arrow(before: float, after: float, same: float = SAME) -> str:
+    """Up, down, or a dash where the change is at most the share `same` of the value before."""
+    if abs(after - before) <= same * abs(before):
+        return "–"
+    return "↑" if after > before else "↓"
 
 
 @dataclass(frozen=True)

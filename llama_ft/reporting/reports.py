@@ -5,28 +5,32 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from llama_ft.config import UserError
 from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
+from llama_ft.reporting.course import course_tables, latex, planned_course_tables
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.reading import read_groups
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.run_table import gathered, run_table
 from llama_ft.reporting.settings import as_typed
-from llama_ft.reporting.table import csv_text, markdown, plain_text, print_table, record_table
+from llama_ft.reporting.table import Table, csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
 LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # where runs have held-out losses
 SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", LOSSES_FILE, PARETO_FILE)
+COURSE_FILES = ("course.md", "course.tex")  # with form=course
 SWEEP_MARK = "combination"  # a column of the first
 PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # follows from plan.json
 PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 
 
-def report_sweep(folder: Path, console: Console) -> list[Group]:
-    """Print and write the report, and return what it is about."""
+def report_sweep(folder: Path, console: Console, is_course: bool = False) -> list[Group]:
+    """Print and write the report, with `is_course` also the course's tables; return the groups of runs."""
     groups = gathered(read_groups(folder))
     check_replaceable(folder, SWEEP_FILES, SWEEP_MARK)
+    for_course = sweep_course_tables(folder, groups) if is_course else []
     tables = [run_table(group) if group.settings else table2(group) for group in groups]
     for table in tables:
         print_table(table, console)
@@ -44,17 +48,37 @@ def report_sweep(folder: Path, console: Console) -> list[Group]:
         write_text(folder / "report.html", page)
         draw_losses(groups, folder / LOSSES_FILE)
         draw_fronts(groups, folder / PARETO_FILE)
-    written = ", ".join(name for name in SWEEP_FILES if (folder / name).exists())
+        course = write_course(folder, for_course)
+    written = ", ".join([*(name for name in SWEEP_FILES if (folder / name).exists()), *course])
     console.print(f"\nWritten: {written} in {folder}", highlight=False, markup=False, soft_wrap=True)
     return groups
 
 
-def report_plan(folder: Path, console: Console) -> None:
-    """Print a plan again from its `plan.json`, and write anew what follows from it."""
+def sweep_course_tables(folder: Path, groups: list[Group]) -> list[Table]:
+    """The course's tables of each sweep over techniques only; a UserError if there is none."""
+    tables = [table for group in groups if not group.settings for table in course_tables(group)]
+    if not tables:
+        raise UserError(f"form=course: the runs in {folder} differ in other settings than techniques")
+    return tables
+
+
+def write_course(folder: Path, tables: list[Table]) -> list[str]:
+    """Write the course's tables, if there are any, as Markdown and LaTeX, and return the files' names."""
+    for name, form in zip(COURSE_FILES, (markdown, latex), strict=True):
+        if tables:
+            write_text(folder / name, "\n".join(map(form, tables)))
+    return list(COURSE_FILES) if tables else []
+
+
+def report_plan(folder: Path, console: Console, is_course: bool = False) -> None:
+    """Print a plan again from its `plan.json` and rewrite its report, with `is_course` also the course's tables."""
     plan = read_record(Plan, folder / PLAN_FILE)
+    for_course = planned_course_tables(plan) if is_course else []
     write_plan(plan, folder, with_json=False)
     print_plan(plan, console)
-    console.print(f"\nWritten: {', '.join(PLAN_REPORT)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    with explained(f"the course's tables cannot be written into {folder}"):
+        written = ", ".join([*PLAN_REPORT, *write_course(folder, for_course)])
+    console.print(f"\nWritten: {written} in {folder}", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:

@@ -57,7 +57,7 @@ def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, l
             log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
             continue
         run = read_config(run_dir / CONFIG_FILE)
-        for key in ("project", "entity", "group", "tags", "notes"):
+        for key in ("project", "entity", "group", "tags", "notes", "artifacts"):
             setattr(tracker_config, key, getattr(config, key) or getattr(run.tracker, key))
         group = sweep or (run_dir.parent.name if (run_dir.parent / "table2.csv").exists() else None)
         tracker = start_tracker(tracker_config, run_dir, run.to_dict(), group, problems.append)

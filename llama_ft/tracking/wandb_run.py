@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import secrets
 import shutil
 from contextlib import suppress
@@ -12,6 +13,7 @@ import wandb
 
 from llama_ft.config import TrackerConfig, TrackerMode
 from llama_ft.config.checks import Settings
+from llama_ft.files import TRAINED_FILES
 from llama_ft.system import Log
 from llama_ft.tracking.base import Subject, Table, Tracker, in_time, reason
 
@@ -45,8 +47,19 @@ class WandbRun(Tracker):
             copy = Path(run.dir) / name  # W&B would link to it, say so, and break when the folder is moved
             shutil.copyfile(file, copy)
             run.save(copy, base_path=run.dir, policy="now")
+        if self._config.artifacts:
+            self._log_artifact()
         run.finish(exit_code=0 if ok else 1)
         stop()
+
+    def _log_artifact(self) -> None:
+        """Log the adapter or weights in the run's folder, as the artifact `NAME-trained` of type `model`."""
+        trained = [file for name in TRAINED_FILES if (file := self._subject.folder / name).is_file()]
+        if trained:
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "_", f"{self._subject.name}-trained"), type="model")
+            for file in trained:
+                artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
 
     def _stop(self) -> None:
         stop()

@@ -102,6 +102,7 @@ class WandbFile:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    artifacts: dict[str, set[str]] = field(default_factory=dict)  # paths by the artifact's name
     exit_code: int | None = None
 
     def json(self, pattern: str) -> Any:
@@ -138,6 +139,8 @@ def read_wandb(folder: Path) -> WandbFile:
             merge(kept.summary, record.summary.update)
         elif kind == "files":
             kept.files |= {file.path for file in record.files.files}
+        elif kind == "artifact":
+            kept.artifacts[record.artifact.name] = {entry.path for entry in record.artifact.manifest.contents}
         elif kind == "exit":
             kept.exit_code = record.exit.exit_code
     return kept

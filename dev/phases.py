@@ -1,0 +1,76 @@
+"""Renders the course's three pages to PDF: `python -m dev.phases [FOLDER]`, outputs/phases by default.
+
+Markdown becomes self-contained HTML, and a headless browser or pandoc prints it. Where neither is installed, the HTML
+stays and a sentence says what to install.
+"""
+
+import base64
+import html
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from markdown_it import MarkdownIt
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"phase1": ("phase1.md", "answers.md"), "phase2": ("phase2.md", "kv_cache.md"), "phase3": ("phase3.md",)}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "microsoft-edge")
+ENGINES = ("weasyprint", "wkhtmltopdf")  # of pandoc, those that print HTML
+STYLE = """
+body { font: 10pt/1.45 serif; max-width: 17cm; margin: auto; } table { border-collapse: collapse; font-size: 8.5pt; }
+td, th { border: 0.5pt solid #999; padding: 2pt 4pt; vertical-align: top; overflow-wrap: anywhere; }
+img { max-width: 100%; }
+pre { font-size: 8pt; white-space: pre-wrap; background: #f4f4f4; padding: 4pt; } @page { size: A4; margin: 18mm; }
+"""
+SECONDS_TO_PRINT = 120
+
+
+def render(names: tuple[str, ...]) -> str:
+    """The pages, one after the other, as HTML that needs no other file."""
+    parser = MarkdownIt("commonmark").enable("table")
+    body = "<hr>".join(parser.render((DOCS / name).read_text(encoding="utf-8")) for name in names)
+    title = html.escape(names[0].removesuffix(".md"))
+    return f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>{_with_pictures(body)}"
+
+
+def _with_pictures(body: str) -> str:
+    def embed(match: re.Match[str]) -> str:
+        picture = base64.b64encode((DOCS / match[1]).read_bytes()).decode()
+        return f'src="data:image/png;base64,{picture}"'
+
+    return re.sub(r'src="([^":]+\.png)"', embed, body)
+
+
+def printing_command(page: Path, target: Path) -> list[str] | None:
+    """The command that prints an HTML file to PDF with what is installed; None if nothing is."""
+    if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-pdf-header-footer"]
+        return [browser, *flags, f"--print-to-pdf={target}", page.as_uri()]
+    if (pandoc := shutil.which("pandoc")) and (engine := next(filter(shutil.which, ENGINES), None)):
+        return [pandoc, str(page), "--pdf-engine", engine, "--output", str(target)]
+    return None
+
+
+def main() -> int:
+    """Write every page; print where it is."""
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/phases").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, sources in PAGES.items():
+        page, target = folder / f"{name}.html", folder / f"{name}.pdf"
+        page.write_text(render(sources), encoding="utf-8")
+        command = printing_command(page, target)
+        if command is None:
+            print(f"{page}: for a PDF install a browser such as chromium, or pandoc and weasyprint")
+            continue
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_PRINT)
+        if done.returncode or not target.is_file():
+            print(f"{page}: {command[0]} failed: {done.stderr.strip()[-500:]}", file=sys.stderr)
+            return 1
+        print(target)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A sweep's dashboard in W&B, made by code. wandb-workspaces, an extra, is imported here only."""
+
+import wandb
+from wandb_workspaces import expr
+from wandb_workspaces.reports import v2 as panels
+from wandb_workspaces.workspaces import RunsetSettings, Section, Workspace
+
+from llama_ft.config import TrackerConfig, UserError
+from llama_ft.tracking.base import in_time, reason
+
+SECONDS_TO_SAVE = 60
+CURVES = {  # title to what is drawn over the optimizer steps
+    "Training loss": ["loss"],
+    "Held-out loss": ["eval_loss"],
+    "Held-out token accuracy": ["eval_token_accuracy"],
+    "Learning rate": ["lr"],
+    "Gradient norm": ["grad_norm"],
+    "Tokens/s": ["tokens_per_s"],
+    "Memory after each step, MiB": ["memory_mib"],
+}
+BARS = {"Peak memory, MiB": "peak_memory_mib", "Runtime, s": "runtime_s", "Tokens/s": "tokens_per_s"}
+COLUMNS = ("peak_memory_mib", "runtime_s", "tokens_per_s", "trainable_percent", "train_loss_after", "status")
+
+
+def dashboard(entity: str, project: str, group: str) -> Workspace:
+    """The view of one sweep, the runs of W&B's `group`: bars and the trade-off, curves, and the table."""
+    comparison: list[panels.PanelTypes] = [
+        *(panels.BarPlot(title=title, metrics=[panels.SummaryMetric(key)]) for title, key in BARS.items()),
+        panels.ScatterPlot(
+            title="Runtime against peak memory",
+            x=panels.SummaryMetric("runtime_s"),
+            y=panels.SummaryMetric("peak_memory_mib"),
+        ),
+    ]
+    curves = [panels.LinePlot(title=title, x="Step", y=list(keys)) for title, keys in CURVES.items()]
+    table = [panels.MediaBrowser(title="Pictures", media_keys=["pictures/table2", "pictures/losses"])]
+    return Workspace(
+        entity=entity,
+        project=project,
+        name=f"llama_ft {group}",
+        sections=[
+            Section(name="Combinations", panels=comparison, is_open=True),
+            Section(name="Training", panels=curves, is_open=True),
+            Section(name="Table", panels=table, is_open=True),
+        ],
+        runset_settings=RunsetSettings(
+            filters=[expr.Metric("Group") == group],
+            order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
+            pinned_columns=[f"summary:{key}" for key in COLUMNS],
+        ),
+    )
+
+
+def save_dashboard(config: TrackerConfig, group: str) -> str:
+    """Save the view into the tracker's project and return its address; a UserError if W&B does not take it."""
+    saved: list[str] = []
+
+    def save() -> None:
+        entity = config.entity or wandb.Api().default_entity
+        project = config.project or wandb.setup().settings.project or "llama_ft"
+        view = dashboard(str(entity), project, group)
+        view.save()
+        saved.append(view.url)
+
+    try:
+        in_time(SECONDS_TO_SAVE, save)
+    except Exception as error:
+        raise UserError(f"tracker.dashboard=true: W&B has not saved it ({reason(error)})") from error
+    return saved[0]
