@@ -22,6 +22,7 @@ from llama_ft.config.presets import preset
 from llama_ft.model.sizes import hf_config
 from llama_ft.reporting.table import amount
 
+SETTINGS, FIRST_STEPS = CHECKOUT / "docs" / "settings.md", CHECKOUT / "docs" / "first_steps.md"
 PAGES = [*sorted(CHECKOUT.glob("*.md")), *sorted(CHECKOUT.glob("docs/*.md")), CHECKOUT / "benchmarks" / "README.md"]
 # Lines of other tools.
 OTHER_LINES = (
@@ -178,15 +179,14 @@ def test_keys_in_the_text_exist(page: Path) -> None:
 # Settings
 
 
-def readme_settings() -> list[tuple[str, str]]:
-    """(key, choices or default) of the rows of the README's table of settings."""
-    section = text(CHECKOUT / "README.md").partition("## What can be set")[2]
-    rows = [line.split("|")[1:3] for line in section.splitlines() if re.match(r"\| `\w", line)]
+def listed_settings() -> list[tuple[str, str]]:
+    """(key, choices or default) of the rows of the table of settings."""
+    rows = [line.split("|")[1:3] for line in text(SETTINGS).splitlines() if re.match(r"\| `\w", line)]
     return [(key, values.strip()) for keys, values in rows for key in re.findall(r"`([\w.]+)`", keys)]
 
 
-@pytest.mark.parametrize("key", [key for key, _ in readme_settings()])
-def test_readmes_settings_exist(key: str) -> None:
+@pytest.mark.parametrize("key", [key for key, _ in listed_settings()])
+def test_listed_settings_exist(key: str) -> None:
     schema = OmegaConf.structured(GenerateConfig if key == "decoding" else TrainConfig)
     for part in key.split("."):
         assert part in schema
@@ -194,13 +194,13 @@ def test_readmes_settings_exist(key: str) -> None:
 
 
 @pytest.mark.parametrize("group", [folder.name for folder in (CHECKOUT / "conf").iterdir() if folder.is_dir()])
-def test_readme_lists_every_choice_of_a_group(group: str) -> None:
+def test_every_choice_of_a_group_is_listed(group: str) -> None:
     options = {file.stem for file in (CHECKOUT / "conf" / group).glob("*.yaml")}
-    listed = {key: values for key, values in readme_settings() if "." not in key}
+    listed = {key: values for key, values in listed_settings() if "." not in key}
     if group in listed:
         assert set(re.findall(r"`(\w+)`", listed[group])) == options
     else:
-        assert all(option in text(CHECKOUT / "README.md") for option in options)
+        assert all(option in text(CHECKOUT / "docs" / "sweeps.md") for option in options)
 
 
 # Messages
@@ -234,7 +234,7 @@ def test_a_quoted_message_is_one_that_is_said(message: str) -> None:
 BUILTIN = CHECKOUT / "benchmarks" / "builtin-cpu"
 
 
-@pytest.mark.parametrize("page", ["README.md", "llama_ft/model/tiny/README.md"])
+@pytest.mark.parametrize("page", ["docs/first_steps.md", "llama_ft/model/tiny/README.md"])
 def test_what_the_builtin_model_can_be_taught_is_what_was_measured(page: str) -> None:
     found = {
         name: json.loads((BUILTIN / name / "evaluate.json").read_text(encoding="utf-8")) for name in ("lora", "full")
@@ -250,10 +250,10 @@ def test_what_the_builtin_model_can_be_taught_is_what_was_measured(page: str) ->
     assert (float(base) < 10, float(lora) >= 70, float(full) >= 80) == (True, True, True)
 
 
-def test_the_five_prompts_of_the_readme_have_the_answers_that_were_given() -> None:
+def test_the_five_prompts_of_the_first_steps_have_the_answers_that_were_given() -> None:
     lines = (BUILTIN / "lora" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = [json.loads(line) for line in lines]
-    text = (CHECKOUT / "README.md").read_text(encoding="utf-8")
+    text = FIRST_STEPS.read_text(encoding="utf-8")
     rows = re.findall(
         r"^\| (.+?)(?: \*(.+?)\*)? \| (.+?) \| (.+?) \| (.+?) \|$", text.partition("*input* | base")[2], re.MULTILINE
     )

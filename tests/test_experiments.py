@@ -115,7 +115,7 @@ def test_help_is_of_the_study(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     ]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/answers.md", "docs/kv_cache.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["docs/phase1.md", "docs/answers.md", "docs/kv_cache.md", "benchmarks/README.md"])
 def test_the_docs_commands_are_understood(page: str) -> None:
     lines = re.findall(r"python -m experiments(?:\.(\w+))?((?: \w+=\S+)*)", (CHECKOUT / page).read_text())
     assert lines
