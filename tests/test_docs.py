@@ -32,7 +32,7 @@ OTHER_LINES = (
     r"pip install (lm_eval|\.)",  # tests/test_install.py installs the wheel
     r"source \.venv/bin/activate",
     r"lm_eval --model hf --model_args pretrained=[\w,./=-]+ --tasks arc_easy,hellaswag --batch_size 8",
-    r"pip install '\.\[(tensorboard|tune|joblib,slurm)\]'",
+    r"pip install '\.\[(tensorboard|tune|joblib,slurm|dashboard)\]'",
     r"tensorboard --logdir outputs/\S+",
     r"wandb sync outputs/\S+/wandb/offline-run-\* outputs/\S+/wandb/offline-run-\*",
 )
