@@ -252,7 +252,7 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
         ("model=tiny to=hf", "give output=DIR"),
         ("model=tiny to=onnx output=x", "to=onnx is not allowed: it must be one of hf, meta, gguf"),
         ("model=tiny to=hf output=x shards=0", "shards=0 is not allowed: it must be between 1 and 1000"),
-        ("model=tiny to=hf output=x checkpoint=random", "there are no weights to convert"),
+        ("model=tiny to=hf output=x checkpoint=random", "checkpoint=random has no weights to convert"),
         ("model=llama2_7b to=hf output=x", "give checkpoint=DIR"),
         ("checkpoint=random to=hf output=x", "takes its sizes from a checkpoint"),
         ("model=tiny to=hf output=x dtype=int8", "dtype=int8 is not allowed"),

@@ -337,7 +337,7 @@ def test_what_was_drawn_can_be_evaluated(tmp_path: Path) -> None:
     mine = (*SMALL[:-2], f"adapter={tmp_path / 'run'}", "exact_match=false", f"output={tmp_path / 'evaluation'}")
     refused = run("llama_ft.evaluate", *mine, "data.validation=3", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "evaluate takes data.path=FILE, such as held_out.jsonl" in refused.stderr
+    assert "give evaluate data.path=FILE, such as held_out.jsonl" in refused.stderr
     done = run("llama_ft.evaluate", *mine, f"data.path={tmp_path / 'run' / 'held_out.jsonl'}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     responses = read_json(tmp_path / "evaluation" / "evaluate.json")["models"][-1]["responses"]
@@ -454,8 +454,8 @@ def test_where_training_diverges_the_best_weights_are_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("training.keep_best=true", "training.keep_best=true goes by the held-out loss, and nothing is held out"),
-        ("training.patience=2", "training.patience=2 goes by the held-out loss, and nothing is held out"),
+        ("training.keep_best=true", "training.keep_best=true needs a held-out loss, and nothing is held out"),
+        ("training.patience=2", "training.patience=2 needs a held-out loss, and nothing is held out"),
         ("data.validation=4 training.keep_best=true training.save=false", "training.save=false none: leave one"),
     ],
 )

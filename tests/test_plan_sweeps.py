@@ -71,9 +71,9 @@ def test_what_no_run_uses_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     {
-        ("gpu=t4_16gb,a100_40gb",): "gpu has several values, and a plan is of one: ",
-        ("model=tiny,llama2_7b",): "model has several values, and a plan is of one: ",
-        ("training.seed=0,1",): "training.seed has several values, and a plan is of one: its rows can differ in",
+        ("gpu=t4_16gb,a100_40gb",): "gpu has several values, and a plan is for one: ",
+        ("model=tiny,llama2_7b",): "model has several values, and a plan is for one: ",
+        ("training.seed=0,1",): "training.seed has several values, and a plan is for one: its rows can differ in",
         ("data.max_length=100,200",): "data.max_length has several values",
         ("training.lr=1,2",): "training.lr has several values",
         ("lora.rank=4,8", "goal=fit"): "goal=fit compares combinations, and a sweep names its runs: leave one of them",
