@@ -690,7 +690,7 @@ def test_a_sweep_does_not_overwrite_the_reports_of_others(train, tmp_path):
     (tmp_path / "out" / "report.html").write_text("mine")
     outcome = train("-m", "optim=lora,ga", "hydra.sweep.dir=out")
     assert (outcome.status, outcome.folders) == (2, [])
-    assert "holds report.html, which no command of llama_ft wrote" in outcome.last_line
+    assert "holds report.html, which llama_ft did not write" in outcome.last_line
 
 
 def test_paths_in_run_names_make_no_folders(train, tmp_path):

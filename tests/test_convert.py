@@ -407,7 +407,7 @@ def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path, converted):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
     printed = converted(f"checkpoint={source}", "to=meta", f"output={tmp_path / 'meta'}")
     assert "it is left out" in printed
-    assert "the context of 256, and are read as of 16,384: give model.max_seq_len=256 with them" in printed
+    assert "the context of 256; it is read as 16,384: give model.max_seq_len=256 when using the files" in printed
     assert {file.name for file in (tmp_path / "meta").iterdir()} == {"consolidated.00.pth", "params.json"}
 
 

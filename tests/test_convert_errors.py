@@ -274,7 +274,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, converted):
     for name in ("file", "folder/file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+        with pytest.raises(UserError, match="exists already and is not overwritten"):
             converted("model=tiny", "to=hf", f"output={tmp_path / name.split('/')[0]}")
         assert (tmp_path / name).read_text() == "mine"
     with pytest.raises(UserError, match=r"output=.*/file/deeper cannot be written: "):
@@ -282,7 +282,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, converted):
     (tmp_path / "empty").mkdir()
     for name, target in (("to_empty", "empty"), ("dangling", "nowhere")):
         (tmp_path / name).symlink_to(tmp_path / target)
-        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+        with pytest.raises(UserError, match="exists already and is not overwritten"):
             converted("model=tiny", "to=hf", f"output={tmp_path / name}")
         (tmp_path / name).unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "folder"]
@@ -404,5 +404,5 @@ def test_the_command_says_what_it_does(tmp_path):
     assert done.returncode == 0
     assert done.stdout == "Written: consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model in meta\n"
     assert re.fullmatch(
-        r"llama_ft to Meta: 7 MiB from .*\nMeta's files do not say the context of 1,024.*\n", done.stderr
+        r"llama_ft to Meta: 7 MiB from .*\nMeta's format does not store the context of 1,024.*\n", done.stderr
     )

@@ -200,7 +200,7 @@ def test_results_are_written_where_asked_for_and_nowhere_else(records, tmp_path,
         assert part in text
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds data\.json, which no command of llama_ft wrote"):
+    with pytest.raises(UserError, match=r"holds data\.json, which llama_ft did not write"):
         called(monkeypatch, f"data.path={records}", "output=other")
 
 

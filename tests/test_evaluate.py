@@ -416,7 +416,7 @@ WRONG = {
     "base=nowhere": "base=nowhere: there is no such folder",
     "checkpoint=nowhere": "checkpoint=nowhere: there is no such folder",
     "base=builtin model.name=other checkpoint=random tokenizer=t": "base=builtin: model=other has no built-in weights",
-    "output=latin1.txt": r"output=latin1\.txt: the folder cannot be made",
+    "output=latin1.txt": r"output=latin1\.txt: the folder cannot be created",
 }
 
 

@@ -253,7 +253,7 @@ def test_files_that_no_command_wrote_are_not_overwritten(tmp_path: Path, files: 
     if is_ours:
         check_replaceable(tmp_path, ("plan.json", "plan.md"))
     else:
-        with pytest.raises(UserError, match=f"holds {next(iter(files))}, which no command of llama_ft wrote"):
+        with pytest.raises(UserError, match=f"holds {next(iter(files))}, which llama_ft did not write"):
             check_replaceable(tmp_path, ("plan.json", "plan.md"))
 
 

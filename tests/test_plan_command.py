@@ -137,7 +137,7 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
             "model=llama2_7b",
         ): r"data\.max_length=5000 is not allowed: .* at most model\.max_seq_len",
         ("optim=lora", "goal=fit"): r"goal compares combinations",
-        ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
+        ("optim=lora", "gc=both"): r"gc=both plans combinations with and without it, and optim names one",
         ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one plans one",
         ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be a list of gc, neft, such as \[gc\]",
         ("plan.enforce=false",): r"plan\.enforce=false is for train",
