@@ -322,8 +322,8 @@ def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
     ("kind", "arguments", "message"),
     [
         ("default", {"optim": "mp"}, "adapter=DIR needs LoRA, and optim.lora is off: give optim=lora"),
-        ("default", ("lora.rank=8",), r"lora.rank=8 is not adapter=.*'s, 16: leave it out"),
-        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] is not adapter=.*'s, \['wq', 'wv'\]"),
+        ("default", ("lora.rank=8",), r"lora.rank=8 differs from 16 of adapter=.*: leave it out"),
+        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] differs from \['wq', 'wv'\] of adapter="),
         ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
         ("some_layers", (), "has layers or ranks of several kinds"),
     ],

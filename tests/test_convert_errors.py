@@ -89,7 +89,7 @@ def test_a_head_that_is_not_the_embedding(refused, source, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hidden_size": 96.5}, "its model.dim is 96.5, which cannot be"),
+        ({"hidden_size": 96.5}, "its model.dim is 96.5, which is not allowed"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "a multiple of model.n_heads=5"),
         ({"num_hidden_layers": 0}, "model.n_layers=0 is not allowed"),
         ({"head_dim": 15}, "model.head_size=15 is not allowed: it must be positive and even"),

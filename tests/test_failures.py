@@ -239,7 +239,7 @@ def assert_nothing_left(ended: Ended) -> None:
     text = ended.stdout + ended.stderr
     assert len(ended.stderr.splitlines()) <= 6, text
     assert "Traceback" not in text
-    assert "bug of ours" not in text
+    assert "looks like a bug" not in text
     assert processes_in(ended.cwd) == []
     assert not (ended.cwd / "ran").exists()
 

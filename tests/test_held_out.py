@@ -411,7 +411,7 @@ def test_more_epochs_alone_do_not_go_on_where_patience_has_run_out(best: Path) -
     done = run_best(best, "training.epochs=40", "training.patience=3", "training.resume=true")
     assert done.returncode == 0, done.stderr
     assert "stopped early, after optimizer step" in done.stdout
-    assert "goes on with more training.patience alone, or with null" in done.stdout
+    assert "to continue it give a larger training.patience, or null" in done.stdout
 
 
 @pytest.mark.process
