@@ -398,7 +398,7 @@ CASES |= {
     ),
     "folder: with the weights to start from": Case(
         "checkpoint=run",
-        ("checkpoint=run lies in the run's own folder",),
+        ("checkpoint=run is in the run's own folder",),
         exit_status=2,
         make=lambda cwd: write_own(cwd / "run"),
         then=the_weights_are_still_there,

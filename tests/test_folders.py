@@ -192,7 +192,7 @@ def test_inputs_in_the_run_s_own_folder_are_refused(run_dir: Path, config: Train
         config.data.path = value
     else:
         setattr(config, key, value)
-    with pytest.raises(UserError, match=f"{key}={value} lies in the run's own folder"):
+    with pytest.raises(UserError, match=f"{key}={value} is in the run's own folder"):
         check_inputs(run_dir, config)
     check_inputs(run_dir.parent / "another", config)
 

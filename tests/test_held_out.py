@@ -384,7 +384,7 @@ def test_the_best_weights_are_the_result_and_the_last_are_a_checkpoint(best: Pat
     assert not all(torch.equal(kept[key], of_last[key]) for key in kept)
     output = (best.parent / "output.txt").read_text()
     assert f"stopped early, after optimizer step {last.step} of 180" in output
-    assert f"after step {least.step}, and none of the 3 since was less" in output
+    assert f"after step {least.step}, and none of the 3 since was lower" in output
 
 
 @pytest.mark.process
@@ -485,8 +485,8 @@ def test_more_epochs_go_on_and_say_what_becomes_of_the_schedule(tmp_path: Path) 
     assert "resuming after optimizer step 5" in done.stdout
     # Half of a cosine over 10 steps is half of the peak, 2.5e-4.
     assert (
-        "trained longer: 10 optimizer steps in place of 5. The cosine schedule is over all of them now: the learning"
-        " rate goes on at 1.25e-04, after 2.39e-05" in done.stdout
+        "training longer: 10 optimizer steps instead of 5. The cosine schedule now covers all of them: the learning"
+        " rate continues at 1.25e-04, after 2.39e-05" in done.stdout
     )
     steps = steps_of(read_metrics(tmp_path / "run"))
     assert [each.step for each in steps] == list(range(1, 11))
@@ -498,7 +498,7 @@ def test_more_epochs_go_on_and_say_what_becomes_of_the_schedule(tmp_path: Path) 
     fewer = epochs(tmp_path, 1, folder, "training.save_every=100", "training.resume=true")
     assert fewer.returncode == 2
     assert "training.epochs=1: the run in " in fewer.stderr
-    assert "is one of 2; give as many, or more" in fewer.stderr
+    assert "has 2; give as many, or more" in fewer.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

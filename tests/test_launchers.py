@@ -297,7 +297,7 @@ def test_a_split_run_takes_all_of_its_cards_or_none(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(cards.time, "sleep", later)
     others = cards.hold(three, 2, tmp_path, lambda _: None)
     assert (list(others), waits) == ([1, 2], [True])
-    with pytest.raises(UserError, match="4 GPUs of one kind are wanted, and 3 are there"):
+    with pytest.raises(UserError, match="4 GPUs of one kind are needed, and this machine has 3"):
         cards.hold(three, 4, tmp_path, pytest.fail)
 
 
