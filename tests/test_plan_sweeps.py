@@ -200,9 +200,9 @@ def test_measured_runs_are_matched_to_rows_by_their_settings(tmp_path: Path) -> 
     errors = {name: float(line["peak_memory_mib.error"]) for name, line in lines.items()}
     assert errors == {"rank=16": pytest.approx(0.01), "rank=8": pytest.approx(0.25)}
     text = (folder / "comparison.md").read_text()
-    assert "Predicted alone: rank=2." in text
+    assert "Only predicted: rank=2." in text
     assert "lora.rank=4: no row of the plan has its techniques and settings" in text
-    assert "at worst +25.0% (rank=8)" in text
+    assert "worst +25.0% (rank=8)" in text
     assert "lora.rank:" not in text  # no difference
 
 
