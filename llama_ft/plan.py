@@ -52,10 +52,10 @@ def overrides(arguments: list[str]) -> list[str]:
 
 def planned_runs(arguments: list[str]) -> list[PlanConfig]:
     """The runs of a sweep, each once; without a sweep the one config, from which the plan makes combinations."""
-    told = overrides(arguments)
-    if not cli.is_sweep(told):
-        return [cli.composed_config("plan", told, PlanConfig)]
-    runs = cli.composed_runs("plan", told, PlanConfig)
+    arguments = overrides(arguments)
+    if not cli.is_sweep(arguments):
+        return [cli.composed_config("plan", arguments, PlanConfig)]
+    runs = cli.composed_runs("plan", arguments, PlanConfig)
     row_settings(runs)  # raises if they cannot be rows of one plan
     return [run for number, run in enumerate(runs) if run not in runs[:number]]
 

@@ -141,7 +141,7 @@ def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False)
         folder: the one with the adapter's two files, or `hub:ORG/NAME`.
 
     Raises:
-        UserError: if there is no adapter, it is damaged, or of another model.
+        UserError: if there is no adapter, or it is damaged, or another model's.
     """
     _load_adapter(model, Path(os.path.expanduser(hub.local("adapter", folder))), merge)
     if not merge:

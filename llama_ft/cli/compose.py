@@ -161,7 +161,7 @@ def _check_value(schema: type, override: Override) -> None:
         raise UserError(no_such_key(schema, key))
     if (
         (expected is bool and not isinstance(value, bool))  # OmegaConf takes 1 for true
-        # Of a list of presets the last would win.
+        # With a list of presets the last would win.
         or (is_dataclass(expected) and not isinstance(value, dict if expected is ColumnsConfig else str))
         or (expected in TEXTS and value == "")  # $FILE if that is not set; the built-in one would be used
     ):

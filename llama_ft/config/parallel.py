@@ -1,4 +1,4 @@
-"""The config group `parallel`: over how many processes one run is split, and how."""
+"""The config group `parallel`: the processes that a run is split over, and the strategy."""
 
 import enum
 import re

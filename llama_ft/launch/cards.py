@@ -45,8 +45,8 @@ def _taken(gpu: GpuConfig, n: int, log: Log) -> dict[int, IO[bytes]]:
     with explained(f"the locks of GPUs cannot be kept in {folder}, of TMPDIR; gpu.shared=true needs none"):
         folder.mkdir(mode=0o700, exist_ok=True)
         cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-        likes = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # rows of a table are on one kind
-        wanted = likes if gpu.index is None else [gpu_index(gpu)]
+        alike = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # as a table's rows must be
+        wanted = alike if gpu.index is None else [gpu_index(gpu)]
         return hold({number: str(cards[number].uuid) for number in wanted}, n, folder, log)
 
 

@@ -93,7 +93,7 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
         file = error.filename or "a file in the run's folder"
         return "error", f"{file} cannot be written during {stage}: {error.strerror}"
     with suppress(OSError):  # the disk may be full, and the result still fit
-        traceback.print_exception(error)  # into train.log: it is a bug of ours
+        traceback.print_exception(error)  # into train.log: it is a bug
     # CUDA's other lines are advice for authors of kernels.
     text = next(iter(str(error).strip().splitlines()), "")[:MOST_CHARACTERS]
     hint = next((f"; {hint}" for said, hint in HINTS.items() if said in text), "")

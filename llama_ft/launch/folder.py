@@ -76,7 +76,7 @@ def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) 
     """Raise a UserError if the run in the folder would resume with fewer epochs than it had."""
     before, now = earlier.training.epochs, config.training.epochs
     if now < before:
-        raise UserError(f"training.epochs={now}: the run in {run_dir} has {before}; give as many, or more")
+        raise UserError(f"training.epochs={now}: the run in {run_dir} has {before}; give {before} or more")
 
 
 def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:

@@ -61,7 +61,7 @@ def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -
         ways = "SLURM's srun, whose variables are not set, or parallel.rendezvous=HOST:PORT of the first machine"
         raise UserError(f"parallel.nodes={nodes} needs {ways}")
     if (n_there := int(variables.get("SLURM_NNODES", nodes))) != nodes:
-        raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}; give as many")
+        raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}: give parallel.nodes={n_there}")
     if int(variables.get("SLURM_NTASKS", nodes)) != nodes or variables.get("SLURM_LOCALID", "0") != "0":
         advice = "run one command per machine, which starts its processes: srun --ntasks-per-node=1"
         raise UserError(f"parallel.nodes={nodes}: {advice}")

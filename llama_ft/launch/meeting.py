@@ -53,8 +53,7 @@ class Meeting(StaticTCPRendezvous):
         for machine in range(1, self.n_machines):
             key = f"endings_{machine}"
             if waited(partial(self.store.check, [key]), 2 * wait_seconds):
-                told = json.loads(self.store.get(key))
-                everyone += [Ending(**each) for each in told]
+                everyone += [Ending(**each) for each in json.loads(self.store.get(key))]
             else:
                 everyone.append(Ending(machine * self.n_here, "error", "its machine does not answer", "silent"))
         return root_of(everyone)
@@ -120,7 +119,7 @@ def come(server: TCPStore, host: str, config: TrainConfig) -> Meeting:
         raise UserError(f"the run on the first machine, {host}, is another one: run the same command on each")
     rank = store.add("come", 1)
     if rank >= config.parallel.nodes:
-        raise UserError(f"parallel.nodes={config.parallel.nodes}: as many had met at {host} before this one came")
+        raise UserError(f"parallel.nodes={config.parallel.nodes}: all had met at {host} before this one came")
     if not waited(lambda: store.check(["all_here"]), config.parallel.timeout_s):
         raise UserError(f"parallel.nodes={config.parallel.nodes}: not all of them came to {host} in time")
     return Meeting(server, host, rank, config, first["run_dir"])

@@ -39,9 +39,9 @@ class Ranks:
         """The sum of a number over all processes."""
         if self.is_alone:
             return number
-        told = torch.tensor(number)
-        self.add_up(told)
-        return int(told)
+        total = torch.tensor(number)
+        self.add_up(total)
+        return int(total)
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes."""

@@ -97,7 +97,7 @@ class Result:
     peak_memory_mib: float | None = None
     peak_memory_reserved_mib: float | None = None  # of the CUDA allocator
     peak_rss_mib: float | None = None
-    peak_phase: str | None = None  # what ran when memory peaked: forward, backward, optimizer step or evaluation
+    peak_phase: str | None = None  # phase of the peak: forward, backward, optimizer step or evaluation
     memory_mib: dict[str, float] | None = None  # by category, at the peak
     memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
     breakdown: list[MemoryItem] = field(default_factory=list)  # the peak by category and dtype

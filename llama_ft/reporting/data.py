@@ -68,12 +68,12 @@ def print_data(report: DataReport, console: Console) -> None:
     """Print tables and examples: trained parts in color, or between marks without colors."""
     for table in data_tables(report):
         print_table(table, console)
-    in_colour = console.is_terminal and console.color_system is not None
+    in_color = console.is_terminal and console.color_system is not None
     for example in report.examples:
-        title = _title(example, "in color" if in_colour else MARKED)
+        title = _title(example, "in color" if in_color else MARKED)
         console.print(f"\n{title}\n", style="bold", highlight=False, markup=False, soft_wrap=True)
-        coloured = ((_shown(text), "bold green" if is_trained_on else "") for text, is_trained_on in example.parts)
-        console.print(Text.assemble(*coloured) if in_colour else Text(_marked(example)), soft_wrap=True)
+        colored = ((_shown(text), "bold green" if is_trained_on else "") for text, is_trained_on in example.parts)
+        console.print(Text.assemble(*colored) if in_color else Text(_marked(example)), soft_wrap=True)
 
 
 def data_markdown(report: DataReport) -> str:

@@ -16,7 +16,7 @@ def evaluation_table(result: Evaluation) -> Table:
     empty = [""] * len(heading)
 
     def row(name: str, values: list[float]) -> tuple[str, list[str]]:
-        # Four figures at least, thousands marked.
+        # At least four figures, with thousands separators.
         figures = [f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" for value in values]
         return name, ["–", *figures] if majority else figures
 

@@ -13,7 +13,7 @@ from llama_ft.reporting.results import Group
 ON, OFF = COLOURS["parameter"], "#BBBBBB"
 LONGEST_LABEL = 40  # characters
 MOST_LISTED = 12  # runs; a note under the table names them all
-LEAST_SPAN = 0.05  # of the axis of a cost, as a share of it
+LEAST_SPAN = 0.05  # of a cost's axis, as a share of the cost
 HEIGHT = 3.4  # inches of a panel
 
 
