@@ -20,7 +20,6 @@ def remarks(config: Any, overrides: list[str], alternatives: Alternatives = lamb
 
     Args:
         config: the checked config that the overrides made.
-        overrides: the arguments.
         alternatives: for a sweep, gives the configs of its runs as far as the keys it is passed differ in them.
     """
     schema, keys = type(config), list(dict.fromkeys(override.key_or_group for override in parsed(overrides)))

@@ -24,7 +24,6 @@ def as_typed(arguments: Sequence[str], schema: type, *, sweeps: bool = False) ->
     """Quote the texts in the arguments that Hydra or OmegaConf would otherwise interpret.
 
     Args:
-        arguments: as typed.
         schema: tells which keys are texts, and which are lists of texts.
         sweeps: True if commas outside quotes separate the values of a sweep.
     """

@@ -21,7 +21,7 @@ class TrainingConfig:
 
     lr: float = setting(1e-5, "peak learning rate, after warm-up; training.schedule sets its decay")
     epochs: int = setting(1, "passes over the data", at_least=1)
-    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing sets only an update's", at_least=1)
+    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing it only sizes an update", at_least=1)
     packing: int | None = setting(None, "put an update's samples end to end, up to n tokens; null: off", at_least=1)
     compile: bool = setting(False, "compile the model's layers with torch.compile; memory is tracked without it")
     max_samples: int | None = setting(
@@ -106,8 +106,8 @@ class SweepConfig:
     order: Order = setting(Order.grouped, "of repeats such as training.seed=0,1,2: by combination, or in turns")
     objective: list[str] = setting(
         [],
-        f"minimized in the best run, and by Optuna: {', '.join(OBJECTIVES)}, or several; [] is eval_loss, or if nothing"
-        " is held out train_loss_after",
+        f"lowest in the best run, and minimized by Optuna: {', '.join(OBJECTIVES)}, or several; [] is eval_loss, or"
+        " without held-out records train_loss_after",
     )
 
     def __post_init__(self) -> None:

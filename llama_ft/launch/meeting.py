@@ -82,7 +82,6 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
     """Wait until the agents of all machines are here; a UserError if they do not come, or have another config.
 
     Args:
-        config: the run's.
         folder: the one that this machine works in: on the first, the run's.
         listener: descriptor of the socket that the others connect to; None on the others, and on a single machine.
     """

@@ -47,7 +47,6 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
     """Do a run to its end, however it ends, and return its result.
 
     Args:
-        config: the run's.
         place: the folder that this machine works in, locked and cleared; the lock lasts until both processes are gone.
         command: what the user typed, for the result.
         check_fit: refuse a run that would not fit on the GPU here according to its plan.

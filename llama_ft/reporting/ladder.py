@@ -41,10 +41,7 @@ def base_of(group: Group, number: int) -> int | None:
 def ladder_table(
     group: Group, records: Sequence[Result | PlanRow], others: Iterable[Measure], notes: list[str], title: str = ""
 ) -> Table:
-    """A row for each rung, measured or planned: peak memory and runtime, also relative to earlier rungs; and `others`.
-
-    Measures that no record has a value of are left out.
-    """
+    """A row for each rung: peak memory and runtime, also relative to earlier rungs, and `others` that have a value."""
     bases = [base_of(group, number) for number in range(len(records))]
     columns: list[tuple[str, list[str]]] = []
     timed = any(value_of(record, TIME) is not None for record in records)
