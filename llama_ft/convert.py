@@ -1,4 +1,4 @@
-"""`python -m llama_ft.convert`: a checkpoint in Meta's, Hugging Face's or GGUF's format, with an adapter merged in."""
+"""`python -m llama_ft.convert`: convert a checkpoint to Meta's, Hugging Face's or GGUF's format; merge an adapter."""
 
 import os
 import shutil
@@ -22,9 +22,8 @@ if TYPE_CHECKING:
 
 USAGE = cli.Usage(
     "convert",
-    "A checkpoint in Hugging Face's format, in Meta's or as a GGUF file, from any of these, or from a run: with an"
-    " adapter merged into it, in another dtype, in as many files as you like. It is written piece by piece, whole or"
-    " not at all.",
+    "Convert a checkpoint or a run's weights to Hugging Face's format, Meta's or GGUF; merge an adapter into them,"
+    " change their dtype, split them into files. The output is written piece by piece, and appears only when complete.",
     "checkpoint=DIR|FILE.gguf to=hf|meta|gguf output=DIR|FILE.gguf [adapter=DIR] [KEY=VALUE ...]",
     ConvertConfig,
     (
@@ -39,13 +38,13 @@ FORMATS = {Format.hf: "Hugging Face", Format.meta: "Meta", Format.gguf: "GGUF"}
 
 
 def main() -> int:
-    """Convert what is asked for."""
+    """Run the command."""
     config = cli.composed_config("convert", sys.argv[1:], ConvertConfig)
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
     output = Path(os.path.abspath(os.path.expanduser(str(config.output))))
     if os.path.lexists(output) and (output.is_symlink() or not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"output={config.output} is there already, and nothing is overwritten: give another name")
+        raise UserError(f"output={config.output} exists already and is not overwritten: give another name")
     from llama_ft.exporting.sidecar import SidecarFiles
     from llama_ft.exporting.source import open_source
 
@@ -68,25 +67,25 @@ def main() -> int:
 
 
 def folder_bytes(source: "Source", config: ConvertConfig) -> int:
-    """Bytes of the weights to be written into a folder; a UserError if the shards cannot be made."""
+    """Bytes of the weights to write into a folder; a UserError if they cannot be split into the shards."""
     from llama_ft.model.sizes import meta_params
     from llama_ft.model.transformer import EMBEDDING
 
     n_bytes, n_shards = sum(weight.n_bytes for weight in source.weights.values()), config.shards or 1
     if config.to is Format.meta:
-        meta_params(source.model)  # raises where Meta's format has no key for one of the sizes
-        for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):  # by which Meta's parallel layers split
+        meta_params(source.model)  # raises if Meta's format has no key for one of the sizes
+        for key in ("n_heads", "n_kv_heads", "ffn_dim", "dim", "vocab_size"):  # split by Meta's parallel layers
             if (size := getattr(source.model, key)) % n_shards:
                 raise UserError(f"shards={n_shards} is not allowed: it must divide model.{key}={size}")
         n_bytes += source.weights[EMBEDDING].n_bytes if source.model.tie_word_embeddings else 0  # the second copy
     elif n_shards > len(source.weights):
         n_tensors = len(source.weights)
-        raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the model's tensors")
+        raise UserError(f"shards={n_shards} is not allowed: it must be at most {n_tensors}, the number of tensors")
     return n_bytes
 
 
 def check_room(n_bytes: int, config: ConvertConfig, output: Path) -> None:
-    """Raise a UserError if the disk lacks so many bytes."""
+    """Raise a UserError if fewer bytes than these are free on the disk."""
     free = shutil.disk_usage(next(folder for folder in output.parents if folder.is_dir())).free
     if n_bytes > free:
         room = f"{n_bytes / MIB:,.0f} MiB are needed, and {free / MIB:,.0f} MiB are free there"
@@ -96,7 +95,7 @@ def check_room(n_bytes: int, config: ConvertConfig, output: Path) -> None:
 def write(
     source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, folder: Path, advance: Callable[[int], None]
 ) -> None:
-    """Write the weights and what goes with them; a UserError if a number is beyond the range of `dtype`."""
+    """Write the weights and the files next to them; a UserError if a weight is out of the range of `dtype`."""
     from llama_ft.model.export import write_hf, write_meta
 
     for name, content in sidecar.files.items():
@@ -110,14 +109,14 @@ def write(
 
 
 def warn_of_context(config: ConvertConfig, log: Log) -> None:
-    """Meta's format does not say the context: where another one will be read back, say so."""
+    """Warn if another context will be read back, since Meta's format does not store it."""
     from llama_ft.model.folder import released_context
 
     model = config.model
     read_back = released_context(model.vocab_size, model.rope_theta, model.rope_factor)
     if read_back != model.max_seq_len:
-        problem = f"Meta's files do not say the context of {model.max_seq_len:,}, and are read as of {read_back:,}"
-        log(f"{problem}: give model.max_seq_len={model.max_seq_len} with them")
+        problem = f"Meta's format does not store the context of {model.max_seq_len:,}; it is read as {read_back:,}"
+        log(f"{problem}: give model.max_seq_len={model.max_seq_len} when using the files")
 
 
 if __name__ == "__main__":

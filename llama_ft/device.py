@@ -18,7 +18,7 @@ from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, cpu_info, data_
 
 
 def choose_device(gpu: GpuConfig) -> torch.device:
-    """The device to run on; a UserError if a GPU is asked for that PyTorch cannot use, or less than its profile."""
+    """Choose the device; a UserError if PyTorch cannot use the requested GPU, or the GPU has less than its profile."""
     if gpu.device is DeviceChoice.cpu:
         return torch.device("cpu")
     if reason := why_no_gpu():
@@ -31,7 +31,7 @@ def choose_device(gpu: GpuConfig) -> torch.device:
 
 
 def gpu_index(gpu: GpuConfig) -> int:
-    """Which of the GPUs that PyTorch sees; a UserError if there are fewer."""
+    """Index of the GPU among those that PyTorch sees; a UserError if there are fewer."""
     index, n_gpus = gpu.index or 0, torch.cuda.device_count()
     if index >= n_gpus:
         raise UserError(f"gpu.index={index}: PyTorch sees {n_gpus} here; the last is gpu.index={n_gpus - 1}")
@@ -39,16 +39,16 @@ def gpu_index(gpu: GpuConfig) -> int:
 
 
 def check_card(device: torch.device, gpu: GpuConfig) -> None:
-    """Raise a UserError if PyTorch has no kernels for a card, or the card is less than the profile's."""
+    """Raise a UserError if PyTorch has no kernels for a card, or the card has less than the profile."""
     card = torch.cuda.get_device_properties(device)
     capability, total_mib = (card.major, card.minor), card.total_memory / MIB
     built_for = torch.cuda.get_arch_list()
     if not has_kernels(capability, built_for):
-        what = f"its compute capability is {card.major}.{card.minor}, and they are for {', '.join(built_for)}"
-        advice = "docs/gpus.md says which build has"
+        what = f"its compute capability is {card.major}.{card.minor}, and kernels exist for {', '.join(built_for)}"
+        advice = "docs/gpus.md names a build that has them"
         raise UserError(f"PyTorch {torch.__version__} has no kernels for this {card.name}: {what}; {advice}")
     if gpu.capability is not None and gpu.capability > capability:
-        older = f"this {card.name} has the older {card.major}.{card.minor}, without all of that one's kernels"
+        older = f"this {card.name} has the older {card.major}.{card.minor}, which lacks some of its kernels"
         raise UserError(f"gpu={gpu.name} has compute capability {gpu.compute_capability}, and {older}: use gpu=auto")
     if gpu.usable_mib is not None and gpu.usable_mib > total_mib:
         here = f"the {total_mib:,.0f} MiB of this {card.name}"
@@ -56,11 +56,11 @@ def check_card(device: torch.device, gpu: GpuConfig) -> None:
 
 
 def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether a build for architectures such as `sm_80` or `compute_90` runs on a card.
+    """Return True if a build for architectures such as `sm_80` or `compute_90` runs on a card.
 
     Binaries run from their own version up to the next major one; PTX, `compute_*`, is compiled for any later card;
-    with a letter, as `sm_90a`, either is for that version alone (CUDA C++ Programming Guide, compute capability). A
-    build that names none, as AMD's with `gfx942`, is not judged.
+    with a letter, as in `sm_90a`, either is for that version only (CUDA C++ Programming Guide, compute capability). A
+    build that names none, such as AMD's with `gfx942`, is accepted.
     """
     for kind, digits, letter in (named := re.findall(r"\b(sm|compute)_(\d+)([a-z]?)", " ".join(architectures))):
         built = int(digits[:-1]), int(digits[-1])
@@ -71,10 +71,10 @@ def has_kernels(capability: tuple[int, int], architectures: Sequence[str]) -> bo
 
 
 def why_no_gpu() -> str | None:
-    """Why PyTorch sees no CUDA GPU; None if it sees one. The first question to CUDA, which then numbers its GPUs."""
+    """The reason why PyTorch sees no CUDA GPU; None if it sees one. Call this before CUDA numbers its GPUs."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # nvidia-smi's numbers; CUDA's own put the fastest first
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of an old driver: it is in the reason
+        warnings.simplefilter("ignore")  # about an old driver: the reason names it
         if torch.cuda.is_available():
             return None
     if platform.system() == "Darwin":
@@ -91,7 +91,7 @@ def why_no_gpu() -> str | None:
 
 
 def about_device(device: torch.device, gpu: GpuConfig) -> str:
-    """What is run on, and why; in a second line what is wrong, where that is not the GPU that the machine has."""
+    """The device and the reason for it; a second line warns if the machine has a GPU that is not used."""
     why, warning, n_gpus = f"gpu={gpu.name}", "", 0
     if device.type == "cuda" and (n_gpus := torch.cuda.device_count()) > 1:
         why += f"; gpu.index={device.index} of {n_gpus}"
@@ -104,7 +104,7 @@ def about_device(device: torch.device, gpu: GpuConfig) -> str:
 
 
 def has_bf16(device: torch.device, gpu: GpuConfig) -> bool:
-    """Whether the card, the profile's or else the real one, computes in bf16 itself, not by emulation."""
+    """Return True if the card (the profile's, else the real one) computes in bf16 natively, not by emulation."""
     return device.type == "cpu" or (gpu.capability or torch.cuda.get_device_capability(device)) >= (8, 0)
 
 
@@ -112,14 +112,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def compute_dtype(choice: Dtype, device: torch.device, gpu: GpuConfig) -> torch.dtype:
-    """The dtype of a model that is not trained: the one chosen; `auto` is fp32 on the CPU, else the card's 16 bit."""
+    """The dtype of a model for inference; `auto` is fp32 on the CPU, else the card's 16-bit format."""
     short = "bf16" if has_bf16(device, gpu) else "fp16"
     auto = "fp32" if device.type == "cpu" else short
     return DTYPES[auto if choice is Dtype.auto else choice.name]
 
 
 def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = None) -> torch.device:
-    """The device, with the profile's memory, or `limit_mib`, and its kernels. On CUDA this makes a context."""
+    """Set up the device's kernels and its memory limit (`limit_mib`, else the profile's); creates a CUDA context."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if (limit_mib := limit_mib or gpu.usable_mib) is not None:
@@ -129,7 +129,7 @@ def use_device(device: torch.device, gpu: GpuConfig, limit_mib: int | None = Non
 
 
 def device_name(device: torch.device) -> str:
-    """Name for people: the GPU's, or the processor's with the number of threads used."""
+    """Name for display: the GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = cpu_info("model name") or platform.processor() or platform.machine()
@@ -138,7 +138,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_in_use_mib(device: torch.device) -> float:
-    """Memory in use now: the allocator's on CUDA, the process's resident set on the CPU. Does not wait."""
+    """Memory in use now: the allocator's on CUDA, the process's resident set on the CPU. Does not synchronize."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / MIB
     return resident_bytes(os.getpid()) / MIB or peak_rss_mib()
@@ -156,7 +156,7 @@ def limit_memory(device: torch.device, limit_mib: int) -> None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib * MIB / total), device)
         return
-    torch.ones(256, 256) @ torch.ones(256, 256)  # starts the threads: their failing to start cannot be caught
+    torch.ones(256, 256) @ torch.ones(256, 256)  # starts the threads: a failure to do so later cannot be caught
     try:
         resource.setrlimit(resource.RLIMIT_DATA, (limit_mib * MIB, resource.RLIM_INFINITY))
     except (ValueError, OSError) as error:
@@ -164,22 +164,22 @@ def limit_memory(device: torch.device, limit_mib: int) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception means that memory ran out. PyTorch on the CPU raises a plain RuntimeError for it."""
+    """Return True if an exception means that memory ran out. PyTorch on the CPU raises a plain RuntimeError for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError | OSError | ImportError):
         return False
     text = str(error)
-    if "could not create a primitive" in text or "could not execute a primitive" in text:  # oneDNN says no more
+    if "could not create a primitive" in text or "could not execute a primitive" in text:  # oneDNN gives no reason
         return is_near_data_limit()
-    if "CUBLAS_STATUS_NOT_INITIALIZED" in text:  # its handle needs memory: no room is left where there is less
+    if "CUBLAS_STATUS_NOT_INITIALIZED" in text:  # its handle needs memory
         return torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 512 * MIB
     return OUT_OF_MEMORY_TEXT.search(text) is not None
 
 
 @contextmanager
 def out_of_memory_explained(advice: str) -> Iterator[None]:
-    """Raise a UserError that says what needs less, where memory runs out inside."""
+    """Turn running out of memory in this block into a UserError with the advice."""
     try:
         yield
     except Exception as error:
@@ -189,13 +189,13 @@ def out_of_memory_explained(advice: str) -> Iterator[None]:
 
 
 def is_near_data_limit() -> bool:
-    """Whether the process's data segment fills nine tenths of the limit on it; false where there is none."""
+    """Return True if the process's data segment fills nine tenths of its limit; False without a limit."""
     limit, _ = resource.getrlimit(resource.RLIMIT_DATA)
     return limit != resource.RLIM_INFINITY and data_bytes(os.getpid()) > NEAR_LIMIT * limit
 
 
 def versions() -> dict[str, str | None]:
-    """The software that measured numbers depend on."""
+    """Versions of the software that measurements depend on."""
     return {
         "llama_ft": __version__,
         "python": platform.python_version(),

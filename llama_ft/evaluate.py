@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 USAGE = cli.Usage(
     "evaluate",
-    "Perplexity of responses, and of a text, and exact match of answers, by task; with an adapter, or with base weights"
-    " given, two models in one table. data=sample is evaluated on the records that training never sees.",
+    "Measure the perplexity of responses and of a text, and the exact match of answers by task; with an adapter or base"
+    " weights, compare two models in one table. data=sample evaluates on the records that training never sees.",
     "[GROUP=CHOICE ...] [KEY=VALUE ...]",
     EvaluateConfig,
     (
@@ -38,7 +38,7 @@ JSON_FILE, TABLE_FILE, ANSWERS_FILE = "evaluate.json", "evaluate.md", "answers.j
 
 
 def main() -> int:
-    """Evaluate what is asked for."""
+    """Run the command."""
     config = cli.composed_config("evaluate", sys.argv[1:], EvaluateConfig)
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
@@ -51,7 +51,7 @@ def main() -> int:
     log(devices.about_device(device, config.gpu))
     files = (JSON_FILE, TABLE_FILE, ANSWERS_FILE)
     with output_folder(config.output, "evaluations", config.model.name, files) as folder:
-        with devices.out_of_memory_explained("lower batch_size, data.max_length, or of text=FILE window"):
+        with devices.out_of_memory_explained("lower batch_size, data.max_length, or for text=FILE window"):
             measured = measure_models(config, inputs, device, partial(progress_bar, errors), log)
         text = None
         if inputs.text is not None:
@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def load_inputs(config: EvaluateConfig, log: Log) -> "EvalInputs":
-    """What the models are measured on; a UserError if it cannot be had, or the tokenizer is not the model's."""
+    """Load the records and the text to evaluate on; a UserError if that fails, or the tokenizer is not the model's."""
     from llama_ft.data.template import choose_template
     from llama_ft.data.tokenizer import load_tokenizer
     from llama_ft.evaluation.measures import EvalInputs
@@ -92,7 +92,7 @@ def load_inputs(config: EvaluateConfig, log: Log) -> "EvalInputs":
 
 
 def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:
-    """`answers.jsonl`: each record with the answers to it, as they came, and whether they are correct."""
+    """Content of `answers.jsonl`: each record with each model's raw answer and whether it is correct."""
     lines = []
     for index, record in enumerate(inputs.data.records):
         line: Json = {"instruction": record.instruction, "input": record.input, "task": record.task}
@@ -105,7 +105,7 @@ def answer_lines(inputs: "EvalInputs", measured: "list[Measured]") -> str:
 
 
 def report(result: Evaluation, answers: str, folder: Path, console: Console) -> None:
-    """Print the table, and write it, the numbers and the answers."""
+    """Print the table; write the table, the numbers and the answers."""
     table = evaluation_table(result)
     names = [ANSWERS_FILE, TABLE_FILE, JSON_FILE] if answers else [TABLE_FILE, JSON_FILE]
     with explained(f"output={folder} cannot be written to"):
@@ -114,7 +114,7 @@ def report(result: Evaluation, answers: str, folder: Path, console: Console) -> 
         else:
             (folder / ANSWERS_FILE).unlink(missing_ok=True)  # an earlier evaluation's
         write_text(folder / TABLE_FILE, markdown(table))
-        write_record(result, folder / JSON_FILE)  # last: where it is, all is
+        write_record(result, folder / JSON_FILE)  # last: if it exists, the others do
     print_table(table, console)
     console.print(f"\nWritten: {', '.join(names)} in {folder}", highlight=False, markup=False, soft_wrap=True)
 

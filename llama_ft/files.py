@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever stops the writing, and folders that one process at a time writes into."""
+"""Files that are written whole or not at all, and folders that only one process at a time writes into."""
 
 import errno
 import fcntl
@@ -21,35 +21,35 @@ from llama_ft.config import UserError
 from llama_ft.system import Log, silent
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
-INDEX_FILE = "model.safetensors.index.json"  # which tensor lies in which file, where they are several
+INDEX_FILE = "model.safetensors.index.json"  # maps tensors to files if there are several
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers' name since version 5
-HF_CONFIG, META_PARAMS = "config.json", "params.json"  # in which checkpoints say their sizes
+HF_CONFIG, META_PARAMS = "config.json", "params.json"  # contain a checkpoint's sizes
 ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"  # PEFT's names, and ours
 TRAINED_FILES = (ADAPTER_FILE, ADAPTER_CONFIG_FILE, WEIGHTS_FILE)  # those that a run leaves, with LoRA and without
-LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is what Git LFS leaves in a file's place: git lfs pull fetches it"
+LFS_POINTER, LFS_HINT = b"version https://git-lfs", "is a Git LFS pointer to the file: git lfs pull fetches it"
 
-Json = dict[str, Any]  # an object whose keys others choose: a record of the user's, a config.json of Hugging Face's
+Json = dict[str, Any]  # an object with keys that others define: a user's record, Hugging Face's config.json
 
 
 def regular(file: Path) -> Path:
-    """The file, about to be read; an OSError if it is a pipe or a device, of which reading may never end."""
+    """Return the file, which is about to be read; an OSError if it is a pipe or a device, which may never end."""
     mode = file.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # reading a folder fails by itself
-        raise OSError(errno.EINVAL, "it is a pipe or a device: save what comes from it as a file", str(file))
+        raise OSError(errno.EINVAL, "it is a pipe or a device: save its content as a file", str(file))
     return file
 
 
 @contextmanager
 def explained(problem: str) -> Iterator[None]:
-    """Raise a UserError that says the problem, and the system's reason, where a file inside cannot be used."""
+    """Turn a failed file operation in this block into a UserError with the problem and the system's reason."""
     try:
         yield
-    except (OSError, EOFError, zlib.error) as error:  # the latter two at a .gz that is damaged
+    except (OSError, EOFError, zlib.error) as error:  # the latter two from a damaged .gz
         raise UserError(f"{problem}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def text_of(file: Path, name: str) -> str:
-    """A UTF-8 file's text, line ends as they are, without a byte-order mark; a UserError calls it by the name."""
+    """Read a UTF-8 file, line ends unchanged, without a byte-order mark; a UserError calls it `name`."""
     with explained(f"{name} cannot be read"):
         content = regular(file).read_bytes()
     try:
@@ -60,7 +60,7 @@ def text_of(file: Path, name: str) -> str:
 
 
 def read_json(file: Path, holds: str) -> Json:
-    """A JSON object. A UserError, which names what the file `holds`, if it cannot be read or has no such object."""
+    """Read a JSON object; if that fails, a UserError says what the file `holds`."""
     try:
         content = json.loads(regular(file).read_text(encoding="utf-8"))
     except OSError as error:
@@ -78,18 +78,18 @@ def write_json(file: Path, content: Json) -> None:
 
 
 def why_no_folder(path: Path) -> str:
-    """For people: why there is no folder under a name."""
+    """For messages: the reason why a path is not a folder."""
     if path.exists():
-        return "it is a file: give the folder that it lies in"
+        return "it is a file: give the folder that contains it"
     name = re.fullmatch(r"(?:hf:|https?:/+huggingface\.co/)?([\w.-]+/[\w.-]+)", str(path))
     hint = f"; a name on the Hugging Face hub is hub:{name[1]}" if name and not path.parent.exists() else ""
     return f"there is no such {'file' if path.suffix == '.gguf' else 'folder'}{hint}"
 
 
 def unread_hint(place: Path | str, names: Collection[str]) -> str:
-    """For people: which of the files in a place lie there instead of weights that are read, and what to do about it."""
+    """For messages: which files a place has instead of supported weights, and what to do about it."""
     if {ADAPTER_FILE, ADAPTER_CONFIG_FILE} & {*names}:
-        return f"; it is a LoRA adapter: give adapter={place}, and as checkpoint what it was trained on"
+        return f"; it is a LoRA adapter: give adapter={place}, and as checkpoint the model it was trained on"
     found = sorted(name for name in names if name.endswith((".gguf", ".bin")))
     if gguf := [name for name in found if name.endswith(".gguf")]:
         return f"; give a GGUF file by its name: checkpoint={place}/{gguf[0]}"
@@ -98,7 +98,7 @@ def unread_hint(place: Path | str, names: Collection[str]) -> str:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A temporary name to write under: renamed when the block ends, removed when it fails."""
+    """Yield a temporary path to write to: renamed when the block ends, removed if it fails."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -110,9 +110,9 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into: renamed when the block ends, removed when it fails.
+    """Yield a temporary folder to write into: renamed when the block ends, removed if it fails.
 
-    A folder that is there already and not empty, or cannot be made, is an OSError.
+    An OSError if the folder exists and is not empty, or cannot be created.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -128,7 +128,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def new_folder(name: str) -> Path:
-    """A folder that this call has made: of this name or, where that is taken, of `name_2`, `name_3` …"""
+    """Create a folder of this name or, if that is taken, `name_2`, `name_3` …"""
     for number in count(1):
         folder = Path(name if number == 1 else f"{name}_{number}")
         with suppress(FileExistsError):
@@ -154,10 +154,10 @@ def to_disk(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, wait_seconds: float = 0, log: Log = silent) -> Iterator[int]:
-    """Hold a folder for this process and for whoever inherits the descriptor that is given.
+    """Lock a folder for this process and for those that inherit the yielded descriptor.
 
-    The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends. If
-    another process holds it for longer than `wait_seconds`, that is a UserError; `log` is told of a wait without end.
+    The lock is on the folder itself: it leaves no file behind, and ends with its last holder, however that ends. A
+    UserError if another process holds it for longer than `wait_seconds`; a wait without limit is logged.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -174,7 +174,7 @@ def locked(folder: Path, wait_seconds: float = 0, log: Log = silent) -> Iterator
 
 
 def try_lock(file: int | IO[bytes]) -> bool:
-    """Lock an open file or folder, unless another process holds it."""
+    """Lock an open file or folder; return False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -185,29 +185,29 @@ def try_lock(file: int | IO[bytes]) -> bool:
 
 
 def check_replaceable(folder: Path, names: Sequence[str], mark: str = '"schema_version"') -> None:
-    """Raise a UserError if the folder holds files of these names that are not ours.
+    """Raise a UserError if the folder has files of these names that llama_ft did not write.
 
-    They are ours where the first of them, which is always written with the others, has the mark in it.
+    It wrote them if the first one, which is always written with the others, contains the mark.
     """
     there = [name for name in names if os.path.lexists(folder / name) and not (folder / name).is_dir()]
     first = folder / names[0] if names else folder
     is_ours = first.is_file() and mark in first.read_text(encoding="utf-8", errors="replace")
     if there and not is_ours:
-        reason = f"which no command of llama_ft wrote, and would overwrite: {', '.join(names)}"
-        raise UserError(f"{folder} holds {there[0]}, {reason}; name another folder, or move it")
+        reason = f"which llama_ft did not write, and would overwrite ({', '.join(names)})"
+        raise UserError(f"{folder} holds {there[0]}, {reason}: name another folder, or move it")
 
 
 @contextmanager
 def output_folder(output: str | None, kind: str, name: str, files: Sequence[str] = ()) -> Iterator[Path]:
-    """The folder for a command's results: `output`, or else a new one, `outputs/KIND/TIME_NAME`.
+    """Yield the locked folder for a command's results: `output`, or else a new `outputs/KIND/TIME_NAME`.
 
-    This process holds it meanwhile. Folders that were made for it are removed if it stays empty. `files` are those that
-    will be written, the JSON first. A UserError if they cannot be, if another process writes into the folder, or if
-    files of these names lie there that are not ours.
+    Folders created for it are removed again if nothing was written. `files` will be written there, the JSON first. A
+    UserError if they cannot be, if another process writes into the folder, or if llama_ft did not write files of these
+    names that are there already.
     """
     folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
-    with explained(f"output={folder}: the folder cannot be made"):
+    with explained(f"output={folder}: the folder cannot be created"):
         if not output:
             folder = new_folder(str(folder))
             made[:1] = [folder]
@@ -222,4 +222,4 @@ def output_folder(output: str | None, kind: str, name: str, files: Sequence[str]
     finally:
         with suppress(OSError):
             for each in made:
-                each.rmdir()  # fails where something is in it
+                each.rmdir()  # fails if it is not empty

@@ -1,4 +1,4 @@
-"""`python -m llama_ft.generate`: text from a model, to one prompt, to a file of them, or line by line in a dialogue."""
+"""`python -m llama_ft.generate`: generate text from one prompt, from a file of prompts, or in a dialogue."""
 
 import os
 import sys
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 USAGE = cli.Usage(
     "generate",
-    "Text from a model: to go on from a prompt, or to answer an instruction; many of them from a file, or one after the"
-    " other in a dialogue. Standard output has the text alone.",
+    "Generate text: continue a prompt or answer an instruction, one, many from a file, or one after the other in a"
+    " dialogue. Only the text goes to standard output.",
     "prompt=TEXT | instruction=TEXT [input=TEXT] | prompts=FILE [output=FILE] | interactive=true"
     " [GROUP=CHOICE ...] [KEY=VALUE ...]",
     GenerateConfig,
@@ -40,7 +40,7 @@ USAGE = cli.Usage(
 
 
 def main() -> int:
-    """Generate what is asked for."""
+    """Run the command."""
     config = cli.composed_config("generate", sys.argv[1:], GenerateConfig)
     errors = Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")
@@ -58,7 +58,7 @@ def main() -> int:
     if config.prompts is not None:
         from llama_ft.decoding.prompt_file import answer_prompts
 
-        # A bar where the answers go into a file; printed, they themselves are progress.
+        # A bar only if the answers go into a file: printed answers show the progress themselves.
         progress = partial(progress_bar, errors) if config.output is not None else no_progress
         answer_prompts(config, prompts, models.dtype_name, models.load, progress, log)
     elif config.interactive:
@@ -71,7 +71,7 @@ def main() -> int:
 
 
 def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Template") -> "list[Prompt]":
-    """The prompts, as far as they are known at the start, checked before a model is loaded, which may take long."""
+    """Read and check the prompts known at the start, before a model is loaded, which may take long."""
     from llama_ft.decoding.prompts import Prompt, encode_in_context, prompt_of, read_prompts
 
     if config.prompts is not None:
@@ -88,7 +88,7 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Templa
 
 
 def converse(config: GenerateConfig, models: "Models", tokenizer: "Tokenizer", template: "Template", log: Log) -> None:
-    """Answer line after line, with the models kept."""
+    """Answer line after line, with the models kept loaded."""
     from llama_ft.data.template import choose_template
     from llama_ft.decoding.chat import chat, line_reader
     from llama_ft.decoding.show import show_answers
@@ -100,7 +100,7 @@ def converse(config: GenerateConfig, models: "Models", tokenizer: "Tokenizer", t
         log(f"with the adapter in {folder}" if folder else "without an adapter")
         trained = choose_template("auto", tokenizer, folder)
         if template_of_run(folder) and trained.text != template.text:
-            log(f"it was trained in the template {trained.name}, and the dialogue stays in {template.name}")
+            log(f"it was trained with the template {trained.name}; the dialogue keeps {template.name}")
 
     def bare(prompts: Sequence[str], on_text: Callable[[str], None]) -> "list[list[Answer]]":
         used = adapters.used

@@ -1,7 +1,7 @@
-"""What a GGUF file, llama.cpp's format, says of itself: its metadata, and where its tensors lie.
+"""The header of a GGUF file, llama.cpp's format: its metadata, and the positions of its tensors.
 
-The gguf package's own reader keeps two arrays for each string: of Llama 3's vocabulary it takes 7 s and 670 MB, at each
-start of a command, where this takes 0.2 s and 60 MB.
+The gguf package's own reader keeps two arrays for each string: for Llama 3's vocabulary it takes 7 s and 670 MB at each
+start of a command, and this reader 0.2 s and 60 MB.
 """
 
 import struct
@@ -14,7 +14,7 @@ from llama_ft.config import UserError
 from llama_ft.config.source import GGUF_MAGIC
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
-# By the numbers of types in the format's description, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+# By the type numbers of the format's description, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 
@@ -22,7 +22,7 @@ _FLOAT32, _STRING, _ARRAY = 6, 8, 9
 class TensorInfo(NamedTuple):
     """A tensor in the file."""
 
-    shape: list[int]  # the last dimension lies together, as in PyTorch
+    shape: list[int]  # the last dimension is contiguous, as in PyTorch
     type_number: int
     offset: int  # of its first byte in the file
 
@@ -35,7 +35,7 @@ class Header(NamedTuple):
 
 
 def read_header(path: Path) -> Header:
-    """Read a file's header; a UserError if it is damaged, a part of a model, or in a form that is not read."""
+    """Read a file's header; a UserError if it is damaged, one part of a model, or in an unsupported form."""
     with explained(f"{path} cannot be read"):
         state = regular(path).stat()
         return _read(path, state.st_size, state.st_mtime_ns)
@@ -48,16 +48,16 @@ def _read(path: Path, _size: int, _changed: int) -> Header:
         if start == LFS_POINTER:
             raise UserError(f"{path} {LFS_HINT}")
         if not start.startswith(GGUF_MAGIC):
-            raise UserError(f"{path} is no GGUF file, or is damaged: it does not begin with GGUF")
+            raise UserError(f"{path} is not a GGUF file, or is damaged: it does not begin with GGUF")
         if int.from_bytes(start[4:8], "little") not in (2, 3):
-            raise UserError(f"{path} is big-endian, or of another version: GGUF is read in versions 2 and 3")
+            raise UserError(f"{path} is big-endian, or of an unsupported version: GGUF is read in versions 2 and 3")
         file.seek(8)
         try:
             header = _header(file)
         except (struct.error, ValueError, LookupError, TypeError, ArithmeticError, MemoryError) as error:
             raise UserError(f"{path} is damaged, or was not copied completely: its header cannot be read") from error
     if (parts := header.metadata.get("split.count", 1)) != 1:
-        raise UserError(f"{path} is one of {parts} parts: put them together with llama.cpp's llama-gguf-split --merge")
+        raise UserError(f"{path} is one of {parts} parts: merge them with llama.cpp's llama-gguf-split --merge")
     return header
 
 

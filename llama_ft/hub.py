@@ -1,7 +1,7 @@
 """Models by name from the Hugging Face hub: `hub:ORG/NAME[@REVISION]`, or one file of it, `hub:ORG/NAME/FILE.gguf`.
 
-`huggingface_hub` downloads, resumes and caches. Token, cache, endpoint and offline mode are where it has them: HF_TOKEN
-or `hf auth login`, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE. What is fetched, and where it lies, is said on standard error.
+`huggingface_hub` downloads, resumes and caches. Its settings of token, cache, endpoint and offline mode apply: HF_TOKEN
+or `hf auth login`, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE. Downloads and their paths are printed on standard error.
 """
 
 import re
@@ -33,21 +33,21 @@ NAME = re.compile(r"hub:([\w.-]+/[\w.-]+)(?:/([^@]+\.gguf))?(?:@(.+))?")
 SMALL_FILES = f"""
     {HF_CONFIG} {META_PARAMS} {INDEX_FILE} {ADAPTER_CONFIG_FILE} generation_config.json {CHAT_TEMPLATE}
     tokenizer.model tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
-""".split()  # what a folder says beside its weights
-NEEDED = {"adapter": (ADAPTER_CONFIG_FILE,), "tokenizer": TOKENIZER_FILES}  # one of them; of others what says the sizes
+""".split()  # all but the weights
+NEEDED = {"adapter": (ADAPTER_CONFIG_FILE,), "tokenizer": TOKENIZER_FILES}  # any one of them; by default a sizes file
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
 def is_hub_name(name: object) -> bool:
-    """Whether this names something on the hub."""
+    """Return True for a name on the hub."""
     return str(name).startswith("hub:")
 
 
 @cache
 def fetch(key: str, name: str) -> Path:
-    """A repository's folder in the cache, with all but the weights; or the one file that is named. Once a process.
+    """Fetch a repository without its weights, or the one file that is named; return its path in the cache.
 
-    Of the key `adapter` the folder is whole, of `tokenizer` it is a file. Whatever is at fault is a UserError.
+    For the key `adapter` the weights are included; for `tokenizer` the path is a file's. Any failure is a UserError.
     """
     repo, file, revision = _parts(key, name)
     needed = NEEDED.get(key, (HF_CONFIG, META_PARAMS))
@@ -65,7 +65,7 @@ def fetch(key: str, name: str) -> Path:
     if file is None:
         files = _files(repo, folder)
         if (found := next((each for each in needed if each in files), None)) is None:
-            raise UserError(f"{key}={name}: there is no {' or '.join(needed)} in it{unread_hint(f'hub:{repo}', files)}")
+            raise UserError(f"{key}={name} contains no {' or '.join(needed)}{unread_hint(f'hub:{repo}', files)}")
         path = folder / found if key == "tokenizer" else folder
     print(f"{key}={name} is {path} (revision {folder.name[:7]})", file=sys.stderr)
     return path
@@ -73,7 +73,7 @@ def fetch(key: str, name: str) -> Path:
 
 @cache
 def fetch_weights(key: str, name: str) -> Path:
-    """The same with the weights, of which only the files are fetched that will be read; a UserError as in `fetch`."""
+    """Like `fetch`, with those weight files that will be read."""
     folder, repo = fetch(key, name), _parts(key, name)[0]
     if folder.is_file() or key in NEEDED:
         return folder
@@ -85,7 +85,7 @@ def fetch_weights(key: str, name: str) -> Path:
         weight_map = read_json(folder / INDEX_FILE, "which file holds which tensor").get("weight_map")
         wanted = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
     if not wanted:
-        raise UserError(f"{key}={name}: there are no weights in it that are read{unread_hint(f'hub:{repo}', files)}")
+        raise UserError(f"{key}={name} contains no weights that can be read{unread_hint(f'hub:{repo}', files)}")
     if missing := [each for each in wanted if not (folder / each).is_file()]:
         size, free = sum(files.get(each, 0) for each in missing), shutil.disk_usage(folder).free
         if size > free:
@@ -95,13 +95,13 @@ def fetch_weights(key: str, name: str) -> Path:
         with _explained(key, name, repo):
             from huggingface_hub import hf_hub_download
 
-            for each in missing:  # here, where Ctrl-C ends it at once, and not in threads
+            for each in missing:  # not in threads: Ctrl-C ends it at once
                 hf_hub_download(repo, each, revision=folder.name)
     return folder
 
 
 def local(key: str, name: T) -> T | Path:
-    """Where a name on the hub lies in the cache, as in `fetch_weights`; anything else as it is."""
+    """Return the path of a name on the hub, as `fetch_weights` does; anything else is returned unchanged."""
     return fetch_weights(key, str(name)) if is_hub_name(name) else name
 
 
@@ -113,7 +113,7 @@ def _parts(key: str, name: str) -> tuple[str, str | None, str | None]:
 
 
 def _files(repo: str, folder: Path) -> Mapping[str, int]:
-    """Bytes of each of a repository's files; of a cache that an older client filled, offline, those that are there."""
+    """Bytes of each file of a repository; offline, in a cache filled by an older client, only of the cached files."""
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
@@ -132,19 +132,19 @@ def _explained(key: str, name: str, repo: str) -> Iterator[None]:
     hub, cache = constants.ENDPOINT, f"the cache, {constants.HF_HUB_CACHE}"
     try:
         yield
-    except Exception as error:  # of the HTTP library, whose version is not ours to choose, any
+    except Exception as error:  # any: which HTTP library raises it is not ours to choose
         reason = next(iter(first_cause(error).splitlines()), "")
         not_there = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError)
         if isinstance(error, errors.GatedRepoError):
             problem = f"is gated: accept its terms at {hub}/{repo}, then {LOG_IN}"
         elif isinstance(error, not_there):
-            problem = f"is not there, or private: check the name at {hub}/{repo}, or {LOG_IN}"
+            problem = f"does not exist, or is private: check the name at {hub}/{repo}, or {LOG_IN}"
         elif isinstance(error, errors.LocalEntryNotFoundError):
             why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{hub} cannot be reached ({reason})"
-            problem = f"is not whole in {cache}, and {why}: connect to fetch it"
+            problem = f"is incomplete in {cache}, and {why}: connect to fetch it"
         elif getattr(error, "errno", None):
             where = getattr(error, "filename", None) or cache
-            problem = f"cannot be kept in {where}: {reason}; HF_HOME=DIR names another place"
+            problem = f"cannot be stored in {where}: {reason}; HF_HOME=DIR names another place"
         else:
-            problem = f"was not fetched: {reason}; the same command goes on from where it broke off"
+            problem = f"was not fetched: {reason}; the same command resumes the download"
         raise UserError(f"{key}={name} {problem}") from error

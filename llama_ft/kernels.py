@@ -1,4 +1,4 @@
-"""The kernels that runs are measured and planned with, whatever the environment or the card's own are."""
+"""Selection of kernels: runs are measured and planned with the same ones, whatever the environment and the card."""
 
 import warnings
 from collections.abc import Callable
@@ -13,24 +13,24 @@ from torch.utils._pytree import tree_map
 
 from llama_ft.system import cpu_info
 
-MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds of an fp32 product from which on oneDNN's kernels are worth building
-ONEDNN_MULTIPLE = 16  # to which rows are rounded up there, so that lengths share kernels
+MIN_ONEDNN_PRODUCT = 2**24  # multiply-adds of the smallest fp32 product worth building a oneDNN kernel for
+ONEDNN_MULTIPLE = 16  # rows are padded to a multiple of this, so that different lengths share kernels
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")  # ATen's matrix products
-BLOCK_BYTES = 4 * 2**20  # of fp32 operands that are made at a time: about what a core's caches hold
+BLOCK_BYTES = 4 * 2**20  # of operands converted to fp32 at a time: about the size of a core's caches
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """x in fp32, or in fp64 where that is what it is."""
+    """Convert 16-bit x to fp32; leave fp32 and fp64 unchanged."""
     return x.float() if x.dtype.itemsize == 2 else x
 
 
 def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = None) -> None:
-    """Use the kernels of runs on a GPU from now on, in the whole process.
+    """Select the kernels of GPU runs for the whole process.
 
     fp32 products are true fp32, not TF32, which NVIDIA's containers turn on. Attention is FlashAttention in 16 bit and
-    else the memory-efficient kernel, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell, builds a
-    plan for every length that it has not met, which takes a second (pytorch/pytorch#155958). Below compute capability
-    8.0, the card's or the one given instead, there is no FlashAttention.
+    the memory-efficient kernel otherwise, on every card: cuDNN's, which PyTorch prefers on Hopper and Blackwell, takes
+    a second to build a plan for each new length (pytorch/pytorch#155958). FlashAttention needs compute capability 8.0:
+    `capability`, else the card's.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
@@ -39,9 +39,9 @@ def use_kernels_of(device: torch.device, capability: tuple[int, int] | None = No
 
 
 def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
-    """Let the products and attention of a 16-bit dtype be computed in fp32 if oneDNN has no kernels for it on this CPU.
+    """Compute a 16-bit dtype's products and attention in fp32 if oneDNN has no kernels for it on this CPU.
 
-    PyTorch's own would be loops over elements, up to 30 times slower.
+    PyTorch's own kernels would loop over elements, up to 30 times slower.
     """
     if device.type == "cpu" and dtype.itemsize == 2 and not has_16bit_products(dtype):
         multiply_in_fp32()
@@ -49,10 +49,10 @@ def use_products_of(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def use_training_kernels(device: torch.device) -> None:
-    """Use the kernels on a CPU that are faster where there are many tokens, though each call takes longer to begin.
+    """On a CPU, use kernels that are faster for many tokens, though each call has more overhead.
 
-    16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass, whatever the CPU has.
-    fp32 products are oneDNN's where MKL, which PyTorch takes, leaves half of the CPU unused.
+    16-bit attention is computed in fp32: PyTorch's own takes twice as long in the backward pass on any CPU. fp32
+    products are oneDNN's where MKL, PyTorch's default, leaves half of the CPU unused.
     """
     if device.type == "cpu":
         attend_in_fp32()
@@ -62,7 +62,7 @@ def use_training_kernels(device: torch.device) -> None:
 
 @cache
 def has_16bit_products(dtype: torch.dtype) -> bool:
-    """Whether PyTorch gives matrix products in a 16-bit format to oneDNN on this CPU; else it loops over elements."""
+    """Return True if PyTorch uses oneDNN for 16-bit matrix products on this CPU; otherwise it loops over elements."""
     if not torch.backends.mkldnn.is_available():
         return False
     supports = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
@@ -71,7 +71,7 @@ def has_16bit_products(dtype: torch.dtype) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether MKL computes fp32 products without AVX-512 on a CPU that has it: on all but Intel's."""
+    """Return True if MKL computes fp32 products without AVX-512 on a CPU that has it: on all but Intel's."""
     return (
         torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
@@ -80,35 +80,35 @@ def mkl_is_slow() -> bool:
     )
 
 
-# PyTorch's kernels for the CPU are replaced below autograd and autocast: what is kept for the backward pass, and what
-# the memory tracker sees, stays in 16 bit. Operands are made fp32, which is exact, and the result is rounded once, as
-# matrix units do that sum in fp32.
+# PyTorch's CPU kernels are replaced below autograd and autocast: tensors saved for the backward pass, and those that
+# the memory tracker sees, stay in 16 bit. Operands are converted to fp32, which is exact, and the result is rounded
+# once, as by matrix units that accumulate in fp32.
 
 
 @cache
 def attend_in_fp32() -> Library:
-    """Let 16-bit attention be computed in fp32 from now on."""
+    """Compute 16-bit attention in fp32 from now on."""
     name = "_scaled_dot_product_flash_attention_for_cpu"
     return _replace({name: _attention, f"{name}_backward": _in_fp32})
 
 
 @cache
 def multiply_in_fp32() -> Library:
-    """Let 16-bit products for which oneDNN has no kernels be computed in fp32 from now on."""
+    """Compute 16-bit products for which oneDNN has no kernels in fp32 from now on."""
     return _replace(dict.fromkeys(PRODUCTS, _slow_in_fp32) | {"mm": _product})
 
 
 @cache
 def multiply_by_onednn() -> Library:
-    """Let fp32 products of many numbers be computed by oneDNN from now on."""
+    """Compute large fp32 products by oneDNN from now on."""
     return _replace({"mm": _onednn_product})
 
 
 def _replace(kernels: dict[str, Callable[..., Any]]) -> Library:
-    """Replace kernels of ATen for the CPU, for as long as what is returned lives; each is given the old one."""
+    """Replace ATen's CPU kernels for the lifetime of the returned library; each new kernel is given the old one."""
     library = Library("aten", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that kernels are replaced
+        warnings.simplefilter("ignore")  # about replaced kernels
         for name, kernel in kernels.items():
             new = partial(kernel, get_kernel(f"aten::{name}", "CPU"))
             library.impl(name, new, "CPU", with_keyset=True, allow_override=True)
@@ -125,8 +125,8 @@ def _into(kernel: Callable[..., Tensor], keys: Any, *args: Any, out: Tensor, **k
 def _onednn_product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
     """[m, k] times [k, n]; small products, whose kernels take longer to find than to run, are left to MKL.
 
-    oneDNN builds kernels for each shape that it meets, and keeps them; so that ragged lengths do not fill the memory,
-    rows, and what is summed over, are made a multiple.
+    oneDNN builds and keeps kernels for each shape. So that ragged lengths do not fill the memory, the rows and the
+    dimension that is summed over are padded to a multiple.
     """
     (m, k), n = a.shape, b.shape[1]
     if a.dtype != torch.float32 or m * k * n < MIN_ONEDNN_PRODUCT:
@@ -140,7 +140,7 @@ def _onednn_product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _longer(rows: Tensor, n: int) -> Tensor:
-    """The n rows, and as many rows of zeros as make their number a multiple."""
+    """Append rows of zeros to the n rows, up to a multiple."""
     return F.pad(rows, (0, 0, 0, -n % ONEDNN_MULTIPLE))
 
 
@@ -149,7 +149,7 @@ def _is_slow(tensor: Tensor) -> bool:
 
 
 def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a kernel makes of fp32 in the place of 16-bit tensors."""
+    """Call a kernel with fp32 in the place of 16-bit tensors."""
     if args[0].dtype.itemsize == 2:
         args = tuple(at_least_fp32(each) if isinstance(each, Tensor) else each for each in args)
         kwargs = {name: at_least_fp32(each) if isinstance(each, Tensor) else each for name, each in kwargs.items()}
@@ -157,19 +157,19 @@ def _unrounded(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same, rounded."""
+    """Like `_unrounded`, with the results rounded."""
     return tree_map(lambda each: each.to(args[0].dtype), _unrounded(kernel, keys, *args, **kwargs))
 
 
 def _slow_in_fp32(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same for formats without kernels of oneDNN."""
+    """Like `_in_fp32`, only for formats without oneDNN kernels."""
     if not _is_slow(args[0]):
         return kernel.call_boxed(keys, *args, **kwargs)
     return _in_fp32(kernel, keys, *args, **kwargs)
 
 
 def _attention(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
-    """The same for attention, which returns its rows' log-sum-exp too, and keeps that in fp32 whatever the format."""
+    """Like `_in_fp32` for attention, which also returns its rows' log-sum-exp: that stays in fp32."""
     out, log_sum_exp = _unrounded(kernel, keys, *args, **kwargs)
     return out.to(args[0].dtype), log_sum_exp
 
@@ -177,7 +177,7 @@ def _attention(kernel: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
 def _product(kernel: Any, keys: Any, a: Tensor, b: Tensor) -> Tensor:
     """[m, k] times [k, n], with little in fp32 at a time: the larger side of the result is cut into blocks.
 
-    A single row is left to PyTorch, which has a good kernel for it: reading the weights is all its work.
+    A single row is left to PyTorch, whose kernel is good there: it is bound by reading the weights.
     """
     (m, k), n = a.shape, b.shape[1]
     if m == 1 or not _is_slow(a):

@@ -1,4 +1,4 @@
-"""`python -m llama_ft.plan`: what each combination of techniques would need and take on a card, without the card."""
+"""`python -m llama_ft.plan`: plan the memory and time of each combination of techniques on a card, without it."""
 
 import os
 import sys
@@ -16,8 +16,8 @@ from llama_ft.reporting.reports import PLAN_FILES, print_plan, write_plan
 
 USAGE = cli.Usage(
     "plan",
-    "What each combination of techniques would need on a card, whether it fits, and how long it would take at best, by"
-    " running the real training step on tensors without data: no GPU, no weights.",
+    "Plan the memory that each combination of techniques needs on a card, whether it fits, and its shortest possible"
+    " time, by running the real training step on tensors without data: no GPU, no weights.",
     "[-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
     PlanConfig,
     (
@@ -33,17 +33,17 @@ USAGE = cli.Usage(
 
 
 def overrides(arguments: list[str]) -> list[str]:
-    """What Hydra is told: `NAME=both` goes into `both`, and a technique that is named leaves one combination."""
+    """The arguments for Hydra: `NAME=both` goes into `both`, and naming a technique leaves one combination."""
     short = {f"{each.name}=both": each.name for each in TECHNIQUES if not each.in_course}
     both = [argument for argument in arguments if argument in short]
     if cli.is_sweep(arguments):
         goals = [argument for argument in arguments if argument.startswith("goal=") and argument != "goal=null"]
         for argument in [*both, *goals]:
-            raise UserError(f"{argument} compares combinations, and a sweep names its runs: leave one of them out")
+            raise UserError(f"{argument} compares combinations, and a sweep lists its runs: leave one of them out")
         return [*arguments, "combinations=one"]
     names_optim = any(argument.startswith(("optim=", "optim.", "recipe=")) for argument in arguments)
     if names_optim and both:
-        raise UserError(f"{both[0]} plans combinations without it and with it, and optim names one: leave one out")
+        raise UserError(f"{both[0]} plans combinations with and without it, and optim names one: leave one of them out")
     others = [argument for argument in arguments if argument not in short]
     if both:
         others.append(f"both=[{','.join(short[argument] for argument in both)}]")
@@ -51,17 +51,17 @@ def overrides(arguments: list[str]) -> list[str]:
 
 
 def planned_runs(arguments: list[str]) -> list[PlanConfig]:
-    """The runs of a sweep, each once; of no sweep the one config, of which the plan makes combinations."""
-    told = overrides(arguments)
-    if not cli.is_sweep(told):
-        return [cli.composed_config("plan", told, PlanConfig)]
-    runs = cli.composed_runs("plan", told, PlanConfig)
-    row_settings(runs)  # refuses what cannot be rows of one plan
+    """The runs of a sweep, each once; without a sweep the one config, from which the plan makes combinations."""
+    arguments = overrides(arguments)
+    if not cli.is_sweep(arguments):
+        return [cli.composed_config("plan", arguments, PlanConfig)]
+    runs = cli.composed_runs("plan", arguments, PlanConfig)
+    row_settings(runs)  # raises if they cannot be rows of one plan
     return [run for number, run in enumerate(runs) if run not in runs[:number]]
 
 
 def main() -> int:
-    """Plan what is asked for."""
+    """Run the command."""
     runs = planned_runs(sys.argv[1:])
     config = runs[0]
     console, errors = Console(), Console(stderr=True)
@@ -84,7 +84,7 @@ def main() -> int:
 
 
 def planned_gpus(gpu: GpuConfig) -> list[GpuConfig]:
-    """The profiles to plan for: all cards', or the one; `auto` is the GPU that is here, else the CPU."""
+    """The profiles to plan for: all cards', or the given one; `auto` is this machine's GPU, else the CPU."""
     if gpu.name == "all":
         return known_gpus()
     if gpu.device is DeviceChoice.auto:

@@ -1,4 +1,4 @@
-"""`python -m llama_ft.report DIR [DIR2]`: the tables, pictures and page of a sweep or a plan; of two, side by side."""
+"""`python -m llama_ft.report DIR [DIR2]`: show the tables, pictures and page of a sweep or a plan, or compare two."""
 
 import os
 import sys
@@ -18,8 +18,8 @@ from llama_ft.tracking import track_sweep, upload_runs
 
 USAGE = cli.Usage(
     "report",
-    "The tables, pictures and page of a sweep, finished or not, or of a plan; of two sweeps, or a sweep and a plan,"
-    " side by side.",
+    "Show the tables, pictures and page of a sweep, finished or not, or of a plan; or compare two sweeps, or a sweep"
+    " and a plan, side by side.",
     "DIR [DIR2] [KEY=VALUE ...]",
     ReportConfig,
     (
@@ -46,7 +46,7 @@ def main() -> int:
     if len(folders) == 2:
         from llama_ft.reporting.comparison_report import report_comparison  # matplotlib takes a second to import
 
-        first, second = sorted(folders, key=is_plan)  # a plan second, in whichever order they were given
+        first, second = sorted(folders, key=is_plan)  # a plan comes second, in whichever order they were given
         report_comparison(first, second, console)
     elif plans:
         report_plan(folders[0], console, config.form is ReportForm.course)
@@ -65,7 +65,7 @@ def check(config: ReportConfig, folders: list[Path], plans: list[Path], override
     if not needs and (idle := [text for text in overrides if text.startswith("tracker")]):
         print(f"{', '.join(idle)}: no effect without tracker.upload=true or tracker.dashboard=true", file=sys.stderr)
     if needs and (len(folders) == 2 or plans):
-        raise UserError(f"{needs[0]} sends one sweep: give its folder only")
+        raise UserError(f"{needs[0]} sends one sweep: give only its folder")
     if len(plans) == 2:
         raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
     if len(folders) == 2 and config.form is ReportForm.course:
@@ -83,8 +83,8 @@ def made_dashboard(config: UploadConfig, folder: Path) -> str:
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
-    """Send the runs to the tracker, and if the folder is a sweep's the sweep."""
-    folder = folder.resolve()  # also where it was given as . or ..
+    """Send the runs to the tracker, and the sweep if the folder is a sweep's."""
+    folder = folder.resolve()  # also if it was given as . or ..
     run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
     is_sweep = run_dirs != [folder]
     log = partial(console.print, highlight=False, markup=False, soft_wrap=True)

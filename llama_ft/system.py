@@ -1,4 +1,4 @@
-"""What the operating system says of processes and of memory. Knows nothing of torch."""
+"""What the operating system reports about processes and memory. Knows nothing of torch."""
 
 import os
 import re
@@ -8,50 +8,50 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 MIB = 2**20
-Log = Callable[[str], None]  # is told, in lines, how far something is
-# Shows a title, and how much of a total is done: what it gives is called with how much more is.
+Log = Callable[[str], None]  # is given messages, line by line
+# Shows a title and the progress towards a total: the yielded function is called with each increment.
 Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
-# Said by PyTorch on the CPU, by CUDA, its driver and its libraries, by C++ code that nothing catches, and by the loader
-# of shared libraries. NVML's failing is what CUDA's running out becomes where NVML does not know the card: on a slice
-# of it (MIG), on Jetson, in some containers (pytorch/pytorch#112377).
+# Messages of PyTorch on the CPU, of CUDA, its driver and libraries, of uncaught C++ exceptions, and of the loader of
+# shared libraries. The NVML assertion replaces CUDA's own error where NVML does not know the card: on a slice of one
+# (MIG), on Jetson, in some containers (pytorch/pytorch#112377).
 OUT_OF_MEMORY_TEXT = re.compile(
     r"can't allocate memory|not enough memory|CUDA out of memory|MemoryError|bad_alloc|[Cc]annot allocate memory"
     r"|failed to map segment|CUDA (driver )?error: out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC"
     r"|NVML_SUCCESS == r INTERNAL ASSERT"
 )
-NEAR_LIMIT = 0.9  # a killed process that held this share of the memory there is was killed for memory
+NEAR_LIMIT = 0.9  # a killed process counts as out of memory if it held this share of all memory
 
 
 def silent(line: str) -> None:
-    """The `Log` that says nothing."""
+    """A `Log` that discards messages."""
 
 
 @contextmanager
 def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """The `Progress` that shows nothing."""
+    """A `Progress` that shows nothing."""
     yield lambda more: None
 
 
 def first_cause(error: BaseException) -> str:
-    """What the first cause of an exception says: "Connection refused" rather than all that happened because of it."""
+    """The message of an exception's first cause: "Connection refused" rather than what followed from it."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def is_wsl() -> bool:
-    """Whether this is Linux under Windows (WSL 2), where CUDA is Windows' driver's."""
+    """Return True for Linux under Windows (WSL 2), where CUDA uses Windows' driver."""
     return Path("/dev/dxg").exists()
 
 
 def may_have_gpu() -> bool:
-    """Whether the machine has an NVIDIA GPU's driver, or under Windows may have; whatever PyTorch can do with it."""
+    """Return True if an NVIDIA driver is there, or under WSL may be, even if PyTorch cannot use it."""
     return is_wsl() or Path("/proc/driver/nvidia/version").exists()
 
 
 class Pace:
-    """When something that takes long says how far it is: every few seconds."""
+    """Decides when a long operation reports its progress: every few seconds."""
 
     SECONDS = 5.0
 
@@ -59,7 +59,7 @@ class Pace:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time for a line; the next one then waits."""
+        """Return True if a report is due, and start the wait for the next one."""
         if (now := time.monotonic()) - self._last < self.SECONDS:
             return False
         self._last = now
@@ -67,7 +67,7 @@ class Pace:
 
 
 def resident_bytes(pid: int) -> int:
-    """Resident set of a process; 0 where the system does not tell."""
+    """Resident set of a process; 0 if unknown."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -75,7 +75,7 @@ def resident_bytes(pid: int) -> int:
 
 
 def data_bytes(pid: int) -> int:
-    """Data segment of a process, what RLIMIT_DATA limits; 0 where the system does not tell."""
+    """Data segment of a process, which RLIMIT_DATA limits; 0 if unknown."""
     with suppress(OSError):
         if match := re.search(r"^VmData:\s*(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE):
             return int(match[1]) * 1024
@@ -83,7 +83,7 @@ def data_bytes(pid: int) -> int:
 
 
 def cpu_info(key: str) -> str:
-    """What Linux says of the CPU, such as its `model name`; empty elsewhere."""
+    """A value that Linux reports about the CPU, such as `model name`; empty elsewhere."""
     with suppress(OSError):
         if match := re.search(rf"^{key}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
             return match[1]
@@ -99,12 +99,12 @@ def _cgroup_file(name: str) -> Path:
 
 
 def n_cores() -> int:
-    """The cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def oom_kills() -> int:
-    """Processes of our control group that were killed for memory so far; 0 where the system does not tell."""
+    """Number of processes of our control group killed for memory so far; 0 if unknown."""
     try:
         fields = _cgroup_file("memory.events").read_text().split()
         return int(fields[fields.index("oom_kill") + 1])
@@ -113,7 +113,7 @@ def oom_kills() -> int:
 
 
 def total_memory_bytes() -> float:
-    """Bytes that this process could have at most: the machine's or the control group's; infinite where unknown."""
+    """Most bytes that this process could use: the machine's or the control group's; infinite if unknown."""
     sizes = [float("inf")]
     with suppress(OSError, ValueError):
         sizes.append(float(_cgroup_file("memory.max").read_text()))  # may be the word max

@@ -1,4 +1,4 @@
-"""`python -m llama_ft.train`: fine-tune with one combination of techniques, or with `-m` with many, and measure it."""
+"""`python -m llama_ft.train`: fine-tune with one combination of techniques, or with several (-m), and measure each."""
 
 import shutil
 import sys
@@ -24,7 +24,7 @@ from llama_ft.tracking import track_sweep
 
 USAGE = cli.Usage(
     "train",
-    "Fine-tune LLaMA with one combination of techniques, or with -m with many, each measured in its own process.",
+    "Fine-tune LLaMA with one combination of techniques, or with several (-m), each measured in its own process.",
     "[-m] [GROUP=CHOICE ...] [KEY=VALUE ...]",
     TrainConfig,
     (
@@ -40,10 +40,10 @@ USAGE = cli.Usage(
 
 
 def main() -> int:
-    """Fine-tune as asked for; 0 if each run ended ok or, as a result to report, out of memory."""
+    """Run the command; return 0 if each run ended ok or out of memory, which is a result too."""
     cli.register()
     typed = cli.as_typed(sys.argv[1:], TrainConfig, sweeps=cli.is_sweep(sys.argv[1:]))
-    # Hydra takes -m in front of the overrides alone.
+    # Hydra accepts -m only before the overrides.
     sys.argv[1:] = sorted(typed, key=lambda argument: argument not in ("-m", "--multirun"))
     for override in cli.typed_overrides():  # before Hydra makes the folder
         if override.key_or_group in ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"):
@@ -55,10 +55,10 @@ def main() -> int:
             for config in STARTED:
                 report_unfinished(folder_of(config))
             raise
-        except ValueError:  # from Optuna where no trial was completed; why, is said of each run
+        except ValueError:  # from Optuna if no trial was completed; each run has reported the reason
             if not STARTED or not is_tuned() or {*FINISHED} & {*ended(folder_of(STARTED[0])).values()}:
                 raise
-        except RuntimeError as error:  # from a launcher: of a process that was killed, or a job that was cancelled
+        except RuntimeError as error:  # from a launcher, about a killed process or a canceled job
             if not STARTED or runs_here():
                 raise
             report_unfinished(folder_of(STARTED[0]))
@@ -72,17 +72,17 @@ def folder_of(config: DictConfig) -> Path:
 
 
 def report_unfinished(sweep_dir: Path) -> None:
-    """Report on the runs of a sweep so far, and say how it goes on."""
+    """Report on the runs of a sweep so far, and say how to resume it."""
     if any(sweep_dir.glob(f"*/{RESULT_FILE}")):
         report_sweep(sweep_dir, Console())
     elif not any(sweep_dir.glob(f"*/{LOG_FILE}")):
         return
-    jobs = "" if runs_here() else "jobs that have been submitted may go on; "
-    print(f"{jobs}the same command with hydra.sweep.dir={sweep_dir} goes on from here", file=sys.stderr)
+    jobs = "" if runs_here() else "submitted jobs may still run; "
+    print(f"{jobs}the same command with hydra.sweep.dir={sweep_dir} resumes the sweep", file=sys.stderr)
 
 
 def end_of_sweep(config: DictConfig) -> int:
-    """Report on a sweep whose runs have all ended, wherever that was; the command's exit status."""
+    """Report on a sweep whose runs have all ended, wherever they ran; return the command's exit status."""
     sweep_dir, console, statuses = folder_of(config), Console(), ended(folder_of(config))
     shutil.rmtree(sweep_dir / ENDED, ignore_errors=True)
     log = partial(console.print, highlight=False, markup=False, soft_wrap=True)

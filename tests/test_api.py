@@ -176,7 +176,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: lf.complete(model, tokenizer): "give one of an instruction, a prompt, and messages",
         lambda: lf.add_lora(model, targets=["q_proj"]): "no linear layer is named q_proj",
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
-        lambda: lf.predict("tiny", techniques=["laura"]): "laura is no technique: there are ga, mp, lora, gc, neft",
+        lambda: lf.predict("tiny", techniques=["laura"]): "laura is not a technique: it must be one of ga, mp",
         lambda: lf.encode([{"instruction": "Go."}], tokenizer): "record 1: output is missing",
         lambda: lf.load(
             "tiny", dtype="bfloat16"
@@ -197,7 +197,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: lf.measure_memory(model, [lf.Sample.after([1] * 4000, 1)]): "a sample has 4000 tokens",
         lambda: lf.predict("tiny", "all"): "name one model and one card",
         lambda: lf.predict("tiny", "cpu", lengths=[1]): "lengths must be",
-        lambda: lf.save(model, tmp_path / "file"): "no such folder can be made",
+        lambda: lf.save(model, tmp_path / "file"): "the folder cannot be created",
     }.items():
         with pytest.raises(lf.UserError, match=words):
             call()

@@ -284,9 +284,9 @@ WRONG_CHOICE = [
     ("gpu.device=tpu", "gpu.device", "tpu", "auto & cpu & cuda"),
     ("tracker.mode=on", "tracker.mode", "on", "auto & online & offline"),
     ("optim=[ga,mp]", "optim", "ga,", "baseline & ga_mp_lora"),
-    ("data=mydata.json", "data", "mydata.json", "alpaca & a file is data.path=mydata.json$"),
-    ("data=~/my.json", "data", "~/my.json", "a file is data.path=~/my.json$"),
-    ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, a folder is checkpoint=/models/llama$"),
+    ("data=mydata.json", "data", "mydata.json", "alpaca & for a file give data.path=mydata.json$"),
+    ("data=~/my.json", "data", "~/my.json", "for a file give data.path=~/my.json$"),
+    ("model=/models/llama", "model", "/models/llama", "hub:ORG/NAME, for a folder checkpoint=/models/llama$"),
     ("hydra/launcher=ray", "hydra/launcher", "ray", "one of basic, joblib, submitit_local, submitit_slurm, & plugin"),
     ("hydra/sweeper=ax", "hydra/sweeper", "ax", "it must be one of basic, optuna, & plugin"),
     ("sweep.objective=loss", "sweep.objective", "loss", "eval_loss, peak_memory_mib, runtime_s & a list"),
@@ -431,9 +431,9 @@ def test_keys_without_effect_in_all_runs_are_said_once(train, arguments, said):
 
 
 def test_the_folder_of_a_sweep_is_no_run_s_folder(train):
-    said = "hydra.run.dir: no effect, the folder of a sweep is hydra.sweep.dir=DIR"
+    said = "hydra.run.dir: no effect, the folder of a sweep is set by hydra.sweep.dir=DIR"
     assert train("-m", "optim=ga,lora", "hydra.run.dir=out").output.count(said) == 1
-    said = "hydra.sweep.dir: no effect, the folder of a run is hydra.run.dir=DIR"
+    said = "hydra.sweep.dir: no effect, the folder of a run is set by hydra.run.dir=DIR"
     assert train("optim=ga", "hydra.sweep.dir=out").output.count(said) == 1
     assert "no effect" not in train("optim=ga", "hydra.run.dir=out").output
 
@@ -690,7 +690,7 @@ def test_a_sweep_does_not_overwrite_the_reports_of_others(train, tmp_path):
     (tmp_path / "out" / "report.html").write_text("mine")
     outcome = train("-m", "optim=lora,ga", "hydra.sweep.dir=out")
     assert (outcome.status, outcome.folders) == (2, [])
-    assert "holds report.html, which no command of llama_ft wrote" in outcome.last_line
+    assert "holds report.html, which llama_ft did not write" in outcome.last_line
 
 
 def test_paths_in_run_names_make_no_folders(train, tmp_path):

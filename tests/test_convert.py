@@ -321,9 +321,9 @@ def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        ("default", {"optim": "mp"}, "is trained further with LoRA, and optim.lora is off: give optim=lora"),
-        ("default", ("lora.rank=8",), r"lora.rank=8 is not adapter=.*'s, 16: leave it out"),
-        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] is not adapter=.*'s, \['wq', 'wv'\]"),
+        ("default", {"optim": "mp"}, "adapter=DIR needs LoRA, and optim.lora is off: give optim=lora"),
+        ("default", ("lora.rank=8",), r"lora.rank=8 differs from 16 of adapter=.*: leave it out"),
+        ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] differs from \['wq', 'wv'\] of adapter="),
         ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
         ("some_layers", (), "has layers or ranks of several kinds"),
     ],
@@ -407,7 +407,7 @@ def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path, converted):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
     printed = converted(f"checkpoint={source}", "to=meta", f"output={tmp_path / 'meta'}")
     assert "it is left out" in printed
-    assert "the context of 256, and are read as of 16,384: give model.max_seq_len=256 with them" in printed
+    assert "the context of 256; it is read as 16,384: give model.max_seq_len=256 when using the files" in printed
     assert {file.name for file in (tmp_path / "meta").iterdir()} == {"consolidated.00.pth", "params.json"}
 
 

@@ -89,7 +89,7 @@ def test_a_head_that_is_not_the_embedding(refused, source, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"hidden_size": 96.5}, "its model.dim is 96.5, which cannot be"),
+        ({"hidden_size": 96.5}, "its model.dim is 96.5, which is not allowed"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None}, "a multiple of model.n_heads=5"),
         ({"num_hidden_layers": 0}, "model.n_layers=0 is not allowed"),
         ({"head_dim": 15}, "model.head_size=15 is not allowed: it must be positive and even"),
@@ -252,7 +252,7 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
         ("model=tiny to=hf", "give output=DIR"),
         ("model=tiny to=onnx output=x", "to=onnx is not allowed: it must be one of hf, meta, gguf"),
         ("model=tiny to=hf output=x shards=0", "shards=0 is not allowed: it must be between 1 and 1000"),
-        ("model=tiny to=hf output=x checkpoint=random", "there are no weights to convert"),
+        ("model=tiny to=hf output=x checkpoint=random", "checkpoint=random has no weights to convert"),
         ("model=llama2_7b to=hf output=x", "give checkpoint=DIR"),
         ("checkpoint=random to=hf output=x", "takes its sizes from a checkpoint"),
         ("model=tiny to=hf output=x dtype=int8", "dtype=int8 is not allowed"),
@@ -274,7 +274,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, converted):
     for name in ("file", "folder/file"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
-        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+        with pytest.raises(UserError, match="exists already and is not overwritten"):
             converted("model=tiny", "to=hf", f"output={tmp_path / name.split('/')[0]}")
         assert (tmp_path / name).read_text() == "mine"
     with pytest.raises(UserError, match=r"output=.*/file/deeper cannot be written: "):
@@ -282,7 +282,7 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch, converted):
     (tmp_path / "empty").mkdir()
     for name, target in (("to_empty", "empty"), ("dangling", "nowhere")):
         (tmp_path / name).symlink_to(tmp_path / target)
-        with pytest.raises(UserError, match="is there already, and nothing is overwritten"):
+        with pytest.raises(UserError, match="exists already and is not overwritten"):
             converted("model=tiny", "to=hf", f"output={tmp_path / name}")
         (tmp_path / name).unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "folder"]
@@ -404,5 +404,5 @@ def test_the_command_says_what_it_does(tmp_path):
     assert done.returncode == 0
     assert done.stdout == "Written: consolidated.00.pth, consolidated.01.pth, params.json, tokenizer.model in meta\n"
     assert re.fullmatch(
-        r"llama_ft to Meta: 7 MiB from .*\nMeta's files do not say the context of 1,024.*\n", done.stderr
+        r"llama_ft to Meta: 7 MiB from .*\nMeta's format does not store the context of 1,024.*\n", done.stderr
     )

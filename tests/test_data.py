@@ -90,7 +90,7 @@ def test_file_that_is_no_tokenizer(tmp_path, content):
     with pytest.raises(UserError, match=r"tokenizer=.*tokenizer\.model is not a SentencePiece model"):
         Tokenizer(file)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n")
-    with pytest.raises(UserError, match=r"tokenizer\.model is what Git LFS leaves .*: git lfs pull fetches it"):
+    with pytest.raises(UserError, match=r"tokenizer\.model is a Git LFS pointer .*: git lfs pull fetches it"):
         Tokenizer(file)
 
 

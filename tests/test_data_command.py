@@ -118,7 +118,7 @@ def test_what_is_the_matter_with_records_is_said(records, policy, counts, said):
     text = printed(report)
     for line in (
         f"More than 100 tokens, {said}",
-        "The same twice: first record 0 (line 1), record 2 (line 3).",
+        "Duplicates: first record 0 (line 1), record 2 (line 3).",
         "Empty answers: first record 1 (line 2).",
     ):
         assert line in text
@@ -163,7 +163,7 @@ def test_what_is_trained_on_is_in_colour_or_between_marks(records):
     assert "### Response:⟦Hello.</s>⟧\n" in printed(report)
     in_colour = printed(report, force_terminal=True, color_system="standard", legacy_windows=False)
     assert "### Response:\x1b[1;32mHello.</s>\x1b[0m" in in_colour
-    assert "trained on is in colour" in in_colour
+    assert "trained parts are in color" in in_colour
     assert "⟦" not in in_colour
 
 
@@ -200,7 +200,7 @@ def test_results_are_written_where_asked_for_and_nowhere_else(records, tmp_path,
         assert part in text
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "data.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds data\.json, which no command of llama_ft wrote"):
+    with pytest.raises(UserError, match=r"holds data\.json, which llama_ft did not write"):
         called(monkeypatch, f"data.path={records}", "output=other")
 
 

@@ -406,8 +406,8 @@ WRONG = {
     "text=latin1.txt": r"text=latin1\.txt cannot be read: line 1 is not UTF-8 text",
     'text=""': "text=.* is not allowed: it must be a text",
     "window=64 stride=65": "stride=65 is not allowed: it must be between 1 and the window of 64",
-    "window=64": "window and stride are for text=FILE, and there is none",
-    "merge=false": "merge=false keeps an adapter beside the weights, and there is none",
+    "window=64": "window and stride need text=FILE",
+    "merge=false": "merge=false keeps an adapter separate, and there is none",
     "exact_match=1": "exact_match=1 is not allowed: it must be true or false",
     "data.path=empty.txt": r"empty\.txt: there are no records",
     "data.path=missing.json": r"data file missing\.json cannot be read",
@@ -416,7 +416,7 @@ WRONG = {
     "base=nowhere": "base=nowhere: there is no such folder",
     "checkpoint=nowhere": "checkpoint=nowhere: there is no such folder",
     "base=builtin model.name=other checkpoint=random tokenizer=t": "base=builtin: model=other has no built-in weights",
-    "output=latin1.txt": r"output=latin1\.txt: the folder cannot be made",
+    "output=latin1.txt": r"output=latin1\.txt: the folder cannot be created",
 }
 
 

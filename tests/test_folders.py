@@ -192,7 +192,7 @@ def test_inputs_in_the_run_s_own_folder_are_refused(run_dir: Path, config: Train
         config.data.path = value
     else:
         setattr(config, key, value)
-    with pytest.raises(UserError, match=f"{key}={value} lies in the run's own folder"):
+    with pytest.raises(UserError, match=f"{key}={value} is in the run's own folder"):
         check_inputs(run_dir, config)
     check_inputs(run_dir.parent / "another", config)
 
@@ -253,7 +253,7 @@ def test_files_that_no_command_wrote_are_not_overwritten(tmp_path: Path, files: 
     if is_ours:
         check_replaceable(tmp_path, ("plan.json", "plan.md"))
     else:
-        with pytest.raises(UserError, match=f"holds {next(iter(files))}, which no command of llama_ft wrote"):
+        with pytest.raises(UserError, match=f"holds {next(iter(files))}, which llama_ft did not write"):
             check_replaceable(tmp_path, ("plan.json", "plan.md"))
 
 

@@ -280,7 +280,7 @@ def four_bit_layers(model: Transformer) -> dict[str, FourBitLinear]:
 
 
 def test_weights_in_4_bits_alone_are_not_trained(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"weights are in 4 bits, which are not trained: call lf\.add_lora"):
+    with pytest.raises(UserError, match=r"weights are in 4 bits, which cannot be trained: call lf\.add_lora"):
         next(lf.finetune(ours(folder), [Sample.after([1, 2, 3, 4], 2)]))
     with pytest.raises(UserError, match=r"dtype=int4 is not allowed: .*fp32, bf16, fp16, nf4, fp4"):
         lf.load("tiny", dtype="int4")

@@ -394,7 +394,7 @@ WRONG = {
     ("prompts=p", "batch_size=0"): "batch_size=0",
     ("prompts=nowhere.jsonl",): "data file nowhere.jsonl cannot be read: No such file",
     ("prompt=a", "compare=true"): "compare=true needs two models: give adapter=DIR, or base=DIR",
-    ("prompt=a", "base=random"): "base is what compare=true compares with",
+    ("prompt=a", "base=random"): "base is only for comparisons: give compare=true too",
     ("prompt=a", "base=nowhere", "compare=true"): "base=nowhere: there is no such folder",
     ("prompt=a", "checkpoint=nowhere"): "checkpoint=nowhere: there is no such folder",
     ("prompt=a", "decoding=best"): "one of beam, greedy, temperature, top_k, top_p",

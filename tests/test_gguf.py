@@ -445,10 +445,10 @@ def damaged(content: bytes, kind: str) -> bytes:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("empty", "is no GGUF file, or is damaged: it does not begin with GGUF"),
-        ("another", "is no GGUF file, or is damaged: it does not begin with GGUF"),
-        ("big-endian", "is big-endian, or of another version: GGUF is read in versions 2 and 3"),
-        ("version 1", "is big-endian, or of another version: GGUF is read in versions 2 and 3"),
+        ("empty", "is not a GGUF file, or is damaged: it does not begin with GGUF"),
+        ("another", "is not a GGUF file, or is damaged: it does not begin with GGUF"),
+        ("big-endian", "is big-endian, or of an unsupported version: GGUF is read in versions 2 and 3"),
+        ("version 1", "is big-endian, or of an unsupported version: GGUF is read in versions 2 and 3"),
         ("header", "is damaged, or was not copied completely: its header cannot be read"),
         ("counts", "is damaged, or was not copied completely: its header cannot be read"),
         ("cut", "was not downloaded or copied completely: "),
@@ -472,7 +472,7 @@ def test_damaged_files_are_refused(tmp_path, kind, message):
         ({"llama.expert_count": 8}, "llama.expert_count=8 is not supported"),
         ({"llama.rope.dimension_count": 8}, "does not fit"),
         ({"llama.attention.value_length": 8}, "llama.attention.value_length=8 is not supported, heads are 16 wide"),
-        ({"split.count": 2}, "is one of 2 parts: put them together with llama.cpp's llama-gguf-split --merge"),
+        ({"split.count": 2}, "is one of 2 parts: merge them with llama.cpp's llama-gguf-split --merge"),
         ({"llama.block_count": "two"}, "does not say the model's n_layers as a number"),
         ({"llama.attention.head_count_kv": [3, 3]}, "does not say the model's n_kv_heads as a number"),
     ],
@@ -570,7 +570,7 @@ def test_what_cannot_be_written(tmp_path, converted, monkeypatch):
         assert f"output={file} cannot be written: No space left on device" in refused(*to)
     assert not [*tmp_path.glob("*.gguf"), *tmp_path.glob(".*.tmp")]
     converted(*to)
-    assert "is there already, and nothing is overwritten" in refused(*to)
+    assert "exists already and is not overwritten" in refused(*to)
 
 
 def test_without_the_package(tmp_path, monkeypatch):

@@ -337,7 +337,7 @@ def test_what_was_drawn_can_be_evaluated(tmp_path: Path) -> None:
     mine = (*SMALL[:-2], f"adapter={tmp_path / 'run'}", "exact_match=false", f"output={tmp_path / 'evaluation'}")
     refused = run("llama_ft.evaluate", *mine, "data.validation=3", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "evaluate takes data.path=FILE, such as held_out.jsonl" in refused.stderr
+    assert "give evaluate data.path=FILE, such as held_out.jsonl" in refused.stderr
     done = run("llama_ft.evaluate", *mine, f"data.path={tmp_path / 'run' / 'held_out.jsonl'}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     responses = read_json(tmp_path / "evaluation" / "evaluate.json")["models"][-1]["responses"]
@@ -384,7 +384,7 @@ def test_the_best_weights_are_the_result_and_the_last_are_a_checkpoint(best: Pat
     assert not all(torch.equal(kept[key], of_last[key]) for key in kept)
     output = (best.parent / "output.txt").read_text()
     assert f"stopped early, after optimizer step {last.step} of 180" in output
-    assert f"after step {least.step}, and none of the 3 since was less" in output
+    assert f"after step {least.step}, and none of the 3 since was lower" in output
 
 
 @pytest.mark.process
@@ -411,7 +411,7 @@ def test_more_epochs_alone_do_not_go_on_where_patience_has_run_out(best: Path) -
     done = run_best(best, "training.epochs=40", "training.patience=3", "training.resume=true")
     assert done.returncode == 0, done.stderr
     assert "stopped early, after optimizer step" in done.stdout
-    assert "goes on with more training.patience alone, or with null" in done.stdout
+    assert "to continue it give a larger training.patience, or null" in done.stdout
 
 
 @pytest.mark.process
@@ -454,8 +454,8 @@ def test_where_training_diverges_the_best_weights_are_named(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("training.keep_best=true", "training.keep_best=true goes by the held-out loss, and nothing is held out"),
-        ("training.patience=2", "training.patience=2 goes by the held-out loss, and nothing is held out"),
+        ("training.keep_best=true", "training.keep_best=true needs a held-out loss, and nothing is held out"),
+        ("training.patience=2", "training.patience=2 needs a held-out loss, and nothing is held out"),
         ("data.validation=4 training.keep_best=true training.save=false", "training.save=false none: leave one"),
     ],
 )
@@ -485,8 +485,8 @@ def test_more_epochs_go_on_and_say_what_becomes_of_the_schedule(tmp_path: Path) 
     assert "resuming after optimizer step 5" in done.stdout
     # Half of a cosine over 10 steps is half of the peak, 2.5e-4.
     assert (
-        "trained longer: 10 optimizer steps in place of 5. The cosine schedule is over all of them now: the learning"
-        " rate goes on at 1.25e-04, after 2.39e-05" in done.stdout
+        "training longer: 10 optimizer steps instead of 5. The cosine schedule now covers all of them: the learning"
+        " rate continues at 1.25e-04, after 2.39e-05" in done.stdout
     )
     steps = steps_of(read_metrics(tmp_path / "run"))
     assert [each.step for each in steps] == list(range(1, 11))
@@ -498,7 +498,7 @@ def test_more_epochs_go_on_and_say_what_becomes_of_the_schedule(tmp_path: Path) 
     fewer = epochs(tmp_path, 1, folder, "training.save_every=100", "training.resume=true")
     assert fewer.returncode == 2
     assert "training.epochs=1: the run in " in fewer.stderr
-    assert "is one of 2; give as many, or more" in fewer.stderr
+    assert "has 2; give 2 or more" in fewer.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

@@ -195,9 +195,9 @@ def test_a_gguf_file(server: Hub, files: Files) -> None:
         assert (path, path.read_bytes()) == (folder_of(repo, "org/some-GGUF") / name, repo[name])
     assert sorted(server.names()) == sorted(repo)
     problem = refusal("checkpoint=hub:org/some-GGUF")
-    assert problem.endswith("in it; give a GGUF file by its name: checkpoint=hub:org/some-GGUF/a.Q4_0.gguf")
+    assert problem.endswith("params.json; give a GGUF file by its name: checkpoint=hub:org/some-GGUF/a.Q4_0.gguf")
     absent = "checkpoint=hub:org/some-GGUF/c.gguf"
-    assert refusal(absent).startswith(f"{absent} is not there, or private: check the name at ")
+    assert refusal(absent).startswith(f"{absent} does not exist, or is private: check the name at ")
 
 
 def test_adapter_tokenizer_and_base(server: Hub, files: Files, reference: Any, tmp_path: Path) -> None:
@@ -274,9 +274,9 @@ def test_a_malformed_name(server: Hub, name: str) -> None:
 def test_what_is_not_there(server: Hub) -> None:
     login = "log in with `hf auth login`, or set HF_TOKEN"
     where = f"{server.url}/org/other"
-    expected = f"checkpoint=hub:org/other is not there, or private: check the name at {where}, or {login}"
+    expected = f"checkpoint=hub:org/other does not exist, or is private: check the name at {where}, or {login}"
     assert refusal("checkpoint=hub:org/other") == expected
-    assert refusal(f"checkpoint={NAME}@v2").startswith(f"checkpoint={NAME}@v2 is not there, or private: check the ")
+    assert refusal(f"checkpoint={NAME}@v2").startswith(f"checkpoint={NAME}@v2 does not exist, or is private: ")
     hint = "there is no such folder; a name on the Hugging Face hub is hub:org/small"
     assert refusal("checkpoint=org/small", "model=from_checkpoint").endswith(hint)
     assert "org/s--mall was not fetched: Cannot have --" in refusal("checkpoint=hub:org/s--mall")
@@ -292,11 +292,11 @@ def test_what_is_not_there(server: Hub) -> None:
 def test_no_weights_that_are_read(server: Hub, files: Files, name: str, hint: str) -> None:
     small = {each: files[each] for each in ("config.json", "tokenizer.model")}
     server.repos["org/old"] = {"main": small | {name: b""}}
-    problem = f"checkpoint=hub:org/old: there are no weights in it that are read{hint}"
+    problem = f"checkpoint=hub:org/old contains no weights that can be read{hint}"
     assert refusal("checkpoint=hub:org/old") == problem
     assert composed("plan", "checkpoint=hub:org/old").model.dim == 32
     server.repos["org/none"] = {"main": {"README.md": b""}}
-    assert refusal("checkpoint=hub:org/none").endswith(": there is no config.json or params.json in it")
+    assert refusal("checkpoint=hub:org/none").endswith(" contains no config.json or params.json")
 
 
 def test_a_gated_repository(server: Hub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,7 +352,7 @@ def test_half_a_download(server: Hub, files: Files, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(time, "sleep", lambda _: None)
     server.breaks = {SHARDS[1]: 100}
     problem = refusal(f"checkpoint={NAME}")
-    assert re.search(r" was not fetched: .+; the same command goes on from where it broke off$", problem)
+    assert re.search(r" was not fetched: .+; the same command resumes the download$", problem)
     assert (folder_of(files) / SHARDS[0]).exists()
     assert not (folder_of(files) / SHARDS[1]).exists()
     server.breaks.clear()
@@ -381,14 +381,14 @@ def test_no_room(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(file_download, "http_get", full)
-    expected = "cannot be kept in the cache, .*: No space left on device; HF_HOME=DIR names another place"
+    expected = "cannot be stored in the cache, .*: No space left on device; HF_HOME=DIR names another place"
     assert re.search(expected, refusal(f"checkpoint={NAME}"))
 
 
 def test_a_cache_that_cannot_be_written(server: Hub, tmp_path: Path) -> None:
     (tmp_path / "hf").write_text("a file where the folder should be")
     problem = refusal(f"checkpoint={NAME}")
-    assert problem.startswith(f"checkpoint={NAME} cannot be kept in {tmp_path}/hf")
+    assert problem.startswith(f"checkpoint={NAME} cannot be stored in {tmp_path}/hf")
     assert problem.endswith("; HF_HOME=DIR names another place")
 
 

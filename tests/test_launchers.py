@@ -297,15 +297,15 @@ def test_a_split_run_takes_all_of_its_cards_or_none(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(cards.time, "sleep", later)
     others = cards.hold(three, 2, tmp_path, lambda _: None)
     assert (list(others), waits) == ([1, 2], [True])
-    with pytest.raises(UserError, match="4 GPUs of one kind are wanted, and 3 are there"):
+    with pytest.raises(UserError, match="4 GPUs of one kind are needed, and this machine has 3"):
         cards.hold(three, 4, tmp_path, pytest.fail)
 
 
 @pytest.mark.parametrize(
     ("visible", "per_node", "on_cpu", "problem"),
     [
-        (None, None, False, "shows its jobs no GPU unless it is told: give hydra.launcher.gpus_per_node=N"),
-        ("2,3", 2, False, "CUDA_VISIBLE_DEVICES=2,3 has a choice of them: use hydra/launcher=joblib"),
+        (None, None, False, "shows its jobs no GPU by default: give hydra.launcher.gpus_per_node=N"),
+        ("2,3", 2, False, "CUDA_VISIBLE_DEVICES=2,3 selects some: use hydra/launcher=joblib"),
         (None, 2, False, None),
         ("", None, False, None),
         ("2,3", None, True, None),

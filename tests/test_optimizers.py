@@ -178,10 +178,10 @@ def test_it_resumes_to_the_bit_and_a_dry_run_leaves_no_trace(
 
 
 REFUSED = {
-    "training.max_grad_norm=1": "training.max_grad_norm=1 clips by the norm of them all: give inf",
-    "optim=ga": "8 micro-batches make an update: leave optim.ga out",
+    "training.max_grad_norm=1": "training.max_grad_norm=1 needs them all at once: give inf",
+    "optim=ga": "an update has 8 micro-batches: leave optim.ga out",
     "training.packing=100 training.micro_batch_size=2": "give training.micro_batch_size=1",
-    "optim=mp mp.dtype=fp16": "in fp16 an update is skipped where one overflows: use bf16, or leave optim.mp out",
+    "optim=mp mp.dtype=fp16": "in fp16 an overflow skips the whole update: use bf16, or leave optim.mp out",
 }
 
 
@@ -215,7 +215,7 @@ def test_one_accumulation_step_is_no_accumulation_and_auto_may_be_fp16(small_con
     assert one.accumulation_steps == 1
     auto = replace(small_config, optim=OptimConfig(mp=True), training=training)
     assert Precision.of(auto, "cuda", has_bf16=True).compute == torch.bfloat16
-    with pytest.raises(UserError, match="in fp16 an update is skipped"):
+    with pytest.raises(UserError, match="in fp16 an overflow skips"):
         Precision.of(auto, "cuda", has_bf16=False)
 
 
@@ -233,7 +233,7 @@ def test_the_library_takes_them_too() -> None:
         ({"accumulation_steps": 2}, "2 micro-batches"),
         ({"precision": "fp16"}, "in fp16"),
         ({"optimizer": "paged_adamw_8bit"}, "needs a CUDA GPU"),
-        ({"max_grad_norm": 1.0}, "clips by the norm"),
+        ({"max_grad_norm": 1.0}, "needs them all at once"),
     ):
         with pytest.raises(UserError, match=words):
             next(lf.finetune(model, samples, **{"max_grad_norm": math.inf, **options, **more}))

@@ -149,7 +149,7 @@ def test_a_plan_that_fails_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(fit, "objection_here", unittest.mock.Mock(side_effect=RuntimeError("no such kernel\nmore")))
     lines: list[str] = []
     child.refuse_what_does_not_fit(small_config(), dataset, lines.append)
-    assert lines == ["whether the run fits could not be found out (no such kernel); it starts all the same"]
+    assert lines == ["could not check whether the run fits (no such kernel); it starts anyway"]
     monkeypatch.setattr(fit, "objection_here", lambda *_: "it needs more")
     with pytest.raises(UserError, match="it needs more"):
         child.refuse_what_does_not_fit(small_config(), dataset, lines.append)

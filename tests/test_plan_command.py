@@ -137,13 +137,13 @@ def test_a_real_tokenizer_gives_the_lengths_of_the_file(test_data: Path) -> None
             "model=llama2_7b",
         ): r"data\.max_length=5000 is not allowed: .* at most model\.max_seq_len",
         ("optim=lora", "goal=fit"): r"goal compares combinations",
-        ("optim=lora", "gc=both"): r"gc=both plans combinations without it and with it, and optim names one",
-        ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one leaves one",
-        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be of gc, neft, such as \[gc\]",
+        ("optim=lora", "gc=both"): r"gc=both plans combinations with and without it, and optim names one",
+        ("both=[gc]", "optim=lora"): r"both=\[gc\] compares combinations, and combinations=one plans one",
+        ("both=[lora]",): r"both=\['lora'\] is not allowed: it must be a list of gc, neft, such as \[gc\]",
         ("plan.enforce=false",): r"plan\.enforce=false is for train",
         ("measure.memory_limit_mib=8000",): r"measure\.memory_limit_mib is for train",
-        ("gpu=all", "gpu.memory_mib=5"): r"gpu=all plans for each card as its profile has it",
-        ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu looks at all cards",
+        ("gpu=all", "gpu.memory_mib=5"): r"gpu=all uses each card's profile unchanged",
+        ("goal=cheapest_gpu", "gpu=a100_40gb"): r"goal=cheapest_gpu compares all cards",
         ("data.path=missing.json",): r"missing\.json cannot be read",
         ("combinations=sixteen",): r"combinations=sixteen no longer exists: use gc=both",
         ("combinations=nine",): r"combinations=nine is not allowed: it must be one of all, one",
@@ -160,5 +160,5 @@ def test_what_is_wrong_is_said(tmp_path: Path, arguments: tuple[str, ...], words
 )
 def test_all_cards_are_for_plan_alone(command: str, schema: type) -> None:
     told = ["gpu=all", "prompt=a"] if command == "generate" else ["gpu=all"]
-    with pytest.raises(Exception, match="gpu=all is not allowed: it must be one card, auto or cpu: all is for plan"):
+    with pytest.raises(Exception, match="gpu=all is not allowed: it must be one card, auto or cpu; all is only"):
         cli.composed_config(command, told, schema)

@@ -97,14 +97,14 @@ def test_packing_is_said_in_the_place_of_micro_batches(tmp_path: Path) -> None:
     packed = replace(plan, training=plan.training | {"packing": 2048})
     text = " ".join(printed(packed, 200).split())
     assert "GA: an update every 8 samples instead of every 1." in text
-    assert "The samples of an update are laid end to end, up to 2,048 tokens (training.packing)." in text
+    assert "The samples of an update are put end to end, up to 2,048 tokens (training.packing)." in text
     write_plan(packed, tmp_path)
     assert "packing=2048" in (tmp_path / "plan.html").read_text()
 
 
 def test_a_plan_with_compiled_layers_says_that_it_is_of_others() -> None:
     compiled = replace(one_card(), training=one_card().training | {"compile": True})
-    assert "training.compile is not modelled" in " ".join(printed(compiled, 200).split())
+    assert "training.compile is not modeled" in " ".join(printed(compiled, 200).split())
     assert "training.compile" not in printed(one_card(), 200)
 
 
@@ -173,7 +173,7 @@ def test_what_is_not_known_is_a_dash(card: dict[str, Any]) -> None:
     assert lines["Runtime, s"] == ["–", "–"]  # no bound is shown, so none is spoken of
     assert ("Needed, MiB" in lines) == (card["name"] == "new")
     assert "Margin, MiB" not in lines
-    assert f"Runtime is not known where no rates are: gpu={card['name']}." in text
+    assert f"Runtime is not known without rates: gpu={card['name']}." in text
 
 
 def test_calibrated_runtimes_are_no_bound() -> None:
@@ -329,14 +329,14 @@ def test_prediction_beside_measurement_with_the_signed_error(sweep_and_plan: tup
     assert table["Peak memory, MiB error"] == ["-2.0%", "+4.0%", "–", "–"]
     assert table["Runtime, s at best"] == ["10.0 ×", "10.0", "10.0", "10.0"]
     for words in (
-        "Peak memory: absolute error 3.0% in the mean, 3.0% in the median, at worst +4.0% (lora).",
-        "Runtime: absolute error 62.5% in the mean, 62.5% in the median, at worst -75.0% (lora).",
-        "Reserved: absolute error 2.3% in the mean",  # 0.06 % and 4.5 %
+        "Peak memory: absolute error, mean 3.0%, median 3.0%; worst +4.0% (lora).",
+        "Runtime: absolute error, mean 62.5%, median 62.5%; worst -75.0% (lora).",
+        "Reserved: absolute error, mean 2.3%",  # 0.06 % and 4.5 %
         "Runtime: at best: at full rates.",
         "Predicted to fit and did not: mp.",
-        "Predicted to need too much and fitted: baseline.",
-        "Measured alone: ga.",
-        "Predicted alone: mp_lora.",
+        "Predicted not to fit and did: baseline.",
+        "Only measured: ga.",
+        "Only predicted: mp_lora.",
         "ga_mp_lora, measured: why ga_mp_lora is killed",
         "- gpu.name: auto in the sweep, h200_141gb in the plan",
     ):
@@ -373,7 +373,7 @@ def test_runs_that_were_told_otherwise_are_left_out(sweep_and_plan: tuple[Path, 
     assert "the model has 4,000 parameters in the sweep, 5,000 in the plan: baseline." in text
     assert list(lines) == ["mp"]
     change_plan(folder, '"model": "tiny"', '"model": "llama2_7b"')
-    with pytest.raises(UserError, match=r"plan\.json predicts no run of .*the plan is of llama2_7b on sample"):
+    with pytest.raises(UserError, match=r"plan\.json predicts no run of .*the plan is for llama2_7b on sample"):
         checked(sweep, folder)
 
 

@@ -71,13 +71,13 @@ def test_what_no_run_uses_is_said(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     {
-        ("gpu=t4_16gb,a100_40gb",): "gpu has several values, and a plan is of one: ",
-        ("model=tiny,llama2_7b",): "model has several values, and a plan is of one: ",
-        ("training.seed=0,1",): "training.seed has several values, and a plan is of one: its rows can differ in",
+        ("gpu=t4_16gb,a100_40gb",): "gpu has several values, and a plan is for one: ",
+        ("model=tiny,llama2_7b",): "model has several values, and a plan is for one: ",
+        ("training.seed=0,1",): "training.seed has several values, and a plan is for one: its rows can differ in",
         ("data.max_length=100,200",): "data.max_length has several values",
         ("training.lr=1,2",): "training.lr has several values",
-        ("lora.rank=4,8", "goal=fit"): "goal=fit compares combinations, and a sweep names its runs: leave one of them",
-        ("lora.rank=4,8", "gc=both"): "gc=both compares combinations, and a sweep names its runs",
+        ("lora.rank=4,8", "goal=fit"): "goal=fit compares combinations, and a sweep lists its runs: leave one of them",
+        ("lora.rank=4,8", "gc=both"): "gc=both compares combinations, and a sweep lists its runs",
         ("lora.rank=4,0",): "lora.rank=0 is not allowed: it must be at least 1",
         ("lora.rnk=4,8",): "lora.rnk is not a key",
         ("recipe=full,fool",): "recipe=fool is not allowed: it must be one of full, ",
@@ -200,9 +200,9 @@ def test_measured_runs_are_matched_to_rows_by_their_settings(tmp_path: Path) -> 
     errors = {name: float(line["peak_memory_mib.error"]) for name, line in lines.items()}
     assert errors == {"rank=16": pytest.approx(0.01), "rank=8": pytest.approx(0.25)}
     text = (folder / "comparison.md").read_text()
-    assert "Predicted alone: rank=2." in text
+    assert "Only predicted: rank=2." in text
     assert "lora.rank=4: no row of the plan has its techniques and settings" in text
-    assert "at worst +25.0% (rank=8)" in text
+    assert "worst +25.0% (rank=8)" in text
     assert "lora.rank:" not in text  # no difference
 
 

@@ -399,6 +399,6 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(meeting, "why_no_gpu", lambda: None)
     monkeypatch.setattr(meeting.torch.cuda, "device_count", lambda: 2)
     parallel = ParallelConfig(Strategy.ddp, processes=8, nodes=2)
-    with pytest.raises(UserError, match="4 on this machine, a GPU for each, and PyTorch sees 2"):
+    with pytest.raises(UserError, match="4 on this machine, one per GPU, and PyTorch sees 2"):
         meeting.check_gpus(replace(tiny_config, parallel=parallel))
     meeting.check_gpus(replace(tiny_config, parallel=replace(parallel, processes=4)))

@@ -167,7 +167,7 @@ def test_seeds_beside_other_settings_are_a_row_for_each_setting(tmp_path: Path) 
     assert "| training.lr | peak MiB | runtime s |" in text
     assert table["0.0001"] == ["100", r"\*10.0", "7.250", "6.125", "1.300", "40.0%", "2"]
     assert table["0.0003"] == ["100", "11.0 ± 2.5", "7.250", "6.125", r"\*1.100 ± 0.248", r"\*51.0% ± 2.5%", "3"]
-    assert "of accuracy the highest" in text
+    assert "for accuracy the highest" in text
     lines = [(line["training.lr"], line["training.seed"]) for line in csv_rows(tmp_path / "table2.csv")]
     assert lines == [("0.0001", "1"), ("0.0001", "2"), *(("0.0003", str(seed)) for seed in range(3))]
 
@@ -310,7 +310,7 @@ def test_a_plan_is_compared_with_means(sweep: Path, tmp_path: Path) -> None:
     rows, text, _ = compared(sweep, tmp_path / "plan")
     assert rows["Peak memory, MiB measured"] == ["200", "50.0 ± 5.0"]
     assert rows["Peak memory, MiB error"] == ["+5.0%", "="]
-    assert "Seeds of what was measured: 0, 1, 2." in text
+    assert "Seeds of the measured runs: 0, 1, 2." in text
     assert "Welch" not in text
 
 

@@ -273,7 +273,7 @@ def test_a_page_of_many_runs_leaves_out_their_curves(tmp_path: Path) -> None:
         report(tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert page.pictures("loss") == {}
-    assert page.text.count("Its curves are in a report of its own") == 17
+    assert page.text.count("For its curves make a report of this run") == 17
 
 
 def test_one_run_alone_has_a_report_too(tmp_path: Path) -> None:

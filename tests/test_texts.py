@@ -123,7 +123,7 @@ def test_null_and_lists(argument: str, value: Any) -> None:
     ("argument", "reason"),
     [
         ("decoding.stop=null", "must be a list"),
-        ("prompt=???", "marks what is missing"),
+        ("prompt=???", "marks a missing value"),
         ("decoding.stop=[a,???]", "???"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_file_where_wandbs_folder_should_be(run_dir: Path) -> None:
 
 def test_online_without_a_key_asks_nothing_and_says_so(run_dir: Path) -> None:
     (sentence,) = track(run_dir, ONLINE)
-    assert "(there is no API key: `wandb login` keeps one)" in sentence
+    assert "(there is no API key: `wandb login` stores one)" in sentence
     assert not list(run_dir.glob("wandb/*run-*"))
 
 
@@ -231,7 +231,7 @@ def test_without_a_network_runs_are_tracked_offline_after_one_wait(
     monkeypatch.setattr(wandb_run, "SECONDS_TO_CONNECT", 1)
     (sentence,) = track(run_dir, TrackerConfig(), "sweep")
     assert sentence.startswith("W&B cannot be used online (")
-    assert sentence.endswith("): offline from here on, to be sent by `wandb sync`")
+    assert sentence.endswith("): offline from now on; `wandb sync` sends the runs")
     assert_is_the_local_run(run_dir, "sweep")
     assert track(run_dir, TrackerConfig()) == []
     assert len(list(run_dir.glob("wandb/offline-run-*"))) == 2

@@ -95,8 +95,8 @@ def test_runs_go_to_tensorboard_too(sweep: Path) -> None:
     ("config", "variable", "said"),
     [
         (UploadConfig(TrackerKind.disabled), None, "with tracker=disabled sends nothing"),
-        (UploadConfig(), "offline", "WANDB_MODE=offline keeps it from it"),
-        (UploadConfig(), None, "there is no API key: `wandb login` keeps one"),
+        (UploadConfig(), "offline", "WANDB_MODE=offline keeps W&B from getting anything"),
+        (UploadConfig(), None, "there is no API key: `wandb login` stores one"),
     ],
 )
 def test_what_would_send_nothing_is_refused(

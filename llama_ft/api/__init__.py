@@ -1,6 +1,6 @@
-"""The front door: what a notebook or a script uses, after `import llama_ft as lf`.
+"""The API for notebooks and scripts, after `import llama_ft as lf`.
 
-Plain functions over PyTorch modules. The commands are made of the same parts.
+Plain functions over PyTorch modules, built from the same parts as the commands.
 """
 
 from llama_ft.api.models import complete, load, load_adapter, save

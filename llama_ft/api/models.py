@@ -1,4 +1,4 @@
-"""Models: loading, asking and saving them."""
+"""Models: loading, querying and saving them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -40,16 +40,16 @@ def load(
     device: str | torch.device | None = None,
     seed: int = 0,
 ) -> tuple[Transformer, Tokenizer]:
-    """A model and its tokenizer.
+    """Load a model and its tokenizer.
 
     Args:
         model: a name of `conf/model`, such as `tiny` or `llama2_7b`; or a folder in Meta's, Hugging Face's or our
-            format, a GGUF file, or `hub:ORG/NAME[@REVISION]` on the Hugging Face hub: its sizes and weights are taken.
+            format, a GGUF file, or `hub:ORG/NAME[@REVISION]` on the Hugging Face hub, whose sizes and weights are used.
         checkpoint: the weights: `builtin` (of tiny), `random`, a folder, a GGUF file, or a name on the hub. None is
-            that given as `model`, or builtin.
+            the one given as `model`, or builtin.
         tokenizer: a `tokenizer.model` or `tokenizer.json`; None is the one in the checkpoint, or the built-in one.
-        dtype: of the weights; nf4 and fp4 are linear layers in 4 bits, the rest in a GPU's 16-bit format or in fp32.
-        device: None is the GPU where there is one, else the CPU.
+        dtype: of the weights; nf4 and fp4 store linear layers in 4 bits, the rest in a GPU's 16-bit format or in fp32.
+        device: None is the GPU if there is one, else the CPU.
         seed: of random weights.
 
     Raises:
@@ -74,9 +74,9 @@ def load(
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name; a UserError lists those that there are."""
+    """The dtype of a name; for an unknown name a UserError lists the allowed ones."""
     if name not in DTYPES:
-        raise UserError(f"{name} is no dtype: it must be one of {', '.join(DTYPES)}")
+        raise UserError(f"{name} is not a dtype: it must be one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -99,9 +99,9 @@ def complete(
 
     Args:
         messages: a conversation of role and content, the last of which is the user's.
-        template: in which instruction and messages are written down, as of `encode`.
+        template: formats the instruction or messages, as in `encode`.
         temperature: None takes the most probable token each time; a number samples.
-        top_p: when sampling, the share of probability that is sampled from.
+        top_p: when sampling, the share of probability to sample from.
         stop: a text, or several, before which the answer ends.
 
     Raises:
@@ -121,27 +121,27 @@ def complete(
 
 
 def save(model: Transformer, folder: str | Path) -> None:
-    """Write what was trained into a folder: the LoRA adapter in PEFT's files, or else all weights.
+    """Save what was trained in a folder: the LoRA adapter in PEFT's files, or else all weights.
 
-    `load_adapter(model, folder)` reads the one, `load(folder, tokenizer=FILE)` or `load("tiny", folder)` the other.
+    `load_adapter(model, folder)` reads an adapter, `load(folder, tokenizer=FILE)` or `load("tiny", folder)` weights.
 
     Raises:
         UserError: if it cannot be written.
     """
     place = Path(os.path.expanduser(folder))
-    with explained(f"{place}: no such folder can be made"):
+    with explained(f"{place}: the folder cannot be created"):
         place.mkdir(parents=True, exist_ok=True)
     save_trained(model, place)
 
 
 def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False) -> None:
-    """Give a model the LoRA adapter in a folder: merged into its weights, or beside them, where it alone is trainable.
+    """Load the LoRA adapter in a folder: merged into the model's weights, or separate, as all that is trainable.
 
     Args:
-        folder: its two files' place, or `hub:ORG/NAME`.
+        folder: the one with the adapter's two files, or `hub:ORG/NAME`.
 
     Raises:
-        UserError: if there is no adapter, it is damaged, or of another model.
+        UserError: if there is no adapter, or it is damaged, or another model's.
     """
     _load_adapter(model, Path(os.path.expanduser(hub.local("adapter", folder))), merge)
     if not merge:

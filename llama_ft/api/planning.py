@@ -1,4 +1,4 @@
-"""Planning: what a run would need on a card."""
+"""Planning: the memory and time of a run on a card."""
 
 from collections.abc import Sequence
 
@@ -19,14 +19,14 @@ def predict(
     packing: int | None = None,
     epochs: int = 1,
 ) -> PlanRow:
-    """What fine-tuning would need on a card that need not be here, and how long it would take at best.
+    """Predict the memory that fine-tuning needs on a card, and its shortest possible time, without the card.
 
     Args:
         model: a name of `conf/model`.
         gpu: a card's name in `conf/gpu`, or `cpu`.
-        techniques: those that are on, such as `("mp", "lora")`, with their defaults.
+        techniques: those that are on, such as `("mp", "lora")`, with their default settings.
         lengths: tokens of each sample, 2 or more.
-        packing: tokens up to which an optimizer step's samples are laid end to end.
+        packing: put an optimizer step's samples end to end, up to this many tokens.
 
     Raises:
         UserError: if a name or length is not allowed, or the card cannot run such a combination.
@@ -35,7 +35,8 @@ def predict(
     if model == FROM_CHECKPOINT or gpu in ("all", "auto"):
         raise UserError(f"{model} on {gpu}: name one model and one card")
     if unknown := names - {technique.name for technique in TECHNIQUES}:
-        raise UserError(f"{min(unknown)} is no technique: there are {', '.join(each.name for each in TECHNIQUES)}")
+        known = ", ".join(each.name for each in TECHNIQUES)
+        raise UserError(f"{min(unknown)} is not a technique: it must be one of {known}")
     config = PlanConfig(
         model=preset("model", model, ModelConfig),
         optim=OptimConfig(**dict.fromkeys(names, True)),
@@ -44,7 +45,7 @@ def predict(
         gpu=preset("gpu", gpu, GpuConfig),
     )
     if not lengths or not all(2 <= length <= config.model.max_seq_len for length in lengths):
-        raise UserError(f"lengths must be those of one sample or more, each 2 to {config.model.max_seq_len} tokens")
+        raise UserError(f"lengths must be of one or more samples, each of 2 to {config.model.max_seq_len} tokens")
     (row,) = _predict([config], [config.gpu], [(length, 1) for length in lengths])
     if row.error is not None:
         raise UserError(row.error)

@@ -40,10 +40,10 @@ OptimizerName = Literal["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"]
 
 
 def read_records(file: str | Path | None = None) -> list[Record]:
-    """The records of a file, a folder or hub:ORG/NAME, as `data.path` takes; None is the built-in training set.
+    """Read the records of a file, a folder or hub:ORG/NAME, as `data.path` does; None is the built-in training set.
 
     Raises:
-        UserError: naming the record that is wrong.
+        UserError: if a record is wrong; it names the record.
     """
     return _read_records(Path(os.path.expanduser(file)) if file else SAMPLE_DIR / "train.jsonl", OnBadRecord.error)[0]
 
@@ -56,18 +56,18 @@ def encode(
     template: str = "auto",
     train_on: Literal["assistant", "all", "last"] = "assistant",
 ) -> list[Sample]:
-    """Tokenize records. The prompt is not trained on, the answer and what ends it are.
+    """Tokenize records. The answer and its end are trained on, the prompt is not.
 
     Args:
         records: each with `instruction`, `output` and, if it needs one, `input`; with `messages` of role and content;
             or with `prompt` and `completion`.
-        max_length: longer samples are truncated to so many tokens; those left with no answer are dropped.
-        template: `chat` is the tokenizer's own, `alpaca`, `plain` or the name of a file in Jinja; `auto` is chat where
+        max_length: longer samples are truncated to this many tokens; those left with no answer are dropped.
+        template: `chat` (the tokenizer's own), `alpaca`, `plain` or the name of a file in Jinja; `auto` is chat if
             there is one, else alpaca.
-        train_on: the assistant's turns, all that is read, or the last turn alone.
+        train_on: the assistant's turns, all tokens, or only the last answer.
 
     Raises:
-        UserError: naming the record that lacks one of them, or that the template does not take.
+        UserError: naming a record that lacks one of the keys, or that the template does not accept.
     """
     chosen, samples = choose_template(template, tokenizer), []
     for number, record in enumerate(records, 1):
@@ -95,7 +95,7 @@ def measure_memory(
 ) -> MemoryUse:
     """Memory by category at the peak of training this model on these samples, in MiB of tensors. Needs no GPU.
 
-    The worst case of any order of the data is run at learning rate 0; the model is as before afterwards.
+    The worst case of any order of the data is run at learning rate 0; the model is unchanged afterwards.
 
     Raises:
         UserError: if a value is not allowed, or the samples do not suit the model.
@@ -128,20 +128,20 @@ def finetune(
     momentum: float = 0.9,
     optimizer_in_backward: bool = False,
 ) -> Iterator[StepMetrics]:
-    """Train the model's trainable parameters in place; yields each optimizer step's numbers, one step late.
+    """Train the model's trainable parameters in place; yield each optimizer step's metrics, one step late.
 
-    Training goes on as the iterator is consumed. Reading a loss late delays no GPU.
+    Training continues as the iterator is consumed. Losses are read late so that the GPU does not wait.
 
     Args:
-        lr: peak learning rate; it rises over `warmup_ratio` of the steps, then falls as `schedule` says: along a cosine
-            or a line to 0, or not at all.
-        micro_batch_size: samples computed at once.
+        lr: peak learning rate, after a warm-up over `warmup_ratio` of the steps; then `schedule` lets it fall along a
+            cosine or a line to 0, or keeps it.
+        micro_batch_size: samples in a micro-batch.
         accumulation_steps: micro-batches in an optimizer step.
-        packing: tokens up to which the samples of an optimizer step are laid end to end, and computed at once.
+        packing: put the samples of an optimizer step end to end, up to this many tokens, and compute them at once.
         precision: fp32, or the 16-bit format of matrix products under autocast (fp16 with loss scaling).
-        seed: of the data's order and of what techniques draw.
-        optimizer: as `training.optimizer`; sgd takes a far larger `lr`, and keeps no state where its `momentum` is 0.
-        optimizer_in_backward: as the key of `training`; it takes `max_grad_norm=math.inf`.
+        seed: of the data's order and of the techniques' random numbers.
+        optimizer: as `training.optimizer`; sgd needs a far larger `lr`, and keeps no state if its `momentum` is 0.
+        optimizer_in_backward: as the key of `training`; it needs `max_grad_norm=math.inf`.
 
     Raises:
         UserError: if a value is not allowed, the samples do not suit the model, or a loss is not finite.
@@ -154,10 +154,10 @@ def finetune(
 def perplexity(model: Transformer, samples: Sequence[Sample], *, batch_size: int = 8) -> Perplexity:
     """Perplexity of the samples' target tokens, and their mean loss (`nll`), without dropout and in the weights' dtype.
 
-    Between the steps of `finetune` it changes nothing but the time that they take.
+    Between the steps of `finetune` it changes nothing but their time.
 
     Raises:
-        UserError: if there are no samples, or the loss is no number.
+        UserError: if there are no samples, or the loss is not a number.
     """
     if not samples:
         raise UserError("there are no samples to evaluate")
@@ -169,7 +169,7 @@ def perplexity(model: Transformer, samples: Sequence[Sample], *, batch_size: int
 
 
 def _config(given: Mapping[str, Any]) -> TrainingConfig:
-    """The config of a function's arguments, those that are keys of `training`; a UserError if one is not allowed."""
+    """A config from those arguments that are keys of `training`; a UserError if one is not allowed."""
     keys, kinds = TrainingConfig.__dataclass_fields__, {"schedule": Schedule, "optimizer": Optimizer}
     settings = {key: value for key, value in given.items() if key in keys}
     return TrainingConfig(**settings | {key: choice(kinds[key], key, settings[key]) for key in kinds.keys() & settings})
@@ -194,7 +194,7 @@ def _step_and_windows(
         cut = f"encode(records, tokenizer, max_length={context})"
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
     if is_in_4_bits(model) and not lora_layers(model):
-        raise UserError("the model's weights are in 4 bits, which are not trained: call lf.add_lora(model) before")
+        raise UserError("the model's weights are in 4 bits, which cannot be trained: call lf.add_lora(model) first")
     use_training_kernels(model.tok_embeddings.weight.device)
     compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
     config.check_on(compute.device_type, accumulation_steps, precision == "fp16")

@@ -1,4 +1,4 @@
-"""What the commands share: help, composing and checking the config, errors of a few lines instead of tracebacks."""
+"""Code shared by the commands: help, composing and checking the config, short errors instead of tracebacks."""
 
 import io
 import os
@@ -23,14 +23,14 @@ FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130  # exit statuses
 
 
 class Stop(BaseException):
-    """Ends a whole sweep with a message. Hydra catches what derives from Exception and would go on to the next run."""
+    """Ends a whole sweep with a message. Hydra would catch an Exception and continue with the next run."""
 
 
-EXPECTED = (Stop, UserError, HydraException, OmegaConfBaseException, OSError, ValueError)  # none is a bug of ours
+EXPECTED = (Stop, UserError, HydraException, OmegaConfBaseException, OSError, ValueError)  # none of them is our bug
 
 
 def _output_fails() -> bool:
-    """Whether standard output takes nothing more, as on a full disk: its errors name no file, and others' may not."""
+    """Return True if standard output cannot be written, as on a full disk: its errors name no file, as some others."""
     try:
         print(end="", flush=True)
     except OSError:
@@ -39,15 +39,15 @@ def _output_fails() -> bool:
 
 
 def _close_output() -> None:
-    """Drop what cannot be written to standard output, which Python would try again at its end."""
+    """Discard standard output, which Python would try to write again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_command(function: Callable[[], int], usage: Usage) -> None:
-    """Run a command to the exit status that it returns; errors become text unless HYDRA_FULL_ERROR=1 is set."""
+    """Run a command and exit with the status it returns; errors are printed as text unless HYDRA_FULL_ERROR=1."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # the latter are a queue's, before a time limit
+        sys.stdout.reconfigure(errors="backslashreplace")  # as for standard error
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):  # a queue sends the latter before a time limit
         signal.signal(number, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # a closed terminal; under nohup it is ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
@@ -66,7 +66,7 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever read our output, such as head, has read enough
+    except BrokenPipeError:  # the reader of our output, such as head, has closed it
         _close_output()
         sys.exit(FAILED)
     except (Stop, Exception) as error:
@@ -78,5 +78,5 @@ def run_command(function: Callable[[], int], usage: Usage) -> None:
             sys.exit(FAILED)
         print(f"error: {error if isinstance(error, Stop) else explain(error, usage.schema)}", file=sys.stderr)
         if not isinstance(error, EXPECTED):
-            print("this looks like a bug of ours; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)
+            print("this looks like a bug in llama_ft; HYDRA_FULL_ERROR=1 shows where", file=sys.stderr)
         sys.exit(USAGE_ERROR)

@@ -33,28 +33,28 @@ from llama_ft.config.techniques import combination_name
 from llama_ft.files import HF_CONFIG, new_folder
 
 T = TypeVar("T")
-LONGEST_NAME = 140  # bytes of a folder's; where a file system is encrypted 143 is all it takes
-DEFAULT_MODEL = "tiny"  # of conf/
+LONGEST_NAME = 140  # bytes of a folder's; an encrypted file system allows 143
+DEFAULT_MODEL = "tiny"  # in conf/
 QUOTES = "'\""  # around numbers that are texts
-LONGEST_END = 24  # characters of a value in a name that would be too long
+LONGEST_END = 24  # characters that are left of a value in a name that would be too long
 
 
 @cache
 def register() -> None:
-    """Tell Hydra the schemas, and OmegaConf how runs are named; once is enough."""
+    """Register the schemas with Hydra, and the resolvers of conf/ with OmegaConf, once."""
     for name, schema in SCHEMAS.items():
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     OmegaConf.register_new_resolver("combination", combination_name)  # `${combination:${optim}}`
     OmegaConf.register_new_resolver("run_name", run_name)
-    # Where runs start in the same second, each has a folder of its own.
+    # Runs that start in the same second have different folders.
     OmegaConf.register_new_resolver("new_folder", lambda name: str(new_folder(name)), use_cache=True)
-    # Hydra gives the configs of a sweep's runs, whichever process they are made in, what it has resolved of these.
+    # Hydra passes their resolved values to the configs of a sweep's runs, in whichever process those are made.
     OmegaConf.register_new_resolver("command", command_line, use_cache=True)
     OmegaConf.register_new_resolver("typed", lambda: shlex.join(overrides_in(sys.argv[1:])), use_cache=True)
 
 
 def run_name(*, _root_: DictConfig) -> str:
-    """`${run_name:}`: the combination and whatever else the sweep varies; never a number, which would shift."""
+    """`${run_name:}`: the combination and whatever else the sweep varies; no run number, which would shift."""
     keys = {override.key_or_group for override in swept(_root_)}
     parts = sorted(
         f"{override.key_or_group}={override.get_value_element_as_str().strip(QUOTES)}"
@@ -65,21 +65,21 @@ def run_name(*, _root_: DictConfig) -> str:
     name = ",".join(plain)
     if len(name.encode()) <= LONGEST_NAME:
         return name
-    # Of long values, such as paths, the ends tell most; what tells them all apart is the hash.
+    # The ends of long values, such as paths, tell most; the hash makes the name unique.
     short = ",".join(f"{key}{equals}{value[-LONGEST_END:]}" for key, equals, value in (p.partition("=") for p in plain))
     cut = short.encode()[: LONGEST_NAME - 9].decode(errors="ignore")
     return f"{cut},{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def command_line() -> str:
-    """What the user typed, to be typed again."""
+    """The command as the user typed it."""
     typed = sys.orig_argv[1:]  # unlike sys.argv it has `-m llama_ft.train`, and no command changes it
     is_script = bool(typed) and not typed[0].startswith("-")
     return shlex.join([Path(typed[0]).name, *typed[1:]] if is_script else ["python", *typed])
 
 
 def overrides_in(arguments: list[str]) -> list[str]:
-    """The arguments that are no options."""
+    """The arguments that are not options."""
     return [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
 
 
@@ -89,48 +89,48 @@ def typed_overrides() -> list[Override]:
 
 
 def typed_in(config: DictConfig) -> list[Override]:
-    """The overrides on the command line that a run's config, or a sweep's, with the section `hydra`, was made by."""
+    """The overrides on the command line that made a run's or sweep's config, which has the section `hydra`."""
     return parsed(shlex.split(config.hydra.callbacks.sweep.typed))
 
 
 def swept_keys() -> list[str]:
-    """The keys and groups of which the sweep that Hydra is at has several values."""
+    """The keys and groups that Hydra's current sweep varies."""
     return [override.key_or_group for override in swept(cast(DictConfig, HydraConfig.instance().cfg))]
 
 
 def swept(config: DictConfig) -> list[Override]:
-    """The keys and groups of which a sweep has several values, on the command line or in its experiment."""
+    """The overrides with several values, on a sweep's command line or in its experiment."""
     params = OmegaConf.select(config, "hydra.sweeper.params") or {}
     found = [*parsed([f"{key}={value}" for key, value in params.items()]), *typed_in(config)]
     return [override for override in found if override.is_sweep_override()]
 
 
 def swept_configs(config: DictConfig, keys: set[str]) -> Iterator[DictConfig]:
-    """The configs, not checked, of a sweep's runs, so far as they may differ in these keys; `config` is one run's."""
+    """Yield the unchecked configs of a sweep's runs as far as these keys may differ; `config` is one run's."""
     names = {*keys, *(key.partition(".")[0] for key in keys), "experiment", "recipe"}
     found = [override for override in swept(config) if override.key_or_group in names and override.is_discrete_sweep()]
     varied = {override.key_or_group: str(override.input_line) for override in found}
     others = [text for text in config.hydra.overrides.task if parsed([text])[0].key_or_group not in varied]
     for choice in choices_of(varied.values()) if varied else ():
-        yield compose("train", [*others, *choice])  # by the Hydra that runs
+        yield compose("train", [*others, *choice])  # by the running Hydra
 
 
 def choices_of(overrides: Iterable[str]) -> list[list[str]]:
-    """What each run of a sweep is told, as Hydra's own sweeper splits it, `glob(*)` and `range(1,4)` too."""
+    """The overrides of each run of a sweep, split by Hydra's own sweeper, which knows `glob(*)` and `range(1,4)`."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     (choices,) = BasicSweeper.split_arguments(parser.parse_overrides(list(overrides)), max_batch_size=None)
     return choices
 
 
 def composed(name: str, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
-    """A command's config as Hydra composes it, not checked; `with_hydra` adds the section `hydra`."""
+    """Compose a command's config by Hydra, unchecked; `with_hydra` adds the section `hydra`."""
     register()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         return compose(name, overrides, return_hydra_config=with_hydra)
 
 
 def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
-    """The checked config of a command that Hydra does not run; a UserError names a wrong key. Remarks are printed."""
+    """Compose and check the config of a command that Hydra does not run; print remarks on it."""
     overrides = as_typed(overrides, schema)
     config = checked_config(composed(name, overrides), overrides, schema)
     for line in remarks(config, overrides):
@@ -139,7 +139,7 @@ def composed_config(name: str, overrides: list[str], schema: type[T]) -> T:
 
 
 def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) -> T:
-    """The config as checked dataclasses; a UserError names a wrong key."""
+    """Convert the config to checked dataclasses; a UserError names a wrong key."""
     typed = parsed(overrides)
     for override in typed:
         _check_value(schema, override)
@@ -154,40 +154,40 @@ def checked_config(config: DictConfig, overrides: list[str], schema: type[T]) ->
 
 
 def _check_value(schema: type, override: Override) -> None:
-    """Refuse what Hydra and OmegaConf would take for something else than what was meant."""
+    """Raise a UserError for a value that Hydra or OmegaConf would misread."""
     key, value = override.key_or_group, override.value()
     entry, expected = setting_of(schema, key)
     if entry is None and (override.is_add() or override.is_force_add()):  # Hydra adds any key
         raise UserError(no_such_key(schema, key))
     if (
         (expected is bool and not isinstance(value, bool))  # OmegaConf takes 1 for true
-        # Of a list of presets the last would win.
+        # With a list of presets the last would win.
         or (is_dataclass(expected) and not isinstance(value, dict if expected is ColumnsConfig else str))
-        or (expected in TEXTS and value == "")  # $FILE where that is not set; the built-in one would be taken
+        or (expected in TEXTS and value == "")  # $FILE if that is not set; the built-in one would be used
     ):
         raise UserError(not_allowed(schema, key, override.get_value_element_as_str()))
     if "???" in (value if isinstance(value, list) else [value]):
-        raise UserError(f"{key}=??? is not allowed: ??? marks what is missing; with a blank, in quotes, it is a text")
+        raise UserError(f"{key}=??? is not allowed: ??? marks a missing value; with a blank, in quotes, it is a text")
 
 
 def _with_hub_folders(config: DictConfig, schema: type) -> dict[str, str]:
-    """Put folders in the cache in the place of names on the hub, weights left out; the names by key."""
+    """Replace names on the hub by their folders in the cache, without weights; return the names by key."""
     keys = ("checkpoint", "base", "adapter", "tokenizer")
     named = {key: str(config[key]) for key in keys if key in config and hub.is_hub_name(config[key])}
     for key, name in named.items():
         path = hub.fetch(key, name)
         config[key] = str(path)
-        if key == "checkpoint" and path.is_dir() and not (path / HF_CONFIG).is_file():  # in the weights are sizes too
+        if key == "checkpoint" and path.is_dir() and not (path / HF_CONFIG).is_file():  # Meta's weights tell sizes too
             if not issubclass(schema, PlanConfig):
                 hub.fetch_weights(key, name)
             elif config.model.name in (FROM_CHECKPOINT, DEFAULT_MODEL):
-                problem = "is in Meta's format, which says the sizes in the weights, and a plan fetches none"
+                problem = "is in Meta's format, whose sizes need the weights, which a plan does not fetch"
                 raise UserError(f"checkpoint={name} {problem}: give model=NAME, such as llama2_7b")
     return named
 
 
 def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
-    """The config with its checkpoint's sizes, if asked for, or no model is chosen; the keys given keep theirs."""
+    """Set the checkpoint's sizes if they are asked for, or no model is chosen; given keys keep their values."""
     if "model" not in sized:
         return sized
     sized.model.given = sorted(key.removeprefix("model.") for key in given if key.startswith("model."))
@@ -208,12 +208,12 @@ def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
             try:
                 sized.model[key] = value
             except (OmegaConfBaseException, ValueError) as error:
-                raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which cannot be") from error
+                raise UserError(f"checkpoint={folder}: its model.{key} is {value}, which is not allowed") from error
     return sized
 
 
 def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConfig:
-    """The config with rank, alpha and targets of the adapter that is trained further; keys given must agree."""
+    """Set rank, alpha and targets of the adapter to train further; given keys must agree."""
     if not issubclass(schema, TrainConfig) or config.adapter is None:
         return config
     from llama_ft.techniques.adapter import lora_settings
@@ -222,6 +222,6 @@ def _with_adapter(config: DictConfig, given: set[str], schema: type) -> DictConf
     for key, value in lora_settings(config.adapter, model, config.checkpoint).items():
         said = OmegaConf.to_container(config.lora)[key]  # type: ignore[index, call-overload]
         if f"lora.{key}" in given and (sorted(said) != sorted(value) if isinstance(value, list) else said != value):
-            raise UserError(f"lora.{key}={said} is not adapter={config.adapter}'s, {value}: leave it out")
+            raise UserError(f"lora.{key}={said} differs from {value} of adapter={config.adapter}: leave it out")
         config.lora[key] = value
     return config

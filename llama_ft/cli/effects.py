@@ -1,4 +1,4 @@
-"""What is given on the command line and changes nothing, or means something else than it seems to."""
+"""Remarks on arguments that change nothing, or mean something else than it seems."""
 
 import enum
 import json
@@ -16,11 +16,11 @@ Alternatives = Callable[[set[str]], Iterable[Any]]
 
 
 def remarks(config: Any, overrides: list[str], alternatives: Alternatives = lambda _: ()) -> Iterator[str]:
-    """A line for all keys, given in the overrides, that have no effect without the same, and for each backslash.
+    """Yield a line for the given keys that have no effect without the same settings, and for each backslash.
 
     Args:
-        config: the checked config that the overrides led to.
-        alternatives: of a sweep, the configs of its runs so far as the keys that it is given differ in them.
+        config: the checked config that the overrides made.
+        alternatives: for a sweep, gives the configs of its runs as far as the keys it is passed differ in them.
     """
     schema, keys = type(config), list(dict.fromkeys(override.key_or_group for override in parsed(overrides)))
     unmet = {key: needs for key in keys if not holds(config, schema, needs := needs_of(schema, key))}
@@ -39,20 +39,20 @@ def remarks(config: Any, overrides: list[str], alternatives: Alternatives = lamb
 
 
 def needs_of(schema: type, key: str) -> tuple[str, ...]:
-    """The settings without which a key has no effect, those that its `setting` names; a technique's need its switch."""
+    """The settings without which a key has no effect: those that its `setting` names, and a technique's switch."""
     entry, section = setting_of(schema, key)[0], key.partition(".")[0]
     switch = [f"optim.{section}=true"] if section in SECTIONS else []
     return (*switch, *entry.metadata.get("needs", "").split()) if entry else ()
 
 
 def holds(config: Any, schema: type, needs: Iterable[str]) -> bool:
-    """Whether a config, checked or only composed, has all these settings."""
+    """Return True if a config, checked or only composed, has all these settings."""
     return all(_has(config, schema, *each.partition("=")[::2]) for each in needs)
 
 
 def _has(config: Any, schema: type, key: str, wanted: str) -> bool:
     if isinstance(config, TrainConfig) and key.startswith("optim."):
-        return key.removeprefix("optim.") in config.used_techniques  # of a plan, in any of its combinations
+        return key.removeprefix("optim.") in config.used_techniques  # for a plan, in any of its combinations
     value, (entry, _) = attrgetter(key)(config), setting_of(schema, key)
     if not wanted or wanted.isupper():
         return bool(entry and value != entry.default)

@@ -1,4 +1,4 @@
-"""What is wrong with what the user typed, and what is allowed instead, in a line."""
+"""One-line explanations of what is wrong in the user's input, and what is allowed instead."""
 
 import enum
 import errno
@@ -13,11 +13,11 @@ from typing import Any, get_args, get_type_hints
 from llama_ft.config import TrainConfig, UserError, config_dir
 
 TEXTS = (str, str | None)  # types of keys
-FILES = {  # what is not a choice
-    "data": "a file is data.path=",
-    "model": "of the Hugging Face hub it is checkpoint=hub:ORG/NAME, a folder is checkpoint=",
+FILES = {  # hints for paths given as choices
+    "data": "for a file give data.path=",
+    "model": "for the Hugging Face hub give checkpoint=hub:ORG/NAME, for a folder checkpoint=",
 }
-PLUGINS = {  # choices that packages of Hydra bring, and our extras that have these
+PLUGINS = {  # choices from Hydra's plugins: the package of each, and our extra that installs it
     "hydra/sweeper=optuna": ("hydra-optuna-sweeper", "tune"),
     "hydra/launcher=joblib": ("hydra-joblib-launcher", "joblib"),
     "hydra/launcher=submitit_local": ("hydra-submitit-launcher", "slurm"),
@@ -37,7 +37,7 @@ RENAMED = {  # keys, and values of keys, that no longer exist: what to do instea
 
 
 def setting_of(schema: type, key: str) -> tuple[Field[Any] | None, Any]:
-    """The field of a dotted key, and its type; twice None if there is no such key."""
+    """The field of a dotted key, and its type; (None, None) if there is no such key."""
     entry, kind = None, schema
     for part in key.split("."):
         entry = {field.name: field for field in fields(kind)}.get(part) if is_dataclass(kind) else None
@@ -46,13 +46,13 @@ def setting_of(schema: type, key: str) -> tuple[Field[Any] | None, Any]:
 
 
 def choices(entry: Field[Any], kind: Any) -> list[str]:
-    """What a key of an enum type may be; empty for other types."""
+    """The allowed values of a key of an enum type; empty for other types."""
     enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, enum.Enum)]
     return entry.metadata["allowed"] or [choice.name for part in enums for choice in part]
 
 
 def not_allowed(schema: type, key: str, value: str) -> str:
-    """A value that a key cannot have, and what it can, from the choices in conf/ and the types of the schema."""
+    """Say that a key cannot have a value, and which it can, by the choices in conf/ and the types of the schema."""
     if instead := RENAMED.get(f"{key}={value}"):
         return f"{key}={value} no longer exists: {instead}"
     entry, expected = setting_of(schema, key)
@@ -75,7 +75,7 @@ def not_allowed(schema: type, key: str, value: str) -> str:
 
 
 def no_such_key(schema: type, key: str) -> str:
-    """A key that does not exist, and those that do where it goes wrong."""
+    """Say that a key does not exist, and which do in its last section that does."""
     if instead := RENAMED.get(key):
         return f"{key} no longer exists: {instead}"
     if re.match("hydra[./]", key):
@@ -93,7 +93,7 @@ def no_such_key(schema: type, key: str) -> str:
 
 
 def _keys(schema: type) -> Iterator[str]:
-    """The keys of a schema, those of its sections with the section's name."""
+    """Yield the keys of a schema, those in its sections with the section's name."""
     for entry in fields(schema):
         kind = get_type_hints(schema)[entry.name]
         yield from (f"{entry.name}.{key.name}" for key in fields(kind)) if is_dataclass(kind) else (entry.name,)
@@ -105,12 +105,12 @@ def _no_such_choice(schema: type, group: str, value: str, names: list[str]) -> s
     if plugin := PLUGINS.get(f"{group}={value}"):
         package, extra = plugin
         return f"{group}={value} needs the package {package}: pip install 'llama_ft[{extra}]'"
-    more = ", or what a plugin of Hydra brings once it is installed" if group.startswith("hydra/") else ""
+    more = ", or a choice from an installed plugin of Hydra" if group.startswith("hydra/") else ""
     return f"{group}={value} is not allowed: it must be {'one of ' * (len(names) > 1)}{', '.join(names)}{more}"
 
 
 def _unreadable(schema: type, override: str) -> str:
-    """What is wrong with an argument that Hydra cannot parse, and how to write it."""
+    """Say what is wrong with an argument that Hydra cannot parse, and how to write it."""
     key, equals, value = override.partition("=")
     if not equals:
         return f"{override}: an argument must be KEY=VALUE"
@@ -122,7 +122,7 @@ def _unreadable(schema: type, override: str) -> str:
 
 
 def explain(error: BaseException, schema: type = TrainConfig) -> str:
-    """An exception in a line: what is wrong, where, and what is allowed; Hydra's own words often lack a part."""
+    """Explain an exception in a line: what is wrong, where, and what is allowed; Hydra's text often lacks a part."""
     text = str(error)
     if match := re.match(r"Error merging override [+~]*([\w.]+)=(.*)", text):
         return not_allowed(schema, match[1], match[2])
@@ -132,7 +132,7 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
     if match := re.search(r"Could not find '(.*)'\s+Available options in '(.*)':((?:\n\t\w+)*)", text):
         return _no_such_choice(schema, match[2], match[1].removeprefix(f"{match[2]}/"), match[3].split())
     if text.endswith("does not support sweep type : INTERVAL_SWEEP"):
-        return "interval(...) needs hydra/sweeper=optuna, which chooses in it: a plain sweep has no number of values"
+        return "interval(...) needs hydra/sweeper=optuna, which samples from it: a plain sweep needs a list of values"
     if match := re.match(r"Ambiguous value for argument '(.*)'", text):
         return f"{match[1]}: several values need -m (a sweep), [brackets] (a list) or quotes (a text)"
     if isinstance(override := getattr(error, "override", None), str):
@@ -146,13 +146,13 @@ def explain(error: BaseException, schema: type = TrainConfig) -> str:
 
 
 def _reasons(error: BaseException) -> str:
-    """The error's own words and those of its causes, each said once."""
+    """The messages of the error and of its causes, each once."""
     lines: list[str] = []
     reason: BaseException | None = error
     while reason is not None:
         for line in map(str.strip, str(reason).splitlines()):
             if line and not any(line in earlier for earlier in lines):
                 lines.append(line)
-        reason = None if isinstance(reason, UserError) else reason.__cause__  # it says all by itself
+        reason = None if isinstance(reason, UserError) else reason.__cause__  # its message is complete
     omegaconf = ("full_key:", "object_type=", "reference_type=")
     return ": ".join(line for line in lines if not line.startswith(omegaconf)) or repr(error)

@@ -1,7 +1,6 @@
 """One run of `train`, as Hydra's launchers call it: in the command's process, in another, or on another machine.
 
-Nothing is kept from one run to the next, and nothing goes between processes but this function and the config: what a
-run leaves is in its folder.
+Runs share no state, and processes exchange only this function and the config: a run's results are in its folder.
 """
 
 import math
@@ -46,7 +45,7 @@ SAID: set[str] = set()  # lines that this process has printed
 
 
 def run_job(config: DictConfig) -> float | list[float] | None:
-    """One run, and what it tells Hydra's sweeper. A failed one that is no sweep's ends the process."""
+    """Do one run, and return its objective to Hydra's sweeper. A failed run outside a sweep ends the process."""
     settings = HydraConfig.get()
     os.chdir(settings.runtime.cwd)  # so that hydra.job.chdir=true does not change what relative paths mean
     run_dir, is_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
@@ -55,8 +54,8 @@ def run_job(config: DictConfig) -> float | list[float] | None:
     try:
         if not is_sweep:
             check_name("hydra.run.dir", settings.run.dir)
-        # Held from before the first look into the folder: a run whose command was killed may still be saving, and one
-        # that another machine does may take days.
+        # Locked before the first look into the folder: a run whose command was killed may still be saving, and one on
+        # another machine may take days.
         with (
             queue_signals_raised(),
             held_place(config.parallel, run_dir, SECONDS_FOR_THE_LAST if job.is_here else math.inf, job.log) as place,
@@ -74,25 +73,25 @@ def run_job(config: DictConfig) -> float | list[float] | None:
 
 @dataclass
 class Job:
-    """A run that was asked for."""
+    """A requested run."""
 
     run_dir: Path
     sweep_dir: Path | None
     command: str
-    is_here: bool  # whether this is the command's own process, where a sweep's runs follow each other
+    is_here: bool  # in the command's own process, where a sweep's runs follow each other
 
     def __post_init__(self) -> None:
         self.console = Console(force_terminal=None if self.is_here else False)  # bars of several runs would mix
         self.number = HydraConfig.get().job.num if self.sweep_dir else 0
 
     def run_locked(self, config: DictConfig, place: Place) -> Result:
-        """The run's result, whether it is run, was finished before, or cannot be run."""
+        """Return the run's result: of a new run, of one finished before, or of one that cannot start."""
         self.run_dir = place.folder
         settings = cast(Settings, OmegaConf.to_container(config, enum_to_str=True))
         try:
             checked = cli.checked_config(config, list(HydraConfig.get().overrides.task), TrainConfig)
         except Exception as error:
-            # While no row has run nothing is lost, and the others may well be wrong in the same way.
+            # Before the first row has run nothing is lost, and the others may be wrong in the same way.
             return self.refuse(settings, cli.explain(error), go_on=self.number > 0 or not self.is_here)
         if self.number == 0:
             self.remark(checked)
@@ -117,7 +116,7 @@ class Job:
             raise
 
     def remark(self, config: TrainConfig) -> None:
-        """Say what is given and would surprise."""
+        """Print remarks on the arguments."""
         composed = cast(DictConfig, HydraConfig.instance().cfg)
         typed = typed_in(composed)
         alternatives = partial(swept_configs, composed) if self.sweep_dir else lambda _: ()
@@ -127,7 +126,7 @@ class Job:
             self.log(line)
 
     def refuse(self, settings: Settings, reason: str, go_on: bool) -> Result:
-        """The result of a run that does not begin, written unless an earlier one is there; or the command's end."""
+        """The result of a run that does not start, written unless there is an earlier one; stop unless `go_on`."""
         result = unmeasured_result(settings, self.command, reason)
         if not (self.run_dir / RESULT_FILE).exists():
             write_result(self.run_dir, result)
@@ -137,7 +136,7 @@ class Job:
         return result
 
     def finished_before(self, config: TrainConfig, run_dir: Path, previous: Result) -> Result | None:
-        """The result that the folder holds, if the run need not be done again."""
+        """Return the folder's result if the run need not be repeated."""
         if previous.config_hash is None:
             return None
         if previous.config_hash != config.hash():
@@ -145,7 +144,7 @@ class Job:
                 if not folder.has_lost_patience(run_dir, config, previous):
                     return None
                 stopped = f"{run_dir.name}: stopped early, after optimizer step {previous.stopped_early_at_step}"
-                self.log(f"{stopped}, and goes on with more training.patience alone, or with null")
+                self.log(f"{stopped}; to continue it give a larger training.patience, or null")
                 return previous
             earlier = folder.earlier_config(run_dir)
             what = f": {folder.differences(earlier, config)}" if earlier else ""
@@ -156,7 +155,7 @@ class Job:
         return previous
 
     def run(self, config: TrainConfig, place: Place) -> Result:
-        """Run in a process of its own, watched."""
+        """Run in a separate process and watch it."""
         run_dir, group = self.run_dir, self.sweep_dir.name if self.sweep_dir else None
         if self.is_here:
             self.log(run_dir.name if self.sweep_dir else config.optim.combination, style="bold")
@@ -169,7 +168,7 @@ class Job:
                 display.step(metrics)
                 tracker.step(metrics)
 
-            # Of a sweep, a row that runs out of memory is a result too.
+            # In a sweep, a row that runs out of memory is a result too.
             check_fit = config.plan.enforce and not self.sweep_dir and config.gpu.device is not DeviceChoice.cpu
             result, log = None, partial(say_once, log=display.message)
             try:
@@ -185,7 +184,7 @@ class Job:
         return result
 
     def log(self, line: str, style: str | None = None) -> None:
-        """Print a line as it is."""
+        """Print a line unchanged."""
         self.console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""What the command does before the first run of a sweep, and how it knows afterwards which runs there were."""
+"""The start of a sweep in the command's process, and its record of the runs that have ended."""
 
 import shutil
 from collections.abc import Mapping
@@ -19,20 +19,20 @@ from llama_ft.config.training import SEED, Order
 from llama_ft.files import check_replaceable, locked
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK
 
-HERE = "basic"  # Hydra's launcher that does the runs in the command's process, one after the other
-ENDED = ".ended"  # folder in a sweep's: a file for each run that has ended, with its status
-STARTED: list[DictConfig] = []  # the config of the sweep that this process is the command of
-UNTIL_THE_END = ExitStack()  # what holds until that command ends
+HERE = "basic"  # Hydra's launcher that runs in the command's process, one after the other
+ENDED = ".ended"  # a folder in the sweep's: a file for each run that has ended, with its status
+STARTED: list[DictConfig] = []  # the config of the sweep if this process is its command's
+UNTIL_THE_END = ExitStack()  # held until that command ends
 
 
 class SweepStart(Callback):
-    """Hydra calls it in the command's process. It goes to those of the runs too, with what they are to know."""
+    """Hydra's callback in the command's process. It also carries its arguments to the processes of the runs."""
 
     def __init__(self, typed: str, command: str) -> None:
-        """Hydra, which resolves both here, gives them to each run's config as `hydra.callbacks.sweep`."""
+        """Hydra resolves both arguments here, and passes them to each run's config as `hydra.callbacks.sweep`."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Check what concerns all runs, and hold the sweep's folder. Its config is Hydra's between the runs."""
+        """Check what concerns all runs, and lock the sweep's folder. Between the runs Hydra has the sweep's config."""
         try:
             order_repeats(config)
             HydraConfig.instance().set_config(config)
@@ -50,37 +50,37 @@ class SweepStart(Callback):
             shutil.rmtree(folder / ENDED, ignore_errors=True)
             STARTED.append(config)
             UNTIL_THE_END.callback(STARTED.clear)
-        except Exception as error:  # Hydra would only warn of it
+        except Exception as error:  # Hydra would only warn about it
             raise cli.Stop(cli.explain(error)) from error
 
 
 def is_tuned() -> bool:
-    """Whether a sweep's runs are chosen by what earlier ones returned."""
+    """Return True if a sweep's runs are chosen by the results of earlier ones."""
     return bool(HydraConfig.get().runtime.choices["hydra/sweeper"] != "basic")
 
 
 def runs_here() -> bool:
-    """Whether runs are done in the command's own process, one after the other."""
+    """Return True if runs take place in the command's own process, one after the other."""
     return bool(HydraConfig.get().runtime.choices["hydra/launcher"] == HERE)
 
 
 def note_ended(sweep_dir: Path, name: str, status: str) -> None:
-    """Let the command know of a run, wherever that took place."""
+    """Tell the command that a run has ended, wherever it took place."""
     (sweep_dir / ENDED).mkdir(exist_ok=True)
     (sweep_dir / ENDED / name).write_text(status)
 
 
 def ended(sweep_dir: Path) -> Mapping[str, str]:
-    """The status of each run of this command that has ended, by the name of its folder, the first first."""
+    """The status of each run of this command that has ended, by the name of its folder, the earliest first."""
     files = sorted((sweep_dir / ENDED).glob("*"), key=lambda file: file.stat().st_mtime_ns)
     return {file.name: file.read_text() for file in files}
 
 
 def order_repeats(config: DictConfig) -> None:
-    """Put the seeds before all else that a sweep varies, or behind it, as `sweep.order` says.
+    """Put the seeds before or after everything else that a sweep varies, as `sweep.order` says.
 
-    Hydra varies what comes last the fastest. This is before it makes the runs of `hydra.sweeper.params`, an
-    experiment's, and of what was typed.
+    Hydra varies the last key the fastest. It makes the runs later, from `hydra.sweeper.params`, which an experiment
+    sets, and from the typed overrides.
     """
     params = dict(OmegaConf.select(config, "hydra.sweeper.params") or {})
     typed = list(config.hydra.overrides.task)

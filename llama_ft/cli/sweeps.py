@@ -18,14 +18,14 @@ OPTIONS = ("-m", "--multirun")
 
 
 def is_sweep(arguments: Sequence[str]) -> bool:
-    """Whether several values of a key are several runs."""
+    """Return True if the arguments ask for a sweep: several values of a key are then several runs."""
     return any(argument in OPTIONS or re.match(r"\+?experiment=", argument) for argument in arguments)
 
 
 def composed_runs(name: str, arguments: Sequence[str], schema: type[T]) -> list[T]:
-    """The checked configs of the runs that `train` would make of these arguments, in the same order.
+    """The checked configs of the runs that `train` would make from these arguments, in the same order.
 
-    What is given and would surprise is said on standard error; a wrong key or value of one of the runs is a UserError.
+    Remarks go to standard error; a wrong key or value in one of the runs is a UserError.
     """
     register()
     texts = as_typed([argument for argument in arguments if argument not in OPTIONS], schema, sweeps=True)

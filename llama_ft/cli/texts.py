@@ -1,4 +1,4 @@
-"""Texts on the command line, taken as they are typed, whichever key they are given to."""
+"""Texts on the command line, which are taken literally."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from llama_ft.cli.explain import TEXTS, setting_of
 from llama_ft.config.checks import literal
 
 RULE = (
-    "A text is taken as it is typed: ${...}, brackets and backslashes mean nothing in it, and quotes around the whole"
-    " of it are left out. Commas separate the items of a [list], and with -m the runs of a sweep; quotes keep them in."
+    "A text is taken literally: ${...}, brackets and backslashes have no special meaning, and quotes around the whole"
+    " text are removed. Commas outside quotes separate the items of a [list], and with -m the runs of a sweep."
 )
 BLANKS = " \t"  # around the items of a list; line breaks belong to a text
 QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
@@ -21,22 +21,22 @@ ITEM = re.compile(rf"(?:^|,)(\s*{QUOTED}\s*(?=,|\Z)|[^,]*)", re.DOTALL)
 
 
 def as_typed(arguments: Sequence[str], schema: type, *, sweeps: bool = False) -> list[str]:
-    """The arguments with each text quoted where Hydra or OmegaConf would take it, or a part of it, for something else.
+    """Quote the texts in the arguments that Hydra or OmegaConf would otherwise interpret.
 
     Args:
-        schema: says which keys are texts, and which are lists of texts.
-        sweeps: whether commas outside quotes separate the values of a sweep.
+        schema: tells which keys are texts, and which are lists of texts.
+        sweeps: True if commas outside quotes separate the values of a sweep.
     """
     return [_argument(argument, schema, sweeps) for argument in arguments]
 
 
 def parsed(arguments: Sequence[str]) -> list[Override]:
-    """Arguments as Hydra reads them; a HydraException at one that it cannot read."""
+    """Parse arguments by Hydra; a HydraException for one that it cannot read."""
     return OverridesParser.create().parse_overrides(list(arguments))
 
 
 def _value(argument: str) -> Any:
-    """What Hydra makes of an argument's value, a sweep included; None if it cannot read it."""
+    """The value, or the sweep, that Hydra reads in an argument; None if it cannot read it."""
     try:
         return parsed([argument])[0].value()
     except HydraException:
@@ -71,7 +71,7 @@ def _text(value: str) -> str:
 
 
 def unquoted(value: str) -> str:
-    """A text without the quotes around the whole of it, and without the backslashes that keep quotes inside."""
+    """Remove the quotes around a whole text, and the backslashes that escape quotes inside it."""
     if not (match := re.fullmatch(rf"\s*({QUOTED})\s*", value, re.DOTALL)):
         return value
     quote, inner = match[1][0], match[1][1:-1]

@@ -1,7 +1,6 @@
 """`--help`: a command's groups with their choices, its keys with their defaults and meanings.
 
-Read from the schema and from `conf/`, so that it cannot differ from what the command does. Hydra's own help is
-`--hydra-help`.
+Generated from the schema and `conf/`, so that it cannot differ from the command. Hydra's own help is `--hydra-help`.
 """
 
 import json
@@ -22,23 +21,23 @@ from llama_ft.cli.texts import RULE
 from llama_ft.config import config_dir
 
 OPTIONS = {
-    "-m, --multirun": "a sweep: a run for each combination of the values that commas separate",
-    "hydra.run.dir=DIR": "the folder of a run; else a new one in outputs/runs",
-    "hydra.sweep.dir=DIR": "the folder of a sweep, which goes on where an earlier one in it stopped; else a new one in"
+    "-m, --multirun": "a sweep: a run for each combination of comma-separated values",
+    "hydra.run.dir=DIR": "the run's folder; by default a new one in outputs/runs",
+    "hydra.sweep.dir=DIR": "the sweep's folder, in which an earlier sweep is resumed; by default a new one in"
     " outputs/sweeps",
-    "--help": "this text",
-    "--version": "the version",
-    "--cfg job": "print the resolved config, and do nothing",
-    "--hydra-help": "Hydra's own options",
+    "--help": "print this text",
+    "--version": "print the version",
+    "--cfg job": "print the resolved config, and run nothing",
+    "--hydra-help": "print Hydra's own options",
 }
-MIN_WIDTH = 27  # characters of a last column, however narrow the terminal is
+MIN_WIDTH = 27  # characters of the last column, however narrow the terminal is
 
 Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command tells of itself."""
+    """A command's description for `--help`."""
 
     name: str
     purpose: str
@@ -49,12 +48,12 @@ class Usage:
 
     @property
     def module(self) -> str:
-        """What follows `python -m`."""
+        """The module, for `python -m`."""
         return f"llama_ft.{self.name}"
 
 
 def print_help(usage: Usage, console: Console) -> None:
-    """What `--help` prints."""
+    """Print a command's help."""
     config, command = composed(usage.name, [], with_hydra=True), f"  python -m {usage.module}"
     groups = {name: choice for name, choice in config.hydra.runtime.choices.items() if not name.startswith("hydra/")}
     rows = [row for group in reversed(groups) for row in group_rows(group, groups[group])]
@@ -69,11 +68,11 @@ def print_help(usage: Usage, console: Console) -> None:
         text.append(f"\n{title}\n", style="bold")
         text.append("".join(f"{line}\n" for line in lines))
     text.rstrip()
-    console.print(text, soft_wrap=True)  # what is to be copied is neither cut nor broken
+    console.print(text, soft_wrap=True)  # lines to be copied are neither cut nor wrapped
 
 
 def table(rows: Iterable[Row], width: int) -> Iterator[str]:
-    """The lines of a table; the last column, which is text, is wrapped to the width in characters."""
+    """Yield the lines of a table; the last column, which is text, is wrapped to the width in characters."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*(row[:-1] for row in rows), strict=True)]
     margin = sum(column + 2 for column in widths) + 2
@@ -85,7 +84,7 @@ def table(rows: Iterable[Row], width: int) -> Iterator[str]:
 
 
 def group_rows(group: str, default: str | None) -> Iterator[Row]:
-    """A group and its choices, the default first, each with the first comment of its file."""
+    """Yield a group and its choices, the default first, each with the first comment of its file."""
     comments = {file.stem: _comment(file) for file in sorted((config_dir() / group).glob("*.yaml"))}
     own = "none of them" if default is None else comments.pop(default)
     plain = ", ".join(choice for choice, comment in comments.items() if not comment)
@@ -101,13 +100,13 @@ def _comment(file: Path) -> str:
 
 
 def keys(schema: type, config: DictConfig, prefix: str = "") -> Iterator[Row]:
-    """The schema's keys, each with its value in the config and its meaning."""
+    """Yield the schema's keys, each with its value in the config and its meaning."""
     kinds = get_type_hints(schema)
     for entry in fields(schema):
         name, kind = f"{prefix}{entry.name}", kinds[entry.name]
         if is_dataclass(kind):
             yield from keys(cast(type, kind), config[entry.name], f"{name}.")
-        elif entry.metadata:  # else it is no key to be typed
+        elif entry.metadata:  # others are not typed
             names = choices(entry, kind)
             meaning = entry.metadata["meaning"] + (f"; one of {', '.join(names)}" if names else "")
             yield name, _typed(config, entry.name), meaning

@@ -13,40 +13,40 @@ Settings = dict[str, Any]  # a section of the config in JSON's types, with the s
 
 
 class UserError(Exception):
-    """Something the user can put right. Its text says what is wrong, where, and what is allowed."""
+    """An error that the user can fix. Its text says what is wrong, where, and what is allowed."""
 
 
 class Diverged(UserError):
-    """Training has led to a loss, or a gradient, that is no number."""
+    """A loss or gradient became NaN or infinite."""
 
 
-# A format of numbers, or how one is chosen. Each key says which of these it allows.
+# A number format, or a rule that chooses one. Each key lists those it allows.
 Dtype = enum.Enum("Dtype", ["auto", "keep", "compute", "fp32", "bf16", "fp16", "q8_0", "nf4", "fp4"])
-# Whose format a checkpoint has.
+# Format of a checkpoint.
 Format = enum.Enum("Format", ["hf", "meta", "gguf"])
-# What a record that cannot be used does: stop the run, or be skipped and counted.
+# For a record that cannot be used: stop the run, or skip and count it.
 OnBadRecord = enum.Enum("OnBadRecord", ["error", "skip"])
-# What a sample that is longer than allowed does: be cut, be left out, or stop the run.
+# For a sample longer than allowed: cut it, leave it out, or stop the run.
 OnLong = enum.Enum("OnLong", ["truncate", "drop", "error"])
-# What of a record is trained on: the assistant's turns, all that is read, or the last turn.
+# Part of a record to train on: the assistant's turns, everything, or the assistant's last turn.
 TrainOn = enum.Enum("TrainOn", ["assistant", "all", "last"])
-# What of a checkpointed block is computed again in the backward pass.
+# Part of a checkpointed block that is recomputed in the backward pass.
 Policy = enum.Enum("Policy", ["full", "selective"])
-# Where the inputs of checkpointed blocks are kept, if not on the device.
+# Storage of the inputs of checkpointed blocks, if not on the device.
 Offload = enum.Enum("Offload", ["cpu"])
-# Where to run; `auto` is CUDA where there is a GPU, else the CPU.
+# Device to run on; `auto` is CUDA if there is a GPU, else the CPU.
 DeviceChoice = enum.Enum("DeviceChoice", ["auto", "cpu", "cuda"])
-# Which combinations are planned: all of the techniques', or the one that is asked for.
+# Combinations to plan: all of the techniques, or only the given one.
 Combinations = enum.Enum("Combinations", ["all", "one"])
-# What advice is asked for.
+# Goal of the advice: the fastest combination that fits, or the smallest card.
 Goal = enum.Enum("Goal", ["fit", "cheapest_gpu"])
 
 
 def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None = None, needs: str = "") -> Any:
-    """A field of the schema: its default, what it is, for `--help`, its choices if not all, and its smallest number.
+    """Return a schema field: its default, its meaning for `--help`, its choices if not all, and its minimum.
 
-    `needs` is the setting, as one types it, without which it has no effect, or several with blanks between. One
-    without a value, or with one in capitals such as FILE, is any but the default; `|` stands between several values.
+    `needs` lists the settings, separated by blanks, without which the field has no effect, as typed. A setting without
+    a value, or with one in capitals such as FILE, means any value but the default; `|` separates several values.
     """
     metadata = {"meaning": meaning, "allowed": allowed.split(), "at_least": at_least, "needs": needs}
     if isinstance(default, list):
@@ -56,19 +56,19 @@ def setting(default: Any, meaning: str, allowed: str = "", at_least: int | None 
 
 def check(holds: bool, key: str, value: object, allowed: str) -> None:
     """Raise a UserError that names the key, its value and what is allowed, unless the condition holds."""
-    # NaN compares false with everything, so `holds` written as a positive condition refuses it too.
+    # NaN compares false with everything, so a positive condition rejects it too.
     if not holds:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
 
 
 def choice(kind: type[E], key: str, name: str) -> E:
-    """The member of an enum that has this name; a UserError that names the key and what is allowed if none has."""
+    """Return the enum member of this name; if there is none, a UserError names the key and what is allowed."""
     check(name in kind.__members__, key, name, f"one of {', '.join(kind.__members__)}")
     return kind[name]
 
 
 def check_settings(section: Any, prefix: str = "") -> None:
-    """Raise a UserError for a key of the section that has another value than its `setting` allows."""
+    """Raise a UserError for a key of the section whose value its `setting` does not allow."""
     for entry in fields(section):
         key, value = f"{prefix}{entry.name}", getattr(section, entry.name)
         if names := entry.metadata.get("allowed"):
@@ -87,7 +87,7 @@ def flat(settings: Any, prefix: str = "") -> Settings:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Make whatever a damaged file leads to in this block a UserError that names the file."""
+    """Turn any exception in this block into a UserError that names the damaged file."""
     try:
         yield
     except UserError:
@@ -98,7 +98,7 @@ def readable(file: Path) -> Iterator[None]:
 
 
 def literal(value: Any) -> Any:
-    """A value, or a section with all its values, that OmegaConf gives back as it is: `${` begins no interpolation."""
+    """Escape `${` in a value, or in all values of a section, so that OmegaConf does not interpolate it."""
     if isinstance(value, dict):
         return {key: literal(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Hashes of the files that a config names: a file is the same wherever it lies."""
+"""Hashes of the files that a config names: by content, not by path."""
 
 import hashlib
 import os
@@ -10,11 +10,11 @@ CHECKPOINT_FILES = re.compile(
     r".*\.(safetensors|pth)|((adapter|generation|tokenizer)_)?config\.json|params\.json|model\.safetensors\.index\.json"
     r"|adapter_model\.bin|chat_template\.jinja"
 )
-N_PIECES, PIECE_BYTES = 64, 2**16  # read of larger files, evenly spaced and both ends included
+N_PIECES, PIECE_BYTES = 64, 2**16  # read from larger files: evenly spaced, both ends included
 
 
 def content_hash(name: str, *, data: bool = False) -> str:
-    """A hash of a file, or of the checkpoint, or all `data`, in a folder; the name itself where there is neither."""
+    """Hash a file, or a folder's checkpoint (with `data` all its files); return the name itself if neither exists."""
     digest = hashlib.sha256()
     try:
         path = Path(os.path.expanduser(name))
@@ -27,7 +27,7 @@ def content_hash(name: str, *, data: bool = False) -> str:
                 _add(digest, file)
         else:
             return name
-    except (OSError, RuntimeError):  # the code that needs the file has the better message
+    except (OSError, RuntimeError):  # the code that reads the file raises a better message
         return name
     return digest.hexdigest()
 

@@ -1,4 +1,4 @@
-"""What `python -m llama_ft.data` can be told."""
+"""The settings of `python -m llama_ft.data`."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,12 @@ from llama_ft.config.source import RecordsSource
 
 @dataclass
 class DataCommandConfig(RecordsSource):
-    """Everything `python -m llama_ft.data` can be told."""
+    """All settings of `data`."""
 
-    output: str | None = setting(None, "folder of the results too; null prints them alone")
+    output: str | None = setting(None, "folder to write the results to; null only prints them")
 
     def __post_init__(self) -> None:
         if self.checkpoint is None and not self.model.is_builtin:
-            self.checkpoint = "random"  # no weight is read
+            self.checkpoint = "random"  # weights are not read
         super().__post_init__()
         self.data.check_not_held_out("data")

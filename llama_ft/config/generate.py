@@ -1,4 +1,4 @@
-"""What `python -m llama_ft.generate` can be told."""
+"""The settings of `python -m llama_ft.generate`."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ MAX_ROWS = 1024  # beams of a search, answers to a prompt
 
 @dataclass
 class DecodingConfig:
-    """How the next token is chosen, and when a text ends."""
+    """Choice of the next token, and end of a text."""
 
     sample: bool = setting(False, "draw the next token at random; false takes the most probable one")
     temperature: float = setting(1.0, "sampling: below 1 sharpens the distribution, above 1 flattens it")
@@ -19,16 +19,16 @@ class DecodingConfig:
     top_p: float = setting(1.0, "sampling: only the smallest set of tokens that reaches this probability; 1 is all")
     repetition_penalty: float = setting(1.0, "above 1 makes tokens that have occurred less probable")
     n_beams: int = setting(1, "beams of a beam search; 1 is none")
-    length_penalty: float = setting(1.0, "beam search: exponent of the length that a score is divided by")
+    length_penalty: float = setting(1.0, "beam search: scores are divided by the length to this power")
     early_stopping: bool = setting(False, "beam search: end as soon as n_beams texts are finished")
-    max_new_tokens: int = setting(128, "a text ends after so many tokens", at_least=1)
+    max_new_tokens: int = setting(128, "maximum number of new tokens", at_least=1)
     num_return_sequences: int = setting(1, "answers to a prompt")
-    stop: list[str] = setting([], "strings that end a text, beside EOS")
-    seed: int = setting(0, "of the random numbers", needs="decoding.sample=true")
+    stop: list[str] = setting([], "strings that end a text, in addition to EOS")
+    seed: int = setting(0, "seed of the random numbers", needs="decoding.sample=true")
 
     def __post_init__(self) -> None:
         check_settings(self, "decoding.")
-        # The bounds keep what is computed of logits and scores within the range of fp32.
+        # The bounds keep logits and scores within the range of fp32.
         allowed = "at least 1e-6 and finite (decoding=greedy takes the most probable token)"
         check(1e-6 <= self.temperature < math.inf, "decoding.temperature", self.temperature, allowed)
         check(0 < self.top_p <= 1, "decoding.top_p", self.top_p, "above 0 and at most 1")
@@ -48,7 +48,7 @@ class DecodingConfig:
             if self.n_beams == 1 and getattr(self, key) != default:
                 raise UserError(f"decoding.{key} is for a beam search: give decoding=beam, or decoding.n_beams too")
         if self.n_beams > 1 and (self.sample or penalty != 1):
-            raise UserError("decoding.n_beams above 1 goes with neither decoding.sample nor a repetition penalty")
+            raise UserError("decoding.n_beams above 1 excludes decoding.sample and decoding.repetition_penalty")
         most = self.n_beams if not self.sample else math.inf
         answers, allowed = self.num_return_sequences, "at most decoding.n_beams unless decoding.sample=true"
         check(answers <= most, "decoding.num_return_sequences", answers, allowed)
@@ -56,21 +56,21 @@ class DecodingConfig:
 
 @dataclass
 class GenerateConfig(TrainedSource):
-    """Everything `python -m llama_ft.generate` can be told."""
+    """All settings of `generate`."""
 
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    prompt: str | None = setting(None, "a text to go on with")
-    instruction: str | None = setting(None, "instead of a prompt: what to do, written down in the template")
-    input: str | None = setting(None, "what the instruction is about, where it needs that")
+    prompt: str | None = setting(None, "a text to continue")
+    instruction: str | None = setting(None, "instead of a prompt: an instruction, which the template formats")
+    input: str | None = setting(None, "input that the instruction refers to, if any")
     system: str | None = setting(None, "a system message before instructions, for a chat template")
     template: str = setting(
-        "auto", "chat, alpaca, plain or a FILE in Jinja; auto is what was trained with, if known", needs="prompt=null"
+        "auto", "chat, alpaca, plain or a FILE in Jinja; auto is that of the training, if known", needs="prompt=null"
     )
-    prompts: str | None = setting(None, "many: a file of records with prompt, instruction and input, or messages")
+    prompts: str | None = setting(None, "a file of many records, each with a prompt, an instruction or messages")
     output: str | None = setting(None, "JSONL file of the answers to prompts, resumed if it exists; null is stdout")
-    batch_size: int = setting(8, "prompts of a file that are answered side by side", at_least=1, needs="prompts=FILE")
-    interactive: bool = setting(False, "keep the model, and answer line after line; /help there says more")
-    compare: bool = setting(False, "show the answers of the base too: without the adapter, or those of base")
+    batch_size: int = setting(8, "prompts of a file answered at once", at_least=1, needs="prompts=FILE")
+    interactive: bool = setting(False, "keep the model loaded and answer line by line; /help lists the commands")
+    compare: bool = setting(False, "also show the answers without the adapter, or of the weights in base")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,14 +79,14 @@ class GenerateConfig(TrainedSource):
             one_of = 'prompt="…", instruction="…", prompts=FILE and interactive=true'
             raise UserError(f"give one of {one_of}; --help says more")
         if self.instruction is not None and not self.instruction.strip():
-            raise UserError("instruction is empty: say what is to be done, or give a prompt")
+            raise UserError("instruction is empty: say what to do, or give a prompt")
         if self.input and self.instruction is None:
-            raise UserError("input belongs to an instruction, and there is none")
+            raise UserError("input belongs to an instruction: give instruction too")
         if self.system is not None and self.prompt is not None:
-            raise UserError("system belongs to an instruction, and prompt is taken as it is: leave out one of them")
+            raise UserError("system belongs to an instruction, and prompt is used unchanged: leave one of them out")
         if self.output is not None and self.prompts is None:
             raise UserError("output is for the answers to prompts=FILE; a single answer goes to standard output")
         if self.compare and self.adapter is None and self.base is None:
-            raise UserError("compare=true needs two models: give adapter=DIR, or base=DIR beside the checkpoint")
+            raise UserError("compare=true needs two models: give adapter=DIR, or base=DIR besides the checkpoint")
         if self.base is not None and not self.compare:
-            raise UserError("base is what compare=true compares with, and compare is false")
+            raise UserError("base is only for comparisons: give compare=true too, or leave it out")

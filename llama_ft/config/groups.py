@@ -1,4 +1,4 @@
-"""The config groups, one dataclass each, with every key's default and what is allowed; what `report` can be told."""
+"""The config groups, one dataclass each, with every key's default and allowed values; the settings of `report`."""
 
 import enum
 import math
@@ -9,31 +9,31 @@ from pathlib import Path
 from llama_ft.config.checks import DeviceChoice, OnBadRecord, OnLong, TrainOn, UserError, check, check_settings, setting
 from llama_ft.config.model import ModelConfig
 
-HELD_OUT_FILE = "held_out.jsonl"  # of a run's folder: the records that it has drawn
+HELD_OUT_FILE = "held_out.jsonl"  # in a run's folder: the held-out records that it drew
 
-# What tracks runs; chosen as a group.
+# The tracker of runs; chosen as a group.
 TrackerKind = enum.Enum("TrackerKind", ["wandb", "tensorboard", "disabled"])
-# W&B's mode; `auto` is online where an API key is configured, else offline.
+# W&B's mode; `auto` is online if an API key is configured, else offline.
 TrackerMode = enum.Enum("TrackerMode", ["auto", "online", "offline"])
 WANDB = "tracker.kind=wandb"
 
 
 @dataclass
 class ColumnsConfig:
-    """Other names that a record's keys have in a file: `data.columns={instruction: question, output: answer}`."""
+    """A file's own names for the keys of a record: `data.columns={instruction: question, output: answer}`."""
 
-    instruction: str | None = setting(None, "the name that instruction has in data.path; null is its own")
-    input: str | None = setting(None, "the name that input has there")
-    output: str | None = setting(None, "the name that output has there")
-    task: str | None = setting(None, "the name that task, by which evaluate counts, has there")
-    messages: str | None = setting(None, "the name that messages has there")
-    conversations: str | None = setting(None, "the name that conversations has there")
-    prompt: str | None = setting(None, "the name that prompt has there")
-    completion: str | None = setting(None, "the name that completion has there")
+    instruction: str | None = setting(None, "the file's name for instruction; null is the same name")
+    input: str | None = setting(None, "the file's name for input")
+    output: str | None = setting(None, "the file's name for output")
+    task: str | None = setting(None, "the file's name for task, by which evaluate groups its results")
+    messages: str | None = setting(None, "the file's name for messages")
+    conversations: str | None = setting(None, "the file's name for conversations")
+    prompt: str | None = setting(None, "the file's name for prompt")
+    completion: str | None = setting(None, "the file's name for completion")
 
     @property
     def given(self) -> dict[str, str]:
-        """Their names by ours."""
+        """The file's names by llama_ft's; only those that differ."""
         return {ours: theirs for ours, theirs in vars(self).items() if theirs is not None}
 
 
@@ -41,27 +41,27 @@ class ColumnsConfig:
 class DataConfig:
     """Records to train on: the built-in set, a file or a folder, or a data set on the Hugging Face hub."""
 
-    name: str = setting("???", "which data this is")
+    name: str = setting("???", "name of the data")
     path: str | None = setting(None, "JSON, JSONL, CSV, TSV, Parquet; a folder of datasets; hub:ORG/NAME[@REVISION]")
-    subset: str | None = setting(None, "of a folder or a hub: data set that has several; null where there is one")
-    split: str | None = setting(None, "of a folder or a hub: data set; null is train")
+    subset: str | None = setting(None, "subset of a folder or a hub: data set; null if there is only one")
+    split: str | None = setting(None, "split of a folder or a hub: data set; null is train")
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
-    url: str | None = setting(None, "where the file is downloaded from if data.path names none", needs="data.path=null")
+    url: str | None = setting(None, "where to download the file from if data.path is null", needs="data.path=null")
     git_blob_id: str | None = setting(
         None, "id of the download as git hash-object prints it; null accepts any file", needs="data.url data.path=null"
     )
-    cache_dir: str = setting("~/.cache/llama_ft", "where downloaded files are kept", needs="data.url data.path=null")
-    first: int | None = setting(None, "the data set is the first n records of the file; null is all", at_least=1)
-    max_length: int | None = setting(None, "the most tokens of a sample; null is the model's context", at_least=2)
-    on_long: OnLong = setting(OnLong.truncate, "longer samples are cut, dropped, or stop the run; counted")
+    cache_dir: str = setting("~/.cache/llama_ft", "folder of downloaded files", needs="data.url data.path=null")
+    first: int | None = setting(None, "use only the first n records of the file; null is all", at_least=1)
+    max_length: int | None = setting(None, "longest sample in tokens; null is the model's context", at_least=2)
+    on_long: OnLong = setting(OnLong.truncate, "cut longer samples, drop them, or stop the run; they are counted")
     template: str = setting(
         "auto",
-        "chat, the checkpoint's own; alpaca; plain; a FILE in Jinja; auto is chat where there is one, else alpaca",
+        "chat (the checkpoint's own), alpaca, plain or a FILE in Jinja; auto is chat if there is one, else alpaca",
     )
     validation: str | None = setting(
-        None, "held-out records: a FILE, split:NAME of data.path; of the records read a share as 0.1, or so many as 40"
+        None, "held-out records: FILE, split:NAME of data.path, or a share (0.1) or number (40) of the records read"
     )
-    train_on: TrainOn = setting(TrainOn.assistant, "the assistant's turns, all that is read, or the last turn alone")
+    train_on: TrainOn = setting(TrainOn.assistant, "the assistant's turns, all tokens, or only the last answer")
     on_bad_record: OnBadRecord = setting(OnBadRecord.error, "a bad record stops the run, or is skipped and counted")
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ class DataConfig:
 
     @property
     def drawn_validation(self) -> int | float | None:
-        """The number, or share, of the records read that is held out; None where `validation` is no number."""
+        """The number or share of the records read to hold out; None if `validation` is not a number."""
         text = self.validation or ""
         try:
             return int(text) if re.fullmatch("[0-9]+", text) else float(text)
@@ -82,23 +82,23 @@ class DataConfig:
             return None
 
     def check_not_held_out(self, command: str) -> None:
-        """Raise a UserError if records are to be held out by a command that holds none out."""
+        """Raise a UserError if `validation` is given to a command that holds no records out."""
         if self.validation is not None:
-            advice = f"{command} takes data.path=FILE, such as {HELD_OUT_FILE}, what a run has drawn, in its folder"
+            advice = f"give {command} data.path=FILE, such as {HELD_OUT_FILE} in the folder of a run that drew records"
             raise UserError(f"data.validation={self.validation} is for train and plan: {advice}")
 
     @property
     def is_builtin(self) -> bool:
-        """Whether the records ship with the package."""
+        """True if the records ship with the package."""
         return self.name == "sample"
 
     @property
     def title(self) -> str:
-        """What people call this data: a file that is given in the place of the built-in set by the file's name."""
+        """Name for display: the file's if `path` replaces the built-in set, else `name`."""
         return Path(self.path).name if self.path and self.is_builtin else self.name
 
     def check_for(self, model: ModelConfig, needs_records: bool = True) -> None:
-        """Raise a UserError unless records are named, and those of `max_length` tokens fit the model's context."""
+        """Raise a UserError if no records are given, or `max_length` exceeds the model's context."""
         if needs_records and self.path is None and self.url is None and not self.is_builtin:
             raise UserError(f"data={self.name} needs data.path=FILE: a file of records")
         limit, length = model.max_seq_len, self.max_length or model.max_seq_len
@@ -107,7 +107,7 @@ class DataConfig:
 
 @dataclass
 class MatrixRates:
-    """Peak rates of dense matrix products in TFLOP/s, as the maker states them; null where a card lacks the format."""
+    """The vendor's peak rates of dense matrix products in TFLOP/s; null if the card lacks the format."""
 
     fp32: float | None = setting(None, "peak rate in fp32, TFLOP/s")
     tf32: float | None = setting(None, "peak rate in TF32, TFLOP/s")
@@ -121,19 +121,19 @@ class MatrixRates:
 
 @dataclass
 class GpuConfig:
-    """The device to run on. A card's profile also says what the card has; `auto` and `cpu` leave that open."""
+    """The device to run on. A card's profile also states memory and rates; `auto` and `cpu` do not."""
 
-    name: str = setting("???", "which card this is")
-    device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA where there is a GPU, else the CPU")
+    name: str = setting("???", "name of the card")
+    device: DeviceChoice = setting(DeviceChoice.auto, "where to run; auto is CUDA if there is a GPU, else the CPU")
     memory_mib: int | None = setting(None, "MiB that PyTorch reports as the card's total memory", at_least=1)
-    context_mib: int = setting(0, "MiB of it that the CUDA context and its libraries take before the first tensor")
+    context_mib: int = setting(0, "MiB of it that the CUDA context and its libraries use before the first tensor")
     compute_capability: str | None = setting(None, "CUDA compute capability, such as 8.0")
     bandwidth_gb_s: float | None = setting(None, "peak memory bandwidth in 10**9 bytes per second")
-    link_gb_s: float | None = setting(None, "to another card, one direction, in 10**9 bytes per second; for plan")
+    link_gb_s: float | None = setting(None, "bandwidth to another card, one way, in 10**9 bytes per second; for plan")
     tflops: MatrixRates = field(default_factory=MatrixRates)
     index: int | None = setting(
         None,
-        "which GPU, as nvidia-smi numbers those that can be seen; null is the first, for train the first free one",
+        "number of the GPU in nvidia-smi's order of visible ones; null: the first, for train the first free one",
         at_least=0,
         needs="gpu.device=auto|cuda",
     )
@@ -150,12 +150,12 @@ class GpuConfig:
             check(rate is None or 0 < rate < math.inf, f"gpu.{key}", rate, "positive and finite")
 
     def check_is_one(self) -> None:
-        """Raise a UserError for `all`, which only a plan can be made for."""
-        check(self.name != "all", "gpu", self.name, "one card, auto or cpu: all is for plan")
+        """Raise a UserError for `gpu=all`, which only `plan` takes."""
+        check(self.name != "all", "gpu", self.name, "one card, auto or cpu; all is only for plan")
 
     @property
     def usable_mib(self) -> int | None:
-        """What the allocator can have on this card; None where no profile says so."""
+        """Memory that the allocator can use on this card; None without a card's profile."""
         return None if self.memory_mib is None else self.memory_mib - self.context_mib
 
     @property
@@ -169,21 +169,21 @@ class GpuConfig:
 
 @dataclass
 class PlanCheckConfig:
-    """What `train` does with the plan of its run, which it makes first where there is a GPU."""
+    """The plan that `train` makes of a run before starting it on a GPU."""
 
     enforce: bool = setting(
         True,
-        "do not start a run that would not fit on the GPU; a sweep measures it all the same",
+        "do not start a run that would not fit on the GPU; a sweep measures it anyway",
         needs="gpu.device=auto|cuda",
     )
 
 
 @dataclass
 class MeasureConfig:
-    """What is measured, and under which limit."""
+    """The limit that a run is measured under."""
 
     memory_limit_mib: int | None = setting(
-        None, "MiB that a run may use; CPU: its data segment, CUDA: the allocator; null is no limit", at_least=1
+        None, "MiB that a run may use (CPU: its data segment, CUDA: the allocator); null is no limit", at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -194,14 +194,14 @@ class MeasureConfig:
 class TrackerConfig:
     """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
-    kind: TrackerKind = setting(TrackerKind.wandb, "what tracks; the choice of the group sets it")
+    kind: TrackerKind = setting(TrackerKind.wandb, "the tracker; the choice of the group sets it")
     mode: TrackerMode = setting(
-        TrackerMode.auto, "W&B's; auto: WANDB_MODE, else online with an API key, else offline", needs=WANDB
+        TrackerMode.auto, "W&B's mode; auto: WANDB_MODE, else online with an API key, else offline", needs=WANDB
     )
     project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft", needs=WANDB)
-    entity: str | None = setting(None, "the W&B user or team; null: WANDB_ENTITY, else the API key's own", needs=WANDB)
+    entity: str | None = setting(None, "the W&B user or team; null: WANDB_ENTITY, else the API key's", needs=WANDB)
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder", needs=WANDB)
-    tags: list[str] = setting([], "W&B tags beside techniques, model and card; [] is those of WANDB_TAGS", needs=WANDB)
+    tags: list[str] = setting([], "W&B tags besides techniques, model and card; [] is WANDB_TAGS", needs=WANDB)
     notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES", needs=WANDB)
     artifacts: bool = setting(False, "log the adapter or weights that a run leaves as a W&B artifact", needs=WANDB)
 
@@ -212,9 +212,9 @@ class TrackerConfig:
 
 @dataclass
 class UploadConfig(TrackerConfig):
-    """The tracker for runs that are over. What is not given is as each run was told."""
+    """The tracker for finished runs. A key that is not given has the value of each run's own config."""
 
-    upload: bool = setting(False, "send every run, and the sweep, to the tracker again from the local files")
+    upload: bool = setting(False, "send every run and the sweep to the tracker again, from the local files")
     dashboard: bool = setting(False, "make a W&B dashboard of the sweep's runs, with wandb-workspaces", needs=WANDB)
 
 
@@ -224,7 +224,7 @@ ReportForm = enum.Enum("ReportForm", ["standard", "course"])
 
 @dataclass
 class ReportConfig:
-    """The settings of `python -m llama_ft.report`, besides the folders."""
+    """All settings of `report`; its folders are arguments."""
 
     tracker: UploadConfig = field(default_factory=UploadConfig)
     form: ReportForm = setting(ReportForm.standard, "course: also write Tables 1 and 2 as the course has them")

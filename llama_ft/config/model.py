@@ -7,22 +7,22 @@ from pathlib import Path
 from llama_ft.config.checks import Settings, check, setting
 
 PACKAGE_DIR = Path(__file__).resolve().parent.parent
-MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # beyond any model that exists: a larger value is a mistake
-FEATURES = ("qkv_bias", "qk_norm")  # what LLaMA has not, and a close relative has
-FROM_CHECKPOINT = "from_checkpoint"  # the choice that takes its sizes from the checkpoint's folder
+MAX_SIZE, MAX_LAYERS = 2**24, 2**12  # beyond any existing model: a larger value is a mistake
+FEATURES = ("qkv_bias", "qk_norm")  # not in LLaMA, but in close relatives
+FROM_CHECKPOINT = "from_checkpoint"  # the choice of `model` that reads the sizes from the checkpoint
 
 
 @dataclass
 class ModelConfig:
-    """Sizes of a LLaMA decoder, in the terms of Meta's `params.json` where it has one for them."""
+    """Sizes of a LLaMA decoder, named as in Meta's `params.json` where it has them."""
 
-    name: str = setting("???", "which model this is")
+    name: str = setting("???", "name of the model")
     dim: int = setting(4096, "width of the residual stream")
     n_layers: int = setting(32, "decoder blocks")
     n_heads: int = setting(32, "attention heads")
     n_kv_heads: int = setting(32, "key and value heads; fewer than n_heads is grouped-query attention")
     ffn_dim: int = setting(11008, "width of the feed-forward layer")
-    vocab_size: int = setting(32000, "pieces of the tokenizer")
+    vocab_size: int = setting(32000, "tokens in the vocabulary")
     max_seq_len: int = setting(4096, "longest sequence in tokens")
     norm_eps: float = setting(1e-5, "added to the mean square in RMSNorm")
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
@@ -40,7 +40,7 @@ class ModelConfig:
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
     qkv_bias: bool = setting(False, "wq, wk and wv have biases: Qwen 2 and 2.5")
     qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys: Qwen 3")
-    # Those of these keys that were typed: they win over what a checkpoint says.
+    # Keys that were typed: they override the checkpoint's sizes.
     given: list[str] = field(default_factory=list, compare=False)
 
     def __post_init__(self) -> None:
@@ -65,8 +65,8 @@ class ModelConfig:
 
     @property
     def sizes(self) -> Settings:
-        """What tells models apart: all keys but the name, and who said them; features only where they are on."""
-        off = {key for key in FEATURES if not getattr(self, key)}  # as in files written before they were there
+        """The keys that identify a model: all but `name` and `given`; features only if they are on."""
+        off = {key for key in FEATURES if not getattr(self, key)}  # as in files written before these keys existed
         return {key: value for key, value in asdict(self).items() if key not in ("name", "given", *off)}
 
     @property
@@ -81,5 +81,5 @@ class ModelConfig:
 
     @property
     def is_builtin(self) -> bool:
-        """Whether a tokenizer for this model ships with the package."""
+        """True if a tokenizer for this model ships with the package."""
         return (self.builtin_dir / "tokenizer.model").is_file()

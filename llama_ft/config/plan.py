@@ -1,4 +1,4 @@
-"""What `python -m llama_ft.plan` can be told."""
+"""The settings of `python -m llama_ft.plan`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,52 +10,52 @@ from llama_ft.config.techniques import COURSE, TECHNIQUES
 from llama_ft.config.train import TrainConfig
 
 STAND_IN_LENGTH, STAND_IN_SAMPLES = 512, 200
-# In what the rows of a plan can differ, beside recipes and techniques: keys of training that change memory or time.
+# Keys of training in which a plan's rows can differ, besides recipes and techniques: those that change memory or time.
 OF_ROWS = "epochs max_grad_norm micro_batch_size momentum optimizer optimizer_in_backward packing".split()
 
 
 @dataclass
 class PlanConfig(TrainConfig):
-    """Everything `python -m llama_ft.plan` can be told: what `train` can, so that its arguments fit here too."""
+    """All settings of `plan`, which include those of `train`: a run's arguments can be planned unchanged."""
 
-    combinations: Combinations = setting(Combinations.all, "all of GA, MP, LoRA and techniques in both; one is optim's")
-    both: list[str] = setting([], "other techniques to plan both off and on, as [gc]; gc=both says the same")
-    goal: Goal | None = setting(None, "advice too: the fastest that fits, or the smallest card on which anything fits")
-    calibrate: str | None = setting(None, "folder of measured runs on this device, which say how fast it really is")
+    combinations: Combinations = setting(Combinations.all, "all of GA, MP, LoRA and techniques in both; one: optim's")
+    both: list[str] = setting([], "other techniques to plan off and on, such as [gc]; gc=both is the same")
+    goal: Goal | None = setting(None, "advice: the fastest that fits, or the smallest card on which anything fits")
+    calibrate: str | None = setting(None, "folder of measured runs on this device, from which its real speed is taken")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
 
     def __post_init__(self) -> None:
         if not self.plan.enforce:
-            raise UserError("plan.enforce=false is for train: plan starts no run that it could stop; leave it out")
-        allowed = [each.name for each in TECHNIQUES if not each.in_course]
-        check(set(self.both) <= set(allowed), "both", self.both, f"of {', '.join(allowed)}, such as [{allowed[0]}]")
+            raise UserError("plan.enforce=false is for train, and plan starts no run: leave it out")
+        others = [each.name for each in TECHNIQUES if not each.in_course]
+        check(set(self.both) <= set(others), "both", self.both, f"a list of {', '.join(others)}, such as [{others[0]}]")
         if self.measure.memory_limit_mib is not None:
-            raise UserError("measure.memory_limit_mib is for train: gpu.memory_mib=N is another limit for a plan")
+            raise UserError("measure.memory_limit_mib is for train: to limit a plan give gpu.memory_mib=N")
         if self.gpu.name == "all" and self.gpu != GpuConfig(name="all"):
-            raise UserError("gpu=all plans for each card as its profile has it: name one card to change its figures")
+            raise UserError("gpu=all uses each card's profile unchanged: name one card to change its values")
         if self.goal is Goal.cheapest_gpu and self.gpu.name not in ("auto", "all"):
-            raise UserError(f"goal=cheapest_gpu looks at all cards, and gpu={self.gpu.name} names one: leave one out")
+            raise UserError(f"goal=cheapest_gpu compares all cards, and gpu={self.gpu.name} names one: leave one out")
         if self.checkpoint is None:
-            self.checkpoint = "builtin" if self.model.is_builtin else "random"  # no weight is read
+            self.checkpoint = "builtin" if self.model.is_builtin else "random"  # weights are not read
         self.tokenizer = self.tokenizer or found_tokenizer(self.model, self.checkpoint)
         self.data.check_for(self.model, needs_records=self.has_lengths)
         if self.both and self.combinations is Combinations.one:
             typed = f"both=[{','.join(self.both)}]"
-            raise UserError(f"{typed} compares combinations, and combinations=one leaves one: leave out one of them")
+            raise UserError(f"{typed} compares combinations, and combinations=one plans one: leave one of them out")
         if self.goal is not None and self.combinations is Combinations.one:
-            raise UserError("goal compares combinations, and combinations=one leaves one: leave out optim and recipe")
-        if self.combinations is Combinations.one:  # else it is said of the rows
+            raise UserError("goal compares combinations, and combinations=one plans one: leave out optim and recipe")
+        if self.combinations is Combinations.one:  # else the plan reports it per row
             self.check_optimizer()
 
     @property
     def used_techniques(self) -> set[str]:
-        """The techniques whose numbers matter: those that are on in one of the combinations."""
+        """The techniques whose settings have an effect: those on in at least one combination."""
         varied = {*(each.name for each in COURSE), *self.both} if self.combinations is Combinations.all else set()
         return super().used_techniques | varied
 
     @property
     def has_lengths(self) -> bool:
-        """Whether the lengths of the data's samples can be known; else `max_length` stands in for them."""
+        """True if a tokenizer gives the samples' lengths; else `max_length` stands in for them."""
         return self.tokenizer is not None or self.model.is_builtin
 
     @property
@@ -67,7 +67,7 @@ class PlanConfig(TrainConfig):
 
 
 def row_settings(runs: Sequence[TrainConfig]) -> list[Settings]:
-    """The settings, by full name, in which runs differ beside the switches; a UserError if a plan's rows may not."""
+    """The settings in which runs differ besides the switches; a UserError if a plan's rows may not differ in them."""
     known, sections = [flat(run.to_dict()) for run in runs], [each.name for each in TECHNIQUES]
     keys = [key for key in known[0] if any(settings.get(key) != known[0][key] for settings in known)]
     for key in keys:
@@ -75,7 +75,7 @@ def row_settings(runs: Sequence[TrainConfig]) -> list[Settings]:
         is_known = section in ("recipe", "optim", *sections) or key in ("parallel.strategy", "parallel.processes")
         if not is_known and not (section == "training" and name in OF_ROWS):
             raise UserError(
-                f"{section if section in ('model', 'gpu') else key} has several values, and a plan is of one: its rows"
+                f"{section if section in ('model', 'gpu') else key} has several values, and a plan is for one: its rows"
                 f" can differ in recipe, optim, parallel, {', '.join(sections)} and training.{', '.join(OF_ROWS)};"
                 " gpu=all plans for all cards"
             )

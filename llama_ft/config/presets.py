@@ -12,19 +12,19 @@ T = TypeVar("T")
 
 
 def config_dir() -> Path:
-    """The folder of the YAML files: beside the package in a checkout, inside it once installed."""
+    """The folder of the YAML files: next to the package in a checkout, inside it once installed."""
     inside = PACKAGE_DIR / "conf"
     return inside if inside.is_dir() else PACKAGE_DIR.parent / "conf"
 
 
 def preset(group: str, name: str, schema: type[T], **changes: Any) -> T:
-    """A choice of a config group, with some keys changed; a UserError names those that there are."""
+    """Load a choice of a config group, with some keys changed; for an unknown name a UserError lists the choices."""
     merged = OmegaConf.merge(OmegaConf.structured(schema), _load(group, name), literal(changes))
     return cast(T, OmegaConf.to_object(merged))
 
 
 def _load(group: str, name: str) -> DictConfig:
-    """The keys of a choice, those of the choices that it builds on included."""
+    """Load a choice's keys, including those of the choices that it builds on."""
     folder = config_dir() / group
     file = folder / f"{name}.yaml"
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Where a model comes from, and what it runs on: keys that every command which loads one shares."""
+"""Keys shared by the commands that load a model: its source, its records and its device."""
 
 import enum
 import os
@@ -10,23 +10,23 @@ from llama_ft.config.checks import Dtype, Settings, UserError, check_settings, s
 from llama_ft.config.groups import DataConfig, GpuConfig
 from llama_ft.config.model import ModelConfig
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: of LLaMA-2 the second is made from the first
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: LLaMA-2's second is converted from the first
 GGUF_MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a checkpoint is a GGUF file, by its name or its first bytes, and no folder."""
+    """Return True if a checkpoint is a GGUF file, by its name or its first bytes, not a folder."""
     if path.suffix == ".gguf" or not path.is_file():
         return path.is_file()
     try:
         with path.open("rb") as file:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
-    except OSError:  # the code that needs the file has the better message
+    except OSError:  # the code that reads the file raises a better message
         return False
 
 
 def found_tokenizer(model: ModelConfig, checkpoint: str | None) -> str | None:
-    """The tokenizer in a checkpoint, a GGUF file or a folder; None if it has none, or if the model has its own."""
+    """Find the tokenizer in a checkpoint (GGUF file or folder); None if it has none, or if the model has its own."""
     if model.is_builtin or checkpoint in (None, "builtin", "random"):
         return None
     place = Path(os.path.expanduser(str(checkpoint)))
@@ -39,7 +39,7 @@ class ModelSource:
     """A model, its weights and its tokenizer."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
-    checkpoint: str | None = setting(None, "builtin, random, a folder, a GGUF file, hub:ORG/NAME; null is builtin")
+    checkpoint: str | None = setting(None, "builtin, random, a folder, a GGUF file or hub:ORG/NAME; null is builtin")
     tokenizer: str | None = setting(
         None, "a tokenizer.model, or a BPE's tokenizer.json; null is the model's own, or the one in the checkpoint"
     )
@@ -61,7 +61,7 @@ class ModelSource:
         return Path(os.path.expanduser(self.tokenizer or self.model.builtin_dir / "tokenizer.model"))
 
     def to_dict(self) -> Settings:
-        """Plain JSON types, enums by name."""
+        """Convert to plain JSON types, enums by name."""
 
         def plain(items: list[tuple[str, Any]]) -> Settings:
             return {key: value.name if isinstance(value, enum.Enum) else value for key, value in items}
@@ -87,16 +87,16 @@ class RecordsSource(ModelSource):
 
 @dataclass
 class TrainedSource(ModelSource):
-    """A model to be used, not trained: with an adapter or without, and what to compare it with."""
+    """A model for inference, with or without an adapter, and the weights to compare it with."""
 
     gpu: GpuConfig = field(default_factory=GpuConfig)
     adapter: str | None = setting(None, "folder of a run that trained a LoRA adapter on these weights")
-    merge: bool = setting(True, "merge the adapter into the weights; a dialogue, and false, keep it apart")
-    base: str | None = setting(None, "weights to compare with: builtin, random, a folder; null is without the adapter")
+    merge: bool = setting(True, "merge the adapter into the weights; with false, and in a dialogue, it stays separate")
+    base: str | None = setting(None, "weights to compare with: builtin, random or a folder; null: without the adapter")
     kv_cache: bool = setting(True, "keep the keys and values of earlier tokens; false recomputes them each time")
     dtype: Dtype = setting(
         Dtype.auto,
-        "of weights and arithmetic; auto is 16 bit on CUDA and fp32 on the CPU; nf4 and fp4 are weights in 4 bits",
+        "of weights and arithmetic; auto is 16-bit on CUDA, fp32 on the CPU; nf4 and fp4 store weights in 4 bits",
         "auto fp32 bf16 fp16 nf4 fp4",
     )
 
@@ -105,6 +105,6 @@ class TrainedSource(ModelSource):
         check_settings(self)
         self.gpu.check_is_one()
         if not self.merge and self.adapter is None:
-            raise UserError("merge=false keeps an adapter beside the weights, and there is none: give adapter=DIR")
+            raise UserError("merge=false keeps an adapter separate, and there is none: give adapter=DIR")
         if self.base == "builtin" and not self.model.is_builtin:
             raise UserError(f"base=builtin: model={self.model.name} has no built-in weights")

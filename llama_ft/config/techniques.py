@@ -1,4 +1,4 @@
-"""The registry of techniques: what each is called, its numbers, and what applies it.
+"""The registry of techniques: their names, settings and the functions that apply them.
 
 Each field of `TechniqueConfigs` is one technique. Its switch `optim.NAME`, its label, the combinations, the rows of
 tables and plans, and the advice all follow from that field.
@@ -21,24 +21,24 @@ class Technique:
 
     name: str  # of its switch `optim.NAME` and of its section of the config
     label: str  # its name in tables
-    meaning: str  # what `--help` says of the switch
+    meaning: str  # of the switch, for `--help`
     # `module:function` that changes a model in place, called with the model, the section and the run's `Precision`.
-    # None where the technique changes no module: it is then a value that the training step is given.
+    # None if the technique changes no module: the training step then gets it as a value.
     apply: str | None = None
     # Of a micro-batch. Combinations that differ only in techniques that do not are planned from the same fake steps.
     changes_operators: bool = True
-    in_course: bool = False  # one of the course's Table 2: with a column always, and presets in `conf/optim`
-    saves: bool = True  # memory or time: then it is in advice and in table 1, which compare what there is to be saved
+    in_course: bool = False  # in the course's Table 2: always has a column, and presets in `conf/optim`
+    saves: bool = True  # memory or time; advice and Table 1, which compare savings, leave out the others
 
 
 def technique(section: type, label: str, meaning: str, apply: str | None = None, **about: Any) -> Any:
-    """A field of `TechniqueConfigs`: a technique's numbers, and what `Technique` says of it."""
+    """Return a field of `TechniqueConfigs`: a technique's settings, and the values of its `Technique`."""
     return field(default_factory=section, metadata={"label": label, "meaning": meaning, **about, "apply": apply})
 
 
 @dataclass
 class GradientAccumulationConfig:
-    """Gradient accumulation, where `optim.ga` is on."""
+    """Gradient accumulation (`optim.ga`)."""
 
     steps: int = setting(8, "micro-batches in an optimizer step")
 
@@ -48,19 +48,19 @@ class GradientAccumulationConfig:
 
 @dataclass
 class MixedPrecisionConfig:
-    """Mixed precision, where `optim.mp` is on: compute, frozen and trainable dtypes, each said by itself."""
+    """Mixed precision (`optim.mp`), with separate dtypes for computation, frozen and trainable weights."""
 
     dtype: Dtype = setting(Dtype.auto, "16-bit format; auto is bf16 if the device has it, else fp16", "auto bf16 fp16")
     frozen_weights: Dtype = setting(
         Dtype.compute,
-        "storage of frozen weights; fp32 is the plain AMP; nf4 and fp4 are 4 bits in linear layers (QLoRA)",
+        "storage of frozen weights; fp32 is plain AMP; nf4 and fp4 store linear layers in 4 bits (QLoRA)",
         "compute fp32 nf4 fp4",
         needs="optim.lora=true",
     )
     double_quantization: bool = setting(
-        True, "the scales of 4-bit weights are quantized too, to 8 bits", needs="mp.frozen_weights=nf4|fp4"
+        True, "quantize the scales of 4-bit weights too, to 8 bits", needs="mp.frozen_weights=nf4|fp4"
     )
-    trainable_weights: Dtype = setting(Dtype.fp32, "storage of trainable weights; fp32 is masters", "compute fp32")
+    trainable_weights: Dtype = setting(Dtype.fp32, "storage of trainable weights; fp32: master weights", "compute fp32")
 
     def __post_init__(self) -> None:
         check_settings(self, "mp.")
@@ -70,12 +70,12 @@ class MixedPrecisionConfig:
 
 @dataclass
 class LoraConfig:
-    """Low-rank adaptation, where `optim.lora` is on."""
+    """Low-rank adaptation (`optim.lora`)."""
 
     rank: int = setting(16, "r, the inner size of the two factors")
     alpha: float = setting(32.0, "the update is scaled by alpha / rank")
     rslora: bool = setting(False, "the update is scaled by alpha / sqrt(rank) instead (rsLoRA)")
-    dropout: float = setting(0.05, "share of the adapter's inputs that is dropped in training")
+    dropout: float = setting(0.05, "share of the adapter's inputs that is zeroed in training")
     targets: list[str] = setting(["wq", "wv"], "the linear layers that get an adapter: wq wk wv wo w1 w2 w3 output")
 
     def __post_init__(self) -> None:
@@ -87,11 +87,11 @@ class LoraConfig:
 
 @dataclass
 class GradientCheckpointingConfig:
-    """Gradient checkpointing, where `optim.gc` is on."""
+    """Gradient checkpointing (`optim.gc`)."""
 
     every: int = setting(1, "keep the input of every n-th block", at_least=1)
-    policy: Policy = setting(Policy.full, "recompute all of a block; or selective, all but large matrix products")
-    offload: Offload | None = setting(None, "cpu keeps the blocks' inputs in the host's memory; null on the device")
+    policy: Policy = setting(Policy.full, "full recomputes a whole block, selective all but its large matrix products")
+    offload: Offload | None = setting(None, "cpu keeps the blocks' inputs in host memory; null: on the device")
 
     def __post_init__(self) -> None:
         check_settings(self, "gc.")
@@ -99,9 +99,9 @@ class GradientCheckpointingConfig:
 
 @dataclass
 class NeftuneConfig:
-    """NEFTune, where `optim.neft` is on."""
+    """NEFTune (`optim.neft`)."""
 
-    alpha: float = setting(5.0, "noise on embeddings is up to alpha / sqrt(tokens x model.dim); the paper has 5 to 15")
+    alpha: float = setting(5.0, "noise on embeddings is up to alpha / sqrt(tokens x model.dim); the paper uses 5 to 15")
 
     def __post_init__(self) -> None:
         check(0 < self.alpha < math.inf, "neft.alpha", self.alpha, "positive and finite")
@@ -139,12 +139,12 @@ COURSE = tuple(each for each in TECHNIQUES if each.in_course)
 LABELS = {each.name: each.label for each in TECHNIQUES}
 
 
-# Any: its fields are known at run time alone.
+# Any: its fields are known only at run time.
 _Switches: Any = make_dataclass("_Switches", [(each.name, bool, setting(False, each.meaning)) for each in TECHNIQUES])
 
 
 class OptimConfig(_Switches):  # type: ignore[misc]
-    """Which techniques are on: a switch for each."""
+    """A switch for each technique."""
 
     @property
     def combination(self) -> str:
@@ -157,7 +157,7 @@ class OptimConfig(_Switches):  # type: ignore[misc]
 
     @property
     def as_typed(self) -> str:
-        """The combination as one types it: a preset, and the switches that no preset has."""
+        """The combination as typed: a preset, and the switches of techniques that have no presets."""
         preset = combination_name({each.name: getattr(self, each.name) for each in COURSE})
         others = [f"optim.{each.name}=true" for each in TECHNIQUES if not each.in_course and getattr(self, each.name)]
         return " ".join([f"optim={preset}", *others])
@@ -176,24 +176,24 @@ def combination_name(switches: dict[str, bool]) -> str:
 
 
 def combination_label(switches: dict[str, bool]) -> str:
-    """A combination for people: `GA+MP+LoRA`."""
+    """A combination's name for display, such as `GA+MP+LoRA`."""
     return "+".join(each.label for each in TECHNIQUES if switches.get(each.name)) or BASELINE
 
 
 def table_order(switches: dict[str, bool]) -> tuple[bool, ...]:
-    """Sorts combinations as the course's Table 2 does; those with other techniques come after those without."""
+    """Sort key: the order of the course's Table 2, combinations with other techniques last."""
     others = [each for each in TECHNIQUES if not each.in_course]
     return tuple(switches.get(each.name, False) for each in (*others, *COURSE))
 
 
 def shown_techniques(combinations: Iterable[dict[str, bool]]) -> list[Technique]:
-    """Techniques with a row in a table's heading: the course's always, the others where a combination has them on."""
+    """Techniques with a row in a table's heading: the course's, and the others that are on in a combination."""
     rows = list(combinations)
     return [each for each in TECHNIQUES if each.in_course or any(row.get(each.name) for row in rows)]
 
 
 def combinations(varied: Iterable[str] = (), among: Iterable[Technique] = COURSE) -> Iterator[OptimConfig]:
-    """Every combination of the course's techniques and of those named in `varied`, in the table's order."""
+    """Yield every combination of the techniques `among` and those named in `varied`, in the table's order."""
     names = [*varied, *(each.name for each in among)]
     for on in product((False, True), repeat=len(names)):
         yield OptimConfig(**dict(zip(names, on, strict=True)))

@@ -1,4 +1,4 @@
-"""What `python -m llama_ft.train` can be told."""
+"""The settings of `python -m llama_ft.train`."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from llama_ft.config.source import ModelSource, RecordsSource
 from llama_ft.config.techniques import TECHNIQUES, Switched, TechniqueConfigs
 from llama_ft.config.training import SweepConfig, TrainingConfig
 
-# Keys that came after the first runs had been hashed, and the values with which a run is what it was before.
+# Keys added after the first runs were hashed. A run with these values keeps its hash: they are left out of it.
 LATER: Settings = {
     "columns": {}, "subset": None, "split": None, "on_long": "truncate", "template": "auto", "train_on": "assistant",
     "adapter": None, "packing": None, "compile": False, "validation": None, "schedule": "cosine", "optimizer": "adamw",
@@ -22,11 +22,11 @@ LATER: Settings = {
     "double_quantization": True, "policy": "full", "offload": None,
     "parallel": {"strategy": "none", "processes": 2, "nodes": 1},
 }  # fmt: skip
-NAMES = ("tracker", "plan", "sweep", "recipe")  # sections and keys that do not change what is run
+NAMES = ("tracker", "plan", "sweep", "recipe")  # sections and keys that do not change the run itself
 
 
 def read_config(file: Path) -> "TrainConfig":
-    """The config in a run's `config.yaml`, checked again; a UserError names a damaged file."""
+    """Read a run's `config.yaml` and check it again; a UserError names a damaged file."""
     import yaml
     from omegaconf import OmegaConf
 
@@ -37,9 +37,9 @@ def read_config(file: Path) -> "TrainConfig":
 
 @dataclass
 class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
-    """Everything `python -m llama_ft.train` can be told."""
+    """All settings of `train`."""
 
-    adapter: str | None = setting(None, "folder of a run, or of PEFT, whose LoRA adapter is trained further, as it is")
+    adapter: str | None = setting(None, "folder (run or PEFT) of a LoRA adapter to train further; it sets lora's keys")
     training: TrainingConfig = field(default_factory=TrainingConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -47,14 +47,14 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     plan: PlanCheckConfig = field(default_factory=PlanCheckConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
-    recipe: str | None = None  # of conf/recipe: a name for what it sets, and nothing beside
+    recipe: str | None = None  # the choice in conf/recipe, which sets other keys
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.adapter is not None and not self.optim.lora:
-            raise UserError("adapter=DIR is trained further with LoRA, and optim.lora is off: give optim=lora")
+            raise UserError("adapter=DIR needs LoRA, and optim.lora is off: give optim=lora")
         if self.training.compile and self.optim.gc and self.gc.policy is Policy.selective:
-            problem = "gc.policy=selective chooses among operators, and training.compile=true makes one of a layer"
+            problem = "gc.policy=selective chooses among operators, and training.compile=true fuses those of a layer"
             raise UserError(f"{problem}: leave one of them out")
         self.gpu.check_is_one()
         self.check_optimizer()
@@ -63,52 +63,52 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         self.sweep.check_for(self.data.validation)
 
     def check_optimizer(self) -> None:
-        """Raise a UserError where the optimizer does not go with the techniques, or with a device that is named."""
+        """Raise a UserError if the optimizer does not work with the techniques or the device."""
         device_type = "cpu" if self.gpu.device is DeviceChoice.cpu else "cuda"
         in_fp16 = self.optim.mp and self.mp.dtype is Dtype.fp16
         self.training.check_on(device_type, self.accumulation_steps, in_fp16)
 
     def check_parallel(self) -> None:
-        """Raise a UserError for what a run on several processes does not do."""
+        """Raise a UserError for settings that a run on several processes does not support."""
         name, training = self.parallel.strategy.name, self.training
         if self.parallel.is_split and (training.compile or training.optimizer_in_backward):
             key = "compile" if training.compile else "optimizer_in_backward"
-            raise UserError(f"training.{key}=true is for one process, and parallel={name}: leave one of them out")
+            raise UserError(f"training.{key}=true needs a single process, not parallel={name}: leave one of them out")
         if self.parallel.is_split and self.gpu.index is not None:
-            raise UserError(f"gpu.index names one GPU, and parallel={name} takes several: set CUDA_VISIBLE_DEVICES")
+            raise UserError(f"gpu.index names one GPU, and parallel={name} uses several: set CUDA_VISIBLE_DEVICES")
         if self.parallel.strategy is Strategy.fsdp and training.optimizer.name.endswith("8bit"):
-            why = "whose blocks of moments the rows of a process would cut"
-            raise UserError(f"training.optimizer={training.optimizer.name}, {why}, is not for parallel=fsdp: use adamw")
+            why = "parallel=fsdp would cut its blocks of moments"
+            raise UserError(f"training.optimizer={training.optimizer.name}: {why}; use training.optimizer=adamw")
 
     @property
     def used_techniques(self) -> set[str]:
-        """The techniques whose numbers matter: those that are on."""
+        """The techniques whose settings have an effect: those that are on."""
         return {each.name for each in TECHNIQUES if getattr(self.optim, each.name)}
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches in an optimizer step; 1 is gradient accumulation switched off."""
+        """Micro-batches in an optimizer step; 1 without gradient accumulation."""
         return self.ga.steps if self.optim.ga else 1
 
     @property
     def memory_limit_mib(self) -> int | None:
-        """The limit to run under: the one given or that of the card's profile, whichever is smaller."""
+        """The run's memory limit: the given one or that of the card's profile, whichever is smaller."""
         limits = [limit for limit in (self.measure.memory_limit_mib, self.gpu.usable_mib) if limit is not None]
         return min(limits, default=None)
 
     def to_yaml(self) -> str:
-        """The resolved config, for `config.yaml`; `read_config` reads it, and takes no text in it for anything else."""
+        """The resolved config, for `config.yaml`; `read_config` reads it back unchanged."""
         import yaml
 
         return str(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def measured(self, without: tuple[str, ...] = ()) -> Settings:
-        """What identifies a run: equal for equal runs on equal files, wherever they lie.
+        """The settings that identify a run: equal for equal runs on equal files, wherever the files are.
 
         `without` leaves out sections of the config, and keys by their full name.
         """
         measured = {key: value for key, value in self.to_dict().items() if key not in (*NAMES, *without)}
-        # How a run is kept, and where; not what is run.
+        # They do not change what a run computes.
         kept = (
             "training.save_every",
             "training.resume",
@@ -120,7 +120,7 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
         )
         for section, _, name in (key.partition(".") for key in (*kept, *without) if "." in key):
             measured.get(section, {}).pop(name, None)
-        measured["model"] = self.model.sizes  # and weights are in the hash, whatever they are called
+        measured["model"] = self.model.sizes  # without the name: the weights' content is hashed
         files = {"builtin": str(self.model.builtin_dir)}
         data, training = measured["data"], measured["training"]
         data["columns"] = self.data.columns.given
@@ -141,9 +141,9 @@ class TrainConfig(RecordsSource, TechniqueConfigs, Switched, ModelSource):
 
     @property
     def run_hash(self) -> str:
-        """Equal for runs of which one can resume the other: they may end elsewhere, on more or fewer cards."""
+        """Equal for two runs if one can resume the other: they may differ in their end and in the number of cards."""
         return self.hash(without=("training.epochs", "training.patience", "parallel"))
 
     def hash(self, without: tuple[str, ...] = ()) -> str:
-        """16 hex digits of what is measured."""
+        """16 hex digits of the hash of `measured`."""
         return hashlib.sha256(json.dumps(self.measured(without), sort_keys=True).encode()).hexdigest()[:16]

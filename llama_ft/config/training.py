@@ -1,4 +1,4 @@
-"""The loop and its optimizer, and what a sweep does with its runs: keys of `train`."""
+"""Keys of `train`: the training loop, its optimizer, and the order and objective of a sweep."""
 
 import enum
 import math
@@ -7,50 +7,49 @@ from dataclasses import dataclass
 from llama_ft.config.checks import UserError, check, check_settings, setting
 
 SEED = "training.seed"  # the key in which repeats differ
-# How the learning rate falls after its warm-up: half a cosine to 0, a line to 0, or not at all.
+# Decay of the learning rate after warm-up: half a cosine to 0, linear to 0, or none.
 Schedule = enum.Enum("Schedule", ["cosine", "linear", "constant"])
-# What updates the weights.
 Optimizer = enum.Enum("Optimizer", ["adamw", "sgd", "adamw_8bit", "paged_adamw_8bit"])
-# In which order a sweep's repeats are run: those of a combination together, or in turns with the other combinations.
+# Order of a sweep's repeats: those of a combination together, or in turns with the other combinations.
 Order = enum.Enum("Order", ["grouped", "alternate"])
 OBJECTIVES = ("eval_loss", "peak_memory_mib", "runtime_s")  # of a sweep: fields of a result
 
 
 @dataclass
 class TrainingConfig:
-    """The loop and its optimizer."""
+    """The training loop and its optimizer."""
 
-    lr: float = setting(1e-5, "peak learning rate; it warms up, then falls as training.schedule says")
+    lr: float = setting(1e-5, "peak learning rate, after warm-up; training.schedule sets its decay")
     epochs: int = setting(1, "passes over the data", at_least=1)
-    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing only those of an update", at_least=1)
-    packing: int | None = setting(None, "tokens up to which an update's samples lie end to end; null: off", at_least=1)
-    compile: bool = setting(False, "compile the model's layers by torch.compile; memory is tracked without")
+    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing it only sizes an update", at_least=1)
+    packing: int | None = setting(None, "put an update's samples end to end, up to n tokens; null: off", at_least=1)
+    compile: bool = setting(False, "compile the model's layers with torch.compile; memory is tracked without it")
     max_samples: int | None = setting(
-        None, "read the first n samples only, held-out ones that are drawn included; null is all", at_least=1
+        None, "read only the first n samples, including drawn held-out ones; null is all", at_least=1
     )
-    warmup_ratio: float = setting(0.03, "share of the optimizer steps in which the learning rate warms up")
+    warmup_ratio: float = setting(0.03, "share of the optimizer steps used for warm-up")
     weight_decay: float = setting(0.0, "decoupled weight decay of AdamW; of SGD, an L2 penalty")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
     seed: int = setting(0, "seeds the order of the data, held-out draws, dropout and random weights")
-    save: bool = setting(True, "write the adapter, or without LoRA all weights, into the run's folder")
-    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: at Ctrl-C only", at_least=1)
+    save: bool = setting(True, "save the adapter, or without LoRA all weights, in the run's folder")
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: only at Ctrl-C", at_least=1)
     resume: bool = setting(False, "continue from the newest checkpoint in the run's folder, also for more epochs")
-    schedule: Schedule = setting(Schedule.cosine, "how the learning rate falls after its warm-up")
+    schedule: Schedule = setting(Schedule.cosine, "decay of the learning rate after warm-up")
     optimizer: Optimizer = setting(
         Optimizer.adamw,
-        "what updates the weights; sgd takes a far larger training.lr; 8bit keeps moments in 8 bits, and paged lets the"
-        " driver move them to the host",
+        "the optimizer; sgd needs a far larger training.lr; 8bit stores moments in 8 bits, and paged lets the driver"
+        " move them to host memory",
     )
     optimizer_in_backward: bool = setting(
-        False, "update each weight as soon as its gradient is there, which is freed; for full fine-tuning"
+        False, "update each weight as soon as its gradient is computed, and free that; for full fine-tuning"
     )
     momentum: float = setting(0.9, "of SGD, without dampening; 0 keeps no state", needs="training.optimizer=sgd")
     eval_every: int | None = setting(
-        None, "optimizer steps between held-out losses; null is once an epoch", at_least=1, needs="data.validation"
+        None, "optimizer steps between held-out losses; null: once per epoch", at_least=1, needs="data.validation"
     )
-    keep_best: bool = setting(False, "leave weights of the least held-out loss, not the last; needs data.validation")
+    keep_best: bool = setting(False, "save the weights with the lowest held-out loss; needs data.validation")
     patience: int | None = setting(
-        None, "held-out losses in a row without improvement after which training stops; null: never", at_least=1
+        None, "stop after this many held-out losses in a row without improvement; null: never", at_least=1
     )
 
     def __post_init__(self) -> None:
@@ -62,53 +61,53 @@ class TrainingConfig:
         check(0 <= self.seed < 2**63, "training.seed", self.seed, "at least 0 and below 2**63")
         check(0 <= self.momentum < 1, "training.momentum", self.momentum, "at least 0 and below 1")
         if self.optimizer_in_backward:
-            clips = f"training.max_grad_norm={self.max_grad_norm:g} clips by the norm of them all: give inf"
+            clips = f"training.max_grad_norm={self.max_grad_norm:g} needs them all at once: give inf"
             self._refuse_in_backward({clips: self.max_grad_norm < math.inf})
 
     @property
     def saves_when_interrupted(self) -> bool:
-        """Whether Ctrl-C lets the optimizer step end and saves it, instead of stopping at once."""
+        """True if Ctrl-C finishes the optimizer step and saves it, instead of stopping at once."""
         return self.save or self.save_every is not None
 
     def check_on(self, device_type: str, accumulation_steps: int, in_fp16: bool) -> None:
-        """Raise a UserError where the optimizer does not go with the device, several micro-batches or loss scaling."""
+        """Raise a UserError if the optimizer does not work with the device, several micro-batches or loss scaling."""
         if self.optimizer is Optimizer.paged_adamw_8bit and device_type != "cuda":
             needs = "needs a CUDA GPU, whose driver moves its state to the host: on the CPU use"
             raise UserError(f"training.optimizer=paged_adamw_8bit {needs} training.optimizer=adamw_8bit")
         if self.optimizer_in_backward:
             several = self.packing is not None and self.micro_batch_size > 1
-            rows = f"training.packing={self.packing} can lay {self.micro_batch_size} samples into several rows"
+            rows = f"training.packing={self.packing} can put {self.micro_batch_size} samples into several micro-batches"
             self._refuse_in_backward(
                 {
-                    f"{accumulation_steps} micro-batches make an update: leave optim.ga out": accumulation_steps > 1,
+                    f"an update has {accumulation_steps} micro-batches: leave optim.ga out": accumulation_steps > 1,
                     f"{rows}: give training.micro_batch_size=1": several,
-                    "in fp16 an update is skipped where one overflows: use bf16, or leave optim.mp out": in_fp16,
+                    "in fp16 an overflow skips the whole update: use bf16, or leave optim.mp out": in_fp16,
                 }
             )
 
     def _refuse_in_backward(self, reasons: dict[str, bool]) -> None:
         for why in (why for why, holds in reasons.items() if holds):
-            raise UserError(f"training.optimizer_in_backward=true uses each gradient and frees it, and {why}")
+            raise UserError(f"training.optimizer_in_backward=true frees each gradient once used, and {why}")
 
     def check_for(self, validation: str | None) -> None:
-        """Raise a UserError where a key asks for held-out losses, and nothing is held out, or for weights not saved."""
+        """Raise a UserError if a key needs a held-out loss or saved weights, and the run has none."""
         if self.keep_best and not self.save:
-            raise UserError("training.keep_best=true keeps weights, and training.save=false none: leave one out")
+            raise UserError("training.keep_best=true saves weights, and training.save=false none: leave one out")
         for key, given in (("keep_best=true", self.keep_best), (f"patience={self.patience}", self.patience)):
             if given and validation is None:
                 advice = "give data.validation, a file, a share such as 0.1 or a number of records"
-                raise UserError(f"training.{key} goes by the held-out loss, and nothing is held out: {advice}")
+                raise UserError(f"training.{key} needs a held-out loss, and nothing is held out: {advice}")
 
 
 @dataclass
 class SweepConfig:
-    """What a sweep does with its runs."""
+    """The order and objective of a sweep."""
 
-    order: Order = setting(Order.grouped, "of repeats as training.seed=0,1,2: each combination's together, or in turns")
+    order: Order = setting(Order.grouped, "of repeats such as training.seed=0,1,2: by combination, or in turns")
     objective: list[str] = setting(
         [],
-        f"what is least in the best run, and what Optuna is told: {', '.join(OBJECTIVES)}, or several; [] is eval_loss,"
-        " or where nothing is held out train_loss_after",
+        f"lowest in the best run, and minimized by Optuna: {', '.join(OBJECTIVES)}, or several; [] is eval_loss, or"
+        " without held-out records train_loss_after",
     )
 
     def __post_init__(self) -> None:
@@ -116,6 +115,6 @@ class SweepConfig:
         check(known, "sweep.objective", ",".join(self.objective), f"one of {', '.join(OBJECTIVES)}, or a list of them")
 
     def check_for(self, validation: str | None) -> None:
-        """Raise a UserError where the objective is a held-out loss, and there are no held-out records."""
+        """Raise a UserError if the objective is a held-out loss and no records are held out."""
         if "eval_loss" in self.objective and validation is None:
             raise UserError("sweep.objective=eval_loss needs held-out records: give data.validation too")

@@ -1,7 +1,7 @@
-"""`python -m llama_ft.launch.agent RUN_DIR COMMAND LISTENER [check-fit]`: the ranks of one run on this machine.
+"""`python -m llama_ft.launch.agent RUN_DIR COMMAND LISTENER [check-fit]`: run the ranks of a run on this machine.
 
-Started by `llama_ft.launch.process` in the place of the one child of a run that is not split; PyTorch's elastic agent,
-which is what `torch.distributed.run` runs too, starts the ranks and sets their variables. Standard output is rank 0's.
+`llama_ft.launch.process` starts it in place of the single child of a run that is not split. PyTorch's elastic agent,
+which `torch.distributed.run` uses too, starts the ranks and sets their variables. Standard output is rank 0's.
 """
 
 import inspect
@@ -36,15 +36,15 @@ from llama_ft.launch.meeting import Meeting, check_gpus, meet
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, new_result, read_result, write_result
 from llama_ft.system import oom_kills
 
-SECONDS_TO_END = 5  # for the other ranks to notice that one has failed, and to say how it ended them
-SECONDS_TO_DIE = 2  # for a rank that is told to
+SECONDS_TO_END = 5  # for the other ranks to notice that one has failed, and to report how they end
+SECONDS_TO_DIE = 2  # for a rank that is told to end
 LOOK_SECONDS = 0.2
-FAILING = "failing"  # a key that is there when a rank has failed, on whichever machine
-NCCL_GAVE_UP = "Watchdog caught collective operation timeout"  # it aborts the process: another rank did not come
+FAILING = "failing"  # a key that exists once a rank has failed, on whichever machine
+NCCL_GAVE_UP = "Watchdog caught collective operation timeout"  # NCCL aborts the process: another rank did not come
 
 
 class Agent(LocalElasticAgent):
-    """PyTorch's agent. Once a rank has failed it lets the others end, and notes how each did; none starts again."""
+    """PyTorch's agent. Once a rank has failed, it lets the others end and records how; none is restarted."""
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, store: Store, config: TrainConfig, log_file: Path):
         timeout = config.parallel.timeout_s
@@ -60,7 +60,7 @@ class Agent(LocalElasticAgent):
 
     @property
     def ranks(self) -> dict[int, tuple[Popen[bytes], Path]]:
-        """The processes that were started, and where each says how it failed, by their ranks."""
+        """By rank, the process that was started, and the file in which it says how it failed."""
         context = cast(SubprocessContext | None, self._pcontext)
         workers = self.get_worker_group().workers if context else []
         return {
@@ -70,7 +70,7 @@ class Agent(LocalElasticAgent):
         }
 
     def interrupt(self, number: int, _: FrameType | None) -> None:
-        """Pass an interrupt on to the first rank here, which tells the others; raise it where there is none yet."""
+        """Pass an interrupt on to the first rank here, which tells the others; raise it if no rank has started."""
         if not self.ranks:
             raise KeyboardInterrupt
         self.send(min(self.ranks), number)
@@ -95,7 +95,7 @@ class Agent(LocalElasticAgent):
         return RunResult(state=WorkerState.HEALTHY)
 
     def _look(self) -> dict[int, int | None]:
-        """The exit codes of the ranks; the memory of those that run is noted."""
+        """Return the exit codes of the ranks, and record the memory of those still running."""
         codes = {rank: process.poll() for rank, (process, _) in self.ranks.items()}
         for rank, (running, _) in self.ranks.items():
             if codes[rank] is None:
@@ -105,7 +105,7 @@ class Agent(LocalElasticAgent):
         return codes
 
     def _is_failing(self, codes: dict[int, int | None]) -> bool:
-        """Whether a rank has failed; that is then known everywhere."""
+        """Return True if a rank has failed, and let the other machines know."""
         late = self.done_at is not None and time.monotonic() - self.done_at > self.config.parallel.timeout_s
         if self.failed_at is None and (late or any(codes.values()) or self.store.check([FAILING])):
             self.store.set(FAILING, "")
@@ -119,7 +119,7 @@ class Agent(LocalElasticAgent):
         causes, timeout = {each.cause for each in self.endings.values()}, self.config.parallel.timeout_s
         left = [rank for rank, code in codes.items() if code is None]
         if is_interrupt := causes == {"interrupted"}:
-            for rank in left:  # those that have something to save note it, and the others end
+            for rank in left:  # ranks with something to save note it, and the others end
                 self.send(rank, signal.SIGINT)
         if left and time.monotonic() - (self.failed_at or 0) < (timeout if is_interrupt else SECONDS_TO_END):
             return RunResult(state=WorkerState.HEALTHY)
@@ -143,13 +143,13 @@ class Agent(LocalElasticAgent):
 
 
 def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: Meeting) -> list[Ending]:
-    """Start the ranks of this machine, watch them to the end, and return those that failed."""
+    """Start the ranks of this machine, watch them to the end, and return the endings of those that failed."""
     n_here = config.parallel.per_machine
     module = ("-m", "llama_ft.launch.child", meeting.run_dir, *arguments)
     spec = WorkerSpec("rank", n_here, meeting, entrypoint=sys.executable, args=module, max_restarts=0)
     spec.monitor_interval = LOOK_SECONDS
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # an interrupt is ours: a rank may first save
-    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # machines have as many ranks: the agents need not wait
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = END_NOW.name  # we handle interrupts: a rank may first save
+    os.environ["TORCH_ELASTIC_WORKER_IDENTICAL"] = "1"  # machines have equally many ranks: the agents need not wait
     with tempfile.TemporaryDirectory(prefix="llama_ft_") as logs:
         agent = Agent(spec, DefaultLogsSpecs(logs), meeting.store, config, folder / LOG_FILE)
         for number in ALL_SIGNALS:
@@ -159,7 +159,7 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
             agent.run()
         except SignalException:
             return [Ending(first, "interrupted", "interrupted, and did not stop by itself", "interrupted")]
-        except DistError:  # of the store, which is the first machine's
+        except DistError:  # from the store, which is the first machine's
             if meeting.rank == 0:
                 raise
             return [*agent.endings.values(), meeting.without_first()]
@@ -170,13 +170,13 @@ def run_ranks(config: TrainConfig, folder: Path, arguments: list[str], meeting: 
 
 
 def main() -> int:
-    """Meet the other machines, run the ranks, and see to it that a result is left behind."""
+    """Meet the other machines, run the ranks, and make sure that a result is written."""
     folder, command, listener, *rest = sys.argv[1:]
     config = read_config(Path(folder) / CONFIG_FILE)
     for number in ALL_SIGNALS:
         signal.signal(number, signal.default_int_handler)
     stop_with_parent(seconds_to_stop(config), os.dup(sys.stdin.fileno()), partial(os.kill, os.getpid(), END_NOW))
-    reading, _ = os.pipe()  # the ranks' standard input, which ends with this process: the other end is held
+    reading, _ = os.pipe()  # the ranks' standard input, which ends with this process, the holder of the other end
     os.dup2(reading, sys.stdin.fileno())
     os.close(reading)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)

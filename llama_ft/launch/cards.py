@@ -1,4 +1,4 @@
-"""Which GPU a run takes: one that no other run has, so that rows that run side by side measure a card each."""
+"""Choice of a run's GPU: one that no other run has, so that rows that run side by side measure a card each."""
 
 import os
 import tempfile
@@ -18,9 +18,9 @@ POLL_SECONDS = 1.0
 
 
 def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
-    """Set `gpu.index` to a card of the run's own; wait for one where other runs have all.
+    """Set `gpu.index` to a card that no other run has; wait for one if other runs have all.
 
-    What is returned holds it until closed, or the process ends. None where there is no card, or it is to be shared.
+    The returned file holds it until closed, or the process ends. None if there is no card, or it is to be shared.
     """
     held = _taken(gpu, 1, log)
     for gpu.index in held:
@@ -29,7 +29,7 @@ def take_card(gpu: GpuConfig, log: Log) -> IO[bytes] | None:
 
 
 def take_cards(gpu: GpuConfig, n: int, log: Log) -> list[IO[bytes]]:
-    """Let the processes that are started from now on see so many cards, which no other run has, and hold them."""
+    """Hold n cards that no other run has, and let processes started from now on see only them."""
     held = _taken(gpu, n, log)
     if held:
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -38,28 +38,28 @@ def take_cards(gpu: GpuConfig, n: int, log: Log) -> list[IO[bytes]]:
 
 
 def _taken(gpu: GpuConfig, n: int, log: Log) -> dict[int, IO[bytes]]:
-    """What holds each card, by PyTorch's number; nothing where there is no card, or they are to be shared."""
+    """The lock of each card, by PyTorch's number; empty if there is no card, or they are to be shared."""
     if gpu.shared or gpu.device is DeviceChoice.cpu or why_no_gpu():
         return {}
     folder = Path(tempfile.gettempdir()) / f"llama_ft_gpus_{os.getuid()}"
-    with explained(f"which GPUs are taken cannot be kept in {folder}, of TMPDIR; gpu.shared=true does without"):
+    with explained(f"the locks of GPUs cannot be kept in {folder}, of TMPDIR; gpu.shared=true needs none"):
         folder.mkdir(mode=0o700, exist_ok=True)
         cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-        likes = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # rows of a table are of one kind
-        wanted = likes if gpu.index is None else [gpu_index(gpu)]
+        alike = [n for n, card in enumerate(cards) if card.name == cards[0].name]  # as a table's rows must be
+        wanted = alike if gpu.index is None else [gpu_index(gpu)]
         return hold({number: str(cards[number].uuid) for number in wanted}, n, folder, log)
 
 
 def hold(cards: Mapping[int, str], n: int, folder: Path, log: Log) -> dict[int, IO[bytes]]:
-    """The locks, files in the folder by the cards' ids, of the first n cards whose locks nobody has; waits for them.
+    """Lock the first n free cards, by files in the folder named by the cards' ids; wait until there are as many.
 
-    All are taken at once, or none: two runs that each held a part would wait for each other.
+    All are taken at once, or none: two runs that each held some would wait for each other.
 
     Raises:
-        UserError: if there are not as many.
+        UserError: if there are fewer cards.
     """
     if n > len(cards):
-        raise UserError(f"{n} GPUs of one kind are wanted, and {len(cards)} are there")
+        raise UserError(f"{n} GPUs of one kind are needed, and this machine has {len(cards)}")
     n_looks = 0
     while True:
         files = {number: (folder / card).open("ab") for number, card in cards.items()}

@@ -1,8 +1,8 @@
-"""`python -m llama_ft.launch.child RUN_DIR FOLDER COMMAND [check-fit]`: one run in this process, or one of its ranks.
+"""`python -m llama_ft.launch.child RUN_DIR FOLDER COMMAND [check-fit]`: do a run, or one of its ranks, in this process.
 
-Started by `llama_ft.launch.process`, one process a run: peaks, allocator pools and a crash then stay in that run. Of a
-run that is split, `llama_ft.launch.agent` starts one for each rank, and rank 0 alone reports and writes the result.
-FOLDER holds config.yaml: it is RUN_DIR, unless this is another machine than the first.
+`llama_ft.launch.process` starts a process for each run, so that memory peaks, allocator pools and crashes concern that
+run only. For a split run, `llama_ft.launch.agent` starts one for each rank, and only rank 0 reports and writes the
+result. FOLDER contains config.yaml: it is RUN_DIR on the first machine.
 """
 
 import errno
@@ -34,7 +34,7 @@ from llama_ft.records.result import CONFIG_FILE, LOG_FILE, Status, new_result, w
 from llama_ft.system import MIB, Log, silent
 
 SECONDS_TO_STOP, SECONDS_TO_SAVE = 10, 600
-MOST_CHARACTERS = 300  # of an error that is a bug
+MOST_CHARACTERS = 300  # of an unexpected error
 HINTS = {
     "No working C++ compiler": "training.compile=true needs one, such as g++",
     "CUDA driver error": "PYTORCH_ALLOC_CONF=expandable_segments:False may help",
@@ -44,9 +44,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def stop_with_parent(patience: int, held: int, end: Callable[[], object]) -> None:
-    """Interrupt this process when its parent is gone, whatever killed it, which holds the other end of the pipe `held`.
+    """Interrupt this process when its parent, which holds the other end of the pipe `held`, is gone.
 
-    After `patience` seconds it is ended, by `end`, whatever it does.
+    If it still runs after `patience` seconds, call `end`.
     """
 
     def wait() -> None:
@@ -60,12 +60,12 @@ def stop_with_parent(patience: int, held: int, end: Callable[[], object]) -> Non
 
 
 def seconds_to_stop(config: TrainConfig) -> int:
-    """How long an interrupted run may take."""
+    """Seconds that an interrupted run may take to stop."""
     return SECONDS_TO_SAVE if config.training.saves_when_interrupted else SECONDS_TO_STOP
 
 
 def cause_of(error: BaseException, status: Status) -> Cause:
-    """Whether what ended this rank is its own, or is that it lost another one."""
+    """Tell whether this rank itself failed, or lost another one."""
     if status == "interrupted":
         return "interrupted"
     if isinstance(error, UserError):
@@ -78,7 +78,7 @@ def cause_of(error: BaseException, status: Status) -> Cause:
 
 def failure(error: BaseException, stage: str) -> tuple[Status, str]:
     """Status and error text for an exception."""
-    if isinstance(error, KeyboardInterrupt | BrokenPipeError):  # the latter where our reader, the parent, is gone
+    if isinstance(error, KeyboardInterrupt | BrokenPipeError):  # the latter if our reader, the parent, is gone
         return "interrupted", f"interrupted during {stage}"
     if isinstance(error, UserError):
         return "error", str(error)
@@ -93,8 +93,8 @@ def failure(error: BaseException, stage: str) -> tuple[Status, str]:
         file = error.filename or "a file in the run's folder"
         return "error", f"{file} cannot be written during {stage}: {error.strerror}"
     with suppress(OSError):  # the disk may be full, and the result still fit
-        traceback.print_exception(error)  # into train.log: this one is ours to mend
-    # CUDA's other lines are advice for those who write kernels.
+        traceback.print_exception(error)  # into train.log: it is a bug
+    # CUDA's other lines are advice for authors of kernels.
     text = next(iter(str(error).strip().splitlines()), "")[:MOST_CHARACTERS]
     hint = next((f"; {hint}" for said, hint in HINTS.items() if said in text), "")
     return "error", f"{type(error).__name__} during {stage}: {text}{hint} (traceback in {LOG_FILE})"
@@ -107,16 +107,16 @@ def refuse_what_does_not_fit(config: TrainConfig, dataset: Dataset, log: Log) ->
 
     try:
         reason = objection_here(config, lengths_of(dataset.samples), lengths_of(dataset.held_out))
-    except Exception as error:  # a plan that fails is no reason not to try
+    except Exception as error:  # the run may still fit
         why = (str(error) or type(error).__name__).splitlines()[0]
-        log(f"whether the run fits could not be found out ({why}); it starts all the same")
+        log(f"could not check whether the run fits ({why}); it starts anyway")
         return
     if reason:
         raise UserError(reason)
 
 
 def leave_rank(ending: Ending | None) -> NoReturn:
-    """End this rank, telling the agent how; at once, since libraries may wait for other ranks when Python ends."""
+    """Tell the agent how this rank ends, and end it at once: libraries may wait for other ranks when Python exits."""
     if ending is not None:
         write_text(Path(os.environ["TORCHELASTIC_ERROR_FILE"]), json.dumps(asdict(ending)))
     sys.stdout.flush()
@@ -125,25 +125,25 @@ def leave_rank(ending: Ending | None) -> NoReturn:
 
 
 def main() -> None:
-    """Run, and leave a result behind."""
+    """Do the run, and write its result."""
     run_dir, folder, command, check_fit = *map(Path, sys.argv[1:3]), sys.argv[3], sys.argv[4:] == [CHECK_FIT]
     config = read_config(folder / CONFIG_FILE)
     rank = int(os.environ["RANK"]) if config.parallel.is_split else 0
     result = new_result(config, command)
     run, stage, ending, interrupts = None, "start-up", None, Interrupts()
-    log: Log = partial(print, flush=True)  # to our parent, who reads our standard output
+    log: Log = partial(print, flush=True)  # to our parent, which reads our standard output
     if rank > 0:
-        log = silent  # what is printed all the same goes where errors go; the pipe stays, by which the parent sees us
+        log = silent  # other output goes to standard error; the pipe stays open, by which the parent sees us
         os.dup(sys.stdout.fileno())
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     try:
         stop_with_parent(seconds_to_stop(config), sys.stdin.fileno(), partial(os._exit, 130))
         interrupts.install()
         stage = "reading the data"
-        dataset = load_data(config, log)  # first, since it needs no torch: what is wrong with it is said at once
+        dataset = load_data(config, log)  # first, since it needs no torch: its errors come at once
         if dataset.drawn and rank == 0:
             write_text(run_dir / HELD_OUT_FILE, drawn_lines(config.data, dataset.drawn))
-        with interrupts_held_back():  # half an import of torch cannot be recovered from
+        with interrupts_held_back():  # an interrupted import of torch cannot be recovered from
             from llama_ft.launch.run import MeasuredRun
         stage = "choosing the device"
         run = MeasuredRun(config, dataset, run_dir, result, log, interrupts)

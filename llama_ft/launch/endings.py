@@ -1,4 +1,4 @@
-"""How the processes of a run ended, and, where they are several, which of them is the reason."""
+"""The endings of a run's processes, and, if there are several, which of them caused the others."""
 
 import time
 from collections.abc import Collection
@@ -10,15 +10,15 @@ from typing import Literal
 from llama_ft.records.result import Status
 from llama_ft.system import MIB, NEAR_LIMIT, OUT_OF_MEMORY_TEXT, data_bytes, resident_bytes, total_memory_bytes
 
-# Why a rank ended, the reason of a run's end before its consequences: a fault of its own or in what the user gave; an
-# interrupt; it was waited for in vain; another rank was lost to it.
+# Why a rank ended, causes of a run's end before consequences: its own failure; the user's input; an interrupt; it did
+# not answer; it lost another rank.
 Cause = Literal["own", "input", "interrupted", "silent", "others"]
 CAUSES: tuple[Cause, ...] = ("own", "input", "interrupted", "silent", "others")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a rank ended that did not end well."""
+    """The ending of a rank that did not end well."""
 
     rank: int
     status: Status
@@ -28,13 +28,13 @@ class Ending:
 
     @property
     def sentence(self) -> str:
-        """The error, which names the rank unless it is the same for all of them."""
+        """The error, with the rank unless all ranks have the same one."""
         is_all_the_same = self.cause == "interrupted" or (self.cause == "input" and self.rank == 0)
         return self.error if is_all_the_same else f"rank {self.rank}: {self.error}"
 
 
 def root_of(endings: Collection[Ending]) -> Ending | None:
-    """The one that is the reason of the others; None where there are none."""
+    """The ending that caused the others; None if there are none."""
 
     def precedence(each: Ending) -> tuple[int, float, int]:
         return CAUSES.index(each.cause), each.time_s if each.cause in ("own", "others") else 0, each.rank
@@ -44,21 +44,21 @@ def root_of(endings: Collection[Ending]) -> Ending | None:
 
 @dataclass
 class Seen:
-    """What is seen of a process from outside."""
+    """A process as seen from outside."""
 
     resident_bytes: int = 0  # when it was last looked at
     data_bytes: int = 0  # of the data segment, which RLIMIT_DATA limits
-    was_oom_kill: bool = False  # whether the system has killed a process of our control group for memory meanwhile
+    was_oom_kill: bool = False  # the system has meanwhile killed a process of our control group for memory
     interrupt: KeyboardInterrupt | None = None
 
     def look_at(self, pid: int) -> None:
-        """Note its memory."""
+        """Record its memory."""
         self.resident_bytes = resident_bytes(pid) or self.resident_bytes
         self.data_bytes = data_bytes(pid) or self.data_bytes
 
 
 def ending_of_killed(code: int, seen: Seen, limit_mib: int | None, log_file: Path) -> tuple[Status, str]:
-    """Status and error text of a child that was killed, for memory where there is evidence, or crashed."""
+    """Status and error text of a child that was killed or crashed; `oom` if there is evidence of that."""
     log = log_file.read_text(encoding="utf-8", errors="replace") if log_file.exists() else ""
     how = f"by signal {-code}" if code < 0 else f"with exit status {code}"
     held_most = seen.resident_bytes > NEAR_LIMIT * total_memory_bytes()

@@ -1,4 +1,4 @@
-"""What a run's folder holds before the run begins: what may be removed of it, and what must not be."""
+"""A run's folder before the run begins: what may be removed from it, and what must not be."""
 
 import os
 from pathlib import Path
@@ -13,28 +13,28 @@ from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_
 from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training import position
 
-ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # what a run writes, whatever it is told
-ELSEWHERE = "name another folder with hydra.run.dir=DIR, or of a sweep hydra.sweep.dir=DIR"
+ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # every run writes them
+ELSEWHERE = "name another folder with hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR"
 N_SHOWN = 6  # settings that differ
 FILE_KEYS = ("data.path", "data.validation", "data.template", "tokenizer", "checkpoint", "adapter")
 
 
 def check_inputs(run_dir: Path, config: TrainConfig) -> None:
-    """Raise a UserError if the run would read what lies in its own folder, and may be removed or overwritten."""
+    """Raise a UserError if the run would read a file in its own folder, which may be removed or overwritten."""
     settings = flat(config.to_dict())
     for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
         drawn = key == "data.validation" and (config.data.drawn_validation or str(settings[key]).startswith(SPLIT))
         if not drawn and (value := settings[key]) not in (None, "builtin", "random"):
             path = Path(os.path.expanduser(str(value))).resolve()
             if path.is_relative_to(run_dir.resolve()):
-                raise UserError(f"{key}={value} lies in the run's own folder, {run_dir}: {ELSEWHERE}")
+                raise UserError(f"{key}={value} is in the run's own folder, {run_dir}: {ELSEWHERE}")
 
 
 def clear(run_dir: Path, config: TrainConfig) -> None:
     """Remove what an earlier run left behind; if it is to be resumed, only what is newer than its checkpoint.
 
-    All is checked before anything is removed, and removed is only what the earlier run's config.yaml says it wrote. A
-    UserError if something else lies there, the checkpoint is another run's, or the metrics before it are missing.
+    Everything is checked before anything is removed: only files that the earlier run wrote, by its config.yaml. A
+    UserError if there is something else, the checkpoint is another run's, or the metrics before it are missing.
     """
     present = [
         name for name in (*ALWAYS, *TRAINED_FILES, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)
@@ -56,7 +56,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
         saved_hash, is_earliers = states[-1].config_hash, config.run_hash == earlier.run_hash
         goes_on_from = saved_hash in (config.hash(), earlier.hash() if is_earliers else None)
         if not goes_on_from and config.run_hash != states[-1].run_hash:
-            raise UserError(f"{saved[-1]} is of a run with another configuration: {differences(earlier, config)}")
+            raise UserError(f"{saved[-1]} is from a run with another configuration: {differences(earlier, config)}")
         check_not_shorter(earlier, config, run_dir)
         metrics = _first_lines(run_dir, states[-1].position.step)
     for folder in position.best_weights(run_dir):
@@ -74,14 +74,14 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
 
 
 def check_not_shorter(earlier: TrainConfig, config: TrainConfig, run_dir: Path) -> None:
-    """Raise a UserError unless the run in the folder goes on for as many epochs as it was told at first, or more."""
+    """Raise a UserError if the run in the folder would resume with fewer epochs than it had."""
     before, now = earlier.training.epochs, config.training.epochs
     if now < before:
-        raise UserError(f"training.epochs={now}: the run in {run_dir} is one of {before}; give as many, or more")
+        raise UserError(f"training.epochs={now}: the run in {run_dir} has {before}; give {before} or more")
 
 
 def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
-    """Whether the run is the one that `ended` in the folder, to be trained longer; a UserError if it cannot be."""
+    """Return True if the run trains the one that `ended` in the folder for longer; a UserError if that cannot be."""
     earlier = earlier_config(run_dir)
     if not config.training.resume or earlier is None or earlier.run_hash != config.run_hash:
         return False
@@ -89,21 +89,21 @@ def goes_on(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
     n_steps = max((each.step for each in steps_of(read_metrics(run_dir))), default=0)
     if ended.status == "ok" and n_steps not in map(position.step_of, position.checkpoints(run_dir)):
         trained = "adapter" if config.optim.lora else "checkpoint"
-        missing = "no checkpoint of its end to go on from, which training.save_every=N or keep_best=true leaves"
-        advice = f"A new run goes on from its weights: {trained}={run_dir} with another hydra.run.dir"
+        missing = "no checkpoint of its end to resume, which training.save_every=N or keep_best=true writes"
+        advice = f"A new run can start from its weights: {trained}={run_dir} with another hydra.run.dir"
         raise UserError(f"{run_dir} has {missing}. {advice}")
     return True
 
 
 def has_lost_patience(run_dir: Path, config: TrainConfig, ended: Result) -> bool:
-    """Whether the run in the folder stopped early, and is given no more patience than it had."""
+    """Return True if the run in the folder stopped early, and `config` gives it no more patience."""
     earlier, patience = earlier_config(run_dir), config.training.patience
     before = earlier.training.patience if earlier else None
     return ended.stopped_early_at_step is not None and patience is not None and patience <= (before or 0)
 
 
 def earlier_config(run_dir: Path) -> TrainConfig | None:
-    """What an earlier run in the folder was told, by its config.yaml; None where that is not there, or not a run's."""
+    """The config of an earlier run in the folder; None if there is no config.yaml, or it is not a run's."""
     file = run_dir / CONFIG_FILE
     if file.is_symlink() or not file.is_file():
         return None
@@ -116,7 +116,7 @@ def earlier_config(run_dir: Path) -> TrainConfig | None:
 
 
 def differences(there: TrainConfig, here: TrainConfig) -> str:
-    """For people: the settings in which two runs differ, of those that change what is run."""
+    """For messages: the settings in which two runs differ, of those that change the run itself."""
     measured, shown = (
         [flat(form) for form in forms]
         for forms in ((there.measured(), here.measured()), (there.to_dict(), here.to_dict()))
@@ -134,5 +134,5 @@ def _first_lines(run_dir: Path, n_steps: int) -> str:
         kept = []
     if [metrics.step for metrics in steps_of(kept)] != list(range(1, n_steps + 1)):
         file = run_dir / METRICS_FILE
-        raise UserError(f"{file} is damaged: it should have the steps up to {n_steps}, as the newest checkpoint")
+        raise UserError(f"{file} is damaged: it must have all steps up to the newest checkpoint's, {n_steps}")
     return "".join(map(line_of, kept))

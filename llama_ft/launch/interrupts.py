@@ -1,18 +1,18 @@
-"""What stops a run, Ctrl-C or a signal of a queue: at once at first, later at the end of the optimizer step."""
+"""Stopping a run by Ctrl-C or a queue's signal: at once at first, later at the end of the optimizer step."""
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SLURM's at a time limit, and before it those that --signal names; submitit's is SIGUSR2. All of a job's processes get
-# them.
+# SLURM's at a time limit, and before it the one that --signal names; submitit's is SIGUSR2. All of a job's processes
+# get them.
 QUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ALL_SIGNALS = {signal.SIGINT, *QUEUE_SIGNALS}
 
 
 class StoppedByQueue(KeyboardInterrupt):
-    """A signal of a queue, or of the system, in place of Ctrl-C: the run is to be saved, and goes on in another job."""
+    """A signal of a queue or the system instead of Ctrl-C: the run is to be saved, and resumes in another job."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -20,20 +20,20 @@ class StoppedByQueue(KeyboardInterrupt):
 
 
 class Interrupts:
-    """What the run's process does at a signal that stops it."""
+    """Handles the signals that stop the run's process."""
 
-    held = False  # whether, instead of being raised, an interrupt is noted
-    requested = False  # whether one was noted
-    queue_signal: str | None = None  # the name of the queue's signal that came
+    held = False  # an interrupt is noted instead of raised
+    requested = False  # an interrupt was noted
+    queue_signal: str | None = None  # name of the queue's signal that came
 
     def install(self) -> None:
-        """Handle signals from now on, also where a shell that put the run into the background has SIGINT ignored."""
+        """Handle signals from now on, even if a shell that started us in the background ignores SIGINT."""
         for number in ALL_SIGNALS:
             signal.signal(number, self._handle)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ALL_SIGNALS)
 
     def ignore(self) -> None:
-        """No more of them: the result must be written, and whoever watches repeats what it sends."""
+        """Ignore signals from now on: the result must be written, and the watching process repeats its signals."""
         for number in ALL_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -47,7 +47,7 @@ class Interrupts:
 
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
-    """No interrupt inside; one that comes meanwhile comes at the end. A process started inside begins so too."""
+    """Block the signals inside the context; a pending one is delivered on exit. Processes started inside inherit it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, ALL_SIGNALS)
     try:
         yield
@@ -57,10 +57,10 @@ def interrupts_held_back() -> Iterator[None]:
 
 @contextmanager
 def queue_signals_raised() -> Iterator[None]:
-    """Inside, the first signal of a queue raises StoppedByQueue, and later ones do nothing.
+    """Inside the context, the first signal of a queue raises StoppedByQueue, and later ones do nothing.
 
-    Once the block has ended because of it, whoever handled the signal before does so: submitit's handler asks the queue
-    to start the job again, and a job that is asked for again is killed soon, so that saving comes first.
+    Once the block has ended by it, the previous handler is called: submitit's asks the queue to start the job again,
+    after which the job is soon killed, so that saving must come first.
     """
 
     def handle(number: int, _: FrameType | None) -> None:

@@ -1,7 +1,7 @@
-"""A run on several machines: where they meet, which of them is the first, and which folder this one works in.
+"""A run on several machines: their meeting point, which of them is the first, and the folder that this one works in.
 
-The same command runs on each. The first machine has rank 0, holds the run's folder and writes the results; another one
-has a folder in it for its own log, `other_machine_NAME`, since the first's may be the same folder on a shared disk.
+The same command runs on each. The first machine has rank 0, locks the run's folder and writes the results; each other
+one logs into a folder in it, `other_machine_NAME`, since on a shared disk the run's folder is the same one.
 """
 
 import errno
@@ -20,27 +20,27 @@ from llama_ft.files import locked
 from llama_ft.records.result import MACHINE
 from llama_ft.system import Log
 
-FIRST_PORT, N_PORTS = 20_000, 10_000  # of SLURM's jobs: below those that Linux gives to connections by itself
+FIRST_PORT, N_PORTS = 20_000, 10_000  # of SLURM's jobs: below those that Linux assigns to connections
 
 
 @dataclass(frozen=True)
 class Place:
-    """The folder that a command works in, which is held for it, and its part in a run on several machines."""
+    """The locked folder that a command works in, and its part in a run on several machines."""
 
-    run_dir: Path  # of the run, wherever this machine's own is
+    run_dir: Path  # the run's, which may be another than this machine's
     folder: Path
     lock: int  # descriptor of the folder's lock
-    listener: socket.socket | None = None  # on the first machine of several: the others come to it
+    listener: socket.socket | None = None  # on the first machine of several: the others connect to it
 
     @property
     def is_first(self) -> bool:
-        """Whether rank 0 is here."""
+        """True if rank 0 is on this machine."""
         return self.folder == self.run_dir
 
 
 @contextmanager
 def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> Iterator[Place]:
-    """Hold the folder that this machine works in, as `files.locked` does; `parallel` may not be checked yet."""
+    """Lock the folder that this machine works in, as `files.locked` does; `parallel` may not be checked yet."""
     numbers = parallel.nodes, parallel.processes
     is_one = not all(isinstance(n, int) for n in numbers) or parallel.nodes < 2 or parallel.processes % parallel.nodes
     listener = None if is_one else listen_if_first(*meeting_point(parallel.rendezvous, parallel.nodes, os.environ))
@@ -51,31 +51,32 @@ def held_place(parallel: Any, run_dir: Path, wait_seconds: float, log: Log) -> I
 
 
 def meeting_point(given: str | None, nodes: int, variables: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port of the first machine, by `parallel.rendezvous` or SLURM's variables; a UserError by neither."""
+    """Host and port of the first machine, by `parallel.rendezvous` or SLURM's variables; a UserError without both."""
     if given is not None:
         check_rendezvous(given)  # a run's config is checked later
         host, _, port = str(given).rpartition(":")
         return host, int(port)
     hosts, job = variables.get("SLURM_JOB_NODELIST"), variables.get("SLURM_JOB_ID", "")
     if not hosts or not job.isdigit():
-        ways = "SLURM's srun, whose variables are not there, or with parallel.rendezvous=HOST:PORT of the first machine"
-        raise UserError(f"parallel.nodes={nodes} is run by {ways}")
+        ways = "SLURM's srun, whose variables are not set, or parallel.rendezvous=HOST:PORT of the first machine"
+        raise UserError(f"parallel.nodes={nodes} needs {ways}")
     if (n_there := int(variables.get("SLURM_NNODES", nodes))) != nodes:
-        raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}; give as many")
+        raise UserError(f"parallel.nodes={nodes}: SLURM gave this job {n_there}: give parallel.nodes={n_there}")
     if int(variables.get("SLURM_NTASKS", nodes)) != nodes or variables.get("SLURM_LOCALID", "0") != "0":
-        raise UserError(f"parallel.nodes={nodes}: one command a machine starts its processes: srun --ntasks-per-node=1")
+        advice = "run one command per machine, which starts its processes: srun --ntasks-per-node=1"
+        raise UserError(f"parallel.nodes={nodes}: {advice}")
     return first_host(hosts), FIRST_PORT + int(job) % N_PORTS
 
 
 def first_host(hosts: str) -> str:
-    """The first of SLURM's compact list: of `node[03-05,9],login1`, node03."""
+    """The first host in SLURM's compact list: node03 in `node[03-05,9],login1`."""
     name = re.match(r"[^,\[]+", hosts)
     first = re.match(r"[^,\[]*\[(\d+)[^\]]*\]([^,\[]*)", hosts)
     return name[0] + (first[1] + first[2] if first else "") if name else hosts
 
 
 def listen_if_first(host: str, port: int) -> socket.socket | None:
-    """A socket to which the other machines come; None where this one is not HOST, or another command listens there."""
+    """Open a socket for the other machines; None if this one is not HOST, or another command listens there."""
     try:
         address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
     except OSError as error:
@@ -86,10 +87,10 @@ def listen_if_first(host: str, port: int) -> socket.socket | None:
         except OSError:
             return None
     try:
-        # On all addresses: a machine's own name may be that of its loopback, to which no other comes.
+        # On all addresses: a machine's own name may be that of its loopback, which no other reaches.
         both = address[0] == socket.AF_INET6 and socket.has_dualstack_ipv6()
         return socket.create_server(("", port), family=address[0], dualstack_ipv6=both)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return None
-        raise UserError(f"the other machines cannot come to {host}:{port}: {error.strerror}") from error
+        raise UserError(f"the other machines cannot connect to {host}:{port}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Where the agents of a run meet: in a store on the first machine, over which they tell each other how it ended."""
+"""The meeting of a run's agents: by a store on the first machine they tell each other how the run ended."""
 
 import json
 import os
@@ -23,11 +23,11 @@ from llama_ft.launch.machines import meeting_point
 from llama_ft.system import n_cores
 
 POLL_SECONDS = 0.1
-MOST_PER_CORE = 8  # processes on the CPU; each takes some 0.3 GB before it has a tensor
+MOST_PER_CORE = 8  # processes on the CPU; each takes some 0.3 GB before its first tensor
 
 
 class Meeting(StaticTCPRendezvous):
-    """The machines of a run, met; PyTorch's agent asks it for the store, and for the number of its machine."""
+    """The machines of a run, once met; PyTorch's agent asks it for the store and for its machine's number."""
 
     def __init__(self, server: TCPStore, host: str, rank: int, config: TrainConfig, run_dir: str) -> None:
         timeout, self.n_machines = config.parallel.timeout_s, config.parallel.nodes
@@ -37,9 +37,9 @@ class Meeting(StaticTCPRendezvous):
         self.host, self.run_dir, self.store = host, run_dir, PrefixStore("llama_ft", server)
 
     def settle(self, endings: Sequence[Ending], wait_seconds: float) -> Ending | None:
-        """The reason of the run's end over all machines, by the first; None if it ended well.
+        """Return the cause of the run's end, which the first machine determines for all; None if it ended well.
 
-        `endings` are this machine's. One that does not tell its own within some seconds is silent.
+        `endings` are this machine's. A machine that does not report its own within some seconds is silent.
         """
         if self.rank > 0:
             with suppress(DistError):
@@ -53,8 +53,7 @@ class Meeting(StaticTCPRendezvous):
         for machine in range(1, self.n_machines):
             key = f"endings_{machine}"
             if waited(partial(self.store.check, [key]), 2 * wait_seconds):
-                told = json.loads(self.store.get(key))
-                everyone += [Ending(**each) for each in told]
+                everyone += [Ending(**each) for each in json.loads(self.store.get(key))]
             else:
                 everyone.append(Ending(machine * self.n_here, "error", "its machine does not answer", "silent"))
         return root_of(everyone)
@@ -72,7 +71,7 @@ class Meeting(StaticTCPRendezvous):
 
 
 def waited(condition: Callable[[], bool], seconds: float) -> bool:
-    """Wait for a condition, so that an interrupt is not kept waiting, as it is by the store's own waiting."""
+    """Wait for a condition, and return whether it holds; unlike the store's own waiting, it can be interrupted."""
     end = time.monotonic() + seconds
     while not (is_so := condition()) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
@@ -80,11 +79,11 @@ def waited(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
-    """Wait until the agents of all machines are here; a UserError if they do not come, or were told something else.
+    """Wait until the agents of all machines are here; a UserError if they do not come, or have another config.
 
     Args:
-        folder: in which this machine works: on the first, the run's.
-        listener: descriptor of the socket to which the others come; None on another machine, and where there is none.
+        folder: the one that this machine works in: on the first, the run's.
+        listener: descriptor of the socket that the others connect to; None on the others, and on a single machine.
     """
     parallel, seconds = config.parallel, config.parallel.timeout_s
     timeout = timedelta(seconds=seconds)
@@ -112,21 +111,21 @@ def meet(config: TrainConfig, folder: str, listener: int | None) -> Meeting:
 
 
 def come(server: TCPStore, host: str, config: TrainConfig) -> Meeting:
-    """On another machine than the first: check that the run is the same, and wait for the rest."""
+    """On a machine other than the first: check that the run is the same, and wait for the rest."""
     store: Store = PrefixStore("llama_ft", server)
     first = json.loads(store.get("first")) if waited(lambda: store.check(["first"]), 10) else {}
     if first.get("hash") != config.hash():
-        raise UserError(f"the run on the first machine, {host}, is another one: give the same command on each")
+        raise UserError(f"the run on the first machine, {host}, is another one: run the same command on each")
     rank = store.add("come", 1)
     if rank >= config.parallel.nodes:
-        raise UserError(f"parallel.nodes={config.parallel.nodes}: as many have come to {host} before this one")
+        raise UserError(f"parallel.nodes={config.parallel.nodes}: all had met at {host} before this one came")
     if not waited(lambda: store.check(["all_here"]), config.parallel.timeout_s):
-        raise UserError(f"parallel.nodes={config.parallel.nodes}: not all of them came to {host}")
+        raise UserError(f"parallel.nodes={config.parallel.nodes}: not all of them came to {host} in time")
     return Meeting(server, host, rank, config, first["run_dir"])
 
 
 def answers(host: str, port: int) -> bool:
-    """Whether something listens."""
+    """Return True if something listens there."""
     try:
         socket.create_connection((host, port), 5).close()
     except OSError:
@@ -135,7 +134,7 @@ def answers(host: str, port: int) -> bool:
 
 
 def check_gpus(config: TrainConfig) -> None:
-    """Raise a UserError if there are fewer GPUs here than processes, or far fewer cores where there are no GPUs."""
+    """Raise a UserError if there are fewer GPUs here than processes, or no GPUs and far fewer cores."""
     n_here = config.parallel.per_machine
     if config.gpu.device is DeviceChoice.cpu or why_no_gpu() is not None:
         choose_device(config.gpu)  # one that is not here is refused before a process starts
@@ -147,5 +146,5 @@ def check_gpus(config: TrainConfig) -> None:
         return
     n_gpus = torch.cuda.device_count()
     if n_here > n_gpus:
-        here = f"that is {n_here} on this machine, a GPU for each, and PyTorch sees {n_gpus}"
-        raise UserError(f"parallel.processes={config.parallel.processes}: {here}: give as many processes, or gpu=cpu")
+        here = f"that is {n_here} on this machine, one per GPU, and PyTorch sees {n_gpus}"
+        raise UserError(f"parallel.processes={config.parallel.processes}: {here}: give fewer processes, or gpu=cpu")

@@ -1,4 +1,4 @@
-"""Running one run in a process of its own, watching it, and writing its result if it could not."""
+"""Run one run in its own process, watch it, and write its result if it could not."""
 
 import math
 import os
@@ -23,19 +23,19 @@ from llama_ft.system import Log, is_wsl, n_cores, oom_kills
 
 POLL_SECONDS = 0.1
 RUN_ENVIRONMENT = {
-    # Threads of libgomp wait for each other by spinning, for milliseconds, on the core that the other may need: beside
-    # one busy process a small model on two cores takes 40 times longer. Spinning less, it takes 3 times longer.
+    # libgomp's threads wait for each other by spinning for milliseconds on a core that the other may need: next to one
+    # busy process a small model on two cores takes 40 times longer. With less spinning, it takes 3 times longer.
     "GOMP_SPINCOUNT": "10000",
-    # glibc gives free memory back to the system, and each step would take new pages, which cost a tenth of its time: it
-    # is to keep them. Blocks from 16 MiB on are apart all the same, since smaller ones that are put where they were
-    # leave no room for the next, and a run's memory grows; as huge pages (Linux, glibc 2.35) new ones cost less.
+    # glibc would return free memory to the system, and each step would need new pages, which cost a tenth of its time:
+    # it must keep them. Blocks from 16 MiB on are still separate, since smaller ones put in their place would leave no
+    # room for the next, and a run's memory would grow; as huge pages (Linux, glibc 2.35) new ones cost less.
     "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**24}:glibc.malloc.trim_threshold={2**46}",
 }
-# The allocator then maps pages at the end of one range of addresses, instead of new segments whose rests nothing fits
-# into: it reserves less, and what the planner's model of it says (`planning/allocator.py`). Under Windows the driver
-# may lack the calls for it, and the first allocation fails (pytorch/pytorch#192330).
+# The allocator then maps pages at the end of one range of addresses, instead of new segments whose remainders fit
+# nothing: it reserves less, and what the planner's model of it predicts (`planning/allocator.py`). Under Windows the
+# driver may lack the calls for it, and the first allocation fails (pytorch/pytorch#192330).
 ALLOCATOR_ENVIRONMENT = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # of any age
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")  # old and new names
 SECONDS_TO_STOP = 15
 SECONDS_TO_KILL = 10  # for PyTorch's agent to kill its ranks
 SECONDS_FOR_THE_LAST = 30  # for an earlier run in the same folder, whose parent was killed, to stop by itself
@@ -44,14 +44,14 @@ OnStep = Callable[[Metrics], None]
 
 
 def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log, on_step: OnStep) -> Result:
-    """Run to the end, in whichever way it ends, and return its result.
+    """Do a run to its end, however it ends, and return its result.
 
     Args:
-        place: the folder that this machine works in, held and cleared; it is held until both processes are gone.
+        place: the folder that this machine works in, locked and cleared; the lock lasts until both processes are gone.
         command: what the user typed, for the result.
-        check_fit: whether a run that a plan says would not fit on the GPU here is refused.
-        log: told the lines that the run prints.
-        on_step: told the steps in its metrics.jsonl.
+        check_fit: refuse a run that would not fit on the GPU here according to its plan.
+        log: is given the lines that the run prints.
+        on_step: is given the steps in its metrics.jsonl.
 
     Raises:
         KeyboardInterrupt: Ctrl-C or a queue's signal, passed on after the child has stopped and its result is written.
@@ -86,12 +86,12 @@ def run_in_child(config: TrainConfig, place: Place, command: str, check_fit: boo
 
 
 def changed_ns(file: Path) -> int | None:
-    """When a file was changed last, in nanoseconds; None where there is none."""
+    """Time of a file's last change in nanoseconds; None if there is no file."""
     return file.stat().st_mtime_ns if file.exists() else None
 
 
 def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log) -> subprocess.Popen[bytes]:
-    """Start the child, of a split run PyTorch's agent: in a session of its own, since Ctrl-C is to reach us alone."""
+    """Start the child (PyTorch's agent for a split run) in its own session, since Ctrl-C must reach only us."""
     parallel, folder, descriptors = config.parallel, str(place.folder), [place.lock]
     environment = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
     program = ["llama_ft.launch.child", folder, folder, command]
@@ -117,13 +117,13 @@ def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log:
 
 
 def child_environment(on_cpu: bool, n_processes: int = 1) -> dict[str, str]:
-    """Our environment with what a run needs in it; what the user has set stays. Processes share the cores."""
+    """Our environment with the variables that a run needs; the user's own stay. Processes share the cores."""
     path = os.pathsep.join(filter(None, (str(PACKAGE_DIR.parent), os.environ.get("PYTHONPATH"))))
     set_by_user = any(name in os.environ for name in ALLOCATOR_VARIABLES)
     allocator = {} if set_by_user or is_wsl() else ALLOCATOR_ENVIRONMENT
-    # Its lines are for us, whatever the terminal's encoding is.
+    # We read its lines, whatever the terminal's encoding is.
     ours = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:backslashreplace"}
-    if on_cpu:  # PyTorch would make a context on a GPU that it sees, of hundreds of MiB, when an optimizer steps (2.13)
+    if on_cpu:  # on a GPU that it sees, PyTorch 2.13 makes a context of hundreds of MiB when an optimizer steps
         ours["CUDA_VISIBLE_DEVICES"] = ""
     threads = {"OMP_NUM_THREADS": str(max(1, n_cores() // n_processes))} if n_processes > 1 else {}
     return RUN_ENVIRONMENT | allocator | threads | os.environ | ours
@@ -135,9 +135,9 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, o
 
     def copy_output() -> None:
         assert child.stdout is not None
-        with (run_dir / LOG_FILE).open("ab", buffering=0) as log_file:  # beside what the child itself writes to it
+        with (run_dir / LOG_FILE).open("ab", buffering=0) as log_file:  # the child writes to it too
             for raw in child.stdout:
-                with suppress(OSError):  # where the disk is full: the run must not wait for a reader that has failed
+                with suppress(OSError):  # if the disk is full, the run must not wait for a reader that has failed
                     log_file.write(raw)
                 lines.append(raw.decode(errors="replace").rstrip())
 
@@ -153,14 +153,14 @@ def watch(child: subprocess.Popen[bytes], run_dir: Path, seen: Seen, log: Log, o
             time.sleep(POLL_SECONDS)
         said = lines[:]
         del lines[: len(said)]
-        for step in next(steps):  # first, since what is said may be of them
+        for step in next(steps):  # first, since the lines may be about them
             on_step(step)
         for line in said:
             log(line)
 
 
 def new_steps(file: Path) -> Iterator[list[Metrics]]:
-    """The steps whose lines have been completed in a growing file since the last time it was asked."""
+    """Yield the steps whose lines have been completed in a growing file since the last time."""
     while not file.exists():
         yield []
     partial = ""
@@ -171,7 +171,7 @@ def new_steps(file: Path) -> Iterator[list[Metrics]]:
 
 
 def stop(child: subprocess.Popen[bytes], patience: float, interrupt: KeyboardInterrupt | None) -> None:
-    """Make sure that the child has ended: ask it to, then, after so many seconds or another Ctrl-C, kill it."""
+    """Make sure that the child has ended: interrupt it, then, after `patience` seconds or another Ctrl-C, kill it."""
     end = time.monotonic() + patience
     number = interrupt.number if isinstance(interrupt, StoppedByQueue) else signal.SIGINT
     with suppress(KeyboardInterrupt):
@@ -179,7 +179,7 @@ def stop(child: subprocess.Popen[bytes], patience: float, interrupt: KeyboardInt
             child.send_signal(number)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(1)
-    child.send_signal(END_NOW)  # a process of ours ends at once, and PyTorch's agent ends its own first
+    child.send_signal(END_NOW)  # a run's process ends at once, PyTorch's agent kills its ranks first
     with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
         child.wait(SECONDS_TO_KILL)
     child.kill()

@@ -1,4 +1,4 @@
-"""One run, measured: set-up, the dry run, the timed training, what is left behind."""
+"""One measured run: set-up, dry run, timed training, and the files it leaves."""
 
 import os
 from collections.abc import Callable
@@ -44,12 +44,12 @@ from llama_ft.training.saver import Saver, save_trained
 from llama_ft.training.setup import set_up
 from llama_ft.training.step import TrainStep, evaluate
 
-N_FIXED_SAMPLES = 8  # the training samples whose loss is compared before and after
+N_FIXED_SAMPLES = 8  # training samples whose loss is compared before and after
 
 
 @dataclass
 class MeasuredRun:
-    """A run. What is known of it so far is in `result`, so that a run that ends early leaves that behind."""
+    """A run. `result` has what is known of it so far, so that a run that ends early leaves that behind."""
 
     config: TrainConfig
     dataset: Dataset
@@ -60,13 +60,13 @@ class MeasuredRun:
     stage: str = "choosing the device"
 
     def __post_init__(self) -> None:
-        """Choose the device, and say which it is; a UserError if it cannot be had."""
+        """Choose the device, and log it; a UserError if it cannot be used."""
         gpu = self.config.gpu
         if self.config.parallel.is_split:  # the agent holds the cards of all of its ranks
             gpu = replace(gpu, index=None if why_no_gpu() else int(os.environ["LOCAL_RANK"]), shared=True)
         self.held_card = take_card(gpu, self.log)
         self.device = choose_device(gpu)
-        self.card = Card(self.device) if self.device.type == "cuda" else None  # while we have nothing there ourselves
+        self.card = Card(self.device) if self.device.type == "cuda" else None  # before we have anything there ourselves
         use_device(self.device, gpu, self.config.memory_limit_mib)
         self.result.device, self.result.versions = device_name(self.device), versions()
         self.result.card = self.card.facts if self.card else None
@@ -74,7 +74,7 @@ class MeasuredRun:
         self.log(about_device(self.device, gpu))
 
     def execute(self) -> None:
-        """Do all of it, noting results and stage; a KeyboardInterrupt comes once the run is saved, if it is to be."""
+        """Do the whole run, recording results and stage; a KeyboardInterrupt comes once the run is saved, if it is."""
         self.stage = "meeting the other processes"
         with joined(self.config.parallel, self.device) as ranks:
             self._execute(ranks)
@@ -108,7 +108,7 @@ class MeasuredRun:
                 write_text(self.run_dir / CHAT_TEMPLATE, self.dataset.template_file)
 
     def _train(self, step: TrainStep, data: Windows) -> None:
-        """Dry-run, train and evaluate; note memory, time and losses. The model is then what the run leaves."""
+        """Dry-run, train and evaluate; record memory, time and losses. Then the model has the weights to save."""
         training, samples = self.config.training, self.dataset.samples
         self.stage = "the first optimizer step"
         use = measure_worst_case(step, data, self.log)
@@ -119,7 +119,7 @@ class MeasuredRun:
             warm_up(step, data)
         fixed = [collate([sample], data.padding) for sample in samples[:N_FIXED_SAMPLES]]
         saver = Saver(self.run_dir, self.config.hash(), step, self.config.run_hash)
-        self.interrupts.held = training.saves_when_interrupted  # from here on the optimizer step ends first
+        self.interrupts.held = training.saves_when_interrupted  # from here on an interrupt lets the optimizer step end
         position = self._restore(saver) or Position(train_loss_before=evaluate(step, fixed)[0])
         self.result.train_loss_before = position.train_loss_before
         watch = Stopwatch(step.device, self.card.nvml.joules if self.card else lambda: None)
@@ -130,7 +130,7 @@ class MeasuredRun:
                 loop.run()
             except KeyboardInterrupt:
                 if loop.saved == position.step > 0:
-                    resume = "training.resume=true goes on from there"
+                    resume = "training.resume=true continues it"
                     self.stage += f", saved after optimizer step {position.step}: {resume}"
                 raise
         self._note_memory(use, step)
@@ -161,7 +161,7 @@ class MeasuredRun:
         result.runtime_s, result.samples = loop.watch.seconds, n_epochs * len(data.samples) + n_last
         result.tokens = steps[-1].tokens
         result.tokens_per_s = result.tokens / result.runtime_s
-        powers = loop.step.ranks.gathered(loop.watch.mean_power_w)  # of all GPUs, since the tokens are
+        powers = loop.step.ranks.gathered(loop.watch.mean_power_w)  # of all GPUs, as the tokens are
         result.joules_per_token = None if None in powers else sum(powers) / result.tokens_per_s
         result.loss_first, result.loss_last = steps[0].loss, steps[-1].loss
         result.skipped_steps = sum(metrics.grad_norm is None for metrics in steps)
@@ -180,12 +180,12 @@ class MeasuredRun:
         result.eval_runtime_s = sum(each.eval_time_s for each in losses)
         if loop.position.step < loop.total_steps:
             result.stopped_early_at_step, n_since = loop.position.step, len(losses) - 1 - losses.index(best)
-            least = f"the least held-out loss was {best.eval_loss:.4f} after step {best.step}"
+            lowest = f"the lowest held-out loss was {best.eval_loss:.4f} after step {best.step}"
             when = f"after optimizer step {loop.position.step} of {loop.total_steps}"
-            self.log(f"stopped early, {when}: {least}, and none of the {n_since} since was less")
+            self.log(f"stopped early, {when}: {lowest}, and none of the {n_since} since was lower")
 
     def _note_memory(self, use: MemoryUse, step: TrainStep) -> None:
-        """The peak is the allocator's over dry run and training on CUDA, the tracker's over the dry run on the CPU."""
+        """On CUDA the peak is the allocator's over dry run and training, on the CPU the tracker's over the dry run."""
         own = RankUse(use.peak_mib, peak_rss_mib(), use.phase, dict(use.at_peak_mib), use.max_mib, list(use.breakdown))
         if step.device.type == "cuda":
             own.peak_memory_mib = torch.cuda.max_memory_allocated(step.device) / MIB

@@ -1,4 +1,4 @@
-"""The training of a run, timed, and what comes between its optimizer steps and is not: held-out losses, checkpoints."""
+"""The timed training of a run, and the untimed work between its optimizer steps: held-out losses, checkpoints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from llama_ft.training.step import TrainStep
 
 @dataclass
 class TimedLoop:
-    """Trains from a position to the end: of the last epoch, or of `training.patience`."""
+    """Trains from a position to the end of the last epoch, or of `training.patience`."""
 
     config: TrainingConfig
     step: TrainStep
@@ -35,11 +35,11 @@ class TimedLoop:
     held_out: list[EvalMetrics] = field(init=False)  # the held-out losses so far
 
     def __post_init__(self) -> None:
-        """Take up the position."""
+        """Continue from the position."""
         position, data = self.position, self.data
         self.saved, self.total_steps = position.step, data.steps_per_epoch * self.config.epochs
         if position.step > self.total_steps:
-            done = f"{position.step} optimizer steps have been trained, and training.epochs={self.config.epochs} are"
+            done = f"{position.step} optimizer steps have been trained, and training.epochs={self.config.epochs} has"
             raise UserError(f"{done} {self.total_steps}: give as many epochs as before, or more")
         self.held_out = evaluations_of(self.file.lines)
         position.epoch, position.window = divmod(position.step, data.steps_per_epoch)
@@ -49,9 +49,9 @@ class TimedLoop:
         self._meter = StepMeter(self.total_steps, self.step.device, self.step.scaler.is_enabled(), last)
         if last is not None and last.total_steps != self.total_steps:
             lr, kind = self.schedule.get_last_lr()[0], self.config.schedule.name
-            longer = f"trained longer: {self.total_steps} optimizer steps in place of {last.total_steps}"
-            rate = f"the learning rate goes on at {lr:.2e}, after {last.lr:.2e}"
-            self.log(f"{longer}. The {kind} schedule is over all of them now: {rate}")
+            longer = f"training longer: {self.total_steps} optimizer steps instead of {last.total_steps}"
+            rate = f"the learning rate continues at {lr:.2e}, after {last.lr:.2e}"
+            self.log(f"{longer}. The {kind} schedule now covers all of them: {rate}")
 
     def run(self) -> None:
         """Train; a UserError if a loss is not finite, or a checkpoint cannot be written."""
@@ -69,7 +69,7 @@ class TimedLoop:
         self.file.write(self._meter.flush())
 
     def _ends_here(self) -> bool:
-        """Do what is due between two optimizer steps, and say whether that was the last one."""
+        """Do what is due between two optimizer steps; return True after the last one."""
         step, config = self.position.step, self.config
         due = is_due(step, self.total_steps, self.data.steps_per_epoch, config.eval_every)
         if self.data.held_out and due and (not self.held_out or self.held_out[-1].step < step):
@@ -85,7 +85,7 @@ class TimedLoop:
         return ends
 
     def _between(self, action: Callable[[], None]) -> None:
-        """Do something while no time counts, with all steps so far in the file."""
+        """Write all steps so far to the file, and do something untimed."""
         self.watch.stop()
         self.file.write(self._meter.flush())
         action()

@@ -1,1 +1,1 @@
-"""One run on several processes, each with a GPU: over PyTorch's DistributedDataParallel and `fully_shard`."""
+"""One run on several processes, each with a GPU, by PyTorch's DistributedDataParallel or `fully_shard`."""

@@ -1,6 +1,6 @@
-"""Tensors that are split over processes, on disk: each process writes and reads its own rows.
+"""Sharded tensors on disk: each process writes and reads its own rows.
 
-`torch.distributed.checkpoint` lays them out, in safetensors files; as many processes as there are then read them.
+`torch.distributed.checkpoint` stores them in safetensors files, which any number of processes can read.
 """
 
 import warnings
@@ -38,7 +38,7 @@ def read_split(tensors: Mapping[str, Tensor], folder: Path, ranks: Ranks) -> Non
 
 
 def _shared(tensor: Tensor) -> Tensor:
-    """The same memory, without what autograd and modules know of it."""
+    """The same memory, detached from autograd and modules."""
     return like(tensor, own(tensor.detach())) if is_split(tensor) else tensor.detach()
 
 
@@ -48,6 +48,6 @@ def _explained(problem: str) -> Iterator[None]:
         warnings.filterwarnings("ignore", ".*no_dist.*|.*TypedStorage.*|.*deprecated.*")
         try:
             yield
-        except Exception as error:  # of any process, wrapped
+        except Exception as error:  # may wrap that of another process
             root: BaseException = next(iter(getattr(error, "failures", {}).values()), (error,))[0]
             raise UserError(f"{problem}: {root}") from error

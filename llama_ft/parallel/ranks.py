@@ -1,4 +1,4 @@
-"""The processes that share a run, and what they tell each other."""
+"""The processes that share a run, and their communication."""
 
 import os
 from collections.abc import Iterator
@@ -15,10 +15,10 @@ from llama_ft.config import ParallelConfig, Strategy
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of its run; alone unless said otherwise, and then nothing is exchanged.
+    """This process among those of its run; by default it is alone, and nothing is exchanged.
 
-    Whatever is exchanged, all of them have to ask for at once. Numbers go over the host (gloo), tensors from where they
-    are, so that no process waits for its GPU.
+    All processes have to call a method that exchanges something. Numbers go over the host (gloo), tensors over their
+    own device, so that no process waits for its GPU.
     """
 
     strategy: Strategy = Strategy.none
@@ -27,21 +27,21 @@ class Ranks:
 
     @property
     def is_alone(self) -> bool:
-        """Whether the run is not split."""
+        """True if the run is not split."""
         return self.strategy is Strategy.none
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that speaks for the run."""
+        """True for the process that reports and writes for the run."""
         return self.rank == 0
 
     def total(self, number: int) -> int:
         """The sum of a number over all processes."""
         if self.is_alone:
             return number
-        told = torch.tensor(number)
-        self.add_up(told)
-        return int(told)
+        total = torch.tensor(number)
+        self.add_up(total)
+        return int(total)
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all processes."""
@@ -49,11 +49,11 @@ class Ranks:
             torch.distributed.all_reduce(tensor)
 
     def any(self, holds: bool) -> bool:
-        """Whether something holds in any process."""
+        """Return True if something holds in any process."""
         return self.total(int(holds)) > 0
 
     def gathered(self, value: Any) -> list[Any]:
-        """A value of each process, in the order of ranks."""
+        """Collect a value from each process, in the order of ranks."""
         if self.is_alone:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -61,7 +61,7 @@ class Ranks:
         return values
 
     def wait(self) -> None:
-        """Wait until all of them are here."""
+        """Wait until all processes are here."""
         self.total(0)
 
 
@@ -70,7 +70,7 @@ ALONE = Ranks()
 
 @contextmanager
 def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
-    """The processes of a run, found by the variables that `torch.distributed.run` sets; they part after the block."""
+    """Join the processes of a run by the variables that `torch.distributed.run` sets; leave them after the block."""
     if not config.is_split:
         yield ALONE
         return
@@ -80,4 +80,4 @@ def joined(config: ParallelConfig, device: torch.device) -> Iterator[Ranks]:
     backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(seconds=config.timeout_s)
     torch.distributed.init_process_group(backend, timeout=timeout, device_id=device if on_cuda else None)
     yield Ranks(config.strategy, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    torch.distributed.destroy_process_group()  # after an error it could wait for processes that are gone
+    torch.distributed.destroy_process_group()  # not after an error: it could wait for processes that are gone

@@ -1,12 +1,12 @@
-"""How the model of a run is split over its processes: not at all, or by one of PyTorch's engines.
+"""Splitting the model of a run over its processes, by one of PyTorch's engines.
 
 FSDP (Zhao et al. 2023, arXiv 2304.11277; Rajbhandari et al. 2020, arXiv 1910.02054, stage 3) in PyTorch's second form,
 `fully_shard`: each process holds its rows of every weight, gradient and moment. The rows of an attention or a
 feed-forward are gathered before it computes and freed after it, in the forward and in the backward pass; gradients are
 summed and each process keeps its rows of them.
 
-DDP (Li et al. 2020, arXiv 2006.15704): each process holds the whole model, and the gradients are summed while the
-backward pass of the last micro-batch goes on.
+DDP (Li et al. 2020, arXiv 2006.15704): each process holds the whole model, and the gradients are summed during the
+backward pass of the last micro-batch.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ from llama_ft.techniques.mixed_precision import Precision
 
 
 def shard(model: Transformer, ranks: Ranks, precision: Precision) -> None:
-    """Split a model's parameters by rows, under FSDP; the model is on the meta device, its techniques applied.
+    """Under FSDP, split a model's parameters by rows; the model is on the meta device, with its techniques applied.
 
     Weights that autocast would cast are gathered in the 16-bit format, which is half the bytes, and not kept until the
-    backward pass, as autocast's copies would be. Norms and the embedding are computed with as they are stored.
+    backward pass, as autocast's copies would be. Norms and the embedding are used as they are stored.
     """
     if ranks.strategy is not Strategy.fsdp:
         return
@@ -44,7 +44,7 @@ def shard(model: Transformer, ranks: Ranks, precision: Precision) -> None:
     if not model.config.tie_word_embeddings:
         fully_shard(model.tok_embeddings, mesh=mesh, mp_policy=stored)
         fully_shard(model.output, mesh=mesh, mp_policy=cast)
-    # Else what is the root's own would stay gathered after an evaluation, which no backward pass follows.
+    # Otherwise the root's own parameters would stay gathered after an evaluation, which no backward pass follows.
     fully_shard(model, mesh=mesh, mp_policy=stored, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -53,7 +53,7 @@ def shard(model: Transformer, ranks: Ranks, precision: Precision) -> None:
 
 
 def replicate(model: Transformer, ranks: Ranks) -> nn.Module:
-    """What is called in the place of a model that holds its weights: DDP's wrapper of it, or the model itself."""
+    """The module to call in place of a model: DDP's wrapper of it, or the model itself."""
     if ranks.strategy is not Strategy.ddp:
         return model
     from torch.nn.parallel import DistributedDataParallel
@@ -71,13 +71,13 @@ def replicate(model: Transformer, ranks: Ranks) -> nn.Module:
 
 
 def sum_after(module: nn.Module, is_last: bool) -> None:
-    """Say whether the backward pass to come is a window's last: DDP sums the gradients then alone."""
+    """Tell DDP whether the next backward pass is a window's last: it sums the gradients only then."""
     if (wrapper := vars(module)).get("require_backward_grad_sync") is not None:
         wrapper["require_backward_grad_sync"] = is_last
 
 
 def _add_up(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """The sum of a bucket's gradients over all processes; DDP's own hook would take their mean."""
+    """Sum a bucket's gradients over all processes; DDP's own hook would average them."""
     work: Any = dist.all_reduce(bucket.buffer(), async_op=True)
     future: torch.futures.Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
     return future

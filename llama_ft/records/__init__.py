@@ -1,4 +1,4 @@
-"""What runs and plans leave behind: each record a dataclass, written and read in one place, without torch."""
+"""Records of runs and plans: dataclasses that are written to JSON files and read back, without torch."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
@@ -11,10 +11,10 @@ from pydantic import TypeAdapter, ValidationError
 from llama_ft.config import UserError
 from llama_ft.files import read_json, write_json
 
-SCHEMA_VERSION = 2  # of every record that has a file of its own
+SCHEMA_VERSION = 2  # of every record that has its own file
 CATEGORIES = ("parameter", "gradient", "optimizer_state", "activation", "gathered", "other")  # of memory
 
-GATHERED = "gathered"  # there where a run is split over processes
+GATHERED = "gathered"  # only in runs that are split over processes
 
 R = TypeVar("R")
 
@@ -22,13 +22,13 @@ _adapter = cache(TypeAdapter)  # making one takes milliseconds
 
 
 def shown_categories(memories: Iterable[Mapping[str, float] | None]) -> tuple[str, ...]:
-    """The categories to show: `gathered` only where there is any."""
+    """The categories to show: `gathered` only if there is any."""
     is_there = any((memory or {}).get(GATHERED) for memory in memories)
     return tuple(name for name in CATEGORIES if is_there or name != GATHERED)
 
 
 def parse(kind: type[R], content: Any, where: str) -> R:
-    """A record from JSON's types; a UserError names `where` it is, and the version, or first field, that is wrong."""
+    """Parse a record from JSON types; a UserError names `where` it is, and the wrong version or first wrong field."""
     version = content.get("schema_version", SCHEMA_VERSION) if isinstance(content, dict) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise UserError(f"{where} has schema_version {version}, and this version reads {SCHEMA_VERSION}: run it again")
@@ -42,7 +42,7 @@ def parse(kind: type[R], content: Any, where: str) -> R:
 
 
 def read_record(kind: type[R], file: Path) -> R:
-    """A record from its file; a UserError if that cannot be read or holds something else."""
+    """Read a record from its file; a UserError if the file cannot be read or contains something else."""
     return parse(kind, read_json(file, "what was measured or planned"), str(file))
 
 

@@ -1,4 +1,4 @@
-"""Answers, and the lines that `generate prompts=FILE` writes them as."""
+"""Answers, and the lines in which `generate prompts=FILE` writes them."""
 
 import json
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from llama_ft.files import Json
 
 @dataclass(frozen=True)
 class Answer:
-    """What followed a prompt."""
+    """The text generated after a prompt."""
 
     text: str
     n_tokens: int
-    finish: str  # what ended it: `eos`, `stop` (one of decoding.stop), or `length`
+    finish: str  # reason for its end: `eos`, `stop` (one of decoding.stop), or `length`
 
 
 def added_keys(answers: Sequence[Answer], settings_hash: str, base_answers: Sequence[str] | None) -> Json:
-    """What a line has beside its prompt's record: `answer`, or of several `answers`, and what else is known.
+    """The keys of a line besides those of its prompt's record: `answer` (several: `answers`), and others.
 
-    `settings_hash` is of what they were made with, the prompts included: equal for the lines of a file.
+    `settings_hash` is of the settings and prompts that made the answers: equal for all lines of a file.
     """
     several = len(answers) > 1
     key = "answers" if several else "answer"
@@ -34,7 +34,7 @@ def added_keys(answers: Sequence[Answer], settings_hash: str, base_answers: Sequ
 
 
 def texts_of_line(line: bytes, n_answers: int, settings_hash: str) -> list[str] | None:
-    """The answers' texts in a line that was written with these settings; None if it is another one."""
+    """The answers' texts in a line that was written with these settings; None for any other line."""
     try:
         content = json.loads(line)
         if content["settings_hash"] != settings_hash:

@@ -1,4 +1,4 @@
-"""`data.json`: what there is to know of records before they are trained on."""
+"""`data.json`: a report on records before they are trained on."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from llama_ft.records import SCHEMA_VERSION
 
 @dataclass(frozen=True)
 class Places:
-    """Records that have something in common, and where the first of them are."""
+    """Records that have something in common, with the positions of the first of them."""
 
     records: int
     first: list[str]
@@ -21,12 +21,12 @@ class Example:
     name: str
     where: str
     tokens: int
-    parts: list[tuple[str, bool]]  # of its text, and whether they are trained on
+    parts: list[tuple[str, bool]]  # of its text; True if trained on
 
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was found."""
+    """The report on a data set."""
 
     data: str
     tokenizer: str
@@ -40,9 +40,9 @@ class DataReport:
     too_long: Places
     truncated: int
     dropped: int
-    tokens: int  # of the samples that are left, cut where they are
+    tokens: int  # of the remaining samples, after truncation
     trained_tokens: int
-    duplicates: Places  # that say what an earlier one says; first a pair
+    duplicates: Places  # of an earlier record; `first` is a pair
     empty_answers: Places
     examples: list[Example]
     settings: Settings

@@ -1,4 +1,4 @@
-"""`evaluate.json`: what an evaluation found."""
+"""`evaluate.json`: the results of an evaluation."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +20,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class TextPerplexity(Perplexity):
-    """That of a text, in windows."""
+    """Perplexity of a text, in windows."""
 
     bits_per_byte: float
     windows: int
@@ -28,7 +28,7 @@ class TextPerplexity(Perplexity):
 
 @dataclass(frozen=True)
 class Share:
-    """How many of the answers are correct."""
+    """Number and share of correct answers."""
 
     correct: int
     records: int
@@ -37,29 +37,29 @@ class Share:
 
 @dataclass(frozen=True)
 class Accuracy(Share):
-    """The share of all records, and of each task's."""
+    """The share over all records, and over each task's."""
 
-    tasks: dict[str, Share]  # empty where no record names one
+    tasks: dict[str, Share]  # empty if no record names one
 
 
 @dataclass(frozen=True)
 class ExactMatch(Accuracy):
-    """A model's."""
+    """A model's accuracy."""
 
-    ended_by_length: int  # answers that had not ended when `max_new_tokens` did
+    ended_by_length: int  # answers that were cut off by `max_new_tokens`
 
 
 @dataclass(frozen=True)
 class Majority(Accuracy):
-    """What the most frequent answer of each task would come to."""
+    """The accuracy of always giving each task's most frequent answer."""
 
-    of: str  # the records whose most frequent answers they are
+    of: str  # the records that the most frequent answers are taken from
     answers: dict[str, str]  # by task
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """One of the models. What was not asked for is None."""
+    """One of the models; None for what was not requested."""
 
     role: Role
     checkpoint: str
@@ -76,10 +76,10 @@ class EvaluatedRecords:
 
     name: str
     file: str
-    is_held_out: bool  # whether they are the built-in ones that training never sees
+    is_held_out: bool  # the built-in ones that training never sees
     records: int
     skipped: int  # bad ones
-    truncated: int  # whose answer was cut at the longest length allowed
+    truncated: int  # whose answer was cut at the maximum length
     dropped: int  # whose prompt left no room for an answer
 
 
@@ -109,6 +109,6 @@ class Evaluation:
     dtype: str
     versions: dict[str, str | None]
     command: str
-    template: str | None = None  # in which records were written down
-    ends: str | None = None  # where texts begin and end, for people
+    template: str | None = None  # that formatted the records
+    ends: str | None = None  # where texts begin and end, for display
     schema_version: int = SCHEMA_VERSION

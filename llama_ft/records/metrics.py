@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: a line for each optimizer step, and behind it one for the held-out loss after that step, if any."""
+"""`metrics.jsonl`: a line for each optimizer step, followed by one for the held-out loss after that step, if any."""
 
 import json
 import os
@@ -23,7 +23,7 @@ class StepMetrics:
     step: Annotated[int, Field(ge=1, lt=2**53)]  # counted from 1
     total_steps: int
     loss: float  # mean over the step's target tokens, in nats
-    grad_norm: float | None  # before clipping; None where it was not finite and the step was skipped
+    grad_norm: float | None  # before clipping; None if it was not finite and the step was skipped
     lr: float
     tokens: int  # so far, padding not counted
     tokens_per_s: float  # of this step
@@ -33,12 +33,12 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """The held-out samples, without dropout."""
+    """An evaluation on the held-out samples, without dropout."""
 
     step: Annotated[int, Field(ge=0, lt=2**53)]  # optimizer steps done before it
     eval_loss: float  # mean over all target tokens, in nats
     eval_perplexity: float
-    eval_token_accuracy: float  # share of the target tokens that are the most probable ones
+    eval_token_accuracy: float  # share of the target tokens that the model finds most probable
     eval_time_s: float
 
 
@@ -46,12 +46,12 @@ Metrics = StepMetrics | EvalMetrics
 
 
 def line_of(metrics: Metrics) -> str:
-    """A line as it is written."""
+    """Format a line of the file."""
     return json.dumps(vars(metrics)) + "\n"
 
 
 def parse_line(text: bytes | str, where: str) -> Metrics:
-    """What a line holds; a UserError says that it is damaged."""
+    """Parse a line; a UserError if it is damaged."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -62,17 +62,17 @@ def parse_line(text: bytes | str, where: str) -> Metrics:
 
 
 def steps_of(metrics: Iterable[Metrics]) -> list[StepMetrics]:
-    """The optimizer steps among them."""
+    """Only the optimizer steps."""
     return [each for each in metrics if isinstance(each, StepMetrics)]
 
 
 def evaluations_of(metrics: Iterable[Metrics]) -> list[EvalMetrics]:
-    """The held-out losses among them."""
+    """Only the held-out losses."""
     return [each for each in metrics if isinstance(each, EvalMetrics)]
 
 
 def read_metrics(run_dir: Path) -> list[Metrics]:
-    """The lines of a run. A last line that was cut short is left out; a UserError names another that is damaged."""
+    """Read the lines of a run, without a last one that was cut short; a UserError names any other damaged line."""
     file = run_dir / METRICS_FILE
     if not file.is_file():
         return []
@@ -81,15 +81,15 @@ def read_metrics(run_dir: Path) -> list[Metrics]:
 
 
 class MetricsFile:
-    """The file of a run while it is written; a resumed run goes on after the lines that are there."""
+    """The file of a run while it is written; a resumed run appends to the lines that are there."""
 
     def __init__(self, file: Path, writes: bool = True) -> None:
-        """`writes` is whether lines reach the disk: of several processes one writes, and the others count along."""
+        """With `writes` lines reach the disk: of several processes one writes, and the others only collect."""
         self.lines = read_metrics(file.parent)
         written = file if writes else Path(os.devnull)
         self._stream = written.open("a", encoding="utf-8")
         if writes:
-            os.utime(file)  # by which our parent sees that training begins
+            os.utime(file)  # tells our parent that training begins
         self._last_flush = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -99,7 +99,7 @@ class MetricsFile:
         self._stream.close()
 
     def write(self, metrics: Metrics | None) -> None:
-        """Add a line, if there is one. Lines reach the disk a few times a second."""
+        """Add a line, unless it is None. Lines reach the disk a few times a second."""
         if metrics is None:
             return
         self.lines.append(metrics)
@@ -109,7 +109,7 @@ class MetricsFile:
             self._last_flush = now
 
     def sync(self) -> None:
-        """Bring all lines to the disk."""
+        """Write all lines to the disk."""
         self._stream.flush()
         if self._stream.name != os.devnull:
             os.fsync(self._stream.fileno())

@@ -1,4 +1,4 @@
-"""`plan.json`: what runs would need and take on cards."""
+"""`plan.json`: the predicted memory and time of runs on cards."""
 
 import json
 from dataclasses import dataclass, field
@@ -16,16 +16,16 @@ SAME = 0.01  # share of the value before, up to which Table 1 shows no change
 
 @dataclass(frozen=True)
 class MemoryPoint:
-    """What is alive after an event of an optimizer step."""
+    """Memory that is alive after an event of an optimizer step."""
 
     event: int  # counted from the step's first
-    phase: str  # what runs then
+    phase: str  # of the step
     memory_mib: dict[str, float]  # by category
 
 
 @dataclass
 class PlanRow:
-    """A run on a card. None is what is not known there; all is None where `error` says why it cannot run."""
+    """A run on a card. None is unknown; everything is None if `error` says why the run is impossible."""
 
     optim: dict[str, bool]
     combination: str
@@ -36,11 +36,11 @@ class PlanRow:
     memory_mib: dict[str, float] | None = None  # by category, at the peak
     memory_max_mib: dict[str, float] | None = None  # by category, each one's own maximum
     breakdown: list[MemoryItem] = field(default_factory=list)
-    managed_mib: float | None = None  # of optimizer state that the driver moves to the host where the card is full
+    managed_mib: float | None = None  # of optimizer state that the driver moves to the host if the card is full
     reserved_mib: float | None = None  # by the CUDA allocator
     context_mib: float | None = None  # of the CUDA context
-    host_memory_mib: float | None = None  # pinned, of what is offloaded
-    required_mib: float | None = None  # both
+    host_memory_mib: float | None = None  # pinned, of offloaded tensors
+    required_mib: float | None = None  # reserved and context
     total_memory_mib: float | None = None  # of the card
     fits: bool | None = None
     margin_mib: float | None = None
@@ -51,20 +51,20 @@ class PlanRow:
     tokens: int | None = None
     flops: dict[str, float] | None = None  # by dtype
     bytes_moved: float | None = None
-    parallel: Settings | None = None  # the strategy and its processes; all numbers are then those of one card
-    sent_mib: float | None = None  # to other cards in an optimizer step; as many are received
+    parallel: Settings | None = None  # the strategy and its processes; then all numbers are of one card
+    sent_mib: float | None = None  # to other cards per optimizer step; as much is received
     operators: float | None = None
     runtime_s: float | None = None
     tokens_per_s: float | None = None
     bound_runtime_s: float | None = None  # at the full rate of the card's units or memory
-    binds: str | None = None  # the resource that binds longest
+    binds: str | None = None  # the resource that limits for longest
     bound_s: dict[str, float] | None = None  # seconds of the bound by resource
-    timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step; of the first card alone
-    settings: Settings = field(default_factory=dict)  # by full name, in which rows differ beside the switches
+    timeline: list[MemoryPoint] = field(default_factory=list)  # of the last optimizer step, only on the first card
+    settings: Settings = field(default_factory=dict)  # by full name, in which rows differ besides the switches
 
     @property
     def status(self) -> Status:
-        """As a result has it: whether there are numbers."""
+        """`ok` if there are numbers, as in a result."""
         return "error" if self.error else "ok"
 
     @property
@@ -74,7 +74,7 @@ class PlanRow:
 
 
 def row_key(combination: str, settings: Settings) -> str:
-    """Tells the rows of a card apart."""
+    """A unique key among the rows of a card."""
     return json.dumps([combination, settings])
 
 
@@ -87,7 +87,7 @@ def arrow(before: float, after: float, same: float = SAME) -> str:
 
 @dataclass(frozen=True)
 class Table1Cell:
-    """What a technique changes: an arrow, and the numbers behind it."""
+    """The change made by a technique: an arrow, and the numbers behind it."""
 
     arrow: str
     before: float
@@ -98,7 +98,7 @@ class Table1Cell:
 
 @dataclass(frozen=True)
 class Table1Row:
-    """A technique, as it is chosen, in the course's Table 1."""
+    """A technique in the course's Table 1."""
 
     technique: str
     name: str
@@ -117,20 +117,20 @@ class Table1:
 
 @dataclass
 class Advice:
-    """What to run."""
+    """Advice on a run."""
 
     goal: str
-    gpu: str | None  # None where it is for several cards
+    gpu: str | None  # None if it is for several cards
     combination: str | None = None
-    settings: Settings = field(default_factory=dict)  # by full name, what is to be set beside the combination
-    longest_sequence: int | None = None  # tokens of a sample; None where none fits or it was not looked for
+    settings: Settings = field(default_factory=dict)  # by full name, to set besides the combination
+    longest_sequence: int | None = None  # tokens of a sample; None if none fits or it was not searched for
     largest_micro_batch: int | None = None  # samples of this data
-    packing: int | None = None  # tokens of the largest packed rows, where the plan has such
-    lines: list[str] = field(default_factory=list)  # for people
+    packing: int | None = None  # tokens of the largest packed rows, if the plan packs
+    lines: list[str] = field(default_factory=list)  # for display
 
     @property
     def title(self) -> str:
-        """What was asked for."""
+        """The request: goal and card."""
         return f"goal={self.goal}" + (f", gpu={self.gpu}" if self.gpu else "")
 
 
@@ -140,7 +140,7 @@ class PlannedData:
 
     name: str
     about: str
-    is_stand_in: bool  # whether the lengths are made up
+    is_stand_in: bool  # the lengths are made up
     samples: int
     longest: int  # tokens
     tokens: int
@@ -148,7 +148,7 @@ class PlannedData:
 
 @dataclass(frozen=True)
 class PlannedTime:
-    """What `runtime_s` of the rows is."""
+    """The meaning of the rows' `runtime_s`."""
 
     kind: Literal["bound", "calibrated"]
     about: str
@@ -179,11 +179,11 @@ class Plan:
 
     @property
     def is_sweep(self) -> bool:
-        """Whether the rows differ in more than their techniques."""
+        """True if the rows differ in more than their techniques."""
         return any(row.settings for row in self.rows)
 
     def settings_of(self, row: PlanRow) -> Settings:
-        """The numbers of each technique and of training that a row has."""
+        """A row's settings of each technique, of training and of parallel."""
         sections = {**self.techniques, "training": self.training, "parallel": row.parallel or {}}
         settings = {name: dict(section) for name, section in sections.items()}
         for section, _, key in (full.partition(".") for full in row.settings):
@@ -197,5 +197,5 @@ class Plan:
 
 
 def is_plan(folder: Path) -> bool:
-    """Whether a folder is a plan's: it has `plan.json`, and no run in it or below it."""
+    """Return True if a folder is a plan's: it has `plan.json`, and no run in it or below it."""
     return (folder / PLAN_FILE).is_file() and next(folder.rglob(RESULT_FILE), None) is None

@@ -1,1 +1,1 @@
-"""Tables, figures and progress for people."""
+"""Tables, figures and progress bars."""

@@ -1,4 +1,4 @@
-"""Two sweeps, or a sweep and the plan that predicts it, side by side: each measure, and how far they are apart."""
+"""Two sweeps, or a sweep and the plan that predicts it, side by side: each measure, and the difference."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from llama_ft.reporting.results import Group, seeds_text, value_of
 from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_rows
 from llama_ft.reporting.table2 import MEASURES, REPEATS_NOTE, RUNS, Measure, cell, failures, run_counts
 
-# Compared by their differences, not as shares, which are written so.
+# Compared by absolute differences, in these formats, not by shares.
 LEARNT = {"train_loss_after": "{:+.3f}", "eval_loss": "{:+.3f}", "eval_token_accuracy": "{:+.1%}"}
 COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
 PREDICTED = [measure for measure in COMPARED if measure.key not in (*LEARNT, "tokens_per_s")]
@@ -24,12 +24,12 @@ SAME_SETTINGS = "Settings, device and versions are the same."
 
 
 class Sides(NamedTuple):
-    """What the two sides are called."""
+    """The names of the two sides."""
 
     names: tuple[str, str]
-    suffixes: tuple[str, str]  # what follows a value of a setting
+    suffixes: tuple[str, str]  # after a value of a setting
     difference: str
-    no_number: str  # in place of a difference that is none
+    no_number: str  # in place of a missing difference
 
 
 SWEEPS = Sides(("A", "B"), ("in A", "in B"), "difference", CHANGED)
@@ -46,8 +46,8 @@ class Comparison:
     sides: Sides
     settings: list[matching.Difference]  # and devices and versions
     notes: list[str] = field(default_factory=list)
-    not_alike: tuple[str, ...] = ()  # the measures whose difference would say nothing
-    is_bound: bool = False  # whether B's runtimes are
+    not_alike: tuple[str, ...] = ()  # the measures whose difference would be meaningless
+    is_bound: bool = False  # B's runtimes are bounds
 
     @property
     def pairs(self) -> list[tuple[Result, Result]]:
@@ -56,24 +56,24 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """What tells the runs apart, in notes."""
+        """The names of the runs, in notes."""
         return self.a.labels if self.a.settings else [result.combination for result in self.a.results]
 
     @property
     def settings_lines(self) -> list[str]:
-        """What is not the same, a line each."""
+        """The settings that are not the same, a line each."""
         in_a, in_b = self.sides.suffixes
         return [f"{name}: {a} {in_a}, {b} {in_b}" for name, a, b in self.settings] or [SAME_SETTINGS]
 
     @property
     def measures(self) -> list[Measure]:
-        """Those that are shown: of which a run on either side has a value, or always."""
+        """The measures to show: those of which a run on either side has a value, and some always."""
         results, compared = [*self.a.results, *self.b.results], COMPARED if self.sides is SWEEPS else PREDICTED
         return [m for m in compared if m.always or any(getattr(result, m.key) is not None for result in results)]
 
     @property
     def table(self) -> Table:
-        """Each measure on both sides, and the difference, for every combination; in rows where settings differ too."""
+        """Each measure on both sides, and the difference, for every combination; in rows if settings differ too."""
         if self.a.settings:
             return self._rows_for_runs()
         rows: Rows = []
@@ -87,7 +87,7 @@ class Comparison:
         return Table(self.title, technique_rows(a.optim for a in self.a.results), rows, self.notes)
 
     def _rows_for_runs(self) -> Table:
-        """A row for each run; of each measure three columns."""
+        """A row for each run, and three columns for each measure."""
         columns = [(title, *column) for title, of_measure in self._columns() for column in of_measure]
         name_a = self.sides.names[0]
         head = [title if name == name_a else name for title, name, _ in columns]
@@ -116,7 +116,7 @@ class Comparison:
         return LEARNT.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if is_within else "")
 
     def change(self, a: Result, b: Result, key: str) -> float | None:
-        """How far B's value is from A's, as a share of A's, of what was learnt in itself; None where there is none."""
+        """B's difference from A, as a share of A's value, or absolute for losses and accuracy; None if unknown."""
         of_a, of_b = value_of(a, key), value_of(b, key)
         if key in self.not_alike or any(value is None or not math.isfinite(value) for value in (of_a, of_b)):
             return None
@@ -126,11 +126,11 @@ class Comparison:
 
 
 def compare_sweeps(first: list[Group], second: list[Group]) -> tuple[list[Comparison], list[str]]:
-    """Each pair of groups that can be compared, and notes on what one side alone has."""
+    """Each pair of groups that can be compared, and notes on what only one side has."""
     pairs, alone = matching.match_sweeps(first, second)
     comparisons = []
     for a, b in pairs:
-        notes = ["Difference: of B from A, in percent of A; of losses and accuracy, B less A."]
+        notes = ["Difference: of B from A, in percent of A; for losses and accuracy, B minus A."]
         notes += _repeats(a, b)
         if any("oom" in _statuses(result) for result in (*a.results, *b.results)):
             notes.append("×: out of memory.")
@@ -164,18 +164,18 @@ def _repeats(a: Group, b: Group) -> list[str]:
     notes = [f"Seeds: {'; '.join(sides)}.", REPEATS_NOTE] if sides else []
     if len(sides) == 2:
         within = "the difference is within the spread of the runs (Welch's t-test at 95 %)"
-        notes.append(f"{WITHIN}: {within}; without it, larger, where there are two runs or more on both sides.")
+        notes.append(f"{WITHIN}: {within}; without {WITHIN} it is larger, if both sides have two runs or more.")
     return notes
 
 
 def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[str, ...], list[str]]:
-    """Which rows of a plan are of other data or another device than these runs, by their keys, and why."""
+    """Keys of the measures not to compare, since the plan is for other data or another device, and a note on why."""
     pairs = [(a, b) for a, b in zip(measured.results, planned.results, strict=True) if a.tokens and b.tokens]
     lengths = [tuple((run.tokens or 0) / (run.samples or 1) for run in pair) for pair in pairs]
     if other := [(a, b) for a, b in lengths if a != b]:
         why = (
             f"Not the same data: {other[0][0]:.1f} tokens a sample in the sweep, {other[0][1]:.1f} in the plan. So"
-            " errors are left out; to have them, give plan the sweep's arguments (model, data, tokenizer, training)."
+            " errors are left out; to get them, give plan the sweep's arguments (model, data, tokenizer, training)."
         )
         return tuple(measure.key for measure in PREDICTED), [why]
     if matching.is_device(gpu, measured) and all(a.tokens == b.tokens for a, b in pairs):
@@ -185,22 +185,22 @@ def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[st
 
 
 def summary(comparison: Comparison) -> list[str]:
-    """For each measure the mean, median and worst error, and what was predicted to fit and did not, or the reverse."""
-    notes = ["Error: of the prediction, in per cent of what was measured."]
+    """For each measure the mean, median and worst error; the runs predicted to fit that did not, and the reverse."""
+    notes = ["Error: of the prediction, in percent of the measured value."]
     for measure in PREDICTED:
         named = zip(comparison.names, comparison.pairs, strict=True)
         changes = [(comparison.change(*pair, measure.key), name) for name, pair in named]
         if errors := [(error, name) for error, name in changes if error is not None]:
             sizes = [abs(error) for error, _ in errors]
             worst, name = max(errors, key=lambda error: abs(error[0]))
-            middle = f"{fmean(sizes):.1%} in the mean, {median(sizes):.1%} in the median"
+            middle = f"mean {fmean(sizes):.1%}, median {median(sizes):.1%}"
             what = measure.title.partition(",")[0]
-            notes.append(f"{what}: absolute error {middle}, at worst {worst:+.1%} ({name}).")
+            notes.append(f"{what}: absolute error, {middle}; worst {worst:+.1%} ({name}).")
     if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
-        for planned, measured, words in (("ok", "oom", "fit and did not"), ("oom", "ok", "need too much and fitted")):
+        for planned, measured, words in (("ok", "oom", "to fit and did not"), ("oom", "ok", "not to fit and did")):
             named = zip(comparison.names, comparison.pairs, strict=True)
             wrong = [name for name, (a, b) in named if b.status == planned and measured in _statuses(a)]
-            notes += [f"Predicted to {words}: {', '.join(wrong)}."] if wrong else []
+            notes += [f"Predicted {words}: {', '.join(wrong)}."] if wrong else []
     return notes
 
 
@@ -211,9 +211,9 @@ def _statuses(result: Result) -> set[str]:
 def _plan_notes(plan: Plan, comparison: Comparison) -> list[str]:
     pairs, notes = comparison.pairs, []
     if seeds := comparison.a.seeds:
-        notes += [f"Seeds of what was measured: {seeds_text(seeds)}.", REPEATS_NOTE]
+        notes += [f"Seeds of the measured runs: {seeds_text(seeds)}.", REPEATS_NOTE]
     if any("oom" in _statuses(result) for pair in pairs for result in pair):
-        notes.append("×: out of memory; of a prediction, needs more memory than the card has.")
+        notes.append("×: out of memory; predicted: needs more memory than the card has.")
     if plan.data.is_stand_in:
         notes.append(f"Data of the plan: {plan.data.about}.")
     if all(b.runtime_s is None for _, b in pairs):

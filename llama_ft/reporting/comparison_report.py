@@ -29,7 +29,7 @@ from llama_ft.reporting.results import value_of
 from llama_ft.reporting.table import CHANGED, Table, csv_text, markdown, plain_text, print_notes, print_table
 
 FILES = ("comparison.csv", "comparison.md", "comparison.png", "comparison.html")
-# From which change on a difference is coloured; times differ by a few percent from run to run.
+# Smallest changes that are colored; times differ by a few percent from run to run.
 NOTEWORTHY = {"runtime_s": 0.05, "tokens_per_s": 0.05, "peak_memory_mib": 0.005, "peak_memory_reserved_mib": 0.005}
 NOTEWORTHY_LOSS = 0.005  # and of accuracy
 MORE_IS_BETTER = ("tokens_per_s", "eval_token_accuracy")
@@ -75,9 +75,9 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
 
 
 def comparison_csv(comparisons: list[Comparison]) -> str:
-    """A row for each pair, numbers unrounded; a difference is a share, of what was learnt in itself.
+    """A row for each pair, numbers unrounded; differences are shares, or absolute for losses and accuracy.
 
-    Where there are repeats, numbers are means, and there are columns for how many and how far they spread.
+    With repeats, numbers are means, and more columns have the number of runs and their spread.
     """
     sides, keys = comparisons[0].sides, [measure.key for measure in COMPARED]
     has_repeats = any(comparison.a.seeds or comparison.b.seeds for comparison in comparisons)
@@ -109,7 +109,7 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
         settings = [(name, [a, b]) for name, a, b in comparison.settings]
         section = {
             "comparison": comparison,
-            "settings": Table("What is not the same", [("Not the same", list(sides))], settings, []),
+            "settings": Table("Settings that are not the same", [("Not the same", list(sides))], settings, []),
             "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
             "legend": dict(zip(sides, SIDE_COLOURS, strict=True)),
             "marks": _marks(comparison) if is_of_sweeps else {},
@@ -121,7 +121,7 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:
-    """The classes of the table's differences, by the number of their row, coloured where they are worth a look."""
+    """CSS classes of the table's differences, by the number of their row; notable ones are colored."""
     rows, marks = comparison.table.rows, {}
     for number, (_, key, *_) in enumerate(comparison.measures):
         changes, row = [comparison.change(a, b, key) for a, b in comparison.pairs], 4 * number + 3

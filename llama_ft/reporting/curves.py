@@ -1,4 +1,4 @@
-"""The curves of runs, over their optimizer steps: losses of training and of held-out data, and other metrics."""
+"""Curves of runs over their optimizer steps: training losses, held-out losses and other metrics."""
 
 import math
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ LEAST_MEANS, MAX_MEANS = 10, 30  # of the training loss in a picture of losses
 MAX_ROWS = 60  # of the table of held-out losses
 MAX_PANELS, N_COLUMNS = 16, 4  # of the picture of losses
 WIDTH, HEIGHT = 2.5, 1.7  # inches
-INSIDE = (0.22, 0.25, 0.69, 0.6)  # where the axes are
-MIN_SPAN = 0.05  # of the largest value: noise in the fifth figure is not blown up to a mountain
+INSIDE = (0.22, 0.25, 0.69, 0.6)  # position of the axes
+MIN_SPAN = 0.05  # of the largest value, so that noise in the fifth digit does not fill the picture
 
 Points = list[tuple[int, float]]  # optimizer step, value
 
 
 def run_charts(metrics: Sequence[Metrics]) -> dict[str, bytes]:
-    """Pictures of all curves of a run, held-out losses in that of the loss, by what is read aloud of each."""
+    """Pictures of all curves of a run, held-out losses in that of the loss, by their alternative text."""
     curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()} if metrics else {}
     if held_out := points_of(metrics, "eval_loss"):
         curves = {HELD_OUT: [*curves.pop("loss"), held_out], **curves}
@@ -46,7 +46,7 @@ def run_charts(metrics: Sequence[Metrics]) -> dict[str, bytes]:
 
 
 def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
-    """Each held-out loss of a run; of very many, evenly spaced ones, both ends included. None where there is none."""
+    """A run's held-out losses; of very many, evenly spaced ones, both ends included. None if there are none."""
     if not losses:
         return None
     n = min(len(losses), MAX_ROWS)
@@ -59,7 +59,7 @@ def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
 
 
 def draw_losses(groups: Sequence[Group], file: Path) -> None:
-    """Write a picture of the losses of each row; of no row with held-out ones, or too many, remove an earlier one."""
+    """Write a picture of each row's losses; if no row, or too many, have held-out ones, remove an earlier picture."""
     rows: dict[tuple[int, int], list[list[Metrics]]] = {}  # by group and row
     for n, group in enumerate(groups):
         for number, run in group.runs:
@@ -83,18 +83,18 @@ def draw_losses(groups: Sequence[Group], file: Path) -> None:
 
 
 def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> None:
-    """Of each run the training loss in the mean of stretches of steps, and each held-out loss, the least one marked."""
+    """Draw each run's training loss as means over stretches of steps, and its held-out losses, the lowest marked."""
     for number, metrics in enumerate(repeats):
         training, held_out = points_of(metrics, "loss"), points_of(metrics, "eval_loss")
         parts = stretches(training, max(LEAST_MEANS, min(len(held_out) - 1, MAX_MEANS)))
         means = [(fmean(step for step, _ in part), fmean(value for _, value in part)) for part in parts]
-        names = ["training, in the mean", "held out"] if number == 0 else [None, None]
+        names = ["training, mean", "held out"] if number == 0 else [None, None]
         if means:
             axes.plot(*zip(*means, strict=True), color=TRAINING_COLOUR, lw=1.5, label=names[0])
         size = 4 if len(held_out) <= MAX_DOTS else 0
         axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label=names[1], marker="o", ms=size)
         step, least = min(held_out, key=lambda point: point[1])
-        name = f"{least:.3f} after step {step:,}" if len(repeats) == 1 else "the least of each" if number == 0 else None
+        name = f"{least:.3f} after step {step:,}" if len(repeats) == 1 else "lowest of each" if number == 0 else None
         axes.plot(step, least, "o", markersize=11, fillstyle="none", color="black", label=name)
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel("optimizer step")
@@ -103,13 +103,13 @@ def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> 
 
 
 def points_of(metrics: Sequence[Metrics], key: str) -> Points:
-    """(step, value) of each line that has one which is a finite number."""
+    """(step, value) of each line with a finite value."""
     values = [(line.step, getattr(line, key, None)) for line in metrics]
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
 def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
-    """A picture of the curves of each title, over axes that take in `steps`, by what is read aloud of it."""
+    """A picture of each title's curves, by its alternative text; the axes include `steps`."""
     pictures = {}
     for title, lines in curves.items():
         draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
@@ -121,13 +121,13 @@ def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Seque
 
 
 def stretches(points: Points, n: int) -> list[Points]:
-    """The points in `n` parts, or in fewer where there are not so many."""
+    """Split the points into `n` parts, or fewer if there are fewer points."""
     n = min(len(points), n)
     return [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
 
 
 def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
-    """Lines through the means of stretches of steps; where those hold several, over a band from minimum to maximum."""
+    """Draw lines through the means of stretches of steps; of several steps, over a band from minimum to maximum."""
     for points, colour in zip(lines, colours, strict=False):
         parts = stretches(points, MAX_POINTS)
         middles = [fmean(step for step, _ in part) for part in parts]

@@ -1,4 +1,4 @@
-"""What `data` finds, on a terminal and as Markdown."""
+"""The report of `data`, on a terminal and as Markdown."""
 
 import re
 
@@ -39,9 +39,9 @@ def _notes(report: DataReport) -> list[str]:
     on_long, ends = report.settings["data"]["on_long"], ", ".join(report.ends)
     became = f"{report.truncated:,} cut, {report.dropped:,} left out" if on_long != "error" else "a run stops"
     return [
-        f"In the template {report.template}; texts end at {ends}; tokenizer={report.tokenizer}.",
+        f"Template: {report.template}; texts end at {ends}; tokenizer={report.tokenizer}.",
         *_named(f"More than {report.max_length:,} tokens, data.on_long={on_long}, {became}", report.too_long),
-        *_named("The same twice", report.duplicates),
+        *_named("Duplicates", report.duplicates),
         *_named("Empty answers", report.empty_answers),
         *([f"Bad records skipped: {report.skipped:,}."] if report.skipped else []),
     ]
@@ -52,7 +52,7 @@ def _named(what: str, places: Places) -> list[str]:
 
 
 def _title(example: Example, how: str) -> str:
-    return f"{example.name}: {example.where}, {example.tokens:,} tokens; trained on is {how}"
+    return f"{example.name}: {example.where}, {example.tokens:,} tokens; trained parts are {how}"
 
 
 def _shown(text: str) -> str:
@@ -65,15 +65,15 @@ def _marked(example: Example) -> str:
 
 
 def print_data(report: DataReport, console: Console) -> None:
-    """Print tables and examples: what is trained on in colour, or between marks where there is none."""
+    """Print tables and examples: trained parts in color, or between marks without colors."""
     for table in data_tables(report):
         print_table(table, console)
-    in_colour = console.is_terminal and console.color_system is not None
+    in_color = console.is_terminal and console.color_system is not None
     for example in report.examples:
-        title = _title(example, "in colour" if in_colour else MARKED)
+        title = _title(example, "in color" if in_color else MARKED)
         console.print(f"\n{title}\n", style="bold", highlight=False, markup=False, soft_wrap=True)
-        coloured = ((_shown(text), "bold green" if is_trained_on else "") for text, is_trained_on in example.parts)
-        console.print(Text.assemble(*coloured) if in_colour else Text(_marked(example)), soft_wrap=True)
+        colored = ((_shown(text), "bold green" if is_trained_on else "") for text, is_trained_on in example.parts)
+        console.print(Text.assemble(*colored) if in_color else Text(_marked(example)), soft_wrap=True)
 
 
 def data_markdown(report: DataReport) -> str:

@@ -16,7 +16,7 @@ def evaluation_table(result: Evaluation) -> Table:
     empty = [""] * len(heading)
 
     def row(name: str, values: list[float]) -> tuple[str, list[str]]:
-        # Four figures at least, thousands marked.
+        # At least four figures, with thousands separators.
         figures = [f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" for value in values]
         return name, ["–", *figures] if majority else figures
 
@@ -68,7 +68,7 @@ def _notes(result: Evaluation) -> list[str]:
     if result.text is not None:
         notes += _about_text(result.text)
     if result.majority is not None:
-        notes.append(f"Exact match: greedy, at most {result.max_new_tokens} tokens, white space around it aside.")
+        notes.append(f"Exact match: greedy, at most {result.max_new_tokens} tokens, ignoring white space around it.")
         cut = [(LABELS[m.role].lower(), m.exact_match.ended_by_length) for m in models if m.exact_match is not None]
         if any(count for _, count in cut):
             counts_text = ", ".join(f"{label} {count}" for label, count in cut)
@@ -82,11 +82,11 @@ def _about_text(text: EvaluatedText) -> list[str]:
     if text.tokens < window:
         how = "in one window"
     elif stride == window:
-        how = f"in windows of {window:,} side by side; of all but the first the first token does not count"
+        how = f"in adjacent windows of {window:,}; the first token of all but the first does not count"
     else:
-        how = f"in windows of {window:,}, a new one every {stride:,}; each counts once, with {window - stride:,} tokens"
-        how += " or more before it once the first window is full"
+        how = f"in windows of {window:,}, a new one every {stride:,}; each token counts once, with at least"
+        how += f" {window - stride:,} before it once the first window is full"
     return [
         f"Text: {text.file}, {text.tokens:,} tokens after BOS, {how}.",
-        "Perplexities compare where the tokenizer is the same; bits per byte compare always.",
+        "Perplexities are comparable only with the same tokenizer; bits per byte always are.",
     ]

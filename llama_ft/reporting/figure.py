@@ -1,4 +1,4 @@
-"""Pictures of memory and runtime: PNG files with the panels beside each other; for a page each by itself as SVG."""
+"""Pictures of memory and runtime: PNG files with the panels side by side; for a page each panel as SVG."""
 
 import io
 import re
@@ -25,16 +25,16 @@ from llama_ft.reporting.repeats import spread_of, values_of
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table2 import cell
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
+# Okabe and Ito's colors, which color-blind readers can tell apart too.
 COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#999999"), strict=True))
 RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
 SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
 SPREAD_COLOUR, SPREAD, EACH_RUN = "black", "95 % interval of the mean", "each run"
-DOTS = 0.5  # of a bar's height, over which the dots of its runs are put
-MAX_LIMIT_OVER_PEAK = 4  # a limit beyond so many times the largest peak would leave no bar to look at
+DOTS = 0.5  # of a bar's height, over which the dots of its runs are spread
+MAX_LIMIT_OVER_PEAK = 4  # a limit beyond this multiple of the largest peak would leave no visible bars
 MARGIN = 0.1  # above and below the bars, in rows
-LABEL_WIDTH = 60  # characters of a line of it
+LABEL_WIDTH = 60  # characters in a line of a label
 COORDINATE = re.compile(rb"(\d\.\d)\d+")
 
 Panel = Callable[[Axes], None]
@@ -42,7 +42,7 @@ Panel = Callable[[Axes], None]
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Texts as they are given: no formulas in them, and no warning of a letter that the font lacks."""
+    """Draw texts literally, without formulas, and without warnings about letters that the font lacks."""
     with matplotlib.rc_context(), warnings.catch_warnings():
         matplotlib.rcParams |= {"text.parse_math": False, "font.sans-serif": ["DejaVu Sans"]}
         matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "llama_ft"}
@@ -75,7 +75,7 @@ def draw_panels(
     heights: Sequence[float],  # of the rows' bars, in inches
     file: Path,
     width_ratios: Sequence[float] | None = None,
-    same_labels: bool = True,  # whether the panels of a row share the names beside the first
+    same_labels: bool = True,  # the panels of a row share the names next to the first
 ) -> None:
     """Write one picture with rows of panels, and one legend for all."""
     n_columns = max(2, *map(len, rows))
@@ -108,7 +108,7 @@ def draw_panels(
 def svg_panel(
     draw: Panel, width: float, height: float, inside: tuple[float, float, float, float] | None = None
 ) -> bytes:
-    """A panel in a picture of so many inches, as SVG.
+    """Draw a panel in a picture of this size in inches, as SVG.
 
     The axes are `inside` (left, bottom, width, height as shares), or fitted to their texts, which takes longer.
     """
@@ -117,14 +117,14 @@ def svg_panel(
         draw(figure.add_axes(inside) if inside else figure.subplots())
         out = io.BytesIO()
         figure.savefig(out, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    # Six decimals of a point, and rotations by nothing, are most of such a file.
+    # Six decimals of a coordinate, and rotations by 0, are most of such a file.
     svg = re.sub(rb' transform="rotate\(-0 [^"]*"', b"", out.getvalue().replace(b" \n", b"\n"))
     return re.sub(rb' d="[^"]*"', lambda path: COORDINATE.sub(rb"\1", path[0]), svg)
 
 
 def limit_in_picture(group: Group) -> int | None:
-    """The limit that the memory panel shows, if it says something and leaves room for the bars."""
-    # On the CPU it is one on the whole process, not on its tensors.
+    """The limit that the memory panel shows, if it is meaningful and leaves room for the bars."""
+    # On the CPU it limits the whole process, not its tensors.
     limit = group.memory_limit_mib
     largest = max(value_of(result, "peak_memory_mib") or 0.0 for result in group.results)
     return limit if limit is not None and group.on_cuda and limit <= MAX_LIMIT_OVER_PEAK * largest else None
@@ -133,7 +133,7 @@ def limit_in_picture(group: Group) -> int | None:
 def memory_panel(
     axes: Axes, group: Group, limit_name: str = "limit {:,} MiB", key: str = "peak_memory_mib", title: str = ""
 ) -> None:
-    """Bars by category, what is reserved beyond them if `key` is that, and the limit."""
+    """Draw bars by category, reserved memory beyond them if `key` is that, and the limit."""
     results = group.results
     ends = [0.0] * len(results)
 
@@ -158,7 +158,7 @@ def memory_panel(
 def bars(
     axes: Axes, labels: list[str], sides: Sequence[tuple[list[Result], str, str | None]], key: str, xlabel: str
 ) -> None:
-    """A bar for each label, or two below each other: of one side or two, each its results, colour and name."""
+    """Draw a bar for each label, or one below the other for two sides, each with its results, color and name."""
     offsets, height = ((0.0,), 0.7) if len(sides) == 1 else ((-0.2, 0.2), 0.38)
     for offset, (results, colour, name) in zip(offsets, sides, strict=True):
         positions = [position + offset for position in range(len(results))]
@@ -169,21 +169,21 @@ def bars(
 
 
 def show_spread(axes: Axes, results: list[Result], key: str, offset: float = 0.0, height: float = 0.7) -> None:
-    """Where repeats differ, the confidence interval of their mean as an error bar, and each run as a dot."""
+    """If repeats differ, draw the confidence interval of their mean as an error bar, and each run as a dot."""
     for position, result in enumerate(results):
         if (spread := spread_of(result, key)) is None:
             continue
         values = values_of(result, key)
         across = [position + offset + height * DOTS * (n / (len(values) - 1) - 0.5) for n in range(len(values))]
         middle = float(value_of(result, key)), position + offset
-        for colour, width, name in (("white", 3.5, ""), (SPREAD_COLOUR, 1.3, SPREAD)):  # seen on dark bars too
+        for colour, width, name in (("white", 3.5, ""), (SPREAD_COLOUR, 1.3, SPREAD)):  # visible on dark bars too
             lines = partial(axes.errorbar, fmt="none", ecolor=colour, elinewidth=width, capthick=width, label=name)
             lines(*middle, xerr=spread, capsize=3, zorder=3)
         axes.plot(values, across, "o", mfc="white", mec=SPREAD_COLOUR, markersize=3.5, zorder=4, label=EACH_RUN)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
-    """A bar's value at its end; the mark of a run that failed where its bar would begin."""
+    """Write a bar's value at its end; for a failed run its mark where the bar would begin."""
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the limit's line
     for position, result in enumerate(results):
         end = max([(value_of(result, key) or 0.0) + (spread_of(result, key) or 0.0), *values_of(result, key)])
@@ -193,7 +193,7 @@ def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -
 
 
 def finish(axes: Axes, labels: list[str], xlabel: str) -> None:
-    """What all panels of bars have in common."""
+    """Set the labels and axes, as in all panels of bars."""
     axes.set_yticks(range(len(labels)), [textwrap.fill(label, LABEL_WIDTH) for label in labels])
     axes.set_ylim(len(labels) - 0.5 + MARGIN, -0.5 - MARGIN)
     axes.margins(x=max(0.24, 0.04 * max((len(text.get_text()) for text in axes.texts), default=0)))  # room for them

@@ -1,4 +1,4 @@
-"""Runs of several recipes as a ladder: what each rung adds to an earlier one, and what that saves and costs."""
+"""Runs of several recipes as a ladder: the settings that each rung adds to an earlier one, and their effect."""
 
 from collections.abc import Iterable, Sequence
 
@@ -13,18 +13,18 @@ from llama_ft.reporting.table2 import Measure, cell
 MAX_NAME_LENGTH = 32  # characters of a line of a rung's name
 MEMORY, TIME = "peak_memory_mib", "runtime_s"
 NOTE = (
-    "×above: of the earlier row that differs in the fewest settings, of several the last; what is new is new against"
-    " it. ×first: of the first row. 0.50 is half as much."
+    "×above: relative to the earlier row that differs in the fewest settings (of several, the last), to which a rung"
+    " adds what is new. ×first: relative to the first row. 0.50 is half as much."
 )
 
 
 def is_ladder(group: Group) -> bool:
-    """Whether a group is shown as a ladder: its runs differ in their recipes and what those say."""
+    """Return True if a group is shown as a ladder: its runs differ in their recipes and what those set."""
     return bool(group.settings) and list(group.settings[0]) == [RECIPE]
 
 
 def changes(group: Group, number: int, base: int) -> list[str]:
-    """What one run has and another has not, as `+LoRA` and `mp.frozen_weights=nf4`."""
+    """The settings that one run has and another has not, such as `+LoRA` and `mp.frozen_weights=nf4`."""
     here, there = group.results[number].optim, group.results[base].optim
     switched = [name for name in LABELS if here.get(name, False) != there.get(name, False)]
     switches = [f"{'+' if here.get(name) else '-'}{LABELS[name]}" for name in switched]
@@ -34,16 +34,14 @@ def changes(group: Group, number: int, base: int) -> list[str]:
 
 
 def base_of(group: Group, number: int) -> int | None:
-    """The earlier row that a run is compared with; None of the first."""
+    """The earlier row that a run is compared with; None for the first."""
     return min(range(number), key=lambda base: (len(changes(group, number, base)), -base), default=None)
 
 
 def ladder_table(
     group: Group, records: Sequence[Result | PlanRow], others: Iterable[Measure], notes: list[str], title: str = ""
 ) -> Table:
-    """A row for each rung, measured or planned: peak memory and runtime, each also as a share of the rung above and of
-    the first; and `others`, so far as a record has a value.
-    """
+    """A row for each rung: peak memory and runtime, also relative to earlier rungs, and `others` that have a value."""
     bases = [base_of(group, number) for number in range(len(records))]
     columns: list[tuple[str, list[str]]] = []
     timed = any(value_of(record, TIME) is not None for record in records)
@@ -60,7 +58,7 @@ def ladder_table(
 
 
 def rungs(group: Group) -> list[str]:
-    """Each row's name, with what is new in it."""
+    """Each row's name, with its new settings."""
     names = []
     for number, label in enumerate(group.labels):
         base = base_of(group, number)
@@ -70,7 +68,7 @@ def rungs(group: Group) -> list[str]:
 
 
 def interactions(group: Group, records: Sequence[Result | PlanRow]) -> list[str]:
-    """Of each step that more than one rung takes, what it does to the peak in each place."""
+    """For each step that more than one rung takes, its effect on the peak in each place."""
     places: dict[str, list[str]] = {}
     for number, record in enumerate(records):
         if (base := base_of(group, number)) is not None:
@@ -83,6 +81,6 @@ def interactions(group: Group, records: Sequence[Result | PlanRow]) -> list[str]
 
 
 def _share(records: Sequence[Result | PlanRow], number: int, base: int | None, key: str) -> str:
-    """How many times another row's value a row has; a dash where either is not known."""
+    """A row's value as a multiple of another row's; a dash if either is unknown."""
     value, of = value_of(records[number], key), None if base is None else value_of(records[base], key)
     return UNKNOWN if value is None or not of else f"{value / of:.2f}"

@@ -1,4 +1,4 @@
-"""Which runs are compared, of two sweeps or of a sweep and the plan that predicts it; how their settings differ."""
+"""The runs to compare in two sweeps, or in a sweep and the plan that predicts it, and their differing settings."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from llama_ft.reporting.results import Group, planned_group, seeds_text, setting
 from llama_ft.reporting.settings import RECIPE, as_typed, run_settings, varied
 from llama_ft.reporting.table import by_reason
 
-# What changes the memory and time of each run, whatever its combination.
+# Keys of training that change the memory and time of each run, whatever its combination.
 KEYS_OF_EVERY_RUN = "micro_batch_size packing optimizer optimizer_in_backward momentum".split()
 OF_EVERY_RUN = [f"training.{key}" for key in KEYS_OF_EVERY_RUN]
-ALIKE = ("settings_hash", "device", "gpu")  # what the runs of two groups had better share
+ALIKE = ("settings_hash", "device", "gpu")  # preferably shared by the runs of two groups
 
 Difference = tuple[str, str, str]  # a setting, its value in the one and in the other
 # A group, the rows that predict it, their card, the settings that are not the same, and notes on what is left out.
@@ -21,9 +21,9 @@ Match = tuple[Group, Group, Settings, list[Difference], list[str]]
 
 
 def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Group, Group]], list[str]]:
-    """Groups of the same model, data and variation, cut down to what both have; notes on what one side alone has."""
+    """Groups of the same model, data and variation, cut down to what both have; notes on what only one side has."""
     pairs = [(a, b) for a in first for b in second if subject(a) == subject(b) and _names(a).keys() & _names(b)]
-    # Of several, a group is compared with the one whose settings and device are the same.
+    # Of several, a group is compared with one of the same settings and device.
     pairs.sort(key=_likeness, reverse=True)
     partners: dict[int, Group] = {}  # by the id of a group, on both sides
     for a, b in pairs:
@@ -39,7 +39,7 @@ def match_sweeps(first: list[Group], second: list[Group]) -> tuple[list[tuple[Gr
 
 
 def subject(group: Group) -> str:
-    """What a group is of, whatever it ran on."""
+    """A group's model, data and variation, whatever it ran on."""
     return " · ".join(filter(None, (group.results[0].model, group.results[0].data, group.variant)))
 
 
@@ -49,7 +49,7 @@ def _likeness(pair: tuple[Group, Group]) -> list[bool]:
 
 
 def _names(group: Group) -> dict[str, int]:
-    """The index of each combination; of one that a group has more than once, as in copied folders, the last."""
+    """The index of each combination; the last one if there are several, as in copied folders."""
     return {result.combination: index for index, result in enumerate(group.results)}
 
 
@@ -71,20 +71,20 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
 
 
 def match_plan(plan: Plan, group: Group) -> Match | str:
-    """The group, the rows that predict it, their card, settings that differ and notes; or why there are none."""
+    """The group, the rows that predict it, their card, settings that differ and notes; or why no rows predict it."""
     first, gpu = group.results[0], card_of(plan, group)
     if (first.model, first.data) != (plan.model, plan.data.name):
-        return f"{group.title}: the plan is of {plan.model} on {plan.data.name}"
+        return f"{group.title}: the plan is for {plan.model} on {plan.data.name}"
     if gpu is None:
-        return f"{group.title}, gpu={first.gpu}: the plan is of {', '.join(card['name'] for card in plan.gpus)}"
+        return f"{group.title}, gpu={first.gpu}: the plan is for {', '.join(card['name'] for card in plan.gpus)}"
     if not (like := _rows_like(plan, gpu, group)):
         return f"{group.title}: no row of the plan has its techniques and settings"
     rows = planned_group(plan, gpu, group.variant, like)
-    # Of a plan's versions PyTorch's alone matters.
+    # Of a plan's versions only PyTorch's matters.
     planned_settings = {**plan.settings_of(like[0]), "gpu": gpu, "torch": plan.versions.get("torch")}
     settings = differing_settings(group_settings(group), flat(planned_settings))
-    sides = (("Measured", only_in(group, rows)), ("Predicted", only_in(rows, group)))
-    notes = [f"{side} alone: {', '.join(missing)}." for side, missing in sides if missing]
+    sides = (("measured", only_in(group, rows)), ("predicted", only_in(rows, group)))
+    notes = [f"Only {side}: {', '.join(missing)}." for side, missing in sides if missing]
     alike = zip(*(side.results for side in common(group, rows)), strict=True)
     other = by_reason((why, a.combination) for a, b in alike if (why := _other_run(a, b, settings)))
     notes += [f"Left out, since {reason}: {', '.join(names)}." for reason, names in other.items()]
@@ -95,7 +95,7 @@ def match_plan(plan: Plan, group: Group) -> Match | str:
 
 
 def _rows_like(plan: Plan, gpu: Settings, group: Group) -> list[PlanRow]:
-    """A card's rows; of a sweep those of a group's combinations that have its settings, whatever recipe named them."""
+    """A card's rows; in the plan of a sweep, those with a group's combinations and settings, whatever their recipe."""
     rows = plan.rows_on(gpu["name"])
     if not plan.is_sweep:
         return rows
@@ -109,7 +109,7 @@ def _rows_like(plan: Plan, gpu: Settings, group: Group) -> list[PlanRow]:
 
 
 def joined(plan: Plan, matches: list[Match]) -> list[Match]:
-    """Of a sweep that was planned, the matches on one card that differ from the plan in the same settings, as one."""
+    """In the plan of a sweep, merge the matches on one card that differ from the plan in the same settings."""
     alike: dict[Any, list[Match]] = {}
     for match in matches:
         alike.setdefault((match[2]["name"], *match[3]), []).append(match)
@@ -129,7 +129,7 @@ def _joined(plan: Plan, matches: list[Match]) -> Match:
     found, planned, values, measured, folders = (list(column) for column in zip(*runs, strict=True))
     alone = [label for n, label in enumerate(planned_group(plan, gpu).labels) if n not in found]
     columns = setting_columns(planned, values)
-    notes += [f"Predicted alone: {', '.join(alone)}."] if alone else []
+    notes += [f"Only predicted: {', '.join(alone)}."] if alone else []
     return Group("", measured, folders, columns), Group("", planned, [], columns), gpu, settings, notes
 
 
@@ -145,7 +145,7 @@ def _other_run(measured: Result, planned: Result, settings: list[Difference]) ->
 
 
 def card_of(plan: Plan, group: Group) -> Settings | None:
-    """The planned card that runs belong to: that of their profile, else of their device, else the only CUDA or CPU."""
+    """The planned card that runs belong to: that of their profile, else of their device, else the only GPU or CPU."""
     finished = any(result.status == "ok" for result in group.results)
     kind = [gpu for gpu in plan.gpus if not finished or (gpu["device"] == "cuda") == group.on_cuda]
     named = [gpu for gpu in kind if gpu["name"] == group.results[0].gpu]
@@ -154,7 +154,7 @@ def card_of(plan: Plan, group: Group) -> Settings | None:
 
 
 def is_device(gpu: Settings, group: Group) -> bool:
-    """Whether a profile is of the very device that a group ran on, whose times a run with a smaller card's has too."""
+    """Return True if a profile is of the device that a group really ran on, even under a smaller card's profile."""
     on_cuda = gpu["device"] == "cuda"
     return any(ran_on(result, gpu["name"], on_cuda) for result in group.results if result.status == "ok")
 
@@ -167,7 +167,7 @@ def differing_settings(a: Settings, b: Settings) -> list[Difference]:
 
 
 def group_settings(group: Group) -> Settings:
-    """A group's settings, device and versions by full name: from the file of a run, or what a result has of them."""
+    """A group's settings, device and versions by full name: from the config of a run, else from its result."""
     first, versions = group.results[0], next((result.versions for result in group.results if result.versions), {})
     training = {"micro_batch_size": first.micro_batch_size, "packing": first.packing}
     limit = {"memory_limit_mib": group.memory_limit_mib}

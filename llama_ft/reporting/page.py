@@ -1,4 +1,4 @@
-"""Pages from the templates in this folder, in need of nothing but themselves: the page of a sweep."""
+"""Self-contained pages from the templates in this folder: the page of a sweep."""
 
 import base64
 import re
@@ -18,14 +18,14 @@ from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table import MAIN, MARKS, UNKNOWN, Rows, Table, amount, is_failure
 
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # what a page may not hold, escaped or not
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # not allowed in a page, not even escaped
 CATEGORY_COLOURS = {category.replace("_", " "): colour for category, colour in COLOURS.items()}
 ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
 MAX_WITH_CURVES = 16  # rows of a table, of three repeats each; with more a page would take minutes and be of no use
 
 
 def render(template: str, **values: Any) -> str:
-    """A whole page: nothing in the values is taken for markup."""
+    """Render a whole page; nothing in the values is taken for markup."""
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
@@ -36,12 +36,12 @@ def render(template: str, **values: Any) -> str:
 
 
 def versions_text(versions: dict[str, str | None]) -> str:
-    """Names and versions, without those that are not there."""
+    """Names and versions, without missing ones."""
     return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def memory_table(group: Group) -> Table:
-    """Each run's memory by category at its peak, and the phase of that; of a split run, each process's too."""
+    """Each run's memory by category at its peak, with the phase; for a split run each process's too."""
     rows: Rows = []
     categories = shown_categories(value_of(result, "memory_mib") for result in group.results)
 
@@ -61,7 +61,7 @@ def memory_table(group: Group) -> Table:
 
 
 def breakdown_table(breakdown: list[MemoryItem]) -> Table:
-    """What the memory at the peak consists of, by category and dtype."""
+    """The tensors at the peak by category and dtype."""
     rows: Rows = []
     for part in sorted(breakdown, key=lambda part: (CATEGORIES.index(part.category), part.dtype)):
         name = part.category.replace("_", " ") + (f" ({part.item})" if part.item else "")
@@ -70,7 +70,7 @@ def breakdown_table(breakdown: list[MemoryItem]) -> Table:
 
 
 def sweep_page(folder: Path, groups: list[Group], tables: list[Table]) -> str:
-    """For each group its table and picture, memory by category, and each run with all that is known of it."""
+    """For each group its table and picture, memory by category, and all details of each run."""
     title = folder.resolve().name
     statuses = [run.result.status for group in groups for _, run in group.runs]
     counts = [f"{statuses.count(status)} {words}" for status, words in ENDINGS.items() if status in statuses]

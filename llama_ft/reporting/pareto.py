@@ -13,18 +13,18 @@ from llama_ft.reporting.results import Group
 ON, OFF = COLOURS["parameter"], "#BBBBBB"
 LONGEST_LABEL = 40  # characters
 MOST_LISTED = 12  # runs; a note under the table names them all
-LEAST_SPAN = 0.05  # of the axis of a cost, as a share of it
+LEAST_SPAN = 0.05  # of a cost's axis, as a share of the cost
 HEIGHT = 3.4  # inches of a panel
 
 
 def front_panels(group: Group) -> dict[str, Panel]:
-    """Held-out loss over memory and over time, by what they show; none where there are too few runs."""
+    """Panels of held-out loss over memory and over time, by their titles; none if there are too few runs."""
     shown = [(f"held-out loss over {name}", partial(front_panel, group=group, key=key)) for key, name in COSTS.items()]
     return dict(shown) if measured(group) else {}
 
 
 def draw_fronts(groups: list[Group], file: Path) -> None:
-    """Write the picture of the groups that have a front; where none has, remove an earlier one."""
+    """Write the picture of the groups that have a front; if none has, remove an earlier one."""
     shown = [group for group in groups if measured(group)]
     if shown:
         rows = [list(front_panels(group).values()) for group in shown]
@@ -34,7 +34,7 @@ def draw_fronts(groups: list[Group], file: Path) -> None:
 
 
 def front_panel(axes: Axes, group: Group, key: str) -> None:
-    """A point for each run, numbered on the front of all three; the line is the front of this panel's two."""
+    """Draw a point for each run, numbered if on the front of all three; the line is the front of the panel's two."""
     numbered, column = members(group), list(COSTS).index(key)
     at = {n: (point[column], point[-1]) for n, point in measured(group).items()}
     for n in sorted(at, key=lambda n: n in numbered):

@@ -1,4 +1,4 @@
-"""A plan as a picture and as one HTML page that needs nothing but itself, to be sent to whom it concerns."""
+"""A plan as a picture and as a self-contained HTML page."""
 
 import math
 from functools import partial
@@ -20,9 +20,9 @@ LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
 USABLE = "usable memory of the card"
 INSTANT_COLOUR = "#777777"
 MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
-MAX_LIMIT_OVER_PEAK = 2  # a limit beyond so many times the highest point would press a timeline down
-HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange for what does not fit, as far as twice what there is
-DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares whose colours black letters are hard to read on
+MAX_LIMIT_OVER_PEAK = 2  # a limit beyond this multiple of the highest point would flatten a timeline
+HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange if it does not fit, up to twice the card's memory
+DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares with colors on which black letters are hard to read
 
 
 def draw_plan(plan: Plan, file: Path) -> None:
@@ -34,7 +34,7 @@ def draw_plan(plan: Plan, file: Path) -> None:
 
 
 def plan_panels(plan: Plan) -> list[figure.Panel]:
-    """For one card memory and runtime, where a runtime is known; for several the memory of each."""
+    """For one card memory and runtime, if a runtime is known; for several the memory of each."""
     several = len(plan.gpus) > 1
     panels: list[figure.Panel] = []
     for gpu in plan.gpus:
@@ -49,7 +49,7 @@ def plan_panels(plan: Plan) -> list[figure.Panel]:
 
 
 def timeline(axes: Axes, row: PlanRow, limit: float | None, title: str) -> None:
-    """Areas by category over the step's allocations, and which part of the step they belong to."""
+    """Draw areas by category over the step's allocations, and the phases of the step."""
     points = row.timeline
     events = list(range(len(points)))
     stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
@@ -72,7 +72,7 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None, title: str) -> None:
 
 
 def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
-    """Cells of required / available, in per cent, marked where that is more than there is."""
+    """Draw cells of required / available memory in percent, with a mark if it does not fit."""
     lines = list(zip(*(plan.rows_on(gpu["name"]) for gpu in gpus), strict=True))
     shares = [[(row.required_mib or math.nan) / (row.total_memory_mib or math.nan) for row in line] for line in lines]
     axes.imshow(shares, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
@@ -94,7 +94,7 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
 
 
 def plan_page(plan: Plan) -> str:
-    """What was planned; advice; Table 2 with its pictures; memory over a step; Table 1; the tensors at each peak."""
+    """The plan's subject; advice; Table 2 with its pictures; memory over a step; Table 1; the tensors at each peak."""
     tables = tables_of(plan)
     table1 = tables.pop() if plan.table1 else None
     groups = [planned_group(plan, gpu) for gpu in plan.gpus]
@@ -122,7 +122,7 @@ def plan_page(plan: Plan) -> str:
         tables=tables,
         table1=table1,
         heat_map=heat,
-        bars=dict(zip(names, panels, strict=False)),  # of several cards, or without rates, no runtime
+        bars=dict(zip(names, panels, strict=False)),  # no runtime for several cards, or without rates
         bar_colours=colours,
         bar_limit=f"{USABLE}: all but the CUDA context" if has_limit else "",
         timelines=timelines,
@@ -134,7 +134,7 @@ def plan_page(plan: Plan) -> str:
 
 
 def _shared(plan: Plan) -> dict[str, str]:
-    """The settings that all rows have, of training those that say how the data is gone through."""
+    """The settings that all rows share; of training, those of the pass over the data."""
     training = {key: plan.training.get(key) for key in ("micro_batch_size", "packing", "epochs")}
     sections = {"Training": training, "Techniques": flat(plan.techniques)}
     own = {key.removeprefix("training.") for key in plan.rows[0].settings}
@@ -147,7 +147,7 @@ def _shared(plan: Plan) -> dict[str, str]:
 
 
 def _timelines(rows: list[tuple[str, PlanRow]], limit: float | None) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """The baseline's and the smallest's large, and the others' small; each row after its label."""
+    """The timelines by label: large ones of the baseline and the smallest row, small ones of the others."""
     drawn = [(label, row) for label, row in rows if not row.error and len(row.timeline) > 1]
     possible = [row for _, row in drawn]
     fitting = [row for row in possible if row.fits is not False] or possible[:1]

@@ -10,7 +10,7 @@ from llama_ft.reporting.run_table import setting_rows
 from llama_ft.reporting.table import MARKS, UNKNOWN, Rows, Table, amount, by_reason, technique_rows
 from llama_ft.reporting.table2 import Measure, cell, measure_rows, technique_notes
 
-# What runs when memory peaks, short enough for eight columns beside each other.
+# The phases of memory peaks, short enough for eight columns side by side.
 SHORT_PHASES = {"forward": "fwd", "backward": "bwd", "optimizer step": "step"}
 TABLE1_COLUMNS = (*CATEGORIES[:4], "computation")
 MAX_CHOICE_LENGTH = 28
@@ -40,12 +40,12 @@ def tables_of(plan: Plan) -> list[Table]:
 
 
 def title(plan: Plan) -> str:
-    """What a plan is of, as the measured table's title says it."""
+    """The title of a plan, in the form of a measured table's."""
     return f"{plan.model} · {plan.data.name}, {plan.data.samples} samples · {cards(plan)} · predicted"
 
 
 def cards(plan: Plan) -> str:
-    """What the plan is for: a card's name, or how many kinds there are; and with how many of them in a run."""
+    """The cards of a plan: a name, or the number of kinds, and how many of them a run uses."""
     name = plan.gpus[0]["name"] if len(plan.gpus) == 1 else f"{len(plan.gpus)} GPUs"
     splits = [row.parallel or {"processes": 1} for row in plan.rows]
     if not any(row.parallel for row in plan.rows):
@@ -57,7 +57,7 @@ def cards(plan: Plan) -> str:
 
 
 def is_at_best(plan: Plan) -> bool:
-    """Whether the runtimes are a bound."""
+    """Return True if the runtimes are bounds."""
     return plan.time.kind == "bound" and any(row.runtime_s is not None for row in plan.rows)
 
 
@@ -125,7 +125,7 @@ def table1(content: Table1) -> Table:
 
 
 def _change(change: Table1Cell, with_unit: bool) -> str:
-    """The arrow with the numbers behind it, of as many decimals as tell them apart."""
+    """The arrow with the numbers behind it, with enough decimals to tell them apart."""
     before, after, unit = change.before, change.after, f" {change.unit}" if with_unit else ""
     if before == after:
         return f"{change.arrow} {amount(before)}{unit}"
@@ -135,18 +135,18 @@ def _change(change: Table1Cell, with_unit: bool) -> str:
 
 
 def plan_notes(plan: Plan) -> list[str]:
-    """The notes on a plan's table; those on runtimes are for one card alone, since several have a table of them."""
+    """The notes on a plan's table; those on runtimes only for one card, since several have a separate table."""
     notes = ([] if plan.is_sweep else _setting_notes(plan)) + _parallel_notes(plan)
     if managed := max((row.managed_mib or 0.0 for row in plan.rows), default=0.0):
-        where = "in managed memory, and counted nowhere here: the driver moves it to the host where the card is full"
+        where = "in managed memory, and not counted here: the driver moves them to the host if the card is full"
         notes.append(f"Up to {amount(managed)} MiB of optimizer state are {where}.")
     computed = sorted({dtype for row in plan.rows if row.optim.get("mp") for dtype in row.flops or {}} - {"float32"})
     if computed:
         notes.append(f"MP computes in {' and '.join(computed)}.")
     if plan.training.get("compile"):
-        notes.append("training.compile is not modelled: memory and times are those of layers that are not compiled.")
+        notes.append("training.compile is not modeled: memory and times are those of layers that are not compiled.")
     if host_mib := [row.host_memory_mib for row in plan.rows if row.host_memory_mib is not None]:
-        notes.append(f"Offloaded: up to {max(host_mib):,.0f} MiB in the host's memory; copying is in no runtime.")
+        notes.append(f"Offloaded: up to {max(host_mib):,.0f} MiB in host memory; runtimes do not include copying.")
     notes += [*_memory_notes(plan), f"Data: {' '.join(plan.data.about.split())}."]
     if len(plan.gpus) == 1:
         notes += time_notes(plan)
@@ -176,18 +176,18 @@ def _setting_notes(plan: Plan) -> list[str]:
     if "8bit" in optimizer:
         notes.append("The optimizer is AdamW with moments in 8 bits.")
     if plan.training.get("optimizer_in_backward"):
-        notes.append("Each weight is updated within the backward pass, as soon as its gradient is there.")
+        notes.append("Each weight is updated within the backward pass, as soon as its gradient is computed.")
     return notes
 
 
 def _parallel_notes(plan: Plan) -> list[str]:
-    """What the numbers are of where a run is split over cards."""
+    """Notes on the numbers of runs that are split over cards."""
     if not any(row.parallel for row in plan.rows):
         return []
     gathered = any((row.memory_max_mib or {}).get("gathered") for row in plan.rows)
     notes = [
         "Per card: memory is that of the first, which has the most; tokens/s are of all cards together.",
-        "Sent: to other cards in an update, by a ring; as much is received. Computing and sending go on at once.",
+        "Sent: to other cards in an update, in a ring; as much is received. Computing and sending overlap.",
     ]
     if gathered:
         notes.append("Gathered: other cards' rows of weights while they are used, and gradients on their way to them.")
@@ -203,7 +203,7 @@ def _memory_notes(plan: Plan) -> list[str]:
     else:
         notes = [
             "Peak memory: tensors, each rounded up as the CUDA allocator does, and cuBLAS workspaces.",
-            "Reserved: found by a model of PyTorch's allocator with expandable segments, fed with the step's tensors.",
+            "Reserved: by a model of PyTorch's allocator with expandable segments, given the step's tensors.",
         ]
         sizes = sorted({gpu["context_mib"] for gpu in gpus if gpu["context_mib"]})
         unknown = [gpu["name"] for gpu in gpus if not gpu["context_mib"] and gpu["device"] == "cuda"]
@@ -217,7 +217,7 @@ def _memory_notes(plan: Plan) -> list[str]:
     if any(row.fits is False for row in rows):
         notes.append(TOO_LARGE)
     if any(row.fits is None and not row.error for row in rows):
-        notes.append("–: not known, since no profile says how much memory there is.")
+        notes.append("–: not known, since no profile states the memory.")
     if len(gpus) == 1 and not plan.is_sweep:
         during = dict.fromkeys(row.peak_phase for row in rows if row.peak_phase in SHORT_PHASES)
         notes += [f"During: {', '.join(f'{SHORT_PHASES[phase]} is {phase}' for phase in during)}."] if during else []
@@ -225,10 +225,10 @@ def _memory_notes(plan: Plan) -> list[str]:
 
 
 def time_notes(plan: Plan) -> list[str]:
-    """What the runtimes are, and whose are not known."""
+    """Notes on the runtimes, and on cards without any."""
     about = f"Runtime: seconds, {' '.join(plan.time.about.split())}."
     if plan.time.kind == "calibrated":
         return [about]
     notes = [about] if any(row.runtime_s is not None for row in plan.rows) else []
     without = dict.fromkeys(row.gpu for row in plan.rows if row.runtime_s is None and not row.error)
-    return notes + ([f"Runtime is not known where no rates are: gpu={', '.join(without)}."] if without else [])
+    return notes + ([f"Runtime is not known without rates: gpu={', '.join(without)}."] if without else [])

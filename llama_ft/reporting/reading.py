@@ -1,4 +1,4 @@
-"""The runs below a folder, as the groups that share a table: repeats under several seeds as one result."""
+"""The runs below a folder in groups that share a table, with repeats under several seeds as one result."""
 
 import json
 import re
@@ -19,10 +19,10 @@ def read_groups(folder: Path) -> list[Group]:
     """The results in a folder and in the folders below it; a UserError if there are none, or one cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder")
-    runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after what it is a run of
+    runs: list[tuple[tuple[str, ...], Result, Path]] = []  # each after its subject
     for run_dir, result in results_below(folder).items():
         run = run_dir.relative_to(folder)
-        # Runs in folders of their own are sweeps of their own.
+        # Runs in different folders are different sweeps.
         variant = ", ".join(filter(None, (run.parent.as_posix().removeprefix("."), run.name.partition(",")[2])))
         runs.append(((variant, result.model, result.data, result.gpu), result, run_dir))
     if not runs:
@@ -42,17 +42,17 @@ def read_groups(folder: Path) -> list[Group]:
 
 
 def _by_device(runs: list[Run]) -> list[list[Run]]:
-    """Apart where a sweep went on on another machine. A run that never came to know its device stays with the first."""
+    """Separate runs by device, if a sweep was resumed on another machine. Runs without a device stay with the first."""
     devices: list[str | None] = list(dict.fromkeys(run.result.device for run in runs if run.result.device)) or [None]
     return [[run for run in runs if (run.result.device or devices[0]) == device] for device in devices]
 
 
 def _with_repeats(groups: list[Group]) -> list[Group]:
-    """A sweep's groups, with the runs that differ in their seed alone as one result; without such as they are."""
+    """A sweep's groups, with runs that differ only in their seed as one result; unchanged if there are none."""
     known = [(group, next(filter(None, map(run_settings, group.folders)), None)) for group in groups]
     alike: dict[str, list[Run]] = {}  # by all settings but the seed
-    variants: dict[str, list[str]] = {}  # of the same
-    subjects: dict[str, str] = {}  # by a variant without its seed: what was refused left no settings
+    variants: dict[str, list[str]] = {}  # by the same
+    subjects: dict[str, str] = {}  # by a variant without its seed: a refused run left no settings
     for group, settings in sorted(known, key=lambda each: each[1] is None):
         variant = _common([group.variant])
         compared = {k: v for k, v in (settings or {}).items() if k != SEED and not k.startswith(NOT_COMPARED)}
@@ -77,7 +77,7 @@ def _group_of_repeats(variant: str, runs: list[Run]) -> Group:
     rows: dict[str, list[Run]] = {}  # by combination
     for run in sorted(runs, key=lambda run: table_order(run.result.optim)):
         rows.setdefault(run.result.combination, []).append(run)
-    # Of a run that was refused the folder has no settings.
+    # The folder of a refused run has no settings.
     folders = [next((run for run in row if run.result.config_hash), row[0]).folder for row in rows.values()]
     return Group(variant, [repeated(row) for row in rows.values()], folders)
 
@@ -88,7 +88,7 @@ def _named_seed(variant: str) -> int | str | None:
 
 
 def _common(variants: list[str]) -> str:
-    """What variants have in common; without the seed, also of one alone."""
+    """The parts that variants have in common, without the seed, even for a single one."""
     first, *others = (variant.split(",") for variant in variants)
     shared = [part for part in first if all(part in other for other in others)]
     return ",".join(part for part in shared if not part.strip().startswith(f"{SEED}="))

@@ -1,4 +1,4 @@
-"""Runs of the same settings under several seeds as one result: their means, and how far they spread."""
+"""Runs of the same settings under several seeds as one result: their means and their spread."""
 
 import math
 from collections.abc import Iterable
@@ -17,26 +17,26 @@ LARGEST_T = 20.0  # the quantile of one degree of freedom is 12.7, and the other
 
 
 class Run(NamedTuple):
-    """A run with its folder, and its seed where that tells it from others of the same row."""
+    """A run with its folder, and its seed if that tells it from others of the same row."""
 
     result: Result
     folder: Path
-    seed: int | str | None = None  # a text of one that was refused
+    seed: int | str | None = None  # a text for a refused run
 
     def named(self, name: str) -> str:
-        """The run's name, of a row with this one."""
+        """The run's name, in a row of this name."""
         return name if self.seed is None else f"{name} (seed {self.seed})"
 
 
 @dataclass
 class Repeated(Result):
-    """Several runs as one: of numbers the means over those that finished, of all else the first's."""
+    """Several runs as one: numbers are means over those that finished, everything else is the first's."""
 
     runs: list[Run] = field(default_factory=list)
 
 
 def repeated(runs: list[Run]) -> Repeated:
-    """Runs that differ in their seed alone as one result, ok if one of them is."""
+    """Make one result of runs that differ only in their seed, ok if one of them is."""
     ordered = sorted(runs, key=lambda run: (isinstance(run.seed, str), run.seed))
     results = [run.result for run in ordered]
     parts = ([result for result in results if result.status == status] for status in ("ok", "oom"))
@@ -46,7 +46,7 @@ def repeated(runs: list[Run]) -> Repeated:
 
 
 def _mean(values: list[Any]) -> Any:
-    """The value that all have, the mean of numbers, by key of dicts of numbers; of all else the first; None is none."""
+    """The common value, the mean of numbers (of dicts of numbers, by key), else the first value; None is left out."""
     known = [value for value in values if value is not None]
     if not known or all(value == known[0] for value in known):
         return next(iter(known), None)
@@ -67,14 +67,14 @@ def runs_of(result: Result, folder: Path = Path()) -> list[Run]:
 
 
 def values_of(record: Result | PlanRow, key: str) -> list[float]:
-    """A number of each repeat that finished; of what was not repeated, nothing."""
+    """A number of each repeat that finished; empty if nothing was repeated."""
     runs = record.runs if isinstance(record, Repeated) else []
     values = [getattr(run.result, key) for run in runs if run.result.status == "ok"]
     return [value for value in values if value is not None]
 
 
 def spread_of(record: Result | PlanRow, key: str) -> float | None:
-    """The half-width of the confidence interval of a mean; None of fewer than two repeats, and where all are equal."""
+    """The half-width of the confidence interval of a mean; None if there are no two repeats, or all are equal."""
     values = values_of(record, key)
     return half_width(values) or None if len(values) > 1 and all(map(math.isfinite, values)) else None
 
@@ -85,9 +85,9 @@ def half_width(values: list[float]) -> float:
 
 
 def are_apart(a: list[float], b: list[float]) -> bool | None:
-    """Whether two means differ by more than the values spread, at 95 %; None where a side has fewer than two values.
+    """Return True if two means differ significantly at 95 %; None if a side has fewer than two values.
 
-    Welch's t-test, which does not take the variances for equal: B. L. Welch, The generalization of "Student's" problem
+    Welch's t-test, which does not assume equal variances: B. L. Welch, The generalization of "Student's" problem
     when several different population variances are involved, Biometrika 34 (1947).
     """
     if min(len(a), len(b)) < 2 or not all(map(math.isfinite, (*a, *b))):
@@ -101,7 +101,7 @@ def are_apart(a: list[float], b: list[float]) -> bool | None:
 
 
 def t_probability(t: float, freedom: float) -> float:
-    """How probable |T| <= t is, of Student's t with so many degrees of freedom, which need not be whole.
+    """The probability of |T| <= t for Student's t with `freedom` degrees of freedom, which need not be whole.
 
     The integral of the density (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.1) with
     T = sqrt(freedom) tan(x): of cos(x) ** (freedom - 1), by Simpson's rule.
@@ -115,7 +115,7 @@ def t_probability(t: float, freedom: float) -> float:
 
 @cache
 def t_quantile(freedom: int) -> float:
-    """The t that |T| stays below with 95 %: 12.706 for one degree of freedom, 4.303 for two, 1.960 for very many."""
+    """The t with |T| <= t at 95 %: 12.706 for one degree of freedom, 4.303 for two, 1.960 for very many."""
     low, high = 0.0, LARGEST_T
     while high - low > 1e-9 * high:
         middle = (low + high) / 2

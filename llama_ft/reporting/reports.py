@@ -1,4 +1,4 @@
-"""The reports of a sweep and of a plan: tables on the terminal; in the folder tables, numbers, a picture and a page."""
+"""The reports of a sweep and of a plan: printed tables, and files with tables, numbers, a picture and a page."""
 
 from pathlib import Path
 
@@ -18,11 +18,11 @@ from llama_ft.reporting.settings import as_typed
 from llama_ft.reporting.table import Table, csv_text, markdown, plain_text, print_table, record_table
 from llama_ft.reporting.table2 import records, table2
 
-LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # where runs have held-out losses
+LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # if runs have held-out losses
 SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", LOSSES_FILE, PARETO_FILE)
 COURSE_FILES = ("course.md", "course.tex")  # with form=course
 SWEEP_MARK = "combination"  # a column of the first
-PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # follows from plan.json
+PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # made from plan.json
 PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
 
 
@@ -82,7 +82,7 @@ def report_plan(folder: Path, console: Console, is_course: bool = False) -> None
 
 
 def write_plan(plan: Plan, folder: Path, with_json: bool = True) -> None:
-    """Write the files of a plan; `with_json=False` those alone that follow from `plan.json`."""
+    """Write the files of a plan; with `with_json=False` only those made from `plan.json`."""
     from llama_ft.reporting.plan_page import draw_plan, plan_page  # matplotlib takes a second to import
 
     text = [markdown(table) for table in tables_of(plan)]

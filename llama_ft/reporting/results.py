@@ -1,4 +1,4 @@
-"""Runs that share a table, and the rows of a plan in their form."""
+"""Runs that share a table, and the rows of a plan in the same form."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -13,8 +13,8 @@ from llama_ft.reporting.repeats import Run, runs_of
 from llama_ft.reporting.settings import RECIPE, as_typed, varied
 from llama_ft.reporting.table import UNKNOWN
 
-TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns beside those of settings
-LONGEST_SETTING = 32  # characters of it in a label
+TECHNIQUES_COLUMN, DEVICE = "techniques", "device"  # columns besides those of settings
+LONGEST_SETTING = 32  # characters of one in a label
 MOST_SEEDS = 10  # in a title
 
 Record = TypeVar("Record", Result, PlanRow)
@@ -23,46 +23,46 @@ SHARED = {field.name for field in fields(Result)} & {field.name for field in fie
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their techniques alone, in the order of the course's Table 2."""
+    """Runs that differ only in their techniques, in the order of the course's Table 2."""
 
     variant: str  # what else the sweep varied, from the folders' names; often empty
-    results: list[Result]  # a row each; of repeats one, which is `Repeated`
-    folders: list[Path]  # of the runs, of repeats the first's, in the order of their results; none of a plan's rows
-    settings: list[dict[str, str]] = field(default_factory=list)  # of each row, where more than techniques vary
+    results: list[Result]  # a row each; repeats are one `Repeated`
+    folders: list[Path]  # of the results (of repeats the first's), in their order; none for a plan's rows
+    settings: list[dict[str, str]] = field(default_factory=list)  # of each row, if more than techniques vary
     values: list[Settings] = field(default_factory=list)  # then all in which rows differ, by full name, recipes' too
 
     @property
     def runs(self) -> list[tuple[int, Run]]:
-        """Every run, of repeats each by itself, and the number of its result."""
+        """Every run, repeats one by one, with the number of its result."""
         folders = self.folders or [Path()] * len(self.results)
         rows = enumerate(zip(self.results, folders, strict=True))
         return [(number, run) for number, (result, folder) in rows for run in runs_of(result, folder)]
 
     @property
     def seeds(self) -> list[int | str]:
-        """Those of the repeats, in order; empty where nothing is repeated."""
+        """The seeds of the repeats, in order; empty if nothing is repeated."""
         seeds = {run.seed for _, run in self.runs if run.seed is not None}
         return sorted(seeds, key=lambda seed: (isinstance(seed, str), seed))
 
     @property
     def device(self) -> str | None:
-        """The device that the runs were on, where one came to know it."""
+        """The device that the runs were on, if one of them knows it."""
         return next((result.device for result in self.results if result.device), None)
 
     @property
     def memory_limit_mib(self) -> int | None:
-        """The limit that the runs had; of a plan's rows, what the allocator can have on the card."""
+        """The runs' memory limit; for a plan's rows, the memory that the allocator can use on the card."""
         limits = {r.memory_limit_mib for r in self.results} - {None}
         return limits.pop() if len(limits) == 1 else None
 
     @property
     def on_cuda(self) -> bool:
-        """Whether memory was reserved, which the CUDA allocator alone does."""
+        """True if memory was reserved, which only the CUDA allocator does."""
         return any(result.peak_memory_reserved_mib for result in self.results)
 
     @property
     def title(self) -> str:
-        """What all runs of the group have in common."""
+        """The properties that all runs of the group have in common."""
         model, data, samples, device, gpu = map(self._common, ("model", "data", "samples", "device", "gpu"))
         place = device or (None if self.device else gpu)
         seeds = f"{len(self.seeds)} seed{'s' * (len(self.seeds) > 1)}: {seeds_text(self.seeds)}" if self.seeds else None
@@ -71,7 +71,7 @@ class Group:
 
     @property
     def labels(self) -> list[str]:
-        """What tells the runs apart: their techniques, or settings."""
+        """Unique labels of the runs: their techniques, or settings."""
         if not self.settings:
             return [combination_label(result.optim) for result in self.results]
         plain = (TECHNIQUES_COLUMN, DEVICE, RECIPE)
@@ -79,24 +79,24 @@ class Group:
         return [", ".join(names[key] + _end(text) for key, text in settings.items()) for settings in self.settings]
 
     def _common(self, key: str) -> Any:
-        """The value of a field that all runs share that have one, else None."""
+        """The value of a field if all runs that have one share it, else None."""
         values = {getattr(run.result, key) for _, run in self.runs} - {None}
         return values.pop() if len(values) == 1 else None
 
 
 def seeds_text(seeds: Sequence[int | str]) -> str:
-    """Seeds in a line: of more than a few the first and the last."""
+    """Seeds in a line; of more than a few, the first and the last."""
     shown = seeds if len(seeds) <= MOST_SEEDS else [seeds[0], "…", seeds[-1]]
     return ", ".join(map(str, shown))
 
 
 def _end(text: str) -> str:
-    """A setting as a label has room for it: of a long one, such as a path, the end tells most."""
+    """A setting, shortened for a label: the end of a long one, such as a path, tells most."""
     return text if len(text) <= LONGEST_SETTING else f"…{text[1 - LONGEST_SETTING :]}"
 
 
 def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> list[dict[str, str]]:
-    """What tells runs apart as columns of a table: techniques, settings, device; of a recipe its name alone."""
+    """Columns of a table in which runs differ: techniques, settings, device; of a recipe only its name."""
     keys = varied(values)
     labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
     said = [values[n].get(RECIPE) for n in range(len(results))] if RECIPE in keys else labels[:1] * len(labels)
@@ -110,18 +110,18 @@ def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> li
 
 
 def baseline_of(records: Sequence[Record]) -> Record | None:
-    """The one with every technique off, if it finished."""
+    """The record with every technique off, if it finished."""
     return next((record for record in records if record.combination == BASELINE and record.status == "ok"), None)
 
 
 def value_of(record: Result | PlanRow, key: str) -> Any:
-    """What is known of a run that finished, or of a planned one although it would not fit; else None."""
+    """A value of a run that finished, or of a planned one even if it would not fit; else None."""
     is_whole = record.status == "ok" or (record.status == "oom" and record.peak_memory_mib is not None)
     return getattr(record, key) if is_whole else None
 
 
 def planned_group(plan: Plan, gpu: Settings, variant: str = "", rows: Sequence[PlanRow] | None = None) -> Group:
-    """A card's rows of a plan, or some, as results; one that does not fit is out of memory, and has its numbers."""
+    """A card's rows of a plan, or the given ones, as results; one that does not fit is `oom`, and has its numbers."""
     rows = plan.rows_on(gpu["name"]) if rows is None else rows
     results = [_planned(plan, row, gpu) for row in rows]
     if not any(row.settings for row in rows):

@@ -1,4 +1,4 @@
-"""A sweep over settings, such as learning rates, as one table: a row for each run, a column for each setting varied."""
+"""A sweep over settings, such as learning rates, as one table: a row for each run, a column for each varied setting."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from llama_ft.reporting.table2 import RUNS, Measure, cell, failures, measure_not
 
 BEST = "*"
 HELD_OUT = ("eval_loss", "eval_token_accuracy")
-HIGHEST = "eval_token_accuracy"  # is best; of all other columns the least
+HIGHEST = "eval_token_accuracy"  # is best here, in all other columns the lowest
 LEARNT = (
     Measure("loss after", "train_loss_after", "{:.3f}".format),
     Measure("held-out loss", "eval_loss", "{:.3f}".format),
@@ -32,7 +32,7 @@ COLUMNS = (
 
 
 def gathered(groups: list[Group]) -> list[Group]:
-    """The groups as they are shown: those of a sweep as one where more settings than techniques were varied in it."""
+    """The groups as they are shown: those of a sweep as one if it varied more settings than techniques."""
     sweeps: dict[Path, list[Group]] = {}
     for group in groups:
         sweeps.setdefault(group.folders[0].parent, []).append(group)
@@ -44,7 +44,7 @@ def gathered(groups: list[Group]) -> list[Group]:
 
 
 def _gathered(groups: list[Group]) -> Group | None:
-    """One group of all runs, in the order of their settings; None if nobody knows how they differ."""
+    """One group of all runs, in the order of their settings; None if it is unknown how they differ."""
     runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
     known = [run_settings(folder) for _, folder in runs]
     keys = differing([settings for settings in known if settings])
@@ -64,14 +64,14 @@ def _gathered(groups: list[Group]) -> Group | None:
 
 
 def _place(result: Result, shown: Settings) -> tuple[Any, ...]:
-    """Recipes as in the ladder, then the table's order of techniques, then settings."""
+    """Sort key: recipes as in the ladder, then the table's order of techniques, then settings."""
     recipe, order = shown.get(RECIPE), ladder_order()
     rung = order.index(recipe) if recipe in order else len(order)
     return rung, table_order(result.optim), *map(_order, shown.values())
 
 
 def _order(value: Any) -> tuple[bool, float, str]:
-    """Numbers before texts, by their size, also where a folder's name has them."""
+    """Sort key: numbers by size, even those in a folder's name, before texts."""
     try:
         return False, float(value), ""
     except (TypeError, ValueError):
@@ -88,7 +88,7 @@ def run_table(group: Group) -> Table:
     counts = run_counts(group.results)
     columns |= {RUNS.lower(): counts} if counts else {}
     has_accuracy = any(measure.key == HIGHEST for measure in measures)
-    best = f"{BEST}: the least of its column{', of accuracy the highest' if has_accuracy else ''}."
+    best = f"{BEST}: the lowest in its column{', for accuracy the highest' if has_accuracy else ''}."
     return setting_rows(group, columns, [best, *measure_notes(group), *failures(group, group.labels)])
 
 

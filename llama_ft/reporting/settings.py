@@ -1,4 +1,4 @@
-"""The settings of runs by full name: in which they differ, and how they are written."""
+"""The settings of runs by full name: those in which they differ, and their notation."""
 
 import json
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from llama_ft.config import TrainConfig, config_dir
 from llama_ft.config.checks import Settings, flat, readable
 from llama_ft.records.result import CONFIG_FILE
 
-RECIPE = "recipe"  # the setting that is a name for others
-# The combination is the table's column; the others are how a run is kept, watched and supplied, or which of the model's
-# sizes were typed: not what is run.
+RECIPE = "recipe"  # a setting that sets others
+# The combination is the table's column. The others do not change the run: how it is saved, tracked and supplied, and
+# which of the model's sizes were typed.
 NOT_COMPARED = tuple(
     "optim. tracker. data.cache_dir training.save_every training.resume sweep. hydra. model.given".split()
 )
@@ -28,7 +28,7 @@ def differing(configs: Sequence[Settings]) -> list[str]:
 
 
 def varied(configs: Sequence[Settings]) -> list[str]:
-    """The settings that differ; of another recipe, model, data set or card, what is not said by its name."""
+    """The settings that differ, without those that follow from the name of the recipe, model, data set or card."""
     keys = differing(configs)
     for name, said in {RECIPE: "", "model.name": "model.", "data.name": "data.", "gpu.name": "gpu."}.items():
         if name in keys:
@@ -41,19 +41,19 @@ def varied(configs: Sequence[Settings]) -> list[str]:
 
 
 def as_typed(value: Any) -> str:
-    """A value as one types it: null, true, [wq, wv], inf; texts without quotes."""
+    """A value as typed: null, true, [wq, wv], inf; texts without quotes."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False).replace("Infinity", "inf")
 
 
 @cache
 def defaults() -> Settings:
-    """What a key is that a run of an earlier version did not know."""
+    """The values of keys that a run of an earlier version did not have."""
     schema: Any = OmegaConf.to_container(OmegaConf.structured(TrainConfig), enum_to_str=True)
     return {key: value for key, value in flat(schema).items() if value != "???"}
 
 
 def run_settings(folder: Path) -> Settings | None:
-    """A run's settings by full name; None of one that was refused before it began. A UserError if they are damaged."""
+    """A run's settings by full name; None if it was refused before it began. A UserError if they are damaged."""
     file = folder / CONFIG_FILE
     if not file.is_file():
         return None

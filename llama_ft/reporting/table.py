@@ -1,4 +1,4 @@
-"""Tables of text: on a terminal, as Markdown, as CSV; and what stands in their cells."""
+"""Tables of text: on a terminal, as Markdown, as CSV; and the texts in their cells."""
 
 import codecs
 import csv
@@ -19,13 +19,13 @@ from llama_ft.config.techniques import TECHNIQUES, shown_techniques
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
 
-MAIN = ("Peak memory", "Runtime")  # how the rows begin that the table is about
+MAIN = ("Peak memory", "Runtime")  # beginnings of a table's main rows
 PLUS_MINUS = " ± "  # between a mean and its spread
 CHANGED, UNKNOWN = "changed", "–"  # for the difference between a number and a mark; for no number
 # For terminals whose encoding lacks them.
 SUBSTITUTES = str.maketrans("×–·→↑↓█⟦⟧", "x-->^v#[]") | {ord("±"): "+-"}
 MARKS = {"oom": "×", "killed": "killed", "interrupted": "stopped", "error": "error"}
-FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # how what a spreadsheet computes begins; a number may
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]+(e[+-]?\d+)?$)")  # beginnings of a spreadsheet's formulas; not of numbers
 NOT_IN_CSV = "command optim settings techniques breakdown timeline versions loss_samples card schema_version".split()
 
 Rows = list[tuple[str, list[str]]]  # each a name and its cells
@@ -39,7 +39,7 @@ class Table:
     head: Rows
     rows: Rows
     notes: list[str]
-    max_columns: int = 8  # beside each other on a terminal: GC off, then GC on
+    max_columns: int = 8  # side by side on a terminal: GC off, then GC on
     gap: int = 1  # between columns on a terminal
     max_name_length: int | None = None  # of a row, in characters, beyond which a terminal breaks it
     narrow_head: Rows | None = None  # for a terminal that is too narrow for the head and its gaps
@@ -55,13 +55,13 @@ def technique_rows(optims: Iterable[dict[str, bool]]) -> Rows:
 
 
 def amount(value: float) -> str:
-    """Three figures at least, no more decimals than that needs, thousands marked."""
+    """Format a number with at least three figures, no more decimals than needed, and thousands separators."""
     size = abs(value)
     return f"{value:,.0f}" if size >= 100 else f"{value:.1f}" if size >= 10 else f"{value:.2f}"
 
 
 def by_reason(entries: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Names, each once, by the reason, in one line, that they have in common; each entry is a reason and a name."""
+    """Names, each once, by their common reason in one line; each entry is a reason and a name."""
     names: dict[str, dict[str, None]] = {}
     for reason, name in entries:
         names.setdefault(" ".join(reason.split()), {})[name] = None
@@ -69,12 +69,12 @@ def by_reason(entries: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def is_failure(cell: str) -> bool:
-    """Whether a cell says that a run fails, with or without a number before the mark."""
+    """Return True if a cell says that a run fails, with or without a number before the mark."""
     return cell in MARKS.values() or cell.endswith(f" {MARKS['oom']}")
 
 
 def terminal(table: Table, width: int) -> list[RichTable]:
-    """For a terminal: one table, or several below each other where it is too narrow. Numbers are never cut."""
+    """For a terminal: one table, or several below each other if it is too narrow. Numbers are never cut."""
     head, body, gap = table.head, table.rows, table.gap
     longest_name = max(len(name) for name, _ in (*head, *body))
     name_width = min(longest_name, table.max_name_length or longest_name)
@@ -89,7 +89,7 @@ def terminal(table: Table, width: int) -> list[RichTable]:
     n_fitting = max(1, min(table.max_columns, (width - name_width) // max(widths)))
     if len(widths) <= table.max_columns and name_width + sum(widths) <= width:
         n_fitting = len(widths)
-    n_fitting = math.ceil(len(widths) / math.ceil(len(widths) / n_fitting))  # parts that are as wide as each other
+    n_fitting = math.ceil(len(widths) / math.ceil(len(widths) / n_fitting))  # parts of equal width
     parts, padding = [], (0, 0, 0, gap - 1)
     for start in range(0, len(widths), n_fitting):
         columns = slice(start, start + n_fitting)
@@ -98,7 +98,7 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         for _ in head[0][1][columns]:
             view.add_column(justify="right", no_wrap=True)
         for name, cells in head:
-            view.add_row(*map(Text, (name, *cells[columns])))  # Text: what is in brackets is no markup
+            view.add_row(*map(Text, (name, *cells[columns])))  # Text: brackets are not markup
         view.add_section()
         for name, cells in body:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
@@ -113,7 +113,7 @@ def _widths(rows: Rows, gap: int) -> list[int]:
 
 
 def print_table(table: Table, console: Console) -> None:
-    """The table with its title and notes. Lines are broken at a terminal's width; in a file each stays whole."""
+    """Print a table with its title and notes. Lines are wrapped at a terminal's width, but not in a file."""
     if isinstance(console.file, io.TextIOWrapper):
         console.file.reconfigure(errors="llama_ft.plain")
     console.print(f"\n{table.title}\n", style="bold", highlight=False, markup=False, soft_wrap=not console.is_terminal)
@@ -133,7 +133,7 @@ codecs.register_error("llama_ft.plain", _plain)
 
 
 def print_notes(lines: list[str], console: Console) -> None:
-    """Notes, each on a line of its own."""
+    """Print notes, each on its own line."""
     for line in lines:
         if console.is_terminal:
             console.print(Padding(Text(line, "dim"), (0, 0, 0, 2), expand=False))
@@ -151,14 +151,14 @@ def markdown(table: Table) -> str:
 
 
 def plain_text(name: str) -> str:
-    """A name, which may be any, in one line of which Markdown takes nothing for markup."""
+    """Any text in one line, escaped so that Markdown takes nothing in it for markup."""
     return re.sub(r"([\\`*<>|\[\]])", r"\\\1", " ".join(name.split()))
 
 
 def record_table(
     records: Sequence[Result | PlanRow], leading: Sequence[dict[str, str]]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and a row for each record: leading values, switches, its fields unrounded, of a dict each key."""
+    """Columns and a row for each record: leading values, switches, unrounded fields, and each key of a dict."""
     columns = [*leading[0], *(technique.name for technique in TECHNIQUES)]
     rows: list[list[Any]] = [
         [*values.values(), *(record.optim.get(technique.name, False) for technique in TECHNIQUES)]
@@ -176,7 +176,7 @@ def record_table(
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table of numbers for a file such as `table2.csv`. No text in it is a formula to a spreadsheet."""
+    """A table of numbers for a file such as `table2.csv`. Spreadsheets take no text in it for a formula."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)

@@ -26,19 +26,19 @@ from llama_ft.reporting.table import (
 
 REPEATS_NOTE = (
     "Means over the seeds, ± half the width of their 95 % confidence interval (Student's t), in pictures a bar with the"
-    " runs as dots; without ±, runs are equal as far as is shown, or there is one alone."
+    " runs as dots; without ±, the runs are equal to the digits shown, or there is only one."
 )
-RUNS = "Runs"  # of each row, where repeats are not as many, or did not all finish
+RUNS = "Runs"  # shown if rows have different numbers of repeats, or not all finished
 FAILED = ("killed", "interrupted", "error")  # with no result to report
 
 
 class Measure(NamedTuple):
-    """A row of a table: its title, and the field that its cells are of."""
+    """A row of a table: its title, and the field that its cells show."""
 
     title: str
     key: str
     form: Callable[[Any], str] = amount
-    always: bool = False  # also where no record has a value
+    always: bool = False  # even if no record has a value
     relative: bool = False  # followed by the same numbers relative to the baseline
 
 
@@ -82,9 +82,9 @@ def _share(record: Result | PlanRow, key: str, base: float | None) -> str:
 
 
 def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount, with_spread: bool = True) -> str:
-    """A value, a dash where there is none, the mark of a run that failed; both of one that would not fit.
+    """A value, a dash if there is none, or the mark of a failed run; value and mark of one that would not fit.
 
-    A mean of repeats is followed by its spread, where that is one to as many decimals.
+    A mean of repeats is followed by its spread, unless that rounds to zero.
     """
     value, spread = value_of(record, key), spread_of(record, key) if with_spread else None
     if record.status == "ok":
@@ -94,7 +94,7 @@ def cell(record: Result | PlanRow, key: str, form: Callable[[Any], str] = amount
 
 
 def _spread(mean: str, spread: float | None, form: Callable[[Any], str]) -> str:
-    """A spread to as many decimals as its mean, which is given as it is shown."""
+    """A spread with as many decimals as its mean, which is given as it is shown."""
     if spread is None:
         return ""
     decimals = len(mean.rstrip("%").partition(".")[2])
@@ -103,7 +103,7 @@ def _spread(mean: str, spread: float | None, form: Callable[[Any], str]) -> str:
 
 
 def run_counts(results: Sequence[Result]) -> list[str]:
-    """How many runs ended how in each row of repeats, as `2, 1 ×`; nothing where all rows are alike."""
+    """The number of runs by their ending in each row of repeats, as `2, 1 ×`; empty if all rows are alike."""
     statuses = [[run.result.status for run in runs_of(result)] for result in results]
     if len({len(row) for row in statuses}) == 1 and all(len(set(row)) == 1 for row in statuses):
         return []
@@ -114,23 +114,23 @@ def run_counts(results: Sequence[Result]) -> list[str]:
 def technique_notes(
     optims: Sequence[dict[str, bool]], settings: dict[str, Settings], batch: int, packing: int | None
 ) -> list[str]:
-    """What techniques do in a table's columns, which that save are off in all; `batch` is a micro-batch's samples."""
+    """Notes on the techniques in a table, and on those off in all columns; `batch` is a micro-batch's samples."""
     notes = []
     if any(optim.get("ga") for optim in optims):
         steps, of = settings["ga"]["steps"], f"micro-batches of {batch}, " if packing is None else ""
         notes.append(f"GA: {of}an update every {steps * batch} samples instead of every {batch}.")
     if packing is not None:
-        notes.append(f"The samples of an update are laid end to end, up to {packing:,} tokens (training.packing).")
+        notes.append(f"The samples of an update are put end to end, up to {packing:,} tokens (training.packing).")
     if any(optim.get("mp") and optim.get("lora") for optim in optims):
         if settings["mp"]["frozen_weights"] == "compute":
-            notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is the plain AMP.")
+            notes.append("MP with LoRA: frozen weights are stored in 16 bit; mp.frozen_weights=fp32 is plain AMP.")
         else:
             notes.append("MP with LoRA: frozen weights are stored in fp32 (plain AMP).")
     if any(optim.get("gc") for optim in optims):
         if settings["gc"].get("policy", "full") == "selective":
-            notes.append("GC: what large matrix products give is kept too (gc.policy=selective).")
+            notes.append("GC: the results of large matrix products are kept too (gc.policy=selective).")
         if settings["gc"].get("offload"):
-            notes.append("GC: inputs of blocks are kept in the host's memory (gc.offload=cpu), where there is a GPU.")
+            notes.append("GC: inputs of blocks are kept in host memory (gc.offload=cpu) if there is a GPU.")
     shown = shown_techniques(optims)
     return notes + [f"{each.label} is off." for each in TECHNIQUES if each.saves and each not in shown]
 
@@ -140,18 +140,18 @@ def _notes(group: Group) -> list[str]:
     began = next((r for r in results if r.config_hash), results[0])  # a refused run's values may be any
     notes = technique_notes([r.optim for r in results], began.techniques, began.micro_batch_size, began.packing)
     if began.compiled:
-        notes.append("Layers are compiled (training.compile); tensors are counted before they are.")
+        notes.append("Layers are compiled (training.compile); tensors are counted before compilation.")
     if dtypes := sorted({r.compute_dtype for r in results if r.optim.get("mp") and r.compute_dtype}):
         notes.append(f"MP computes in {' and '.join(dtypes)}.")
     if skipped := [f"{name} {r.skipped_steps}" for r, name in runs if r.skipped_steps]:
         notes.append(f"Optimizer steps skipped while the loss scale was too large: {', '.join(skipped)}.")
     if retried := [f"{name} {r.card.n_alloc_retries}" for r, name in runs if r.card and r.card.n_alloc_retries]:
-        notes.append(f"The allocator emptied its cache to find room, which takes time, so often: {', '.join(retried)}.")
+        notes.append(f"Times the allocator emptied its cache to find room, which is slow: {', '.join(retried)}.")
     return notes + measure_notes(group) + failures(group, [r.combination for r in results])
 
 
 def measure_notes(group: Group) -> list[str]:
-    """What a table's numbers are of."""
+    """Notes on the meaning of a table's numbers."""
     results, notes = group.results, []
     if group.seeds:
         notes.append(REPEATS_NOTE)
@@ -173,28 +173,28 @@ def measure_notes(group: Group) -> list[str]:
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
     if counts := held_out_counts(group):
         several = f" to {counts[-1]:,.0f}" if len(counts) > 1 else ""
-        accuracy = "token accuracy: the share of their target tokens that the model finds the most probable"
+        accuracy = "token accuracy: the share of their target tokens that the model finds most probable"
         held_out = f"{counts[0]:,.0f}{several} samples (data.validation), never trained on"
         notes.append(f"Held-out loss: of {held_out}; {accuracy}.")
         if any(r.eval_loss != r.last_eval_loss for r in results):
-            notes.append("Where training.keep_best is on, both are of the best weights.")
+            notes.append("With training.keep_best=true, both are of the best weights.")
     return notes + front_notes(group)
 
 
 def split_notes(results: Sequence[Result]) -> list[str]:
-    """What memory and times are of where runs were split over processes."""
+    """Notes on memory and times of runs that were split over processes."""
     names = sorted({str((result.parallel or {}).get("strategy")) for result in results if len(result.ranks) > 1})
     return [f"parallel={name}: memory is that of the process with the most; times are of all." for name in names]
 
 
 def failures(group: Group, names: Sequence[str]) -> list[str]:
-    """What runs, in rows of these names, died of that no mark explains, each reason once."""
+    """The errors of failed runs that no mark explains, each once, after the names of their rows."""
     failed = [(str(run.result.error), run.named(names[n])) for n, run in group.runs if run.result.status in FAILED]
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason(failed).items()]
 
 
 def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and a row for each run, of repeats too, numbers unrounded."""
+    """Columns, and a row for each run, including repeats, numbers unrounded."""
     varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
     keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
     keys += [SEED] if SEED not in keys and any(group.seeds for group in groups) else []

@@ -1,4 +1,4 @@
-"""Where runs, sweeps and studies are reported to. The local files are the truth: they are sent on, or again later."""
+"""Trackers that runs, sweeps and studies are reported to, from the local files, which can be sent again later."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ __all__ = ["Tracker", "start_tracker", "track_study", "track_sweep", "upload_run
 
 
 def start_tracker(config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Log) -> Tracker:
-    """The tracker of a run in the sweep `group`: then `step` for each optimizer step, and in any case `finish`."""
+    """The tracker of a run in the sweep `group`: call `step` for each optimizer step, and always `finish`."""
     combination = combination_name(settings["optim"])
     techniques = [name for name, on in settings["optim"].items() if on] or [combination]
     tags = (*techniques, settings["model"]["name"], settings["gpu"]["name"])
@@ -27,7 +27,7 @@ def start_tracker(config: TrackerConfig, run_dir: Path, settings: Settings, grou
 
 
 def track_sweep(config: TrackerConfig, sweep_dir: Path, table: Table, files: Sequence[str], log: Log) -> None:
-    """Report a sweep as a whole, beside its runs: its table, and the files of its report in its folder."""
+    """Report a sweep as a whole, in addition to its runs: its table, and the report's files in its folder."""
     name, (columns, rows) = sweep_dir.absolute().name, table
     about = {key: {"name": rows[0][columns.index(key)]} for key in ("model", "gpu")}
     subject = Subject(f"{name}: table", "sweep", sweep_dir, about, name, ("sweep",))
@@ -35,13 +35,13 @@ def track_sweep(config: TrackerConfig, sweep_dir: Path, table: Table, files: Seq
 
 
 def track_study(config: TrackerConfig, name: str, numbers: dict[str, float], files: Sequence[Path], log: Log) -> None:
-    """Report a study: its numbers, and its files, in whose folder the tracker puts its own."""
+    """Report a study: its numbers, and its files, next to which the tracker puts its own."""
     subject = Subject(name, "study", files[0].parent, tags=("study",))
     _tracker(config, subject, log).send(numbers, {file.name: file for file in files})
 
 
 def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, log: Log) -> TrackerConfig:
-    """Send each run as if it took place now, in place of what the tracker has of it. Returns the last run's tracker.
+    """Send each run as if it took place now, replacing what the tracker has of it; return the last run's config.
 
     The name of a `sweep` groups them. A UserError if nothing would be sent, a file is damaged, or the tracker fails.
     """
@@ -49,11 +49,11 @@ def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, l
         raise UserError("tracker.upload=true with tracker=disabled sends nothing: leave one of them out")
     mode, is_auto = os.environ.get("WANDB_MODE", "online"), config.mode is TrackerMode.auto
     if config.kind is TrackerKind.wandb and is_auto and mode != "online":
-        raise UserError(f"W&B gets nothing, WANDB_MODE={mode} keeps it from it; tracker.mode=online sends the runs")
+        raise UserError(f"WANDB_MODE={mode} keeps W&B from getting anything; tracker.mode=online sends the runs")
     tracker_config = TrackerConfig(config.kind, TrackerMode.online if is_auto else config.mode)
     problems: list[str] = []
     for run_dir in run_dirs:
-        if not (run_dir / CONFIG_FILE).exists():  # it was refused before it began
+        if not (run_dir / CONFIG_FILE).exists():  # the run was refused before it began
             log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
             continue
         run = read_config(run_dir / CONFIG_FILE)
@@ -82,5 +82,5 @@ def _tracker(config: TrackerConfig, subject: Subject, log: Log) -> Tracker:
 
             return TensorBoardRun(config, subject, log)
         except ModuleNotFoundError:
-            log("tracker=tensorboard needs a package, and nothing is tracked: pip install tensorboard")
+            log("tracker=tensorboard needs a package, so nothing is tracked: pip install tensorboard")
     return Tracker(config, subject, log)

@@ -1,4 +1,4 @@
-"""What the kinds of trackers share: what is tracked, when, and that a tracker that fails or hangs costs no more."""
+"""Code shared by the trackers: what is tracked, and when; a tracker that fails or hangs does not stop a run."""
 
 import shlex
 from collections.abc import Callable, Iterable
@@ -15,9 +15,9 @@ from llama_ft.records.metrics import METRICS_FILE, Metrics
 from llama_ft.records.result import CONFIG_FILE, RESULT_FILE, Result
 from llama_ft.system import Log
 
-# By their names in the tracker: W&B keeps a config.yaml of its own.
+# By their names in the tracker: W&B has its own config.yaml.
 RUN_FILES = {f"resolved_{CONFIG_FILE}": CONFIG_FILE, RESULT_FILE: RESULT_FILE, METRICS_FILE: METRICS_FILE}
-# Of the result: what the config says already, and what is for machines.
+# Keys of the result that the config has too, or that are only for machines.
 NOT_TRACKED = "schema_version optim techniques model data gpu micro_batch_size packing breakdown command".split()
 SECONDS_TO_START, SECONDS_TO_STEP, SECONDS_TO_FINISH = 60, 30, 150
 
@@ -37,27 +37,27 @@ class Subject:
 
 
 class Tracker:
-    """Sends a subject on, in its subclasses. One that fails says so once and is silent. This is `tracker=disabled`."""
+    """The base class, which is `tracker=disabled`. A tracker that fails says so once, and then sends nothing."""
 
-    place = ""  # where to look at the subject, for people
+    place = ""  # where to look at the subject, for display
 
     def __init__(self, config: TrackerConfig, subject: Subject, log: Log) -> None:
         self._config, self._subject, self._log, self._has_failed = config, subject, log, False
         self._guard(SECONDS_TO_START, self._start)
 
     def step(self, metrics: Metrics) -> None:
-        """An optimizer step of a run, or a held-out loss, which follows the step after which it was measured."""
+        """Send an optimizer step of a run, or a held-out loss, which follows the step after which it was measured."""
         values = asdict(metrics)
         self._guard(SECONDS_TO_STEP, partial(self._step, values.pop("step"), values))
 
     def finish(self, result: Result | None) -> None:
-        """The end of a run, with its result; None if there is none. Always called."""
+        """End a run, with its result if there is one. Always called."""
         figures = {key: value for key, value in asdict(result).items() if key not in NOT_TRACKED} if result else {}
         files = {name: self._subject.folder / file for name, file in RUN_FILES.items()}
         self.send(figures, files, ok=result is not None and result.status == "ok")
 
     def send(self, figures: Settings, files: dict[str, Path], table: Table | None = None, ok: bool = True) -> None:
-        """All that there is in the end: figures, those of the files that exist under these names, a sweep's table."""
+        """Send the final figures, the files that exist, under these names, and a sweep's table."""
         kept = {name: file for name, file in files.items() if file.is_file()}
         self._guard(SECONDS_TO_FINISH, partial(self._finish, figures, kept, table, ok))
 
@@ -85,7 +85,7 @@ class Tracker:
 
 
 def in_time(seconds: float, action: Callable[[], None]) -> None:
-    """Do something; where it takes longer than that, raise a TimeoutError and leave it behind in its thread."""
+    """Do something; if it takes longer, raise a TimeoutError and leave it running in its thread."""
     future: Future[None] = Future()
 
     def act() -> None:
@@ -100,7 +100,7 @@ def in_time(seconds: float, action: Callable[[], None]) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """An exception in a line."""
+    """The reason of an exception in a line."""
     if isinstance(error, OSError) and error.strerror:
         file = error.filename2 or error.filename
         return f"{error.strerror}: {file}" if file else error.strerror

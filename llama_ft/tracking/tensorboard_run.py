@@ -1,4 +1,4 @@
-"""TensorBoard: an event file in the folder of what is tracked. tensorboard, an extra, is imported here alone."""
+"""TensorBoard: an event file in the folder of what is tracked. Only this module imports tensorboard, an extra."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from llama_ft.config.checks import Settings, flat
 from llama_ft.tracking.base import Table, Tracker
 
-SECONDS_TO_FLUSH = 5  # TensorBoard is behind a run by so much at most
+SECONDS_TO_FLUSH = 5  # TensorBoard lags behind a run by at most this
 
 
 class TensorBoardRun(Tracker):

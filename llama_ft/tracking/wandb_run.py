@@ -1,4 +1,4 @@
-"""Weights & Biases: a W&B run for each run of ours, and one for a sweep's table. wandb is imported here alone."""
+"""Weights & Biases: a W&B run for each of our runs, and one for a sweep's table. Only this module imports wandb."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ class WandbRun(Tracker):
         self.place = run.url or f"`wandb sync {Path(run.dir).parent}` sends it"
 
     def _step(self, step: int, values: Settings) -> None:
-        # Held back until the next step's, since a held-out loss may follow that belongs in the same row.
+        # Held back until the next step, since a held-out loss of the same row may follow.
         self._run.log(values, step=step, commit=False)
         self._holds_a_row = True
 
@@ -38,13 +38,13 @@ class WandbRun(Tracker):
         run, pictures = self._run, [file for file in files.values() if file.suffix == ".png"]
         media = {f"pictures/{file.stem}": wandb.Image(str(file)) for file in pictures}
         media |= charts(*table) if table else {}
-        if media or self._holds_a_row:  # whose values would else overwrite the summary
+        if media or self._holds_a_row:  # a row that is held back would later overwrite the summary
             run.log(media, commit=True)
         run.summary.update(figures)
         if "device" in figures:
-            run.config.update({"device": figures["device"]})  # what gpu=auto has turned out as
+            run.config.update({"device": figures["device"]})  # the one that gpu=auto chose
         for name, file in files.items():
-            copy = Path(run.dir) / name  # W&B would link to it, say so, and break when the folder is moved
+            copy = Path(run.dir) / name  # W&B would print that it links to it, and break when the folder is moved
             shutil.copyfile(file, copy)
             run.save(copy, base_path=run.dir, policy="now")
         if self._config.artifacts:
@@ -66,9 +66,9 @@ class WandbRun(Tracker):
 
 
 def init(config: TrackerConfig, subject: Subject, log: Log) -> Any:
-    """`wandb.init`, asking and printing nothing. What is not given is W&B's: from the environment, or its settings."""
+    """`wandb.init` without questions and output. Keys not given come from the environment or W&B's settings."""
     settings = session(config.mode)
-    # A name or an id in the environment is meant for one run: those of a sweep, or studies, would replace each other.
+    # A name or an id in the environment is meant for one run: a sweep's runs, or studies, would replace each other.
     is_alone = subject.group is None and subject.job_type == "train"
     name, run_id = (settings.run_name, settings.run_id) if is_alone else (None, None)
     about: dict[str, Any] = {
@@ -82,26 +82,26 @@ def init(config: TrackerConfig, subject: Subject, log: Log) -> Any:
         "tags": [tag[:64] for tag in (*subject.tags, *(config.tags or settings.run_tags or ()))],
         "notes": config.notes,
         "config": subject.settings,
-        "reinit": "create_new",  # whatever became of the run before
+        "reinit": "create_new",  # whatever happened to the previous run
     }
     if settings.mode == "online":
         try:
             if wandb.login(prompt=False, verify=False):
                 return init_online(about)
             if config.mode is TrackerMode.online:
-                raise wandb.errors.UsageError("there is no API key: `wandb login` keeps one")
+                raise wandb.errors.UsageError("there is no API key: `wandb login` stores one")
         except wandb.Error as error:
             if config.mode is TrackerMode.online:
                 raise
-            log(f"W&B cannot be used online ({reason(error)}): offline from here on, to be sent by `wandb sync`")
+            log(f"W&B cannot be used online ({reason(error)}): offline from now on; `wandb sync` sends the runs")
             os.environ["WANDB_MODE"] = "offline"  # the next run need not wait for the network again
-            stop()  # which would keep the id from being used again
+            stop()  # the service would keep the id from being used again
         session(TrackerMode.offline)
     return wandb.init(**about)
 
 
 def init_online(about: dict[str, Any]) -> Any:
-    """`wandb.init`; a run that was deleted from W&B becomes a new one, since its id is never taken again."""
+    """`wandb.init`; a run that was deleted from W&B becomes a new one, since its id cannot be used again."""
     try:
         return wandb.init(**about)
     except wandb.errors.CommError as error:
@@ -111,9 +111,9 @@ def init_online(about: dict[str, Any]) -> Any:
 
 
 def session(mode: TrackerMode) -> wandb.Settings:
-    """W&B's settings in this process: the user's, except that it prints nothing, and reports nothing to its makers."""
+    """W&B's settings in this process: the user's, but W&B prints nothing and sends no error reports."""
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    logging.raiseExceptions = False  # of W&B's own log where the disk is full, as tracebacks on the terminal
+    logging.raiseExceptions = False  # else W&B's own log prints tracebacks if the disk is full
     settings = wandb.Settings(
         silent=True,
         console="off",  # what a run prints is in its train.log already
@@ -127,13 +127,13 @@ def session(mode: TrackerMode) -> wandb.Settings:
 
 
 def stop() -> None:
-    """Stop W&B's service: one that has crashed or hangs would hold up our exit, and the next run."""
+    """Stop W&B's service: a crashed or hanging one would delay our exit and the next run."""
     with suppress(Exception, SystemExit):
         in_time(SECONDS_TO_STOP, wandb.teardown)
 
 
 def earlier_id(folder: Path) -> str | None:
-    """The id of the folder's last W&B run. W&B replaces what it has of a run by one with the same id."""
+    """The id of the folder's last W&B run. W&B replaces a run by a new one with the same id."""
     files = sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda file: file.parent.name.partition("run-")[2])
     return files[-1].stem.removeprefix("run-") if files else None
 
