@@ -127,7 +127,7 @@ def test_params_and_config_say_a_models_sizes(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16", 1, 2)))
     read = [hf_sizes(tmp_path / "config.json")]
     if name.startswith("qwen"):
-        with pytest.raises(UserError, match=r"Meta's format knows no qk.*: such a model is written with to=hf"):
+        with pytest.raises(UserError, match=r"Meta's format does not support qk.*: write this model with to=hf"):
             meta_params(model)
     else:
         params = meta_params(model)

@@ -64,7 +64,7 @@ def refused(converted: Converted, tmp_path: Path) -> Callable[..., str]:
 def test_damaged_sources(refused, source, tmp_path):
     assert "there is no such folder" in refused(tmp_path / "nowhere")
     change_json(source / "config.json", intermediate_size=200)
-    assert "gate_proj.weight is [192, 96], and should be [200, 96]" in refused(source)
+    assert "gate_proj.weight is [192, 96], but should be [200, 96]" in refused(source)
     (source / "config.json").unlink()
     assert "there is no config.json or params.json in it" in refused(source)
     file = source / "model.safetensors"
@@ -76,7 +76,7 @@ def test_a_head_that_is_not_the_embedding(refused, source, tmp_path):
     change_json(source / "config.json", tie_word_embeddings=True)
     message = refused(source)
     assert "lm_head.weight and model.embed_tokens.weight differ" in message
-    assert "tie_word_embeddings=true says that they are one" in message
+    assert "tie_word_embeddings=true says they are the same tensor" in message
     # A copy of it is allowed, as older versions of transformers wrote it.
     tied = Path(shutil.copytree(hf_folder("tied"), tmp_path / "tied"))
     weights = load_file(tied / "model.safetensors")
@@ -130,9 +130,9 @@ def test_numbers_that_are_none(refused, source, adapter, number, dtype):
 
 
 def test_sizes_that_meta_does_not_know(refused):
-    assert "Meta's format knows no head_dim=32 other than dim / n_heads" in refused(hf_folder("wide_heads"))
-    assert "knows no rope_original_context=0" in refused(hf_folder("linear"))
-    assert "knows no rope_original_context=64" in refused(hf_folder("scaled"))
+    assert "Meta's format does not support head_dim=32, only dim / n_heads" in refused(hf_folder("wide_heads"))
+    assert "does not support rope_original_context=0" in refused(hf_folder("linear"))
+    assert "does not support rope_original_context=64" in refused(hf_folder("scaled"))
     assert "shards=4 is not allowed: it must divide model.n_heads=6" in refused(hf_folder("gqa"), "to=meta", "shards=4")
     assert "shards=1000 is not allowed: it must be at most 21" in refused(hf_folder("gqa"), "to=hf", "shards=1000")
 
