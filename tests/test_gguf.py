@@ -504,9 +504,9 @@ def test_tensors_that_are_not_supported(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"tokenizer.ggml.pre": "viking"}, "it splits text by the rule viking: only llama-bpe, qwen2, "),
-        ({"tokenizer.ggml.model": "bert"}, "its tokenizer is of type bert, and only gpt2 and llama are read"),
-        ({"tokenizer.ggml.model": ""}, "there is no tokenizer in it; give tokenizer=FILE"),
+        ({"tokenizer.ggml.pre": "viking"}, "it splits text by the rule viking: supported are llama-bpe, qwen2, "),
+        ({"tokenizer.ggml.model": "bert"}, "its tokenizer is of type bert, but only gpt2 and llama are supported"),
+        ({"tokenizer.ggml.model": ""}, "it has no tokenizer; give tokenizer=FILE"),
         ({"tokenizer.ggml.token_type": [1]}, "cannot be read"),
         ({"tokenizer.ggml.merges": ["a b", "zz yy"]}, "is not a SentencePiece model, nor a tokenizer.json"),
     ],
