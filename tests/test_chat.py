@@ -206,7 +206,7 @@ BAD = {
     "tools no list": ({"messages": TURNS, "tools": {"name": "x"}}, "tools must be a list"),
     "no list": ({"messages": "Hello"}, "a conversation must be a list of messages"),
     "null": ({"messages": None}, "a conversation must be a list of messages"),
-    "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; there are"),
+    "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; it must be"),
     "no content": ({"messages": [TURNS[0], {"role": "assistant"}]}, "the content of message 2 must be a text"),
     "a part list": ({"messages": [TURNS[0], {"role": "assistant", "content": [{}]}]}, "content of message 2 must be a"),
     "a text as message": ({"messages": [TURNS[0], "foxes"]}, "message 2 must be an object with role and content"),

@@ -324,7 +324,7 @@ def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
         ("default", {"optim": "mp"}, "is trained further with LoRA, and optim.lora is off: give optim=lora"),
         ("default", ("lora.rank=8",), r"lora.rank=8 is not adapter=.*'s, 16: leave it out"),
         ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] is not adapter=.*'s, \['wq', 'wv'\]"),
-        ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
+        ("patterns", (), "has layers or ranks of several kinds, so it cannot be trained further: merge it"),
         ("some_layers", (), "has layers or ranks of several kinds"),
     ],
 )

@@ -378,7 +378,7 @@ def test_a_dialogue_has_each_adapters_answers(tmp_path, command, monkeypatch, ti
     assert done.out == singles[one,] + singles[other,] + singles[()] + singles[one,]
     said = [line for line in done.err.splitlines() if "adapter" in line]
     expected = ["with the adapter in the other", "without an adapter", "error: adapter=no: there is no such folder"]
-    others = "error: adapter=foreign was trained on checkpoint=builtin, and this is checkpoint=random: give"
+    others = "error: adapter=foreign was trained on checkpoint=builtin, but this is checkpoint=random: give"
     assert said == [*expected, *[f"{others} checkpoint=builtin"] * 2, "with the adapter in one"]
 
 
@@ -443,7 +443,7 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path, trained_on, given, is_
     folder = trained_adapter(tmp_path / "run")
     change_json(folder / "adapter_config.json", base_model_name_or_path=trained_on)
     adapter = read_adapter(folder, SMALL)
-    words = f"trained on checkpoint={trained_on}, and this is checkpoint={given}: give checkpoint={trained_on}"
+    words = f"trained on checkpoint={trained_on}, but this is checkpoint={given}: give checkpoint={trained_on}"
     with pytest.raises(UserError, match=re.escape(words)) if is_refused else nullcontext():
         check_base_of(adapter, given)
 
