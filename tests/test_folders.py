@@ -126,7 +126,7 @@ FOREIGN: dict[str, tuple[Callable[[Path, TrainConfig], None], str]] = {
     "weights, and a run that saved an adapter": (with_other_weights, "holds model.safetensors, which no run wrote"),
     "a link": (lambda *here: with_a_link(*here, "metrics.jsonl"), "holds metrics.jsonl, which no run wrote"),
     "a link to checkpoints": (lambda *here: with_a_link(*here, "checkpoints"), "checkpoints is a link"),
-    "a link to a checkpoint": (lambda *here: with_a_link(*here, "checkpoints/step_00000003"), "is not one of the run's"),
+    "a link to a checkpoint": (lambda *here: with_a_link(*here, "checkpoints/step_00000003"), "not one of the run's"),
     "a checkpoint of another program": (of_another_program, "holds step_00000003, which no run wrote"),
     "a state of another program": (with_a_checkpoint_of('{"step": 3}'), "state.json is damaged: config_hash"),
     "a file among a checkpoint's": (with_a_checkpoint_of("mine", "notes.txt"), "is not one of the run's checkpoints"),
