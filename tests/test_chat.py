@@ -319,7 +319,7 @@ def test_an_instruct_model_is_trained_and_asked_in_its_own_template(tmp_path):
     talk = ("interactive=true", "adapter=run", "decoding.max_new_tokens=4")
     said = run_in(tmp_path, "generate", *source, *talk, text="One.\nTwo.\n/system Be kind.\nThree.\n").stderr
     assert "template: chat" in said
-    assert "a conversation; /help says more" in said
+    assert "a conversation; /help shows commands" in said
     for choice, refused in (("alpaca", "has no place for earlier turns"), ("nowhere", "there is no such file")):
         done = subprocess.run(
             [sys.executable, "-m", "llama_ft.evaluate", *source, "data.path=chat.jsonl", f"data.template={choice}"],
