@@ -420,7 +420,7 @@ def test_rows_that_are_no_whole_blocks(tmp_path, converted):
     narrow.save_pretrained(tmp_path / "narrow")
     arguments = [f"checkpoint={tmp_path / 'narrow'}", f"tokenizer={TINY}", "to=gguf", "dtype=q8_0"]
     printed = converted(*arguments, f"output={tmp_path / 'b.gguf'}")
-    assert "2 weights are written as F16: their rows are no multiple of 32, as Q8_0 needs" in printed
+    assert "2 weights are written as F16: their rows are not multiples of 32, as Q8_0 needs" in printed
     kinds = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == (Kind.F16, Kind.Q8_0)
     assert_same(tmp_path / "b.gguf", reference(tmp_path / "b.gguf"))
@@ -552,7 +552,7 @@ def test_what_cannot_be_written(tmp_path, converted, monkeypatch):
     assert "a GGUF file's name ends in .gguf" in refused(f"checkpoint={folder}", "to=gguf", "output=x")
     assert "a GGUF file's name ends in .gguf" in refused(f"checkpoint={folder}", "to=hf", "output=x.gguf")
     without = [f"checkpoint={hf_folder('gqa')}", "to=gguf", f"output={file}"]
-    assert "there is no tokenizer, which GGUF needs: give tokenizer=FILE" in refused(*without)
+    assert "it has no tokenizer, which GGUF needs: give tokenizer=FILE" in refused(*without)
     strange = byte_level("smollm")
     strange.pre_tokenizer = pre_tokenizers.ByteLevel(True)
     model = theirs("mha")

@@ -214,7 +214,7 @@ def _notes(config: TrainConfig, traits: Traits, equal: Lengths) -> list[str]:
         "GC: FLOPs include the recomputation in backward.",
     ]
     if not is_installed():
-        notes.append("Left out: 4-bit weights, 8-bit moments, which need bitsandbytes: pip install 'llama_ft[quant]'.")
+        notes.append("Without 4-bit weights and 8-bit moments, which need bitsandbytes: pip install 'llama_ft[quant]'.")
     width = equal[0][0] - 1
     try:
         multiple = traits.precision(replace(config, optim=OptimConfig(mp=True))).pad_multiple
