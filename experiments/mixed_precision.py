@@ -168,7 +168,7 @@ def draw(numbers: Numbers, file: Path) -> None:
 
 
 def _draw_map(axes: "Axes", memory: Numbers) -> None:
-    """Draw settings and models from top to bottom, tokens from left to right; red is more than without MP, blue less."""
+    """Draw settings and models from top to bottom, tokens from left to right; red is more than without, blue less."""
     tokens, rows = [str(n) for n in memory["tokens"]], _rows(memory)
     axes.imshow(list(rows.values()), cmap="RdBu_r", vmin=40, vmax=160, aspect="auto")
     for y, row in enumerate(rows.values()):
