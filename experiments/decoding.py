@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import ModelConfig
@@ -207,7 +207,7 @@ def draw(numbers: Numbers, file: Path) -> None:
             values, label = kept[name], f"{name}: top-p keeps {size}"
             right.plot(range(1, 1 + len(values)), values, color=color, lw=3, label=label)
             right.vlines(size, MIN_SHOWN, 1, color=color, ls="--", lw=2)
-        right.vlines(TOP_K, MIN_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
+        right.vlines(TOP_K, MIN_SHOWN, 1, color=GRAY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
         right.set(xscale="log", yscale="log", xlabel="n", ylim=(MIN_SHOWN, 300), yticks=[1, 1e-2, 1e-4, 1e-6])
         right.legend(frameon=False, loc="upper left")
 
@@ -231,7 +231,7 @@ def _draw_tree(axes: "Axes", walk: Numbers) -> None:
 def _draw_edge(
     axes: "Axes", begin: tuple[float, float], end: tuple[float, float], word: str, share: float, colors: list[str]
 ) -> None:
-    color = colors[0] if colors else GREY
+    color = colors[0] if colors else GRAY
     start = begin[0] + (0.5 if begin[0] else 0.15)  # the end of the previous word
     axes.plot((start, end[0] - 0.05), (begin[1], end[1]), color=color, lw=4 if colors else 1.5)
     axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=color, weight="bold" if colors else "normal")

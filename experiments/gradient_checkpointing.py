@@ -8,7 +8,7 @@ block, which keeps far more than its input, follows.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GREEN, GRAY, ORANGE, PINK, drawn
 from experiments.gradient_checkpointing_runs import SQUARES, WAYS, blocks, gradients_apart, textbook
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.system import MIB
@@ -16,7 +16,7 @@ from llama_ft.system import MIB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GREY), strict=True))
+COLORS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GRAY), strict=True))
 NO_SAVING = 0.95  # at least this share of the memory for keeping everything
 TOLERANCE = 0.1  # largest difference of an exponent from the textbook's
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GREEN, GRAY, ORANGE, PINK, drawn
 from experiments.kv_cache_runs import Line, measure_line
 from experiments.shared import load_tiny, prompt_source
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
@@ -205,8 +205,8 @@ def _draw_memory(axes: "Axes", cells: list[Numbers]) -> None:
         sizes = [cell["cache_bytes"] / MIB for cell in ours.values()]
         axes.plot(list(ours), sizes, "o", color=color, ms=9, clip_on=False)
         axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=color)
-    axes.plot([], [], "o", color=GREY, ms=9, label="measured")
-    axes.plot([], [], color=GREY, lw=2, label="formula")
+    axes.plot([], [], "o", color=GRAY, ms=9, label="measured")
+    axes.plot([], [], color=GRAY, lw=2, label="formula")
     axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("tokens of a text, prompt and new ones")
     axes.set_ylabel("MiB")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GREEN, GRAY, ORANGE, drawn
 from experiments.lora_costs import LENGTH, ROLES, backward_flops, flops, latency, tiny
 from experiments.shared import model_config, relative_error
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
@@ -177,7 +177,7 @@ def draw(numbers: Numbers, file: Path) -> None:
         ends, backward = [0.0, 0.0], [numbers["backward"][name] for name in ("full", "lora")]
         heights = {"forward": [flops["forward"] for flops in backward]}
         heights |= {role: [sum(flops[role].values()) for flops in backward] for role in reversed(ROLES)}
-        for (part, flops), color in zip(heights.items(), (GREY, BLUE, ORANGE), strict=True):
+        for (part, flops), color in zip(heights.items(), (GRAY, BLUE, ORANGE), strict=True):
             middle.bar(["all weights", "LoRA"], [n / 1e12 for n in flops], 0.6, bottom=ends, color=color, label=part)
             ends = [end + n / 1e12 for end, n in zip(ends, flops, strict=True)]
         middle.set_ylim(top=1.6 * max(ends))

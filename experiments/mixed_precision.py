@@ -6,7 +6,7 @@ Gradients are those of the built-in model on built-in records, in the library's 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 
@@ -158,8 +158,8 @@ def draw(numbers: Numbers, file: Path) -> None:
             for key, style, what in (("lost", "o-", "become 0"), ("not_finite", "x--", "overflow")):
                 shares = [max(NONE, 100 * result[key]) for result in by_power.values()]
                 lost.plot(powers, shares, style, color=color, lw=3, ms=10, mew=3, label=f"{name}, {what}")
-        lost.vlines(FIRST_SCALE, 0.5 * NONE, 100, color=GREY, ls=":", lw=3)
-        lost.text(FIRST_SCALE - 0.4, 100, "GradScaler's\nfirst scale", color=GREY, va="top", ha="right")
+        lost.vlines(FIRST_SCALE, 0.5 * NONE, 100, color=GRAY, ls=":", lw=3)
+        lost.text(FIRST_SCALE - 0.4, 100, "GradScaler's\nfirst scale", color=GRAY, va="top", ha="right")
         lost.set(yscale="log", xlabel="loss times 2 to the power of", ylim=(0.5 * NONE, 1e5), xticks=list(SCALES))
         lost.minorticks_off()
         lost.set_yticks([NONE, 1e-4, 1e-2, 1, 100], ["none", "0.0001", "0.01", "1", "100"])

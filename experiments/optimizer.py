@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GREEN, GRAY, ORANGE, drawn
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import TrainingConfig
 from llama_ft.measure.memory import MemoryTracker
@@ -182,8 +182,8 @@ def draw(numbers: Numbers, file: Path) -> None:
         ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
         lines.plot([rate / LR for rate in cosine], color=ORANGE, lw=3, label="CosineAnnealingLR")
         lines.plot([rate / LR for rate in ours], color=GREEN, lw=3, label="ours")
-        lines.vlines(STEPS, 0, 1.15, color=GREY, ls=":", lw=3)
-        lines.text(STEPS + 4, 1.06, "T_max, end of the run", color=GREY)
+        lines.vlines(STEPS, 0, 1.15, color=GRAY, ls=":", lw=3)
+        lines.text(STEPS + 4, 1.06, "T_max, end of the run", color=GRAY)
         lines.set(xlabel="optimizer step", ylim=(0, 1.5))
         lines.legend(frameon=False, loc="upper left")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.shared import alpaca_samples, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config.checks import setting
@@ -199,13 +199,13 @@ def draw(numbers: Numbers, file: Path) -> None:
         ordered = sorted(lengths["each"], key=lambda pair: pair[1])
         prompts = [n_prompt for n_prompt, _ in ordered]
         answers = [n_tokens - n_prompt for n_prompt, n_tokens in ordered]
-        tokens.bar(range(len(ordered)), prompts, 1.0, color=GREY, label="prompt")
+        tokens.bar(range(len(ordered)), prompts, 1.0, color=GRAY, label="prompt")
         tokens.bar(range(len(ordered)), answers, 1.0, bottom=prompts, color=ORANGE, label="answer, trained on")
         tokens.set(xlabel="sample, shortest first")
         tokens.legend(frameon=False, loc="upper left")
         sizes, padding = list(lengths["padding"]), [100 * part for part in lengths["padding"].values()]
         trained, ends = lengths["trained"] / lengths["tokens"], [0.0] * len(sizes)
-        for name, of_the_rest, color in (("answer", trained, ORANGE), ("prompt", 1 - trained, GREY)):
+        for name, of_the_rest, color in (("answer", trained, ORANGE), ("prompt", 1 - trained, GRAY)):
             heights = [of_the_rest * (100 - part) for part in padding]
             share.bar(sizes, heights, 0.7, bottom=ends, color=color, label=name)
             ends = [end + height for end, height in zip(ends, heights, strict=True)]

@@ -500,7 +500,7 @@ def test_an_index_that_does_not_fit_is_refused(copy_of, refusal):
         return refusal(folder)
 
     assert "must hold a weight_map" in refused(None)
-    assert "to files of its own folder" in refused(index | {WQ: f"../{files[0]}"})
+    assert "to files in its own folder" in refused(index | {WQ: f"../{files[0]}"})
     assert "1 of 6 files are missing: x" in refused(index | {WQ: "x"})
     assert f"{elsewhere} does not hold {WQ}" in refused(index | {WQ: elsewhere})
     (folder / files[1]).unlink()

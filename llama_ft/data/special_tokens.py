@@ -41,17 +41,17 @@ def home_of(tokenizer: Path) -> Path:
 def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     """Read the settings next to a tokenizer's file and in the checkpoint; a UserError if one is damaged."""
     home = home_of(tokenizer)
-    beside = _content(home, TOKENIZER_CONFIG)
-    added = beside.get("added_tokens_decoder")
+    settings = _content(home, TOKENIZER_CONFIG)
+    added = settings.get("added_tokens_decoder")
     tokens = added.items() if isinstance(added, dict) else ()
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
     places = list(dict.fromkeys((Path(os.path.expanduser(str(elsewhere))), home)))  # the checkpoint comes first
     files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
     said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(
-        beside.get("add_bos_token") is True,
+        settings.get("add_bos_token") is True,
         {name: int(number) for number, token in tokens if (name := _name(token)) and number.isdigit()},
-        {key: name for key, token in beside.items() if key.endswith("_token") and (name := _name(token)) is not None},
+        {key: name for key, token in settings.items() if key.endswith("_token") and (name := _name(token)) is not None},
         [(name, ids) for name, ids in said if ids],
         next(filter(None, map(_chat_template, places)), None),
     )

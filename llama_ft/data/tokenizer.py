@@ -92,12 +92,12 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
     It may have somewhat fewer pieces than the model has rows, since some models are padded to a round number, and any
     number fewer if it is next to the checkpoint. It may have special tokens beyond the rows, such as an added [PAD].
     """
-    beside = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
-    padding = math.inf if beside else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
+    is_near = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
+    padding = math.inf if is_near else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
     if not tokenizer.n_used <= model.vocab_size <= tokenizer.vocab_size + padding:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"
         advice = "give the tokenizer that belongs to the model"
-        if beside:
+        if is_near:
             advice = f"texts can contain token ids up to {tokenizer.n_used - 1}, and each needs a row"
         raise UserError(f"tokenizer={file} has {sizes}: {advice}")
 

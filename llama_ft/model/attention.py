@@ -93,7 +93,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, in_one_call: bool = Fals
         causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210
         grouped = k.shape[1] < q.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).transpose(1, 2)
-    rows = [t.transpose(1, 2) for t in (q, k, v)]  # [1, S, H or K, E], as they lie in memory
+    rows = [t.transpose(1, 2) for t in (q, k, v)]  # [1, S, H or K, E], their layout in memory
     if in_one_call and (varlen := varlen_attention()):
         longest = max(mask.lengths)
         return varlen(*(t.squeeze(0) for t in rows), mask.offsets, mask.offsets, longest, longest).unsqueeze(0)

@@ -120,7 +120,7 @@ def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, Stor
     index = folder / INDEX_FILE
     weight_map = read_json(index, "which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict) or any(Path(name).name != name for name in weight_map.values()):
-        raise UserError(f"{index} must hold a weight_map from tensors to files of its own folder")
+        raise UserError(f"{index} must hold a weight_map from tensors to files in its own folder")
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")

@@ -32,7 +32,7 @@ _HF_KEYS = {
 
 @dataclass(frozen=True)
 class _HfType:
-    """How a `model_type` of transformers differs from LLaMA; the defaults are in its configuration_TYPE.py."""
+    """A `model_type` of transformers, where it differs from LLaMA; the defaults are in its configuration_TYPE.py."""
 
     fixed: Json  # keys of which only this value is supported
     defaults: Json = field(default_factory=dict)  # of keys missing in `config.json`

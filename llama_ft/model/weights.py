@@ -70,7 +70,7 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpo
         raise UserError(f"{error}; a model with your own sizes needs checkpoint=random") from error
 
 
-def materialise(model: Transformer, device: torch.device) -> None:
+def materialize(model: Transformer, device: torch.device) -> None:
     """Allocate the parameters of a model on the meta device on their final device; they hold no values yet."""
     for module in model.modules():
         for name, shape_only in list(module.named_parameters(recurse=False)):
@@ -93,7 +93,7 @@ def load_model(
     weights, model = open_weights(checkpoint, config, seed), build(config)
     storage.prepare(model)
     use_products_of(device, storage.dtype)
-    materialise(model, device)
+    materialize(model, device)
     weights.load_into(model, storage, log)
     return model
 

@@ -139,14 +139,14 @@ class Adviser:
         context, longest, size = self.config.model.max_seq_len, max(self.lengths)[0], self._size(row)
         # The planned size fits, so the search starts above it.
         tokens, number = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size.now + 1, size.most + 1))
-        beside = f", {size.now} in a micro-batch" if size.key == MICRO_BATCH and size.now > 1 else ""
+        at_once = f", {size.now} in a micro-batch" if size.key == MICRO_BATCH and size.now > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
         if tokens >= MIN_TOKENS:  # else the data fit only because their prompts are not trained on
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
             if tokens < longest:
                 note = f"; this data's samples, of up to {longest}, fit because prompts are not trained on"
-            advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
+            advice.lines.append(f"longest samples that fit{at_once}{spared}: data.max_length={tokens}{note}")
         note = f", all of {size.whole}" if number >= size.most else ""
         advice.lines.append(f"largest {size.name} of this data that fits{spared}: {size.key}={number}{note}")
         setattr(advice, size.field, number)

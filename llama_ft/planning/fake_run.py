@@ -145,8 +145,8 @@ def fake_run(
         if not in_backward:
             events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
     last_step += len(events) - len(tracker.events)
-    beside = managed_bytes(step), host_bytes(step)
-    return FakeRun(tracker.result(), events, last_step, *beside, *count_parameters(step.model))
+    n_bytes = managed_bytes(step), host_bytes(step)
+    return FakeRun(tracker.result(), events, last_step, *n_bytes, *count_parameters(step.model))
 
 
 def make_state(step: TrainStep, tracker: MemoryTracker) -> None:

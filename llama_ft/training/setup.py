@@ -16,7 +16,7 @@ from llama_ft.config import TrainConfig, TrainingConfig
 from llama_ft.config.training import Schedule
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import build, materialise, open_weights
+from llama_ft.model.weights import build, materialize, open_weights
 from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.parallel.split import shard
 from llama_ft.system import Log, silent
@@ -59,7 +59,7 @@ def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE)
 
 def allocate(model: Transformer, device: torch.device) -> None:
     """Give the model memory on its device, and initial values to the parameters that no checkpoint holds."""
-    materialise(model, device)
+    materialize(model, device)
     techniques.initialize_added(model)
 
 
