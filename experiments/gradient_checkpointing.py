@@ -8,7 +8,7 @@ block, which keeps far more than its input, follows.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREEN, GRAY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, PINK, drawn
 from experiments.gradient_checkpointing_runs import SQUARES, WAYS, blocks, gradients_apart, textbook
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.system import MIB

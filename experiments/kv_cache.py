@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GRAY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, PINK, drawn
 from experiments.kv_cache_runs import Line, measure_line
 from experiments.shared import load_tiny, prompt_source
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GRAY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, drawn
 from experiments.lora_costs import LENGTH, ROLES, backward_flops, flops, latency, tiny
 from experiments.shared import model_config, relative_error
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table

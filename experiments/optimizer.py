@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from experiments.figure import BLUE, GREEN, GRAY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, drawn
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import TrainingConfig
 from llama_ft.measure.memory import MemoryTracker
