@@ -13,8 +13,8 @@ from llama_ft.reporting.data import data_markdown, print_data
 
 USAGE = cli.Usage(
     "data",
-    "Show records as a model will read them: how many tokens they have and train on, which are too long, duplicated or"
-    " without an answer, and three of them as text. No weights are read.",
+    "Show records as a model will read them: how many tokens they have, how many of them are trained on, which records"
+    " are too long, duplicated or without an answer, and three of them as text. No weights are read.",
     "[GROUP=CHOICE ...] [KEY=VALUE ...]",
     DataCommandConfig,
     (

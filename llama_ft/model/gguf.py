@@ -66,7 +66,7 @@ def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
         kind = _kind(gguf, path, name, info.type_number)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         if not info.shape or info.shape[-1] % block or (block > 1 and len(info.shape) == 1):
-            raise UserError(f"{path} is damaged: {name}, {info.shape}, has no rows of blocks of {block} ({kind.name})")
+            raise UserError(f"{path} is damaged: {name}, {info.shape}, is not made of blocks of {block} ({kind.name})")
         dtype = _DTYPES.get(kind.name, torch.uint8)
         row_bytes = info.shape[-1] // block * n_bytes
         raw = StoredTensor(file, info.offset, dtype, [*info.shape[:-1], row_bytes // dtype.itemsize])

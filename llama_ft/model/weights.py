@@ -27,7 +27,7 @@ INIT_STD = 0.02  # as transformers' initializer_range
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases, by the seed; drawn on the weights' device."""
+    """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases; drawn from the seed on the weights' device."""
 
     shapes: Mapping[str, torch.Size]  # of the decoder's own parameters, in the order of drawing
     seed: int
