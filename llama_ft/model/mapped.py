@@ -44,7 +44,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """The tensor's size."""
+        """The tensor's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def pieces(self, multiple: int = 1, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:

@@ -35,7 +35,7 @@ class Weight:
 
     @property
     def n_bytes(self) -> int:
-        """The weight's size."""
+        """The weight's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

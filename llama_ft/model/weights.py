@@ -71,7 +71,7 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpo
 
 
 def materialize(model: Transformer, device: torch.device) -> None:
-    """Allocate the parameters of a model on the meta device on their final device; they hold no values yet."""
+    """Allocate a meta-device model's parameters on their final device; they hold no values yet."""
     for module in model.modules():
         for name, shape_only in list(module.named_parameters(recurse=False)):
             memory = memory_for(shape_only, device)
