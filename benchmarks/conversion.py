@@ -1,7 +1,7 @@
-"""What converting a checkpoint of 2 GiB takes in memory and time: `python -m benchmarks.conversion DIR`.
+"""Measures the memory and time of converting a checkpoint of 2 GiB: `python -m benchmarks.conversion DIR`.
 
-Four layers of LLaMA-2-7B between its embeddings, random weights in fp16. Each conversion is a process of its own, whose
-peak resident memory, pages of mapped files included, is what the system counted at its end.
+The model is four layers of LLaMA-2-7B between its embeddings, with random weights in fp16. Each conversion is its own
+process; its peak resident memory, including pages of mapped files, is read from the system at its end.
 """
 
 import json
@@ -29,7 +29,7 @@ from llama_ft.techniques.lora import add_lora, lora_layers
 from llama_ft.training.saver import save_trained
 
 SIZES = ("model=llama2_7b", "model.n_layers=4")
-# What is done, as arguments of `convert`; each reads what one before it wrote.
+# Arguments of `convert`; each step reads the output of an earlier one.
 STEPS = {
     "Hugging Face to Meta, 1 file": "checkpoint=hf to=meta output=meta",
     "Hugging Face to Meta, 4 files": "checkpoint=hf to=meta output=meta4 shards=4",
@@ -41,7 +41,7 @@ GIB = 2**30
 
 
 def random_weight(shape: list[int], seed: int) -> Weight:
-    """Normal numbers, drawn a piece at a time."""
+    """Normally distributed numbers, drawn a piece at a time."""
 
     def pieces(multiple: int) -> Iterator[tuple[int, Tensor]]:
         generator, step = torch.Generator().manual_seed(seed), max(1, 2**20 // math.prod(shape[1:]))
@@ -54,7 +54,7 @@ def random_weight(shape: list[int], seed: int) -> Weight:
 
 
 def make(folder: Path, config: ModelConfig) -> tuple[int, int]:
-    """Write a checkpoint in Hugging Face's format and an adapter; bytes of all its tensors, and of the largest."""
+    """Write a Hugging Face checkpoint and an adapter; return the bytes of all tensors, and of the largest."""
     with torch.device("meta"):
         shapes = {name: list(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
         model = Transformer(config)
@@ -72,7 +72,7 @@ def make(folder: Path, config: ModelConfig) -> tuple[int, int]:
 
 
 def measured(arguments: list[str], folder: Path) -> dict[str, Any]:
-    """Seconds and peak resident memory of a conversion."""
+    """Run a conversion; return its seconds and peak resident memory."""
     began = time.monotonic()
     child = subprocess.Popen([sys.executable, "-m", "llama_ft.convert", *arguments], cwd=folder)
     _, status, usage = os.wait4(child.pid, 0)

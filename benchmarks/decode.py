@@ -1,11 +1,11 @@
-"""Decoding speed with random weights: ours with the KV cache and without, and transformers' generate, taking turns.
+"""Decoding speed with random weights: ours with and without the KV cache, and transformers' generate, in turns.
 
     python -m benchmarks.decode llama2_7b 128 128 --dtype bf16 --output benchmarks/decode-h200
     python -m benchmarks.decode llama2_7b_1layer 64 32 --rounds 3
 
-The arguments: model, tokens of the prompt, new tokens. Each measurement is a fresh process. Time does not depend on
-what the weights are; all have the same, so the texts are compared too. transformers' generate has its cache on, its
-own loop, and PyTorch's own kernels.
+The arguments: model, tokens of the prompt, new tokens. Each measurement is a new process. Time does not depend on the
+weights; all sides have the same, so the texts are compared too. transformers' generate uses its cache, its own loop and
+PyTorch's own kernels.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def to_hf(state_dict: dict[str, Tensor], config: ModelConfig) -> dict[str, Tenso
 
 
 def reference(model: Transformer) -> LlamaForCausalLM:
-    """transformers' model with the same weights: shared, but for queries and keys, whose rotary layout differs."""
+    """transformers' model with the same weights, shared except for queries and keys, whose rotary layout differs."""
     c = model.config
     config = AutoConfig.for_model(**hf_config(c, "float32", 1, 2))
     with torch.device("meta"):
@@ -60,13 +60,13 @@ def reference(model: Transformer) -> LlamaForCausalLM:
     theirs.load_state_dict(to_hf(model.state_dict(), c), assign=True)
     theirs.tie_weights()
     device = model.output.weight.device
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its table is no weight
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config).to(device)  # its table is not a weight
     return theirs.eval()
 
 
 @torch.inference_mode()
 def ours(model: Transformer, prompt: list[int], n_new: int, *, kv_cache: bool) -> Tensor:
-    """int64 [1, n_new]: the most probable continuation, EOS ending nothing."""
+    """int64 [1, n_new]: the most probable continuation, without stopping at EOS."""
     state = GenerationState(model, [prompt], n_new, kv_cache)
     for _ in range(n_new):
         state.append(state.next_logits().argmax(-1))
@@ -75,7 +75,7 @@ def ours(model: Transformer, prompt: list[int], n_new: int, *, kv_cache: bool) -
 
 @torch.inference_mode()
 def transformers_generate(model: LlamaForCausalLM, prompt: list[int], n_new: int) -> Tensor:
-    """The same by transformers' generate."""
+    """As `ours`, by transformers' generate."""
     tokens = torch.tensor([prompt], device=model.device)
     settings: dict[str, Any] = {"min_new_tokens": n_new, "max_new_tokens": n_new, "do_sample": False}
     output = model.generate(
@@ -85,7 +85,7 @@ def transformers_generate(model: LlamaForCausalLM, prompt: list[int], n_new: int
 
 
 def timed(side: str, config: ModelConfig, n_prompt: int, n_new: int, dtype: torch.dtype) -> dict[str, Any]:
-    """One side's seconds, tokens and peak memory, in this process; transformers' has PyTorch's own kernels."""
+    """One side's seconds, tokens and peak memory, in this process; transformers uses PyTorch's own kernels."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if side != TRANSFORMERS:
         use_kernels_of(device)
@@ -106,7 +106,7 @@ def timed(side: str, config: ModelConfig, n_prompt: int, n_new: int, dtype: torc
 
 
 def measure(arguments: list[str], rounds: int) -> dict[str, Any]:
-    """Seconds, tokens per second and peak memory of the sides, in fresh processes, and whether their texts agree."""
+    """Seconds, tokens per second and peak memory of all sides, in new processes, and how far their texts agree."""
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(rounds):
         for side in SIDES[:: 1 if number % 2 else -1]:  # neither always comes first
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder to write decode.json into")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # the one that this process times
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # the side that this process times
     arguments = parser.parse_args()
     config = preset("model", arguments.model, ModelConfig)
     n_prompt, n_new = arguments.prompt_tokens, arguments.new_tokens

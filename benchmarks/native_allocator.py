@@ -1,9 +1,9 @@
-"""What PyTorch's CUDA allocator reserves without expandable segments, as others' runs had it.
+"""A model of PyTorch's CUDA allocator without expandable segments, as used by others' published runs.
 
-After c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from segments of
-2 MiB, below 10 MiB from segments of 20 MiB, above from one of their own, in multiples of 2 MiB. A request takes the
-smallest free block that is large enough; what it leaves becomes a block: of small ones always, of large ones if it is
-more than 1 MiB.
+After c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes. Blocks of up to 1 MiB come from segments of
+2 MiB, those below 10 MiB from segments of 20 MiB, and larger ones each have their own segment, a multiple of 2 MiB. A
+request gets the smallest free block that is large enough. The rest becomes a free block: always in the small pool, in
+the large one if it is more than 1 MiB.
 """
 
 from bisect import bisect_left, insort
@@ -17,7 +17,7 @@ SMALL_SEGMENT, LARGE_SEGMENT, LARGE_REQUEST = 2 * MIB, 20 * MIB, 10 * MIB
 
 
 class Segments:
-    """The segments of small requests, or of large ones, and their free blocks."""
+    """The segments of small or of large requests, and their free blocks."""
 
     def __init__(self, is_small: bool) -> None:
         self._is_small, self._least_rest = is_small, ROUNDING if is_small else SMALL_SIZE + 1
@@ -27,12 +27,12 @@ class Segments:
         self._next_address, self.reserved = 0, 0
 
     def allocate(self, size: int) -> tuple[int, int]:
-        """Start and size of a block of at least so many bytes."""
+        """Allocate at least `size` bytes; return the block's start and size."""
         if (index := bisect_left(self._free, (size, -1))) == len(self._free):
             large = LARGE_SEGMENT if size < LARGE_REQUEST else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
             segment = SMALL_SEGMENT if self._is_small else large
             self._add(self._next_address, segment)
-            self._next_address += segment + 1  # no neighbour of the next one
+            self._next_address += segment + 1  # not adjacent to the next one
             self.reserved += segment
             index = bisect_left(self._free, (size, -1))
         whole, start = self._free[index]
@@ -43,7 +43,7 @@ class Segments:
         return start, size
 
     def release(self, start: int, size: int) -> None:
-        """Give a block back; it joins its free neighbours."""
+        """Free a block and merge it with its free neighbors."""
         if (before := self._ends.get(start)) is not None:
             start, size = before, self._remove(before) + size
         if start + size in self._starts:
@@ -61,7 +61,7 @@ class Segments:
 
 
 def native_reserved_bytes(events: Sequence[Event], workspace: int = 0) -> int:
-    """What is reserved at the end of a log of storages, workspaces of cuBLAS taken first."""
+    """The bytes reserved at the end of a log of storages, with cuBLAS workspaces allocated first."""
     small, large = Segments(True), Segments(False)
     if workspace:
         large.allocate(rounded(workspace))

@@ -1,16 +1,16 @@
-"""What others measured or computed for LLaMA-2 beside what the planner says: `python -m benchmarks.plan_published DIR`.
+"""Compare the planner with others' published numbers for LLaMA-2: `python -m benchmarks.plan_published DIR`.
 
 Measured: LitGPT's runs on an A100 of 40 GB (torch 2.1, October 2023; tutorials/resource-tables.md and
 tutorials/finetune_lora.md of github.com/Lightning-AI/litgpt): LoRA of rank 8 on queries and values, no gradient
-checkpointing, Alpaca, whose longest sample has 1,304 tokens there. It prints what is reserved, in GB of 10**9 bytes.
-Its PyTorch had no expandable segments, with which our runs reserve less: both are planned. Its bitsandbytes kept the
-input of each product with 4-bit weights until the backward pass, for nothing (bitsandbytes pull request 1270, of July
-2024): so does the plan, and without is what our runs keep.
+checkpointing, Alpaca, whose longest sample has 1,304 tokens there. It prints reserved memory in GB of 10**9 bytes.
+Its PyTorch had no expandable segments, with which our runs reserve less: both are planned. Its bitsandbytes needlessly
+kept the input of each product with 4-bit weights until the backward pass (bitsandbytes pull request 1270, of July
+2024). So does this plan; our own runs do not.
 
-Computed: bytes of the tensors of all of LLaMA-2-7B, by another implementation on fake tensors, over transformers'
-model, for a sample of 405 tokens of which 337 are trained on: the longest of Alpaca's first 200.
+Computed: the bytes of all tensors of LLaMA-2-7B, from another implementation on fake tensors with transformers' model,
+for a sample of 405 tokens of which 337 are trained on: the longest of Alpaca's first 200.
 
-All are planned with norms, SwiGLU and loss that PyTorch differentiates, as theirs are; our own keep less.
+All are planned with norms, SwiGLU and loss differentiated by PyTorch, like theirs; our own keep less.
 """
 
 import json
@@ -49,21 +49,21 @@ OTHER_LENGTHS = (405, 68)  # tokens, and those of the prompt
 
 @dataclass(frozen=True)
 class Published:
-    """A run of somebody else."""
+    """Somebody else's run."""
 
     name: str
-    arguments: str  # of `plan`, beside COMMON
-    gb: float | None  # what it reserved; None where it went out of memory
+    arguments: str  # of `plan`, in addition to COMMON
+    gb: float | None  # reserved memory; None if it ran out of memory
     tolerance: float = 0.05
 
 
 @dataclass(frozen=True)
 class Computed:
-    """Memory that somebody else computed."""
+    """Memory computed by somebody else."""
 
     arguments: str
     gib: float  # of tensors, at the peak
-    digits: int  # after the point
+    digits: int  # after the decimal point
     tolerance: float
 
 
@@ -97,7 +97,7 @@ OTHERS = [
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """As `summed_loss`, by PyTorch's cross-entropy."""
+    """As `summed_loss`, with PyTorch's cross-entropy."""
     logits = model(batch.tokens, logits_at=batch.target_positions)
     return F.cross_entropy(at_least_fp32(logits), batch.targets, reduction="sum")
 
@@ -114,7 +114,7 @@ def feed_forward(self: FeedForward, x: Tensor) -> Tensor:
 
 
 def keep_input(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
-    """As `FrozenProduct.forward`, and keeps x."""
+    """As `FrozenProduct.forward`, but also keep x."""
     ctx.layer, ctx.kept = layer, x
     return F.linear(x, layer.dense_weight(x.dtype), layer.bias)
 
@@ -124,7 +124,7 @@ def keep_input(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
 @patch.object(RMSNorm, "forward", norm)
 @patch.object(FeedForward, "forward", feed_forward)
 def planned(arguments: str, lengths: tuple[int, int]) -> dict[str, Any]:
-    """What the planner finds for samples of one length."""
+    """The plan for samples of one length."""
     config = cli.composed_config("plan", overrides(f"{COMMON} {arguments}".split()), PlanConfig)
     run = fake_run(config, blank_samples([lengths] * 8), traits_of(config.gpu))
     reserved = native_reserved_bytes(run.events, workspace_bytes(config.gpu))
@@ -139,7 +139,7 @@ def planned(arguments: str, lengths: tuple[int, int]) -> dict[str, Any]:
 
 
 def litgpt(run: Published) -> dict[str, Any]:
-    """A run of LitGPT's, measured and planned; of its samples all but BOS are trained on, the most that can be."""
+    """A run of LitGPT, measured and planned; all of its samples' tokens but BOS are trained on, the worst case."""
     found = planned(run.arguments, (1304, 1))
     gb = found["reserved_mib"] * MIB / GB
     error = None if run.gb is None else gb / run.gb - 1
@@ -147,14 +147,14 @@ def litgpt(run: Published) -> dict[str, Any]:
 
 
 def other(run: Computed) -> dict[str, Any]:
-    """A row that another implementation computed, and ours."""
+    """A row computed by another implementation, and ours."""
     found = planned(f"model=llama2_7b {run.arguments}", OTHER_LENGTHS)
     gib = found["peak_mib"] / 1024
     return {"plan": run.arguments, "theirs_gib": run.gib, "ours_gib": gib, "difference": gib / run.gib - 1} | found
 
 
 def tables(runs: list[dict[str, Any]], others: list[dict[str, Any]]) -> str:
-    """Both as Markdown."""
+    """Both tables in Markdown."""
     lines = [
         "| LitGPT on an A100 of 40 GB | reserved, GB | planned, GB | error | fits, planned | expandable segments, GB |",
         "|---|---:|---:|---:|---|---:|",

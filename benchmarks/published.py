@@ -1,8 +1,8 @@
-"""A published model, ours beside transformers and PEFT on the same weights: tokens, logits, perplexity, texts, LoRA.
+"""Compare llama_ft with transformers and PEFT on a published model: tokens, logits, perplexity, texts, LoRA.
 
     python -m benchmarks.published SmolLM2-135M-Instruct.Q4_1.gguf alpaca_data_200.json --output benchmarks/smollm2-cpu
 
-The arguments: a GGUF file, which both sides read by themselves, and a JSON array of Alpaca's records. All in fp32.
+The arguments: a GGUF file, which each side reads with its own code, and a JSON array of Alpaca's records. All in fp32.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Models = tuple[Any, Any]  # ours and theirs
 
 
 def their_loss(model: Any, sample: lf.Sample) -> Tensor:
-    """The mean loss of a sample's targets, by transformers' model."""
+    """The mean loss of a sample's targets in transformers' model."""
     tokens = torch.tensor([list(sample.tokens)])
     labels = torch.full_like(tokens, -100)
     for first, end in sample.spans:
@@ -48,7 +48,7 @@ def their_loss(model: Any, sample: lf.Sample) -> Tensor:
 
 @torch.no_grad()
 def logits_apart(models: Models, samples: Sequence[lf.Sample]) -> float:
-    """max |difference| / max |theirs|, the largest over the samples."""
+    """The largest of max |difference| / max |theirs| over the samples."""
     found = 0.0
     for sample in samples:
         tokens = torch.tensor([list(sample.tokens)])
@@ -59,7 +59,7 @@ def logits_apart(models: Models, samples: Sequence[lf.Sample]) -> float:
 
 @torch.no_grad()
 def perplexities(models: Models, samples: Sequence[lf.Sample]) -> tuple[float, float]:
-    """Of all target tokens of the samples together, ours and theirs."""
+    """Perplexity over all target tokens of the samples, ours and theirs."""
     total = sum(their_loss(models[1], sample).item() * sample.n_targets for sample in samples)
     theirs = math.exp(total / sum(sample.n_targets for sample in samples))
     return perplexity(models[0], samples, batch_size=8).perplexity, theirs
@@ -79,7 +79,7 @@ def texts(models: Models, tokenizer: lf.Tokenizer, prompts: Sequence[str], way: 
 
 
 def lora_losses(models: Models, samples: Sequence[lf.Sample], folder: Path) -> tuple[list[float], list[float]]:
-    """Losses of optimizer steps on one sample each, ours and those of a plain loop over PEFT's model."""
+    """Losses of optimizer steps on one sample each, ours and those of a plain loop with PEFT's model."""
     model, base = models
     torch.manual_seed(0)
     lf.add_lora(model, rank=RANK, alpha=ALPHA, dropout=0.0, targets=("wq", "wk", "wv", "wo", "w1", "w2", "w3"))
@@ -129,20 +129,20 @@ def compare(file: Path, records: list[dict[str, str]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compare, print and write."""
+    """Compare, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("records", type=Path)
     parser.add_argument("--output", type=Path)
-    told = parser.parse_args()
-    found = compare(told.file, json.loads(told.records.read_text(encoding="utf-8")))
-    about = {"date": date.today().isoformat(), "model": told.file.name, "device": device_name(torch.device("cpu"))}
-    command = ["python", "-m", "benchmarks.published", told.file.name, told.records.name, *sys.argv[3:]]
+    args = parser.parse_args()
+    found = compare(args.file, json.loads(args.records.read_text(encoding="utf-8")))
+    about = {"date": date.today().isoformat(), "model": args.file.name, "device": device_name(torch.device("cpu"))}
+    command = ["python", "-m", "benchmarks.published", args.file.name, args.records.name, *sys.argv[3:]]
     text = json.dumps(about | found | {"versions": versions(), "command": " ".join(command)}, indent=2)
     print(text)
-    if told.output:
-        told.output.mkdir(parents=True, exist_ok=True)
-        (told.output / "parity.json").write_text(text + "\n", encoding="utf-8")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "parity.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Whether a run's time grows with its samples and layers alone: `python -m benchmarks.steady --output DIR`.
+"""Checks that a run's time grows only with its samples and layers: `python -m benchmarks.steady --output DIR`.
 
-Real runs of the built-in model with random weights, one sample a step: of 100 to 800 samples, of 1 to 8 layers, and one
-of 2,000 steps that goes twice over the same samples. With a straight line through the times, and how well it fits.
+Real runs of the built-in model with random weights, one sample per step: of 100 to 800 samples, of 1 to 8 layers, and
+one of 2,000 steps that goes twice over the same samples. A straight line is fitted to the times.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SAMPLES, LAYERS, N_STEPS = (100, 200, 400, 800), (1, 2, 4, 8), 2000
 
 
 def run(folder: Path, arguments: str) -> dict[str, Any]:
-    """One run's result."""
+    """Do a run and return its result."""
     command = [sys.executable, "-m", "llama_ft.train", *COMMON.split(), *arguments.split(), f"hydra.run.dir={folder}"]
     subprocess.run(command, check=True)
     return dict(json.loads((folder / RESULT_FILE).read_text()))
@@ -40,7 +40,7 @@ def fitted(key: str, xs: Sequence[int], seconds: Sequence[float]) -> dict[str, A
 
 
 def two_epochs(folder: Path) -> dict[str, Any]:
-    """The same samples twice: time of the second half to the first, and how much memory grew after the first window."""
+    """Train twice on the same samples; return the times of both halves and the peak memory of each quarter."""
     run(folder, f"training.max_samples={N_STEPS // 2} training.epochs=2")
     steps = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
     ends, memory = [step["time_s"] for step in steps], [step["memory_mib"] for step in steps]
@@ -53,7 +53,7 @@ def two_epochs(folder: Path) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """The figures as tables."""
+    """The results as tables."""
     lines = ["| | seconds | a line's slope, s | R² |", "|---|---|---:|---:|"]
     for fit in (found["samples"], found["layers"]):
         points = ", ".join(f"{x}: {seconds:.2f}" for x, seconds in zip(fit["x"], fit["seconds"], strict=True))
@@ -68,7 +68,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Do the runs, and write the figures."""
+    """Do the runs and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/steady"))
     folder: Path = parser.parse_args().output

@@ -1,1 +1,1 @@
-"""What made the built-in data and model; not part of the package."""
+"""Scripts that made the built-in data and model; not part of the package."""

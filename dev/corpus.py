@@ -1,4 +1,4 @@
-"""Simple English sentences, made up from word lists, for the tokenizer to count pieces in."""
+"""Generates simple English sentences from word lists, to train the tokenizer on."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -76,13 +76,13 @@ def _with_articles(text: str) -> str:
 
 
 def _picker(pool: list[str], rng: Random) -> Callable[[], str]:
-    # The lists begin with the commonest words. A weight that falls with the rank is how often English uses them.
+    # The lists begin with the most common words; like English, weights fall with the rank.
     weights = [1 / (rank + 20) for rank in range(len(pool))]
     return lambda: rng.choices(pool, weights)[0]
 
 
 def sentences(rng: Random, count: int) -> Iterator[str]:
-    """`count` sentences of common words, English in form, mostly without sense."""
+    """`count` sentences of common words, grammatical but mostly meaningless."""
     thing, idea = _picker(vocabulary.THINGS, rng), _picker(vocabulary.ABSTRACT, rng)
     doing, quality = _picker(vocabulary.DOINGS, rng), _picker(vocabulary.QUALITIES, rng)
     manner = _picker(vocabulary.MANNERS, rng)
@@ -104,6 +104,6 @@ def sentences(rng: Random, count: int) -> Iterator[str]:
         "number": lambda: rng.choice([str(rng.randint(2, 99)), words.ONES[rng.randint(2, 12)]]),
     }
     for _ in range(count):
-        # Split at the braces: every second part is the name of a slot.
+        # Split at the braces: every second part names a slot.
         parts = rng.choice(_SENTENCES).replace("}", "{").split("{")
         yield _with_articles("".join(fill[part]() if i % 2 else part for i, part in enumerate(parts)))

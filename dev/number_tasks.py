@@ -9,7 +9,7 @@ from dev.task import Example, Task, distinct
 def _add(rng: Random) -> list[Example]:
     def draw(_: int) -> Example:
         a, b = rng.randint(1, 20), rng.randint(1, 20)
-        # 3 + 4 and 4 + 3 are one question.
+        # 3 + 4 and 4 + 3 are the same question.
         return Example(f"{min(a, b)} {max(a, b)}", {"a": str(a), "b": str(b)}, str(a + b))
 
     return distinct(draw)

@@ -1,11 +1,11 @@
-"""Pretrains the built-in model on text of our own: `python -m dev.pretrain`.
+"""Pretrains the built-in model on our own text: `python -m dev.pretrain`.
 
-Writes `model.safetensors` and the checksums beside tiny's tokenizer, or into `--out`. Two runs with the same number of
-threads on the same kind of processor give the same file.
+Writes `model.safetensors` and the checksums next to tiny's tokenizer, or into `--out`. Two runs with the same number of
+threads on the same kind of processor write the same file.
 
 Three things make half an hour on two cores enough. Single short lessons come before whole pages: in a few words a model
-finds soon what an answer depends on. What can be known, the answers, counts ten times as much as what is drawn at
-random. And embedding and head are one matrix, so that a word can be said as soon as it can be read.
+soon finds what an answer depends on. Answers, which can be known, count ten times as much as text drawn at random. And
+embedding and head are one matrix, so that a word can be written as soon as it can be read.
 """
 
 import argparse
@@ -37,21 +37,21 @@ from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import save_tensors
 
 STEPS = 2500
-SHORT_SHARE = 0.4  # of the steps, which have short lessons alone
-SHORT, LONG = 26, 48  # most tokens of a lesson
+SHORT_SHARE = 0.4  # of the steps, with only short lessons
+SHORT, LONG = 26, 48  # the most tokens of a lesson
 PAGE_ROWS, PAGE_LENGTH = 8, 256
 LR, WARMUP, DECAY = 2e-3, 60, 0.4  # the last 40 % of the steps bring the learning rate down to 0
-REST = 0.1  # weight of the loss on what is no answer
+REST = 0.1  # weight of the loss on tokens that are not an answer's
 SEED = 2023
 TINY = PACKAGE_DIR / "model" / "tiny"
 CHECKSUMS = "SHA256SUMS"
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
-Weighted = tuple[list[int], list[float]]  # token ids, and how much the loss on each of them counts
+Weighted = tuple[list[int], list[float]]  # token ids, and the weight of the loss on each
 
 
 def encode(text: str, tokenizer: Tokenizer) -> Weighted:
-    """A text with its answers marked, as tokens from BOS to EOS. An answer's weight covers the token that ends it."""
+    """Tokenize a text with marked answers, from BOS to EOS. An answer's weight includes the token that ends it."""
     parts = re.split(f"[{OPEN}{CLOSE}]", text)  # every second one is an answer
     plain = "".join(parts)
     tokens = tokenizer.encode(plain, bos=True, eos=True)
@@ -65,14 +65,14 @@ def encode(text: str, tokenizer: Tokenizer) -> Weighted:
 
 
 def _n_common(first: list[int], second: list[int]) -> int:
-    """How many tokens two texts begin with in common."""
+    """The number of tokens that two texts share at their beginning."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def lesson_batches(tokenizer: Tokenizer, seed: int, most: int) -> Iterator[list[Weighted]]:
-    """Batches of single lessons of at most so many tokens, padded on the right; padding has no weight."""
+    """Batches of single lessons of at most `most` tokens, padded on the right; padding has no weight."""
     encoded = (encode(text, tokenizer) for text in lessons(random.Random(seed), most == SHORT))
-    fitting = ((tokens[:-1], weights[:-1]) for tokens, weights in encoded if len(tokens) <= most)  # it goes on: no EOS
+    fitting = ((tokens[:-1], weights[:-1]) for tokens, weights in encoded if len(tokens) <= most)  # without EOS
     n_rows = PAGE_ROWS * PAGE_LENGTH * 3 // (2 * most)
     while batch := list(islice(fitting, n_rows)):
         width = max(len(tokens) for tokens, _ in batch)
@@ -80,7 +80,7 @@ def lesson_batches(tokenizer: Tokenizer, seed: int, most: int) -> Iterator[list[
 
 
 def page_batches(tokenizer: Tokenizer, seed: int) -> Iterator[list[Weighted]]:
-    """Batches of the pages one after another, cut wherever a row is full."""
+    """Batches of consecutive pages, cut wherever a row is full."""
     rows: list[Weighted] = []
     waiting: Weighted = [], []
     for page in pages(random.Random(seed)):
@@ -95,7 +95,7 @@ def page_batches(tokenizer: Tokenizer, seed: int) -> Iterator[list[Weighted]]:
 
 
 def batches(tokenizer: Tokenizer, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of a training: int64 and fp32 [rows, length]. Short lessons first, then longer ones and pages."""
+    """The batches of a training, int64 and fp32 [rows, length]: short lessons first, then longer ones and pages."""
     short, long = (lesson_batches(tokenizer, SEED + most, most) for most in (SHORT, LONG))
     whole = page_batches(tokenizer, SEED)
     for step in range(steps):
@@ -105,13 +105,13 @@ def batches(tokenizer: Tokenizer, steps: int) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def lr_factor(step: int, steps: int) -> float:
-    """Share of the peak learning rate at a step counted from 0: up, constant, and linearly down to 0 at the end."""
+    """Share of the peak learning rate at a step counted from 0: warm-up, constant, then linearly down to 0."""
     return min(1.0, (step + 1) / WARMUP, (steps - step) / (DECAY * steps))
 
 
 @torch.no_grad()
 def initialize(model: Transformer) -> None:
-    """Normal with a variance of 1 / fan-in, what adds to the residual less by the number of layers; one embedding."""
+    """Draw normal weights with variance 1 / fan-in, smaller by depth where they add to the residual; tie the head."""
     generator = torch.Generator().manual_seed(SEED)
     for name, weight in model.named_parameters():
         if weight.dim() == 1:
@@ -123,7 +123,7 @@ def initialize(model: Transformer) -> None:
 
 
 def pretrain(model: Transformer, tokenizer: Tokenizer, steps: int = STEPS, console: Console | None = None) -> float:
-    """Train the model from the start.
+    """Train the model from scratch.
 
     Returns:
         The mean loss on an answer's tokens over the last 50 steps, in nats.
@@ -156,7 +156,7 @@ def pretrain(model: Transformer, tokenizer: Tokenizer, steps: int = STEPS, conso
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed: given back and taken again, each step's tensors cost a third of the time."""
+    """Make glibc keep freed memory: returning and reallocating each step's tensors would cost a third of the time."""
     with suppress(OSError, AttributeError):  # another C library
         libc = ctypes.CDLL("libc.so.6")
         for setting in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
@@ -165,15 +165,15 @@ def keep_freed_memory() -> None:
 
 def main() -> None:
     """Pretrain and write the files."""
-    parser = argparse.ArgumentParser(description="Pretrain the built-in model on text of our own.")
-    parser.add_argument("--out", help="folder of model.safetensors and SHA256SUMS; else tiny's own, which ships")
-    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of some 2,000 tokens")
+    parser = argparse.ArgumentParser(description="Pretrain the built-in model on our own text.")
+    parser.add_argument("--out", help="folder for model.safetensors and SHA256SUMS; default: tiny's own, which ships")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of about 2,000 tokens")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number rounds differently")
     arguments = parser.parse_args()
     if arguments.steps < 1 or arguments.threads < 1:
         parser.error("--steps and --threads must be at least 1")
     if arguments.steps != STEPS and arguments.out is None:
-        parser.error("--steps is for a trial, which must not replace the weights that ship: give --out too")
+        parser.error("--steps is for trials, which must not replace the weights that ship: give --out too")
     try:
         with output_folder(arguments.out or str(TINY), "pretraining", TINY.name) as out:
             pretrain_into(out, arguments.steps, arguments.threads)
@@ -191,7 +191,7 @@ def pretrain_into(out: Path, steps: int, threads: int) -> None:
     config = ModelConfig(**cast(dict[str, Any], sizes))
     tokenizer, model = Tokenizer(TINY / "tokenizer.model"), Transformer(config)
     pretrain(model, tokenizer, steps, Console())
-    # 16 bit halves the file; loaded, the weights are fp32 again. Embedding and head part here.
+    # 16 bit halves the file; weights are loaded as fp32. Embedding and head are saved separately.
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     save_tensors({name: model.get_parameter(name).half() for name in names}, out / WEIGHTS_FILE, config)
     files = [name for name in (WEIGHTS_FILE, "tokenizer.model") if (out / name).is_file()]

@@ -1,4 +1,4 @@
-"""Plain English written for this project, so that the tokenizer meets whole texts and not only made-up sentences."""
+"""Plain English written for this project, so that the tokenizer sees whole texts, not only generated sentences."""
 
 PARAGRAPHS: list[str] = [
     " ".join(paragraph.split())

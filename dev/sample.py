@@ -1,4 +1,4 @@
-"""Writes the built-in data set and tiny's tokenizer, always the same ones: `python -m dev.sample`."""
+"""Writes the built-in data set and tiny's tokenizer, reproducibly: `python -m dev.sample`."""
 
 import argparse
 import io
@@ -21,7 +21,7 @@ from llama_ft.data.prompt import prompt_text
 SEED = 2023
 VOCAB_SIZE = 2048
 TASKS = [*word_tasks.TASKS, *number_tasks.TASKS, *text_tasks.TASKS]
-# All of printable ASCII, and the few others that English texts use, are pieces; the rest is spelled in bytes.
+# Printable ASCII, and the few other characters in English texts, are pieces; the rest is spelled in bytes.
 _CHARACTERS = string.digits + string.ascii_letters + string.punctuation + "‘’“”–—…°éèñü£€"
 
 
@@ -30,7 +30,7 @@ def make_records() -> tuple[list[Record], list[Record]]:
     train: list[Record] = []
     heldout: list[Record] = []
     for task in TASKS:
-        # A generator per task, so that changing one task leaves the others' records as they are.
+        # One generator per task, so that changing a task does not change the others' records.
         task_train, task_heldout = task.split(Random(f"{SEED} {task.name}"))
         train += task_train
         heldout += task_heldout
@@ -41,11 +41,11 @@ def make_records() -> tuple[list[Record], list[Record]]:
 
 
 def tokenizer_text(train: list[Record]) -> Iterator[str]:
-    """What the tokenizer is trained on: the training records as the model will see them, and general English."""
+    """The tokenizer's training text: the training records as the model will see them, and general English."""
     for record in train:
         yield prompt_text(record["instruction"], record["input"]) + record["output"]
     yield from sentences(Random(SEED), 20_000)
-    for _ in range(20):  # so that real prose is a seventh of the text
+    for _ in range(20):  # makes real prose a seventh of the text
         yield from PARAGRAPHS
 
 
@@ -53,9 +53,9 @@ def train_tokenizer(texts: Iterator[str]) -> bytes:
     """A SentencePiece model with LLaMA-2's settings and a smaller vocabulary."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        # A line break is shown to it as a digit, because no piece may cross a digit (split_digits): so the words at
-        # the start of a line count as they are, with no space before them, and the line break itself stays a byte
-        # piece, as it is for LLaMA. Left in, it would be merged into pieces such as ".\n\n###".
+        # Line breaks are replaced by a digit, because no piece may cross a digit (split_digits). So words at the start
+        # of a line are counted without a space before them, and the line break itself stays a byte piece, as in LLaMA.
+        # Otherwise it would be merged into pieces such as ".\n\n###".
         sentence_iterator=(text.replace("\n", "0") for text in texts),
         model_writer=model,
         model_type="bpe",
@@ -72,7 +72,7 @@ def train_tokenizer(texts: Iterator[str]) -> bytes:
         bos_id=1,
         eos_id=2,
         pad_id=-1,
-        num_threads=1,  # more of them may break ties differently
+        num_threads=1,  # more threads may break ties differently
         max_sentence_length=8192,
         minloglevel=2,
     )
@@ -87,7 +87,7 @@ def _write_jsonl(file: Path, records: list[Record]) -> None:
 def main() -> None:
     """Write the three files."""
     parser = argparse.ArgumentParser(description="Write the built-in data set and tiny's tokenizer.")
-    parser.add_argument("--out", type=Path, help="write all three files into this folder, not to their own places")
+    parser.add_argument("--out", type=Path, help="write all three files into this folder instead of the package")
     out: Path | None = parser.parse_args().out
     data, tiny = out or SAMPLE_DIR, out or PACKAGE_DIR / "model" / "tiny"
     data.mkdir(parents=True, exist_ok=True)

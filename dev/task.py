@@ -1,4 +1,4 @@
-"""What a task is, and how its questions are divided between training and held-out."""
+"""Tasks, and the split of their questions into training and held-out."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ Record = dict[str, str]
 
 @dataclass(frozen=True)
 class Example:
-    """A question without its wording. Two examples with one subject are the same question."""
+    """A question without its wording. Two examples with the same subject are the same question."""
 
     subject: str
     values: Mapping[str, str]
@@ -33,8 +33,8 @@ class Task:
         """The task's records: (training, held-out).
 
         No subject is in both, so a held-out word, number or sentence is new to a model that saw only the training
-        records. A closed task has too few subjects for that (there are seven days); there only the wording
-        together with the subject is new.
+        records. A closed task has too few subjects for that (there are only seven days): there, only the combination of
+        wording and subject is new.
         """
         examples = self.examples(rng)
         if self.closed:
@@ -53,8 +53,9 @@ class Task:
 
 
 def distinct(draw: Callable[[int], Example]) -> list[Example]:
-    """As many examples as a task needs, no subject twice. `draw` is given the number of examples so far,
-    by which it can take turns between answers, so that none of them dominates.
+    """As many examples as a task needs, without repeated subjects.
+
+    `draw` is called with the number of examples so far, so that it can alternate between answers.
     """
     examples: dict[str, Example] = {}
     while len(examples) < POOL:

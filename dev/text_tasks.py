@@ -7,13 +7,13 @@ from random import Random
 from dev import words
 from dev.task import Example, Task, distinct
 
-# A text has as many sentences as one of these, drawn at random: most are short, a few are long enough that
-# a batch of them needs much padding.
+# The number of sentences in a text is drawn from these: most texts are short, a few long enough that a batch needs much
+# padding.
 TEXT_LENGTHS = (1, 1, 2, 2, 2, 3, 3, 4, 5, 10)
 
 
 def sentence(rng: Random, name: str, action: str, thing: str) -> str:
-    """A sentence in which someone does something with a thing, mostly somewhere."""
+    """A sentence in which someone does something with a thing, usually at a place."""
     adjective = f"{rng.choice(words.ADJECTIVES)} " if rng.random() < 0.35 else ""
     where = f" {rng.choice(['by', 'near', 'behind', 'beside'])} the {rng.choice(words.PLACES)}"
     return f"{name} {action} the {adjective}{thing}{where if rng.random() < 0.65 else ''}."
@@ -41,7 +41,7 @@ def last_word(rng: Random, _: int) -> Example:
 
 
 def count_words(rng: Random, turn: int) -> Example:
-    """A sentence and its number of words, which takes turns between 4 and 9."""
+    """A sentence and its number of words, which cycles from 4 to 9."""
     wanted = 4 + turn % 6
     while len((text := any_sentence(rng)).split()) != wanted:
         pass
@@ -49,13 +49,13 @@ def count_words(rng: Random, turn: int) -> Example:
 
 
 def scene(rng: Random, count: int) -> list[tuple[str, str, str]]:
-    """`count` times (name, action, thing), no name and no thing twice."""
+    """`count` times (name, action, thing), without repeated names or things."""
     names, things = rng.sample(words.NAMES, count), rng.sample(words.OBJECTS, count)
     return [(name, rng.choice(words.ACTIONS), thing) for name, thing in zip(names, things, strict=True)]
 
 
 def find_colour(rng: Random, turn: int) -> Example:
-    """A text and the one colour in it; the colours take turns."""
+    """A text and the one color in it; the colors alternate."""
     colour = words.COLOURS[turn % len(words.COLOURS)]
     happenings = scene(rng, rng.choice(TEXT_LENGTHS))
     coloured = rng.randrange(len(happenings))
@@ -67,7 +67,7 @@ def find_colour(rng: Random, turn: int) -> Example:
 
 
 def who(rng: Random, _: int) -> Example:
-    """A text, and who did one of the things in it."""
+    """A text, and the person who did one of the things in it."""
     happenings = scene(rng, 1 + rng.choice(TEXT_LENGTHS))
     text = " ".join(sentence(rng, *happening) for happening in happenings)
     name, action, thing = rng.choice(happenings)
@@ -107,7 +107,7 @@ _OPINIONS = {
 
 
 def sentiment(rng: Random, turn: int) -> Example:
-    """A review, positive and negative in turn."""
+    """A review, alternately positive and negative."""
     mood = ("positive", "negative")[turn % 2]
     adjectives, remarks = _OPINIONS[mood]
     first, second = rng.sample(adjectives, 2)

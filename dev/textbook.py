@@ -1,9 +1,9 @@
-"""The text that the built-in model is pretrained on: a primary-school textbook without end, of our own words.
+"""Generates the built-in model's pretraining text: an endless primary-school textbook in our own words.
 
-Facts and skills in plain sentences ("The plural of fox is foxes.") and in exercises with their solutions, in wordings
-and layouts (`textbook.yaml`) that are not those of the sample tasks. Tables of facts, such as plurals and sums, are
-there as a whole, as they are in any large text. No exercise is about a text, a review or numbers, as they stand there,
-that a held-out question is about; parts of them occur in longer ones.
+It has facts and skills in plain sentences ("The plural of fox is foxes.") and in exercises with solutions, in wordings
+and layouts (`textbook.yaml`) that differ from those of the sample tasks. Tables of facts, such as plurals and sums, are
+complete, as in any large text. No exercise uses a text, review or numbers of a held-out question unchanged; parts of
+them occur in longer ones.
 """
 
 import json
@@ -25,10 +25,10 @@ from llama_ft.data.dataset import SAMPLE_DIR
 
 Values = dict[str, str]
 
-OPEN, CLOSE = "\x02", "\x03"  # around an answer; no text has them
+OPEN, CLOSE = "\x02", "\x03"  # around an answer; texts do not contain them
 STATEMENTS = 0.25  # share of plain statements; the rest are exercises
 N_SHORT = 5  # the first layouts are the short ones
-# Of these the texts and numbers are drawn at random, so that a held-out question's can be left out.
+# The texts and numbers of these topics are drawn at random, so that a held-out question's can be left out.
 _DRAWN = ("sort_numbers", "first_word", "last_word", "count_words", "find_colour", "who", "sentiment")
 # Long texts would fill the book.
 _WEIGHTS = {"find_colour": 0.4, "who": 0.7, "sentiment": 0.3, "first_word": 0.7, "last_word": 0.7, "copy": 3.0}
@@ -117,8 +117,8 @@ def _copy(rng: Random) -> Values:
     return {"item": text, "answer": text}
 
 
-# Draws what an exercise is about: `item`, the right `answer`, and whatever else the wordings name.
-# `copy` is no task: who can say again what was said learns the rest much sooner.
+# Each draws an exercise's values: `item`, the right `answer`, and anything else that the wordings name.
+# `copy` is not a task: a model that can copy learns the rest much sooner.
 TOPICS: dict[str, Callable[[Random], Values]] = {
     "uppercase": _word({word: word.upper() for word in words.SHORT_WORDS}),
     "spell": _word({word: "-".join(word) for word in words.SHORT_WORDS}),
@@ -144,7 +144,7 @@ TOPICS: dict[str, Callable[[Random], Values]] = {
 
 @cache
 def wordings() -> dict[str, Any]:
-    """The templates: `layouts`, `closings`, and for each of the `topics` `statements`, `headings`, `questions`."""
+    """The templates: `layouts`, `closings`, and `statements`, `headings` and `questions` for each of the `topics`."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(Path(__file__).with_suffix(".yaml"))))
 
 
@@ -159,7 +159,7 @@ def _heldout() -> tuple[str, frozenset[str]]:
 
 
 def _is_heldout(name: str, values: Values) -> bool:
-    """Whether a held-out question is about this; tables of facts are not asked."""
+    """Return True if a held-out question has these values; tables of facts are never left out."""
     texts, pairs = _heldout()
     if name == "larger_number":
         return " ".join(sorted((values["a"], values["b"]))) in pairs
@@ -167,14 +167,14 @@ def _is_heldout(name: str, values: Values) -> bool:
 
 
 def _fill(template: str, values: Values) -> str:
-    """The template with its values; an answer that can be known from what stands before it is marked."""
+    """Fill a template; the answer is marked if it can be known from the text before it."""
     if -1 < template.find("{item}") < template.find("{answer}") or "{item}" not in template:
         values = values | {"answer": f"{OPEN}{values['answer']}{CLOSE}"}
     return template.format_map(values)
 
 
 def lesson(name: str, rng: Random, layouts: Sequence[str]) -> str:
-    """A statement, or an exercise with its solution in one of the layouts, its answer between OPEN and CLOSE."""
+    """A statement, or an exercise with its solution in one of the layouts, with the answer between OPEN and CLOSE."""
     topic = wordings()["topics"][name]
     while _is_heldout(name, values := TOPICS[name](rng)):
         pass
@@ -185,14 +185,14 @@ def lesson(name: str, rng: Random, layouts: Sequence[str]) -> str:
 
 
 def lessons(rng: Random, is_short: bool) -> Iterator[str]:
-    """Single lessons without end, all topics alike; short ones have the layouts of few words alone."""
+    """Endless single lessons, with all topics equally likely; short ones use only the short layouts."""
     layouts = wordings()["layouts"][: N_SHORT if is_short else None]
     while True:
         yield lesson(rng.choice(list(TOPICS)), rng, layouts)
 
 
 def pages(rng: Random) -> Iterator[str]:
-    """Pages of several lessons, and now and then of other text, without end."""
+    """Endless pages of several lessons, and occasionally of other text."""
     names, weights = list(TOPICS), [_WEIGHTS.get(name, 1.0) for name in TOPICS]
     prose = sentences(rng, 10**9)
     while True:
@@ -202,7 +202,7 @@ def pages(rng: Random) -> Iterator[str]:
         elif kind < 0.08:
             yield rng.choice(PARAGRAPHS)
         else:
-            # A page often stays with a topic or two, as textbooks do.
+            # Like a textbook's, a page often stays with one or two topics.
             chosen = rng.choices(names, weights, k=rng.choice([1, 2, 3, 8]))
             parts = [lesson(rng.choice(chosen), rng, wordings()["layouts"]) for _ in range(rng.randint(2, 8))]
             yield rng.choice(["", "\n"]).join(parts) + rng.choice(wordings()["closings"])

@@ -1,4 +1,4 @@
-"""Common English words by part of speech, the commoner ones first: what the tokenizer's sentences are made of."""
+"""Common English words by part of speech, most common first, for the tokenizer's sentences."""
 
 THINGS: list[str] = """
     time year people way day man thing woman life child world school state family student group country problem hand
@@ -98,7 +98,7 @@ MANNERS: list[str] = """
     rather quite enough away forward ahead outside inside everywhere nowhere alone online
 """.split()
 
-# Nouns of THINGS that have no plural.
+# Nouns in THINGS without a plural.
 UNCOUNTED: set[str] = set(
     """
     work money information health art history research air food data software music equipment energy heat gas metal oil
@@ -106,7 +106,7 @@ UNCOUNTED: set[str] = set(
     coffee juice wine weather rain snow wind light water power law business
     """.split()
 )
-# Past tenses of DOINGS that follow no rule and are not among the words that the tasks ask for.
+# Irregular past tenses of DOINGS that the tasks do not ask for.
 OTHER_PASTS: dict[str, str] = dict(
     pair.split("-")
     for pair in """

@@ -21,7 +21,7 @@ def _spell(rng: Random) -> list[Example]:
 
 
 def _opposite(rng: Random) -> list[Example]:
-    # A held-out word's opposite may be a training question: who learnt "hot, cold" has to turn it round for "cold".
+    # A held-out word's opposite may be a training question: who learned "hot, cold" must reverse it for "cold".
     return _from_table(words.OPPOSITES, rng)
 
 

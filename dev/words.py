@@ -1,4 +1,4 @@
-"""What the word tasks know: categories, opposites, plurals, past tenses, and the words that scenes are made of."""
+"""Word lists of the tasks: categories, opposites, plurals, past tenses, and the words of scenes."""
 
 CATEGORIES: dict[str, list[str]] = {
     "animal": "dog cat horse cow sheep goat lion tiger bear wolf fox rabbit".split(),
@@ -85,7 +85,7 @@ OPPOSITES = _pairs(_OPPOSITES) | {b: a for a, b in _pairs(_OPPOSITES).items()}
 PLURALS = _pairs(_IRREGULAR_PLURALS) | {noun: _plural(noun) for noun in _REGULAR_PLURALS.split()}
 PASTS = _pairs(_IRREGULAR_PASTS) | {verb: _past(verb) for verb in _REGULAR_PASTS.split()}
 
-# Words to spell, to capitalise and to search for letters: three to six letters, all common.
+# Words to spell, to capitalize and to search for letters: three to six letters, all common.
 SHORT_WORDS: list[str] = """
     river stone cloud apple bread chair table house green light water horse mouse plant train paper music dream night
     clock sugar lemon tiger zebra beach ocean field storm snow rain wind fire moon star tree leaf bird fish frog bear

@@ -1,4 +1,4 @@
-"""`python -m experiments`: all studies, each in a process of its own, and which of their claims hold."""
+"""`python -m experiments`: run all studies, each in its own process, and report which of their claims hold."""
 
 import json
 import os
@@ -14,16 +14,16 @@ from llama_ft.files import output_folder
 
 
 def run_all(arguments: list[str]) -> int:
-    """Run every study with the same arguments, each into a folder of its own, and print a line for each.
+    """Run every study with the same arguments, each in its own folder, and print a line for each.
 
     Returns:
-        0 if every claim of every study holds, 1 if one fails, 2 if a study could not be finished.
+        0 if every claim of every study holds, 1 if one fails, 2 if a study did not finish.
 
     Raises:
         UserError: if an argument is wrong, or the folder cannot be written to.
     """
     options, lines, worst = read_options(arguments, Options), [], 0
-    # Set by our own command, in which it is no wish for tracebacks.
+    # Set by our own command, so it does not mean that the user wants tracebacks.
     variables = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
     with output_folder(options.output or str(OUTPUT), "experiments", "all") as folder:
         for name in STUDIES:
@@ -42,16 +42,16 @@ def run_all(arguments: list[str]) -> int:
 
 
 def written_at(file: Path) -> int | None:
-    """When a file was written; None if it is not there."""
+    """The time at which a file was written; None if it does not exist."""
     return file.stat().st_mtime_ns if file.is_file() else None
 
 
 def claims_held(file: Path) -> str:
-    """How many of its claims a study's numbers bear out."""
+    """Say how many of a study's claims hold."""
     claims = json.loads(file.read_text(encoding="utf-8"))["claims"]
     return f"{sum(claim['holds'] for claim in claims)} of {len(claims)} claims hold"
 
 
 if __name__ == "__main__":
-    purpose = f"All studies ({', '.join(STUDIES)}), each in a process of its own, and which of their claims hold."
+    purpose = f"Run all studies ({', '.join(STUDIES)}), each in its own process, and report which claims hold."
     run_command(lambda: run_all(sys.argv[1:]), purpose, Options)

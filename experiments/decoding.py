@@ -1,7 +1,7 @@
 """`python -m experiments.decoding`: greedy and beam search on the textbook's tree, top-k and top-p, perplexity by hand.
 
-The tree is that of https://huggingface.co/blog/how-to-generate, played by a model that looks its words up. The other
-numbers are those of the built-in model on held-out records.
+The tree is that of https://huggingface.co/blog/how-to-generate, in a model that looks its words up. The other numbers
+are those of the built-in model on held-out records.
 """
 
 import math
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import ModelConfig
@@ -38,13 +38,13 @@ MIN_SHOWN = 1e-6  # probability in the figure
 
 
 def measure(options: Options, log: Log) -> Numbers:
-    """Walk the tree, look at the sets, compute perplexities."""
+    """Walk the tree, measure the sets, compute perplexities."""
     log("the tree, the sets, perplexities")
     return {"tree": tree(), "sets": sets(64), "perplexity": perplexities(60)}
 
 
 class Tree(Transformer):
-    """A model that looks its next word up."""
+    """A model that looks up its next word."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -52,7 +52,7 @@ class Tree(Transformer):
         self.output = nn.Linear(1, 1)
 
     def forward(self, tokens: Tensor, **_: Any) -> Tensor:
-        """Logits of the word that follows each row."""
+        """The logits of each row's next word."""
         logits = torch.full((len(tokens), len(WORDS)), -math.inf)
         for row, ids in enumerate(tokens.tolist()):
             text = " ".join(WORDS[number] for number in ids)
@@ -62,12 +62,12 @@ class Tree(Transformer):
 
 
 def tree_state(rows: int) -> GenerationState:
-    """The sequence "The" in equal rows; what follows is the tree's."""
+    """The sequence "The" in equal rows, to continue with the tree's words."""
     return GenerationState(Tree(), [[WORDS.index("The")]] * rows, 2, False)
 
 
 def tree() -> Numbers:
-    """What greedy decoding and two beams find, two words deep, with their probabilities."""
+    """The results of greedy decoding and of two beams, two words deep, with their probabilities."""
     state, probability = tree_state(1), 1.0
     for _ in range(2):
         logits = state.next_logits()
@@ -81,7 +81,7 @@ def tree() -> Numbers:
 
 
 def sets(n_positions: int) -> dict[str, list[Any]]:
-    """Tokens kept by top-k and top-p, and the probability that they have, at positions of the held-out records."""
+    """The tokens kept by top-k and top-p, and their probability, at positions of the held-out records."""
     with torch.inference_mode():
         text = torch.tensor([prompt_source()[:512]])
         logits = load_tiny()(text, logits_at=torch.linspace(5, 510, n_positions).long())
@@ -99,7 +99,7 @@ def sets(n_positions: int) -> dict[str, list[Any]]:
 
 
 def perplexities(n_records: int) -> dict[str, float]:
-    """Of held-out responses: as `evaluate` computes it, by hand in fp64 Python, and of a model that knows nothing."""
+    """Perplexity of held-out responses: from `evaluate`, by hand in fp64 Python, and of a model that knows nothing."""
     model, tokenizer = load_tiny(), tiny_tokenizer()
     samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in sample_records("heldout", n_records)]
     nats: list[float] = []
@@ -107,7 +107,7 @@ def perplexities(n_records: int) -> dict[str, float]:
         for sample in samples:
             rows = model(torch.tensor([sample.tokens]))[0].tolist()
             for position in range(sample.n_prompt, len(sample)):
-                row = rows[position - 1]  # the token before it predicts it
+                row = rows[position - 1]  # the previous token predicts it
                 nats.append(math.log(sum(math.exp(logit) for logit in row)) - row[sample.tokens[position]])
     by_hand = math.exp(math.fsum(nats) / len(nats))
     evaluated = perplexity(model, samples, batch_size=8).perplexity
@@ -124,7 +124,7 @@ def perplexities(n_records: int) -> dict[str, float]:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [
         *_tree_claims(numbers["tree"]),
         *_set_claims(numbers["sets"]),
@@ -187,7 +187,7 @@ def _perplexity_claims(measured: Numbers) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """What was found."""
+    """The texts found and the numbers of tokens kept."""
     walk, kept = numbers["tree"], numbers["sets"]
     sizes = [
         [f"{name}, tokens", f"{min(kept[key])} to {max(kept[key])}", ""]
@@ -198,22 +198,22 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """The tree with both paths; the most and the least certain distribution with what top-k and top-p keep."""
+    """Draw the tree with both paths, and top-k and top-p on the most and the least certain distribution."""
     with drawn(file, ("greedy and two beams", "probability of the n-th best token")) as (left, right):
         _draw_tree(left, numbers["tree"])
         kept = numbers["sets"]
         ends = (("sure", BLUE, min(kept["top_p_tokens"])), ("unsure", ORANGE, max(kept["top_p_tokens"])))
-        for name, colour, size in ends:
+        for name, color, size in ends:
             values, label = kept[name], f"{name}: top-p keeps {size}"
-            right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=label)
-            right.vlines(size, MIN_SHOWN, 1, color=colour, ls="--", lw=2)
-        right.vlines(TOP_K, MIN_SHOWN, 1, color=GREY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
+            right.plot(range(1, 1 + len(values)), values, color=color, lw=3, label=label)
+            right.vlines(size, MIN_SHOWN, 1, color=color, ls="--", lw=2)
+        right.vlines(TOP_K, MIN_SHOWN, 1, color=GRAY, ls=":", lw=3, label=f"top-k keeps {TOP_K}")
         right.set(xscale="log", yscale="log", xlabel="n", ylim=(MIN_SHOWN, 300), yticks=[1, 1e-2, 1e-4, 1e-6])
         right.legend(frameon=False, loc="upper left")
 
 
 def _draw_tree(axes: "Axes", walk: Numbers) -> None:
-    """Words from left to right; the paths that were found are coloured."""
+    """Draw words from left to right, with the paths found in color."""
     axes.axis("off")
     axes.set(xlim=(-0.25, 2.6), ylim=(-0.6, 8.6))
     paths = {walk["greedy"]: BLUE, walk["beam"]: ORANGE}
@@ -222,19 +222,19 @@ def _draw_tree(axes: "Axes", walk: Numbers) -> None:
         height = 7 - 3 * branch
         _draw_edge(axes, (0, 4), (1, height), first, share, [c for path, c in paths.items() if first in path])
         for leaf, (second, chance) in enumerate(TREE[f"The {first}"].items()):
-            colours = [colour for path, colour in paths.items() if path == f"The {first} {second}"]
-            _draw_edge(axes, (1, height), (2, height + 1 - leaf), second, chance, colours)
+            colors = [color for path, color in paths.items() if path == f"The {first} {second}"]
+            _draw_edge(axes, (1, height), (2, height + 1 - leaf), second, chance, colors)
     for height, (name, p) in enumerate((("two beams", walk["beam_p"]), ("greedy", walk["greedy_p"]))):
         axes.text(-0.2, 0.7 * height - 0.4, f"{name}: {p:.2f}", color=(ORANGE, BLUE)[height], weight="bold")
 
 
 def _draw_edge(
-    axes: "Axes", begin: tuple[float, float], end: tuple[float, float], word: str, share: float, colours: list[str]
+    axes: "Axes", begin: tuple[float, float], end: tuple[float, float], word: str, share: float, colors: list[str]
 ) -> None:
-    colour = colours[0] if colours else GREY
-    start = begin[0] + (0.5 if begin[0] else 0.15)  # where the word before it ends
-    axes.plot((start, end[0] - 0.05), (begin[1], end[1]), color=colour, lw=4 if colours else 1.5)
-    axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=colour, weight="bold" if colours else "normal")
+    color = colors[0] if colors else GRAY
+    start = begin[0] + (0.5 if begin[0] else 0.15)  # the end of the previous word
+    axes.plot((start, end[0] - 0.05), (begin[1], end[1]), color=color, lw=4 if colors else 1.5)
+    axes.text(end[0], end[1], f"{word} {share:g}", va="center", color=color, weight="bold" if colors else "normal")
 
 
 STUDY = Study("decoding", Options, measure, claims_of, table_of, draw)

@@ -1,4 +1,4 @@
-"""What the studies' figures share: colours, sizes that can be read at half size, one PNG."""
+"""Code shared by the studies' figures: colors, font sizes legible at half size, one PNG."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours: told apart by colour-blind readers too.
-BLUE, ORANGE, GREEN, PINK, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
+# Okabe and Ito's colors, which color-blind readers can distinguish.
+BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"
 
 
 @contextmanager
 def drawn(file: Path, titles: Sequence[str]) -> Iterator[list["Axes"]]:
-    """Axes side by side, one for each title, to be drawn into; written as PNG when the block ends."""
-    import matplotlib  # here, so that nobody waits for it who asks for help
+    """Axes side by side to draw into, one for each title; written as PNG when the block ends."""
+    import matplotlib  # here, so that --help does not wait for it
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure

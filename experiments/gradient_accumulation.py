@@ -1,4 +1,4 @@
-"""`python -m experiments.gradient_accumulation`: when micro-batches give the gradient of the whole batch."""
+"""`python -m experiments.gradient_accumulation`: compares micro-batches' gradients with the whole batch's."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def measure(options: Options, log: Log) -> Numbers:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [*_mean_claims(numbers["linear"], numbers["language_model"]), *_norm_claims(numbers)]
 
 
@@ -91,7 +91,7 @@ def _norm_claims(numbers: Numbers) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """The norms' errors by the size of a micro-batch."""
+    """The norms' errors by micro-batch size."""
     columns = {f"{name}, relative error": numbers["norms"][name] for name in NORMS}
     columns["BatchNorm's mean, deviations off"] = numbers["statistics"]["mean"]
     columns["its variance, relative"] = numbers["statistics"]["variance"]
@@ -100,7 +100,7 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """The bias of each window, and the norms' errors against the size of a micro-batch."""
+    """Draw the bias of each window, and the norms' errors against the micro-batch size."""
     model, sizes = numbers["language_model"], numbers["micro_batch_sizes"]
     titles = ("gradient of 8 ragged samples, one by one", "gradient of 64 samples in micro-batches")
     with drawn(file, titles) as (bias, by_size):
@@ -111,9 +111,9 @@ def draw(numbers: Numbers, file: Path) -> None:
         bias.set(xlabel="window", ylabel="percent off that of the whole", xticks=list(windows))
         bias.set_ylim(top=1.3 * max(means))
         bias.legend(frameon=False, loc="upper right")
-        for name, colour, style in zip(NORMS, (ORANGE, BLUE, GREEN), ("o-", "s-", "^--"), strict=True):
+        for name, color, style in zip(NORMS, (ORANGE, BLUE, GREEN), ("o-", "s-", "^--"), strict=True):
             errors = [100 * error for error in numbers["norms"][name]]
-            by_size.plot(sizes, errors, style, color=colour, lw=3, ms=9, label=name)
+            by_size.plot(sizes, errors, style, color=color, lw=3, ms=9, label=name)
         by_size.set_xscale("log", base=2)
         by_size.set_xticks(list(sizes), [str(size) for size in sizes])
         by_size.set(xlabel="samples in a micro-batch", ylabel="percent off that of the whole")

@@ -1,7 +1,7 @@
 """The measurements of `experiments.gradient_accumulation`.
 
-Gradients are those that the library's own step applies: with SGD at a learning rate of 1 and no clipping, what a step
-takes off the weights is the gradient. In fp64, so that equal means equal.
+Gradients are those that the library's own step applies: with SGD at a learning rate of 1 and no clipping, the change of
+the weights is the negative gradient. In fp64, so that rounding hides nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,19 +32,19 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch of the linear model, which counts as the library's batches do."""
+    """A micro-batch of the linear model, counted like the library's batches."""
 
     x: Tensor
     y: Tensor
 
     @property
     def n_targets(self) -> int:
-        """Its samples."""
+        """The number of samples."""
         return len(self.x)
 
 
 def linear_model() -> dict[str, float]:
-    """MSE of 32 samples at once, and of 4 micro-batches of 8, divided by the window's count and not divided."""
+    """The MSE's gradient over 32 samples at once, and over 4 micro-batches, divided by the window's count or not."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(SAMPLES, width, generator=generator, dtype=torch.float64) for width in (5, 1))
     model = nn.Linear(5, 1, dtype=torch.float64)
@@ -68,7 +68,7 @@ def linear_model() -> dict[str, float]:
 
 
 def applied_gradient(model: Transformer, window: Sequence[Sequence[Sample]]) -> Tensor:
-    """The gradient that one step of the library applies for a window of micro-batches; the weights are put back."""
+    """The gradient that one step of the library applies for a window of micro-batches; restores the weights."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     step = TrainStep(model, torch.optim.SGD(model.parameters(), lr=1.0), Precision("cpu"), max_grad_norm=inf)
     step([collate(samples) for samples in window])
@@ -80,7 +80,7 @@ def applied_gradient(model: Transformer, window: Sequence[Sequence[Sample]]) -> 
 
 
 def language_model(n_windows: int, log: Log) -> dict[str, list[float]]:
-    """The tiny model: a window of ragged samples at once, one by one, and as a mean of their means."""
+    """Gradients of the tiny model: of a window of ragged samples at once, one by one, and as a mean of means."""
     model = load_tiny().double()
     exact, biased = [], []
     for number, window in enumerate(windows(alpaca_samples()[: n_windows * WINDOW], WINDOW), start=1):
@@ -93,7 +93,7 @@ def language_model(n_windows: int, log: Log) -> dict[str, list[float]]:
 
 
 def norms(sizes: Sequence[int]) -> dict[str, list[float]]:
-    """Relative error of the gradient of all samples in micro-batches of these sizes, by the norm in the network."""
+    """The relative error of the gradient over micro-batches of these sizes, by the norm in the network."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(N_NORM, width, generator=generator, dtype=torch.float64) for width in (8, 1))
     errors = {}
@@ -114,9 +114,9 @@ def accumulated(network: nn.Module, x: Tensor, y: Tensor, size: int) -> Tensor:
 
 
 def statistics(sizes: Sequence[int]) -> dict[str, list[float]]:
-    """How far BatchNorm's statistics of micro-batches of these sizes are from those of all samples, root mean square.
+    """The root mean square distance of BatchNorm's statistics in micro-batches from those of all samples, by size.
 
-    `mean` in standard deviations, `variance` relative to that of all.
+    `mean` is in standard deviations, `variance` relative to that of all samples.
     """
     x = torch.randn(N_NORM, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     norm = nn.BatchNorm1d(16, momentum=1.0, dtype=torch.float64)  # keeps the last micro-batch's statistics

@@ -1,14 +1,14 @@
 """`python -m experiments.gradient_checkpointing`: memory and forward passes of five ways to keep activations.
 
-The textbook counts n equal layers, each of which keeps one tensor. Here they are linear layers in the library's model,
-run and checkpointed by the library; only to keep nothing at all, which nobody would do, is written here. Then LLaMA's
-own block, which keeps far more than its input.
+The textbook counts n equal layers that keep one tensor each. Here they are linear layers in the library's model, run
+and checkpointed by the library; only keeping nothing at all, which nobody would do, is implemented here. LLaMA's own
+block, which keeps far more than its input, follows.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, PINK, drawn
 from experiments.gradient_checkpointing_runs import SQUARES, WAYS, blocks, gradients_apart, textbook
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
 from llama_ft.system import MIB
@@ -16,18 +16,18 @@ from llama_ft.system import MIB
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GREY), strict=True))
-NO_SAVING = 0.95  # share of what keeping everything takes, or more
-TOLERANCE = 0.1  # how far an exponent may be from the textbook's
+COLORS = dict(zip((*WAYS, "inference"), (ORANGE, GREEN, PINK, BLUE, PINK, GRAY), strict=True))
+NO_SAVING = 0.95  # at least this share of the memory for keeping everything
+TOLERANCE = 0.1  # largest difference of an exponent from the textbook's
 
 
 def measure(options: Options, log: Log) -> Numbers:
-    """Count, all layers and blocks in all ways."""
+    """Count all layers and blocks in all ways."""
     return {"textbook": textbook(log), "blocks": blocks(), "gradients_apart": gradients_apart()}
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     apart = max(numbers["gradients_apart"].values())
     return [
         *_textbook_claims(numbers["textbook"]),
@@ -40,7 +40,7 @@ def _textbook_claims(measured: Numbers) -> list[Claim]:
     n = SQUARES[-1]
 
     def growth(way: str, memory: float, forwards: float, times: int | None = None) -> tuple[bool, dict[str, float]]:
-        """Whether exponents are the textbook's, and forward passes so many times n; and the numbers."""
+        """True if exponents are the textbook's and forward passes are `times` n; and the numbers."""
         most = measured[way]["forwards"][-1]
         powers = [exponent(SQUARES, measured[way][key]) for key in ("bytes", "forwards")]
         holds = all(abs(power - law) <= TOLERANCE for power, law in zip(powers, (memory, forwards), strict=True))
@@ -85,7 +85,7 @@ def _block_claim(llama: Numbers) -> Claim:
 
 
 def table_of(numbers: Numbers) -> str:
-    """Activations and forward passes by way and number of layers."""
+    """Activations and forward passes by method and number of layers."""
     titles = ("kB of activations / forward passes", *(f"n = {n}" for n in SQUARES))
     rows = [
         [way, *(f"{b / 1000:,.0f} / {f:,}" for b, f in zip(counts["bytes"], counts["forwards"], strict=True))]
@@ -95,20 +95,20 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """Memory and forward passes against the number of layers; memory of LLaMA's blocks."""
+    """Draw memory and forward passes against the number of layers, and the memory of LLaMA's blocks."""
     titles = ("activations of n layers, kB", "forward passes of n layers", "16 LLaMA blocks, MiB")
     with drawn(file, titles) as (memory, forwards, blocks):
         _draw_growth(memory, numbers["textbook"], "bytes", 1e-3)
         _draw_growth(forwards, numbers["textbook"], "forwards", 1.0)
         ways = ("keep all", "every sqrt(n)-th", "every layer")
         for index, way in enumerate(ways):
-            blocks.bar(index, numbers["blocks"]["ways"][way]["bytes"] / MIB, 0.6, color=COLOURS[way])
+            blocks.bar(index, numbers["blocks"]["ways"][way]["bytes"] / MIB, 0.6, color=COLORS[way])
         names = [way.replace("sqrt(n)", r"$\sqrt{n}$").replace("layer", "block") for way in ways]
         blocks.set_xticks(range(len(ways)), names)
 
 
 def _draw_growth(axes: "Axes", measured: Numbers, key: str, factor: float) -> None:
-    """Ways that take the same are one line."""
+    """Draw one line for all methods with the same cost."""
     alike: dict[int, list[str]] = {}
     for way in (*WAYS, "inference"):
         last = measured[way][key][-1]
@@ -117,7 +117,7 @@ def _draw_growth(axes: "Axes", measured: Numbers, key: str, factor: float) -> No
     for ways in alike.values():
         values = [factor * value for value in measured[ways[0]][key]]
         label = f"{', '.join(ways)}: $n^{{{exponent(SQUARES, values):.2f}}}$".replace("sqrt(n)", r"$\sqrt{n}$")
-        axes.plot(SQUARES, values, "o-", color=COLOURS[ways[0]], lw=3, ms=9, label=label)
+        axes.plot(SQUARES, values, "o-", color=COLORS[ways[0]], lw=3, ms=9, label=label)
     axes.set(xscale="log", yscale="log", xlabel="n")
     axes.set_xticks(list(SQUARES), [str(n) for n in SQUARES])
     axes.minorticks_off()

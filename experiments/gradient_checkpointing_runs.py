@@ -25,13 +25,13 @@ WAYS: dict[str, Callable[[int], int | None]] = {
     "every sqrt(n)-th": math.isqrt,
     "every layer": lambda n: 1,
 }
-"""Of n layers: from how many of them one input is kept; 0 keeps everything, None the first input alone."""
+"""For n layers, the number of layers per kept input; 0 keeps everything, None only the first input."""
 WIDTH, TOKENS = 64, 32  # of the textbook's layers
 N_BLOCKS, BLOCK_TOKENS = 16, 128  # of the tiny model's shape
 
 
 def textbook_model(n_layers: int) -> Transformer:
-    """The library's model around n linear layers, each of which keeps its input for backward, and no more."""
+    """The library's model around n linear layers that keep only their input for backward."""
 
     class Layer(nn.Linear):
         def forward(self, x: Tensor, *_: object) -> Tensor:
@@ -40,24 +40,24 @@ def textbook_model(n_layers: int) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ModelConfig("textbook", WIDTH, 1, 1, 1, vocab_size=16, ffn_dim=16, max_seq_len=TOKENS))
     model.layers = nn.ModuleList(Layer(WIDTH, WIDTH, bias=False) for _ in range(n_layers))
-    return randomised(model, WIDTH**-0.5)
+    return randomized(model, WIDTH**-0.5)
 
 
 def llama_model(n_layers: int) -> Transformer:
-    """As many blocks of the tiny model's shape, between a small embedding and head."""
+    """Blocks of the tiny model's shape, between a small embedding and head."""
     torch.manual_seed(0)
-    return randomised(Transformer(replace(model_config("tiny"), n_layers=n_layers, vocab_size=16)), 0.05)
+    return randomized(Transformer(replace(model_config("tiny"), n_layers=n_layers, vocab_size=16)), 0.05)
 
 
-def randomised(model: Transformer, std: float) -> Transformer:
-    """Random weights, of a size that neither blows up nor dies out however many layers there are."""
+def randomized(model: Transformer, std: float) -> Transformer:
+    """Give a model random weights of a size that neither explodes nor vanishes with many layers."""
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=std)
     return model
 
 
 def keep_nothing(model: Transformer) -> None:
-    """Make the model keep its first layer's input alone, and compute each layer's anew from there in backward."""
+    """Make the model keep only its first layer's input, and recompute each layer's input from it in backward."""
     run_layers = model.run_layers
 
     class FromTheStart(torch.autograd.Function):
@@ -88,7 +88,7 @@ def keep_nothing(model: Transformer) -> None:
 
 
 def prepared(model: Transformer, way: str) -> Transformer:
-    """The model, run that way."""
+    """The model, set up to keep activations in the given way."""
     every = WAYS[way](len(model.layers))
     if every is None:
         keep_nothing(model)
@@ -98,9 +98,9 @@ def prepared(model: Transformer, way: str) -> Transformer:
 
 
 def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, int]:
-    """A forward pass, and a backward pass if it trains: the most bytes of activations, forward passes of layers."""
+    """The peak bytes of activations and the forward passes of layers, in a forward and, if it trains, backward pass."""
     tokens, n_forward = torch.arange(n_tokens)[None] % model.config.vocab_size, 0
-    last = torch.tensor([n_tokens - 1])  # where the head is asked, so that it takes next to nothing
+    last = torch.tensor([n_tokens - 1])  # the head's only position, so that it costs next to nothing
 
     def count(*_: object) -> None:
         nonlocal n_forward
@@ -119,7 +119,7 @@ def passes(model: Transformer, n_tokens: int, trains: bool = True) -> dict[str, 
 
 
 def textbook(log: Log) -> Numbers:
-    """Bytes and forward passes by way, for each number of layers; and those of inference."""
+    """Bytes and forward passes by method, for each number of layers, and those of inference."""
 
     def by_size(way: str, trains: bool) -> dict[str, list[int]]:
         counts = [passes(prepared(textbook_model(n), way), TOKENS, trains) for n in SQUARES]
@@ -133,7 +133,7 @@ def textbook(log: Log) -> Numbers:
 
 
 def blocks() -> Numbers:
-    """LLaMA's block: bytes that it keeps and bytes of its input, and what each way takes for a model of them."""
+    """The bytes that a LLaMA block keeps, the bytes of its input, and each method's costs for a model of blocks."""
     ways = {way: passes(prepared(llama_model(N_BLOCKS), way), BLOCK_TOKENS) for way in WAYS}
     of_twice_as_many = passes(llama_model(2 * N_BLOCKS), BLOCK_TOKENS)["bytes"]
     kept = (of_twice_as_many - ways["keep all"]["bytes"]) / N_BLOCKS
@@ -142,7 +142,7 @@ def blocks() -> Numbers:
 
 
 def gradients_apart() -> dict[str, float]:
-    """The largest difference of any way's gradients from those with everything kept, of LLaMA's blocks."""
+    """The largest difference of each method's gradients from those with everything kept, for LLaMA's blocks."""
 
     def gradients(way: str) -> Tensor:
         model = prepared(llama_model(4), way)

@@ -1,7 +1,7 @@
-"""`python -m experiments.kv_cache`: what the KV cache saves and costs when the tiny model generates text.
+"""`python -m experiments.kv_cache`: the savings and costs of the KV cache when the tiny model generates text.
 
-Cells are batch x prompt length x output length, each with the cache and without it. The weights are fp32 on every
-device, so that both ways agree in all but the last bits.
+Cells are batch x prompt length x output length, each with and without the cache. The weights are fp32 on every device,
+so that both ways agree in all but the last bits.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, PINK, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, PINK, drawn
 from experiments.kv_cache_runs import Line, measure_line
 from experiments.shared import load_tiny, prompt_source
 from experiments.study import Claim, Log, Numbers, Options, Study, exponent, main, table
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MIN_SPEED_UP = 5.0
-MIN_EXPONENT_GAP = 0.3  # of at most 1, for a text that is long against its prompt
+MIN_EXPONENT_GAP = 0.3  # of at most 1, for a text much longer than its prompt
 MAX_BYTES_APART = 0.02
 
 
 @dataclass
 class KVCacheOptions(Options):
-    """What this study can be told."""
+    """Options of this study."""
 
-    complete: bool = setting(False, "every cell: a quarter of an hour for each of the repeats")
-    repeats: int = setting(1, "times that everything is timed; the median counts")
+    complete: bool = setting(False, "measure every cell, in a quarter of an hour per repeat")
+    repeats: int = setting(1, "how often everything is timed; the median is reported")
     device: DeviceChoice = setting(DeviceChoice.cpu, "where to run")
 
     def __post_init__(self) -> None:
         check(self.repeats >= 1, "repeats", self.repeats, "a whole number, at least 1")
         if self.quick and self.complete:
-            raise UserError("quick=true and complete=true are two sizes: give one of them")
+            raise UserError("quick=true and complete=true exclude each other: give one of them")
 
     def torch_device(self) -> torch.device:
-        """The device that was asked for.
+        """The chosen device.
 
         Raises:
-            UserError: if it is not there.
+            UserError: if it does not exist.
         """
         has_gpu = torch.cuda.is_available()
         check(has_gpu or self.device is not DeviceChoice.cuda, "device", "cuda", "cpu: PyTorch sees no CUDA GPU here")
@@ -55,17 +55,17 @@ class KVCacheOptions(Options):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured."""
+    """The measurements to make."""
 
     lines: list[Line]
-    outputs: tuple[int, ...]  # new tokens of the cells; of a line, those up to its own
-    speed: Line  # shows how much faster the cache is
-    growth: Line  # shows how time grows with the output
-    exponent_gap: float = MIN_EXPONENT_GAP  # that it must show
+    outputs: tuple[int, ...]  # new tokens of the cells; a line has those up to its own length
+    speed: Line  # shows the speed-up by the cache
+    growth: Line  # shows the growth of time with the output
+    exponent_gap: float = MIN_EXPONENT_GAP  # the gap that `growth` must show
 
 
 def plan_of(options: KVCacheOptions) -> Plan:
-    """Without the cache a long line takes long, so that a minute has room for one of them."""
+    """The lines to measure; a long line is so slow without the cache that only one fits in a minute."""
     if options.quick:
         speed, growth = Line(1, 768, 16), Line(4, 8, 48)
         return Plan([speed, growth], (8, 16, 48), speed, growth, exponent_gap=0.1)
@@ -77,10 +77,10 @@ def plan_of(options: KVCacheOptions) -> Plan:
 
 
 def measure(options: KVCacheOptions, log: Log) -> Numbers:
-    """Measure what the plan asks for.
+    """Measure the plan's lines.
 
     Raises:
-        UserError: if the device is not there.
+        UserError: if the device does not exist.
     """
     plan = plan_of(options)
     model, text, lines = load_tiny(options.torch_device()), prompt_source(), []
@@ -101,7 +101,7 @@ def measure(options: KVCacheOptions, log: Log) -> Numbers:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [
         _speed_claim(numbers["speed"], numbers["cells"]),
         _growth_claim(numbers["growth"], numbers["curves"], numbers["exponent_gap"]),
@@ -111,14 +111,14 @@ def claims_of(numbers: Numbers) -> list[Claim]:
 
 
 def _both(items: list[Numbers], **wanted: int) -> tuple[Numbers, Numbers]:
-    """With the cache and without it: the cells, or curves, that have what is wanted."""
+    """The two matching cells, or curves: with and without the cache."""
     matches = [item for item in items if all(item[key] == value for key, value in wanted.items())]
     with_cache, without = sorted(matches, key=lambda item: not item["kv_cache"])
     return with_cache, without
 
 
 def _power(curve: Numbers) -> float:
-    """The power with which time grows, from an eighth of the longest output on: a hiccup weighs much in others."""
+    """The power with which time grows, from an eighth of the longest output on: a hiccup distorts shorter ones."""
     points = [(n, s) for n, s in zip(curve["new"], curve["total_s"], strict=True) if 8 * n >= max(curve["new"])]
     return exponent(*zip(*points, strict=True))
 
@@ -151,7 +151,7 @@ def _text_claim(numbers: Numbers) -> Claim:
 
 
 def table_of(numbers: Numbers) -> str:
-    """The cells in Markdown, those with the cache and without it in one row."""
+    """The cells in Markdown, with and without the cache in one row."""
     cells = numbers["cells"]
     titles = ("batch", "prompt", "new", "first token, ms", "then tokens/s", "total, s", "times as fast", "peak, MiB")
     rows = []
@@ -173,7 +173,7 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """Time against the length of the output, memory against the number of tokens."""
+    """Draw time against the length of the output, and memory against the number of tokens."""
     line = numbers["growth"]
     batch = f", batch {line['batch']}" if line["batch"] > 1 else ""
     with drawn(file, (f"n tokens after a prompt of {line['prompt']}{batch}", "memory of the cache")) as (time, memory):
@@ -185,28 +185,28 @@ def draw(numbers: Numbers, file: Path) -> None:
 
 
 def _draw_time(axes: "Axes", line: dict[str, int], curves: list[Numbers]) -> None:
-    """The line's time against the length of its output, and the power with which it grows."""
+    """Draw a line's time against the length of its output, and the power with which it grows."""
     both = _both(curves, batch=line["batch"], prompt=line["prompt"])
-    for curve, colour, name in zip(both, (BLUE, ORANGE), ("with the cache", "without the cache"), strict=True):
+    for curve, color, name in zip(both, (BLUE, ORANGE), ("with the cache", "without the cache"), strict=True):
         label = f"{name}, as $n^{{{_power(curve):.2f}}}$"
-        axes.plot(curve["new"], curve["total_s"], color=colour, lw=3, label=label)
+        axes.plot(curve["new"], curve["total_s"], color=color, lw=3, label=label)
     axes.set_xlabel("n, new tokens")
     axes.set_ylabel("total time, s")
     axes.legend(frameon=False, loc="upper left")
 
 
 def _draw_memory(axes: "Axes", cells: list[Numbers]) -> None:
-    """The cache's bytes against the number of tokens it has room for, those of the formula as lines."""
-    for colour, batch in zip((GREEN, PINK), sorted({cell["batch"] for cell in cells}), strict=False):
+    """Draw the cache's bytes against the number of tokens it has room for, with the formula as lines."""
+    for color, batch in zip((GREEN, PINK), sorted({cell["batch"] for cell in cells}), strict=False):
         ours = {cell["prompt"] + cell["new"]: cell for cell in cells if cell["batch"] == batch}
         end = max(ours)
         height = ours[end]["closed_form_bytes"] / MIB
-        axes.plot((0, end), (0, height), color=colour, lw=2)
+        axes.plot((0, end), (0, height), color=color, lw=2)
         sizes = [cell["cache_bytes"] / MIB for cell in ours.values()]
-        axes.plot(list(ours), sizes, "o", color=colour, ms=9, clip_on=False)
-        axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=colour)
-    axes.plot([], [], "o", color=GREY, ms=9, label="measured")
-    axes.plot([], [], color=GREY, lw=2, label="formula")
+        axes.plot(list(ours), sizes, "o", color=color, ms=9, clip_on=False)
+        axes.annotate(f"  batch {batch}", (0.7 * end, 0.7 * height), va="top", color=color)
+    axes.plot([], [], "o", color=GRAY, ms=9, label="measured")
+    axes.plot([], [], color=GRAY, lw=2, label="formula")
     axes.legend(frameon=False, loc="lower right")
     axes.set_xlabel("tokens of a text, prompt and new ones")
     axes.set_ylabel("MiB")

@@ -1,8 +1,8 @@
-"""The measurements of `experiments.kv_cache`: greedy generation with the KV cache and without it, side by side.
+"""The measurements of `experiments.kv_cache`: greedy generation with and without the KV cache, in turns.
 
 A cell is {batch, prompt, new, kv_cache, first_token_s, decode_tokens_per_s, total_s, peak_memory_bytes, cache_bytes,
-closed_form_bytes}, a curve {batch, prompt, kv_cache, new: [...], total_s: [...]}; batch in texts, prompt and new in
-tokens.
+closed_form_bytes}, a curve {batch, prompt, kv_cache, new: [...], total_s: [...]}; `batch` counts texts, `prompt` and
+`new` tokens.
 """
 
 import time
@@ -23,15 +23,15 @@ from llama_ft.system import MIB
 
 DISTANCE = 500  # tokens of the text between the beginnings of two prompts
 STRIDE = 8  # new tokens between two points of a curve
-CHUNK = 16  # tokens that one generation makes before it is the other's turn
-FILLER = 5  # a token id where any will do
+CHUNK = 16  # tokens that one generation makes before the other's turn
+FILLER = 5  # an arbitrary token id
 
 Prompts = list[list[int]]  # token ids, of equal lengths
 
 
 @dataclass(frozen=True)
 class Line:
-    """A generation. Shorter outputs to the same prompts are its beginnings, so that it gives several cells."""
+    """A generation. Shorter outputs to the same prompts are its beginnings, so one line gives several cells."""
 
     batch: int  # texts
     prompt: int  # tokens of each
@@ -39,7 +39,7 @@ class Line:
 
 
 def measure_line(model: Transformer, text: list[int], line: Line, outputs: tuple[int, ...], repeats: int) -> Numbers:
-    """Generate `repeats` times: the cells and curves of the line, and how many of its texts differ."""
+    """Generate `repeats` times; return the line's cells and curves, and the number of its texts that differ."""
     prompts = [text[row * DISTANCE : row * DISTANCE + line.prompt] for row in range(line.batch)]
     rounds = [generate_side_by_side(model, prompts, line.new, round_ % 2 == 0) for round_ in range(repeats)]
     pairs = [pair for both in rounds for pair in zip(both[True].tokens(), both[False].tokens(), strict=True)]
@@ -59,7 +59,7 @@ def measure_line(model: Transformer, text: list[int], line: Line, outputs: tuple
 
 
 def _cell(model: Transformer, prompts: Prompts, new: int, kv_cache: bool, totals: list[float]) -> Numbers:
-    """The first `new` tokens of a generation whose seconds up to each token are `totals`."""
+    """The cell for the first `new` tokens of a generation, where `totals` are the seconds up to each token."""
     batch, tokens, bytes_each = len(prompts), len(prompts[0]) + new, model.output.weight.element_size()
     return {
         "new": new,
@@ -73,33 +73,33 @@ def _cell(model: Transformer, prompts: Prompts, new: int, kv_cache: bool, totals
 
 
 def closed_form(model: ModelConfig, batch: int, tokens: int, bytes_each: int) -> int:
-    """Bytes of the keys and the values of so many tokens, in all layers."""
+    """The bytes of the keys and values of `tokens` tokens in all layers."""
     return 2 * model.n_layers * model.n_kv_heads * model.head_dim * tokens * bytes_each * batch
 
 
 @dataclass
 class Generation:
-    """A generation as far as it has come."""
+    """A generation in progress."""
 
     state: GenerationState
     seconds: list[float] = field(default_factory=list)  # of each new token; the first one's includes the prompt
 
     def advance(self, n_tokens: int) -> None:
-        """Add the most probable token, so many times; EOS ends nothing."""
+        """Append the most probable token `n_tokens` times, without stopping at EOS."""
         for _ in range(n_tokens):
             began = time.perf_counter()
             chosen = self.state.next_logits().argmax(-1)
             self.state.append(chosen)
-            chosen.tolist()  # waits for the device, as whoever reads the text does
+            chosen.tolist()  # waits for the device, as reading the text would
             self.seconds.append(time.perf_counter() - began)
 
     def tokens(self) -> list[list[int]]:
-        """What was added to each prompt."""
+        """The tokens appended to each prompt."""
         return self.state.tokens[:, self.state.prompt_length :].tolist()
 
 
 def initial_state(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool) -> GenerationState:
-    """Prompts to go on from, in the dtype of the weights."""
+    """The prompts before generation, with a cache in the weights' dtype."""
     return GenerationState(model, prompts, n_new, kv_cache)
 
 
@@ -107,14 +107,14 @@ def initial_state(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bo
 def generate_side_by_side(
     model: Transformer, prompts: Prompts, n_new: int, cache_first: bool = True
 ) -> dict[bool, Generation]:
-    """Generate n_new tokens with the cache (True) and without it (False).
+    """Generate n_new tokens with (True) and without (False) the cache.
 
-    The two take turns, a few tokens each, so that whatever else the machine does disturbs both alike. Whose turn is
-    the first, and with it the first token's, the caller chooses.
+    The two take turns, a few tokens each, so that other load on the machine disturbs both equally. The caller chooses
+    which one generates the first tokens first.
     """
     both = {}
     for kv_cache in (True, False):
-        Generation(initial_state(model, prompts, 2, kv_cache)).advance(2)  # what is slow only once: libraries start
+        Generation(initial_state(model, prompts, 2, kv_cache)).advance(2)  # warm-up: libraries start
         both[kv_cache] = Generation(initial_state(model, prompts, n_new, kv_cache))
     turns = [both[cache_first], both[not cache_first]]
     for done in range(0, n_new, CHUNK):
@@ -125,16 +125,16 @@ def generate_side_by_side(
 
 
 def medians(rounds: list[list[float]]) -> list[float]:
-    """Each token's median over rounds of the same generation."""
+    """Each token's median seconds over rounds of the same generation."""
     return [median(seconds) for seconds in zip(*rounds, strict=True)]
 
 
 @torch.inference_mode()
 def peak_memory(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool) -> int:
-    """Bytes of all tensors alive at most, weights included, when n_new tokens are generated; not timed.
+    """The peak bytes of all tensors, including weights, when n_new tokens are generated; not timed.
 
-    On the CPU as the tracker counts them, on CUDA the allocator's maximum. What a step needs is given by its lengths
-    and grows with them: the first one, which computes the prompt, and the last one are run.
+    On the CPU the tracker counts them, on CUDA it is the allocator's maximum. A step's needs depend only on its lengths
+    and grow with them, so only the first step, which computes the prompt, and the last one are run.
     """
     first = _peak_bytes(model, lambda: initial_state(model, prompts, n_new, kv_cache).next_logits())
     state = initial_state(model, prompts, n_new, kv_cache)
@@ -144,19 +144,19 @@ def peak_memory(model: Transformer, prompts: Prompts, n_new: int, kv_cache: bool
     if state.cache is not None:
         held = [buffer for layer in state.cache.layers for buffer in (layer.keys, layer.values)]
         one = torch.zeros(1, dtype=torch.int64, device=state.tokens.device)
-        model(state.tokens[:, :-1], kv_cache=state.cache, logits_at=one)  # as the steps before would have left it
+        model(state.tokens[:, :-1], kv_cache=state.cache, logits_at=one)  # fill it as earlier steps would have
     return max(first, _peak_bytes(model, state.next_logits, held))
 
 
 @torch.inference_mode()
 def cache_bytes(model: Transformer, prompts: Prompts, n_new: int) -> int:
-    """Bytes of tensors that a generation of n_new tokens begins with, more than one without a cache."""
+    """The additional bytes that a generation of n_new tokens allocates at its start with a cache."""
     with_cache = _peak_bytes(model, lambda: initial_state(model, prompts, n_new, True))
     return with_cache - _peak_bytes(model, lambda: initial_state(model, prompts, n_new, False))
 
 
 def _peak_bytes(model: Transformer, act: Callable[[], object], held: Iterable[Tensor] = ()) -> int:
-    """Bytes of tensors alive at most while `act` runs: weights, those held, those that it makes."""
+    """The peak bytes of tensors while `act` runs: weights, tensors held and tensors that it creates."""
     device = model.output.weight.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

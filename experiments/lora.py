@@ -1,13 +1,13 @@
-"""`python -m experiments.lora`: what LoRA adds, saves and costs, and what changing tasks does to merged weights.
+"""`python -m experiments.lora`: LoRA's size, savings and costs, and the effect of changing tasks on merged weights.
 
-The layer is the library's. FLOPs are those that PyTorch counts while the built-in model runs; they repeat.
+The layer is the library's. FLOPs are counted by PyTorch while the built-in model runs, and are reproducible.
 """
 
 from pathlib import Path
 
 import torch
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, drawn
 from experiments.lora_costs import LENGTH, ROLES, backward_flops, flops, latency, tiny
 from experiments.shared import model_config, relative_error
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
@@ -17,7 +17,7 @@ from llama_ft.techniques.lora import LoRALinear, add_lora
 SIDE = 64  # of the square layer whose parameters are counted
 RANKS = (4, 8, 16, 32, 64)  # of LLaMA-2-7B's
 TARGETS = {"q, v": ["wq", "wv"], "all linear": ["wq", "wk", "wv", "wo", "w1", "w2", "w3"]}
-COURSE_PERCENT = 0.1243  # what PEFT prints for LLaMA-2-7B, r = 16, q and v
+COURSE_PERCENT = 0.1243  # printed by PEFT for LLaMA-2-7B, r = 16, q and v
 SWITCHES = 64
 MIN_SLOWDOWN = 1.02
 ROUNDING = {"fp32": 1e-5, "bf16": 1e-3}
@@ -38,21 +38,21 @@ def measure(options: Options, log: Log) -> Numbers:
 
 
 def at_the_start() -> float:
-    """The largest difference that a fresh adapter makes to the logits."""
+    """The largest difference that a new adapter makes to the logits."""
     tokens = torch.arange(1, LENGTH)[None]
     with torch.inference_mode():
         return float((tiny(lora=True)(tokens) - tiny(lora=False)(tokens)).abs().max())
 
 
 def factor_parameters() -> list[int]:
-    """Parameters of A and B for a square layer, by rank from 1 to its side."""
+    """The parameters of A and B for a square layer, by rank from 1 to its side."""
     base = torch.nn.Linear(SIDE, SIDE, bias=False)
     layers = [LoRALinear(base, rank, 1.0) for rank in range(1, SIDE + 1)]
     return [layer.lora_A.numel() + layer.lora_B.numel() for layer in layers]
 
 
 def trainable_percent(targets: list[str]) -> list[float]:
-    """Of LLaMA-2-7B, as PEFT counts it: of all parameters, the adapter's included. By rank."""
+    """The trainable share of LLaMA-2-7B by rank, of all parameters including the adapter's, as PEFT counts it."""
     percents = []
     for rank in RANKS:
         model = build(model_config("llama2_7b"))
@@ -63,7 +63,7 @@ def trainable_percent(targets: list[str]) -> list[float]:
 
 
 def switching(dtype: torch.dtype) -> list[float]:
-    """Two tasks' adapters merged and taken out in turn: how far the weight is from where it began, relatively."""
+    """The weight's relative distance from its start as two tasks' adapters are merged and removed in turn."""
     torch.manual_seed(0)
     base = torch.nn.Linear(256, 256, bias=False, dtype=dtype)
     before, tasks, distances = base.weight.detach().double().clone(), [], []
@@ -78,7 +78,7 @@ def switching(dtype: torch.dtype) -> list[float]:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [*_size_claims(numbers), *_cost_claims(numbers), *_switching_claims(**numbers["switching"])]
 
 
@@ -150,7 +150,7 @@ def _switching_claims(fp32: list[float], bf16: list[float]) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """Trained percent by rank and targets; FLOPs of backward by what they are for."""
+    """Trained percent by rank and targets; FLOPs of the backward pass by purpose."""
     percents, (full, lora) = numbers["trainable_percent"], (numbers["backward"][name] for name in ("full", "lora"))
     trained = list(zip(RANKS, *(percents[name] for name in TARGETS), strict=True))
     rows = [["forward", full["forward"] / 1e9, lora["forward"] / 1e9]]
@@ -164,11 +164,11 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """Trained percent against the rank, FLOPs of backward, and how a weight moves when tasks are changed."""
+    """Draw trained percent against the rank, FLOPs of backward, and a weight's drift as tasks are changed."""
     titles = ("trained, percent of LLaMA-2-7B", "7B, TFLOP of 404 tokens", "merged weight's distance from its start")
     with drawn(file, titles) as (left, middle, right):
-        for (name, percents), colour in zip(numbers["trainable_percent"].items(), (BLUE, ORANGE), strict=True):
-            left.plot(RANKS, percents, "o-", color=colour, lw=3, ms=9, label=name)
+        for (name, percents), color in zip(numbers["trainable_percent"].items(), (BLUE, ORANGE), strict=True):
+            left.plot(RANKS, percents, "o-", color=color, lw=3, ms=9, label=name)
         left.set(xscale="log", yscale="log", xlabel="r")
         left.set_xticks(list(RANKS), [str(rank) for rank in RANKS])
         left.set_yticks([0.03, 0.1, 0.3, 1, 3], ["0.03", "0.1", "0.3", "1", "3"])
@@ -177,14 +177,14 @@ def draw(numbers: Numbers, file: Path) -> None:
         ends, backward = [0.0, 0.0], [numbers["backward"][name] for name in ("full", "lora")]
         heights = {"forward": [flops["forward"] for flops in backward]}
         heights |= {role: [sum(flops[role].values()) for flops in backward] for role in reversed(ROLES)}
-        for (part, flops), colour in zip(heights.items(), (GREY, BLUE, ORANGE), strict=True):
-            middle.bar(["all weights", "LoRA"], [n / 1e12 for n in flops], 0.6, bottom=ends, color=colour, label=part)
+        for (part, flops), color in zip(heights.items(), (GRAY, BLUE, ORANGE), strict=True):
+            middle.bar(["all weights", "LoRA"], [n / 1e12 for n in flops], 0.6, bottom=ends, color=color, label=part)
             ends = [end + n / 1e12 for end, n in zip(ends, flops, strict=True)]
         middle.set_ylim(top=1.6 * max(ends))
         middle.legend(frameon=False, loc="upper right", reverse=True, fontsize=13)
-        for name, colour in (("bf16", ORANGE), ("fp32", GREEN)):
+        for name, color in (("bf16", ORANGE), ("fp32", GREEN)):
             values = numbers["switching"][name]
-            right.plot(range(1, 1 + len(values)), values, color=colour, lw=3, label=name)
+            right.plot(range(1, 1 + len(values)), values, color=color, lw=3, label=name)
         right.set(yscale="log", xlabel="updates added and taken out", ylim=(1e-9, 1))
         right.legend(frameon=False, loc="upper left")
 

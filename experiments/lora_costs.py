@@ -1,4 +1,4 @@
-"""What LoRA costs and saves: FLOPs and time of the forward pass, FLOPs of 7B's backward pass by what they are for."""
+"""LoRA's costs and savings: FLOPs and time of the forward pass, FLOPs of 7B's backward pass by purpose."""
 
 import time
 from collections import Counter
@@ -17,13 +17,13 @@ from llama_ft.model.transformer import Transformer
 from llama_ft.planning.operators import ATTENTION
 from llama_ft.techniques.lora import add_lora, lora_layers
 
-LENGTH = 64  # tokens whose FLOPs are counted, of tiny
-N_TOKENS = 404  # of 7B: the longest of Alpaca's first 200 samples
-ROLES = ("gradients of weights", "gradients of inputs")  # what a backward pass computes
+LENGTH = 64  # tokens whose FLOPs are counted, for tiny
+N_TOKENS = 404  # for 7B: the longest of Alpaca's first 200 samples
+ROLES = ("gradients of weights", "gradients of inputs")  # the results of a backward pass
 
 
 def tiny(lora: bool) -> Transformer:
-    """The built-in model, fp32, with the course's adapter or without."""
+    """The built-in model in fp32, with or without the course's adapter."""
     model = load_tiny()
     if lora:
         add_lora(model)  # its defaults are the course's: r = 16, alpha = 32, q and v
@@ -31,7 +31,7 @@ def tiny(lora: bool) -> Transformer:
 
 
 def flops() -> dict[str, int]:
-    """Of a forward pass of the tiny model: bare, with the adapter beside the weights, merged."""
+    """FLOPs of a forward pass of the tiny model: without adapter, with it next to the weights, and merged."""
     tokens = torch.arange(1, LENGTH + 1)[None]
 
     def counted(act: Callable[[], object]) -> int:
@@ -48,7 +48,7 @@ def flops() -> dict[str, int]:
 
 
 def latency(rounds: int) -> dict[str, float]:
-    """Median seconds of computing a token, with the adapter beside the weights and merged, the two taking turns."""
+    """Median seconds to compute a token with the adapter next to the weights and merged, in turns."""
     models = {"beside": tiny(lora=True), "merged": tiny(lora=True)}
     for layer in lora_layers(models["merged"]).values():
         layer.merge()
@@ -58,15 +58,15 @@ def latency(rounds: int) -> dict[str, float]:
             for name in ("beside", "merged") if number % 2 else ("merged", "beside"):
                 began = time.thread_time()
                 models[name](tokens)
-                if number >= 10:  # the first ones are slow for reasons of their own
+                if number >= 10:  # the first ones are a warm-up
                     seconds[name].append(time.thread_time() - began)
     return {name: median(times[1:]) for name, times in seconds.items()}
 
 
 class FlopsByOperator(TorchDispatchMode):
-    """FLOPs of matrix products by the weight that takes part, and by whether the result is its gradient; of attention.
+    """Counts FLOPs of attention, and of matrix products by weight and by role: the result is its gradient, or not.
 
-    Told by shapes: `N_TOKENS` is the size of no weight.
+    Shapes identify the weights, since no weight has a side of `N_TOKENS`.
     """
 
     OPERATORS: ClassVar = {
@@ -95,9 +95,9 @@ class FlopsByOperator(TorchDispatchMode):
 
 
 def backward_flops(lora: bool) -> Numbers:
-    """FLOPs of a forward pass, and of the backward pass by role and operator; of the adapter, or of all weights.
+    """FLOPs of a forward pass, and of the backward pass by role and operator, for the adapter or for all weights.
 
-    On fake tensors, counted as the planner counts them.
+    Counted on fake tensors, as in the planner.
     """
     with FakeTensorMode():
         model = Transformer(model_config("llama2_7b"))

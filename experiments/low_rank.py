@@ -1,6 +1,6 @@
-"""`python -m experiments.low_rank`: the singular value decomposition, what truncating it loses, two ways to split it.
+"""`python -m experiments.low_rank`: the singular value decomposition, its truncation error, two ways to split it.
 
-The split is put into the library's LoRA layer: the same product, from factors of equal size and from a one-sided pair.
+The splits are factors of the library's LoRA layer: the same product from factors of equal size and a one-sided pair.
 """
 
 import math
@@ -16,11 +16,11 @@ from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.techniques.lora import LoRALinear
 
 SIDE = 128  # of the pictures, pixels
-KEPT = (1, 2, 5, 10, 20)  # singular values of the picture in the figure
+KEPT = (1, 2, 5, 10, 20)  # numbers of singular values shown in the figure
 RANK = 8
 SMALL_SIDE, SMALL_RANK = 16, 4  # of the layer whose curvature is computed
 EXACT = 1e-10  # relative, in fp64
-SPREAD = (100.0, 1.0)  # the largest and the smallest singular value of the product that is split
+SPREAD = (100.0, 1.0)  # the largest and the smallest singular value of the split product
 
 
 def measure(options: Options, log: Log) -> Numbers:
@@ -36,7 +36,7 @@ def measure(options: Options, log: Log) -> Numbers:
 
 
 def picture() -> Tensor:
-    """A scene: a sky that gets lighter, hills, a sun, a fence. fp64 [SIDE, SIDE], 0 to 1."""
+    """A scene with a sky gradient, hills, a sun and a fence: fp64 [SIDE, SIDE], 0 to 1."""
     across = torch.linspace(0, 1, SIDE, dtype=torch.float64)
     down = across[:, None]
     image = 0.9 - 0.4 * down.expand(SIDE, SIDE)
@@ -49,14 +49,14 @@ def picture() -> Tensor:
 
 
 def random_orthogonal(rows: int, columns: int, seed: int) -> Tensor:
-    """Columns of length 1, at right angles. fp64 [rows, columns]."""
+    """A matrix with orthonormal columns: fp64 [rows, columns]."""
     generator = torch.Generator().manual_seed(seed)
     orthogonal: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=generator, dtype=torch.float64)).Q
     return orthogonal
 
 
 def decomposition(matrix: Tensor) -> Numbers:
-    """Orthogonality of the factors, singular values, and the error of each truncation, measured and by its formula."""
+    """Orthogonality of the factors, singular values, and the error of each truncation, measured and by formula."""
     u, values, v = torch.linalg.svd(matrix)
     eye, norm, sizes = torch.eye(len(matrix), dtype=matrix.dtype), matrix.norm(), range(1, len(values))
     thin = u[:, :RANK]
@@ -73,7 +73,7 @@ def decomposition(matrix: Tensor) -> Numbers:
 
 
 def rank_of_a_product() -> dict[str, float]:
-    """Singular values of B A for factors of rank 8: the 8th and the 9th, relative to the first."""
+    """The 8th and 9th singular values of B A for factors of rank 8, relative to the first."""
     generator = torch.Generator().manual_seed(2)
     b, a = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((SIDE, RANK), (RANK, SIDE)))
     values = torch.linalg.svdvals(b @ a)
@@ -81,7 +81,7 @@ def rank_of_a_product() -> dict[str, float]:
 
 
 def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple[LoRALinear, Tensor]:
-    """The library's layer, whose update is a given product, split evenly or one-sidedly; and the product."""
+    """A LoRA layer whose update is a given product, split evenly or one-sidedly; and the product."""
     u, v = random_orthogonal(side, rank, 3), random_orthogonal(side, rank, 4)
     values = torch.logspace(math.log10(SPREAD[0]), math.log10(SPREAD[1]), rank, dtype=torch.float64)
     left, right = (values.sqrt(), values.sqrt()) if balanced else (torch.ones_like(values), values)
@@ -95,10 +95,10 @@ def split_layer(balanced: bool, side: int = SIDE, rank: int = RANK) -> tuple[LoR
 
 
 def split(balanced: bool) -> dict[str, float]:
-    """Conditioning of the factors, and of the loss that has the product as its goal, at that goal or beside it."""
+    """Conditioning of the factors, and of a loss whose goal is the product or near it."""
     layer, product = split_layer(balanced)
     output: Tensor = layer(torch.eye(SIDE, dtype=torch.float64))
-    goal = product + random_orthogonal(SIDE, SIDE, 5)  # beside the product, in all directions
+    goal = product + random_orthogonal(SIDE, SIDE, 5)  # away from the product in all directions
     loss = (output - goal.T).square().sum() / 2
     to_a, to_b = (gradient.norm().item() for gradient in torch.autograd.grad(loss, [layer.lora_A, layer.lora_B]))
     return {
@@ -111,9 +111,9 @@ def split(balanced: bool) -> dict[str, float]:
 
 
 def curvature(balanced: bool) -> float:
-    """The largest eigenvalue of the loss's Hessian at its goal: gradient descent needs a rate below 2 over it.
+    """The largest eigenvalue of the loss's Hessian at its goal: gradient descent needs a rate below 2 divided by it.
 
-    Of a layer that is small enough for the whole Hessian; its singular values have the same largest and smallest one.
+    Computed for a layer small enough for the whole Hessian, with the same largest and smallest singular value.
     """
     layer, product = split_layer(balanced, SMALL_SIDE, SMALL_RANK)
     inputs, n = torch.eye(SMALL_SIDE, dtype=torch.float64), layer.lora_A.numel()
@@ -129,7 +129,7 @@ def curvature(balanced: bool) -> float:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [
         *_truncation_claims(numbers["picture"], numbers["flat"], numbers["product"]),
         *_split_claims(numbers["balanced"], numbers["one_sided"]),
@@ -204,14 +204,14 @@ def _split_claims(even: Numbers, one_sided: Numbers) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """The two splits."""
+    """The two splits' numbers."""
     keys = list(numbers["balanced"])
     rows = [[name, *(numbers[name][key] for key in keys)] for name in ("balanced", "one_sided")]
     return table(("", *(key.replace("_", " ") for key in keys)), rows)
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """The picture truncated, and the error against what is kept."""
+    """Draw the truncated picture, and the error against the number of singular values kept."""
     image = picture()
     u, values, v = torch.linalg.svd(image)
     with drawn(file, ("the first k singular values", "error of keeping k of them")) as (left, right):

@@ -1,25 +1,25 @@
-"""`python -m experiments.mixed_precision`: what 16 bit does to gradients, to updates and to memory.
+"""`python -m experiments.mixed_precision`: the effect of 16 bit on gradients, updates and memory.
 
-Gradients are those of the built-in model on built-in records, in the library's precisions; memory is the planner's.
+Gradients are those of the built-in model on built-in records, in the library's precisions; memory is planned.
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.mixed_precision_runs import memory_map, scaling, underflow, updates
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SCALES, QUICK_SCALES = (0, 4, 8, 16, 24), (0, 16, 24)  # powers of 2 that the loss is multiplied by
-FIRST_SCALE = 16  # the power that GradScaler begins with
+SCALES, QUICK_SCALES = (0, 4, 8, 16, 24), (0, 16, 24)  # exponents of 2 of the loss scale
+FIRST_SCALE = 16  # GradScaler's first exponent
 MODELS = {"tiny": "3.4M", "llama3_2_1b": "1.2B", "llama2_7b": "6.7B"}
 TOKENS, QUICK_TOKENS = (128, 1024, 8192, 65536), (128, 65536)  # of a micro-batch
 FEW, MANY = "128", "65536"
 LABELS = {"full": "full", "lora_plain": "LoRA (fp32)", "lora_16bit": "LoRA (16 bit)"}
-"""What is trained, and how what is frozen is stored."""
+"""The trained weights, and the storage of frozen ones."""
 NONE = 1e-6  # percent in the figure
 HALVED = 0.6  # of the memory before, or less
 
@@ -37,7 +37,7 @@ def measure(options: Options, log: Log) -> Numbers:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [
         *_gradient_claims(**numbers["underflow"]),
         *_step_claims(numbers["updates"], numbers["scaling"]),
@@ -134,14 +134,14 @@ def _memory_claims(memory: Numbers, with_ga: float) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """The map."""
+    """The memory map."""
     memory = numbers["memory"]
     rows = [[name, *(f"{percent:.0f}%" for percent in percents)] for name, percents in _rows(memory).items()]
     return table(("peak with MP, of that without, by tokens in a micro-batch", *map(str, memory["tokens"])), rows)
 
 
 def _rows(memory: Numbers) -> dict[str, list[float]]:
-    """Peaks with mixed precision, in percent of those without, by setting and model."""
+    """Peaks with mixed precision, as percentages of those without, by setting and model."""
     return {
         f"{LABELS[setting]}, {MODELS[model]}": [100 * ratios[str(n)] for n in memory["tokens"]]
         for setting, models in memory["peak"].items()
@@ -150,16 +150,16 @@ def _rows(memory: Numbers) -> dict[str, list[float]]:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """What is lost against the loss scale, and the map of memory."""
+    """Draw the share of lost elements against the loss scale, and the map of memory."""
     with drawn(file, ("gradient in fp16, percent of its elements", "peak with MP, percent")) as (lost, memory):
-        for stage, colour, name in (("start", BLUE, "at the start"), ("later", ORANGE, "loss has fallen")):
+        for stage, color, name in (("start", BLUE, "at the start"), ("later", ORANGE, "loss has fallen")):
             by_power = numbers["underflow"][stage]["fp16"]
             powers = [int(power) for power in by_power]
             for key, style, what in (("lost", "o-", "become 0"), ("not_finite", "x--", "overflow")):
                 shares = [max(NONE, 100 * result[key]) for result in by_power.values()]
-                lost.plot(powers, shares, style, color=colour, lw=3, ms=10, mew=3, label=f"{name}, {what}")
-        lost.vlines(FIRST_SCALE, 0.5 * NONE, 100, color=GREY, ls=":", lw=3)
-        lost.text(FIRST_SCALE - 0.4, 100, "GradScaler's\nfirst scale", color=GREY, va="top", ha="right")
+                lost.plot(powers, shares, style, color=color, lw=3, ms=10, mew=3, label=f"{name}, {what}")
+        lost.vlines(FIRST_SCALE, 0.5 * NONE, 100, color=GRAY, ls=":", lw=3)
+        lost.text(FIRST_SCALE - 0.4, 100, "GradScaler's\nfirst scale", color=GRAY, va="top", ha="right")
         lost.set(yscale="log", xlabel="loss times 2 to the power of", ylim=(0.5 * NONE, 1e5), xticks=list(SCALES))
         lost.minorticks_off()
         lost.set_yticks([NONE, 1e-4, 1e-2, 1, 100], ["none", "0.0001", "0.01", "1", "100"])
@@ -168,13 +168,13 @@ def draw(numbers: Numbers, file: Path) -> None:
 
 
 def _draw_map(axes: "Axes", memory: Numbers) -> None:
-    """Settings and models from top to bottom, tokens from left to right; red is more, blue is less than without."""
+    """Draw settings and models from top to bottom, tokens from left to right; red is more than without, blue less."""
     tokens, rows = [str(n) for n in memory["tokens"]], _rows(memory)
     axes.imshow(list(rows.values()), cmap="RdBu_r", vmin=40, vmax=160, aspect="auto")
     for y, row in enumerate(rows.values()):
         for x, ratio in enumerate(row):
-            colour = "white" if ratio < 60 or ratio > 140 else "black"
-            axes.text(x, y, f"{ratio:.0f}", ha="center", va="center", fontsize=14, color=colour)
+            color = "white" if ratio < 60 or ratio > 140 else "black"
+            axes.text(x, y, f"{ratio:.0f}", ha="center", va="center", fontsize=14, color=color)
     axes.set_xticks(range(len(tokens)), tokens)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.tick_params(length=0, labelsize=13)

@@ -23,12 +23,12 @@ from llama_ft.techniques.mixed_precision import CPU_16BIT_PAD_MULTIPLE, Precisio
 from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.step import TrainStep, summed_loss
 
-N_RECORDS, N_STEPS, STEP_LR = 4, 10, 1e-3  # the records that gradients are of, and how the loss on them is made to fall
+N_RECORDS, N_STEPS, STEP_LR = 4, 10, 1e-3  # the records, and the steps that lower the loss on them
 COURSE_LR = 1e-5
-OVERFLOW_AT, GROWTH_INTERVAL = 100, 2000  # optimizer steps: the one that overflows; GradScaler's own
+OVERFLOW_AT, GROWTH_INTERVAL = 100, 2000  # optimizer steps: the one that overflows; GradScaler's interval
 FORMATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LONGEST = 1024  # tokens of a sample in a micro-batch
-SETTINGS = {  # combination and mp.frozen_weights, without mixed precision and with it
+SETTINGS = {  # combination and mp.frozen_weights, without and with mixed precision
     "full": (("baseline", "compute"), ("mp", "compute")),
     "full_ga": (("ga", "compute"), ("ga_mp", "compute")),
     "lora_plain": (("lora", "compute"), ("mp_lora", "fp32")),
@@ -37,14 +37,14 @@ SETTINGS = {  # combination and mp.frozen_weights, without mixed precision and w
 
 
 def records_batch() -> Batch:
-    """The first built-in training records, side by side."""
+    """The first built-in training records as a padded batch."""
     tokenizer = tiny_tokenizer()
     samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in sample_records("train", N_RECORDS)]
     return collate(samples, Padding(CPU_16BIT_PAD_MULTIPLE))
 
 
 def gradient(model: Transformer, batch: Batch, precision: Precision, scale: float = 1.0) -> Tensor:
-    """Of the batch's mean loss times a scale, flat, fp32, as a precision computes it."""
+    """The flattened fp32 gradient of the batch's mean loss times a scale, as computed in a precision."""
     model.zero_grad(set_to_none=True)
     use_products_of(CPU, precision.compute)
     with precision.autocast():
@@ -54,7 +54,7 @@ def gradient(model: Transformer, batch: Batch, precision: Precision, scale: floa
 
 
 def underflow(scales: Sequence[int], log: Log) -> Numbers:
-    """What fp16 and bf16 make of the gradient, when fine-tuning begins and when the loss has fallen."""
+    """The gradient's errors in fp16 and bf16, when fine-tuning begins and when the loss has fallen."""
     model, batch = load_tiny().train(), records_batch()
     log("gradients in 16 bit, start")
     start = underflow_of(model, batch, scales)
@@ -64,7 +64,7 @@ def underflow(scales: Sequence[int], log: Log) -> Numbers:
 
 
 def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> Numbers:
-    """Shares of the elements that are not 0 in fp32 but in 16 bit, and of those that are not finite; relative error."""
+    """Shares of elements that are 0 only in 16 bit, and that are not finite; the relative error."""
     exact = gradient(model, batch, Precision("cpu"))
     nonzero = exact != 0
     with torch.no_grad():
@@ -84,7 +84,7 @@ def underflow_of(model: Transformer, batch: Batch, scales: Sequence[int]) -> Num
 
 
 def take_steps(model: Transformer, batch: Batch, n_steps: int, lr: float, precision: Precision | None = None) -> None:
-    """Optimizer steps of the library on the same batch."""
+    """Take optimizer steps of the library on the same batch."""
     optimizer = make_optimizer(model.parameters(), TrainingConfig(lr=lr))
     step = TrainStep(model, optimizer, precision or Precision("cpu"), max_grad_norm=1.0)
     for _ in range(n_steps):
@@ -92,10 +92,10 @@ def take_steps(model: Transformer, batch: Batch, n_steps: int, lr: float, precis
 
 
 def updates() -> dict[str, float]:
-    """Of the weights that a step at the course's learning rate moves in fp32, the share that it leaves in 16 bit.
+    """The share of weights that a step at the course's learning rate moves in fp32 but leaves unchanged in 16 bit.
 
-    `fp16` and `bf16`: the update added to the rounded weight, and rounded. `bf16_run`: a step of the library with
-    `mp.trainable_weights=compute`, whose optimizer rounds for itself.
+    `fp16` and `bf16`: the update is added to the rounded weight, and the sum is rounded. `bf16_run`: a step of the
+    library with `mp.trainable_weights=compute`, whose optimizer does the rounding.
     """
     batch = records_batch()
 
@@ -117,7 +117,7 @@ def updates() -> dict[str, float]:
 
 
 def scaling() -> Numbers:
-    """The library's GradScaler over steps of one weight, one of which overflows: its scale at the end of each step."""
+    """Run the library's GradScaler over steps of one weight, one of which overflows; report its scale's changes."""
     weight = torch.nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], lr=1e-4)
     scaler = Precision("cpu", torch.float16).scaler()
@@ -141,9 +141,9 @@ def scaling() -> Numbers:
 
 
 def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> dict[str, float]:
-    """Peak and most activations, MiB, of a step on a micro-batch of so many tokens, on a card with bf16.
+    """The peaks of memory and of activations, MiB, in a step on a micro-batch of `n_tokens`, on a card with bf16.
 
-    Samples have `LONGEST` tokens, or the micro-batch is one of fewer; half of each is trained on.
+    Samples have up to `LONGEST` tokens; half of each is trained on.
     """
     size = -(-n_tokens // LONGEST)
     keys = {"model": model, "optim": combination, "mp.frozen_weights": frozen, "training.micro_batch_size": size}
@@ -154,7 +154,7 @@ def planned_memory(model: str, n_tokens: int, combination: str, frozen: str) -> 
 
 
 def memory_map(settings: Iterable[str], models: Iterable[str], tokens: Sequence[int]) -> Numbers:
-    """Memory with mixed precision over that without: `peak` and `activation` by setting, model and tokens."""
+    """Memory with mixed precision divided by that without: `peak` and `activation` by setting, model and tokens."""
     cells = list(product(settings, models, tokens))
     pairs = {(s, m, n): [(m, n, *run) for run in SETTINGS[s]] for s, m, n in cells}
     jobs = {run: run for pair in pairs.values() for run in pair}  # settings share some

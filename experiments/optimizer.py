@@ -1,6 +1,6 @@
-"""`python -m experiments.optimizer`: what AdamW keeps and needs while it steps, how it decays weights, the schedule.
+"""`python -m experiments.optimizer`: AdamW's state, its memory during a step, its weight decay, and the schedule.
 
-The optimizer and the schedule are the library's; PyTorch's other forms and its Adam stand beside them.
+The optimizer and the schedule are the library's, compared with PyTorch's other forms and its Adam.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from experiments.figure import BLUE, GREEN, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, GREEN, ORANGE, drawn
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config import TrainingConfig
 from llama_ft.measure.memory import MemoryTracker
@@ -21,47 +21,47 @@ from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.setup import make_schedule
 
 FORMS = ("fused", "foreach", "loop")
-N_LAYERS, WIDTH = 8, 256  # of the network whose step is watched
-STATE_BYTES = 8  # a parameter: two moments in fp32
+N_LAYERS, WIDTH = 8, 256  # of the network whose step is tracked
+STATE_BYTES = 8  # per parameter: two moments in fp32
 STEPS, WARMUP, LR = 100, 0.1, 1e-3
 DECAY = 0.1
 EXACT = 1e-6
 
 
 def measure(options: Options, log: Log) -> Numbers:
-    """Watch steps, decay weights, follow schedules."""
+    """Track steps, decay weights, follow schedules."""
     log("steps of three forms, decay, schedules")
     return {"memory": {form: memory_of(form) for form in FORMS}, "decays": decays(), "schedules": schedules()}
 
 
 def optimizer_of(form: str, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW: the library's, which is fused, or PyTorch's in another form."""
+    """The library's AdamW, which is fused, or PyTorch's in another form."""
     if form == "fused":
         return make_optimizer(parameters, TrainingConfig())
     return torch.optim.AdamW(list(parameters), foreach=form == "foreach")
 
 
 def memory_of(form: str) -> dict[str, float]:
-    """Bytes a parameter: AdamW's state, and what else lives at the worst instant of a step."""
+    """Bytes per parameter of AdamW's state, and of everything else at the peak of a step."""
     network = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(N_LAYERS)))
     parameters = list(network.parameters())
     optimizer, n_parameters = optimizer_of(form, parameters), N_LAYERS * WIDTH * WIDTH
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    optimizer.step()  # makes the state
+    optimizer.step()  # creates the state
     states = [tensor for values in optimizer.state.values() for tensor in values.values()]
     state = sum(tensor.nbytes for tensor in states)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     with MemoryTracker(network, optimizer, [*states, *gradients]) as tracker:
         optimizer.step()
-    more = tracker.result().peak_mib * MIB - state - 8 * n_parameters  # beside parameters and gradients
+    more = tracker.result().peak_mib * MIB - state - 8 * n_parameters  # without parameters and gradients
     return {"state": state / n_parameters, "temporary": more / n_parameters}
 
 
 def decays() -> dict[str, list[float]]:
-    """What share of a weight 100 steps of decay alone take away, where its gradient is small, and where it is large.
+    """The share of a weight removed by 100 steps of decay, for gradients of different sizes.
 
-    The gradient's sign changes from step to step, so that it moves the weight nowhere; its size is all that differs.
+    The gradient's sign alternates, so that it does not move the weight; only its size differs.
     """
 
     def after(make: Callable[..., torch.optim.Optimizer], size: float, **options: Any) -> float:
@@ -82,7 +82,7 @@ def decays() -> dict[str, list[float]]:
 
 
 def schedules() -> dict[str, list[float]]:
-    """Learning rates of a run's steps, and of PyTorch's cosine up to twice its T_max."""
+    """The learning rates of a run's steps, and of PyTorch's cosine up to twice its T_max."""
 
     def rates(make: Callable[[torch.optim.Optimizer], Any], n_steps: int) -> list[float]:
         optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=LR)
@@ -100,7 +100,7 @@ def schedules() -> dict[str, list[float]]:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [
         *_memory_claims(numbers["memory"]),
         *_decay_claims(numbers["decays"]["AdamW"], numbers["decays"]["Adam"]),
@@ -166,13 +166,13 @@ def _schedule_claims(ours: list[float], cosine: list[float]) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """Bytes by form."""
+    """Bytes per parameter by form."""
     rows = [[form, numbers["memory"][form]["state"], numbers["memory"][form]["temporary"]] for form in FORMS]
     return table(("AdamW, bytes a parameter", "state", "more while it steps"), rows)
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """Bytes a parameter by form, and the schedules."""
+    """Draw bytes per parameter by form, and the schedules."""
     with drawn(file, ("AdamW, bytes a parameter", "learning rate, share of the peak")) as (bars, lines):
         state, more = ([numbers["memory"][form][key] for form in FORMS] for key in ("state", "temporary"))
         bars.bar(FORMS, state, color=BLUE, label="state")
@@ -182,8 +182,8 @@ def draw(numbers: Numbers, file: Path) -> None:
         ours, cosine = numbers["schedules"]["ours"], numbers["schedules"]["cosine"]
         lines.plot([rate / LR for rate in cosine], color=ORANGE, lw=3, label="CosineAnnealingLR")
         lines.plot([rate / LR for rate in ours], color=GREEN, lw=3, label="ours")
-        lines.vlines(STEPS, 0, 1.15, color=GREY, ls=":", lw=3)
-        lines.text(STEPS + 4, 1.06, "T_max, end of the run", color=GREY)
+        lines.vlines(STEPS, 0, 1.15, color=GRAY, ls=":", lw=3)
+        lines.text(STEPS + 4, 1.06, "T_max, end of the run", color=GRAY)
         lines.set(xlabel="optimizer step", ylim=(0, 1.5))
         lines.legend(frameon=False, loc="upper left")
 

@@ -1,4 +1,4 @@
-"""What several studies share: the built-in model and data, gradients and how far apart they are."""
+"""Code shared by several studies: the built-in model and data, gradients and their errors."""
 
 import json
 from itertools import accumulate
@@ -26,7 +26,7 @@ def model_config(name: str) -> ModelConfig:
 
 
 def load_tiny(device: torch.device = CPU) -> Transformer:
-    """The tiny model as it ships, fp32: random weights would soon repeat one token, and their texts prove little."""
+    """The built-in tiny model in fp32: random weights would soon repeat one token, and their texts prove little."""
     return lf.load("tiny", device=device)[0].eval()
 
 
@@ -58,16 +58,16 @@ def alpaca_samples() -> list[Sample]:
 
 
 def gradient_of(module: nn.Module) -> Tensor:
-    """The gradient of all parameters that have one, flat."""
+    """The flattened gradient of all parameters that have one."""
     return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
 
 
 @torch.no_grad()
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """The norm of the difference, relative to that of what is expected."""
+    """The norm of the difference, relative to the norm of the expected value."""
     return float((value - expected).norm() / expected.norm())
 
 
 def largest_error(value: Tensor, expected: Tensor) -> float:
-    """The largest difference, relative to the largest number that is expected."""
+    """The largest difference, relative to the largest expected number."""
     return ((value - expected).abs().max() / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""The frame of a study: its options, what it claims, the files that it leaves, its exit status."""
+"""The framework of a study: its options, claims, output files and exit status."""
 
 import json
 import math
@@ -27,20 +27,20 @@ SCHEMA_VERSION = 1
 EXIT_STATUS = "Exit status: 0 if every claim holds, 1 if one fails, 2 if it could not be finished, 130 if interrupted."
 
 Numbers = dict[str, Any]  # everything measured, in JSON's types
-Log = Callable[[str], None]  # tells the user how far it is
+Log = Callable[[str], None]  # reports progress
 T = TypeVar("T", bound="Options")
 
 
 @dataclass
 class Options:
-    """What every study can be told."""
+    """Options of every study."""
 
-    quick: bool = setting(False, "less of what takes long: it shows that the study works, and is not to be quoted")
-    output: str | None = setting(None, f"folder of figure, table and numbers; null is {OUTPUT}/NAME")
+    quick: bool = setting(False, "do less of the slow parts: a check that the study works, not results to quote")
+    output: str | None = setting(None, f"folder for figure, table and numbers; null is {OUTPUT}/NAME")
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
     def torch_device(self) -> "torch.device":
-        """Where the study runs."""
+        """The device that the study runs on."""
         import torch
 
         return torch.device("cpu")
@@ -48,23 +48,23 @@ class Options:
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence that numbers bear out, or not."""
+    """A sentence that the numbers confirm, or not."""
 
     text: str
-    """What is claimed, its threshold included."""
+    """The claim, including its threshold."""
     holds: bool
     numbers: dict[str, float]
-    """What was measured, by name."""
+    """The measurements, by name."""
 
     def line(self) -> str:
-        """For people: HOLDS or FAILS, the claim, the numbers."""
+        """A line with HOLDS or FAILS, the claim and the numbers."""
         numbers = ", ".join(f"{name.replace('_', ' ')} {shown(value)}" for name, value in self.numbers.items())
         return f"{'HOLDS' if self.holds else 'FAILS'}: {self.text} ({numbers})"
 
 
 @dataclass(frozen=True)
 class Study:
-    """An experiment that can be run. Only `measure` runs anything: the rest follows from its numbers alone."""
+    """An experiment. Only `measure` runs anything: all the rest follows from its numbers."""
 
     name: str
     options: type[Options]
@@ -72,30 +72,30 @@ class Study:
     """Given the options."""
     claims_of: Callable[[Numbers], list[Claim]]
     table_of: Callable[[Numbers], str]
-    """The numbers for people, in Markdown."""
+    """Formats the numbers in Markdown."""
     draw: Callable[[Numbers, Path], None]
     """Draws the figure into a PNG file."""
 
 
 @dataclass(frozen=True)
 class StudyUsage(cli.Usage):
-    """`--help` of a study, which is no module of llama_ft's."""
+    """`--help` of a study, which is not a module of llama_ft."""
 
     study: str = ""
 
     @property
     def module(self) -> str:
-        """What follows `python -m`."""
+        """The name after `python -m`."""
         return f"experiments.{self.study}".rstrip(".")
 
 
 def main(study: Study) -> None:
-    """Be `python -m experiments.NAME`."""
+    """Run `python -m experiments.NAME`."""
     run_command(lambda: conduct(study, sys.argv[1:]), STUDIES[study.name], study.options, study.name)
 
 
 def run_command(function: Callable[[], int], purpose: str, options: type[Options], study: str = "") -> None:
-    """Be `python -m experiments.STUDY`, or `python -m experiments`."""
+    """Run `python -m experiments.STUDY`, or `python -m experiments`."""
     ConfigStore.instance().store(name="study_schema", node=options)  # for --help
     about, examples = f"{purpose} {EXIT_STATUS}", ("quick=true", "output=DIR tracker=wandb")
     cli.run_command(function, StudyUsage("study", about, "[KEY=VALUE ...]", options, examples, study=study))
@@ -105,14 +105,14 @@ def read_options(arguments: list[str], schema: type[T]) -> T:
     """The options, from KEY=VALUE arguments.
 
     Raises:
-        UserError: naming the key that is wrong.
+        UserError: names the key that is wrong.
     """
-    ConfigStore.instance().store(name="study_schema", node=schema)  # of conf/study.yaml
+    ConfigStore.instance().store(name="study_schema", node=schema)  # for conf/study.yaml
     return cli.composed_config("study", arguments, schema)
 
 
 def conduct(study: Study, arguments: list[str]) -> int:
-    """Run the study, print what it claims, and leave NAME.json, NAME.md and NAME.png.
+    """Run the study, print its claims, and write NAME.json, NAME.md and NAME.png.
 
     Returns:
         0 if every claim holds, else 1.
@@ -125,8 +125,8 @@ def conduct(study: Study, arguments: list[str]) -> int:
 
     options = read_options(arguments, study.options)
     with output_folder(options.output or str(OUTPUT / study.name), "experiments", study.name) as folder:
-        torch.set_num_threads(1)  # a study's tensors gain little from more, and lose much where a core is taken
-        numbers = json.loads(json.dumps(study.measure(options, _log)))  # as whoever reads the file has them
+        torch.set_num_threads(1)  # a study's tensors gain little from more threads, and lose much if a core is busy
+        numbers = json.loads(json.dumps(study.measure(options, _log)))  # as read from the file
         claims, table = study.claims_of(numbers), study.table_of(numbers)
         record = _record(study, options, claims) | numbers
         files = [folder / f"{study.name}.{kind}" for kind in ("json", "md", "png")]
@@ -147,7 +147,7 @@ def _log(line: str) -> None:
 
 
 def _track(name: str, tracker: TrackerConfig, claims: Sequence[Claim], files: Sequence[Path]) -> None:
-    """Report the study where runs are reported too."""
+    """Report the study to the tracker."""
     from llama_ft.tracking import track_study
 
     numbers: dict[str, float] = {"claims": len(claims), "claims_held": sum(claim.holds for claim in claims)}
@@ -157,7 +157,7 @@ def _track(name: str, tracker: TrackerConfig, claims: Sequence[Claim], files: Se
 
 
 def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str, Any]:
-    """What the JSON file holds beside the numbers: what they depend on, and what they say."""
+    """The content of the JSON file besides the numbers: their conditions and the claims."""
     from llama_ft.device import device_name, versions
     from llama_ft.system import MIB, total_memory_bytes
 
@@ -175,7 +175,7 @@ def _record(study: Study, options: Options, claims: Sequence[Claim]) -> dict[str
 
 
 def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table in Markdown, its columns aligned for whoever reads it as it is."""
+    """A table in Markdown, with aligned columns so that its source is readable."""
     cells = [list(titles), *([value if isinstance(value, str) else shown(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(titles))]
     cells.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
@@ -184,10 +184,10 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A number for people: four digits of a small one, all before the point of a large one."""
+    """Format a number: four digits of a small one, all digits before the point of a large one."""
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.4g}"
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of the size with which the values grow: the slope of a line through them on logarithmic axes."""
+    """The power of the size with which values grow: the slope of a line through them on logarithmic axes."""
     return linear_regression([math.log(size) for size in sizes], [math.log(value) for value in values]).slope

@@ -1,7 +1,7 @@
-"""`python -m experiments.tokenizer`: what LLaMA-2's kind of tokenizer does to text, and how long Alpaca's samples are.
+"""`python -m experiments.tokenizer`: how LLaMA-2's kind of tokenizer treats text, and the lengths of Alpaca's samples.
 
-Texts go through the built-in tokenizer, or `tokenizer=FILE`. Lengths are those of Alpaca's first 200 records with
-LLaMA-2's tokenizer, which ship as counts without the text.
+Texts are tokenized by the built-in tokenizer, or `tokenizer=FILE`. Lengths are those of Alpaca's first 200 records with
+LLaMA-2's tokenizer, shipped as counts without the text.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from experiments.figure import BLUE, GREY, ORANGE, drawn
+from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.shared import alpaca_samples, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
 from llama_ft.config.checks import setting
@@ -30,9 +30,9 @@ BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 
 @dataclass
 class TokenizerOptions(Options):
-    """What this study can be told."""
+    """Options of this study."""
 
-    tokenizer: str | None = setting(None, "a tokenizer.model, LLaMA-2's say; null is the built-in one")
+    tokenizer: str | None = setting(None, "a tokenizer.model, such as LLaMA-2's; null is the built-in one")
 
 
 def measure(options: TokenizerOptions, log: Log) -> Numbers:
@@ -52,13 +52,13 @@ def measure(options: TokenizerOptions, log: Log) -> Numbers:
 
 
 def characters() -> list[str]:
-    """Characters of all scripts, assigned or not, but no halves of surrogate pairs."""
+    """Random characters of all scripts, assigned or not, without surrogates."""
     points = [*range(0x20, 0xD800), *range(0xE000, 0x1FB00)]
     return [chr(point) for point in random.Random(0).choices(points, k=N_CHARACTERS)]
 
 
 def text_quirks(tokenizer: Tokenizer) -> Numbers:
-    """What the tokenizer does to words and characters."""
+    """The tokenizer's effects on words and characters."""
     texts, special = [TEXT, f" {TEXT}", "two  spaces", "\ttab\n", *characters()], {tokenizer.bos_id, tokenizer.eos_id}
     before = len(tokenizer.encode("a"))
     sizes = [(len(tokenizer.encode(f"a{text}")) - before, len(text.encode())) for text in characters()]
@@ -79,7 +79,7 @@ def text_quirks(tokenizer: Tokenizer) -> Numbers:
 
 
 def record_quirks(tokenizer: Tokenizer, records: Sequence[Record]) -> Numbers:
-    """What the tokenizer makes of built-in records."""
+    """The tokenizer's effects on built-in records."""
     special = {tokenizer.bos_id, tokenizer.eos_id}
     samples = [ALPACA_TEMPLATE.sample(record, tokenizer) for record in records]
     prompts = [(prompt_text(record.instruction, record.input), record.output) for record in records]
@@ -99,7 +99,7 @@ def record_quirks(tokenizer: Tokenizer, records: Sequence[Record]) -> Numbers:
 
 
 def lengths_of(samples: Sequence[Sample]) -> Numbers:
-    """How long the samples are, how much of them is trained on, and what padding adds to micro-batches of them."""
+    """The samples' lengths, the tokens trained on, and the share of padding in micro-batches of them."""
     n_tokens = [len(sample) for sample in samples]
     padding = {}
     for size in BATCH_SIZES:
@@ -117,7 +117,7 @@ def lengths_of(samples: Sequence[Sample]) -> Numbers:
 
 
 def claims_of(numbers: Numbers) -> list[Claim]:
-    """What the numbers say of each claim."""
+    """The claims, checked against the numbers."""
     return [*_quirk_claims(numbers["quirks"]), *_length_claims(numbers["lengths"])]
 
 
@@ -184,7 +184,7 @@ def _length_claims(lengths: Numbers) -> list[Claim]:
 
 
 def table_of(numbers: Numbers) -> str:
-    """Tokens of the samples, and padding by the size of a micro-batch."""
+    """Tokens of the samples, and padding by micro-batch size."""
     lengths = numbers["lengths"]
     keys = ("samples", "tokens", "median", "longest", "trained")
     rows = [[size, f"{100 * share:.1f}%"] for size, share in lengths["padding"].items()]
@@ -193,21 +193,21 @@ def table_of(numbers: Numbers) -> str:
 
 
 def draw(numbers: Numbers, file: Path) -> None:
-    """The samples by their length, what is trained of them in colour; and padding by the size of a micro-batch."""
+    """Draw the samples by length, with the trained part in color, and padding by micro-batch size."""
     lengths = numbers["lengths"]
     with drawn(file, (f"{lengths['samples']} samples, tokens", "positions computed, percent")) as (tokens, share):
         ordered = sorted(lengths["each"], key=lambda pair: pair[1])
         prompts = [n_prompt for n_prompt, _ in ordered]
         answers = [n_tokens - n_prompt for n_prompt, n_tokens in ordered]
-        tokens.bar(range(len(ordered)), prompts, 1.0, color=GREY, label="prompt")
+        tokens.bar(range(len(ordered)), prompts, 1.0, color=GRAY, label="prompt")
         tokens.bar(range(len(ordered)), answers, 1.0, bottom=prompts, color=ORANGE, label="answer, trained on")
         tokens.set(xlabel="sample, shortest first")
         tokens.legend(frameon=False, loc="upper left")
         sizes, padding = list(lengths["padding"]), [100 * part for part in lengths["padding"].values()]
         trained, ends = lengths["trained"] / lengths["tokens"], [0.0] * len(sizes)
-        for name, of_the_rest, colour in (("answer", trained, ORANGE), ("prompt", 1 - trained, GREY)):
+        for name, of_the_rest, color in (("answer", trained, ORANGE), ("prompt", 1 - trained, GRAY)):
             heights = [of_the_rest * (100 - part) for part in padding]
-            share.bar(sizes, heights, 0.7, bottom=ends, color=colour, label=name)
+            share.bar(sizes, heights, 0.7, bottom=ends, color=color, label=name)
             ends = [end + height for end, height in zip(ends, heights, strict=True)]
         share.bar(sizes, padding, 0.7, bottom=ends, color=BLUE, label="padding")
         share.set(xlabel="samples in a micro-batch", ylim=(0, 125), yticks=[0, 25, 50, 75, 100])

@@ -155,7 +155,7 @@ def test_time_that_is_not_known_leaves_the_smallest_need(needs: dict[str, float]
     advice = advise([card("a", 4000)], rows)
     assert advice.combination == smallest(rows).combination
     assert advice.lines[0].startswith("smallest that fits a: optim=")
-    assert "no time is known" in advice.lines[0]
+    assert "its time is not known" in advice.lines[0]
 
 
 def test_on_the_cpu_there_is_nothing_to_fit_into(needs: dict[str, float]) -> None:
@@ -180,7 +180,7 @@ def test_what_to_change_where_nothing_fits() -> None:
     gpu, enough = card("a", int(required - 1)), math.ceil((required - 10) / (1 - SPARE)) + 10
     larger = [card("d", 9000), card("b", enough), card("c", enough + 1), card("too_small", enough - 1)]
     advice = advise([gpu], predict([replace(config, optim=optim)], [gpu], SHORT), config=config, profiles=larger)
-    text, needed = "\n".join(advice.lines), f"{required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too many"
+    text, needed = "\n".join(advice.lines), f"{required:,.0f} of {required - 1:,.0f} MiB, 1 MiB too much"
     assert advice.lines[0] == f"nothing fits a: the smallest, optim=lora, needs {needed}"
     assert f"optim=lora data.max_length={advice.longest_sequence}" in text
     assert f"optim=lora training.micro_batch_size={advice.largest_micro_batch}" in text
@@ -228,11 +228,11 @@ def test_cheapest_card_is_the_smallest_with_a_fitting_row(
     assert advice.combination == best.combination
     assert advice.lines[0] == f"smallest card on which something fits: gpu={expected}"
     if offset < 0:
-        assert advice.lines[-1].startswith("one card smaller, fastest that fits quick: ")
+        assert advice.lines[-1].startswith("the next smaller card: fastest that fits quick: ")
         assert advice.lines[-1].endswith("; less than 5% to spare: it may not fit")
     else:
-        assert advice.lines[-1].startswith("one card smaller, nothing fits tiny: the smallest, optim=")
-        assert advice.lines[-1].endswith(" MiB too many")
+        assert advice.lines[-1].startswith("the next smaller card: nothing fits tiny: the smallest, optim=")
+        assert advice.lines[-1].endswith(" MiB too much")
 
 
 def test_no_card_is_large_enough(needs: dict[str, float]) -> None:

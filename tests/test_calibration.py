@@ -41,10 +41,10 @@ def test_rows_take_their_work_over_the_efficiency_of_their_dtype(bound_s: float 
     assert [row.bound_runtime_s for row in rows] == [bound_s, bound_s, None]
     assert time.kind == "calibrated"
     speed = "30% of the bound" if bound_s else "0.6 GFLOP/s"
-    error = "each predicted by the others: off by 42% in the mean and +50% at worst"
+    error = "each predicted by the others: off by 42% on average and +50% at worst"
     assert time.about.startswith(f"by runs on a device: float32 at {speed} (2 runs, {error}); float16 at ")
-    assert "(by one run, so its error is not known)" in time.about
-    assert time.about.endswith("no time where bfloat16 is computed in, which no run did")
+    assert "(from one run, so its error is not known)" in time.about
+    assert time.about.endswith("no time for bfloat16, in which no run computed")
 
 
 def write_run(folder: Path, config: TrainConfig, seconds: float, **others: Any) -> Result:
@@ -80,8 +80,8 @@ def test_runs_of_a_folder_are_planned_as_they_were_configured(config: TrainConfi
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("training", "max_samples", 2, "a: its data has .* tokens now, and had"),
-        ("data", "path", "gone.json", "a needs its data, to be planned: .*gone.json"),
+        ("training", "max_samples", 2, "a: its data has .* tokens now, but had"),
+        ("data", "path", "gone.json", "a cannot be planned without its data: .*gone.json"),
     ],
 )
 def test_a_run_that_is_no_longer_what_was_measured_is_said_so(
@@ -96,7 +96,7 @@ def test_a_run_that_is_no_longer_what_was_measured_is_said_so(
 
 def test_a_folder_has_runs_of_one_device_that_ended_well(config: TrainConfig, tmp_path: Path) -> None:
     write_run(tmp_path / "a", config, 1.0, status="oom")
-    with pytest.raises(UserError, match="no run in it has ended well"):
+    with pytest.raises(UserError, match="no run in it has completed"):
         measured_runs(tmp_path, [CPU_PROFILE])
     write_run(tmp_path / "b", config, 1.0)
     write_run(tmp_path / "c", config, 1.0, device="Another")

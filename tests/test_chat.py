@@ -200,19 +200,19 @@ def test_what_a_perfect_answer_is(tmp_path):
 
 
 BAD = {
-    "no answer": ({"messages": TURNS[:1]}, "one of its messages, but not the first, must be the assistant's"),
-    "an answer alone": ({"messages": TURNS[1:3]}, "one of its messages, but not the first, must be the assistant's"),
-    "empty": ({"messages": []}, "one of its messages, but not the first, must be the assistant's"),
+    "no answer": ({"messages": TURNS[:1]}, "one of its messages after the first must be the assistant's"),
+    "an answer alone": ({"messages": TURNS[1:3]}, "one of its messages after the first must be the assistant's"),
+    "empty": ({"messages": []}, "one of its messages after the first must be the assistant's"),
     "tools no list": ({"messages": TURNS, "tools": {"name": "x"}}, "tools must be a list"),
     "no list": ({"messages": "Hello"}, "a conversation must be a list of messages"),
     "null": ({"messages": None}, "a conversation must be a list of messages"),
-    "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; there are"),
+    "role": ({"messages": [{"role": "wizard", "content": "x"}, TURNS[1]]}, "message 1 has the role wizard; it must be"),
     "no content": ({"messages": [TURNS[0], {"role": "assistant"}]}, "the content of message 2 must be a text"),
     "a part list": ({"messages": [TURNS[0], {"role": "assistant", "content": [{}]}]}, "content of message 2 must be a"),
     "a text as message": ({"messages": [TURNS[0], "foxes"]}, "message 2 must be an object with role and content"),
     "half a prompt": (
         {"prompt": "x"},
-        "instruction is missing; it has prompt, and records have messages",
+        "instruction is missing; it has prompt, but records have messages",
     ),
     "completion null": ({"prompt": "x", "completion": None}, "completion is null or NaN"),
 }
@@ -227,18 +227,18 @@ def test_a_bad_conversation_says_why(record, reason):
 def test_templates_that_cannot_be_used(tmp_path):
     save_tokenizer(tmp_path, "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}")
     tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
-    with pytest.raises(ValueError, match="the chat template does not take it: roles must alternate"):
+    with pytest.raises(ValueError, match="the chat template rejects it:  roles must alternate"):
         choose_template("chat", tokenizer).prompt(record)
     with pytest.raises(UserError, match=r"template chatty: there is no such file; .* auto, alpaca, chat, plain"):
         choose_template("chatty", tokenizer)
     (tmp_path / "broken.jinja").write_text("{% for m in messages %}")
-    with pytest.raises(UserError, match=r"broken\.jinja is no chat template that can be read"):
+    with pytest.raises(UserError, match=r"broken\.jinja cannot be read as a chat template"):
         choose_template(str(tmp_path / "broken.jinja"), tokenizer)
     (tmp_path / "escape.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     with pytest.raises(ValueError, match="unsafe"):
         choose_template(str(tmp_path / "escape.jinja"), tokenizer).prompt(record)
     for name, text, refused in (
-        ("forgets", "{{ messages | length }}{{ messages[-1].content }}", "cannot be told: mark it by {% generation %}"),
+        ("forgets", "{{ messages | length }}{{ messages[-1].content }}", "text: mark it by {% generation %}"),
         ("no template", "What a nice day.", "writes no answer"),
     ):
         (tmp_path / name).write_text(text)
@@ -252,7 +252,7 @@ def test_templates_that_cannot_be_used(tmp_path):
 def test_auto_is_the_checkpoints_template_where_it_has_one(tmp_path):
     save_tokenizer(tmp_path)
     assert choose_template("auto", Tokenizer(tmp_path / "tokenizer.json")).name == "alpaca"
-    with pytest.raises(UserError, match=r"template chat: no chat template lies beside .*; take alpaca, or a FILE"):
+    with pytest.raises(UserError, match=r"template chat: tokenizer=.* has no chat template next to it; use alpaca"):
         choose_template("chat", Tokenizer(tmp_path / "tokenizer.json"))
     file = tmp_path / "tokenizer_config.json"
     said = json.loads(file.read_text())
@@ -319,7 +319,7 @@ def test_an_instruct_model_is_trained_and_asked_in_its_own_template(tmp_path):
     talk = ("interactive=true", "adapter=run", "decoding.max_new_tokens=4")
     said = run_in(tmp_path, "generate", *source, *talk, text="One.\nTwo.\n/system Be kind.\nThree.\n").stderr
     assert "template: chat" in said
-    assert "a conversation; /help says more" in said
+    assert "a conversation; /help shows commands" in said
     for choice, refused in (("alpaca", "has no place for earlier turns"), ("nowhere", "there is no such file")):
         done = subprocess.run(
             [sys.executable, "-m", "llama_ft.evaluate", *source, "data.path=chat.jsonl", f"data.template={choice}"],

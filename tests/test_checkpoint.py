@@ -336,10 +336,8 @@ def test_weights_without_numbers_are_refused(copy_of, refusal):
     for belongs in ("proj", "norm"):  # as DeepSpeed ZeRO-3 leaves them
         weights = load_file(hf_folder("gqa") / WEIGHTS_FILE)
         save_file({name: torch.empty(0) if belongs in name else weights[name] for name in weights}, file)
-        assert "is [0], and should be [" in (message := refusal(file.parent))
-        assert message.endswith(
-            "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"
-        )
+        assert "is [0], but should be [" in (message := refusal(file.parent))
+        assert message.endswith("; it is empty, as when DeepSpeed ZeRO-3 saves a model without gathering its weights")
 
 
 def test_folders_without_weights_are_refused(tmp_path, refusal):
@@ -371,39 +369,39 @@ def test_files_that_cannot_be_read_are_refused(copy_of, refusal, monkeypatch, na
 @pytest.mark.parametrize(
     ("kind", "key", "value", "message"),
     [
-        ("hf", "hidden_size", 128, "model.dim is 96 and there 128"),
-        ("hf", "num_hidden_layers", 4, "model.n_layers is 2 and there 4"),
-        ("hf", "num_attention_heads", 8, "model.n_heads is 6 and there 8"),
-        ("hf", "num_key_value_heads", None, "model.n_kv_heads is 3 and there 6"),
-        ("hf", "intermediate_size", 128, "model.ffn_dim is 192 and there 128"),
-        ("hf", "vocab_size", 105, "model.vocab_size is 120 and there 105"),
-        ("hf", "rms_norm_eps", None, "model.norm_eps is 0.0001 and there 1e-06"),
-        ("hf", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}, "is 20000.0 and there 10000"),
-        ("hf", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "model.rope_factor is 1.0 and there 2.0"),
-        ("hf", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "does not say the model's rope_low_freq"),
+        ("hf", "hidden_size", 128, "model.dim is 96 but the file has 128"),
+        ("hf", "num_hidden_layers", 4, "model.n_layers is 2 but the file has 4"),
+        ("hf", "num_attention_heads", 8, "model.n_heads is 6 but the file has 8"),
+        ("hf", "num_key_value_heads", None, "model.n_kv_heads is 3 but the file has 6"),
+        ("hf", "intermediate_size", 128, "model.ffn_dim is 192 but the file has 128"),
+        ("hf", "vocab_size", 105, "model.vocab_size is 120 but the file has 105"),
+        ("hf", "rms_norm_eps", None, "model.norm_eps is 0.0001 but the file has 1e-06"),
+        ("hf", "rope_parameters", {"rope_theta": 1e4, "rope_type": "default"}, "is 20000.0 but the file has 10000"),
+        ("hf", "rope_parameters", {"rope_type": "linear", "factor": 2.0}, "rope_factor is 1.0 but the file has 2.0"),
+        ("hf", "rope_parameters", {"rope_type": "llama3", "factor": 8.0}, "does not give the model's rope_low_freq"),
         ("hf", "rope_parameters", {"type": "dynamic", "factor": 8.0}, "of type dynamic are not supported, only"),
         ("hf", "rope_parameters", "default", "must be a JSON object"),
         ("hf", "model_type", "mixtral", "mixtral is not supported, it must be llama, mistral, qwen2 or qwen3"),
         ("hf", "model_type", "mistral", "sliding_window=4096 is not supported in mistral, it must be null"),
-        ("hf", "model_type", "qwen2", "model.qkv_bias is False and there True"),
-        ("hf", "model_type", "qwen3", "model.qk_norm is False and there True"),
+        ("hf", "model_type", "qwen2", "model.qkv_bias is False but the file has True"),
+        ("hf", "model_type", "qwen3", "model.qk_norm is False but the file has True"),
         ("qwen2", "use_sliding_window", True, "use_sliding_window=True is not supported in qwen2, it must be False"),
         ("qwen3", "attention_bias", True, "attention_bias=True is not supported in qwen3, it must be False"),
         ("hf", "partial_rotary_factor", 0.5, "partial_rotary_factor=0.5 is not supported, it must be 1"),
-        ("hf", "tie_word_embeddings", True, "model.tie_word_embeddings is False and there True"),
+        ("hf", "tie_word_embeddings", True, "model.tie_word_embeddings is False but the file has True"),
         ("hf", "attention_bias", True, "attention_bias=True is not supported"),
         ("hf", "hidden_act", "gelu", "hidden_act=gelu is not supported"),
-        ("hf", "hidden_size", "64", "does not say the model's dim as a number"),
-        ("meta", "dim", 128, "model.dim is 96 and there 128"),
-        ("meta", "n_layers", 4, "model.n_layers is 2 and there 4"),
-        ("meta", "n_heads", 8, "model.n_heads is 6 and there 8"),
-        ("meta", "n_kv_heads", None, "model.n_kv_heads is 3 and there 6"),
-        ("meta", "multiple_of", 256, "model.ffn_dim is 192 and there 256"),
-        ("meta", "ffn_dim_multiplier", None, "model.ffn_dim is 192 and there 256"),
-        ("meta", "norm_eps", 1e-6, "model.norm_eps is 0.0001 and there 1e-06"),
-        ("meta", "rope_theta", None, "model.rope_theta is 20000.0 and there 10000.0"),
-        ("meta", "vocab_size", 105, "model.vocab_size is 120 and there 105"),
-        ("meta", "use_scaled_rope", True, "model.rope_factor is 1.0 and there 8.0"),
+        ("hf", "hidden_size", "64", "does not give the model's dim as a number"),
+        ("meta", "dim", 128, "model.dim is 96 but the file has 128"),
+        ("meta", "n_layers", 4, "model.n_layers is 2 but the file has 4"),
+        ("meta", "n_heads", 8, "model.n_heads is 6 but the file has 8"),
+        ("meta", "n_kv_heads", None, "model.n_kv_heads is 3 but the file has 6"),
+        ("meta", "multiple_of", 256, "model.ffn_dim is 192 but the file has 256"),
+        ("meta", "ffn_dim_multiplier", None, "model.ffn_dim is 192 but the file has 256"),
+        ("meta", "norm_eps", 1e-6, "model.norm_eps is 0.0001 but the file has 1e-06"),
+        ("meta", "rope_theta", None, "model.rope_theta is 20000.0 but the file has 10000.0"),
+        ("meta", "vocab_size", 105, "model.vocab_size is 120 but the file has 105"),
+        ("meta", "use_scaled_rope", True, "model.rope_factor is 1.0 but the file has 8.0"),
     ],
 )
 def test_sizes_of_another_model_are_refused(copy_of, refusal, kind, key, value, message):
@@ -425,20 +423,20 @@ def test_broken_json_is_refused(copy_of, refusal, kind, name):
 def test_another_vocabulary_is_refused(copy_of, refusal):
     other = replace(config_of("gqa"), vocab_size=105)
     for kind in ("hf", "sharded", "own"):
-        assert "model.vocab_size is 105 and there 120" in refusal(copy_of(kind), other)
-    assert "tok_embeddings.weight is [120, 96], and should be [105, 96]" in refusal(copy_of("meta"), other)
+        assert "model.vocab_size is 105 but the file has 120" in refusal(copy_of(kind), other)
+    assert "tok_embeddings.weight is [120, 96], but should be [105, 96]" in refusal(copy_of("meta"), other)
 
 
 def test_own_weights_of_another_model_are_refused(tmp_path, refusal):
     """Of the same shapes, of damaged sizes, and of other shapes than their own sizes say."""
     file, weights = tmp_path / WEIGHTS_FILE, meta_weights("gqa")
     save_tensors(weights, file, replace(config_of("gqa"), n_heads=12, n_kv_heads=6))
-    assert "model.n_heads is 6 and there 12, model.n_kv_heads is 3 and there 6" in refusal(tmp_path)
+    assert "model.n_heads is 6 but the file has 12, model.n_kv_heads is 3 but the file has 6" in refusal(tmp_path)
     for sizes in ("{", "[]", '{"n_heds": 4}'):
         save_file(weights, file, metadata={"llama_ft.model": sizes})
         assert f"{file} cannot be read: " in refusal(tmp_path)
     save_tensors(meta_weights("mha"), file, config_of("gqa"))
-    assert "layers.0.attention.wk.weight is [96, 96], and should be [48, 96]" in refusal(tmp_path)
+    assert "layers.0.attention.wk.weight is [96, 96], but should be [48, 96]" in refusal(tmp_path)
 
 
 def test_sizes_of_files_from_before_version_0_2_are_read(tmp_path):
@@ -479,8 +477,8 @@ def with_header(content: bytes, change: Callable[[dict[str, Any]], object]) -> b
         (lambda b: b"PK\3\4" + b, "its header cannot be read"),
         (lambda b: b"<html>not found", "is not a safetensors file"),
         (lambda b: b"", "is empty"),
-        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[90, 96])), "36,864 bytes, and its shape is [90, 96]"),
-        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[48, 192])), "is [48, 192], and should be [96, 96]"),
+        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[90, 96])), "36,864 bytes, but its shape is [90, 96]"),
+        (lambda b: with_header(b, lambda h: h[WQ].update(shape=[48, 192])), "is [48, 192], but should be [96, 96]"),
         (lambda b: with_header(b, lambda h: h[WQ].update(dtype="I8")), f"{WQ} is stored as I8; only F64, F32, F16"),
         (lambda b: with_header(b, lambda h: h.update(more=h.pop(WQ))), f"1 tensors are missing, such as {WQ}"),
     ],
@@ -502,7 +500,7 @@ def test_an_index_that_does_not_fit_is_refused(copy_of, refusal):
         return refusal(folder)
 
     assert "must hold a weight_map" in refused(None)
-    assert "to files of its own folder" in refused(index | {WQ: f"../{files[0]}"})
+    assert "to files in its own folder" in refused(index | {WQ: f"../{files[0]}"})
     assert "1 of 6 files are missing: x" in refused(index | {WQ: "x"})
     assert f"{elsewhere} does not hold {WQ}" in refused(index | {WQ: elsewhere})
     (folder / files[1]).unlink()
@@ -512,13 +510,13 @@ def test_an_index_that_does_not_fit_is_refused(copy_of, refusal):
 def test_missing_and_doubled_shards_of_meta_are_refused(copy_of, refusal):
     folder = copy_of("shards")
     hidden = (folder / "consolidated.01.pth").rename(folder / "hidden")
-    assert "consolidated.01.pth is missing; there is consolidated.00.pth, consolidated.02.pth" in refusal(folder)
+    assert "consolidated.01.pth is missing; found: consolidated.00.pth, consolidated.02.pth" in refusal(folder)
     hidden.rename(folder / "consolidated.01.pth")
     (folder / "consolidated.02.pth").unlink()  # which the shapes alone can tell
-    assert "2 of 3 shards are there, the others are missing" in refusal(folder)
+    assert "2 of 3 shards were found, the others are missing" in refusal(folder)
     folder = copy_of("meta")
     shutil.copy(folder / META_FILE, folder / "consolidated.01.pth")
-    assert f"{EMBEDDINGS} is [120, 96] and [120, 96], and should be [120, 96]" in refusal(folder)
+    assert f"{EMBEDDINGS} is [120, 96] and [120, 96], but should be [120, 96]" in refusal(folder)
 
 
 class Code:
@@ -534,7 +532,7 @@ class Code:
 def test_code_in_a_pth_is_refused_and_not_run(copy_of, refusal, tmp_path):
     folder = copy_of("meta")
     torch.save(meta_weights("gqa") | {"rope.freqs": Code(tmp_path / "run")}, folder / META_FILE)
-    assert "it holds posix.system, and must hold tensors of F64, F32, F16, BF16 alone" in refusal(folder)
+    assert "it holds posix.system, but may only hold tensors of F64, F32, F16, BF16" in refusal(folder)
     assert not (tmp_path / "run").exists()
 
 
@@ -547,8 +545,8 @@ NORM = {"norm.weight": torch.ones(96)}
         ([torch.ones(2)], "it must hold tensors by name"),
         ({"model": NORM}, "it must hold tensors by name"),
         ({}, "21 tensors are missing, such as tok_embeddings.weight"),
-        ({"norm.weight": torch.ones(96, dtype=torch.int32)}, "it holds torch.IntStorage, and must hold"),
-        ({"norm.weight": torch.ones(96).to(torch.float8_e4m3fn)}, "_rebuild_tensor_v3, and must hold"),
+        ({"norm.weight": torch.ones(96, dtype=torch.int32)}, "it holds torch.IntStorage, but may only hold"),
+        ({"norm.weight": torch.ones(96).to(torch.float8_e4m3fn)}, "_rebuild_tensor_v3, but may only hold"),
         ({"norm.weight": torch.ones(96, 2)[:, 0]}, "a tensor [96] that is not contiguous"),
     ],
 )
@@ -582,10 +580,10 @@ def of_old_pytorch(_: bytes) -> bytes:
         (lambda b: b"<html>not found", "is not in PyTorch's zip format"),
         (of_old_pytorch, "was saved before PyTorch 1.6"),
         (lambda b: b"", "is empty"),
-        (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {}), "not as torch.save writes files"),
-        (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {"data.pkl": bytes(2**27)}), "not as torch.save writes files"),
-        (lambda b: repacked(b, zipfile.ZIP_STORED, {"byteorder": b"big"}), "not as torch.save writes files"),
-        (lambda b: repacked(b, zipfile.ZIP_STORED, {"data.pkl": None}), "not as torch.save writes files"),
+        (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {}), "as torch.save writes files"),
+        (lambda b: repacked(b, zipfile.ZIP_DEFLATED, {"data.pkl": bytes(2**27)}), "as torch.save writes files"),
+        (lambda b: repacked(b, zipfile.ZIP_STORED, {"byteorder": b"big"}), "as torch.save writes files"),
+        (lambda b: repacked(b, zipfile.ZIP_STORED, {"data.pkl": None}), "as torch.save writes files"),
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"data/3": None}), "data/3' in the archive"),
         (lambda b: repacked(b, zipfile.ZIP_STORED, {"data/3": b"few"}), "reaches beyond its data"),
     ],

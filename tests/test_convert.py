@@ -127,7 +127,7 @@ def test_params_and_config_say_a_models_sizes(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(model, "bfloat16", 1, 2)))
     read = [hf_sizes(tmp_path / "config.json")]
     if name.startswith("qwen"):
-        with pytest.raises(UserError, match=r"Meta's format knows no qk.*: such a model is written with to=hf"):
+        with pytest.raises(UserError, match=r"Meta's format does not support qk.*: write this model with to=hf"):
             meta_params(model)
     else:
         params = meta_params(model)
@@ -324,7 +324,7 @@ def test_the_adapter_is_part_of_what_a_run_is(tmp_path):
         ("default", {"optim": "mp"}, "adapter=DIR needs LoRA, and optim.lora is off: give optim=lora"),
         ("default", ("lora.rank=8",), r"lora.rank=8 differs from 16 of adapter=.*: leave it out"),
         ("default", ("lora.targets=[wv,wk]",), r"lora.targets=\['wv', 'wk'\] differs from \['wq', 'wv'\] of adapter="),
-        ("patterns", (), "has layers or ranks of several kinds, which cannot be trained further: merge it"),
+        ("patterns", (), "has layers or ranks of several kinds, so it cannot be trained further: merge it"),
         ("some_layers", (), "has layers or ranks of several kinds"),
     ],
 )
@@ -402,7 +402,7 @@ def test_a_tokenizer_of_another_kind_is_copied_or_left_out(tmp_path, converted):
     (source / "tokenizer.json").write_text('{"version": "1.0", "model": {"type": "WordLevel"}}')
     (source / "tokenizer_config.json").write_text("{}")
     printed = converted(f"checkpoint={source}", "to=hf", f"output={tmp_path / 'hf'}")
-    assert "its files are copied as they are" in printed
+    assert "its files are copied unchanged" in printed
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "hf" / name).read_bytes() == (source / name).read_bytes()
     printed = converted(f"checkpoint={source}", "to=meta", f"output={tmp_path / 'meta'}")
@@ -485,7 +485,7 @@ def test_sizes_that_are_given_are_written(tmp_path, converted, name):
 def test_bos_and_eos_are_those_of_the_released_models_where_nothing_says_them(tmp_path, converted):
     write_meta("gqa", tmp_path / "meta")
     said = converted(f"checkpoint={tmp_path / 'meta'}", "to=hf", f"output={tmp_path / 'llama2'}")
-    assert "no tokenizer is given: BOS and EOS are taken to be 1 and 2, as in the released models" in said
+    assert "no tokenizer is given: BOS and EOS are assumed to be 1 and 2, as in the released models" in said
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama2")
     assert (model.generation_config.bos_token_id, model.config.eos_token_id) == (1, 2)
 

@@ -64,7 +64,7 @@ def refused(converted: Converted, tmp_path: Path) -> Callable[..., str]:
 def test_damaged_sources(refused, source, tmp_path):
     assert "there is no such folder" in refused(tmp_path / "nowhere")
     change_json(source / "config.json", intermediate_size=200)
-    assert "gate_proj.weight is [192, 96], and should be [200, 96]" in refused(source)
+    assert "gate_proj.weight is [192, 96], but should be [200, 96]" in refused(source)
     (source / "config.json").unlink()
     assert "there is no config.json or params.json in it" in refused(source)
     file = source / "model.safetensors"
@@ -76,7 +76,7 @@ def test_a_head_that_is_not_the_embedding(refused, source, tmp_path):
     change_json(source / "config.json", tie_word_embeddings=True)
     message = refused(source)
     assert "lm_head.weight and model.embed_tokens.weight differ" in message
-    assert "tie_word_embeddings=true says that they are one" in message
+    assert "tie_word_embeddings=true says they are the same tensor" in message
     # A copy of it is allowed, as older versions of transformers wrote it.
     tied = Path(shutil.copytree(hf_folder("tied"), tmp_path / "tied"))
     weights = load_file(tied / "model.safetensors")
@@ -130,9 +130,9 @@ def test_numbers_that_are_none(refused, source, adapter, number, dtype):
 
 
 def test_sizes_that_meta_does_not_know(refused):
-    assert "Meta's format knows no head_dim=32 other than dim / n_heads" in refused(hf_folder("wide_heads"))
-    assert "knows no rope_original_context=0" in refused(hf_folder("linear"))
-    assert "knows no rope_original_context=64" in refused(hf_folder("scaled"))
+    assert "Meta's format does not support head_dim=32, only dim / n_heads" in refused(hf_folder("wide_heads"))
+    assert "does not support rope_original_context=0" in refused(hf_folder("linear"))
+    assert "does not support rope_original_context=64" in refused(hf_folder("scaled"))
     assert "shards=4 is not allowed: it must divide model.n_heads=6" in refused(hf_folder("gqa"), "to=meta", "shards=4")
     assert "shards=1000 is not allowed: it must be at most 21" in refused(hf_folder("gqa"), "to=hf", "shards=1000")
 
@@ -153,13 +153,13 @@ def with_factor(name: str, *shape: int) -> Callable[[dict[str, Tensor]], dict[st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda _: {}, "there is no lora_A or lora_B in it"),
-        (without(A_FACTOR), "layers.0.self_attn.q_proj has no lora_A in it"),
-        (with_factor(A_FACTOR.replace("s.0", "s.7"), 16, 96), "belongs to no linear layer of model=source"),
-        (with_factor(A_FACTOR.replace("q_proj", "qkv"), 16, 96), "belongs to no linear layer of model=source"),
-        (with_factor("base_model.model.score.weight", 2, 2), "is no part of a LoRA adapter of a linear layer"),
-        (with_factor(A_FACTOR.replace("_A", "_embedding_A"), 2, 2), "is no part of a LoRA adapter"),
-        (with_factor("base_model.model.lm_head.weight", 120, 96), "holds output.weight too, which differs"),
+        (lambda _: {}, "it has no lora_A or lora_B"),
+        (without(A_FACTOR), "layers.0.self_attn.q_proj has no lora_A"),
+        (with_factor(A_FACTOR.replace("s.0", "s.7"), 16, 96), "does not belong to a linear layer of model=source"),
+        (with_factor(A_FACTOR.replace("q_proj", "qkv"), 16, 96), "does not belong to a linear layer of model=source"),
+        (with_factor("base_model.model.score.weight", 2, 2), "is not part of a LoRA adapter of a linear layer"),
+        (with_factor(A_FACTOR.replace("_A", "_embedding_A"), 2, 2), "is not part of a LoRA adapter"),
+        (with_factor("base_model.model.lm_head.weight", 120, 96), "also holds output.weight, which differs"),
     ],
 )
 def test_adapters_that_are_damaged(refused, source, adapter, change, message):
@@ -175,25 +175,25 @@ def test_folders_without_an_adapter_of_the_model(refused, source, adapter, tmp_p
     assert "there is no such folder" in refused_adapter(tmp_path / "nowhere")
     assert f"is a whole model: give checkpoint={hf_folder('gqa')} and no adapter" in refused_adapter(hf_folder("gqa"))
     peft_adapter(theirs("mha"), tmp_path / "other", "default")
-    expected = "v_proj.lora_B is [96, 16], and for model=source and r=16 should be [48, 16]: it is an adapter of"
+    expected = "v_proj.lora_B is [96, 16], but for model=source and r=16 should be [48, 16]: it is an adapter of"
     assert expected in refused_adapter(tmp_path / "other")
     (adapter / "adapter_config.json").unlink()
-    assert "there is no adapter_config.json in it, which says how the adapter is scaled" in refused_adapter(adapter)
+    assert "it has no adapter_config.json, which says how the adapter is scaled" in refused_adapter(adapter)
     (adapter / "adapter_model.safetensors").unlink()
-    assert "there is no adapter_model.safetensors in it; give the folder of a run with LoRA" in refused_adapter(adapter)
+    assert "it has no adapter_model.safetensors; give the folder of a run with LoRA" in refused_adapter(adapter)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "LOHA"}, "says peft_type=LOHA, and only LORA can be used"),
+        ({"peft_type": "LOHA"}, "says peft_type=LOHA, but only LORA is supported"),
         ({"use_dora": True}, "says use_dora=True, which is not supported"),
         ({"bias": "all"}, "says bias=all, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "says modules_to_save=['lm_head'], which is not supported"),
         ({"fan_in_fan_out": True}, "says fan_in_fan_out=True, which is not supported"),
         ({"of_the_future": {"a": 1}}, "says of_the_future={'a': 1}, which is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "such an adapter belongs to weights that differ"),
-        ({"r": 8}, "lora_A is [16, 96], and for model=gqa-hf and r=8 should be [8, 96]"),
+        ({"r": 8}, "lora_A is [16, 96], but for model=gqa-hf and r=8 should be [8, 96]"),
         ({"r": None}, "is damaged: r: "),
         ({"lora_alpha": "much"}, "is damaged: lora_alpha: input should be a valid number"),
     ],
@@ -212,7 +212,7 @@ INTRICATE = ["(.*)*x", "((a?)+)+x", ".?" * 40 + "x", "(l|l|a)(a|a|y|)" * 12, ".*
 @pytest.mark.parametrize("pattern", ["(q", "a{99999999999}", *INTRICATE])
 def test_patterns_that_would_take_for_ever(adapter, pattern):
     change_json(adapter / "adapter_config.json", rank_pattern={pattern: 4})
-    said = "is too intricate: name the layers" if pattern in INTRICATE else "is no pattern of layers"
+    said = "is too complex: name the layers" if pattern in INTRICATE else "is not a pattern of layers"
     with pytest.raises(UserError, match=f"{re.escape(pattern)} {said}"):
         load_adapter(ours(hf_folder("gqa")), adapter)
 
@@ -238,7 +238,7 @@ def test_an_adapter_of_the_head_that_came_with_other_weights(tmp_path, refused):
     content[copied][0, 0] += 1
     save_file(content, file)
     message = refused(hf_folder("gqa"), "to=hf", f"adapter={tmp_path / 'adapter'}")
-    assert "holds output.weight too, which differs from the checkpoint's" in message
+    assert "also holds output.weight, which differs from the checkpoint's" in message
 
 
 # What the user types

@@ -412,7 +412,7 @@ WRONG = {
     "data.path=empty.txt": r"empty\.txt: there are no records",
     "data.path=missing.json": r"data file missing\.json cannot be read",
     "adapter=nowhere": "adapter=nowhere: ",
-    "adapter=run model.dim=32": r"does not fit model=tiny: model\.dim is 32 and there 64",
+    "adapter=run model.dim=32": r"does not fit model=tiny: model\.dim is 32 but the file has 64",
     "base=nowhere": "base=nowhere: there is no such folder",
     "checkpoint=nowhere": "checkpoint=nowhere: there is no such folder",
     "base=builtin model.name=other checkpoint=random tokenizer=t": "base=builtin: model=other has no built-in weights",

@@ -85,7 +85,7 @@ def test_options_are_typed() -> None:
 
 WRONG = {
     "repeats=0": "repeats=0 is not allowed: it must be a whole number, at least 1",
-    "quick=true complete=true": "quick=true and complete=true are two sizes: give one of them",
+    "quick=true complete=true": "quick=true and complete=true exclude each other: give one of them",
     "device=cuda": "device=cuda is not allowed: it must be cpu: PyTorch sees no CUDA GPU here",
 }
 

@@ -283,7 +283,7 @@ def assert_as_expected(case: Case, ended: Ended) -> None:
 
 DAMAGED = {  # one of each kind; test_checkpoint.py has them all
     "HF, cut short": (lambda folder: os.truncate(write_hf(folder), 10**6), "not downloaded or copied completely"),
-    "own, another size": (lambda folder: write_own(folder, dim=32), "model.dim is 64 and there 32"),
+    "own, another size": (lambda folder: write_own(folder, dim=32), "model.dim is 64 but the file has 32"),
     "no folder": (lambda folder: None, "there is no such folder"),
     "code in it": (
         lambda folder: torch.save(weights() | {"norm.weight": Code()}, write_meta(folder)),

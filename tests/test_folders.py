@@ -126,10 +126,10 @@ FOREIGN: dict[str, tuple[Callable[[Path, TrainConfig], None], str]] = {
     "weights, and a run that saved an adapter": (with_other_weights, "holds model.safetensors, which no run wrote"),
     "a link": (lambda *here: with_a_link(*here, "metrics.jsonl"), "holds metrics.jsonl, which no run wrote"),
     "a link to checkpoints": (lambda *here: with_a_link(*here, "checkpoints"), "checkpoints is a link"),
-    "a link to a checkpoint": (lambda *here: with_a_link(*here, "checkpoints/step_00000003"), "is none of the run's"),
+    "a link to a checkpoint": (lambda *here: with_a_link(*here, "checkpoints/step_00000003"), "not one of the run's"),
     "a checkpoint of another program": (of_another_program, "holds step_00000003, which no run wrote"),
     "a state of another program": (with_a_checkpoint_of('{"step": 3}'), "state.json is damaged: config_hash"),
-    "a file among a checkpoint's": (with_a_checkpoint_of("mine", "notes.txt"), "is none of the run's checkpoints"),
+    "a file among a checkpoint's": (with_a_checkpoint_of("mine", "notes.txt"), "is not one of the run's checkpoints"),
     "a pipe": (with_a_pipe, "holds train.log, which no run wrote"),
     "checkpoints that cannot be listed": (with_a_file_for_checkpoints, "checkpoints cannot be read: Not a directory"),
 }

@@ -252,7 +252,7 @@ def test_an_adapter_trained_over_4_bits_serves_16_bits_and_peft(folder: Path, tm
     merged = ours(folder)
     lf.load_adapter(merged, config, merge=True)
     assert relative(merged.eval()(tokens), model.eval()(tokens)) <= 1e-5
-    with pytest.raises(UserError, match="weights in 4 bits are not saved: convert merges"):
+    with pytest.raises(UserError, match="4-bit weights cannot be saved: convert merges"):
         lf.save(ours(folder), tmp_path / "whole")
 
 

@@ -99,7 +99,7 @@ def test_an_answer_ends_where_the_context_does(model, tokenizer):
     n_prompt = len(tokenizer.encode("Hello", bos=True))
     ((answer,),) = generate(model, tokenizer, ["Hello"], DecodingConfig(max_new_tokens=1000))
     assert answer.n_tokens == SMALL.max_seq_len - n_prompt or answer.finish == "eos"
-    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and the model's context is 128"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, but the model's context is 128"):
         generate(model, tokenizer, ["Hello " * 200], DecodingConfig())
 
 
@@ -157,7 +157,7 @@ def test_errors_in_a_dialogue_are_a_line_and_it_goes_on():
 
     said = dialogue(answer, "/raw long", "/raw", "/rew x", "\udcff", "/raw short")
     assert [line.count("\n") for line in said] == [0] * 4
-    for line, part in zip(said, ("too long", "prompt is empty", "/rew is no command", "not UTF-8"), strict=True):
+    for line, part in zip(said, ("too long", "prompt is empty", "/rew is not a command", "not UTF-8"), strict=True):
         assert line.startswith("error: ")
         assert part in line
     assert prompts == ["short"]
@@ -358,7 +358,7 @@ def test_a_dialogue_by_a_pipe(tmp_path, command, monkeypatch, tiny_config):
     singles = [command(asked, *arguments).out for asked in ("instruction=Two and two", "prompt=Hello")]
     assert done.out == "".join(singles)
     assert done.out.count("base:\n") == done.out.count("fine-tuned:\n") == 2
-    assert len(re.findall(r"^error: the prompt has .* tokens, and the model's context is", done.err, re.MULTILINE)) == 1
+    assert len(re.findall(r"^error: the prompt has .* tokens, but the model's context is", done.err, re.MULTILINE)) == 1
 
 
 def test_a_dialogue_has_each_adapters_answers(tmp_path, command, monkeypatch, tiny_config):
@@ -378,7 +378,7 @@ def test_a_dialogue_has_each_adapters_answers(tmp_path, command, monkeypatch, ti
     assert done.out == singles[one,] + singles[other,] + singles[()] + singles[one,]
     said = [line for line in done.err.splitlines() if "adapter" in line]
     expected = ["with the adapter in the other", "without an adapter", "error: adapter=no: there is no such folder"]
-    others = "error: adapter=foreign was trained on checkpoint=builtin, and this is checkpoint=random: give"
+    others = "error: adapter=foreign was trained on checkpoint=builtin, but this is checkpoint=random: give"
     assert said == [*expected, *[f"{others} checkpoint=builtin"] * 2, "with the adapter in one"]
 
 
@@ -405,8 +405,8 @@ WRONG = {
     ("prompt=a", "adapter=nowhere"): "adapter=nowhere: there is no such folder",
     ("prompt=a", "decoding.beams=2"): "did you mean decoding.n_beams? decoding has sample",
     ("prompt=a", "prompt_file=b"): "did you mean prompt? the config has model",
-    (f"prompt='{'a ' * 2000}'",): "tokens, and the model's context is",
-    (f"instruction='{'a ' * 2000}'", "checkpoint=nowhere"): "tokens, and the model's context is",
+    (f"prompt='{'a ' * 2000}'",): "tokens, but the model's context is",
+    (f"instruction='{'a ' * 2000}'", "checkpoint=nowhere"): "tokens, but the model's context is",
 }
 
 
@@ -443,7 +443,7 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path, trained_on, given, is_
     folder = trained_adapter(tmp_path / "run")
     change_json(folder / "adapter_config.json", base_model_name_or_path=trained_on)
     adapter = read_adapter(folder, SMALL)
-    words = f"trained on checkpoint={trained_on}, and this is checkpoint={given}: give checkpoint={trained_on}"
+    words = f"trained on checkpoint={trained_on}, but this is checkpoint={given}: give checkpoint={trained_on}"
     with pytest.raises(UserError, match=re.escape(words)) if is_refused else nullcontext():
         check_base_of(adapter, given)
 

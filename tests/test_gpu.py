@@ -26,7 +26,7 @@ from llama_ft.measure.worst_case import track_memory
 from llama_ft.model.attention import attend, has_varlen, takes_segments
 from llama_ft.model.four_bit import FourBit
 from llama_ft.model.stored import in_memory
-from llama_ft.model.weights import build, load_model, materialise
+from llama_ft.model.weights import build, load_model, materialize
 from llama_ft.records.metrics import StepMetrics
 from llama_ft.system import MIB
 from llama_ft.techniques.gradient_checkpointing import checkpoint_layers
@@ -163,7 +163,7 @@ def test_weights_in_4_bits_are_those_on_the_cpu_and_a_step_over_them_never_waits
     for device in ("cpu", "cuda"):
         stored = build(SMALL)
         (storage := FourBit(torch.float32)).prepare(stored)
-        materialise(stored, torch.device(device))
+        materialize(stored, torch.device(device))
         for name, weight in weights.items():
             storage.load(stored, name, weight)
         with torch.no_grad():

@@ -126,7 +126,7 @@ def test_tied_embeddings_are_one_weight(tmp_path):
     again = load_model(config, str(tmp_path), CPU, torch.bfloat16)
     assert again.output.weight is again.tok_embeddings.weight
     assert torch.equal(again.output.weight, model.output.weight.bfloat16())
-    with pytest.raises(UserError, match="tie_word_embeddings is False and there True"):
+    with pytest.raises(UserError, match="tie_word_embeddings is False but the file has True"):
         load_model(replace(config, tie_word_embeddings=False), str(tmp_path), CPU, torch.float32)
 
 

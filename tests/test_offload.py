@@ -124,7 +124,7 @@ def test_on_the_cpu_a_run_says_that_nothing_is_moved(tiny_config: TrainConfig) -
     tiny_config.optim, tiny_config.checkpoint, tiny_config.gc.offload = OptimConfig(gc=True), "random", Offload.cpu
     said: list[str] = []
     set_up(tiny_config, Precision("cpu"), CPU, said.append)
-    assert said == ["gc.offload=cpu: the blocks' inputs are in the host's memory as it is, and nothing is moved"]
+    assert said == ["gc.offload=cpu: the blocks' inputs are already in the host's memory, so nothing is moved"]
 
 
 # Plans

@@ -41,8 +41,8 @@ def test_what_is_needed_is_enough_and_one_less_is_not(context_mib: int) -> None:
     enough = need(OptimConfig()) + context_mib
     assert asked(OptimConfig(), enough, context_mib) is None
     text = str(asked(OptimConfig(), enough - 1, context_mib))
-    assert text.startswith(f"baseline on wide needs {enough:,.0f} MiB at its peak, and a has {enough - 1:,.0f}: ")
-    assert text.endswith("; plan.enforce=false goes on")
+    assert text.startswith(f"baseline on wide needs {enough:,.0f} MiB at its peak, but a has {enough - 1:,.0f}: ")
+    assert text.endswith("; plan.enforce=false runs it anyway")
 
 
 def test_what_would_fit_is_named_with_its_need() -> None:

@@ -158,5 +158,5 @@ def test_the_builtin_model_knows_what_it_read(prompt: str) -> None:
 
 
 def test_weights_of_other_sizes_are_refused_with_what_to_do() -> None:
-    with pytest.raises(UserError, match=r"model.dim is 32 and there 192.*begins with checkpoint=random"):
+    with pytest.raises(UserError, match=r"model.dim is 32 but the file has 192.*needs checkpoint=random"):
         load_model(SMALL, "builtin", torch.device("cpu"), torch.float32)

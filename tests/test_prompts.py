@@ -108,16 +108,16 @@ def test_a_file_is_read_as_json_and_as_jsonl(tmp_path, tokenizer):
 
 
 BAD: dict[str, tuple[Any, str]] = {
-    "neither": ({"output": "a"}, "either prompt or instruction must be there"),
-    "both": ({"prompt": "a", "instruction": "b"}, "either prompt or instruction must be there, and not both"),
+    "neither": ({"output": "a"}, "it must have either prompt or instruction"),
+    "both": ({"prompt": "a", "instruction": "b"}, "it must have either prompt or instruction, not both"),
     "empty prompt": ({"prompt": ""}, "prompt is empty"),
     "empty instruction": ({"instruction": " \n"}, "instruction is empty"),
     "number": ({"prompt": 3}, "prompt must be a text"),
     "input": ({"prompt": "a", "input": "b"}, "input belongs to an instruction"),
     "array": ([], "a record must be an object such as"),
     "json": ("{\n", "not valid JSON"),
-    "taken": ({"prompt": "a", "answer": "b"}, "answer is what the answer will be under"),
-    "long": ({"prompt": "Hello " * 200}, "tokens, and the model's context is 128"),
+    "taken": ({"prompt": "a", "answer": "b"}, "the key answer is reserved for the answer"),
+    "long": ({"prompt": "Hello " * 200}, "tokens, but the model's context is 128"),
     "kept surrogate": ('{"prompt": "a", "kept": "\\ud800"}\n', "surrogates not allowed"),
     "kept infinity": ('{"prompt": "a", "kept": Infinity}\n', "not JSON compliant"),
     "surrogate": ('{"prompt": "\\ud800"}\n', "prompt is not text"),

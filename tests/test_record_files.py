@@ -175,8 +175,8 @@ def test_places_in_a_table_are_those_of_an_editor(tmp_path):
     file.write_text('instruction,output\r\n"a\nb",x\r\n\r\nc,y,z\r\nd\r\n')
     (first, _), (second, ragged), (third, short) = records_in(file, ("instruction",))
     assert (first, second, third) == ("record 0 (line 2)", "record 1 (line 5)", "record 2 (line 6)")
-    assert str(ragged) == "3 cells stand under 2 columns: instruction, output"
-    assert str(short).startswith("1 cells stand under 2")
+    assert str(ragged) == "it has 3 cells for 2 columns: instruction, output"
+    assert str(short).startswith("it has 1 cells for 2")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_folders(folders, capfd):
         assert values_in(folders[name], None, None, "test") == ROWS[:1]
         with pytest.raises(UserError, match=r"has no split dev: give data\.split, one of train, test"):
             values_in(folders[name], None, None, "dev")
-    with pytest.raises(UserError, match=r"data\.split=train: .*saved is one split; leave it out"):
+    with pytest.raises(UserError, match=r"data\.split=train: .*saved has only one split; leave data.split out"):
         values_in(folders["saved"], None, None, "train")
     assert values_in(folders["subsets"], None, "b") == [GOOD | {"output": "b"}]
     for given, reason in ((None, r"give data\.subset, one of a, b"), ("c", "it has no subset c; give data")):
@@ -271,7 +271,7 @@ def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["subset", "split"])
 def test_a_file_has_neither_subsets_nor_splits(tmp_path, tiny, key):
     config = DataConfig("mine", str(tmp_path / "records.json"), **{key: "train"})
-    with pytest.raises(UserError, match=rf"data\.{key}=train: .* is one file, and has none; leave it out"):
+    with pytest.raises(UserError, match=rf"data\.{key}=train: .* is a single file without {key}s; leave"):
         load_dataset(config, tiny, 1024, None)
 
 
@@ -314,10 +314,8 @@ def test_columns_have_other_names(tmp_path, tiny, kind):
     data = checked(f"data.path={file}", f"data.columns={{{typed}}}").data
     assert len(load_dataset(data, tiny, 1024, None).samples) == 2
     data = checked(f"data.path={file}", f"data.columns={{{typed}}}", "data.columns.task=kind").data
-    there = "question, context, answer, output"
-    with pytest.raises(
-        UserError, match=rf"data\.columns has task: kind, and no record of .* does: there are {there}\Z"
-    ):
+    found = "question, context, answer, output"
+    with pytest.raises(UserError, match=rf"data\.columns has task: kind, but .* has no kind; it has {found}\Z"):
         load_dataset(data, tiny, 1024, None)
 
 
@@ -459,7 +457,7 @@ def hub(folders) -> Iterator[str]:
 def test_a_download_is_announced():
     lines: list[str] = []
     assert str(records_file(DataConfig("any", "hub:org/name@main"), lines.append)) == "hub:org/name@main"
-    assert lines == ["data: hub:org/name@main is downloaded, unless the cache of datasets has it"]
+    assert lines == ["data: downloading hub:org/name@main, unless datasets has it in its cache"]
 
 
 READ = """

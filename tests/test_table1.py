@@ -246,7 +246,7 @@ def test_micro_batches_are_those_without_packing(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(table1, "find_case", lambda *arguments: asked.append(arguments) or STAND_IN)
     packed = replace(CONFIG, training=TrainingConfig(packing=100))
     rows = [row_of(optim, {"parameter": 1.0}) for optim in COMBINATIONS]
-    assert "Without packing, which the plan above has." in table1.table1(packed, CARD, RAGGED, rows).notes
+    assert "Without packing, unlike the plan above." in table1.table1(packed, CARD, RAGGED, rows).notes
     assert {(run.training.packing, memory) for run, *_, memory in asked} == {(None, None)}
 
 

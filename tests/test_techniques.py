@@ -214,7 +214,7 @@ class TestLora:
         assert worst([layer.weight for layer in layers], weights) <= 1e-6
 
     def test_a_target_that_matches_nothing_is_an_error(self) -> None:
-        with pytest.raises(UserError, match=r"no linear layer is named q_proj; there are .*'wq'"):
+        with pytest.raises(UserError, match=r"no linear layer is named q_proj; the model has .*'wq'"):
             add_lora(small_model(), 4, 8.0, 0.0, ["wq", "q_proj"])
 
     def test_any_linear_layer_can_be_adapted(self) -> None:

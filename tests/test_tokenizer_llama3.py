@@ -283,7 +283,7 @@ def test_tokens_beyond_the_rows_of_a_model(files, tmp_path, special, fits):
         return
     for checkpoint, advice in (
         (None, "give the tokenizer"),
-        (str(tmp_path), "texts can have tokens up to 556, and each"),
+        (str(tmp_path), "texts can contain token ids up to 556, and each"),
     ):
         with pytest.raises(UserError, match=f"has 557 pieces, but model=mine has a vocabulary of 556: {advice}"):
             check_vocabulary(Tokenizer(file), file, model, checkpoint)
@@ -300,7 +300,7 @@ def test_a_model_may_be_padded_to_a_round_number_of_rows(files):
     ("change", "reason"),
     [
         ({"post_processor": None, "added_tokens": []}, "does not say which token ends a text"),
-        ({"decoder": None}, "is no byte-level BPE, as Llama 3's is, nor one with bytes, as LLaMA-2's$"),
+        ({"decoder": None}, "is neither byte-level BPE, like Llama 3's, nor has bytes like LLaMA-2's$"),
     ],
 )
 def test_json_of_another_kind(files, tmp_path, change, reason):
@@ -324,8 +324,8 @@ def test_json_of_something_else(tmp_path, content):
         (lambda lines: lines[1:], "its ranks are not"),
         (lambda lines: [*lines, b"AAAA 7"], "its ranks are not"),
         (lambda lines: [b"AAAA 0", *lines[1:]], "lack a byte"),
-        (lambda lines: [*lines[:-1], b"AAAA"], "a line that is no token with its rank"),
-        (lambda lines: [*lines[:-1], lines[-1] + b"x"], "a line that is no token with its rank"),
+        (lambda lines: [*lines[:-1], b"AAAA"], "one of its lines is not a token with its rank"),
+        (lambda lines: [*lines[:-1], lines[-1] + b"x"], "one of its lines is not a token with its rank"),
     ],
 )
 def test_damaged_ranks(files, tmp_path, damage, reason):

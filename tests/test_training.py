@@ -279,7 +279,7 @@ def test_a_last_step_that_makes_the_model_overflow_is_an_error(small_config) -> 
     for parameter in step.model.parameters():
         parameter.data.fill_(1e30)
     after, _ = evaluate(step, batches)
-    with pytest.raises(UserError, match="its weights overflow"):
+    with pytest.raises(UserError, match="the weights overflow"):
         check_losses(before, after, step.model.config.vocab_size)
 
 

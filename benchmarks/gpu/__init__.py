@@ -1,1 +1,1 @@
-"""What a GPU owner can check of llama_ft in a few minutes: `python -m benchmarks.gpu`."""
+"""Checks llama_ft on a GPU in a few minutes: `python -m benchmarks.gpu`."""

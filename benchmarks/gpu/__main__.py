@@ -1,11 +1,11 @@
-"""Does what this project promises hold on the GPU that is here? Parts in the order of their value, 8 minutes at most.
+"""Check on this machine's GPU that the project's promises hold. Parts run in order of their value, 8 minutes at most.
 
     python -m benchmarks.gpu
     python -m benchmarks.gpu --output DIR --model llama2_7b --data alpaca.json --tokenizer tokenizer.model
     python -m benchmarks.gpu --dry
 
-Each part runs in a process of its own, under its own time limit, and leaves a JSON file before the next begins. Started
-again on the same device and model, the command goes on with the parts that are not done. The exit status is 1 if a
+Each part runs in its own process, under its own time limit, and writes a JSON file before the next begins. Started
+again on the same device and model, the command continues with the parts that are not done. The exit status is 1 if a
 claim fails.
 """
 
@@ -46,7 +46,7 @@ PARTS = (
 
 
 def main() -> int:
-    """Run the parts, or, for the process of one of them, that part."""
+    """Run all parts, or a single one in the process started for it."""
     arguments = _arguments()
     if arguments.part:
         return run_part(next(part for part in PARTS if part.name == arguments.part), arguments)
@@ -72,12 +72,12 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/gpu_check"), help="folder of the parts' files")
-    parser.add_argument("--dry", action="store_true", help="on the CPU and the built-in model: that every part runs")
-    parser.add_argument("--minutes", type=float, default=8, help="no part goes on for longer than that, all together")
-    parser.add_argument("--model", help="of the part plan; the largest of three that the card is likely to hold")
-    parser.add_argument("--data", help="records for the part plan, such as alpaca_data.json; the built-in ones")
-    parser.add_argument("--tokenizer", help="for --data; the built-in one")
-    parser.add_argument("--part", choices=[part.name for part in PARTS], help="this part alone, in this process")
+    parser.add_argument("--dry", action="store_true", help="check that every part runs: on the CPU, the built-in model")
+    parser.add_argument("--minutes", type=float, default=8, help="time limit of all parts together")
+    parser.add_argument("--model", help="for the part plan; default: the largest of three that should fit the card")
+    parser.add_argument("--data", help="records for the part plan, such as alpaca_data.json; default: built-in ones")
+    parser.add_argument("--tokenizer", help="for --data; default: the built-in one")
+    parser.add_argument("--part", choices=[part.name for part in PARTS], help="run only this part, in this process")
     arguments = parser.parse_args()
     if not arguments.dry and (reason := why_no_gpu()):
         parser.error(f"there is no GPU to check: {reason}; --dry runs on the CPU")
@@ -85,13 +85,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def asked_of(arguments: argparse.Namespace) -> Numbers:
-    """On what parts are run: what was found of another device or model says nothing of this one."""
+    """The device and inputs of the parts: results for others do not apply."""
     device = "the CPU" if arguments.dry else torch.cuda.get_device_name(0)
     return {"device": device, "model": arguments.model, "data": arguments.data, "tokenizer": arguments.tokenizer}
 
 
 def start_part(part: Part, file: Path, asked: Numbers, limit_s: float) -> None:
-    """Run a part in a process of its own, and see to it that its file is there afterwards."""
+    """Run a part in its own process, and write its file if it did not."""
     began = time.monotonic()
     status: Status = "failed"
     command = [sys.executable, "-m", "benchmarks.gpu", *sys.argv[1:], "--part", part.name]
@@ -103,18 +103,16 @@ def start_part(part: Part, file: Path, asked: Numbers, limit_s: float) -> None:
             status = "out of time"
         finally:
             if process.poll() is None:
-                os.killpg(
-                    process.pid, signal.SIGTERM
-                )  # and commands that it started, whose runs then stop by themselves
+                os.killpg(process.pid, signal.SIGTERM)  # also its commands, whose runs then stop by themselves
                 process.wait()
     if not file.exists():
         write(file, asked, status, time.monotonic() - began)
 
 
 def run_part(part: Part, arguments: argparse.Namespace) -> int:
-    """Run a part here, and write its file."""
+    """Run a part in this process, and write its file."""
     output = arguments.output.absolute()
-    folder = new_folder(str(output / part.name))  # runs of an earlier try would be taken for this one's
+    folder = new_folder(str(output / part.name))  # not mixed up with runs of an earlier try
     setting = Setting(folder, arguments.dry, arguments.model or likely_model(), arguments.data, arguments.tokenizer)
     began, asked, file = time.monotonic(), asked_of(arguments), output / f"{part.name}.json"
     try:
@@ -128,13 +126,13 @@ def run_part(part: Part, arguments: argparse.Namespace) -> int:
 
 
 def likely_model() -> str:
-    """The largest model whose LoRA runs in 16 bit the card holds."""
+    """The largest model whose LoRA runs in 16 bit fit the card."""
     memory_mib = torch.cuda.get_device_properties(0).total_memory / MIB if torch.cuda.is_available() else 0
     return "llama2_7b" if memory_mib > 20_000 else "tinyllama_1b" if memory_mib > 6000 else "tiny"
 
 
 def report(output: Path, console: Console) -> int:
-    """Print what holds."""
+    """Print the claims; return 1 if one fails."""
     table = Table("Part", "Holds", "Claim", title="llama_ft on this machine", title_justify="left")
     failed = False
     for part in PARTS:

@@ -1,4 +1,4 @@
-"""What the parts of the check share: where they run, what they leave behind."""
+"""Code shared by the parts of the check: their setting and their output files."""
 
 import json
 import os
@@ -27,24 +27,24 @@ Status = Literal["done", "failed", "out of time", "not here"]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and on what a part runs."""
+    """A part's folder, device and inputs."""
 
     output: Path  # the part's own folder, for runs
-    dry: bool  # on the CPU and the built-in model
+    dry: bool  # use the CPU and the built-in model
     model: str
     data: str | None = None
     tokenizer: str | None = None
 
     @property
     def device(self) -> torch.device:
-        """The device, with the kernels that runs have."""
+        """The device, set to use the same kernels as runs."""
         gpu = GpuConfig("cpu" if self.dry else "auto")
         device = torch.device("cpu") if self.dry else choose_device(gpu)
         use_kernels_of(device)
         return device
 
     def command(self, name: str, *arguments: str, environment: dict[str, str] | None = None) -> str:
-        """Run `python -m llama_ft.NAME ARGUMENTS`; what it printed. Raises a RuntimeError if it cannot be used."""
+        """Run `python -m llama_ft.NAME ARGUMENTS` and return its output; a RuntimeError if the command itself fails."""
         variables = {**os.environ, "PYTHONPATH": str(CHECKOUT), **(environment or {})}
         if self.dry:
             variables["CUDA_VISIBLE_DEVICES"] = ""
@@ -56,12 +56,12 @@ class Setting:
             text=True,
             stdin=subprocess.DEVNULL,
         )
-        if done.returncode not in (0, 1):  # 1: a run of it did not end well, which its result says
+        if done.returncode not in (0, 1):  # 1: one of its runs failed, as its result says
             raise RuntimeError(f"llama_ft.{name} {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
 
     def train(self, *arguments: str, folder: str) -> dict[str, Result]:
-        """The results of a run, or of a sweep's rows by their folder's name, without a tracker."""
+        """Train without a tracker; return the results of a run, or of a sweep's rows, by folder name."""
         target = self.output / folder
         key = "hydra.sweep.dir" if "-m" in arguments else "hydra.run.dir"
         self.command("train", *arguments, "tracker=disabled", "training.save=false", f"{key}={target}")
@@ -71,7 +71,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the check, run in a process of its own."""
+    """One part of the check, run in its own process."""
 
     name: str
     limit_s: int
@@ -87,7 +87,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def write(file: Path, asked: Numbers, status: Status, seconds: float, outcome: Outcome = NOTHING) -> None:
-    """Leave a part's JSON behind; `asked` is on what it was run."""
+    """Write a part's JSON; `asked` describes its device and inputs."""
     numbers, claims = outcome
     listed = [{"text": claim.text, "holds": claim.holds, "numbers": claim.numbers} for claim in claims]
     content = {"part": file.stem, "asked": asked, "status": status, "seconds": round(seconds, 1)}

@@ -1,4 +1,4 @@
-"""Parts that ask the device itself: its facts, attention, the buffers of losses, the tracker, decoding."""
+"""Parts that use the device directly: its facts, attention, the buffers of losses, the tracker, decoding."""
 
 import gc
 import time
@@ -32,7 +32,7 @@ AUTO = GpuConfig("auto")
 
 
 def facts(setting: Setting) -> Outcome:
-    """Versions, the card's facts, what libraries take beside the allocator."""
+    """Versions, the card's facts, and the memory that libraries use outside the allocator."""
     device = setting.device
     numbers: Numbers = {"device": device_name(device), "why": about_device(device, AUTO), "versions": versions()}
     if device.type == "cpu":
@@ -64,7 +64,7 @@ def facts(setting: Setting) -> Outcome:
 
 
 def attention(setting: Setting) -> Outcome:
-    """Which kernel runs, and what a length costs that it has not met."""
+    """The attention kernel that runs, and its cost for a new length."""
     device, numbers, claims = setting.device, {}, []
     wanted = {"fp32": "efficient", "bf16": "flash", "fp16": "flash"} if device.type == "cuda" else {"fp32": "flash"}
     for name, kernel in wanted.items():
@@ -81,7 +81,7 @@ def attention(setting: Setting) -> Outcome:
             claims.append(Claim(f"{name}, {model}: attention is {kernel}", chosen == kernel, {}))
             holds = new <= 3 * old + 1
             claims.append(Claim(f"{name}, {model}: a new length costs no more", holds, {"ms": new, "old, ms": old}))
-    if device.type == "cuda" and has_bf16(device, AUTO):  # what it would be with cuDNN's attention, which is off
+    if device.type == "cuda" and has_bf16(device, AUTO):  # for comparison: cuDNN's attention, which is off
         torch.backends.cuda.enable_cudnn_sdp(True)
         numbers["with cuDNN"] = _new_and_old(preset("model", "llama2_7b", ModelConfig), torch.bfloat16, device)
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -89,7 +89,7 @@ def attention(setting: Setting) -> Outcome:
 
 
 def _new_and_old(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of attention forward and backward at 20 lengths, the first time and the second."""
+    """Milliseconds of attention forward and backward at 20 lengths, for the first and the second time."""
     times: dict[str, list[float]] = {"new": [], "old": []}
     for which in times:
         for length in range(99, 120):
@@ -107,16 +107,16 @@ def _new_and_old(config: ModelConfig, dtype: torch.dtype, device: torch.device) 
 
 
 class LateMeter(StepMeter):
-    """Reads a step when all that the device was given is done, the next step's copy included."""
+    """Reads a step after the device has finished all submitted work, including the next step's copy."""
 
     def flush(self) -> StepMetrics | None:
-        """The newest step, if it has not been read yet."""
+        """Return the newest step, if it has not been read yet."""
         synchronize(self._device)
         return super().flush()
 
 
 def losses(setting: Setting) -> Outcome:
-    """Each line of metrics has its own step's loss, though the host runs ahead and checkpoints come between."""
+    """Check that each line of metrics has its own step's loss, even if the host runs ahead and between checkpoints."""
     device = setting.device
     meter, lines = LateMeter(8, device), []
     for step in range(1, 9):
@@ -130,7 +130,7 @@ def losses(setting: Setting) -> Outcome:
 
 
 def tracker(setting: Setting) -> Outcome:
-    """That the tracker, which holds tensors a little longer, does not raise the peak that is reported."""
+    """Check that the tracker, which holds tensors a little longer, does not raise the reported peak."""
     device, numbers, claims = setting.device, {}, []
     name = "tiny" if setting.dry else "llama2_7b_1layer"
     for combination in ("baseline", "mp", "lora", "mp_lora"):
@@ -139,7 +139,7 @@ def tracker(setting: Setting) -> Outcome:
             preset("model", name, ModelConfig),
             data=DataConfig("sample"),
             checkpoint="random",
-            tokenizer="none",  # of which nothing is read
+            tokenizer="none",  # not read
             optim=optim,
         )
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
@@ -164,7 +164,7 @@ def tracker(setting: Setting) -> Outcome:
 
 
 def decoding(setting: Setting) -> Outcome:
-    """Seconds of each token with the KV cache, at numbers of keys that are new and then are not, and without it."""
+    """The seconds of each token with the KV cache, for new and then for known numbers of keys, and without it."""
     device = setting.device
     name = "tiny" if setting.dry else "llama3_2_1b"
     dtype = torch.float32 if setting.dry else DTYPES["bf16" if has_bf16(device, AUTO) else "fp16"]

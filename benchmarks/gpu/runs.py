@@ -27,8 +27,8 @@ COMPARED = {"peak_memory_mib": ("peak_memory_mib", 0.05), "peak_memory_reserved_
 
 
 def tests(setting: Setting) -> Outcome:
-    """tests/test_gpu.py."""
-    # What fills the card or is timed comes last and by itself; the others share the card.
+    """Run tests/test_gpu.py."""
+    # Tests that fill the card or are timed run last, one at a time; the others share the card.
     alone = "full_card or than or limit or no_context"
     command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-rA", "-p", "no:cacheprovider"]
     log, last, passed = "", [], True
@@ -48,7 +48,7 @@ def table2(setting: Setting) -> Outcome:
     fp32 = [r.train_loss_before for r in results.values() if r.compute_dtype == "float32" and r.train_loss_before]
     retries = sum(r.card.n_alloc_retries or 0 for r in results.values() if r.card)
     spread = max(fp32) / min(fp32) - 1 if fp32 else 1.0
-    speeds = {}  # whether the first steps, with kernels cold and clocks low, are slower
+    speeds = {}  # to see if the first steps, with cold kernels and low clocks, are slower
     for name in (name for name, result in results.items() if result.status == "ok"):
         steps = [step.tokens_per_s for step in steps_of(read_metrics(setting.output / "table2" / name))]
         speeds[name] = {"first 20": fmean(steps[:20]), "last 20": fmean(steps[-20:])}
@@ -60,7 +60,7 @@ def table2(setting: Setting) -> Outcome:
 
 
 def plan(setting: Setting) -> Outcome:
-    """Plan and measurement of the model that the card can hold."""
+    """Compare plan and measurement of the model that the card can hold."""
     shared = _of_the_model(setting)
     optims = "lora" if setting.dry else "mp_lora,ga_mp_lora,lora,baseline"
     results = setting.train("-m", *shared, f"optim={optims}", folder="sweep")
@@ -71,7 +71,7 @@ def plan(setting: Setting) -> Outcome:
         claim for name, result in results.items() for claim in _as_planned(name, result, rows[result.combination])
     ]
     if not setting.dry:
-        # Between the two it depends on what the allocator can give back in time.
+        # Between the two limits the result depends on what the allocator can free in time.
         for share, key, status in ((1.02, "reserved_mib", "ok"), (0.98, "peak_memory_mib", "oom")):
             limit = f"measure.memory_limit_mib={share * rows['mp_lora'][key]:.0f}"
             (result,) = setting.train(*shared, "optim=mp_lora", limit, "plan.enforce=false", folder=status).values()
@@ -81,7 +81,7 @@ def plan(setting: Setting) -> Outcome:
 
 
 def less_memory(setting: Setting) -> Outcome:
-    """4-bit weights, 8-bit moments, updates in backward, offloading: each rung of the ladder, planned and measured."""
+    """Compare plan and measurement of the ladder: 4-bit weights, 8-bit moments, updates in backward, offloading."""
     ladder = ["experiment=less_memory", *_of_the_model(setting), "training.max_samples=16"]
     if setting.dry:
         ladder.append("recipe=full_8bit_in_backward,qlora_8bit_gc_offload")
@@ -94,7 +94,7 @@ def less_memory(setting: Setting) -> Outcome:
 
 
 def _of_the_model(setting: Setting) -> list[str]:
-    """Few samples of the model that the card can hold, with random weights."""
+    """Arguments for a few samples and the model that the card can hold, with random weights."""
     tokenizer = setting.tokenizer or preset("model", "tiny", ModelConfig).builtin_dir / "tokenizer.model"
     arguments = [f"model={setting.model}", "checkpoint=random", f"tokenizer={tokenizer}"]
     arguments += [f"data.path={setting.data}"] if setting.data else []
@@ -102,7 +102,7 @@ def _of_the_model(setting: Setting) -> list[str]:
 
 
 def _planned(setting: Setting, *arguments: str) -> list[Numbers]:
-    """The rows of a plan for the device that is here."""
+    """The rows of a plan for this machine's device."""
     folder = setting.output / "plan"
     setting.command("plan", *arguments, "gpu=cpu" if setting.dry else "gpu=auto", f"output={folder}")
     rows: list[Numbers] = json.loads((folder / "plan.json").read_text())["rows"]
@@ -121,7 +121,7 @@ def _as_planned(name: str, result: Result, row: Numbers) -> Iterator[Claim]:
 
 
 def out_of_memory(setting: Setting) -> Outcome:
-    """That running out is known as such, wherever it happens."""
+    """Check that running out of memory is recognized, wherever it happens."""
     arguments, results = ["optim=mp_lora", "plan.enforce=false", "training.max_samples=8"], {}
     if setting.dry:
         limited = setting.train("optim=lora", *arguments[1:], "measure.memory_limit_mib=300", folder="limit")
@@ -140,7 +140,7 @@ def out_of_memory(setting: Setting) -> Outcome:
 
 
 def on_cpu(setting: Setting) -> Outcome:
-    """That a run on the CPU takes nothing of the GPU."""
+    """Check that a run on the CPU does not use the GPU."""
     nvml, used, ended = Nvml(torch.device("cpu") if setting.dry else setting.device), [], threading.Event()
 
     def poll() -> None:
@@ -164,7 +164,7 @@ def on_cpu(setting: Setting) -> Outcome:
 
 
 def resume(setting: Setting) -> Outcome:
-    """That a run which is saved and resumed has the losses of one which is not."""
+    """Check that a saved and resumed run has the losses of an uninterrupted one."""
     optim = "optim=lora" if setting.dry else "optim=mp_lora"
     arguments = [optim, "training.max_samples=8", "training.micro_batch_size=1"]
     setting.train(*arguments, folder="whole")
@@ -183,5 +183,5 @@ def resume(setting: Setting) -> Outcome:
 
 
 def _kept(result: Result) -> Numbers:
-    """What of a result is quoted."""
+    """The parts of a result to report."""
     return {key: getattr(result, key) for key in KEPT} | {"card": vars(result.card) if result.card else None}

@@ -1,7 +1,7 @@
 """Peak memory of an optimizer step with gradient checkpointing at every n-th block, for a model of any size.
 
-The planner's step, on PyTorch's fake tensors, which have shapes and no data; the tracker that measures real runs counts
-their bytes. Usage, from the repository's root:
+The planner's step runs on PyTorch's fake tensors, which have shapes but no data; the tracker that measures real runs
+counts their bytes. Usage, from the repository's root:
 
     python benchmarks/gradient_checkpointing/activations.py llama2_7b 32 404 mp_lora 0,1,2,4,6,8,16,32
 
@@ -19,7 +19,7 @@ from llama_ft.planning.gpu_traits import Traits
 
 
 def step_memory(model: str, n_layers: int, n_tokens: int, combination: str, every: int) -> dict[str, int | float | str]:
-    """What the tracker sees in two optimizer steps on one sample, of whose tokens half are trained on."""
+    """The tracked memory of two optimizer steps on one sample, half of whose tokens are trained on."""
     gc = {"optim.gc": every > 0, "gc.every": max(1, every)}
     keys = {"model": model, "model.n_layers": n_layers, "optim": combination, "mp.dtype": "bf16"} | gc
     config = composed_config("plan", [f"{key}={value}" for key, value in keys.items()], PlanConfig)
@@ -33,7 +33,7 @@ def step_memory(model: str, n_layers: int, n_tokens: int, combination: str, ever
 
 
 def main() -> None:
-    """A line of JSON for each value of gc.every."""
+    """Print a line of JSON for each value of gc.every."""
     model, n_layers, n_tokens, combination, values = sys.argv[1:]
     for every in values.split(","):
         row = step_memory(model, int(n_layers), int(n_tokens), combination, int(every))

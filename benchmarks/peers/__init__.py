@@ -1,1 +1,1 @@
-"""llama_ft beside its peers, on the same work: `python -m benchmarks.peers`."""
+"""Compares llama_ft with its peers on the same work: `python -m benchmarks.peers`."""

@@ -1,4 +1,4 @@
-"""What the runs say: medians with their spread, ratios where the sides did the same work, shares of the limit."""
+"""Summarizes runs: medians with their spread, ratios if the sides did the same work, shares of the limit."""
 
 from collections.abc import Sequence
 from itertools import product
@@ -62,10 +62,10 @@ def summary(row: Row, runs: Sequence[Run], samples: Sequence[Length]) -> dict[st
 
 
 def disagreement(row: Row, sides: dict[str, dict[str, list[float]]]) -> str | None:
-    """Why the sides cannot be compared: they did not begin from the same loss. None if they did."""
+    """Explain why the sides cannot be compared: they did not begin with the same loss. None if they did."""
     losses = [loss for side in sides.values() for loss in side["first_loss"]]
     tolerance = TOLERANCES["16 bit" if row.has("mp") else "fp32"]
-    if all(abs(one - other) <= tolerance * abs(one) for one, other in product(losses, losses)):  # NaN is like nothing
+    if all(abs(one - other) <= tolerance * abs(one) for one, other in product(losses, losses)):  # NaN equals nothing
         return None
     return "first losses differ: " + ", ".join(
         f"{LABELS[side]} {median(numbers['first_loss']):.6g}" for side, numbers in sides.items()
@@ -73,7 +73,7 @@ def disagreement(row: Row, sides: dict[str, dict[str, list[float]]]) -> str | No
 
 
 def markdown(summaries: Sequence[dict[str, Any]]) -> str:
-    """One table of three lines a row, with what it means."""
+    """A table with three lines per row, and notes."""
     shown = [side for side in LABELS if any(side in each["sides"] for each in summaries)]
     lines = []
     for each in summaries:

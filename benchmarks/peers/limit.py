@@ -1,8 +1,9 @@
-"""The least time that a row's work takes on this machine, from two rates that are measured here.
+"""The least time that a row's work needs on this machine, from two rates that are measured here.
 
-A pass's matrix products take their FLOPs over the machine's rate at their own shapes, or the bytes of their weights and
-gradients over its bandwidth, whichever is longer: a product overlaps its own traffic. AdamW's traffic comes on top, as
-it can begin only when the gradients are there. Activations' traffic, norms, rotations and the loss are left out.
+A pass's matrix products take their FLOPs divided by the machine's rate at their shapes, or the bytes of their weights
+and gradients divided by its bandwidth, whichever is longer: a product overlaps its own traffic. AdamW's traffic is
+added, since it can begin only when the gradients exist. The traffic of activations, norms, rotations and the loss are
+left out.
 """
 
 from argparse import Namespace
@@ -20,54 +21,54 @@ from benchmarks.peers import workload
 from benchmarks.peers.workload import LORA_RANK, LORA_TARGETS, SIZES, WINDOW, Row, Sizes
 from llama_ft.kernels import has_16bit_products, use_training_kernels
 
-ADAMW_BYTES = 7 * 4  # a trained parameter: weight, gradient and two moments are read, all but the gradient written
-ROUNDS = 12  # of which the fastest counts: a limit is what the machine can do
-Length = tuple[int, int]  # positions that a sample's next tokens are predicted at, and how many of them are trained on
+ADAMW_BYTES = 7 * 4  # per trained parameter: weight, gradient and two moments are read, all but the gradient written
+ROUNDS = 12  # the fastest counts: a limit is what the machine can do
+Length = tuple[int, int]  # a sample's positions that predict a token, and how many of these tokens are trained on
 Rates = dict[str, float]  # GFLOP/s by format and kind of row, such as `fp32 apart full`
 
 
 def lengths(n_samples: int) -> list[Length]:
-    """The work's samples."""
+    """The lengths of the work's samples."""
     pairs = workload.samples()[:n_samples]
     return [(tokens.numel() - 1, workload.n_targets(labels)) for tokens, labels in pairs]
 
 
 def linear_layers(c: Sizes) -> dict[tuple[int, int], int]:
-    """How many there are of each inputs and outputs, the head left out."""
+    """The number of linear layers by inputs and outputs, without the head."""
     return {(c.dim, c.dim): 4 * c.n_layers, (c.dim, c.ffn_dim): 2 * c.n_layers, (c.ffn_dim, c.dim): c.n_layers}
 
 
 def n_multiplied(c: Sizes) -> int:
-    """Weights that are multiplied with: all but embeddings and norms."""
+    """The number of weights in matrix products: all but embeddings and norms."""
     return sum(n * n_in * n_out for (n_in, n_out), n in linear_layers(c).items()) + c.dim * c.vocab_size
 
 
 def n_trained(lora: bool, c: Sizes) -> int:
-    """Parameters that are updated."""
+    """The number of trained parameters."""
     if lora:
         return c.n_layers * len(LORA_TARGETS) * LORA_RANK * 2 * c.dim
     return n_multiplied(c) + c.vocab_size * c.dim + (2 * c.n_layers + 1) * c.dim
 
 
 def flops(length: Length, lora: bool, c: Sizes = SIZES) -> float:
-    """Of the products of one sample's step: 2 a multiply-add, the head at trained positions alone, attention causal."""
+    """FLOPs of one sample's step: 2 per multiply-add, the head only at trained positions, attention causal."""
     positions, targets = length
     layers = 2 * positions * (n_multiplied(c) - c.dim * c.vocab_size)
     head = 2 * targets * c.dim * c.vocab_size
     attention = 3 * 2 * c.n_layers * positions * (positions + 1) * c.dim  # 2 products, and 4 backward
     if not lora:
         return 3 * (layers + head) + attention
-    factor = 2 * positions * LORA_RANK * c.dim * len(LORA_TARGETS)  # one of an adapter's two, in a layer
-    # Of frozen weights no gradient, and none of the embeddings, where the first layer's queries, keys, values begin.
+    factor = 2 * positions * LORA_RANK * c.dim * len(LORA_TARGETS)  # one of an adapter's two factors, in a layer
+    # No gradients of frozen weights, nor of the embeddings, the inputs of the first layer's queries, keys and values.
     return 2 * (layers + head) + attention - 6 * positions * c.dim**2 + factor * (6 * c.n_layers - 1)
 
 
 def limit(
     row: Row, samples: Sequence[Length], gflop_s: Rates, bandwidth_gb_s: float, c: Sizes = SIZES
 ) -> dict[str, float]:
-    """The least seconds of a row's work on these samples, and what they are of."""
+    """The least seconds of a row's work on these samples, and the numbers behind them."""
     lora, bandwidth = row.has("lora"), bandwidth_gb_s * 1e9
-    # Of the formats that a row may compute in, the faster one: 16-bit operands can be multiplied in fp32.
+    # The faster of the formats that a row may compute in: 16-bit operands can be multiplied in fp32.
     rates = [rate for key, rate in gflop_s.items() if key.endswith(kind(row)) and (row.has("mp") or "fp32" in key)]
     rate = max(rates) * 1e9
     stored = 2 if lora and row.has("mp") else 4  # bytes of a weight: masters are fp32
@@ -88,17 +89,17 @@ def limit(
 
 
 def kind(row: Row) -> str:
-    """Of a row's products: how many rows they have, and which there are."""
+    """The kind of a row's products: their number of rows, and which of them are computed."""
     return f"{'packed' if row.has('packed') else 'apart'} {'lora' if row.has('lora') else 'full'}"
 
 
 def fastest(function: Callable[..., object], *arguments: Tensor) -> float:
-    """Seconds."""
+    """The least seconds that a function takes."""
     return min(repeat(partial(function, *arguments), number=1, repeat=ROUNDS))
 
 
 def measured_rates(dtype: torch.dtype, positions: int, targets: int) -> Rates:
-    """Of all linear layers and the head, at so many rows: with the weights' gradients and without."""
+    """The rates of all linear layers and the head, for these numbers of rows, with and without weight gradients."""
     layers = [(n, positions, n_in, n_out) for (n_in, n_out), n in linear_layers(SIZES).items()]
     work, of_weights, others = 0.0, 0.0, 0.0
     for n, rows, n_in, n_out in [*layers, (1, targets, SIZES.dim, SIZES.vocab_size)]:
@@ -110,14 +111,14 @@ def measured_rates(dtype: torch.dtype, positions: int, targets: int) -> Rates:
 
 
 def measured_bandwidth() -> float:
-    """GB/s of y += x on tensors that no cache holds: the lines that are written were read, as AdamW's are."""
+    """GB/s of y += x on tensors larger than any cache: written lines were read before, as in AdamW."""
     x, y = torch.ones(2**26), torch.ones(2**26)
     return 3 * x.nbytes / fastest(y.add_, x) / 1e9
 
 
-def measured(told: Namespace) -> dict[str, Any]:
-    """What the machine can do."""
-    positions, targets = (mean(each) for each in zip(*lengths(told.samples), strict=True))
+def measured(args: Namespace) -> dict[str, Any]:
+    """The machine's rates and bandwidth."""
+    positions, targets = (mean(each) for each in zip(*lengths(args.samples), strict=True))
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_16bit_products(torch.bfloat16) else {})
     rates = {
         f"{name} {layout} {which}": rate
@@ -129,6 +130,6 @@ def measured(told: Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    told = workload.arguments()
+    args = workload.arguments()
     use_training_kernels(torch.device("cpu"))  # a limit is what the faster library can do
-    workload.tell(told, measured(told))
+    workload.tell(args, measured(args))

@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """The peers' own models and adapters in the plain loop: transformers with PEFT, LitGPT, torchtune.
 
-Runs in their environments. That a model has the work's weights shows in its first loss.
+Runs in their environments. The first loss shows if a model has the work's weights.
 """
 
 import logging
@@ -15,7 +15,7 @@ from benchmarks.peers.workload import IGNORED, LORA_ALPHA, LORA_DROPOUT, LORA_RA
 
 
 def transformers_loop(row):
-    """LlamaForCausalLM, with PEFT for LoRA."""
+    """transformers' LlamaForCausalLM, with PEFT for LoRA."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     c = SIZES
@@ -41,7 +41,7 @@ def transformers_loop(row):
 
 
 def litgpt(row):
-    """GPT, or its LoRA variant: queries, keys and values are one matrix."""
+    """LitGPT's GPT, or its LoRA variant: queries, keys and values are one matrix."""
     from litgpt import config, lora, model
     from litgpt.utils import chunked_cross_entropy
 
@@ -74,14 +74,14 @@ def litgpt(row):
 
 
 def renamed(name, names):
-    """A weight's name with each part that has another name replaced."""
+    """A weight's name with its parts replaced by their other names."""
     for old, new in names.items():
         name = name.replace(old, new)
     return name
 
 
 def torchtune(row):
-    """llama2, or lora_llama2, and cross-entropy as in torchtune's recipes, over all positions at once."""
+    """torchtune's llama2 or lora_llama2, with cross-entropy over all positions at once, as in its recipes."""
     from torchtune.models.convert_weights import hf_to_tune
     from torchtune.models.llama2 import llama2, lora_llama2
     from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -119,6 +119,6 @@ SIDES = {
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    told = workload.arguments()
-    build, packages = SIDES[told.side]
-    workload.tell(told, workload.plain_loop(told, *build(told.row)), packages)
+    args = workload.arguments()
+    build, packages = SIDES[args.side]
+    workload.tell(args, workload.plain_loop(args, *build(args.row)), packages)

@@ -1,4 +1,4 @@
-"""llama_ft's own configuration, set-up and training step on the work."""
+"""The work in llama_ft: configuration, set-up and training step."""
 
 from argparse import Namespace
 from dataclasses import asdict
@@ -21,12 +21,12 @@ from llama_ft.training.loop import Windows
 from llama_ft.training.setup import set_up
 from llama_ft.training.step import TrainStep
 
-PACKING = 1024  # tokens in a pass at most: a window's
+PACKING = 1024  # the most tokens in a pass
 OUR_TARGETS = {"wq": "q_proj", "wv": "v_proj"}
 
 
 def configured(row: Row) -> TrainConfig:
-    """The row as one would type it: techniques at their defaults, but for what the work says."""
+    """The row's config: techniques at their defaults, except for the work's settings."""
     return TrainConfig(
         model=ModelConfig(name="peers", n_kv_heads=SIZES.n_heads, **asdict(SIZES)),
         checkpoint="random",
@@ -43,13 +43,13 @@ def configured(row: Row) -> TrainConfig:
 
 @torch.no_grad()
 def load(model: Transformer) -> None:
-    """Give the model the work's weights, whatever the techniques have made of its modules."""
+    """Give the model the work's weights, even if techniques have replaced its modules."""
     theirs, n_heads = workload.weights(), SIZES.n_heads
     for name, parameter in model.named_parameters():
         if name.endswith("lora_A"):
             _, layer, _, ours, _ = name.split(".")
             parameter.copy_(workload.lora_a(int(layer), OUR_TARGETS[ours]))
-        elif not name.endswith("lora_B"):  # which is zero
+        elif not name.endswith("lora_B"):  # lora_B stays zero
             weight = theirs[hf_name(name)]
             parameter.copy_(permute_rotary(weight, n_heads, to_hf=False) if is_rotated(name) else weight)
 
@@ -64,9 +64,9 @@ def made(row: Row) -> TrainStep:
     return step
 
 
-def measured(told: Namespace) -> dict[str, Any]:
-    """Train, timed as the others are."""
-    row, step, meter = told.row, made(told.row), Meter(told.row.window)
+def measured(args: Namespace) -> dict[str, Any]:
+    """Train, timed like the others."""
+    row, step, meter = args.row, made(args.row), Meter(args.row.window)
     pairs = workload.samples()
     samples = [
         Sample.after(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels)) for tokens, labels in pairs
@@ -75,13 +75,13 @@ def measured(told: Namespace) -> dict[str, Any]:
     for sample in samples[-workload.N_WARM_UP :]:
         step.dry_run([data.lay_out([sample])])
     meter.start()
-    for group in windows(samples[: told.samples], row.window):
-        window = data.share(group)  # collated when it is needed
+    for group in windows(samples[: args.samples], row.window):
+        window = data.share(group)  # collated on demand
         loss = step(window)[0].item()
         meter.add(loss, sum(batch.n_targets for batch in window), sum(map(len, group)), len(group))
     return meter.stop()
 
 
 if __name__ == "__main__":
-    told = workload.arguments()
-    workload.tell(told, measured(told), ["llama_ft"])
+    args = workload.arguments()
+    workload.tell(args, measured(args), ["llama_ft"])

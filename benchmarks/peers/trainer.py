@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""transformers' Trainer, set to what the plain loop does. Runs in the environment of transformers and PEFT."""
+"""transformers' Trainer, set up like the plain loop. Runs in the environment of transformers and PEFT."""
 
 import logging
 import tempfile
@@ -15,13 +15,13 @@ from benchmarks.peers.others import transformers_loop
 
 
 class MeteredTrainer(Trainer):
-    """Trainer, in the data's order, whose losses are noted."""
+    """A Trainer that keeps the data's order and records its losses."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Trainer's, noted as the mean of the sample: it is divided by the targets of the whole window."""
+        """Compute Trainer's loss, divided by the targets of the whole window; record it as the sample's mean."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         targets = workload.n_targets(inputs["labels"])
         share = 1 if num_items_in_batch is None else float(num_items_in_batch) / targets
@@ -30,26 +30,26 @@ class MeteredTrainer(Trainer):
 
 
 class Ends(TrainerCallback):
-    """Starts and stops the meter where training does."""
+    """Starts and stops the meter with training."""
 
     def __init__(self, meter):
         self.meter = meter
 
     def on_train_begin(self, *_, **__):
-        """Start."""
+        """Start the meter."""
         self.meter.start()
 
     def on_train_end(self, *_, **__):
-        """Stop."""
+        """Stop the meter."""
         self.measured = self.meter.stop()
 
 
-def measured(told):
-    """Train, with the loop's optimizer, learning rate and order, and nothing written."""
-    row, adamw = told.row, workload.ADAMW
+def measured(args):
+    """Train with the loop's optimizer, learning rate and order, writing nothing."""
+    row, adamw = args.row, workload.ADAMW
     model, forward = transformers_loop(row)
     model.train()
-    # Without state: its own optimizer's is made in the timed part, as it is where Trainer is used.
+    # SGD has no state: Trainer creates its own optimizer's in the timed part, as in normal use.
     workload.warm_up(row, forward, torch.optim.SGD(workload.trained(model), lr=0.0))
     ends = Ends(workload.Meter(row.window))
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def measured(told):
             model,
             settings,
             lambda pairs: {"input_ids": pairs[0][0], "labels": pairs[0][1]},
-            workload.samples()[: told.samples],
+            workload.samples()[: args.samples],
             callbacks=[ends],
         )
         trainer.remove_callback(PrinterCallback)
@@ -76,5 +76,5 @@ def measured(told):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    told = workload.arguments()
-    workload.tell(told, measured(told), ["transformers", "peft", "accelerate"])
+    args = workload.arguments()
+    workload.tell(args, measured(args), ["transformers", "peft", "accelerate"])

@@ -1,6 +1,6 @@
-"""The work that every side does, the plain loop that most of them do it in, and how it is timed.
+"""The work that every side does, the plain loop that most sides use, and its timing.
 
-A side runs in its own Python, so this imports nothing but PyTorch. Weights have transformers' names and rotary layout.
+A side runs in its own Python, so this imports only PyTorch. Weights have transformers' names and rotary layout.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a LLaMA decoder."""
+    """The sizes of a LLaMA decoder."""
 
     dim: int = 512
     n_layers: int = 8
@@ -35,26 +35,26 @@ class Sizes:
 
 
 SIZES = Sizes()
-OURS = "llama_ft"  # the side that is us
+OURS = "llama_ft"  # our side
 LORA_RANK, LORA_ALPHA, LORA_DROPOUT, LORA_TARGETS = 16, 32, 0.05, ("q_proj", "v_proj")
 ADAMW: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.0}
 WINDOW = 8  # samples in an optimizer step with gradient accumulation
 N_SAMPLES, PROMPT_SHARE, IGNORED = 200, 0.6, -100
-N_WARM_UP = 4  # samples, the last ones, whose lengths are not those that are timed first
-Pair = tuple[Tensor, Tensor]  # int64 [1, T] tokens, and labels, the prompt's IGNORED; not shifted
-Forward = Callable[[Tensor, Tensor], Tensor]  # mean loss of a sample's target tokens
+N_WARM_UP = 4  # samples: the last ones, whose lengths differ from those timed first
+Pair = tuple[Tensor, Tensor]  # int64 [1, T] tokens and labels, the prompt's IGNORED; not shifted
+Forward = Callable[[Tensor, Tensor], Tensor]  # the mean loss of a sample's target tokens
 
 
 class Row(str):
-    """A combination of techniques, such as `ga_mp_lora`; `packed` is ours alone."""
+    """A combination of techniques, such as `ga_mp_lora`; only we have `packed`."""
 
     def has(self, technique: str) -> bool:
-        """Whether a technique is on."""
+        """Return True if a technique is on."""
         return technique in self.split("_")
 
     @property
     def window(self) -> int:
-        """Samples in an optimizer step."""
+        """The number of samples in an optimizer step."""
         return WINDOW if self.has("ga") else 1
 
     def of_side(self, side: str) -> "Row":
@@ -66,7 +66,7 @@ ROWS = [Row(name) for name in "baseline ga mp lora ga_mp ga_lora mp_lora ga_mp_l
 
 
 def weights() -> dict[str, Tensor]:
-    """Normal(0, 0.02) for matrices, 1 for norms; the same everywhere."""
+    """Normal(0, 0.02) for matrices, 1 for norms; the same on all sides."""
     c, generator = SIZES, torch.Generator().manual_seed(0)
 
     def matrix(*shape: int) -> Tensor:
@@ -85,14 +85,14 @@ def weights() -> dict[str, Tensor]:
 
 
 def lora_a(layer: int, target: str) -> Tensor:
-    """[rank, dim], Kaiming-uniform: where an adapter's A begins; its B is zero."""
+    """An adapter's initial A, [rank, dim], Kaiming-uniform; its B is zero."""
     generator = torch.Generator().manual_seed(1000 + 10 * layer + LORA_TARGETS.index(target))
     bound = 1 / math.sqrt(SIZES.dim)
     return torch.empty(LORA_RANK, SIZES.dim).uniform_(-bound, bound, generator=generator)
 
 
 def samples() -> list[Pair]:
-    """Of ragged lengths such as Alpaca's; tokens are Zipf-distributed, so that there is something to learn."""
+    """Samples with ragged lengths like Alpaca's; tokens are Zipf-distributed, so that there is something to learn."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.exp(math.log(90) + 0.55 * torch.randn(N_SAMPLES, generator=generator))
     frequencies = 1 / torch.arange(1, SIZES.vocab_size - 2, dtype=torch.float64)
@@ -106,31 +106,31 @@ def samples() -> list[Pair]:
 
 
 def n_targets(labels: Tensor) -> int:
-    """Tokens that are trained on."""
+    """The number of tokens trained on."""
     return int((labels != IGNORED).sum())
 
 
 class Meter:
-    """Times a training, and notes its losses and peak memory."""
+    """Times a training, and records its losses and peak memory."""
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.losses: list[tuple[float, int, int]] = []  # mean of so many target tokens, of so many samples
+        self.losses: list[tuple[float, int, int]] = []  # (mean loss, target tokens, samples)
         self.n_tokens = 0
 
     def start(self) -> None:
-        """Begin. The peak of memory begins here too, where the system allows it: making weights is not training."""
+        """Start timing and, if the system allows it, peak memory: creating weights is not training."""
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
         self._began = time.perf_counter()
 
     def add(self, loss: float, targets: int, tokens: int, n_samples: int = 1) -> None:
-        """Note a micro-batch, or a window."""
+        """Record a micro-batch, or a window."""
         self.losses.append((loss, targets, n_samples))
         self.n_tokens += tokens
 
     def stop(self) -> dict[str, Any]:
-        """End, and say what was measured."""
+        """Stop, and return the measurements."""
         seconds = time.perf_counter() - self._began
         status = Path("/proc/self/status").read_text()
         return {
@@ -144,7 +144,7 @@ class Meter:
 
 
 def mean_loss(losses: Iterable[tuple[float, int, int]], n_samples: int) -> float:
-    """Mean over the target tokens of the first so many samples."""
+    """The mean loss over the target tokens of the first `n_samples` samples."""
     total, n_tokens = 0.0, 0
     for loss, targets, size in losses:
         if n_samples <= 0:
@@ -154,30 +154,30 @@ def mean_loss(losses: Iterable[tuple[float, int, int]], n_samples: int) -> float
 
 
 def arguments() -> argparse.Namespace:
-    """What a side is told; PyTorch is prepared."""
+    """Parse a side's arguments, and prepare PyTorch."""
     parser = argparse.ArgumentParser()
     parser.add_argument("side")
     parser.add_argument("row", type=Row)
     parser.add_argument("samples", type=int)
     parser.add_argument("threads", type=int)
-    told = parser.parse_args()
-    torch.set_num_threads(told.threads)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    return told
+    return args
 
 
 def autocast(row: Row) -> torch.autocast:
-    """bf16 where mixed precision is on."""
+    """Autocast to bf16 if mixed precision is on."""
     return torch.autocast("cpu", torch.bfloat16, enabled=row.has("mp"))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are."""
+    """The parameters that are trained."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def warm_up(row: Row, forward: Forward, optimizer: torch.optim.Optimizer) -> None:
-    """Steps that are not timed, as our dry run's: the optimizer's state is made, and is zero after; weights stay."""
+    """Do untimed steps, like our dry run: they create the optimizer's state, which is 0 after, and keep the weights."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -193,11 +193,11 @@ def warm_up(row: Row, forward: Forward, optimizer: torch.optim.Optimizer) -> Non
         tensor.zero_()
 
 
-def plain_loop(told: argparse.Namespace, model: nn.Module, forward: Forward) -> dict[str, Any]:
-    """What one writes who has a model and no framework around it. GA is the mean of the samples' means, not clipped."""
+def plain_loop(args: argparse.Namespace, model: nn.Module, forward: Forward) -> dict[str, Any]:
+    """A training loop without a framework around the model. GA takes the mean of the samples' means; no clipping."""
     model.train()
-    row, optimizer = told.row, torch.optim.AdamW(trained(model), fused=True, **ADAMW)
-    pairs, meter = samples()[: told.samples], Meter(row.window)
+    row, optimizer = args.row, torch.optim.AdamW(trained(model), fused=True, **ADAMW)
+    pairs, meter = samples()[: args.samples], Meter(row.window)
     warm_up(row, forward, optimizer)
     meter.start()
     for number, (tokens, labels) in enumerate(pairs, 1):
@@ -211,7 +211,7 @@ def plain_loop(told: argparse.Namespace, model: nn.Module, forward: Forward) -> 
     return meter.stop()
 
 
-def tell(told: argparse.Namespace, measured: dict[str, Any], packages: Sequence[str] = ()) -> None:
-    """Print the run's line."""
+def tell(args: argparse.Namespace, measured: dict[str, Any], packages: Sequence[str] = ()) -> None:
+    """Print a run's line of JSON."""
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("torch", *packages)}
     print(json.dumps(measured | {"versions": versions}), flush=True)

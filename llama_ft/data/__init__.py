@@ -1,1 +1,1 @@
-"""Tokenizer, prompt template and label mask, data sets, collation."""
+"""Tokenizers, prompt templates and loss masks, data sets, collation."""

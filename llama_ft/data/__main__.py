@@ -1,4 +1,4 @@
-"""`python -m llama_ft.data`: what records are like, in tokens, before anything is trained on them."""
+"""`python -m llama_ft.data`: report on records, in tokens, before training on them."""
 
 import sys
 from functools import partial
@@ -13,8 +13,8 @@ from llama_ft.reporting.data import data_markdown, print_data
 
 USAGE = cli.Usage(
     "data",
-    "Records as a model will read them: how many tokens they have and train on, which are too long, are there twice or"
-    " have no answer, and three of them as text. No weights are read.",
+    "Show records as a model will read them: how many tokens they have, how many of them are trained on, which records"
+    " are too long, duplicated or without an answer, and three of them as text. No weights are read.",
     "[GROUP=CHOICE ...] [KEY=VALUE ...]",
     DataCommandConfig,
     (
@@ -28,7 +28,7 @@ JSON_FILE, TEXT_FILE = "data.json", "data.md"
 
 
 def main() -> int:
-    """Look at what is asked for."""
+    """Run the command."""
     config = cli.composed_config("data", sys.argv[1:], DataCommandConfig)
     console, errors = Console(), Console(stderr=True)
     log = partial(errors.print, highlight=False, markup=False, soft_wrap=True, style="dim")

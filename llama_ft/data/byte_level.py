@@ -1,7 +1,7 @@
-"""Byte-level BPE (Radford et al. 2019), as of Llama 3, as the content of a `tokenizer.json`.
+"""Byte-level BPE (Radford et al. 2019), as used by Llama 3, as the content of a `tokenizer.json`.
 
-How text is split before pairs are merged is one of a few rules. A GGUF file knows them by name, `tokenizer.ggml.pre`
-(llama.cpp's src/llama-vocab.cpp); a tokenizer.json writes them out.
+Text is split by one of a few rules before pairs are merged. A GGUF file names the rule, `tokenizer.ggml.pre`
+(llama.cpp's src/llama-vocab.cpp); a tokenizer.json spells it out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,9 @@ from typing import Any
 
 from llama_ft.files import Json
 
-Added = Mapping[str, tuple[int, bool]]  # tokens that text is cut at first: their ids, and whether each is special
+Added = Mapping[str, tuple[int, bool]]  # tokens at which text is cut first: (id, is_special)
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-GPT_2 = BYTE_LEVEL | {"use_regex": True}  # GPT-2's expression is its own
+GPT_2 = BYTE_LEVEL | {"use_regex": True}  # ByteLevel's own regex is GPT-2's
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 LLAMA_3 = rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}"
@@ -27,12 +27,12 @@ def _split(pattern: str) -> tuple[Json, Json]:
 
 @dataclass(frozen=True)
 class Rule:
-    """How text is split."""
+    """A rule that splits text."""
 
     pre_tokenizers: tuple[Json, ...]
     normalizer: Json | None = None
-    ignore_merges: bool = False  # a word that is a token is that token
-    adds_bos: bool = False  # where a GGUF file does not say whether texts begin with BOS
+    ignore_merges: bool = False  # a word that is a token is not built by merges
+    adds_bos: bool = False  # texts begin with BOS, unless a GGUF file says otherwise
 
 
 RULES = {
@@ -46,7 +46,7 @@ SAME_RULES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-
 
 
 def rule_name(content: Json) -> str | None:
-    """The name of the rule in the content of a tokenizer.json; None if it is none of those that are known."""
+    """The name of the rule in the content of a tokenizer.json; None if it is not known."""
     found = content.get("normalizer"), _plain(content.get("pre_tokenizer") or {})
     return next((name for name, rule in RULES.items() if found == (rule.normalizer, _plain(_sequence(rule)))), None)
 
@@ -56,7 +56,7 @@ def _sequence(rule: Rule) -> Json:
 
 
 def _plain(part: Json) -> list[Json]:
-    """Pre-tokenizers one after the other, without what has no effect on tokens."""
+    """A flat list of pre-tokenizers, without settings that have no effect on tokens."""
     if part.get("type") == "Sequence":
         return [plain for inner in part["pretokenizers"] for plain in _plain(inner)]
     defaults = {"use_regex": True} if part.get("type") == "ByteLevel" else {}
@@ -64,14 +64,14 @@ def _plain(part: Json) -> list[Json]:
 
 
 def added_tokens(added: Added) -> list[Json]:
-    """As a tokenizer.json lists them, in the order of their ids."""
+    """Added tokens as a tokenizer.json lists them, ordered by id."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     ordered = sorted(added.items(), key=lambda token: token[1])
     return [{"id": number, "content": name, **flags, "special": special} for name, (number, special) in ordered]
 
 
 def bos_before(bos: str, bos_id: int) -> Json:
-    """The post-processor that puts BOS before every text, as LLaMA has it."""
+    """LLaMA's post-processor, which puts BOS before every text."""
     single, second = (
         [{"SpecialToken": {"id": bos, "type_id": index}}, {"Sequence": {"id": text, "type_id": index}}]
         for index, text in enumerate("AB")
@@ -85,8 +85,8 @@ def tokenizer_json(
 ) -> Json:
     """The content of a tokenizer.json.
 
-    `vocabulary` has a letter for each byte, `merges` are in the order of merging, `bos` is before every text, if any;
-    tokens that are `added` are in the vocabulary already, or follow it.
+    `vocabulary` has a letter for each byte, `merges` are in the order of merging, `bos`, if any, precedes every text;
+    `added` tokens are in the vocabulary already, or follow it.
     """
     return {
         "version": "1.0",

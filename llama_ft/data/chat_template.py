@@ -1,7 +1,7 @@
-"""Chat templates: the Jinja text that comes with a model and writes a conversation down as it was tuned to read it.
+"""Chat templates: Jinja text shipped with a model that formats a conversation as the model was tuned to read it.
 
-Templates and their variables are as transformers has them (utils/chat_template_utils.py): they run in Jinja's sandbox,
-since they come from strangers, and `{% generation %}` … `{% endgeneration %}` marks what the assistant says.
+Templates and their variables are those of transformers (utils/chat_template_utils.py). They run in Jinja's sandbox,
+since they are untrusted, and `{% generation %}` … `{% endgeneration %}` marks the assistant's text.
 """
 
 import json
@@ -20,17 +20,17 @@ from llama_ft.data.records import Message, Record, Sample
 from llama_ft.data.special_tokens import Offsets
 from llama_ft.data.tokenizer import Tokenizer
 
-# Around what the assistant says, where the template marks it. They are private-use characters, which texts do not have.
+# Put around the assistant's text where the template marks it: private-use characters, which texts do not contain.
 BEGIN, END = "\ue0a7", "\ue0a8"
 
 
 class _Generation(Extension):
-    """`{% generation %}`: puts marks around what is inside, to be taken out again."""
+    """`{% generation %}`: puts marks around its content, to be removed later."""
 
     tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
 
     def parse(self, parser: Parser) -> nodes.Node:
-        """The block's content, between marks."""
+        """Put the block's content between marks."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
@@ -44,38 +44,38 @@ def _refuse(message: str) -> None:
 
 
 class Rendered(str):
-    """What a chat template has written: a text that spells special tokens."""
+    """A chat template's output: a text that spells special tokens."""
 
 
 class ChatTemplate:
     """A chat template, compiled."""
 
     def __init__(self, text: str, name: str, special_names: Mapping[str, str]) -> None:
-        """Compile it, for a tokenizer that has these special tokens; a UserError says where it is wrong."""
+        """Compile a template for a tokenizer with these special tokens; a UserError reports a syntax error."""
         self.name, self.text, self._known = name, text, {"documents": None, **special_names}
         tags = [_Generation, "jinja2.ext.loopcontrols"]
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes what HTML would
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
         environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         try:
             self._template = environment.from_string(text)
         except TemplateError as error:
-            raise UserError(f"template {name} is no chat template that can be read: {error}") from error
+            raise UserError(f"template {name} cannot be read as a chat template: {error}") from error
 
     def _render(self, record: Record, messages: Sequence[Message], asks: bool) -> str:
-        """The text of a conversation, and with `asks` of what comes before the assistant's next answer."""
+        """The text of a conversation; `asks` adds the text that precedes the assistant's next answer."""
         known = {"messages": messages, "tools": list(record.tools) or None, "add_generation_prompt": asks}
         try:
             return self._template.render(known | self._known)
-        except Exception as error:  # strangers' code: it may fail in any way
-            raise ValueError(f"the chat template does not take it: {error}") from error
+        except Exception as error:  # untrusted code: it may fail in any way
+            raise ValueError(f"the chat template rejects it: {error}") from error
 
     def prompt(self, record: Record) -> str:
         """The conversation up to where the record's answer begins."""
         return Rendered(_unmarked(self._render(record, record.messages[:-1], True))[0])
 
     def answer(self, record: Record, tokenizer: Tokenizer) -> str:
-        """What a perfect answer to the record is: as the template writes it, without special tokens."""
+        """The record's answer as the template writes it, without special tokens."""
         written, prompt = _unmarked(self._render(record, record.messages, False))[0], self.prompt(record)
         if not written.startswith(prompt):
             return record.output
@@ -85,10 +85,10 @@ class ChatTemplate:
         return answer
 
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn) -> Sample:
-        """The whole conversation, of which all answers, the last one, or all but the first token are trained on.
+        """Tokenize the conversation; trained on are all answers, the last one, or all but the first token.
 
-        Answers are what the template marks as such, else what `_answer` finds. Those of weight 0 are not trained on, as
-        in OpenAI's format.
+        Answers are the parts that the template marks, else those that `_answer` finds. As in OpenAI's format, answers
+        of weight 0 are not trained on.
         """
         messages = record.messages
         text, spans = _unmarked(self._render(record, messages, False))
@@ -103,17 +103,17 @@ class ChatTemplate:
         elif len(spans) == len(answers):
             spans = [span for number, span in zip(answers, spans, strict=True) if number in weighed]
         elif any(messages[number].get("weight") == 0 for number in answers):
-            raise ValueError("the chat template marks other parts than answers, of which some have weight 0")
+            raise ValueError("some answers have weight 0, but the chat template does not mark exactly the answers")
         elif train_on is TrainOn.last:
             spans = spans[-1:]
         found = [_token_span(span, offsets) for span in spans]
         return Sample(tokens, tuple(span for span in found if span[0] < span[1]))
 
     def _answer(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Where in the conversation's text the answer stands that is this message of it, with the token that ends it.
+        """The span, in the conversation's text, of the answer in this message, including the token that ends it.
 
-        It is what the template writes when it is given one message more. Some templates write earlier turns otherwise
-        once there are later ones, to leave out reasoning: then it is the message's content.
+        The answer is the text that the template adds for one more message. Some templates rewrite earlier turns once
+        there are later ones, to leave out reasoning: then the answer is the message's content.
         """
         messages = record.messages
         before = self._render(record, messages[:number], True) if number else None
@@ -126,7 +126,7 @@ class ChatTemplate:
         return len(before), len(bare if bare.endswith(tuple(tokenizer.special)) else through)
 
     def _content(self, record: Record, number: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-        """Where in the text a message's content stands, with all that follows to the token that ends the turn."""
+        """The span of a message's content in the text, through the token that ends the turn."""
         content = record.messages[number]["content"]
         reasoning, ends_it, rest = content.rpartition("</think>")
         answer = rest.lstrip("\n") if ends_it else content
@@ -138,12 +138,12 @@ class ChatTemplate:
             if again == text and len(spans) == 1:
                 break
         else:
-            raise ValueError("where the chat template writes an answer cannot be told: mark it by {% generation %}")
+            raise ValueError("an answer cannot be found in the chat template's text: mark it by {% generation %}")
         ((first, end),) = spans
         following = [record.messages[number + 1]["content"].strip()] if number + 1 < len(record.messages) else []
         limit = next((at for each in following if each and (at := text.find(each, end)) >= 0), len(text))
         ends = [name for name, each in tokenizer.special.items() if each in tokenizer.end_ids]
-        for names in (ends, tokenizer.special):  # others may stand within the turn
+        for names in (ends, tokenizer.special):  # others may occur within the turn
             if found := [(at, name) for name in names if (at := text.find(name, end, limit)) >= 0]:
                 place, name = min(found)
                 return first, place + len(name)
@@ -151,7 +151,7 @@ class ChatTemplate:
 
 
 def _unmarked(marked: str) -> tuple[str, Offsets]:
-    """A text without its marks, and the spans of characters that were between them."""
+    """Remove a text's marks; return the text and the character spans that were between marks."""
     text, *parts = marked.split(BEGIN)
     spans = Offsets()
     for part in parts:
@@ -162,6 +162,6 @@ def _unmarked(marked: str) -> tuple[str, Offsets]:
 
 
 def _token_span(span: tuple[int, int], offsets: Offsets) -> tuple[int, int]:
-    """The tokens that have characters of the span; the first token of all is never trained on."""
+    """The tokens that overlap a span of characters; a text's first token is never trained on."""
     inside = [n for n, (first, end) in enumerate(offsets) if first < span[1] and span[0] < end and n > 0]
     return (inside[0], inside[-1] + 1) if inside else (0, 0)

@@ -1,4 +1,4 @@
-"""Instruction records, and the tokenized samples made of them."""
+"""Instruction records and the tokenized samples made from them."""
 
 import json
 import os
@@ -26,20 +26,20 @@ SAMPLE_DIR = Path(__file__).parent / "sample"
 
 @dataclass(frozen=True)
 class Dataset:
-    """The samples of a run, and what became of the records they come from."""
+    """The samples of a run, and how many records were skipped, cut or dropped."""
 
     samples: list[Sample]
-    n_skipped: int  # bad records left out, where `data.on_bad_record=skip`
+    n_skipped: int  # bad records left out, with `data.on_bad_record=skip`
     n_truncated: int  # samples cut to the longest length allowed
-    n_dropped: int  # samples left out: longer ones where `data.on_long=drop`, and those with no answer to train on
-    template: str = "alpaca"  # in which they are written down
-    template_file: str | None = None  # the content of the file that it comes from, if it is the user's own
-    ends: str = ""  # where they begin and end, for people
+    n_dropped: int  # samples left out: longer ones with `data.on_long=drop`, and those with no answer to train on
+    template: str = "alpaca"
+    template_file: str | None = None  # the content of the template's file, if it is the user's own
+    ends: str = ""  # the tokens at which texts begin and end, for messages
     held_out: Sequence[Sample] = ()  # never trained on
-    drawn: Collection[str] = ()  # the places in the data of held-out records that were drawn
+    drawn: Collection[str] = ()  # places in the data of the held-out records that were drawn
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for the log."""
         lengths = [len(sample) for sample in self.samples]
         trained = sum(sample.n_targets for sample in self.samples)
         text = f"{len(lengths)} samples, {sum(lengths):,} tokens (median {median(lengths):g}, longest {max(lengths)})"
@@ -59,7 +59,7 @@ class NothingLeft(UserError):
 
 
 def load_data(config: TrainConfig, log: Log = silent) -> Dataset:
-    """The run's samples; a UserError also if the tokenizer is not the model's."""
+    """Load the run's samples; a UserError also if the tokenizer is not the model's."""
     tokenizer = load_tokenizer(config, log)
     template = choose_template(config.data.template, tokenizer, config.adapter or config.checkpoint)
     most, seed = config.training.max_samples, config.training.seed
@@ -75,10 +75,10 @@ def load_dataset(
     template: Template | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Tokenize the records of a run, downloaded where needed, and hold out those that `data.validation` says.
+    """Tokenize the records of a run, downloaded where needed, and hold out those that `data.validation` names.
 
-    `max_samples` are read, held-out ones that are drawn, with the seed, included. A UserError if a record is bad, or no
-    sample is left to train on or to hold out.
+    `max_samples` are read, including held-out ones drawn with the seed. A UserError if a record is bad, or if no sample
+    is left to train on or to hold out.
     """
     template = template or choose_template(config.template, tokenizer)
 
@@ -104,7 +104,7 @@ def load_dataset(
 def read_samples(
     reader: "Reader", template: Template, tokenizer: Tokenizer, max_length: int, most: int | None, on_long: OnLong
 ) -> list[ReadSample]:
-    """The samples of the first good records, token ids in 4 bytes, not 36; a UserError if none is left."""
+    """The samples of the first good records, with token ids in 4 bytes, not 36; a UserError if none is left."""
     samples = [
         ReadSample(where, record.identity, replace(sample, tokens=array("i", sample.tokens)))
         for where, record, sample in reader.samples(template, tokenizer, max_length, most)
@@ -116,16 +116,16 @@ def read_samples(
 
 
 def drawn_lines(config: DataConfig, drawn: Collection[str]) -> str:
-    """The records that were drawn, read once more, as lines of JSON."""
+    """The records that were drawn, read again, as lines of JSON."""
     records = (record for where, record in Reader(records_file(config), config).records() if where in drawn)
     return "".join(json.dumps(record.to_json(), ensure_ascii=False) + "\n" for record in records)
 
 
 def records_file(config: DataConfig, log: Log = silent) -> Path:
-    """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in."""
+    """The file of a data set: the user's own if given, else the download if there is a URL, else the built-in one."""
     if config.path:
         if is_hub_name(config.path):
-            log(f"data: {config.path} is downloaded, unless the cache of datasets has it")
+            log(f"data: downloading {config.path}, unless datasets has it in its cache")
         return Path(os.path.expanduser(config.path))
     if config.url:
         return fetch(config.url, config.git_blob_id, config.cache_dir, log)
@@ -133,15 +133,15 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
 
 
 class Reader:
-    """Records read one at a time, the samples made of them, and what became of them so far."""
+    """Reads records one at a time, makes samples of them, and counts those skipped, cut or dropped so far."""
 
     def __init__(self, path: Path, config: DataConfig, log: Log = silent) -> None:
         self.path, self._config, self._log = path, config, log
-        self.n_records, self._first_bad = 0, ""  # of good ones
+        self.n_records, self._first_bad = 0, ""  # counts good records
         self.n_skipped = self.n_truncated = self.n_dropped = 0
 
     def records(self) -> Iterator[tuple[str, Record]]:
-        """(where, record) of the first good ones; a UserError if a bad one may not be skipped, or none is good."""
+        """(where, record) of the first good records; a UserError if a bad one may not be skipped, or none is good."""
         config, kind = self._config, None
         values = records_in(self.path, FIRST_KEYS, config.columns.given, config.subset, config.split)
         for where, value in islice(values, config.first):
@@ -149,7 +149,7 @@ class Reader:
                 record = as_record(value)
                 kind = kind or kind_of(value)
                 if kind_of(value) != kind:
-                    raise ValueError(f"it is known by {kind_of(value)}, those before it by {kind}: give each a file")
+                    raise ValueError(f"it has {kind_of(value)}, earlier records have {kind}: use separate files")
             except ValueError as error:
                 self._skip(where, error)
                 continue
@@ -167,12 +167,12 @@ class Reader:
         self._first_bad = self._first_bad or f"{where}: {error}"
 
     def whole_samples(self, template: Template, tokenizer: Tokenizer) -> Iterator[tuple[str, Record, Sample]]:
-        """(where, record, sample) of each good one, however long it is."""
+        """(where, record, sample) of each good record, however long it is."""
         pace = Pace()
         for where, record in self.records():
             try:
                 sample = template.sample(record, tokenizer, self._config.train_on)
-            except ValueError as error:  # bad too
+            except ValueError as error:  # a bad record too
                 self.n_records -= 1
                 self._skip(where, error)
                 continue
@@ -183,13 +183,13 @@ class Reader:
     def samples(
         self, template: Template, tokenizer: Tokenizer, max_length: int, most: int | None
     ) -> Iterator[tuple[str, Record, Sample]]:
-        """(where, record, sample) of the first `most` good records, each sample as `data.on_long` has it."""
+        """(where, record, sample) of the first `most` good records, with `data.on_long` applied."""
         for where, record, whole in islice(self.whole_samples(template, tokenizer), most):
             if (sample := self.fitted(where, whole, max_length)) is not None:
                 yield where, record, sample
 
     def fitted(self, where: str, sample: Sample, max_length: int) -> Sample | None:
-        """The sample, cut where it is too long; None if it is dropped; a UserError if it may not be so long."""
+        """The sample, cut if it is too long; None if dropped; a UserError if long samples are not allowed."""
         is_long = len(sample) > max_length
         if is_long and self._config.on_long is OnLong.error:
             limit = f"{len(sample):,} tokens are more than the {max_length:,} of data.max_length or the model's context"
@@ -203,6 +203,6 @@ class Reader:
 
 
 def read_records(path: Path, on_bad_record: OnBadRecord, first: int | None = None) -> tuple[list[Record], int]:
-    """The first records of a file, and how many bad ones were skipped; a UserError if they may not be."""
+    """The first records of a file, and the number of bad ones skipped; a UserError if they may not be."""
     reader = Reader(path, DataConfig(path.name, on_bad_record=on_bad_record, first=first))
     return [record for _, record in reader.records()], reader.n_skipped

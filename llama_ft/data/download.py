@@ -1,4 +1,4 @@
-"""A file downloaded once into a cache, whole or not at all, and verified by its git blob id."""
+"""Downloads a file once into a cache, whole or not at all, and verifies it by its git blob id."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from llama_ft.config import UserError
 from llama_ft.files import whole_file
 from llama_ft.system import MIB, Log, Pace, first_cause
 
-TRIES = 3  # of a download whose connection breaks
+TRIES = 3  # if the connection breaks
 TIMEOUT_SECONDS = 20.0  # to connect, and for each read
 BY_HAND = "get the file yourself and give data.path=FILE"
 
@@ -19,11 +19,11 @@ def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Log) -> Path:
     """The file behind a URL: from the cache if it is there and verified, else downloaded into it.
 
     Args:
-        git_blob_id: what `git hash-object FILE` prints for it, 40 hex digits; None accepts any content.
+        git_blob_id: the output of `git hash-object FILE`, 40 hex digits; None accepts any content.
         cache_dir: the folder; the file's name is the last part of the URL's path.
 
     Raises:
-        UserError: if the URL, the network, the content or the folder is at fault. Nothing half-written stays.
+        UserError: if the URL, the network, the content or the folder is at fault. No partial file is left.
     """
     name = urlsplit(url).path.rpartition("/")[2]
     if not url.startswith(("http://", "https://")) or name in ("", ".."):
@@ -46,11 +46,11 @@ def fetch(url: str, git_blob_id: str | None, cache_dir: str, log: Log) -> Path:
                 raise UserError(f"data.url={url}: expected a file with {expected}, got {actual}; {BY_HAND}")
             verdict = "verified" if git_blob_id else "not verified, since data.git_blob_id is null"
             log(f"{file.name}: {temporary.stat().st_size / MIB:.1f} MiB downloaded, {verdict}")
-    except BrokenPipeError:  # raised by `log` where nobody reads it any more
+    except BrokenPipeError:  # raised by `log` if its output is closed
         raise
     except requests.RequestException as error:
         raise UserError(f"data.url={url}: {first_cause(error)}; {BY_HAND}") from error
-    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+    except (OSError, RuntimeError) as error:  # the latter if there is no home folder
         advice = f"name another folder with data.cache_dir=DIR, or {BY_HAND}"
         raise UserError(f"data.cache_dir={cache_dir}: {first_cause(error)}; {advice}") from error
     return file

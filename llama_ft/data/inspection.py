@@ -1,4 +1,4 @@
-"""What there is to know of records before they are trained on."""
+"""Statistics of records before they are trained on."""
 
 from array import array
 from collections import Counter
@@ -16,19 +16,19 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.records.data import DataReport, Example, Places
 from llama_ft.system import Log
 
-MAX_NAMED = 5  # records that are named by their places
+MAX_NAMED = 5  # records that are named by place
 MAX_BARS = 12
 WIDTHS = [factor * 10**power for power in range(9) for factor in (1, 2, 5)]  # of a bar, in tokens
 
 
 def inspect_data(config: DataCommandConfig, tokenizer: Tokenizer, command: str, log: Log) -> DataReport:
-    """Read and tokenize all records; a UserError if one is bad, or there is none. Too long ones stop nothing."""
+    """Read and tokenize all records; a UserError if one is bad, or there is none, but not if one is too long."""
     template = choose_template(config.data.template, tokenizer)
     reader = Reader(records_file(config.data, log), config.data, log)
     wholes, seen, same = list[tuple[str, Sample]](), dict[int, str](), list[str]()
     empty, too_long, n_tokens, n_trained = list[str](), list[str](), 0, 0
     for where, record, whole in reader.whole_samples(template, tokenizer):
-        wholes.append((where, Sample(array("i", whole.tokens), whole.spans)))  # a tenth of a list
+        wholes.append((where, Sample(array("i", whole.tokens), whole.spans)))  # a tenth of a list's memory
         if (earlier := seen.setdefault(record.identity, where)) != where:
             same += [where] if same else [earlier, where]
         empty += [where] * any(said["role"] == "assistant" and not said["content"].strip() for said in record.messages)
@@ -69,7 +69,7 @@ def _examples(wholes: list[tuple[str, Sample]], tokenizer: Tokenizer) -> list[Ex
 
 
 def _share(lengths: Sequence[int], share: float) -> int:
-    """The length that so large a share of the sorted ones does not exceed."""
+    """The length that this share of the sorted lengths does not exceed."""
     return lengths[ceil(share * len(lengths)) - 1]
 
 
@@ -80,7 +80,7 @@ def _statistics(lengths: Sequence[int]) -> dict[str, float]:
 
 
 def histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many of the sorted lengths are in each bar of one width; the last has all beyond the 99th percentile."""
+    """Count the sorted lengths in bars of equal width; the last bar has all beyond the 99th percentile."""
     high = _share(lengths, 0.99)
     width = next(width for width in WIDTHS if high // width - lengths[0] // width < MAX_BARS)
     counts = Counter(min(length, high) // width for length in lengths)
@@ -91,9 +91,9 @@ def histogram(lengths: Sequence[int]) -> dict[str, int]:
 
 
 def parts(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """A sample's text in its parts, and whether they are trained on."""
+    """A sample's text in parts, each with True if it is trained on."""
     edges = sorted({0, len(sample), *(edge for span in sample.spans for edge in span)})
-    # A character may begin before an edge and end after it: it is the latter part's.
+    # A character that spans an edge belongs to the part after it.
     ends = [len(_spelled(sample.tokens[:edge], tokenizer).rstrip("\ufffd")) for edge in edges[:-1]]
     text = _spelled(sample.tokens, tokenizer)
     cuts = zip(pairwise([*ends, len(text)]), pairwise(edges), strict=True)
@@ -101,7 +101,7 @@ def parts(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
 
 
 def _spelled(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
-    """The text of tokens, special ones by their names."""
+    """The text of tokens, with special ones by name."""
     names = {number: name for name, number in tokenizer.special.items()}
     return "".join(
         "".join(names[token] for token in run) if is_special else tokenizer.decode(list(run))

@@ -1,7 +1,7 @@
 """The two Alpaca prompt templates: one for records with an input, one for records without.
 
-They are the templates of the Stanford Alpaca repository (train.py, `PROMPT_DICT`), letter for letter,
-so that models tuned here and elsewhere can be compared.
+They are copied exactly from the Stanford Alpaca repository (train.py, `PROMPT_DICT`), so that models tuned here and
+elsewhere can be compared.
 """
 
 _WITH_INPUT = (
@@ -17,6 +17,6 @@ _WITHOUT_INPUT = (
 
 
 def prompt_text(instruction: str, input: str = "") -> str:
-    """The prompt up to and including `### Response:`. The answer follows at once, without a space or line break."""
+    """The prompt through `### Response:`. The answer follows directly, without a space or line break."""
     template = _WITH_INPUT if input else _WITHOUT_INPUT
     return template.format(instruction=instruction, input=input)

@@ -1,4 +1,4 @@
-"""Records from a file of any kind, a folder or a data set on the hub: each with its place, one at a time."""
+"""Reads records, each with its place, from a file of any kind, a folder or a data set on the hub."""
 
 import csv
 import gzip
@@ -18,10 +18,10 @@ from llama_ft.hub import is_hub_name
 
 PACKED = (".gz", ".zst")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# NaN is what pandas writes for a spreadsheet's empty cell.
+# pandas writes NaN for a spreadsheet's empty cell.
 _decoder = json.JSONDecoder(parse_constant=lambda name: None if name == "NaN" else float(name))
 
-Line = tuple[int, str]  # its number, from 1, and its text with the line's end
+Line = tuple[int, str]  # its number, from 1, and its text with the line ending
 
 
 def records_in(
@@ -31,19 +31,19 @@ def records_in(
     subset: str | None = None,
     split: str | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """(where, value) of each record. A value that is not valid is the ValueError that says why.
+    """(where, value) of each record. An invalid value is yielded as the ValueError that explains it.
 
-    JSON is an array, which is parsed whole and takes several times its size; or one object that has one of the keys,
-    which is one record; or an object a line (JSONL). JSONL, CSV and TSV are read a line at a time, also within .gz and
-    .zst. Parquet, folders of the library `datasets` and `hub:ORG/NAME[@REVISION]` stay on the disk, as Arrow has them.
-    NaN and empty cells are null; all other cells of CSV and TSV are texts.
+    JSON is an array, which is parsed whole and costs several times its size in memory; or a single record, an object
+    with one of the keys; or one object per line (JSONL). JSONL, CSV and TSV are read line by line, also within .gz and
+    .zst. Parquet, folders of the library `datasets` and `hub:ORG/NAME[@REVISION]` stay on disk, mapped by Arrow. NaN
+    and empty cells are null; all other cells of CSV and TSV are texts.
 
     Args:
-        columns: other names that keys of ours have there.
-        subset, split: of a folder or a data set on the hub, where it has several.
+        columns: their names for our keys.
+        subset, split: of a folder or a data set on the hub that has several.
 
     Raises:
-        UserError: if it cannot be read, is an object of other keys, or lacks a column that is named.
+        UserError: if the data cannot be read, are an object with other keys, or lack a column that is named.
     """
     columns = columns or {}
     values = partial(_values, str(path), (*keys, *columns.values()), subset, split)
@@ -54,7 +54,7 @@ def records_in(
 
 
 def as_object(value: Any) -> Json:
-    """The value of a record, if it is a JSON object; a ValueError, which may be the value, says why it is none."""
+    """Return a record's value if it is a JSON object; raise a ValueError otherwise, or if the value is one."""
     if isinstance(value, ValueError):
         raise value
     if not isinstance(value, dict):
@@ -70,7 +70,7 @@ def _values(name: str, keys: Iterable[str], subset: str | None, split: str | Non
         return arrow_rows(name, subset, split)
     for key, value in (("subset", subset), ("split", split)):
         if value is not None:
-            raise UserError(f"data.{key}={value}: {file} is one file, and has none; leave it out")
+            raise UserError(f"data.{key}={value}: {file} is a single file without {key}s; leave data.{key} out")
     kind = (file.with_suffix("") if file.suffix.lower() in PACKED else file).suffix.lower()
     return _table(file, DELIMITERS[kind]) if kind in DELIMITERS else _json(file, keys)
 
@@ -78,20 +78,20 @@ def _values(name: str, keys: Iterable[str], subset: str | None, split: str | Non
 def _renamed(value: Any, columns: Mapping[str, str]) -> Any:
     if not isinstance(value, dict):
         return value
-    renamed = {*columns, *columns.values()}  # their names go too: by its keys a record's kind is known
+    renamed = {*columns, *columns.values()}  # their names are removed too: a record's keys tell its kind
     others = {key: part for key, part in value.items() if key not in renamed}
     return others | {ours: value[theirs] for ours, theirs in columns.items() if theirs in value}
 
 
 def _check_columns(path: str | Path, values: Iterator[tuple[str, Any]], columns: Mapping[str, str]) -> None:
-    """Raise a UserError unless each column is in a record: most often in the first, so that no other is read."""
-    there: dict[str, None] = {}  # in their order
+    """Raise a UserError unless each column is in some record; usually only the first needs to be read."""
+    found: dict[str, None] = {}  # an ordered set
     for _, value in values:
-        there |= dict.fromkeys(value if isinstance(value, dict) else ())
-        if there.keys() >= {*columns.values()}:
+        found |= dict.fromkeys(value if isinstance(value, dict) else ())
+        if found.keys() >= {*columns.values()}:
             return
-    ours, theirs = next(item for item in columns.items() if item[1] not in there)
-    raise UserError(f"data.columns has {ours}: {theirs}, and no record of {path} does: there are {', '.join(there)}")
+    ours, theirs = next(item for item in columns.items() if item[1] not in found)
+    raise UserError(f"data.columns has {ours}: {theirs}, but {path} has no {theirs}; it has {', '.join(found)}")
 
 
 # Lines
@@ -105,13 +105,13 @@ def _opened(file: Path) -> IO[bytes]:
             import pyarrow
         except ImportError as error:
             raise UserError(f"{file} needs the package pyarrow: pip install 'llama_ft[data]'") from error
-        # Unlike zstandard's, this reader knows a file that was cut short.
+        # Unlike zstandard's, this reader detects a truncated file.
         return io.BufferedReader(pyarrow.CompressedInputStream(str(regular(file)), "zstd"))
     return regular(file).open("rb")
 
 
 def _lines(file: Path) -> Iterator[Line]:
-    """The lines, which end at line feeds alone, without the byte-order marks before them: joined files have several."""
+    """The lines, split only at line feeds, without byte-order marks, of which concatenated files have several."""
     with explained(f"data file {file} cannot be read"), _opened(file) as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -133,7 +133,7 @@ def _json(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
         yield from _array(file, "\n" * (number - 1) + first, lines)
         return
     held, whole = [(number, first)], _parsed(first)
-    if isinstance(whole, ValueError) and ".jsonl" not in file.suffixes:  # it may be one object over several lines
+    if isinstance(whole, ValueError) and ".jsonl" not in file.suffixes:  # perhaps one object over several lines
         held += lines
         whole = _parsed("".join(line for _, line in held))
     else:
@@ -141,7 +141,7 @@ def _json(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
         whole = whole if len(held) == 1 else None
     if isinstance(whole, dict):
         if whole.keys().isdisjoint(keys):
-            raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record a line")
+            raise UserError(f"{file} is one JSON object: it must be an array of records, or hold one record per line")
         yield "record 0", whole
         return
     for index, (number, line) in enumerate(each for each in chain(held, lines) if each[1].strip()):
@@ -150,7 +150,7 @@ def _json(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Any]]:
 
 def _array(file: Path, text: str, lines: Iterator[Line]) -> Iterator[tuple[str, Any]]:
     for _, line in lines:
-        text += line  # in place: nobody else holds it
+        text += line  # in place, since nothing else references it
     whole = _parsed(text)
     if isinstance(whole, ValueError):
         raise UserError(f"{file} is {whole}") from whole
@@ -169,7 +169,7 @@ def _parsed(text: str) -> Any:
 
 
 def _table(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a text of 131,072 characters
+    csv.field_size_limit(2**31 - 1)  # the default rejects a text of 131,072 characters
     reader = csv.reader((line for _, line in _lines(file)), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
@@ -187,5 +187,5 @@ def _table(file: Path, delimiter: str) -> Iterator[tuple[str, Any]]:
 
 def _row(header: list[str], cells: list[str]) -> Json | ValueError:
     if len(cells) != len(header):
-        return ValueError(f"{len(cells)} cells stand under {len(header)} columns: {', '.join(header)}")
+        return ValueError(f"it has {len(cells)} cells for {len(header)} columns: {', '.join(header)}")
     return {name: cell or None for name, cell in zip(header, cells, strict=True)}

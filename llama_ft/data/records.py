@@ -1,4 +1,4 @@
-"""Records of training data, whatever their kind, and the tokenized samples made of them."""
+"""Records of training data of any kind, and the tokenized samples made from them."""
 
 import json
 import re
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from llama_ft.data.record_files import as_object
 from llama_ft.files import Json
 
-Message = Json  # of a conversation: its role and content, and what else a chat template may read
-# What the parties of published conversations are called, by the roles of chat templates.
+Message = Json  # role, content, and anything else that a chat template may read
+# Role names in published conversations, and the roles of chat templates.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -26,28 +26,28 @@ ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-FIRST_KEYS = ("messages", "conversations", "instruction", "prompt")  # a record is known by the first that it has
+FIRST_KEYS = ("messages", "conversations", "instruction", "prompt")  # the first one present tells a record's kind
 
 
 @dataclass(frozen=True)
 class Record:
-    """One instruction with its answer, or a conversation that ends with them."""
+    """An instruction with its answer, or a conversation that ends with them."""
 
     instruction: str
     input: str
     output: str
-    task: str = ""  # by which evaluation groups records; may be missing
-    conversation: tuple[Message, ...] = ()  # all of it, where there is more to it than an instruction and its answer
-    tools: tuple[Json, ...] = ()  # that a chat template tells the model of
+    task: str = ""  # evaluation groups records by it; may be missing
+    conversation: tuple[Message, ...] = ()  # all messages, if there are more than an instruction and its answer
+    tools: tuple[Json, ...] = ()  # described to the model by a chat template
 
     @property
     def messages(self) -> list[Message]:
-        """The record as a conversation; what an instruction is about follows it after an empty line."""
+        """The record as a conversation; an input follows its instruction after an empty line."""
         asked = f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
         return list(self.conversation) or [_message("user", asked), _message("assistant", self.output)]
 
     def to_json(self) -> Json:
-        """A record as it may stand in a file, which `as_record` reads."""
+        """The record as in a file, readable by `as_record`."""
         instruction = {"instruction": self.instruction, "input": self.input, "output": self.output}
         content: Json = {"messages": list(self.conversation)} if self.conversation else instruction
         extras = {"task": self.task, "tools": list(self.tools)}
@@ -55,20 +55,20 @@ class Record:
 
     @property
     def identity(self) -> int:
-        """Equal, within a process, for records that say the same."""
+        """A hash that is equal, within a process, for records with the same text."""
         return hash(str((self.messages, self.tools)))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenized record. The tokens of its spans are trained on, the others are only read."""
+    """A tokenized record. Only the tokens in its spans are trained on."""
 
     tokens: Sequence[int]
-    spans: tuple[tuple[int, int], ...]  # (first, end) in ascending order; the first token of all is in none
+    spans: tuple[tuple[int, int], ...]  # (first, end) in ascending order; the text's first token is in none
 
     @classmethod
     def after(cls, tokens: Sequence[int], n_prompt: int) -> "Sample":
-        """A prompt of so many tokens, and its answer, which is the rest."""
+        """A prompt of `n_prompt` tokens, and the rest as its answer."""
         return cls(tokens, ((n_prompt, len(tokens)),) if n_prompt < len(tokens) else ())
 
     def __len__(self) -> int:
@@ -76,24 +76,24 @@ class Sample:
 
     @property
     def n_targets(self) -> int:
-        """Number of tokens that are trained on."""
+        """The number of tokens trained on."""
         return sum(end - first for first, end in self.spans)
 
     @property
     def n_prompt(self) -> int:
-        """Number of tokens that are not."""
+        """The number of tokens not trained on."""
         return len(self) - self.n_targets
 
     def cut(self, max_length: int | None) -> "Sample":
-        """The first so many tokens."""
+        """The first `max_length` tokens."""
         end = len(self) if max_length is None else max_length
         return Sample(self.tokens[:end], tuple((first, min(last, end)) for first, last in self.spans if first < end))
 
 
 def kind_of(record: Json) -> str | None:
-    """Which kind of record this is: the first of `FIRST_KEYS` that it has; a prompt alone is none."""
-    there = [key for key in FIRST_KEYS if key in record and (key != "prompt" or "completion" in record)]
-    return next((key for key in there if record[key] is not None), there[0] if there else None)
+    """The record's kind: the first of `FIRST_KEYS` that it has; None also for a prompt without a completion."""
+    found = [key for key in FIRST_KEYS if key in record and (key != "prompt" or "completion" in record)]
+    return next((key for key in found if record[key] is not None), found[0] if found else None)
 
 
 def as_record(value: object) -> Record:
@@ -101,8 +101,8 @@ def as_record(value: object) -> Record:
     given = as_object(value)
     kind, task = kind_of(given), "" if _is_none(given.get("task")) else str(given["task"])
     if kind is None:
-        there = f"it has {', '.join(given) or 'no keys'}, and records have {', '.join(FIRST_KEYS)} and completion"
-        raise ValueError(f"instruction is missing; {there}; data.columns={{instruction: NAME}} takes other names")
+        keys = f"it has {', '.join(given) or 'no keys'}, but records have {', '.join(FIRST_KEYS)} and completion"
+        raise ValueError(f"instruction is missing; {keys}; data.columns={{instruction: NAME}} maps other names")
     if kind == "instruction":
         asked, about = _filled(given, "instruction"), "" if _is_none(given.get("input")) else _text(given, "input")
         record = Record(asked, about, _text(given, "output"), task)
@@ -118,7 +118,7 @@ def as_record(value: object) -> Record:
 
 
 def _with_extras(record: Record, given: Json) -> Record:
-    """With the system message and the tools that stand beside a conversation, as some published data have them."""
+    """Add the system message and tools that some published data store next to a conversation."""
     system, tools = given.get("system"), given.get("tools")
     if isinstance(tools, str) and tools.strip():
         with suppress(ValueError):
@@ -139,16 +139,16 @@ def with_system(record: Record, system: str) -> Record:
 
 
 def conversation_record(messages: object, task: str = "") -> Record:
-    """The record of a list of messages up to the assistant's last; a ValueError says what is wrong."""
+    """The record of a list of messages through the assistant's last; a ValueError says what is wrong."""
     if not isinstance(messages, list):
         raise ValueError("a conversation must be a list of messages")
     checked = [_checked(number, message) for number, message in enumerate(messages, 1)]
-    while checked and checked[-1]["role"] != "assistant":  # nothing of it is trained on
+    while checked and checked[-1]["role"] != "assistant":  # not trained on
         checked.pop()
     if len(checked) < 2:
-        raise ValueError("one of its messages, but not the first, must be the assistant's, which is what is trained on")
+        raise ValueError("one of its messages after the first must be the assistant's, to train on")
     last = checked[-2:]
-    # Then instruction and answer say all that there is.
+    # Then the conversation is just an instruction and its answer.
     is_plain = checked == [_message("user", last[0]["content"]), _message("assistant", last[1]["content"])]
     return Record(last[0]["content"], "", last[1]["content"], task, () if is_plain else tuple(checked))
 
@@ -159,7 +159,7 @@ def _checked(number: int, message: object) -> Message:
     said = {key: part for key, part in message.items() if part is not None}
     role, content = (said.pop(key, said.pop(other, None)) for key, other in (("role", "from"), ("content", "value")))
     if role not in ROLES:
-        raise ValueError(f"message {number} has the role {role}; there are {', '.join(ROLES)}")
+        raise ValueError(f"message {number} has the role {role}; it must be one of {', '.join(ROLES)}")
     if said.get("weight", 1) not in (0, 1):
         raise ValueError(f"the weight of message {number} must be 0 or 1")
     if isinstance(content, list) and content:
@@ -175,7 +175,7 @@ def _message(role: str, content: object) -> Message:
 
 
 def _is_none(value: object) -> bool:
-    """Whether it is null, or NaN, which pandas makes of a spreadsheet's empty cell."""
+    """Return True for null, and for NaN, which pandas writes for a spreadsheet's empty cell."""
     return value is None or value != value
 
 
@@ -193,7 +193,7 @@ def _filled(given: Json, key: str) -> str:
 
 
 def checked_text(value: object, name: str) -> str:
-    """The value, if it is a text that can be written; a ValueError, which calls it by the name, if not."""
+    """Return the value if it is valid text; raise a ValueError that names it otherwise."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be a text")
     if re.search("[\ud800-\udfff]", value):

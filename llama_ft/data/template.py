@@ -1,4 +1,4 @@
-"""Templates: how a record becomes the text that a model reads, and which of its tokens are trained on."""
+"""Templates turn a record into the text that a model reads, and choose the tokens to train on."""
 
 import os
 from pathlib import Path
@@ -15,20 +15,20 @@ AUTO, ALPACA, CHAT, PLAIN = "auto", "alpaca", "chat", "plain"
 
 
 class TextTemplate:
-    """Instruction and answer as one text: Alpaca's template, or with `plain` none."""
+    """Instruction and answer as one text, in Alpaca's template, or without any (`plain`)."""
 
     def __init__(self, name: str) -> None:
         self.name = self.text = name
 
     def answer(self, record: Record, tokenizer: Tokenizer) -> str:
-        """What a perfect answer to the record is."""
+        """The record's answer."""
         return record.output
 
     def prompt(self, record: Record) -> str:
-        """The text up to where the answer follows at once."""
+        """The text that the answer directly follows."""
         if record.conversation:
             refused = "earlier turns, a system message or tools"
-            raise ValueError(f"template {self.name} has no place for {refused}: take chat, or a FILE in Jinja")
+            raise ValueError(f"template {self.name} has no place for {refused}: use chat, or a FILE in Jinja")
         if self.name == ALPACA:
             return prompt_text(record.instruction, record.input)
         return "\n".join(filter(None, (record.instruction, record.input)))
@@ -36,8 +36,8 @@ class TextTemplate:
     def sample(self, record: Record, tokenizer: Tokenizer, train_on: TrainOn = TrainOn.assistant) -> Sample:
         """Tokenize prompt and answer as one text, as the Alpaca repository does, and find where the answer begins.
 
-        The tokens that the prompt alone and the whole text share are the prompt; where a piece spans the border, it
-        counts as answer, so that no token of the answer goes untrained.
+        The prompt is the tokens that the whole text shares with the prompt encoded separately. A token that spans the
+        border counts as answer, so that the whole answer is trained on.
         """
         prompt = self.prompt(record)
         tokens = tokenizer.encode(prompt + record.output, bos=True, eos=True)
@@ -48,16 +48,16 @@ class TextTemplate:
         return Sample.after(tokens, next((n for n, (one, other) in pairs if one != other), len(prompt_ids)))
 
 
-Template = TextTemplate | ChatTemplate  # a ValueError of theirs says why they do not take a record
+Template = TextTemplate | ChatTemplate  # they raise a ValueError for a record that they cannot express
 ALPACA_TEMPLATE = TextTemplate(ALPACA)
 
 
 def choose_template(choice: str, tokenizer: Tokenizer, trained: str | None = None) -> Template:
-    """The template that is asked for; a UserError if there is none.
+    """The chosen template; a UserError if it does not exist.
 
     Args:
-        choice: `alpaca`, `plain`, `chat` (the checkpoint's own), a file of a chat template in Jinja; or `auto`: that of
-            the run in the folder `trained`, if there is one, else the checkpoint's own if it has one, else Alpaca's.
+        choice: `alpaca`, `plain`, `chat` (the checkpoint's own), or a file with a chat template in Jinja. `auto` is
+            that of the run in the folder `trained`, if any, else the checkpoint's own, if any, else Alpaca's.
     """
     text = tokenizer.named.chat_template
     if choice == AUTO:
@@ -68,14 +68,14 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained: str | None = Non
         file = Path(os.path.expanduser(choice))
         if not file.is_file():
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
-            raise UserError(f"template {choice}: there is no such file; else it must be one of {allowed}")
+            raise UserError(f"template {choice}: there is no such file; give a file or one of {allowed}")
         text = text_of(file, f"template {file}")
     elif not text:
-        where = f"no chat template lies beside tokenizer={tokenizer.file}"
-        raise UserError(f"template chat: {where}; take alpaca, or a FILE, which is a chat template in Jinja")
+        missing = f"tokenizer={tokenizer.file} has no chat template next to it"
+        raise UserError(f"template chat: {missing}; use alpaca, or a FILE with a chat template in Jinja")
     return ChatTemplate(text, choice, tokenizer.special_names)
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer) -> list[int]:
-    """The token ids of what a model is to go on with: BOS first, which a chat template spells itself."""
+    """The token ids of a prompt, with BOS first, which a chat template spells itself."""
     return tokenizer.encode_chat(text)[0] if isinstance(text, Rendered) else tokenizer.encode(text, bos=True)

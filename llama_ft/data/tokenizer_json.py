@@ -1,7 +1,7 @@
-"""A tokenizer in the form that Hugging Face's libraries read: `tokenizer.json`, and the names of its special tokens.
+"""Converts a tokenizer to Hugging Face's form: `tokenizer.json`, and the names of its special tokens.
 
-They can make one from `tokenizer.model` by themselves, but what they make splits text otherwise: of LLaMA-2's they drop
-a leading space, of Llama 3's they do not know how text is split before pairs are merged.
+Their libraries can convert a `tokenizer.model` too, but the result splits text differently: for LLaMA-2's they drop a
+leading space, for Llama 3's they do not know how text is split before pairs are merged.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from llama_ft.data.gguf_tokenizer import read_tokenizer, sentencepiece_model
 from llama_ft.data.tiktoken_file import Tiktoken
 from llama_ft.files import Json
 
-Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, and then any others
+Special = list[tuple[str, int]]  # names and ids of special tokens: BOS, EOS, then others
 FAST_TOKENIZER = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 SPACE = "▁"  # stands for a space in SentencePiece's pieces
 # Llama 3's special tokens by index; the others are reserved.
@@ -31,8 +31,8 @@ LLAMA_3_1_NAMES = LLAMA_3_NAMES | {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|
 def tokenizer_files(file: Path, llama_3_1: bool) -> dict[str, Json]:
     """The contents of tokenizer.json and tokenizer_config.json for a `tokenizer.model`, LLaMA-2's or Llama 3's.
 
-    With `llama_3_1`, special tokens have the names that they have since. A file that splits text in a way that
-    tokenizer.json cannot express is a UserError.
+    `llama_3_1` gives special tokens Llama 3.1's names. A file that splits text in a way that tokenizer.json cannot
+    express is a UserError.
     """
     content = read_tokenizer(file)
     if Tiktoken.LINE.match(content):
@@ -49,7 +49,7 @@ def _from_sentencepiece(file: Path, content: bytes) -> tuple[Special, Json]:
     plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
     plain = plain and all(piece.type not in (piece.USER_DEFINED, piece.UNUSED) for piece in model.pieces)
     if trainer.model_type != trainer.BPE or not (plain and normalizer.add_dummy_prefix and trainer.byte_fallback):
-        raise UserError(f"tokenizer={file} is not like LLaMA-2's: no tokenizer.json can be made of it")
+        raise UserError(f"tokenizer={file} is not like LLaMA-2's: no tokenizer.json can be made from it")
     pieces = {piece.piece: number for number, piece in enumerate(model.pieces)}
     scores = {piece.piece: -piece.score for piece in model.pieces if piece.type == piece.NORMAL}
     special = [(model.pieces[number].piece, number) for number in (trainer.bos_id, trainer.eos_id, trainer.unk_id)]
@@ -84,7 +84,7 @@ def _from_ranks(ranks: dict[bytes, int], llama_3_1: bool) -> tuple[Special, Json
     names = LLAMA_3_1_NAMES if llama_3_1 else LLAMA_3_NAMES
     reserved = (f"<|reserved_special_token_{number}|>" for number in count())
     special = [(names.get(index) or next(reserved), len(ranks) + index) for index in range(Tiktoken.N_SPECIAL)]
-    # Each byte is a letter in byte-level vocabularies: itself where it can be seen.
+    # Byte-level vocabularies write each byte as a letter: itself if it is visible.
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = count(256)
     letters = [chr(value if value in visible else next(others)) for value in range(256)]
@@ -94,7 +94,7 @@ def _from_ranks(ranks: dict[bytes, int], llama_3_1: bool) -> tuple[Special, Json
 
 
 def _merges(rank_of: Mapping[str, float]) -> list[list[str]]:
-    """Every pair of pieces that make up a piece, in the order of merging: the lowest rank of the whole comes first."""
+    """Every pair of pieces that make up a piece, in the order of merging: by the rank of the whole."""
     pairs = [
         (rank_of[piece], rank_of[piece[:cut]], rank_of[piece[cut:]], piece[:cut], piece[cut:])
         for piece in rank_of

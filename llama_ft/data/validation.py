@@ -1,4 +1,4 @@
-"""Held-out records, on which a run is evaluated and never trained."""
+"""Held-out records, used to evaluate a run and never trained on."""
 
 import os
 import random
@@ -16,7 +16,7 @@ N_NAMED = 3  # records that are in both parts
 
 @dataclass(frozen=True)
 class ReadSample:
-    """A sample, where its record stands, and what is equal for records that say the same."""
+    """A sample, its record's place, and the record's `identity`."""
 
     where: str
     identity: int
@@ -29,12 +29,12 @@ Samples = list[ReadSample]
 def hold_out(
     samples: Samples, config: DataConfig, seed: int, read: Callable[[DataConfig], Samples], log: Log
 ) -> tuple[Samples, Samples]:
-    """The samples to train on and those held out, as `data.validation` says; `log` is told what is in both.
+    """The samples to train on and those held out, as `data.validation` says; logs records that are in both.
 
     Args:
-        samples: all that were read of the data itself.
-        seed: of the draw, if it is a share or a number.
-        read: gives the samples of another file or split.
+        samples: all samples of data.path.
+        seed: for drawing a share or a number of them.
+        read: returns the samples of another file or split.
 
     A UserError if none would be left to train on, or the file cannot be read.
     """
@@ -64,11 +64,11 @@ def held_out_source(config: DataConfig, given: str) -> DataConfig:
 
 
 def draw(samples: Samples, amount: float, seed: int) -> tuple[Samples, Samples]:
-    """Samples without a share of them, or an int of them, drawn at random, and those; both in their order."""
+    """Split off a random share (float) or number (int) of the samples; return the rest and the drawn, both in order."""
     n_drawn = amount if isinstance(amount, int) else max(1, round(amount * len(samples)))
     if n_drawn >= len(samples):
         raise UserError(f"data.validation={amount} leaves none of the {len(samples)} samples to train on")
-    generator = random.Random(seed)  # of its methods random() alone promises the same numbers in all versions
+    generator = random.Random(seed)  # only its random() promises the same numbers in all Python versions
     ranks = [generator.random() for _ in samples]
     drawn = set(sorted(range(len(samples)), key=ranks.__getitem__)[:n_drawn])
     parts: tuple[Samples, Samples] = [], []

@@ -1,1 +1,1 @@
-"""Generating text: the context that grows, and the ways to choose what comes next."""
+"""Generates text: the growing context, and the ways to choose the next token."""

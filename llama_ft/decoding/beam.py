@@ -1,7 +1,7 @@
-"""Beam search: the most probable continuations that a search of limited width finds.
+"""Beam search: the most probable continuations found by a search of limited width.
 
-What counts as finished, how scores are normalised and when the search ends are as in `generate` of transformers 5, so
-that both find the same continuations.
+Finished hypotheses, normalized scores and the end of the search are defined as in transformers 5's `generate`, so that
+both find the same continuations.
 """
 
 import math
@@ -19,13 +19,13 @@ from llama_ft.decoding.state import GenerationState
 class Hypothesis:
     """A continuation of the prompt that the search has finished."""
 
-    tokens: list[int]  # what follows the prompt; the last is an end, unless `max_new_tokens` ended it
-    score: float  # the sum of their log-probabilities (natural), over (how many there are) ** length_penalty
+    tokens: list[int]  # those after the prompt; the last is an end token, unless `max_new_tokens` was reached
+    score: float  # the sum of their natural log-probabilities, over len(tokens) ** length_penalty
 
 
 @dataclass(frozen=True)
 class _Beam:
-    row: int  # of the state, whose tokens are these without the last
+    row: int  # of the state, which holds these tokens without the last
     tokens: list[int]
     total: float  # sum of their log-probabilities
 
@@ -41,15 +41,15 @@ def beam_search(
 ) -> list[Hypothesis]:
     """Continue one prompt along its `n_beams` best beams, and return the best hypotheses, best first.
 
-    Each step looks at the 2 * n_beams best candidates, or with several ends at one more for each. Those of the first
-    n_beams that end, or all at max_new_tokens, become hypotheses, of which the best are kept; the best n_beams that do
-    not end run on. Logits that are no distribution (NaN, infinite) are a UserError.
+    Each step considers the n_beams * max(2, 1 + len(ends)) best candidates. Of the first n_beams, those that end, or
+    all at max_new_tokens, become hypotheses, of which the best are kept. The best n_beams candidates that do not end
+    continue. Logits that are not a distribution (NaN, infinite) are a UserError.
 
     Args:
-        state: the prompt in n_beams equal rows, of which the first alone begins, with room for max_new_tokens.
-        length_penalty: exponent of the length that totals are divided by; above 0 favours longer continuations.
-        early_stopping: end once n_beams hypotheses are finished; else when no running beam's present score beats them.
-        n_return: how many hypotheses to return. Fewer come back only where no more than that are possible at all.
+        state: the prompt in n_beams equal rows, of which only the first starts, with room for max_new_tokens.
+        length_penalty: exponent of the length that totals are divided by; above 0 favors longer continuations.
+        early_stopping: end once n_beams hypotheses are finished; else when no running beam's current score beats them.
+        n_return: the number of hypotheses to return; fewer are returned only if no more exist.
     """
     running = [_Beam(row, [], -math.inf if row else 0.0) for row in range(n_beams)]
     finished: list[Hypothesis] = []
@@ -57,10 +57,10 @@ def beam_search(
         is_last, divisor = length == max_new_tokens, length**length_penalty
         candidates = _best_candidates(state.next_logits(), running, max(2, 1 + len(ends)))
         ended = [beam for beam in candidates[:n_beams] if is_last or beam.tokens[-1] in ends]
-        # -inf is a continuation that cannot be, or a copy of the row that began.
+        # -inf marks an impossible continuation, or a copy of the first row.
         finished += [Hypothesis(beam.tokens, beam.total / divisor) for beam in ended if beam.total > -math.inf]
         finished = sorted(finished, key=lambda hypothesis: -hypothesis.score)[:n_beams]
-        # Each end follows a beam at most once, so that n_beams of the candidates run on.
+        # Each end token follows a beam at most once, so at least n_beams of the candidates continue.
         running = [beam for beam in candidates if beam.tokens[-1] not in ends][:n_beams]
         is_settled = len(finished) == n_beams and (early_stopping or running[0].total / divisor <= finished[-1].score)
         if is_last or is_settled:
@@ -72,7 +72,7 @@ def beam_search(
 
 
 def _best_candidates(logits: Tensor, running: list[_Beam], n_each: int) -> list[_Beam]:
-    """The `n_each` * B best ways to go on, best first, by the logits of the B running beams, fp32 [B, V]."""
+    """The `n_each` * B best continuations, best first, from the logits of the B running beams, fp32 [B, V]."""
     require_distribution(logits)
     n_beams, vocab_size = logits.shape
     totals = torch.tensor([beam.total for beam in running], dtype=torch.float32, device=logits.device)

@@ -1,4 +1,4 @@
-"""A dialogue a line at a time: with a chat template a conversation, else each line an instruction by itself."""
+"""An interactive dialogue: with a chat template a conversation, else each line is a separate instruction."""
 
 import io
 import re
@@ -16,21 +16,21 @@ TextFn = Callable[[str], None]
 AnswerFn = Callable[[str], str]
 ASK = "> "
 HELP = """\
-TEXT          what you ask; a chat template is given the conversation so far, other templates this line alone
-/input TEXT   what the next line is about
+TEXT          your question; a chat template gets the conversation so far, other templates only this line
+/input TEXT   the input of the next instruction
 /system TEXT  begin a new conversation with this system message; without TEXT with none
-/raw TEXT     a prompt as it is, without the template
+/raw TEXT     a prompt used unchanged, without the template
 /adapter DIR  answer with this adapter from now on, on the same weights; without DIR with none
 /help         this text
-/quit         the end, as Ctrl-D; Ctrl-C stops an answer"""
+/quit         quit, like Ctrl-D; Ctrl-C stops an answer"""
 
 
 class _Stopped(KeyboardInterrupt):
-    """Ctrl-C while an answer is given."""
+    """Ctrl-C during an answer."""
 
 
 class _Dialogue:
-    """What has been said, as far as the template takes it, and what the commands do."""
+    """The conversation so far, if the template can express it, and the commands."""
 
     def __init__(
         self, answer: AnswerFn, use_adapter: TextFn, log: TextFn, template: Template, system: str | None
@@ -58,7 +58,7 @@ class _Dialogue:
         self._use_adapter(text.strip())
 
     def say(self, text: str) -> None:
-        """Let a line be answered, and remember it with its answer."""
+        """Answer a line, and remember both."""
         if not text.strip():
             return
         asked = Record(text.strip(), self._about, "").messages[0]
@@ -80,15 +80,15 @@ def chat(
     template: Template = ALPACA_TEMPLATE,
     system: str | None = None,
 ) -> None:
-    """Answer line after line, until /quit, the end of the input, or Ctrl-C where no answer is given.
+    """Answer line after line, until /quit, the end of the input, or Ctrl-C outside an answer.
 
     Args:
-        answer: generates, shows and returns what follows a prompt; a UserError of it is logged.
-        use_adapter: likewise changes to the adapter in a folder; an empty name is none.
-        read_line: the next line without its line break; raises EOFError after the last.
+        answer: generates, shows and returns the answer to a prompt; its UserErrors are logged.
+        use_adapter: switches to the adapter in a folder, or to none for an empty name; its UserErrors are logged.
+        read_line: returns the next line without its line break; raises EOFError after the last.
     """
     dialogue = _Dialogue(answer, use_adapter, log, template, system)
-    log(f"{'a conversation' if dialogue.remembers else 'an instruction a line'}; /help says more, /quit ends")
+    log(f"{'a conversation' if dialogue.remembers else 'one instruction per line'}; /help shows commands, /quit ends")
     while True:
         try:
             line = read_line()
@@ -100,7 +100,7 @@ def chat(
             break
         try:
             if match and command not in COMMANDS:
-                raise UserError(f"/{command} is no command; /help lists them")
+                raise UserError(f"/{command} is not a command; /help lists them")
             getattr(dialogue, command)(text)
         except _Stopped:
             log("stopped")
@@ -110,7 +110,7 @@ def chat(
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Let Ctrl-C, and nothing else that ends a process, raise _Stopped inside."""
+    """Make Ctrl-C, but no other signal, raise _Stopped inside the context."""
 
     def stop(*_: object) -> None:
         raise _Stopped
@@ -123,16 +123,16 @@ def _stoppable() -> Iterator[None]:
 
 
 def line_reader() -> Callable[[], str]:
-    """What reads lines from standard input: on a terminal after a prompt, and edited with readline where it is there.
+    """A function that reads lines from standard input: on a terminal with a prompt, and with readline if available.
 
-    Bytes that are not UTF-8 come as surrogates, to be refused with the line that has them.
+    Bytes that are not UTF-8 become surrogates, so that only the line with them is rejected.
     """
     if sys.stdin is None:  # closed before the start
         raise UserError("interactive=true reads standard input, which is closed")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     is_terminal = sys.stdin.isatty()
-    # readline draws on standard output, so that must be the terminal too.
+    # readline draws on standard output, which must be the terminal too.
     is_edited = is_terminal and sys.stdout.isatty()
     if is_edited:
         with suppress(ImportError):
@@ -149,7 +149,7 @@ def line_reader() -> Callable[[], str]:
             return line.removesuffix("\n")
         except (EOFError, KeyboardInterrupt):
             if is_terminal:
-                print(file=sys.stderr)  # ends the line of the prompt
+                print(file=sys.stderr)  # end the prompt's line
             raise
 
     return read_line

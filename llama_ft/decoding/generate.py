@@ -1,4 +1,4 @@
-"""From a prompt to answers: the loop around choosing the next token, and what ends it."""
+"""Generates answers to prompts: the loop around choosing the next token, and its end."""
 
 from collections.abc import Callable, Collection, Sequence
 
@@ -16,9 +16,9 @@ from llama_ft.records.answers import Answer
 from llama_ft.system import silent
 
 GenerateFn = Callable[[Sequence[str], Callable[[str], None]], list[list[Answer]]]
-"""A model ready to be asked: a batch of prompts, and what hears the first answer grow, to each prompt's answers."""
+"""A loaded model: called with a batch of prompts and a callback for the first answer's text; returns the answers."""
 LoadFn = Callable[[bool], GenerateFn]
-"""Loads the base if it is given True, else the model that is asked."""
+"""Loads the base model if called with True, else the model to use."""
 
 
 @torch.inference_mode()
@@ -30,10 +30,10 @@ def generate(
     kv_cache: bool = True,
     on_text: Callable[[str], None] = silent,
 ) -> list[list[Answer]]:
-    """`config.num_return_sequences` answers to each of a batch of prompts: those it gets by itself, up to rounding.
+    """Generate `config.num_return_sequences` answers to each prompt, equal up to rounding to those without a batch.
 
-    `on_text` is given the first answer's text piece by piece, once it is certain; that of a beam search at its end. A
-    prompt that leaves no room in the model's context is a UserError, and so are logits that are not finite.
+    `on_text` receives the first answer's text piece by piece, once it is final; in beam search at the end. A prompt
+    that leaves no room in the model's context is a UserError, as are logits that are not finite.
     """
     batch = [encode_in_context(prompt, tokenizer, model.config.max_seq_len) for prompt in prompts]
     n_answers = config.num_return_sequences
@@ -46,7 +46,7 @@ def generate(
     was_training = model.training
     model.eval()  # no dropout
     try:
-        if config.n_beams > 1:  # one prompt at a time: each has a batch of beams of its own
+        if config.n_beams > 1:  # one prompt at a time, with its own batch of beams
             for index, tokens in enumerate(batch):
                 _search(model, tokenizer.end_ids, tokens, writers[index * n_answers :][:n_answers], config, kv_cache)
         else:
@@ -65,14 +65,14 @@ def _search(
     config: DecodingConfig,
     kv_cache: bool,
 ) -> None:
-    """Let the writers have the best hypotheses of a beam search."""
+    """Give the writers the best hypotheses of a beam search."""
     n_new = writers[0].room
     state = GenerationState(model, [tokens] * config.n_beams, n_new, kv_cache)
     penalty, n_answers = config.length_penalty, config.num_return_sequences
     hypotheses = beam_search(state, config.n_beams, n_new, ends, penalty, config.early_stopping, n_answers)
-    if len(hypotheses) < n_answers:  # more beams than there are texts of so few tokens
+    if len(hypotheses) < n_answers:  # more beams than different texts of this length
         texts = f"{len(hypotheses)} different texts of {n_new} token{'s' * (n_new > 1)}"
-        raise UserError(f"decoding.num_return_sequences={n_answers} is too many: there are only {texts}")
+        raise UserError(f"decoding.num_return_sequences={n_answers} is too many: only {texts} exist")
     for writer, hypothesis in zip(writers, hypotheses, strict=True):
         for token in hypothesis.tokens:
             writer.push(token)
@@ -88,7 +88,7 @@ def _continue(
     choice: Greedy | Sampling = Greedy(config.repetition_penalty)
     if config.sample:
         choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
-    # One for each prompt, so that its answers do not depend on the prompts beside it.
+    # One for each prompt, so that its answers do not depend on other prompts in the batch.
     generators = [torch.Generator(state.tokens.device).manual_seed(config.seed) for _ in batch]
     for _ in range(n_new):
         seen = state.seen() if config.repetition_penalty != 1 else None
@@ -101,7 +101,7 @@ def _continue(
 
 
 class _Writer:
-    """One answer while it grows, for `room` tokens at most; what comes after its end is dropped."""
+    """A growing answer of at most `room` tokens; tokens after its end are dropped."""
 
     def __init__(self, tokenizer: Tokenizer, stop: list[str], room: int) -> None:
         self._ends, self._stream, self._stop = tokenizer.end_ids, TextStream(tokenizer), StopAt(stop)

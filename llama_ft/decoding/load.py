@@ -1,4 +1,4 @@
-"""A model to generate with or to evaluate: its weights, and the adapter trained on them."""
+"""Loads a model, and the adapter trained on it, for generation or evaluation."""
 
 import gc
 import os
@@ -25,7 +25,7 @@ NEEDS_LESS = "a smaller batch_size or decoding.max_new_tokens, fewer answers or 
 
 
 def check_sources(source: TrainedSource) -> None:
-    """Before anything long begins, raise a UserError if weights or adapter are not this model's."""
+    """Raise a UserError if weights or adapter are not this model's, before anything slow begins."""
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
@@ -37,31 +37,31 @@ def check_sources(source: TrainedSource) -> None:
 
 
 def storage_of(dtype: Dtype, device: torch.device, gpu: GpuConfig) -> Storage:
-    """How the weights are stored that are asked for; beside 4-bit ones all is in the dtype of `auto`."""
+    """The storage of weights for a dtype; with 4-bit weights, everything else has the dtype of `auto`."""
     if dtype in (Dtype.nf4, Dtype.fp4):
         return FourBit(compute_dtype(Dtype.auto, device, gpu), dtype.name)
     return Storage(compute_dtype(dtype, device, gpu))
 
 
 def load_trained(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:
-    """The model that is asked for, in evaluation mode; a UserError if weights or adapter are not this model's."""
+    """Load a source's model in evaluation mode; a UserError if weights or adapter are not this model's."""
     model = load_model(source.model, str(source.checkpoint), device, storage, log=log).eval()
     if source.adapter is not None:
-        merge = source.merge and not isinstance(storage, FourBit)  # which would be 16 bit then
+        merge = source.merge and not isinstance(storage, FourBit)  # merging would make them 16 bit
         load_adapter(model, Path(os.path.expanduser(source.adapter)), merge)
     return model
 
 
 def load_base(source: TrainedSource, device: torch.device, storage: Storage, log: Log) -> Transformer:
-    """What it is compared with: `source.base`, else the checkpoint without its adapter."""
+    """Load the model to compare with: `source.base`, else the checkpoint without its adapter."""
     return load_model(source.model, source.base or str(source.checkpoint), device, storage, log=log).eval()
 
 
 class Models:
-    """The model that is asked, and the base that it is compared with, loaded when they are needed."""
+    """The model to use, and the base model that it is compared with, loaded when needed."""
 
     def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, log: Log) -> None:
-        """Raise a UserError if there is no such device, or weights or adapter are not this model's."""
+        """Raise a UserError if the device does not exist, or if weights or adapter are not this model's."""
         self._config, self._tokenizer, self._log = config, tokenizer, log
         self._device = use_device(choose_device(config.gpu), config.gpu)
         self._storage = storage_of(config.dtype, self._device, config.gpu)
@@ -70,14 +70,14 @@ class Models:
         log(about_device(self._device, config.gpu))
 
     def load(self, is_base: bool) -> GenerateFn:
-        """The base, or the model that is asked; a UserError if memory runs out, now or when it is asked."""
-        gc.collect()  # of a model before it, what is held in cycles
+        """Load the base model, or the model to use; a UserError if memory runs out, now or while it generates."""
+        gc.collect()  # frees the rest of a previous model, held in cycles
         load = load_base if is_base else load_trained
         with out_of_memory_explained(NEEDS_LESS):
             return self._generate_fn(load(self._config, self._device, self._storage, self._log))
 
     def load_with_adapters(self) -> tuple[Adapters, GenerateFn]:
-        """The model that is asked, with its adapter, if it has one, beside the weights, so that it can be changed."""
+        """Load the model to use, with its adapter, if any, not merged, so that it can be changed."""
         with out_of_memory_explained(NEEDS_LESS):
             checkpoint = str(self._config.checkpoint)
             model = load_model(self._config.model, checkpoint, self._device, self._storage, log=self._log)
@@ -86,7 +86,7 @@ class Models:
         return adapters, self._generate_fn(model)
 
     def use(self, adapters: Adapters, folder: str | None) -> None:
-        """Compute with the adapter in a folder, which is loaded unless it was before; None is none."""
+        """Use the adapter in a folder, loading it if it is new; None uses no adapter."""
         if folder is not None and folder not in adapters:
             path = Path(os.path.expanduser(folder))
             check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))

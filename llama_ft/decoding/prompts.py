@@ -1,4 +1,4 @@
-"""What a model is asked: from records to prompts, checked before anything is generated."""
+"""Makes prompts from records, and checks them before anything is generated."""
 
 import json
 from collections.abc import Collection
@@ -14,26 +14,26 @@ from llama_ft.files import Json
 
 KEYS = ("prompt", "instruction", "input")
 CONVERSATIONS = ("messages", "conversations")
-MAX_NAMED = 10  # bad records in a message
+MAX_NAMED = 10  # bad records named in an error
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the record that it was made of."""
+    """A prompt, and the record that it was made from."""
 
     text: str
     record: Json
-    template: str = ""  # the content of the template that wrote it
+    template: str = ""  # the content of its template
 
 
 def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | None = None) -> str:
-    """What the model goes on with: `prompt` as it is, or a conversation or instruction as the template writes it.
+    """The text for the model to continue: `prompt` unchanged, or a conversation or instruction in the template.
 
     Args:
-        record: has `prompt`; or `instruction`, and `input` where it needs that; or `messages`, the last one the user's.
-        system: a system message that comes before what has none.
+        record: has `prompt`; or `instruction` and optionally `input`; or `messages`, the last one the user's.
+        system: a system message for conversations and instructions that have none.
 
-    A UserError if it is unclear what is asked, or the template does not take it.
+    A UserError if the record is ambiguous, or the template rejects it.
     """
     try:
         asked = _asked(record, system)
@@ -43,7 +43,7 @@ def prompt_of(record: Json, template: Template = ALPACA_TEMPLATE, system: str | 
 
 
 def _asked(record: Json, system: str | None) -> Record | str:
-    """A prompt as it is, or what the template is to write, with an empty answer."""
+    """A prompt to use unchanged, or a record, with an empty answer, for the template."""
     record = {key: value for key, value in record.items() if value is not None}
     prompt, instruction, about = map(record.get, KEYS)
     messages = next((record[key] for key in CONVERSATIONS if key in record), None)
@@ -53,14 +53,14 @@ def _asked(record: Json, system: str | None) -> Record | str:
         answer = {"role": "assistant", "content": ""}
         asked = as_record(record | {"messages": [*messages, answer] if isinstance(messages, list) else messages})
         if (role := asked.messages[-2]["role"]) not in ("user", "tool"):
-            raise ValueError(f"the last of its messages must be the user's, and is the {role}'s")
+            raise ValueError(f"the last of its messages must be the user's, not the {role}'s")
     elif instruction is not None and (prompt is None or "completion" in record):
         asked = as_record(record | {"output": ""})
     elif prompt is None or instruction is not None:
-        raise ValueError("either prompt or instruction must be there, and not both")
+        raise ValueError("it must have either prompt or instruction, not both")
     elif about or system or record.get("system"):
         key = "input" if about else "system"
-        raise ValueError(f"{key} belongs to an instruction, and there is a prompt")
+        raise ValueError(f"{key} belongs to an instruction, but it has a prompt")
     elif prompt == "":
         raise ValueError("prompt is empty")
     else:
@@ -69,10 +69,10 @@ def _asked(record: Json, system: str | None) -> Record | str:
 
 
 def encode_in_context(text: str, tokenizer: Tokenizer, context: int) -> list[int]:
-    """The prompt's token ids; a UserError if they leave no room in a context of so many tokens."""
+    """The prompt's token ids; a UserError if they leave no room in a context of `context` tokens."""
     tokens = encode_prompt(text, tokenizer)
     if len(tokens) >= context:
-        raise UserError(f"the prompt has {len(tokens):,} tokens, and the model's context is {context:,}")
+        raise UserError(f"the prompt has {len(tokens):,} tokens, but the model's context is {context:,}")
     return tokens
 
 
@@ -84,10 +84,10 @@ def read_prompts(
     template: Template = ALPACA_TEMPLATE,
     system: str | None = None,
 ) -> list[Prompt]:
-    """The prompts of a file of records; a UserError if it cannot be read or has no record, or names the bad ones.
+    """The prompts of a file of records; a UserError if it cannot be read, is empty, or has bad records, which it names.
 
-    A record may not have the reserved keys, since its answer will; a prompt must leave room in a context of so many
-    tokens.
+    A record may not have the reserved keys, which its answer will use; a prompt must leave room in a context of
+    `context` tokens.
     """
     prompts: list[Prompt] = []
     problems: list[str] = []
@@ -95,12 +95,12 @@ def read_prompts(
         try:
             record = as_object(value)
             if taken := sorted(record.keys() & set(reserved)):
-                raise UserError(f"{taken[0]} is what the answer will be under: give that key another name")
+                raise UserError(f"the key {taken[0]} is reserved for the answer: rename it")
             prompt = Prompt(prompt_of(record, template, system), record, template.text)
             encode_in_context(prompt.text, tokenizer, context)
             json.dumps(record, ensure_ascii=False, allow_nan=False).encode()  # as it will be written back
             prompts.append(prompt)
-        except (UserError, ValueError, TypeError) as error:  # of a type that JSON has not, too
+        except (UserError, ValueError, TypeError) as error:  # also types that JSON lacks
             problems.append(f"{where}: {error}")
     if problems:
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""

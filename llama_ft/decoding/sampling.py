@@ -1,6 +1,6 @@
-"""Choosing the next token by its logits, fp32 [B, V]: the most probable one, or one drawn at random.
+"""Chooses the next token from logits, fp32 [B, V]: the most probable one, or one drawn at random.
 
-The functions change the distribution and are pure; -inf is a probability of 0. Each has a value that changes nothing.
+The functions transform the distribution and are pure; -inf is a probability of 0. Each has a neutral value.
 """
 
 import math
@@ -14,10 +14,10 @@ from llama_ft.config import UserError
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
-    """Make tokens that have occurred less probable: positive logits divided by the penalty, negative multiplied.
+    """Make tokens that have occurred less probable: divide positive logits by the penalty, multiply negative ones.
 
-    That of CTRL (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 repetition is encouraged. `seen` is
-    bool [B, V]: which tokens have occurred, those of the prompt included; None is none.
+    This is CTRL's penalty (Keskar et al. 2019, arXiv 1909.05858). 1 changes nothing; below 1 encourages repetition.
+    `seen`, bool [B, V], marks tokens that have occurred, including the prompt's; None marks none.
     """
     if seen is None:
         return logits
@@ -25,7 +25,7 @@ def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> T
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """The k largest logits of each row of fp32 [B, V], and their equals, -inf elsewhere; 0, V and more keep all."""
+    """Keep the k largest logits of each row of fp32 [B, V], and ties, with -inf elsewhere; 0 and k >= V keep all."""
     if not 0 < k < logits.shape[-1]:
         return logits
     smallest = logits.topk(k).values[:, -1:]
@@ -33,16 +33,16 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """The nucleus of each row of fp32 [B, V], -inf elsewhere; 1 keeps all.
+    """Keep the nucleus of each row of fp32 [B, V], with -inf elsewhere; 1 keeps all.
 
-    It is the smallest set of tokens whose probability reaches p, and never empty (Holtzman et al. 2019, arXiv
-    1904.09751). Of equal tokens at its edge those with the lowest ids belong to it.
+    The nucleus is the smallest set of tokens whose probability reaches p, and never empty (Holtzman et al. 2019, arXiv
+    1904.09751). Of equally probable tokens at its edge, those with the lowest ids belong to it.
     """
     if p >= 1:
         return logits
     ordered, ids = logits.sort(descending=True, stable=True)
-    # A token is outside where those before it reach p: where it and those after it have 1 - p at most. Summed from
-    # the small end, which loses less to rounding.
+    # A token is outside if those before it reach p, that is, if it and those after it have at most 1 - p. The sum runs
+    # from the small end, which loses less to rounding.
     tail = ordered.softmax(-1).flip(-1).cumsum(-1).flip(-1)
     is_outside = tail <= 1 - p
     is_outside[:, 0] = False
@@ -50,15 +50,15 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def require_distribution(logits: Tensor) -> None:
-    """Raise a UserError if a row of fp32 [B, V] is no distribution: it has NaN or +inf, or nothing but -inf."""
-    if not logits.amax(-1).isfinite().all():  # which NaN and +inf pass through
+    """Raise a UserError if a row of fp32 [B, V] is not a distribution: it has NaN or +inf, or only -inf."""
+    if not logits.amax(-1).isfinite().all():  # NaN and +inf propagate through amax
         cause = "its weights are damaged, or 16 bit overflow (bf16 and fp32 have more range than fp16)"
         raise UserError(f"the model's logits are not finite, so no token can be chosen: {cause}")
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """Always the most probable token; of several the one with the lowest id."""
+    """Always chooses the most probable token; among ties the one with the lowest id."""
 
     repetition_penalty: float = 1.0
 
@@ -71,7 +71,7 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Sampling:
-    """A token at random, by its probability after penalty, temperature, top-k and top-p, in that order."""
+    """Draws a token by its probability after penalty, temperature, top-k and top-p, in that order."""
 
     temperature: float = 1.0
     top_k: int = 0
@@ -79,26 +79,26 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """The logits, fp32 [B, V], of the distribution that is drawn from; `seen` is bool [B, V]."""
+        """The logits, fp32 [B, V], of the distribution to draw from; `seen` is bool [B, V]."""
         logits = repetition_penalty(logits, seen, self.repetition_penalty)
         return keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
 
     def choose(self, logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         """The next token of each row, int64 [B].
 
-        Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with a generator of
-        its own is answered in a batch as it is by itself. On CUDA, sums of many numbers may round differently from run
-        to run, which can move a token across the edge of top-p.
+        Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with its own generator
+        gets the same answer in a batch as alone. On CUDA, sums of many numbers may round differently from run to run,
+        which can move a token across the edge of top-p.
 
         Args:
-            logits: fp32 [B, V]; not finite ones are a UserError.
-            seen: bool [B, V], which tokens have occurred; None where no penalty asks for it.
-            generators: on the device of the logits; the rows are divided evenly among them, in order.
+            logits: fp32 [B, V]; a UserError unless they are finite.
+            seen: bool [B, V], the tokens that have occurred; None if no penalty needs it.
+            generators: on the logits' device; the rows are divided evenly among them, in order.
         """
         logits = self.process(logits, seen)
         require_distribution(logits)
-        # A race of exponential clocks: the first to ring is i with probability p[i]. What torch.multinomial does for
-        # one sample, without its checks.
+        # A race of exponential clocks: clock i rings first with probability p[i]. torch.multinomial does the same for
+        # one sample, with more checks.
         noise = torch.empty_like(logits)
         for rows, generator in zip(noise.chunk(len(generators)), generators, strict=True):
             rows.exponential_(generator=generator)

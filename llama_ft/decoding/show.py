@@ -1,4 +1,4 @@
-"""Answers to a prompt on standard output: the text alone, or those of two models beside each other."""
+"""Prints answers to a prompt: only the text, or the answers of two models side by side."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +14,11 @@ from llama_ft.records.answers import Answer
 from llama_ft.system import Log, silent
 
 BASE, FINE_TUNED = "base", "fine-tuned"
-MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers stand below each other
+MIN_TABLE_WIDTH = 100  # characters; on narrower terminals the answers are printed one below the other
 
 
 def show_answers(prompt: str, load: LoadFn, config: GenerateConfig, log: Log) -> str:
-    """Print the answers to a prompt, a single one as it comes; returns the first, of two models the fine-tuned's."""
+    """Print the answers to a prompt, a single one as it is generated; return the (fine-tuned) model's first answer."""
     if config.compare:
         compared = []
         for name in (BASE, FINE_TUNED):
@@ -51,7 +51,7 @@ def _ask(
 
 @contextmanager
 def streamed_line() -> Iterator[Callable[[str], None]]:
-    """Prints a line that comes piece by piece, and ends it also where it breaks off."""
+    """Print a line piece by piece, and end it even if generation breaks off."""
     is_begun = False
 
     def write(text: str) -> None:
@@ -68,7 +68,7 @@ def streamed_line() -> Iterator[Callable[[str], None]]:
 
 
 def print_comparison(base: Sequence[Answer], fine_tuned: Sequence[Answer]) -> None:
-    """Print both models' answers: beside each other on a wide terminal, else one below the other, with their names."""
+    """Print both models' answers: side by side on a wide terminal, else one below the other, with their names."""
     pairs = [(first.text, second.text) for first, second in zip(base, fine_tuned, strict=True)]
     console = Console()
     if console.is_terminal and console.width >= MIN_TABLE_WIDTH:

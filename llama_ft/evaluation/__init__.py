@@ -1,1 +1,1 @@
-"""How good a model is: perplexity of a text and of responses, exact match of answers."""
+"""Evaluates a model: perplexity of a text and of responses, exact match of answers."""

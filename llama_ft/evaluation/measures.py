@@ -1,4 +1,4 @@
-"""All that is measured of a model, and of a base and a fine-tuned model one after the other."""
+"""Measures a model, or a base model and a fine-tuned model one after the other."""
 
 import gc
 import time
@@ -21,13 +21,13 @@ from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPe
 from llama_ft.system import Log, Progress
 from llama_ft.techniques.mixed_precision import Precision
 
-Advance = Callable[[int], None]  # given how many more are done
-Measured = tuple[EvaluatedModel, list[Answer]]  # no answers where none were asked for
+Advance = Callable[[int], None]  # called with the number just done
+Measured = tuple[EvaluatedModel, list[Answer]]  # no answers if none were requested
 
 
 @dataclass(frozen=True)
 class EvalInputs:
-    """What models are measured on."""
+    """The inputs of an evaluation."""
 
     tokenizer: Tokenizer
     template: Template
@@ -38,7 +38,7 @@ class EvalInputs:
 def measure_models(
     config: EvaluateConfig, inputs: EvalInputs, device: torch.device, progress: Progress, log: Log
 ) -> list[Measured]:
-    """The model's figures and answers, or base's and fine-tuned's, one in memory at a time; a UserError if damaged."""
+    """Measure the model, or base and fine-tuned model, one in memory at a time; a UserError if one is damaged."""
 
     def measured(role: Role, load: Callable[..., Transformer]) -> Measured:
         model, name = load(config, device, storage_of(config.dtype, device, config.gpu), log), role.replace("_", "-")
@@ -52,14 +52,14 @@ def measure_models(
     check_sources(config)
     if config.adapter is None and config.base is None:
         return [measured("model", load_trained)]
-    fine_tuned = measured("fine_tuned", load_trained)  # first, since most can be wrong with it
+    fine_tuned = measured("fine_tuned", load_trained)  # first, since it is the most likely to fail
     return [measured("base", load_base), fine_tuned]
 
 
 def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role: Role, progress: Progress) -> Measured:
-    """Perplexity of the responses and of the text, if there is one; exact match and answers, if they are asked for.
+    """Perplexity of the responses and of the text, if any; exact match and answers, if requested.
 
-    The model is in evaluation mode. Losses or logits that are not finite are a UserError.
+    The model must be in evaluation mode. Losses or logits that are not finite are a UserError.
     """
     began = time.monotonic()
     weight, records = model.output.weight, inputs.data.records
@@ -69,7 +69,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
     text = None
     if inputs.text is not None:
         windows = text_windows(inputs.text.tokens, config.window_tokens, config.stride_tokens)
-        # Of small windows as many at once as fill the context: the memory of one full window is enough for all.
+        # As many small windows at once as fill the context: they need no more memory than one full window.
         at_once = max(1, config.model.max_seq_len // config.window_tokens)
         with progress("perplexity of the text", len(windows)) as advance:
             found = perplexity(model, windows, at_once, padding, advance)
@@ -92,7 +92,7 @@ def measure(model: Transformer, inputs: EvalInputs, config: EvaluateConfig, role
 def greedy_answers(
     model: Transformer, tokenizer: Tokenizer, prompts: Sequence[str], config: EvaluateConfig, advance: Advance
 ) -> list[Answer]:
-    """The most probable continuation of each prompt, to EOS or `max_new_tokens`; those of similar length together."""
+    """The greedy continuation of each prompt, to EOS or `max_new_tokens`, batched by similar length."""
     decoding = DecodingConfig(max_new_tokens=config.max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     answers: dict[int, Answer] = {}

@@ -1,4 +1,4 @@
-"""Perplexity: of a text by sliding windows, and of the responses of instruction records."""
+"""Perplexity of a text, by sliding windows, and of the responses in instruction records."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class Text:
 
 
 def read_text(file: Path, tokenizer: Tokenizer) -> Text:
-    """Read a UTF-8 file and tokenize it as one text, line ends as they are, with BOS before it and no EOS."""
+    """Read a UTF-8 file and tokenize it as one text, keeping line endings, with BOS before it and no EOS."""
     text = text_of(file, f"text={file}")
     tokens = tokenizer.encode(text, bos=True)
     if len(tokens) < 2:
@@ -37,12 +37,12 @@ def read_text(file: Path, tokenizer: Tokenizer) -> Text:
 
 
 def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample]:
-    """Cut a text into windows in which the tokens that count are those that no earlier window has held.
+    """Cut a text of at least 2 tokens into windows, each counting only tokens that no earlier window held.
 
-    This is Hugging Face's way to measure models of a fixed context
-    (https://huggingface.co/docs/transformers/perplexity): each token counts once, and beyond the first window it has at
-    least window - stride tokens before it. A window's first token has none, and does not count: in the first window
-    that is BOS, and with stride = window that of every window. There are at least 2 tokens, and window >= stride.
+    This is Hugging Face's method for models of a fixed context (https://huggingface.co/docs/transformers/perplexity):
+    each token counts once, and after the first window it has at least window - stride tokens before it. A window's
+    first token has no context and does not count: in the first window that is BOS; with stride = window it is the first
+    token of every window. `window` must be at least `stride`.
     """
     samples: list[Sample] = []
     for start in range(0, len(tokens), stride):
@@ -56,7 +56,7 @@ def text_windows(tokens: Sequence[int], window: int, stride: int) -> list[Sample
 
 
 def bits_per_byte(nll: float, text: Text) -> float:
-    """What a text costs by its mean nll in nats, to compare tokenizers; tokens that did not count cost the mean."""
+    """Bits per byte of a text from its mean nll in nats, to compare tokenizers; uncounted tokens cost the mean."""
     return nll / math.log(2) * (len(text.tokens) - 1) / text.n_bytes
 
 
@@ -68,12 +68,12 @@ def perplexity(
     padding: Padding = NO_PADDING,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Perplexity:
-    """Perplexity of all target tokens of the samples together; the head and the loss run at those alone.
+    """Perplexity over all target tokens of the samples; the head and the loss run only at those.
 
-    Samples are computed in the order of their lengths, which spares padding. A loss that is not finite is a UserError.
+    Samples are sorted by length, which saves padding. A loss that is not finite is a UserError.
     """
     device = model.output.weight.device
-    ordered = sorted(samples, key=len, reverse=True)  # so that out of memory shows at once
+    ordered = sorted(samples, key=len, reverse=True)  # longest first, so that running out of memory shows at once
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]

@@ -1,4 +1,4 @@
-"""The records that a model is evaluated on, the majority baseline, and how many of the answers are correct."""
+"""The records that a model is evaluated on, the majority baseline, and the share of correct answers."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,26 +13,26 @@ from llama_ft.records.evaluation import Accuracy, EvaluatedRecords, Majority, Sh
 from llama_ft.system import Log
 
 HELD_OUT = SAMPLE_DIR / "heldout.jsonl"
-NO_TASK = "no task"  # of records that name none
+NO_TASK = "no task"  # for records without one
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What a model is asked, and how far one would get that knew only the task."""
+    """The records of an evaluation, and the score of a model that knows only the task."""
 
     about: EvaluatedRecords
     records: list[Record]
     samples: list[Sample]  # the records', cut to the longest length allowed
-    written: list[str]  # the records' answers as the template writes them, such as after an empty reasoning
+    written: list[str]  # the records' answers as written by the template, for example after an empty reasoning
     majority: Majority
 
     def is_correct(self, index: int, answer: str) -> bool:
-        """Whether this is the answer to a record, or what the template makes of it."""
+        """Return True for a record's answer, as in the data or as written by the template."""
         return matches(answer, self.records[index].output) or matches(answer, self.written[index])
 
 
 def load_records(config: EvaluateConfig, tokenizer: Tokenizer, template: Template, log: Log) -> EvaluationSet:
-    """Read the records of `data`, of the built-in set the held-out ones; a UserError if one is bad, or none is left."""
+    """Read the records of `data`, or the built-in held-out ones; a UserError if one is bad, or none is left."""
     builtin = config.data.path is None and config.data.url is None
     file = HELD_OUT if builtin else records_file(config.data, log)
     reader, n_without_room = Reader(file, config.data, log), 0
@@ -48,7 +48,7 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, template: Templat
         raise UserError(f"{file}: no prompt leaves room for an answer")
     about = EvaluatedRecords(
         name=config.data.title,
-        file=file.name if builtin else str(file),  # the package's place says nothing
+        file=file.name if builtin else str(file),  # the package's path is not informative
         is_held_out=builtin,
         records=len(records),
         skipped=reader.n_skipped,
@@ -62,7 +62,7 @@ def load_records(config: EvaluateConfig, tokenizer: Tokenizer, template: Templat
 
 
 def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -> Majority:
-    """How far each task's most frequent answer in `known`, called `name`, goes; of equally frequent ones the first."""
+    """The accuracy of each task's most frequent answer in `known`, which is called `name`; the first among ties."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for record in known:
         counts[record.task][record.output.strip()] += 1
@@ -73,12 +73,12 @@ def majority_of(records: Sequence[Record], known: Iterable[Record], name: str) -
 
 
 def matches(answer: str, expected: str) -> bool:
-    """Whether two texts are equal but for white space around them."""
+    """Return True if two texts are equal, ignoring white space around them."""
     return answer.strip() == expected.strip()
 
 
 def accuracy(tasks: Sequence[str], correct: Sequence[bool]) -> Accuracy:
-    """How many of the answers are correct, in all and by task."""
+    """The share of correct answers, in all and by task."""
     by_task: dict[str, list[bool]] = {}
     for task, is_correct in zip(tasks, correct, strict=True):
         by_task.setdefault(task, []).append(is_correct)

@@ -1,1 +1,1 @@
-"""Writing a model for others: another format, an adapter merged into it, other dtypes."""
+"""Exports a model to other formats or dtypes, optionally with an adapter merged into it."""

@@ -1,4 +1,4 @@
-"""A model written as a GGUF file, for llama.cpp and what is built on it, a piece of a tensor at a time."""
+"""Writes a model as a GGUF file, for llama.cpp and programs built on it, a piece of a tensor at a time."""
 
 import math
 from pathlib import Path
@@ -31,10 +31,10 @@ _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8
 
 
 class GgufFile:
-    """A model about to be written."""
+    """A GGUF file to be written."""
 
     def __init__(self, source: Source, tokenizer: Tokenizer, asked: Dtype, log: Log) -> None:
-        """Put it together; a UserError if the format, or the package, lacks something that the model has."""
+        """Collect the content; a UserError if the format, or the package, cannot express the model."""
         config = source.model
         self._gguf: Any = gguf_package(Path("to=gguf"))
         self._architecture = architecture_of(config)
@@ -46,7 +46,7 @@ class GgufFile:
         kinds = {name: _TYPES[weight.dtype] for name, weight in self._weights.items()}
         if asked is Dtype.q8_0:
             if rest := list(kinds.values()).count("F16"):
-                log(f"{rest} weights are written as F16: their rows are no multiple of {Q8_0_BLOCK}, as Q8_0 needs")
+                log(f"{rest} weights are written as F16: their rows are not multiples of {Q8_0_BLOCK}, as Q8_0 needs")
             kinds = {n: "Q8_0" if len(self._weights[n].shape) > 1 and kinds[n] == "F32" else kinds[n] for n in kinds}
         if config.rope_factor != 1 and config.rope_original_context:
             self._weights[ROPE_FREQUENCIES], kinds[ROPE_FREQUENCIES] = in_memory(rope_divisors(config)), "F32"
@@ -59,13 +59,13 @@ class GgufFile:
         self.n_bytes = sum(map(self._n_bytes, self._kinds))
 
     def write(self, file: Path, advance: Advance) -> None:
-        """Write it; an OSError if it cannot be written."""
+        """Write the file; an OSError if that fails."""
         writer = self._gguf.GGUFWriter(file, self._architecture)
         try:
             for key, value in self._metadata.items():
                 _add(writer, key, value)
             for name, weight in self._weights.items():
-                numbers = torch.zeros(0).numpy().dtype  # not bytes: the shape is that of the numbers
+                numbers = torch.zeros(0).numpy().dtype  # not bytes: the shape counts numbers
                 writer.add_tensor_info(name, weight.shape, numbers, self._n_bytes(name), self._kinds[name])
             writer.write_header_to_file()
             writer.write_kv_data_to_file()

@@ -12,62 +12,62 @@ from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.data.tokenizer_json import tokenizer_files
 from llama_ft.files import Json
 
-ADDED_SCORE = -1000.0  # of tokens that SentencePiece's model lacks, as llama.cpp's own converter has it
-Tokens = dict[int, tuple[str, TokenType, float]]  # by id: the text, what it is, and SentencePiece's score
+ADDED_SCORE = -1000.0  # of tokens that SentencePiece's model lacks, as in llama.cpp's own converter
+Tokens = dict[int, tuple[str, TokenType, float]]  # by id: the text, its type, and SentencePiece's score
 
 
 def gguf_tokenizer(tokenizer: Tokenizer, n_rows: int, llama_3_1: bool) -> Json:
     """The metadata, without `tokenizer.` before each key; a UserError if GGUF cannot express how text is split.
 
-    There is a token for each row of the embedding, as llama.cpp wants it, and none beyond them.
+    As llama.cpp requires, it has one token for each row of the embedding.
     """
     content, named = read_tokenizer(tokenizer.file), tokenizer.named
     if tokenizer.is_json:
-        tokens, said = _from_json(tokenizer, json.loads(content))
+        tokens, metadata = _from_json(tokenizer, json.loads(content))
     elif Tiktoken.LINE.match(content):
-        tokens, said = _from_json(tokenizer, tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"])
+        tokens, metadata = _from_json(tokenizer, tokenizer_files(tokenizer.file, llama_3_1)["tokenizer.json"])
     else:
-        tokens, said = _from_sentencepiece(tokenizer, sentencepiece_model(content))
+        tokens, metadata = _from_sentencepiece(tokenizer, sentencepiece_model(content))
     begin_or_end = {tokenizer.bos_id, *tokenizer.end_ids}
     tokens |= {i: (text, TokenType.CONTROL, score) for i, (text, _, score) in tokens.items() if i in begin_or_end}
     rows = [tokens.get(number, (f"[PAD{number}]", TokenType.UNUSED, ADDED_SCORE)) for number in range(n_rows)]
     ids = {text: number for number, (text, *_) in enumerate(rows)}
     texts, kinds, scores = zip(*rows, strict=True)
-    said |= {"ggml.tokens": list(texts), "ggml.token_type": [int(kind) for kind in kinds]}
-    said |= {"ggml.scores": list(scores)} if said["ggml.model"] == "llama" else {}
+    metadata |= {"ggml.tokens": list(texts), "ggml.token_type": [int(kind) for kind in kinds]}
+    metadata |= {"ggml.scores": list(scores)} if metadata["ggml.model"] == "llama" else {}
     bos_id = ids.get(named.names.get("bos_token", "")) if tokenizer.bos_id is None else tokenizer.bos_id
     others = sorted(tokenizer.end_ids - {tokenizer.eos_id}, key=lambda end: "eom" in texts[end])
     numbers = {"bos": bos_id, "eos": tokenizer.eos_id} | dict(zip(("eot", "eom"), others, strict=False))
-    said |= {f"ggml.{name}_token_id": number for name, number in numbers.items() if number is not None}
-    said["ggml.add_bos_token"] = tokenizer.bos_id is not None
-    return said | ({"chat_template": named.chat_template} if named.chat_template else {})
+    metadata |= {f"ggml.{name}_token_id": number for name, number in numbers.items() if number is not None}
+    metadata["ggml.add_bos_token"] = tokenizer.bos_id is not None
+    return metadata | ({"chat_template": named.chat_template} if named.chat_template else {})
 
 
 def _from_json(tokenizer: Tokenizer, parts: Json) -> tuple[Tokens, Json]:
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in parts["model"]["merges"]]
     tokens: Tokens = {number: (text, TokenType.NORMAL, 0.0) for text, number in parts["model"]["vocab"].items()}
-    unknown, said = parts["model"].get("unk_token"), dict[str, Any]()
+    unknown, metadata = parts["model"].get("unk_token"), dict[str, Any]()
     if rule := rule_name(parts):
-        said = {"ggml.model": "gpt2", "ggml.pre": rule, "ggml.merges": [" ".join(merge) for merge in merges]}
+        metadata = {"ggml.model": "gpt2", "ggml.pre": rule, "ggml.merges": [" ".join(merge) for merge in merges]}
     elif (adds_space := _adds_space(parts)) is not None:
         # Merges are in the order of SentencePiece's scores.
         scores = {"".join(merge): -float(rank) for rank, merge in reversed([*enumerate(merges)])}
         for number, (text, _, _) in tokens.items():
             kind = TokenType.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", text) else TokenType.NORMAL
             tokens[number] = (text, kind, scores.get(text, -float(len(merges))))
-        said = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": adds_space}
-        said |= {"ggml.unknown_token_id": parts["model"]["vocab"][unknown]} if unknown else {}
+        metadata = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": adds_space}
+        metadata |= {"ggml.unknown_token_id": parts["model"]["vocab"][unknown]} if unknown else {}
     else:
-        problem = "splits text by a rule that has no name in GGUF, or none that is known here"
-        raise UserError(f"tokenizer={tokenizer.file} {problem}: to=hf writes it as it is")
+        problem = "splits text by a rule that has no name in GGUF, or that is not known here"
+        raise UserError(f"tokenizer={tokenizer.file} {problem}: to=hf writes it unchanged")
     for token in parts["added_tokens"]:
         kind = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
         tokens[token["id"]] = (token["content"], TokenType.UNKNOWN if token["content"] == unknown else kind, 0.0)
-    return tokens, said
+    return tokens, metadata
 
 
 def _adds_space(parts: Json) -> bool | None:
-    """Whether a BPE of LLaMA-2's kind puts a space before a text; None if it is of another kind."""
+    """Return True if a BPE of LLaMA-2's kind puts a space before a text; None for another kind."""
     normalizer, splits = parts.get("normalizer") or {}, parts.get("pre_tokenizer") or {}
     kinds = [str(step["type"]) for step in normalizer.get("normalizers", [normalizer]) if step]
     if not parts["model"].get("byte_fallback"):
@@ -85,5 +85,5 @@ def _from_sentencepiece(tokenizer: Tokenizer, model: Any) -> tuple[Tokens, Json]
         raise UserError(f"tokenizer={tokenizer.file} is not like LLaMA-2's: a GGUF file for LLaMA cannot hold it")
     added = {number: (name, TokenType.CONTROL, ADDED_SCORE) for name, number in tokenizer.named.added.items()}
     pieces = {i: (piece.piece, TokenType(piece.type), piece.score) for i, piece in enumerate(model.pieces)}
-    said = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": normalizer.add_dummy_prefix}
-    return added | pieces, said | {"ggml.unknown_token_id": trainer.unk_id}
+    metadata = {"ggml.model": "llama", "ggml.pre": "default", "ggml.add_space_prefix": normalizer.add_dummy_prefix}
+    return added | pieces, metadata | {"ggml.unknown_token_id": trainer.unk_id}

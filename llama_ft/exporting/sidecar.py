@@ -1,4 +1,4 @@
-"""What lies beside the weights in a checkpoint's folder: its tokenizer and, for transformers, settings."""
+"""The files next to the weights in a checkpoint folder: the tokenizer and, for transformers, settings."""
 
 import json
 import os
@@ -19,9 +19,9 @@ from llama_ft.model.sizes import HOLDS_SIZES, NO_CHECK, hf_config
 from llama_ft.records.result import BUILTIN_TEMPLATES, template_of_run
 from llama_ft.system import Log
 
-OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # its weights were so, and what is written is plain
+OF_THE_SOURCE_ALONE = ("quantization_config", "compression_config")  # the written weights are not quantized
 LLAMA_2_IDS, LLAMA_3_IDS = (1, 2), (128_000, 128_001)  # BOS and EOS
-# Of a tokenizer in Hugging Face's form: they belong together.
+# The files of a tokenizer in Hugging Face's form, which belong together.
 HF_TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json chat_template.jinja
 """.split()
@@ -31,12 +31,12 @@ class SidecarFiles:
     """The files that go with the weights, read before anything is written."""
 
     def __init__(self, config: ConvertConfig, log: Log) -> None:
-        """Read them; a UserError if the tokenizer that is asked for is not the model's, or a file cannot be read."""
+        """Read the files; a UserError if a given tokenizer is not the model's, or a file cannot be read."""
         self._config, self._log = config, log
         self._source = Path(os.path.expanduser(str(config.checkpoint)))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
         trained = template_of_run(config.adapter)
-        # Of an adapter that was trained in a template of the user's own, in which the model is then to be asked.
+        # If an adapter was trained in the user's own template, the exported model must use it too.
         self._own_template = None if trained in BUILTIN_TEMPLATES else text_of(Path(str(trained)), str(trained))
         self._tokenizer = self._found_tokenizer()
         self.files: dict[str, bytes] = {}
@@ -49,9 +49,9 @@ class SidecarFiles:
             self._put_template(self._tokenizer.named.chat_template)
 
     def gguf_file(self, source: Source) -> GgufFile:
-        """The weights and the tokenizer as one file; a UserError if GGUF lacks something that the model has."""
+        """The weights and the tokenizer as one file; a UserError if GGUF cannot express the model."""
         if self._tokenizer is None:
-            raise UserError(f"checkpoint={self._source}: there is no tokenizer, which GGUF needs: give tokenizer=FILE")
+            raise UserError(f"checkpoint={self._source}: it has no tokenizer, which GGUF needs: give tokenizer=FILE")
         return GgufFile(source, self._tokenizer, self._config.dtype, self._log)
 
     def _found_tokenizer(self) -> Tokenizer | None:
@@ -70,36 +70,35 @@ class SidecarFiles:
             if config.tokenizer is not None or config.to is Format.gguf:
                 raise
             is_copied = config.to is Format.hf and not is_gguf(self._source)
-            what = "its files are copied as they are" if is_copied else "it is left out"
-            self._log(f"{error}; {what}")
+            self._log(f"{error}; {'its files are copied unchanged' if is_copied else 'it is left out'}")
             return None
 
     def _special_ids(self) -> Json:
-        """BOS and the ends for `config.json`: the source's, with the tokenizer's; or those of the released models."""
+        """BOS and end tokens for `config.json`: the source's and the tokenizer's, or those of the released models."""
         if self._settings is not None or self._tokenizer is not None:
             return self._with_tokenizers(HF_CONFIG, self._settings or {})
         bos_id, eos_id = LLAMA_3_IDS if self._config.model.vocab_size >= LLAMA_3_VOCABULARY else LLAMA_2_IDS
-        guess = f"BOS and EOS are taken to be {bos_id} and {eos_id}, as in the released models"
-        self._log(f"no tokenizer is given: {guess}; tokenizer=FILE says them")
+        guess = f"BOS and EOS are assumed to be {bos_id} and {eos_id}, as in the released models"
+        self._log(f"no tokenizer is given: {guess}; tokenizer=FILE uses its own")
         return {"bos_token_id": bos_id, "eos_token_id": eos_id}
 
     def _with_tokenizers(self, name: str, content: Json) -> Json:
-        """The ids that a file of the source names; where they lack the tokenizer's, it is said, and they are added."""
-        said = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
+        """The ids in a file of the source, with the tokenizer's added if missing; logs where the two disagree."""
+        stored = {key: content.get(key) for key in ("bos_token_id", "eos_token_id")}
         if (tokenizer := self._tokenizer) is None:
-            return said
-        ends = said["eos_token_id"]
-        ids = dict(said)
+            return stored
+        ends = stored["eos_token_id"]
+        ids = dict(stored)
         if tokenizer.eos_id not in (ends if isinstance(ends, list) else [ends]):
             ids["eos_token_id"] = tokenizer.eos_id if len(tokenizer.end_ids) == 1 else sorted(tokenizer.end_ids)
         if tokenizer.bos_id is not None:
             ids["bos_token_id"] = tokenizer.bos_id
-        if wrong := [f"{key}={said[key]}, now {ids[key]}" for key in ids if said[key] not in (None, ids[key])]:
+        if wrong := [f"{key}={stored[key]}, now {ids[key]}" for key in ids if stored[key] not in (None, ids[key])]:
             self._log(f"{name} and the tokenizer disagree: {', '.join(wrong)}")
         return ids
 
     def _hf_files(self) -> dict[str, bytes]:
-        """The tokenizer in the form that transformers reads, and what the source says of generating."""
+        """The tokenizer in the form that transformers reads, and the source's generation settings."""
         files: dict[str, bytes] = {}
         if (file := self._source / GENERATION_CONFIG).is_file():
             content = read_json(file, "how text is generated")
@@ -118,20 +117,20 @@ class SidecarFiles:
         return files if is_whole else self._made(self._tokenizer) | files
 
     def _meta_files(self) -> dict[str, bytes]:
-        """The tokenizer alone, if there is one; of tokenizer.json also what says which of its tokens ends a text."""
+        """Only the tokenizer, if any; with tokenizer.json also the settings that name its end tokens."""
         if (tokenizer := self._tokenizer) is None:
             return {}
         files = {_usual_name(tokenizer): read_tokenizer(tokenizer.file)}
         if tokenizer.is_json:
-            said = home_of(tokenizer.file) / TOKENIZER_CONFIG
-            files |= {said.name: _read(said)} if said.is_file() else self._made(tokenizer)
+            settings = home_of(tokenizer.file) / TOKENIZER_CONFIG
+            files |= {settings.name: _read(settings)} if settings.is_file() else self._made(tokenizer)
         return files
 
     def _put_template(self, text: str | None) -> None:
-        """Let the files have this chat template, and no other."""
+        """Make this the files' only chat template."""
         settings = json.loads(self.files.get(TOKENIZER_CONFIG, b"{}"))
-        said = self.files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in self.files else settings.get("chat_template")
-        if text is None or default_template(said) == text:
+        stored = self.files[CHAT_TEMPLATE].decode() if CHAT_TEMPLATE in self.files else settings.get("chat_template")
+        if text is None or default_template(stored) == text:
             return
         self.files[CHAT_TEMPLATE] = text.encode()
         if settings.pop("chat_template", None) is not None:
@@ -142,19 +141,19 @@ class SidecarFiles:
         try:
             made |= {} if tokenizer.is_json else tokenizer_files(tokenizer.file, self._config.model.rope_factor != 1)
         except UserError as error:
-            self._log(f"{error}; transformers may split text otherwise")
+            self._log(f"{error}; transformers may split text differently")
         template = {"chat_template": text} if (text := tokenizer.named.chat_template) else {}
         made[TOKENIZER_CONFIG] = made[TOKENIZER_CONFIG] | tokenizer.special_names | template
         return {name: _json(content) for name, content in made.items()}
 
     def hf_config(self, model: ModelConfig, dtype: str) -> Json:
-        """What config.json is to hold: what the source's does, where there is one, with what has changed."""
+        """The content of config.json: the source's, if any, with the changed settings."""
         ours = hf_config(model, dtype, self._ids["bos_token_id"], self._ids["eos_token_id"])
         if self._settings is None:
             return ours
         left_out = {*OF_THE_SOURCE_ALONE}
         changed = {"max_position_embeddings", "tie_word_embeddings", *self._ids}
-        if {*model.given} - {*NO_CHECK}:  # then any size may have; rotary numbers stand in one of two places
+        if {*model.given} - {*NO_CHECK}:  # then any size may differ; rotary settings have one of two places
             changed, left_out = {*ours} - {"architectures", "model_type"}, left_out | {"rope_parameters"}
         content = {key: value for key, value in self._settings.items() if key not in left_out}
         content |= {key: ours[key] for key in ours if key in changed}
@@ -163,17 +162,17 @@ class SidecarFiles:
 
 
 def save_tokenizer(source: ModelSource, folder: Path, log: Log) -> None:
-    """Put the tokenizer of a model that is not built in beside weights trained from it, as Hugging Face has it."""
+    """Save the tokenizer of a model that is not built in next to weights trained from it, in Hugging Face's form."""
     if source.model.is_builtin:
         return
     tokenizer = Tokenizer(source.tokenizer_file, source.checkpoint)
-    # Without a checkpoint, a folder that says nothing: the run's own.
+    # Without a checkpoint use a folder without settings: the run's own.
     checkpoint = str(folder) if source.checkpoint == "random" else source.checkpoint
     config = ConvertConfig(source.model, checkpoint, Format.hf, str(folder), tokenizer=str(source.tokenizer_file))
     files = SidecarFiles(config, log).files
     ends = [tokenizer.eos_id, *sorted(tokenizer.end_ids - {tokenizer.eos_id})]
-    said = json.loads(files.get(GENERATION_CONFIG, b"{}"))
-    files[GENERATION_CONFIG] = _json(said | {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends})
+    stored = json.loads(files.get(GENERATION_CONFIG, b"{}"))
+    files[GENERATION_CONFIG] = _json(stored | {"bos_token_id": tokenizer.bos_id, "eos_token_id": ends})
     for name, content in files.items():
         with whole_file(folder / name) as temporary:
             temporary.write_bytes(content)

@@ -1,4 +1,4 @@
-"""What is to be exported: a checkpoint's weights, with an adapter merged into them where there is one."""
+"""The source of an export: a checkpoint's weights, with an adapter, if any, merged into them."""
 
 import os
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ Q8_0_BLOCK = 32  # numbers of a row that share a scale
 
 @dataclass(frozen=True)
 class Source:
-    """A model to be written, and where its weights and the adapter's factors are read from when they are needed."""
+    """A model to export, whose weights and adapter factors are read when needed."""
 
     model: ModelConfig
     checkpoint: Checkpoint
-    weights: dict[str, Weight]  # in the dtype that they are written in
+    weights: dict[str, Weight]  # in the dtype to write
 
 
 def open_source(config: ConvertConfig) -> Source:
@@ -39,7 +39,7 @@ def open_source(config: ConvertConfig) -> Source:
     if config.adapter is not None:
         adapter = read_adapter(Path(os.path.expanduser(config.adapter)), config.model)
         check_base_of(adapter, str(config.checkpoint))
-        if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets a weight of its own
+        if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets its own weight
             sizes, own = replace(sizes, tie_word_embeddings=False), own | {OUTPUT: own[EMBEDDING]}
         check_copies(adapter, {OUTPUT: own[EMBEDDING]} | own)
         changed = {name: merged(own[name], factors) for name, factors in adapter.weights.items()}
@@ -51,8 +51,8 @@ def open_source(config: ConvertConfig) -> Source:
 
 
 def dtype_in_gguf(weight: Weight, asked: Dtype, dtype: torch.dtype) -> torch.dtype:
-    """That in which a weight is written; before it is quantized, where it is to be and its rows are whole blocks."""
-    if len(weight.shape) == 1 or dtype == torch.float64:  # llama.cpp multiplies by fp32 norms alone
+    """The dtype to write a weight in, or to quantize it from if its rows are whole blocks."""
+    if len(weight.shape) == 1 or dtype == torch.float64:  # llama.cpp needs fp32 norms
         return torch.float32
     if asked is Dtype.q8_0:
         return torch.float16 if weight.shape[-1] % Q8_0_BLOCK else torch.float32
@@ -60,7 +60,7 @@ def dtype_in_gguf(weight: Weight, asked: Dtype, dtype: torch.dtype) -> torch.dty
 
 
 def rounded(name: str, weight: Weight, dtype: torch.dtype) -> Weight:
-    """The weight in another dtype. Where a number is none, or beyond its range, reading it raises a UserError."""
+    """The weight in another dtype. Reading a number that is not finite or out of range raises a UserError."""
 
     def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
         for first, rows in weight.pieces(multiple, wanted):

@@ -1,1 +1,1 @@
-"""What a run costs: memory by category at the peak, and the worst case of its data."""
+"""Measures a run: memory by category at the peak, and the worst case of its data."""

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on beside its config: the GPU's software, kernels, neighbours, clocks and power."""
+"""Records what else a run's numbers depend on: the GPU's software, kernels, other users, clocks and power."""
 
 import os
 from contextlib import suppress
@@ -13,7 +13,7 @@ from llama_ft.system import MIB
 
 
 class Nvml:
-    """NVIDIA's management library, asked of one GPU. It knows nothing where the library or its driver is missing."""
+    """NVIDIA's management library for one GPU. Its answers are None if the library or its driver is missing."""
 
     def __init__(self, device: torch.device) -> None:
         self._library: Any = None
@@ -28,7 +28,7 @@ class Nvml:
             self._library = pynvml
 
     def ask(self, name: str, *arguments: object, **options: object) -> Any:
-        """What the library's function `nvmlDeviceNAME` says of the GPU; None where it does not know."""
+        """The result of the library's function `nvmlDeviceNAME` for the GPU; None if unavailable."""
         if self._library is None:
             return None
         with suppress(self._library.NVMLError):
@@ -36,27 +36,27 @@ class Nvml:
         return None
 
     def joules(self) -> float | None:
-        """Energy that the GPU has used since its driver was loaded (compute capability 7.0 and later)."""
+        """Energy used by the GPU since its driver was loaded (compute capability 7.0 and later)."""
         millijoules = self.ask("GetTotalEnergyConsumption")
         return None if millijoules is None else millijoules / 1000
 
     def sm_clock_mhz(self, highest: bool = False) -> int | None:
-        """Clock of the multiprocessors now, or the highest that there is."""
+        """The multiprocessors' current clock, or their highest."""
         mhz: int | None = self.ask("GetMaxClockInfo" if highest else "GetClockInfo", 1)  # NVML_CLOCK_SM
         return mhz
 
     def used_mib(self) -> float | None:
-        """Memory in use on the GPU, whoever has it; not what the driver keeps for itself."""
+        """Memory in use on the GPU by all processes, without the driver's own."""
         memory = self.ask("GetMemoryInfo", version=self._library and self._library.nvmlMemory_v2)
         return None if memory is None else memory.used / MIB
 
     def driver(self) -> str | None:
-        """Version of the driver."""
+        """The driver's version."""
         return self._library and str(self._library.nvmlSystemGetDriverVersion())
 
 
 class Card:
-    """The GPU of a run. To be made before this process has a context there: all that is in use is then others'."""
+    """The GPU of a run. Create it before this process has a context there: all memory in use then belongs to others."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.nvml = device, Nvml(device)
@@ -72,12 +72,12 @@ class Card:
         self._context_mib = self._outside_mib()
 
     def note_kernels(self, model: ModelConfig, dtype: torch.dtype) -> None:
-        """Note what is computed with, once that has been set."""
+        """Record the kernels, once they have been chosen."""
         self.facts.attention_kernel = attention_kernel(model, dtype, self._device)
         self.facts.matmul_precision = torch.get_float32_matmul_precision()
 
     def note_end(self, mean_power_w: float | None) -> None:
-        """Note what is known once the run has been measured."""
+        """Record what is known after the run has been measured."""
         facts, statistics = self.facts, torch.cuda.memory_stats(self._device)
         outside_mib = self._outside_mib()
         facts.context_growth_mib = outside_mib - self._context_mib
@@ -86,13 +86,13 @@ class Card:
         facts.sm_clock_mhz, facts.mean_power_w = self.nvml.sm_clock_mhz(), mean_power_w
 
     def _outside_mib(self) -> float:
-        """Memory in use that PyTorch's allocator does not have: contexts, libraries, other processes."""
+        """Memory in use outside PyTorch's allocator: contexts, libraries, other processes."""
         free, total = torch.cuda.mem_get_info(self._device)
         return (total - free - torch.cuda.memory_reserved(self._device)) / MIB
 
 
 def attention_kernel(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
-    """The kernel that PyTorch takes for a training step's attention: flash, efficient, cudnn or math."""
+    """The kernel that PyTorch chooses for a training step's attention: flash, efficient, cudnn or math."""
     q = torch.empty(1, model.n_heads, 64, model.head_dim, dtype=dtype, device=device)
     kv = q[:, : model.n_kv_heads] if not repeats_keys(q, None) else q
     choice = torch._fused_sdp_choice(q, kv, kv, is_causal=True, enable_gqa=kv.shape[1] != q.shape[1])

@@ -1,4 +1,4 @@
-"""When the tensors that processes exchange are free again."""
+"""Waits until the tensors that processes exchange can be freed."""
 
 import time
 import weakref
@@ -13,17 +13,17 @@ PATIENCE_S = 0.02
 
 
 class GlooReferences:
-    """What gloo's threads hold of the last collective's tensors: for a moment still, after the caller has gone on.
+    """References to a collective's tensors that gloo's threads still hold for a moment after the caller has continued.
 
-    How long is chance, and so would be what is alive then. On CUDA there is nothing to wait for: NCCL's tensors are
-    kept by the stream's order, not by references.
+    Without waiting, measured memory would depend on how long that happens to be. On CUDA there is nothing to wait for:
+    NCCL's tensors are protected by the order of the stream, not by references.
     """
 
     def __init__(self) -> None:
-        self._noted: list[tuple[weakref.ref[Tensor], int, int]] = []  # of whom; the most references, of its storage too
+        self._noted: list[tuple[weakref.ref[Tensor], int, int]] = []  # (tensor, its and its storage's reference counts)
 
     def note(self, args: Any) -> None:
-        """A collective with these arguments is about to begin."""
+        """Note the arguments of a collective that is about to begin."""
         tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
         alike = Counter(tensor.untyped_storage()._cdata for tensor in tensors)
         self._noted += [
@@ -32,7 +32,7 @@ class GlooReferences:
         ]
 
     def wait(self) -> None:
-        """Until the threads have let go."""
+        """Wait until the threads have released the tensors."""
         end = time.monotonic() + PATIENCE_S
         while self._noted and time.monotonic() < end:
             self._noted = [each for each in self._noted if _is_held(*each)]

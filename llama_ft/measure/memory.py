@@ -1,8 +1,8 @@
-"""Which tensors are alive when memory peaks: parameters, gradients, optimizer state, activations.
+"""Tracks which tensors are alive when memory peaks: parameters, gradients, optimizer state, activations.
 
-The tracker watches every operator's outputs and logs when their storages come and go. What a storage is for can show
-later than its birth (a gradient is first the output of a matrix product), so peaks are found afterwards, by replaying
-the log with what each storage turned out to be.
+The tracker watches every operator's outputs and logs when their storages are created and freed. A storage's category
+may become known only later (a gradient is first the output of a matrix product), so peaks are found afterwards, by
+replaying the log with the final categories.
 """
 
 import weakref
@@ -33,19 +33,19 @@ class Allocation:
     nbytes: int
     dtype: torch.dtype
     category: str
-    item: str = ""  # what it is, where the category alone does not say
+    item: str = ""  # details that the category does not give
 
 
 EVALUATION = "evaluation"  # a phase
-Event = tuple[Allocation, int, str]  # +1 where it comes and -1 where it goes, and the phase
+Event = tuple[Allocation, int, str]  # +1 when created and -1 when freed, and the phase
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What a tracked pass showed, in MiB."""
+    """The memory use of a tracked pass, in MiB."""
 
     peak_mib: float
-    phase: str  # what ran when memory peaked: forward, backward, optimizer step or evaluation
+    phase: str  # when memory peaked: forward, backward, optimizer step or evaluation
     at_peak_mib: dict[str, float]  # by category; they sum to the peak
     max_mib: dict[str, float]  # each category's own maximum
     breakdown: list[MemoryItem]  # the peak by category and dtype
@@ -54,29 +54,29 @@ class MemoryUse:
 class MemoryTracker(TorchDispatchMode):
     """Watches the training steps done inside `with MemoryTracker(...):`.
 
-    Categories: `parameter` weights and the 16-bit copies that autocast makes of them; `gradient` what reaches a
-    parameter's gradient; `optimizer_state` what the optimizer allocates while it steps; `activation` every other tensor
-    made in forward and backward, temporaries included; `gathered` what FSDP gathers of other processes' rows, and
-    sums of gradients that they are to get, with what these pass through; `other` buffers and what the caller names.
-    Of what is split over processes it is this one's part.
+    Categories: `parameter`, weights and the 16-bit copies that autocast makes of them; `gradient`, tensors that become
+    a parameter's gradient; `optimizer_state`, tensors that the optimizer allocates in a step; `activation`, every other
+    tensor made in forward and backward, including temporaries; `gathered`, rows that FSDP gathers from other processes
+    and gradient sums meant for them, with the buffers in between; `other`, buffers and tensors that the caller names.
+    Of tensors split over processes, only this process's part counts.
 
-    Memory that operators use inside themselves (workspaces) is not seen; on CUDA the allocator's own peak shows it.
+    Workspaces inside operators are not seen; on CUDA the allocator's own peak includes them.
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and to keep PyTorch's compiler out would import it
+        return False  # nothing is compiled here, and excluding PyTorch's compiler would import it
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, others: Iterable[Tensor] = (), round_to: int = 1
     ) -> None:
-        """Watch a model, its optimizer and the tensors of batches; sizes are rounded up to multiples of `round_to`."""
+        """Watch a model, its optimizer and batches' tensors; sizes are rounded up to multiples of `round_to`."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._model, self._optimizer, self._others, self._round_to = model, optimizer, tuple(others), round_to
         parameter = own(next(model.parameters()))
         self._device_type, self._is_fake = parameter.device.type, hasattr(parameter, "fake_mode")
         self._live: dict[int, tuple[weakref.ref[Any], Allocation]] = {}
-        self._gathered: dict[int, None] = {}  # of them those that FSDP may free without an operator
+        self._gathered: dict[int, None] = {}  # the keys that FSDP may free without an operator
         self._gloo = GlooReferences()
         self.events: list[Event] = []
         self._phase = "load"
@@ -107,18 +107,18 @@ class MemoryTracker(TorchDispatchMode):
         for handle in self._handles:
             handle.remove()
         self._note_freed()
-        self._live.clear()  # and with it the callbacks: the log ends here
+        self._live.clear()  # also drops the callbacks, so the log ends here
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run the operator and note the storages that it made."""
-        if func is torch.ops.prim.device.default:  # what fake tensors are asked most often, and makes none
+        """Run the operator and log the storages that it creates."""
+        if func is torch.ops.prim.device.default:  # fake tensors' most frequent call, which creates none
             return func(*args, **(kwargs or {}))
         self._gloo.wait()
         self._note_freed()
         if func.namespace in ("fsdp", "c10d") or func is torch.ops.aten.copy_.default:
             self._communicate(func, args, kwargs or {})
         out = func(*args, **(kwargs or {}))
-        # A view of what is unknown is in an operator's memory, but for what torch.tensor has made.
+        # A view of an unknown storage is in an operator's own memory, unless torch.tensor made it.
         is_view = func.is_view and func is not torch.ops.aten.lift_fresh.default
         for tensor in () if is_view else tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -126,7 +126,7 @@ class MemoryTracker(TorchDispatchMode):
         return out
 
     def _note_freed(self) -> None:
-        """FSDP gives the memory of gathered weights back by resizing their storages, which no operator does."""
+        """Log gathered weights whose storages FSDP has freed by resizing them, without an operator."""
         for key in list(self._gathered):
             known = self._live.get(key)
             storage = known and known[0]()
@@ -138,14 +138,14 @@ class MemoryTracker(TorchDispatchMode):
                 self.events.append((known[1], -1, self._phase))
 
     def _communicate(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """What FSDP's operators read and write is gathered, unless it is a weight; its sums are gradients.
+        """Categorize FSDP's tensors: its sums are gradients, all others but weights are gathered.
 
-        One process alone copies its weights instead.
+        A single process copies its weights instead of gathering them.
         """
         if func.namespace == "fsdp" or (func.namespace == "aten" and self._is_weight(args[1])):
             for tensor in tree_leaves((args, kwargs)):
                 if isinstance(tensor, Tensor) and not self._is_weight(tensor):
-                    self._see(own(tensor), "gathered")  # it may have its memory again
+                    self._see(own(tensor), "gathered")  # its memory may be allocated again
                     self._claim(own(tensor), "gathered")
                     self._gathered[own(tensor).untyped_storage()._cdata] = None
         elif "reduce_scatter" in func.__name__:
@@ -162,7 +162,7 @@ class MemoryTracker(TorchDispatchMode):
     def _before_update(self, *_: object) -> None:
         self._phase = "optimizer step"
         for parameter in self._model.parameters():
-            if is_split(parameter):  # by now FSDP has given it its gradient, and memory for equal numbers of rows
+            if is_split(parameter):  # FSDP has set its gradient, and allocated equally many rows per process
                 self._claim(own(parameter), "parameter")
             if parameter.grad is not None:
                 self._claim(own(parameter.grad), "gradient")
@@ -174,7 +174,7 @@ class MemoryTracker(TorchDispatchMode):
     def _category(self, func: Any, args: tuple[Any, ...]) -> str:
         if self._phase == "optimizer step":
             return "optimizer_state"
-        if func is torch.ops.aten._to_copy.default or func.namespace == "bitsandbytes":  # a copy of a weight is one
+        if func is torch.ops.aten._to_copy.default or func.namespace == "bitsandbytes":  # a weight's copy counts as one
             source = self._live.get(own(args[0]).untyped_storage()._cdata)
             if source is not None and source[1].category in ("parameter", "gathered"):
                 return source[1].category
@@ -209,12 +209,12 @@ class MemoryTracker(TorchDispatchMode):
         self._claim(gradient, "gradient")
 
     def watch(self, batch: Iterable[Tensor]) -> None:
-        """Count the tensors of a batch from now on."""
+        """Count a batch's tensors from now on."""
         for tensor in batch:
             self._see(tensor, "other", "batches")
 
     def claim_gradients(self, gradients: Iterable[Tensor]) -> None:
-        """Count these as gradients; those that a backward pass makes are found without being told."""
+        """Count these as gradients; those made by a backward pass are found automatically."""
         for gradient in map(own, gradients):
             self._see(gradient, "gradient")
             self._claim(gradient, "gradient")
@@ -240,7 +240,7 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def bytes_alive(events: Sequence[Event]) -> dict[str, list[int]]:
-    """Of each category how much is alive after each event."""
+    """The bytes alive after each event, by category."""
     return {
         name: list(accumulate(sign * each.nbytes if each.category == name else 0 for each, sign, _ in events))
         for name in CATEGORIES

@@ -1,4 +1,4 @@
-"""How long something takes on a device, and how much energy."""
+"""Measures time and energy on a device."""
 
 import time
 from collections.abc import Callable
@@ -7,9 +7,9 @@ import torch
 
 
 class Stopwatch:
-    """Sums the seconds of its parts, with the device idle at both ends of each, and the energy that they took.
+    """Sums the time and energy of its parts, with the device idle at both ends of each.
 
-    `joules` reads a meter; it gives None where there is none.
+    `joules` reads an energy meter; it returns None if there is none.
     """
 
     def __init__(self, device: torch.device, joules: Callable[[], float | None] = lambda: None) -> None:
@@ -32,7 +32,7 @@ class Stopwatch:
 
     @property
     def mean_power_w(self) -> float | None:
-        """Energy by time over the parts; None where it was not measured."""
+        """Energy divided by time over the parts; None if not measured."""
         return self._measured_j / self._measured_s if self._measured_s else None
 
     def _now(self) -> float:

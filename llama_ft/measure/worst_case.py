@@ -1,4 +1,4 @@
-"""The most memory that a run can need, whatever order its samples come in: found by a dry run before the first step."""
+"""Finds the most memory that a run can need, in any order of its samples, by a dry run before the first step."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from llama_ft.training.step import TrainStep, Window, evaluate_batch
 
 
 def measure_worst_case(step: TrainStep, data: Windows, log: Log = silent) -> MemoryUse:
-    """Memory by category at the peak of a run over this data. Weights and random state are as before afterwards."""
+    """Memory by category at the peak of a run over this data. Leaves weights and random state unchanged."""
     return track_memory(step, hardest_windows(data), log, hardest_evaluations(data))
 
 
 def warm_up(step: TrainStep, data: Windows) -> None:
-    """Let kernels be loaded and layers compiled before the first step; weights and random state are as before.
+    """Load kernels and compile layers before the first step; weights and random state stay unchanged.
 
-    On CUDA the allocator's own peak statistics start here, since nothing is tracked here: the tracker holds each
-    operator's inputs and outputs until it has returned.
+    On CUDA the allocator's own peak statistics start here, where no tracker runs: a tracker would hold each operator's
+    inputs and outputs until the operator has returned.
     """
     if step.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(step.device)
     by_length = sorted(data.samples, key=len)
     usual = [[data.lay_out([sample])] for sample in (by_length[len(by_length) // 2], by_length[0])]
-    for window in [*hardest_windows(data), *usual]:  # other widths have other kernels, which are loaded when first used
+    for window in [*hardest_windows(data), *usual]:  # other widths use other kernels, loaded on first use
         step.dry_run(window)
     for batch in hardest_evaluations(data):
         evaluate_batch(step, batch)
@@ -40,7 +40,7 @@ def warm_up(step: TrainStep, data: Windows) -> None:
 def track_memory(
     step: TrainStep, hardest: list[Window], log: Log = silent, evaluated: Sequence[Batch] = ()
 ) -> MemoryUse:
-    """Dry-run windows under the tracker: the first without optimizer state, then all of them with it; then evaluate."""
+    """Dry-run windows under the tracker: the first without optimizer state, then all with it; then evaluate."""
     tensors = [tensor for window in hardest for batch in window for tensor in batch.tensors]
     with MemoryTracker(step.model, step.optimizer, tensors) as tracker:
         windows, pace = [hardest[0], *hardest], Pace()
@@ -55,10 +55,9 @@ def track_memory(
 
 
 def hardest_windows(data: Windows) -> list[Window]:
-    """Candidates for the worst case: no shuffle of the data needs more memory than the worst of these. Widest first.
+    """Candidates for the worst case, widest first: no shuffle of the data needs more memory than the worst of them.
 
-    The hard micro-batch comes last, when gradients have already been accumulated; what comes before it is short, to be
-    quick.
+    The hard micro-batch comes last, when gradients have already been accumulated; those before it are short, for speed.
     """
     by_length, most = sorted(data.samples, key=len), data.most_samples
     if data.packing is not None:
@@ -77,11 +76,11 @@ def hardest_evaluations(data: Windows) -> list[Batch]:
 
 
 def hardest_rows(by_length: list[Sample], window_size: int, max_tokens: int, padding: Padding) -> list[Batch]:
-    """Candidates for the packed row that needs the most memory, out of all samples, shortest first.
+    """Candidates for the packed row that needs the most memory.
 
-    At each instant of a step memory is linear in a row's tokens, targets and sequences. So a row with the most of each
-    that any row has needs as much as any, though none need have all of them. Besides there are those of one sample
-    that is longer than `max_tokens`.
+    At each instant of a step memory is linear in a row's tokens, targets and sequences. So a row with the largest
+    number of each that any row has needs at least as much as any row, even if no row has all three. Rows of a single
+    sample longer than `max_tokens` are candidates too.
     """
     lone = [sample for sample in by_length if len(sample) - 1 > max_tokens]
     rows = [end_to_end(group, padding) for group in hardest_groups(lone, 1, padding)]
@@ -97,7 +96,7 @@ def hardest_rows(by_length: list[Sample], window_size: int, max_tokens: int, pad
 
 
 def most_tokens(widths: Sequence[int], n_samples: int, max_tokens: int) -> int:
-    """The most tokens, up to `max_tokens`, that so many of the samples, or fewer, have together."""
+    """The most tokens, up to `max_tokens`, that at most `n_samples` of the samples have together."""
     if (together := sum(nlargest(n_samples, widths))) <= max_tokens:
         return together
     # Bit t of the n-th number is set if n of the samples so far can have t tokens together.
@@ -112,10 +111,10 @@ def most_tokens(widths: Sequence[int], n_samples: int, max_tokens: int) -> int:
 
 
 def most_targets(samples: Sequence[Sample], n_samples: int, n_tokens: int) -> int:
-    """No so many samples of so many tokens have more targets together.
+    """An upper bound on the targets of `n_samples` samples with `n_tokens` tokens together.
 
-    The best of them by the share of tokens that are targets, the last one cut (the fractional knapsack, Dantzig 1957);
-    and those with the most.
+    It is the smaller of two bounds: the samples with the largest share of targets, the last one cut (the fractional
+    knapsack, Dantzig 1957), and the samples with the most targets.
     """
     room, n_targets = n_tokens, 0
     for sample in sorted(samples, key=lambda each: each.n_targets / (len(each) - 1), reverse=True):
@@ -126,16 +125,16 @@ def most_targets(samples: Sequence[Sample], n_samples: int, n_tokens: int) -> in
 
 
 def hardest_groups(by_length: list[Sample], micro_batch_size: int, padding: Padding) -> list[list[Sample]]:
-    """Candidates, out of all samples, shortest first, for the micro-batch that needs the most memory; widest first.
+    """Candidates for the micro-batch that needs the most memory, widest first; `by_length` is shortest first.
 
-    A micro-batch is as large as its padded width and, since logits are computed for targets alone, its number of
-    targets make it. At each instant of a step memory is a convex function of the two, at least to a rounding: linear,
-    but quadratic in the width where attention's whole square is kept. So what is alive at once is most at a corner of
-    the convex hull of all pairs that can occur, and no other micro-batch has to be tried.
+    A micro-batch's size is set by its padded width and, since logits are computed only for targets, its number of
+    targets. At each instant of a step memory is a convex function of the two, up to rounding: linear, but quadratic in
+    the width where all attention scores are kept. So memory is largest at a corner of the convex hull of all pairs that
+    can occur, and no other micro-batch has to be tried.
     """
     size = min(micro_batch_size, len(by_length))
-    best: dict[int, tuple[int, int]] = {}  # by width: most targets, and which sample is then the longest one
-    others: list[int] = []  # a heap: the most targets that size - 1 of the samples so far have
+    best: dict[int, tuple[int, int]] = {}  # by width: the most targets, and the index of the longest sample
+    others: list[int] = []  # a heap of the size - 1 largest numbers of targets so far
     for index, sample in enumerate(by_length):
         if index >= size - 1:
             width = padding.width(len(sample) - 1)
@@ -154,11 +153,11 @@ def hull(points: list[tuple[int, int]]) -> list[tuple[int, int]]:
     corners: list[tuple[int, int]] = []
     for x, y in sorted(points, reverse=True):
         if corners and y <= corners[-1][1]:
-            continue  # another point has as much of both
+            continue  # another point has at least as much of both
         while len(corners) > 1:
             (right, low), (middle, high) = corners[-2:]
             if (middle - right) * (y - low) > (high - low) * (x - right):
-                break  # the last corner lies beyond the line between its neighbours
+                break  # the last corner is beyond the line between its neighbors
             corners.pop()
         corners.append((x, y))
     return corners

@@ -1,7 +1,7 @@
-"""Functions that keep less for their backward pass than PyTorch would, and make no more passes over memory for it.
+"""Functions that keep less for their backward pass than PyTorch's, with no more passes over memory.
 
-A second backward pass, through the gradients, is PyTorch's error. Where no gradient is wanted operators are called
-directly: for a single token `apply` takes as long as they do.
+Differentiating twice raises PyTorch's error. Without gradients the operators are called directly: for a single token
+`apply` takes as long as they do.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm, and what each row of x is multiplied by."""
+    """The norm, and the factor of each row of x."""
     x_fp32 = at_least_fp32(x)
     scale = torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
     return (x_fp32 * scale).to(x.dtype) * weight, scale
@@ -36,11 +36,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 class RMSNormed(torch.autograd.Function):
-    """`rms_norm`; of x in 16 bit no copy in fp32 is kept, nor what the gain multiplies."""
+    """`rms_norm` that keeps neither an fp32 copy of a 16-bit x nor the normalized x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Keeps x and one number of each row."""
+        """Keep x and one number per row."""
         normed, scale = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return normed
@@ -48,7 +48,7 @@ class RMSNormed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Of y = x * scale the gradient is g to x's `scale * (g - y * mean(g * y))`."""
+        """For y = x * scale with gradient g, the gradient of x is `scale * (g - y * mean(g * y))`."""
         x, weight, scale = ctx.saved_tensors
         to_x = to_weight = None
         normed = at_least_fp32(x) * scale
@@ -62,31 +62,31 @@ class RMSNormed(torch.autograd.Function):
 
 
 class SwiGLU(torch.autograd.Function):
-    """`swiglu`; silu(gate) is computed again in the backward pass."""
+    """`swiglu` that recomputes silu(gate) in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        """Keeps both."""
+        """Keep both inputs."""
         ctx.save_for_backward(gate, up)
         return F.silu(gate) * up
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """To gate and to up."""
+        """The gradients of gate and up."""
         gate, up = ctx.saved_tensors
         return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
 class SummedCrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(..., reduction="sum")`, which makes two more matrices of targets by vocabulary.
+    """`F.cross_entropy(..., reduction="sum")`, without the two more [N, V] matrices that PyTorch's makes.
 
     `apply` takes logits, [N, V] in fp32 or fp64, and targets, int64 [N]; it returns a scalar.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        """Keeps the log-probabilities."""
+        """Keep the log-probabilities."""
         log_probabilities = logits.log_softmax(-1)
         ctx.save_for_backward(log_probabilities, targets)
         return -log_probabilities.gather(-1, targets[:, None]).sum()
@@ -94,7 +94,7 @@ class SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """Probabilities less one at the target, made in the place of what was kept."""
+        """Probabilities less one at the target, computed in place of the log-probabilities."""
         log_probabilities, targets = ctx.saved_tensors
         probabilities = log_probabilities.exp_()
         probabilities[torch.arange(len(targets), device=targets.device), targets] -= 1

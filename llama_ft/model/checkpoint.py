@@ -1,6 +1,6 @@
-"""Checkpoints as they are found on disk: Hugging Face's, Meta's, GGUF and our own, read piece by piece into a model.
+"""Checkpoints on disk, in Hugging Face's, Meta's, GGUF and our own format, read piece by piece into a model.
 
-Everything that can be wrong with one is found before its first tensor is read.
+A checkpoint is checked completely before its first tensor is read.
 """
 
 import math
@@ -30,15 +30,15 @@ from llama_ft.model.stored import Weight, are_equal, joined, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT, Transformer
 from llama_ft.system import Log, Pace
 
-Shards = Mapping[str, Sequence[Part]]  # by our names; a tensor's parts, in the order of the files
+Shards = Mapping[str, Sequence[Part]]  # a tensor's parts by our name for it, in the order of the files
 
 
 class Format(NamedTuple):
-    """What tells a checkpoint's weights from ours."""
+    """The differences between a checkpoint's format and ours."""
 
-    kind: str  # whose format it is, for people
+    kind: str  # the format's name, for messages
     their_name: Callable[[str], str] = str
-    in_halves: bool = False  # whether wq and wk are in Hugging Face's rotary layout
+    in_halves: bool = False  # wq and wk are in Hugging Face's rotary layout
 
 
 HUGGING_FACE = Format("Hugging Face", hf_name, in_halves=True)
@@ -46,18 +46,18 @@ HUGGING_FACE = Format("Hugging Face", hf_name, in_halves=True)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Weights in a folder or a GGUF file, checked against a model, not read yet."""
+    """Weights in a folder or a GGUF file, checked against a model but not read yet."""
 
     folder: Path  # or file
-    kind: str  # whose format it is, for people
+    kind: str  # the format's name, for messages
     n_files: int
-    weights: dict[str, Weight]  # of each of the model's parameters, in their order
+    weights: dict[str, Weight]  # in the order of the model's parameters
 
     def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
-        """Fill a materialised model, on any device. Beside the model, one piece of a tensor lives."""
+        """Fill a materialized model, on any device, holding no more than one piece of a tensor in addition to it."""
         total = sum(weight.n_bytes for weight in self.weights.values())
         files = "1 file" if self.n_files == 1 else f"{self.n_files} files"
-        if self.folder != model.config.builtin_dir:  # of which nobody needs to be told
+        if self.folder != model.config.builtin_dir:
             log(f"weights: {total / 2**20:,.0f} MiB from {self.folder} ({self.kind}, {files})")
         done, pace = 0, Pace()
         for name, weight in self.weights.items():
@@ -68,17 +68,17 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
-    """Find the weights in a folder, or a GGUF file; a UserError if they are missing, damaged, or not this model's."""
+    """Find the weights in a folder or GGUF file; a UserError if they are missing, damaged, or another model's."""
     with explained(f"checkpoint={folder} cannot be read"):
         form, n_files, shards = _open_gguf(folder, model) if is_gguf(folder) else _open(folder, model)
     return Checkpoint(folder, form.kind, n_files, _fitting(folder, shards, model, form))
 
 
 def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
-    """Whose format the weights have, their files' number, and the tensors, which are not compared with a model yet."""
+    """The format, the number of files, and the tensors, which are not compared with the model yet."""
     if not folder.is_dir():
         raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
-    if (folder / WEIGHTS_FILE).is_file():  # before the index, as transformers has it
+    if (folder / WEIGHTS_FILE).is_file():  # before the index, as in transformers
         tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
         sizes = own_sizes(metadata, folder / WEIGHTS_FILE)
         if sizes is not None:
@@ -88,7 +88,7 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
     elif (folder / INDEX_FILE).is_file():
         tensors, n_files = _read_indexed(folder, {hf_name(name) for name, _ in model.named_parameters()})
     elif files := _meta_files(folder):
-        factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say alike that there is one, and not which
+        factor = model.config.rope_factor  # Llama 3.1's and 3.2's files say only that there is one, not its value
         sizes = meta_sizes(folder / META_PARAMS, factor if factor != 1 else LLAMA_3_1_FACTOR)
         check_sizes(sizes, model.config, folder / META_PARAMS)
         return Format("Meta"), len(files), meta_tensors(folder)
@@ -108,19 +108,19 @@ def _open_gguf(file: Path, model: Transformer) -> tuple[Format, int, Shards]:
 
 def _renamed(tensors: Mapping[str, Part], model: Transformer, form: Format) -> Shards:
     ours = {form.their_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
-    # In Meta's layout under our names a tensor would be taken for theirs: such names must stay unknown.
+    # A tensor of theirs that already has one of our names would pass as ours, in the wrong layout: keep it unknown.
     return {ours.get(name, f"{form.kind}'s {name}"): [stored] for name, stored in tensors.items()}
 
 
 def _read_indexed(folder: Path, needed: Collection[str]) -> tuple[dict[str, StoredTensor], int]:
     """The tensors that the index names, and the number of their files.
 
-    An index taken over from another save may list what no file holds any more: a tied output, rotary tables.
+    An index copied from another save may list tensors that no file holds any more: a tied output, rotary tables.
     """
     index = folder / INDEX_FILE
     weight_map = read_json(index, "which file holds which tensor").get("weight_map")
     if not isinstance(weight_map, dict) or any(Path(name).name != name for name in weight_map.values()):
-        raise UserError(f"{index} must hold a weight_map from tensors to files of its own folder")
+        raise UserError(f"{index} must hold a weight_map from tensors to files in its own folder")
     names = sorted(set(weight_map.values()))
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise UserError(f"checkpoint={folder}: {len(missing)} of {len(names)} files are missing: {', '.join(missing)}")
@@ -136,8 +136,8 @@ def meta_tensors(folder: Path) -> dict[str, list[StoredTensor]]:
     files = _meta_files(folder)
     expected = [f"consolidated.{number:02}.pth" for number in range(max(1, len(files)))]
     if missing := sorted(set(expected) - {file.name for file in files}):
-        there = ", ".join(file.name for file in files) or "none"
-        raise UserError(f"checkpoint={folder}: {missing[0]} is missing; there is {there}")
+        found = ", ".join(file.name for file in files) or "none"
+        raise UserError(f"checkpoint={folder}: {missing[0]} is missing; found: {found}")
     shards: dict[str, list[StoredTensor]] = {}
     for file in files:
         for name, stored in read_pth(file).items():
@@ -151,13 +151,13 @@ def _meta_files(folder: Path) -> list[Path]:
 
 
 def _fitting(folder: Path, stored: Shards, model: Transformer, form: Format) -> dict[str, Weight]:
-    """The model's weights, once it is clear that the tensors are those by name, and put together by shape."""
+    """The model's weights; a UserError unless the tensors have its names and, with shards joined, its shapes."""
     where = f"checkpoint={folder} does not fit model={model.config.name}"
     expected, their_name = dict(model.named_parameters()), form.their_name
     shards = {name: parts for name, parts in stored.items() if not ROTARY_TABLES.fullmatch(name)}
     if missing := [name for name in expected if name not in shards]:
         raise UserError(f"{where}: {len(missing)} tensors are missing, such as {their_name(missing[0])}")
-    # Of a tied output some checkpoints hold another copy.
+    # Some checkpoints hold a second copy of a tied output.
     allowed = expected | ({OUTPUT: expected[EMBEDDING]} if model.config.tie_word_embeddings else {})
     if unknown := sorted(shards.keys() - allowed.keys()):
         raise UserError(f"{where}: {len(unknown)} tensors are not the model's, such as {unknown[0]}")
@@ -166,19 +166,19 @@ def _fitting(folder: Path, stored: Shards, model: Transformer, form: Format) -> 
         weight = joined(shape := list(allowed[name].shape), shards[name])
         if weight is None:
             shapes, hint = " and ".join(str(part.shape) for part in shards[name]), _missing_shards(shape, shards[name])
-            raise UserError(f"{where}: {their_name(name)} is {shapes}, and should be {shape}{hint}")
+            raise UserError(f"{where}: {their_name(name)} is {shapes}, but should be {shape}{hint}")
         rotated = form.in_halves and is_rotated(name)
         weights[name] = permuted(weight, model.config.head_dim, to_hf=False) if rotated else weight
     if OUTPUT in weights and OUTPUT not in expected and not are_equal(weights[OUTPUT], weights[EMBEDDING]):
         names = f"{their_name(OUTPUT)} and {their_name(EMBEDDING)}"
-        raise UserError(f"{where}: {names} differ, and model.tie_word_embeddings=true says that they are one")
+        raise UserError(f"{where}: {names} differ, but model.tie_word_embeddings=true says they are the same tensor")
     return {name: weights[name] for name in expected}
 
 
 def _missing_shards(shape: list[int], parts: Sequence[Part]) -> str:
-    """A hint where the parts would make up the weight if there were more of them, or hold nothing."""
+    """A hint if the parts are empty, or if more of them would make up the weight."""
     if not (part := math.prod(parts[0].shape)):
-        return "; it has no numbers, as where DeepSpeed ZeRO-3 saved a model without gathering its weights"
+        return "; it is empty, as when DeepSpeed ZeRO-3 saves a model without gathering its weights"
     number, rest = divmod(math.prod(shape), part)
     is_part = rest == 0 and number > len(parts)
-    return f"; {len(parts)} of {number} shards are there, the others are missing" if is_part else ""
+    return f"; {len(parts)} of {number} shards were found, the others are missing" if is_part else ""

@@ -1,4 +1,4 @@
-"""A model's weights written as a checkpoint's folder, in Hugging Face's format or in Meta's, piece by piece."""
+"""Writes a model's weights as a checkpoint folder, in Hugging Face's or Meta's format, piece by piece."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -17,7 +17,7 @@ from llama_ft.model.transformer import EMBEDDING, OUTPUT
 from llama_ft.model.writing import Advance, PthFile, as_bytes, write_safetensors
 
 Weights = Mapping[str, Weight]  # by our names, in our layout
-HF_SHARD_BYTES = 5 * 10**9  # as transformers 4 splits
+HF_SHARD_BYTES = 5 * 10**9  # as in transformers 4
 
 # The dimension by which Meta's parallel layers split a weight; norms are repeated in each shard.
 _META_SPLITS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 1, "w2": 1}
@@ -26,9 +26,9 @@ _META_SPLITS = {"wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0, "wo": 
 def write_hf(
     weights: Weights, config: ModelConfig, content: Json, folder: Path, n_files: int | None, advance: Advance
 ) -> None:
-    """Write what transformers loads, config.json with its content; an OSError if it cannot be written.
+    """Write a folder that transformers loads, with `content` as config.json; an OSError if it cannot be written.
 
-    `n_files` are at most as many as there are tensors; None is one for every 5 GB.
+    `n_files` is at most the number of tensors; None is one for every 5 GB.
     """
     theirs = {
         hf_name(name): permuted(weight, config.head_dim, to_hf=True) if is_rotated(name) else weight
@@ -47,12 +47,12 @@ def write_hf(
 
 
 def _shared_out(weights: Weights, n_files: int) -> list[list[str]]:
-    """The names in their order, in `n_files` groups of about equal bytes; none is empty."""
+    """The names in their order, in `n_files` groups of about equal size; none is empty."""
     total, before = sum(weight.n_bytes for weight in weights.values()), 0
     groups: list[list[str]] = [[]]
     for index, (name, weight) in enumerate(weights.items()):
-        share = int((before + weight.n_bytes / 2) * n_files / total)  # of the group that the weight's middle lies in
-        must = len(groups) + len(weights) - index == n_files  # else there would be fewer weights than groups
+        share = int((before + weight.n_bytes / 2) * n_files / total)  # the group of the weight's middle
+        must = len(groups) + len(weights) - index == n_files  # else too few weights would be left for the groups
         if groups[-1] and len(groups) < n_files and (share >= len(groups) or must):
             groups.append([])
         groups[-1].append(name)
@@ -61,9 +61,9 @@ def _shared_out(weights: Weights, n_files: int) -> list[list[str]]:
 
 
 def write_meta(weights: Weights, config: ModelConfig, folder: Path, n_shards: int, advance: Advance) -> None:
-    """Write what Meta's code loads, on as many GPUs as there are shards; an OSError if it cannot be written.
+    """Write a folder that Meta's code loads, on one GPU per shard; an OSError if it cannot be written.
 
-    A UserError says which of the model's sizes the format does not know.
+    A UserError names a size of the model that the format cannot express.
     """
     params = meta_params(config)
     if config.tie_word_embeddings:
@@ -96,7 +96,7 @@ def _form(weight: Weight, split_dim: int | None, n_shards: int) -> Tensor:
 
 
 def _part(rows: Tensor, first: int, dim: int | None, shape: Sequence[int], shard: int) -> Tensor:
-    """What a shard, whose part of the weight has this shape, holds of the weight's rows from the first on."""
+    """The part of these rows, which begin at `first`, in a shard whose part of the weight has this shape."""
     if dim is None:
         return rows
     begin = shard * shape[dim]

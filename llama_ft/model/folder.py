@@ -1,4 +1,4 @@
-"""The sizes of the model in a checkpoint, a folder or a GGUF file, for `model=from_checkpoint`."""
+"""Model sizes read from a checkpoint folder or GGUF file, for `model=from_checkpoint`."""
 
 import os
 import re
@@ -13,13 +13,13 @@ from llama_ft.model.sizes import LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR, Sizes, hf_s
 from llama_ft.model.stored import are_equal, joined
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
 
-LLAMA_3_VOCABULARY = 128_000  # and more: LLaMA-2's has 32,000
+LLAMA_3_VOCABULARY = 128_000  # or more; LLaMA-2's has 32,000
 
 
 def sizes_of(folder: Path) -> Sizes:
-    """The sizes of the model in a checkpoint by the names of `ModelConfig`; a UserError if it says none that we know.
+    """The sizes of a checkpoint's model by the names of `ModelConfig`; a UserError if it has none that we know.
 
-    Of Hugging Face's format the folder needs config.json alone.
+    A folder in Hugging Face's format needs only config.json.
     """
     if is_gguf(folder):
         return {"name": _name(folder), **gguf_sizes(folder)}
@@ -30,13 +30,13 @@ def sizes_of(folder: Path) -> Sizes:
 
 
 def hub_repository(folder: Path) -> str | None:
-    """ORG/NAME of a folder in the cache of huggingface_hub, which is models--ORG--NAME/snapshots/REVISION."""
+    """ORG/NAME of a folder in huggingface_hub's cache, models--ORG--NAME/snapshots/REVISION."""
     match = re.fullmatch(r"models--(.+)/snapshots/[^/]+", "/".join(folder.parts[-3:]))
     return match[1].replace("--", "/") if match else None
 
 
 def _name(folder: Path) -> str:
-    """The checkpoint's name, for tables and file names; never that of a model whose files ship with the package."""
+    """The checkpoint's name, for tables and file names; never that of a built-in model."""
     path = folder.resolve()
     name = folder.stem if is_gguf(folder) else (hub_repository(path) or path.name).rpartition("/")[2]
     name = re.sub(r"[^\w.+-]", "_", name) or FROM_CHECKPOINT
@@ -58,13 +58,13 @@ def _meta_sizes(folder: Path) -> dict[str, float]:
     sizes = meta_sizes(folder / META_PARAMS, LLAMA_3_1_FACTOR)
     tensors = meta_tensors(folder)
     if EMBEDDING not in tensors:
-        raise UserError(f"checkpoint={folder}: there is no {EMBEDDING} in it")
+        raise UserError(f"checkpoint={folder}: it has no {EMBEDDING}")
     parts = tensors[EMBEDDING]
     by_rows = parts[0].shape[1:] == [sizes["dim"]]
     n_rows = sum(part.shape[0] for part in parts) if by_rows else parts[0].shape[0]
     shape = [int(sizes.setdefault("vocab_size", n_rows)), int(sizes["dim"])]
     embedding, output = joined(shape, parts), joined(shape, tensors.get(OUTPUT, []))
-    # Llama 3.2's small models tie them, and hold two copies.
+    # Llama 3.2's small models tie the two but hold two copies.
     tied = OUTPUT not in tensors or (embedding is not None and output is not None and are_equal(embedding, output))
     if tied:
         sizes |= meta_sizes(folder / META_PARAMS, LLAMA_3_2_FACTOR)
@@ -73,9 +73,9 @@ def _meta_sizes(folder: Path) -> dict[str, float]:
 
 
 def released_context(vocab_size: float, rope_theta: float, rope_factor: float) -> int:
-    """What the context of a model in Meta's format is taken to be, in tokens: that of the released models like it.
+    """The assumed context, in tokens, of a model in Meta's format: that of the released models like it.
 
-    Meta's files do not say it. (transformers' convert_llama_weights_to_hf.py has the same numbers.)
+    Meta's files do not state it. (transformers' convert_llama_weights_to_hf.py has the same numbers.)
     """
     if rope_factor != 1:
         return 131072  # Llama 3.1

@@ -1,8 +1,8 @@
 """Names and layout of the weights in Meta's and in Hugging Face's checkpoints.
 
-Our names and layout are Meta's. The one difference in layout to Hugging Face's is owned here: Meta rotates adjacent
-pairs of a head's features, Hugging Face rotates its two halves, so the rows of wq and wk are permuted between the two,
-and with them their biases, and the weights of the norms that queries and keys have in Qwen 3.
+Our names and layout are Meta's. Hugging Face's layout differs in one point, handled here: Meta rotates adjacent pairs
+of a head's features, Hugging Face rotates its two halves. So the rows of wq and wk are permuted between the two, as are
+their biases and the weights of Qwen 3's query and key norms.
 """
 
 import re
@@ -27,12 +27,12 @@ _HF_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
-# Tables that checkpoints hold beside the weights; ours are computed.
+# Tables that checkpoints hold in addition to the weights; ours are computed.
 ROTARY_TABLES = re.compile(r"rope\.freqs|.*rope_freqs\.weight|.*\.rotary_emb\.inv_freq")
 
 
 def is_rotated(name: str) -> bool:
-    """Whether the rows of this weight, or bias, are permuted between the two layouts."""
+    """Return True if the rows of this weight or bias are permuted between the two layouts."""
     return re.search(r"attention\.(wq|wk|q_norm|k_norm)\.(weight|bias)$", name) is not None
 
 
@@ -44,7 +44,7 @@ def permute_rotary(weight: Tensor, n_heads: int, to_hf: bool) -> Tensor:
 
 
 def hf_name(name: str) -> str:
-    """The name of a weight in transformers' LlamaForCausalLM; a UserError if the model has no weight of this name."""
+    """The name of a weight in transformers' LlamaForCausalLM; a UserError if a decoder has no weight of this name."""
     match = re.fullmatch(r"(layers\.\d+\.)?(.+)(\.weight|\.bias)", name)
     if match is None or match[2] not in _HF_NAMES:
         raise UserError(f"{name} is not a weight of a LLaMA decoder")
@@ -53,7 +53,7 @@ def hf_name(name: str) -> str:
 
 
 def our_name(name: str) -> str | None:
-    """Our name of one of transformers' weights, None if it is not a LLaMA decoder's."""
+    """Our name for one of transformers' weights, None if it is not a LLaMA decoder's."""
     match = re.fullmatch(r"(?:model\.)?(layers\.\d+\.)?(.+)\.weight", name)
     ours = {theirs.removeprefix("model."): mine for mine, theirs in _HF_NAMES.items()}
     return f"{match[1] or ''}{ours[match[2]]}.weight" if match and match[2] in ours else None

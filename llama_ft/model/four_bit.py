@@ -1,8 +1,8 @@
 """Frozen weights of linear layers in 4 bits, after QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-Each block of 64 weights has a scale, its largest magnitude, and each weight is one of 16 levels times that: those of
-NF4 are quantiles of a normal distribution, those of FP4 are floating-point numbers. Under double quantization the
-scales, less their mean, are themselves 8-bit numbers in blocks of 256. bitsandbytes has the kernels and the formats.
+Each block of 64 weights has a scale, its largest magnitude, and each weight is one of 16 levels times the scale. NF4's
+levels are quantiles of a normal distribution, FP4's are floating-point numbers. Double quantization stores the scales,
+less their mean, as 8-bit numbers in blocks of 256. The kernels and formats are bitsandbytes'.
 """
 
 import math
@@ -23,8 +23,8 @@ from llama_ft.model.stored import Weight
 from llama_ft.model.transformer import OUTPUT, Transformer
 
 BLOCK, SCALES_BLOCK = 64, 256  # weights that share a scale, scales that share one
-FEW_ROWS = 8  # of an input, as where texts are generated, with which a kernel need not make the weight dense
-STORED = ("weight", "scales", "scale_levels", "scale_scales", "mean_scale")  # what a weight is stored as
+FEW_ROWS = 8  # up to this many rows of input, as in generation, a kernel multiplies without a dense weight
+STORED = ("weight", "scales", "scale_levels", "scale_scales", "mean_scale")  # the tensors that store a weight
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class FourBit(Storage):
 
     @property
     def name(self) -> str:
-        """Of the levels."""
+        """The levels' name."""
         return self.levels
 
     def prepare(self, model: Transformer) -> None:
-        """Convert every parameter, and exchange the linear layers; a UserError if bitsandbytes is missing."""
+        """Convert every parameter and replace the linear layers; a UserError if bitsandbytes is missing."""
         bitsandbytes(f"storing weights in 4 bits ({self.levels})")
         super().prepare(model)
         for name, layer in list(model.named_modules()):
@@ -49,7 +49,7 @@ class FourBit(Storage):
                 model.set_submodule(name, FourBitLinear(layer, self.levels, self.double_quantization, n_heads))
 
     def load(self, model: Transformer, name: str, weight: Weight) -> None:
-        """Fill a parameter; one piece at a time is not quantized yet."""
+        """Fill a parameter, quantizing one piece at a time."""
         layer = model.get_submodule(name.rpartition(".")[0])
         if isinstance(layer, FourBitLinear) and name.endswith(".weight"):
             layer.quantize(weight)
@@ -58,19 +58,19 @@ class FourBit(Storage):
 
 
 class FourBitLinear(nn.Linear):
-    """A linear layer whose frozen weight is in 4 bits. A product makes a dense copy of it, which nothing keeps."""
+    """A linear layer whose frozen weight is in 4 bits. Each product makes a temporary dense copy of it."""
 
     def __init__(self, base: nn.Linear, levels: str, double_quantization: bool, n_heads: int | None = None) -> None:
         """Take the place of a layer on the meta device.
 
         Args:
-            n_heads: of wq and wk. Their scales are quantized in Hugging Face's order of rows, as those are that others
-                train adapters on: a block of scales is less than a head.
+            n_heads: of wq and wk only. A block of scales is smaller than a head, so these are quantized in Hugging
+                Face's order of rows to equal the weights that others train adapters on.
         """
         nn.Module.__init__(self)
         self.n_heads = n_heads
         self.in_features, self.out_features, self.levels = base.in_features, base.out_features, levels
-        self.dtype = base.weight.dtype  # of the weight once something has been merged into it
+        self.dtype = base.weight.dtype  # of the weight once an adapter has been merged into it
         self.bias = base.bias
         n_weights = self.in_features * self.out_features
         n_scales = -(-n_weights // BLOCK)
@@ -84,7 +84,7 @@ class FourBitLinear(nn.Linear):
 
     @torch.no_grad()
     def quantize(self, weight: Weight) -> None:
-        """Take a weight, [out_features, in_features], from pieces on any device, of any floating-point dtype."""
+        """Read a weight, [out_features, in_features], from pieces on any device, of any floating-point dtype."""
         scales = []
         for first, rows in weight.pieces(BLOCK // math.gcd(BLOCK, self.in_features)):  # whole blocks
             rows = rows.to(self.weight.device, torch.float32 if rows.dtype == torch.float64 else rows.dtype)
@@ -102,7 +102,7 @@ class FourBitLinear(nn.Linear):
         write_rows(self.scales, 0, whole)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, as any module; another dtype is that of the bias, and of what is merged, and no scale's."""
+        """Move like any module; a change of dtype applies to the bias and to a merged weight, not to the scales."""
         scales = {name: self._parameters.pop(name) for name in STORED[1:] if name in self._parameters}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scale in scales.items():
@@ -119,7 +119,7 @@ class FourBitLinear(nn.Linear):
         return dequantize(self.weight, self._scales(), BLOCK, self.levels, shape, dtype)  # type: ignore[no-any-return]
 
     def _scales(self) -> Tensor:
-        """In fp32, in the order of the weight's rows."""
+        """The scales in fp32, in the order of the weight's rows."""
         if self.scales.dtype != torch.uint8:
             return self.scales
         stored = self.scales, self.scale_scales, self.scale_levels
@@ -127,7 +127,7 @@ class FourBitLinear(nn.Linear):
         return self._reordered(scales.add_(self.mean_scale), to_hf=False)
 
     def _reordered(self, scales: Tensor, to_hf: bool) -> Tensor:
-        if self.n_heads is None or self.in_features % BLOCK:  # then blocks go on from row to row
+        if self.n_heads is None or self.in_features % BLOCK:  # then blocks span rows
             return scales
         return permute_rotary(scales.view(self.out_features, -1), self.n_heads, to_hf).flatten()
 
@@ -143,28 +143,28 @@ class FourBitLinear(nn.Linear):
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x W^T + b of a layer whose W and b are frozen; W is made dense again for the gradient."""
+    """x W^T + b for frozen W and b; the backward pass makes W dense again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
-        """Keeps the layer alone."""
+        """Keep only the layer."""
         ctx.layer = layer
         return F.linear(x, layer.dense_weight(x.dtype), layer.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        """To x."""
+        """The gradient of x."""
         return gradient @ ctx.layer.dense_weight(gradient.dtype), None
 
 
 def is_in_4_bits(model: nn.Module) -> bool:
-    """Whether a layer's weight is, or was before something was merged into it."""
+    """Return True if a layer's weight is in 4 bits, or was before an adapter was merged into it."""
     return any(isinstance(module, FourBitLinear) for module in model.modules())
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Those that are trained, and all; a weight in 4 bits is one, and its share of the scales is none."""
+    """Count the trainable and all parameters; 4-bit weights count singly, and their scales do not count."""
     n_trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
     n_total = sum(each.numel() for each in model.parameters())
     for layer in model.modules():

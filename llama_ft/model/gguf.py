@@ -1,4 +1,4 @@
-"""A model in a GGUF file, llama.cpp's format: its sizes, and its weights, quantized or not."""
+"""Reads a model's sizes and weights, quantized or not, from a GGUF file, llama.cpp's format."""
 
 import math
 from collections import Counter
@@ -21,19 +21,19 @@ from llama_ft.model.transformer import rotary_frequencies
 
 
 class Architecture(NamedTuple):
-    """What llama.cpp knows a model by."""
+    """An architecture of llama.cpp."""
 
     features: tuple[str, ...] = ()  # of `FEATURES`
-    in_halves: bool = True  # whether wq and wk are in Hugging Face's rotary layout
+    in_halves: bool = True  # wq and wk are in Hugging Face's rotary layout
 
 
-ARCHITECTURES = {  # Mistral's is LLaMA's, which alone llama.cpp stores in Meta's layout
+ARCHITECTURES = {  # Mistral uses LLaMA's, the only one that llama.cpp stores in Meta's layout
     "llama": Architecture(in_halves=False),
     "qwen2": Architecture(("qkv_bias",)),
     "qwen3": Architecture(("qk_norm",)),
 }
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
-ROPE_FREQUENCIES = "rope_freqs.weight"  # what Llama 3.1's rotary frequencies are divided by
+ROPE_FREQUENCIES = "rope_freqs.weight"  # the divisors of Llama 3.1's rotary frequencies
 KEYS = {  # of sizes in the metadata, after the architecture's name
     "dim": "embedding_length",
     "n_layers": "block_count",
@@ -48,7 +48,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 def gguf_package(path: Path) -> ModuleType:
-    """The package that knows the types of numbers; a UserError if it is not there."""
+    """The package gguf; a UserError if it is not installed."""
     try:
         import gguf
         import gguf.quants
@@ -58,7 +58,7 @@ def gguf_package(path: Path) -> ModuleType:
 
 
 def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
-    """The type that most numbers have, and the tensors by name. No tensor is read."""
+    """The type of most weights, and the tensors by name. No tensor is read."""
     gguf, file, infos = gguf_package(path), mapped(path), read_header(path).tensors
     tensors: dict[str, Part] = {}
     counts: Counter[str] = Counter()
@@ -66,12 +66,12 @@ def read_gguf(path: Path) -> tuple[str, dict[str, Part]]:
         kind = _kind(gguf, path, name, info.type_number)
         block, n_bytes = gguf.GGML_QUANT_SIZES[kind]
         if not info.shape or info.shape[-1] % block or (block > 1 and len(info.shape) == 1):
-            raise UserError(f"{path} is damaged: {name}, {info.shape}, is no rows of blocks of {block} ({kind.name})")
+            raise UserError(f"{path} is damaged: {name}, {info.shape}, is not made of blocks of {block} ({kind.name})")
         dtype = _DTYPES.get(kind.name, torch.uint8)
         row_bytes = info.shape[-1] // block * n_bytes
         raw = StoredTensor(file, info.offset, dtype, [*info.shape[:-1], row_bytes // dtype.itemsize])
         if (end := raw.offset + raw.n_bytes) > len(file):
-            missing = f"{name} ends at byte {end:,} of {len(file):,}"
+            missing = f"{name} should end at byte {end:,}, but the file has {len(file):,}"
             raise UserError(f"{path} was not downloaded or copied completely: {missing}")
         tensors[name] = raw if kind.name in _DTYPES else QuantizedTensor(raw, info.shape, kind, gguf.quants)
         counts[kind.name] += math.prod(info.shape)
@@ -86,13 +86,13 @@ def _kind(gguf: Any, path: Path, name: str, type_number: int) -> Any:
             _, n_bytes = gguf.GGML_QUANT_SIZES[kind]
             gguf.quants.dequantize(torch.zeros(1, n_bytes, dtype=torch.uint8).numpy(), kind)
     except (ValueError, NotImplementedError) as error:
-        said = getattr(kind, "name", f"type {type_number}")
-        raise UserError(f"{path}: {name} is stored as {said}, which is not read") from error
+        type_name = getattr(kind, "name", f"type {type_number}")
+        raise UserError(f"{path}: {name} is stored as {type_name}, which is not supported") from error
     return kind
 
 
 def architecture(path: Path) -> str:
-    """The architecture in a file; a UserError if it is not supported."""
+    """The architecture named in a file; a UserError if it is not supported."""
     name = read_header(path).metadata.get("general.architecture")
     if name not in ARCHITECTURES:
         raise UserError(f"{path}: the architecture {name} is not supported, it must be {', '.join(ARCHITECTURES)}")
@@ -100,7 +100,7 @@ def architecture(path: Path) -> str:
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """The architecture of a model; a UserError if llama.cpp knows none like it."""
+    """The architecture for a model; a UserError if llama.cpp has none like it."""
     features = tuple(key for key in FEATURES if getattr(config, key))
     name = next((name for name, each in ARCHITECTURES.items() if each.features == features), None)
     if name is None:
@@ -109,14 +109,14 @@ def architecture_of(config: ModelConfig) -> str:
 
 
 def gguf_names(config: ModelConfig) -> Callable[[str], str]:
-    """llama.cpp's names of a model's weights, for ours."""
+    """A function from our names of a model's weights to llama.cpp's."""
     gguf: Any = gguf_package(Path("GGUF"))
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture_of(config).upper()], config.n_layers)
     return lambda name: str(table.get_name(hf_name(name), (".weight", ".bias")))
 
 
 def gguf_sizes(path: Path) -> Sizes:
-    """The sizes in a file's metadata; a UserError if it holds another architecture than those that are supported."""
+    """The sizes in a file's metadata; a UserError if its architecture is not supported."""
     name, header = architecture(path), read_header(path)
     prefix = f"{name}."
     said = {key.removeprefix(prefix): value for key, value in header.metadata.items() if key.startswith(prefix)}
@@ -127,7 +127,7 @@ def gguf_sizes(path: Path) -> Sizes:
     sizes: dict[str, Any] = numbers_of(said, KEYS, defaults, path)
     embedding = header.tensors.get(EMBEDDING)
     if embedding is None or not embedding.shape:
-        raise UserError(f"{path}: there is no {EMBEDDING} in it")
+        raise UserError(f"{path}: it has no {EMBEDDING}")
     sizes |= {"vocab_size": embedding.shape[0], "tie_word_embeddings": OUTPUT not in header.tensors}
     usual = said.get("rope.dimension_count", sizes["dim"] // max(1, sizes["n_heads"]))
     head_dim = numbers_of(said, {"head_size": "attention.key_length"}, {"head_size": usual}, path)["head_size"]
@@ -151,10 +151,10 @@ def _rope(path: Path, header: Header, said: Mapping[str, Any], sizes: Mapping[st
     scaling = META_SCALING | {"rope_factor": round(float(divisors.max()), 4)}
     ours = rope_divisors(ModelConfig("gguf", **cast(Settings, {**sizes, **scaling})))
     if divisors.shape != ours.shape or not torch.allclose(divisors, ours, rtol=1e-3):
-        raise UserError(f"{path}: {ROPE_FREQUENCIES} are not Llama 3.1's, which alone are supported")
+        raise UserError(f"{path}: {ROPE_FREQUENCIES} is not Llama 3.1's, the only one supported")
     return scaling
 
 
 def rope_divisors(config: ModelConfig) -> Tensor:
-    """What each rotary frequency is divided by: fp32, [E / 2]."""
+    """The divisor of each rotary frequency: fp32, [E / 2]."""
     return rotary_frequencies(replace(config, rope_factor=1.0)) / rotary_frequencies(config)

@@ -1,7 +1,7 @@
-"""Keys and values of the tokens seen so far, so that the next token need not compute them again.
+"""Keys and values of the tokens seen so far, kept for the next token.
 
-A cache is an argument of the model's forward. It is preallocated for the tokens of one generation, in the dtype that
-attention computes in: 2 * layers * batch * kv_heads * tokens * head_dim elements.
+A cache is an argument of the model's forward. It is preallocated for one generation, in attention's compute dtype:
+2 * layers * batch * kv_heads * tokens * head_dim elements.
 """
 
 import torch
@@ -11,10 +11,10 @@ from llama_ft.config import ModelConfig
 
 
 class NoCache:
-    """Of a layer that computes every position: what is new is all there is."""
+    """Stands in for a cache where every position is computed."""
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The same keys and values."""
+        """Return them unchanged."""
         return keys, values
 
 
@@ -27,7 +27,7 @@ class LayerCache:
         self.length = 0
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values, [B, K, S, E]; returns all, [B, K, length, E]. A ValueError without room."""
+        """Store new keys and values, [B, K, S, E]; return all, [B, K, length, E]. A ValueError if the cache is full."""
         start, end = self.length, self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(f"the KV cache has room for {self.keys.shape[2]} tokens, not for {end}")
@@ -57,7 +57,7 @@ class KVCache:
         return sum(buffer.nbytes for layer in self.layers for buffer in (layer.keys, layer.values))
 
     def reorder(self, rows: Tensor) -> None:
-        """Put row rows[i], int64 [B], in the place of row i: a beam search goes on from other hypotheses."""
+        """Replace row i by row rows[i], int64 [B], as beam search continues from other hypotheses."""
         for layer in self.layers:
             for buffer in (layer.keys, layer.values):
                 buffer[:, :, : layer.length] = buffer[rows, :, : layer.length]

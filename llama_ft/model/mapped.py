@@ -1,8 +1,8 @@
-"""Tensors in checkpoint files, mapped into memory: found by name, read a piece at a time.
+"""Tensors in memory-mapped checkpoint files: found by name, read a piece at a time.
 
-Files are mapped read-only, and a piece's pages are given back once it has been copied. The mappings that torch and
-safetensors make are private and writable: what was read stays resident beside its copy, and all of the file counts
-against a limit on the process's data segment.
+Files are mapped read-only, and a piece's pages are released once it has been copied. torch's and safetensors' mappings
+are private and writable: pages once read stay resident next to their copy, and the whole file counts against a limit on
+the process's data segment.
 """
 
 import json
@@ -23,7 +23,7 @@ from torch import Tensor
 from llama_ft.config import UserError
 from llama_ft.files import LFS_HINT, LFS_POINTER, explained, regular
 
-PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; not bytes, so that pieces are alike whatever the dtype
+PIECE_ELEMENTS = 2**20  # 4 MiB in fp32; counted in elements so that pieces do not depend on the dtype
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MOMENTS_DTYPES = {"U8": torch.uint8}  # of optimizers with moments in 8 bits
 PTH_STORAGES = {  # classes of PyTorch
@@ -35,7 +35,7 @@ PTH_STORAGES = {  # classes of PyTorch
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies in a file. Rows are indices into its first dimension."""
+    """A tensor's place in a file. Rows are indices into its first dimension."""
 
     file: mmap.mmap
     offset: int  # of its first byte
@@ -44,21 +44,20 @@ class StoredTensor(NamedTuple):
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensor."""
+        """The tensor's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def pieces(self, multiple: int = 1, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) over the tensor, in groups of a multiple of rows; valid until the next is asked for.
+        """Yield (first row, rows) in groups of a multiple of rows, each valid until the next is requested.
 
-        What lies outside the rows that are wanted is left out. The tensors are views of the file: they must not be
-        written to.
+        Groups without a wanted row are skipped. The tensors are views of the file: do not write to them.
         """
         for first, last in groups_of_rows(self.shape, multiple, wanted):
             yield first, self._view(first, last)
             self._give_back(first, last)
 
     def rows(self, first: int, last: int) -> Tensor:
-        """A copy of these rows."""
+        """Copy these rows."""
         copy = self._view(first, last).clone()
         self._give_back(first, last)
         return copy
@@ -71,7 +70,7 @@ class StoredTensor(NamedTuple):
         return flat.view(shape)
 
     def _give_back(self, first: int, last: int) -> None:
-        """Let the system drop the pages that lie within these rows; they are read again if they are needed again."""
+        """Let the system drop the pages within these rows; they are read again when needed."""
         start = -(-self._offset_of(first) // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = self._offset_of(last) // mmap.PAGESIZE * mmap.PAGESIZE
         if stop > start and hasattr(mmap, "MADV_DONTNEED"):
@@ -82,7 +81,7 @@ class StoredTensor(NamedTuple):
 
 
 class QuantizedTensor(NamedTuple):
-    """Where a tensor lies in a file whose numbers are quantized, in blocks within a row; they are read as fp32."""
+    """A tensor's place in a file that quantizes numbers in blocks within a row; they are read as fp32."""
 
     raw: StoredTensor  # uint8, [..., bytes of a row]
     shape: list[int]
@@ -91,11 +90,11 @@ class QuantizedTensor(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the numbers that are read."""
+        """The dtype as read."""
         return torch.float32
 
     def rows(self, first: int, last: int) -> Tensor:
-        """These rows."""
+        """Dequantize these rows."""
         return torch.from_numpy(self.quants.dequantize(self.raw.rows(first, last).numpy(), self.kind))
 
 
@@ -103,7 +102,7 @@ Part = StoredTensor | QuantizedTensor  # a weight, or a shard of it
 
 
 def mapped(path: Path) -> mmap.mmap:
-    """A file, mapped; a UserError if it cannot be read, or is empty."""
+    """Map a file; a UserError if it cannot be read or is empty."""
     with explained(f"{path} cannot be read"), regular(path).open("rb") as file:
         try:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -112,7 +111,7 @@ def mapped(path: Path) -> mmap.mmap:
 
 
 def groups_of_rows(shape: Sequence[int], multiple: int, wanted: range | None = None) -> Iterator[tuple[int, int]]:
-    """(first, last) of each piece of a tensor that has rows which are wanted; None wants all."""
+    """(first, last) of each piece of a tensor that contains wanted rows; None wants all."""
     step, wanted = rows_at_once(shape, multiple), range(shape[0]) if wanted is None else wanted
     for first in range(0, shape[0], step):
         last = min(first + step, shape[0])
@@ -121,17 +120,17 @@ def groups_of_rows(shape: Sequence[int], multiple: int, wanted: range | None = N
 
 
 def rows_at_once(shape: Sequence[int], multiple: int) -> int:
-    """How many rows of a tensor make up a piece: a multiple of rows."""
+    """The number of rows in a piece, a multiple of `multiple`."""
     return max(1, PIECE_ELEMENTS // (math.prod(shape[1:]) * multiple)) * multiple
 
 
 def read_safetensors(
     path: Path, dtypes: Mapping[str, torch.dtype] = SAFETENSORS_DTYPES
 ) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, and its metadata. Nothing but the header is read.
+    """The tensors of a safetensors file by name, and its metadata. Only the header is read.
 
-    The format: 8 bytes, the header's length, little-endian; the header in JSON; the tensors' bytes without gaps.
-    (https://huggingface.co/docs/safetensors) A file that is damaged, or a tensor of another dtype, is a UserError.
+    The format: the header's length in 8 bytes, little-endian; the header in JSON; the tensors' bytes without gaps
+    (https://huggingface.co/docs/safetensors). A damaged file or a tensor of another dtype is a UserError.
     """
     file = mapped(path)
     if file[: len(LFS_POINTER)] == LFS_POINTER:
@@ -139,7 +138,7 @@ def read_safetensors(
     size, begin = len(file), 8 + int.from_bytes(file[:8], "little")
     try:
         if begin > size:
-            raise ValueError("what should be the header's length is another format's")
+            raise ValueError("the header's length is larger than the file")
         header = json.loads(file[8:begin])
         metadata: dict[str, str] = header.pop("__metadata__", {})
         entries = {name: (entry["dtype"], entry["shape"], *entry["data_offsets"]) for name, entry in header.items()}
@@ -156,13 +155,13 @@ def read_safetensors(
             raise UserError(f"{path}: {name} is stored as {dtype}; only {allowed} can be read")
         stored = StoredTensor(file, begin + start, dtypes[dtype], shape)
         if stop - start != stored.n_bytes:
-            raise UserError(f"{path} is damaged: {name} has {stop - start:,} bytes, and its shape is {shape}")
+            raise UserError(f"{path} is damaged: {name} has {stop - start:,} bytes, but its shape is {shape}")
         tensors[name] = stored
     return tensors, metadata
 
 
 def read_pth(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a `torch.save` file by name, not read, no code run; a UserError if it is damaged or other."""
+    """Find the tensors of a `torch.save` file by name, running no code; a UserError if it is damaged or not one."""
     file = mapped(path)
     if file[:2] != b"PK":
         raise UserError(f"{path} is not in PyTorch's zip format: it is damaged, or was saved before PyTorch 1.6")
@@ -182,21 +181,21 @@ def read_pth(path: Path) -> dict[str, StoredTensor]:
 class _TensorUnpickler(pickle.Unpickler):
     """Finds a file's tensors. The format is in PyTorch's documentation, "Serialization semantics".
 
-    torch.load on fake tensors could do it too, but takes seconds to start and crashes on big-endian files.
+    torch.load on fake tensors would work too, but takes seconds to start and crashes on big-endian files.
     """
 
     def __init__(self, file: mmap.mmap, archive: zipfile.ZipFile) -> None:
         names = archive.namelist()
         pickled = next((name for name in names if name.endswith("/data.pkl")), "")
         self._file, self._archive, self._folder = file, archive, pickled.removesuffix("data.pkl")
-        is_stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())  # else of any size
+        is_stored = all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())  # else a zip bomb
         byteorder = f"{self._folder}byteorder"
         if not pickled or not is_stored or (byteorder in names and archive.read(byteorder) != b"little"):
-            raise ValueError("it is not as torch.save writes files, little-endian and uncompressed")
+            raise ValueError("it is not little-endian and uncompressed, as torch.save writes files")
         super().__init__(archive.open(pickled))
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name of code stands for here. None is imported, and an unknown one ends the loading."""
+        """Map a pickled name to a stand-in. Nothing is imported, and an unknown name is an error."""
         known = {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": self._tensor,
@@ -205,11 +204,11 @@ class _TensorUnpickler(pickle.Unpickler):
         }
         if f"{module}.{name}" not in known:
             allowed = ", ".join(SAFETENSORS_DTYPES)
-            raise pickle.UnpicklingError(f"it holds {module}.{name}, and must hold tensors of {allowed} alone")
+            raise pickle.UnpicklingError(f"it holds {module}.{name}, but may only hold tensors of {allowed}")
         return known[f"{module}.{name}"]
 
     def persistent_load(self, pid: Any) -> tuple[torch.dtype, int, int]:
-        """The dtype of a tensor's data, and where they begin and end."""
+        """The dtype of a tensor's data, and where the data begin and end."""
         _, dtype, key, _, _ = pid
         info = self._archive.getinfo(f"{self._folder}data/{key}")
         n_name, n_extra = struct.unpack_from(local_header := "<26x2H", self._file, info.header_offset)
@@ -222,7 +221,7 @@ class _TensorUnpickler(pickle.Unpickler):
         dtype, start, stop = storage
         contiguous = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
         if any(n > 1 and here != there for n, here, there in zip(shape, stride, contiguous, strict=True)):
-            raise pickle.UnpicklingError(f"it holds a tensor {list(shape)} that is not contiguous, which is not read")
+            raise pickle.UnpicklingError(f"it holds a tensor {list(shape)} that is not contiguous: not supported")
         stored = StoredTensor(self._file, start + first * dtype.itemsize, dtype, list(shape))
         if stored.offset + stored.n_bytes > stop:
             raise ValueError(f"a tensor {list(shape)} reaches beyond its data")

@@ -1,7 +1,6 @@
-"""Tensors of which each process holds its rows, as `torch.distributed.fsdp.fully_shard` splits them; and whole ones.
+"""Tensors split by rows among processes, as by `torch.distributed.fsdp.fully_shard`, and whole ones.
 
-A tensor that is split is a DTensor. Of R rows each of N processes in turn has R / N, rounded up, and the last ones
-fewer, or none.
+A split tensor is a DTensor. Each of N processes holds R / N of the R rows, rounded up; the last ones fewer, or none.
 """
 
 from typing import Any
@@ -11,12 +10,12 @@ from torch import Tensor
 
 
 def is_split(tensor: Tensor) -> bool:
-    """Whether this process holds rows of it, and other processes the others."""
-    return hasattr(tensor, "to_local")  # without an import of DTensor, which a run in one process does not need
+    """Return True if the tensor's rows are split among processes."""
+    return hasattr(tensor, "to_local")  # avoids importing DTensor, which a run in one process does not need
 
 
 def own(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that this process holds: all of one that is whole."""
+    """The rows of a tensor that this process holds: all of them if it is whole."""
     local: Tensor = tensor.to_local() if is_split(tensor) else tensor  # type: ignore[attr-defined]
     return local
 
@@ -31,7 +30,7 @@ def own_rows(tensor: Tensor) -> range:
 
 
 def write_rows(target: Tensor, first: int, rows: Tensor) -> None:
-    """Copy rows to their place, the first of them to row `first`; what other processes hold is left to them."""
+    """Copy rows to `first` and after, skipping the rows that other processes hold."""
     held, start = own(target), own_rows(target).start
     begin, end = max(first, start), min(first + len(rows), start + len(held))
     if begin < end:
@@ -39,13 +38,13 @@ def write_rows(target: Tensor, first: int, rows: Tensor) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, on every process, all of which have to ask for it at once."""
+    """All rows, on every process; all processes must call this together."""
     full: Tensor = tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """The tensor, whole or split as the given one is, that has these rows here."""
+    """Wrap this process's rows as a tensor that is whole, or split, like the given one."""
     if not is_split(tensor):
         return rows
     from torch.distributed.tensor import DTensor
@@ -57,6 +56,6 @@ def like(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def memory_for(tensor: Tensor, device: torch.device) -> Tensor:
-    """Memory on a device for a tensor that is on any, split in the same way; it holds no values yet."""
-    shape = getattr(tensor, "_local_tensor", tensor).shape  # without a view, of what has no memory
+    """Uninitialized memory on a device for a tensor on any device, split in the same way."""
+    shape = getattr(tensor, "_local_tensor", tensor).shape  # to_local() would make a view, which needs memory
     return like(tensor, torch.empty(shape, dtype=tensor.dtype, device=device))

@@ -1,4 +1,4 @@
-"""A model's sizes in Hugging Face's `config.json` and in Meta's `params.json`, read and written."""
+"""Reads and writes a model's sizes in Hugging Face's `config.json` and Meta's `params.json`."""
 
 import json
 import math
@@ -12,11 +12,11 @@ from llama_ft.files import Json, read_json
 
 Sizes = Mapping[str, str | float | None]  # fields of ModelConfig by name
 
-SIZES_KEY = "llama_ft.model"  # in the metadata of our own files: the model's sizes in JSON
+SIZES_KEY = "llama_ft.model"  # the model's sizes in JSON, in our own files' metadata
 HOLDS_SIZES = "the model's sizes"
 META_SCALING = {"rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192}
 LLAMA_3_1_FACTOR, LLAMA_3_2_FACTOR = 8.0, 32.0
-NO_CHECK = ("max_seq_len",)  # how much of a checkpoint's context is used is the user's choice
+NO_CHECK = ("max_seq_len",)  # users may choose another context
 
 _HF_KEYS = {
     "vocab_size": "vocab_size",
@@ -32,10 +32,10 @@ _HF_KEYS = {
 
 @dataclass(frozen=True)
 class _HfType:
-    """A `model_type` of transformers, as far as it is not LLaMA's; its configuration_TYPE.py has the defaults."""
+    """A `model_type` of transformers, where it differs from LLaMA; the defaults are in its configuration_TYPE.py."""
 
-    fixed: Json  # what no other value is supported of
-    defaults: Json = field(default_factory=dict)  # of what `config.json` leaves out
+    fixed: Json  # keys of which only this value is supported
+    defaults: Json = field(default_factory=dict)  # of keys missing in `config.json`
     features: tuple[str, ...] = ()
 
 
@@ -53,7 +53,7 @@ _HF_TYPES = {
         ("qk_norm",),
     ),
 }
-# How rotary frequencies are scaled, by `rope_type`. (transformers' modeling_rope_utils.py has the keys.)
+# Keys of each `rope_type`'s scaling of rotary frequencies, from transformers' modeling_rope_utils.py.
 _HF_SCALING: dict[str, dict[str, str]] = {
     "default": {},
     "linear": {"rope_factor": "factor"},
@@ -70,7 +70,7 @@ _META_WIDTHS = ((1.0, 256), (1.5, 256), (1.3, 4096), (1.3, 1024))
 
 
 def own_sizes(metadata: Mapping[str, str], file: Path) -> Sizes | None:
-    """The sizes in the metadata of a safetensors file of ours, None in another's; a UserError if they are damaged."""
+    """The sizes in our safetensors files' metadata; None in a file that is not ours, a UserError if damaged."""
     if SIZES_KEY not in metadata:
         return None
     with readable(file):
@@ -78,12 +78,12 @@ def own_sizes(metadata: Mapping[str, str], file: Path) -> Sizes | None:
         if "context" in sizes:  # its name before version 0.2
             sizes["max_seq_len"] = sizes.pop("context")
         if unknown := sizes.keys() - {field.name for field in fields(ModelConfig)}:
-            raise UserError(f"{file} cannot be read: {min(unknown)} is no size of a model")
+            raise UserError(f"{file} cannot be read: {min(unknown)} is not a model size")
     return dict.fromkeys(FEATURES, False) | sizes
 
 
 def hf_sizes(file: Path) -> Sizes:
-    """The sizes in Hugging Face's `config.json`; a UserError if it describes an architecture that is not supported."""
+    """The sizes in Hugging Face's `config.json`; a UserError if its architecture is not supported."""
     config = read_json(file, HOLDS_SIZES)
     if (kind := config.get("model_type", "llama")) not in _HF_TYPES:
         *most, last = _HF_TYPES
@@ -103,7 +103,7 @@ def hf_sizes(file: Path) -> Sizes:
 
 
 def _hf_rope(config: Json, file: Path) -> dict[str, float]:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # of transformers 5, and before
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # transformers 5, and earlier
     if not isinstance(rope, dict):
         raise UserError(f"{file}: the parameters of the rotary embeddings must be a JSON object, not {rope}")
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -117,10 +117,10 @@ def _hf_rope(config: Json, file: Path) -> dict[str, float]:
 
 
 def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
-    """The sizes in Meta's `params.json`; `vocab_size` only where the file has one.
+    """The sizes in Meta's `params.json`; `vocab_size` only if the file has one.
 
-    The width of the feed-forward layer follows from three numbers, as in the model of Meta's repository. `rope_factor`
-    is that of a file that says that frequencies are scaled, and not by how much.
+    The width of the feed-forward layer follows from three numbers, as in Meta's code. `rope_factor` is used if the file
+    says that frequencies are scaled but not by how much.
     """
     params = read_json(file, HOLDS_SIZES)
     defaults = {"n_kv_heads": params.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0}
@@ -131,7 +131,7 @@ def meta_sizes(file: Path, rope_factor: float) -> dict[str, float]:
     keys = {key: key for key in ("ffn_dim_multiplier", "multiple_of", "vocab_size")}
     width = numbers_of(params, keys, {"ffn_dim_multiplier": 1.0, "multiple_of": 256, "vocab_size": -1}, file)
     sizes["ffn_dim"] = _ffn_dim(sizes["dim"], width["ffn_dim_multiplier"], width["multiple_of"])
-    if width["vocab_size"] != -1:  # in LLaMA-2's files -1: the tokenizer's
+    if width["vocab_size"] != -1:  # -1 in LLaMA-2's files means the tokenizer's
         sizes["vocab_size"] = width["vocab_size"]
     return sizes
 
@@ -141,7 +141,7 @@ def _ffn_dim(dim: float, multiplier: float, multiple_of: float) -> int:
 
 
 def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> Json:
-    """What `config.json` holds of a model, in transformers 4's keys; a UserError if it has no architecture like it."""
+    """A model's `config.json`, in transformers 4's keys; a UserError if transformers has no architecture like it."""
     features = tuple(key for key in FEATURES if getattr(config, key))
     kind = next((kind for kind, each in _HF_TYPES.items() if each.features == features), None)
     if kind is None:
@@ -166,21 +166,21 @@ def hf_config(config: ModelConfig, dtype: str, bos_id: int | None, eos_id: int |
 
 
 def meta_params(config: ModelConfig) -> Json:
-    """What `params.json` holds of a model; a UserError if Meta's format has no key for one of its sizes."""
+    """A model's `params.json`; a UserError if Meta's format has no key for one of its sizes."""
     for key in FEATURES:
         if getattr(config, key):
-            raise UserError(f"Meta's format knows no {key}: such a model is written with to=hf")
+            raise UserError(f"Meta's format does not support {key}: write this model with to=hf")
     if config.head_dim * config.n_heads != config.dim:
-        raise UserError(f"Meta's format knows no head_dim={config.head_dim} other than dim / n_heads")
+        raise UserError(f"Meta's format does not support head_dim={config.head_dim}, only dim / n_heads")
     scaled = config.rope_factor != 1
     for key, value in META_SCALING.items() if scaled else ():
         if key != "rope_high_freq_factor" and getattr(config, key) != value:
-            raise UserError(f"Meta's format knows no {key}={getattr(config, key)}, only {value}")
-    # The last pair gives any width; the half keeps what is cut to a whole number away from rounding errors.
+            raise UserError(f"Meta's format does not support {key}={getattr(config, key)}, only {value}")
+    # The last pair gives any width; the added half protects the truncation to a whole number from rounding errors.
     widths = [*_META_WIDTHS, ((config.ffn_dim + 0.5) / int(8 * config.dim / 3), 1)]
     multiplier, multiple_of = next(pair for pair in widths if _ffn_dim(config.dim, *pair) == config.ffn_dim)
     params: Json = {key: getattr(config, key) for key in (*_META_KEYS, "vocab_size")} | {"multiple_of": multiple_of}
-    # Readers of LLaMA-2's files know no more keys than these have.
+    # Readers of LLaMA-2's files know only the keys above.
     if multiplier != 1:
         params["ffn_dim_multiplier"] = multiplier
     if scaled:
@@ -190,29 +190,29 @@ def meta_params(config: ModelConfig) -> Json:
 
 
 def check_sizes(sizes: Sizes, config: ModelConfig, file: Path) -> None:
-    """Raise a UserError that names the sizes in which a checkpoint differs; some that are given by hand may."""
+    """Raise a UserError that names the sizes in which a checkpoint differs, apart from some that users may set."""
     wrong = {key: value for key, value in sizes.items() if not _agree(value, getattr(config, key))}
     for key in (*NO_CHECK, *(key for key in config.given if key.startswith(("rope_", "norm_")))):
         wrong.pop(key, None)
     if wrong:
-        differences = ", ".join(f"model.{key} is {getattr(config, key)} and there {wrong[key]}" for key in wrong)
+        differences = ", ".join(f"model.{key} is {getattr(config, key)} but the file has {wrong[key]}" for key in wrong)
         raise UserError(f"{file} does not fit model={config.name}: {differences}")
 
 
 def _agree(theirs: str | float | None, ours: str | float | None) -> bool:
-    """Whether two sizes are equal, or nearly so where one is no whole number: fp32 has 1e-5 as 9.99999975e-06."""
+    """Return True if two sizes are equal, floats up to fp32 rounding: 1e-5 may be stored as 9.99999975e-06."""
     if isinstance(theirs, float) and isinstance(ours, float):
         return math.isclose(theirs, ours, rel_tol=1e-6)
     return theirs == ours
 
 
 def numbers_of(content: Json, keys: Mapping[str, str], defaults: Mapping[str, object], file: Path) -> dict[str, float]:
-    """Numbers by our names for `keys` of theirs; the default where one is missing or null."""
+    """Numbers by our names, read from their `keys`; the default where one is missing or null."""
     numbers = {}
     for ours, key in keys.items():
         value = content.get(key)
         number = defaults.get(ours) if value is None else value
         if type(number) is not int and type(number) is not float:
-            raise UserError(f"{file} does not say the model's {ours} as a number")
+            raise UserError(f"{file} does not give the model's {ours} as a number")
         numbers[ours] = number
     return numbers

@@ -1,4 +1,4 @@
-"""How a model's weights are stored."""
+"""Storage formats of a model's weights."""
 
 from dataclasses import dataclass
 
@@ -11,22 +11,22 @@ from llama_ft.model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Storage:
-    """Each weight as a plain tensor of one dtype. The model is prepared, then materialised, and then filled."""
+    """Each weight as a plain tensor of one dtype. The model is prepared, then materialized, then filled."""
 
-    dtype: torch.dtype  # of what is not quantized
+    dtype: torch.dtype  # of weights that are not quantized
 
     @property
     def name(self) -> str:
-        """For people."""
+        """The format's name, for messages."""
         return str(self.dtype).removeprefix("torch.")
 
     def prepare(self, model: Transformer) -> None:
-        """Change a model on the meta device so that its weights are stored in this way."""
+        """Convert a model on the meta device to this format."""
         model.to(self.dtype)
 
     @torch.no_grad()
     def load(self, model: Transformer, name: str, weight: Weight) -> None:
-        """Fill a parameter, by its name, from pieces that are on any device and of any floating-point dtype."""
+        """Fill a parameter, by name, from pieces on any device and of any floating-point dtype."""
         target = model.get_parameter(name)
         for first, rows in weight.pieces(1, own_rows(target)):
             write_rows(target, first, rows)

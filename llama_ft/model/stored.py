@@ -1,4 +1,4 @@
-"""Weights that are read, or computed, a piece at a time: what a checkpoint is loaded from, and written from."""
+"""Weights that are read or computed a piece at a time, for loading and writing checkpoints."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from llama_ft.model.sharded import whole
 
 
 class Pieces(Protocol):
-    """(first row, rows) over a weight, in groups of a multiple of rows; those with no row that is wanted are left out.
+    """Yields (first row, rows) of a weight, in groups of a multiple of rows, skipping groups without a wanted row.
 
-    Each is valid until the next is asked for, and must not be written to: it may be a view of the file.
+    Each is valid until the next is requested, and must not be written to: it may be a view of the file.
     """
 
     def __call__(self, multiple: int, wanted: range | None = None, /) -> Iterator[tuple[int, Tensor]]:
-        """None wants all."""
+        """`wanted=None` wants all rows."""
         ...
 
 
@@ -35,12 +35,12 @@ class Weight:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the weight."""
+        """The weight's size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
-    """The weight of a shape that a file's tensor, or those of several shards, make up; None if they do not.
+    """Join one file's tensor, or the tensors of several shards, into a weight of a shape; None if they do not fit.
 
     Meta's shards are those of its parallel layers: wq, wk, wv, w1, w3 and the output are split by rows, wo and w2 by
     columns, the embeddings by columns (LLaMA 1 and 2) or rows (Llama 3), and norms are repeated. The shapes tell which.
@@ -62,7 +62,7 @@ def joined(shape: list[int], parts: Sequence[Part]) -> Weight | None:
 def _joined_pieces(
     shape: list[int], parts: Sequence[Part], dim: int, multiple: int, wanted: range | None = None
 ) -> Iterator[tuple[int, Tensor]]:
-    """The pieces of a weight that lies in several files, split along a dimension."""
+    """The pieces of a weight split along a dimension among several files."""
     for first, last in groups_of_rows(shape, multiple, wanted):
         rows, start = [], 0  # the first row of each part, where rows are split
         for part in parts:
@@ -75,12 +75,12 @@ def _joined_pieces(
 
 
 def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
-    """wq or wk in Hugging Face's rotary layout, or from it in ours."""
+    """Permute wq or wk to Hugging Face's rotary layout, or from it to ours."""
 
     def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
         together = math.lcm(multiple, head_dim)
         for first, rows in weight.pieces(together, wanted):
-            for start in range(0, len(rows), together):  # so that what is copied at a time is small
+            for start in range(0, len(rows), together):  # so that only a little is copied at a time
                 heads = rows[start : start + together]
                 if wanted is None or (first + start < wanted.stop and wanted.start < first + start + len(heads)):
                     yield first + start, permute_rotary(heads, len(heads) // head_dim, to_hf)
@@ -89,7 +89,7 @@ def permuted(weight: Weight, head_dim: int, to_hf: bool) -> Weight:
 
 
 def in_memory(tensor: Tensor) -> Weight:
-    """A tensor on any device, a piece of it at a time on the CPU; one that is split is gathered first."""
+    """A tensor on any device, yielded piece by piece on the CPU; a split tensor is gathered first."""
 
     def pieces(multiple: int, wanted: range | None = None) -> Iterator[tuple[int, Tensor]]:
         gathered = whole(tensor.detach())
@@ -100,7 +100,7 @@ def in_memory(tensor: Tensor) -> Weight:
 
 
 def are_equal(first: Weight, second: Weight) -> bool:
-    """Whether two weights are the same to the bit, once the one of the wider dtype is rounded to the other's."""
+    """Return True if two weights are bitwise equal once the one of the wider dtype is rounded to the other's."""
     if first.shape != second.shape:
         return False
     narrow = min(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)

@@ -1,10 +1,10 @@
 """The decoder of LLaMA 2 (Touvron et al. 2023, arXiv 2307.09288) and of Llama 3 (Meta 2024, arXiv 2407.21783).
 
-Mistral's is the same, Qwen 2's has biases, Qwen 3's norms of queries and keys. Parameters have the names of Meta's
-checkpoints; what those lack is called as in transformers.
+Mistral's is the same, Qwen 2's adds biases, Qwen 3's adds query and key norms. Parameters have the names of Meta's
+checkpoints, or of transformers where Meta has none.
 
 Shapes: B batch, S sequence, D model.dim, H n_heads, K n_kv_heads, E head_dim, F ffn_dim, V vocab_size,
-N positions whose logits are asked for.
+N positions whose logits are requested.
 """
 
 import math
@@ -19,7 +19,7 @@ from llama_ft.model.attention import Mask, Segments, attend, repeats_keys, takes
 from llama_ft.model.autograd import rms_norm, swiglu
 from llama_ft.model.kv_cache import KVCache, LayerCache, NoCache
 
-EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # the parameters that are one where they are tied
+EMBEDDING, OUTPUT = "tok_embeddings.weight", "output.weight"  # one parameter if tied
 
 
 class RMSNorm(nn.Module):
@@ -36,11 +36,11 @@ class RMSNorm(nn.Module):
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) -> Tensor:
-    """Radians a position turns each pair of a head's features (Su et al. 2021, arXiv 2104.09864): fp32, [E / 2].
+    """Radians per position for each pair of a head's features (Su et al. 2021, arXiv 2104.09864): fp32, [E / 2].
 
     Llama 3.1's scaling, after Meta's `apply_scaling`: a pair that turns at most `rope_low_freq_factor` times in
-    `rope_original_context` tokens turns `rope_factor` times slower, one that turns `rope_high_freq_factor` times is
-    left alone, and in between the two are mixed.
+    `rope_original_context` tokens turns `rope_factor` times slower, one that turns at least `rope_high_freq_factor`
+    times is unchanged, and the two are interpolated in between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies = config.rope_theta**-exponents
@@ -53,7 +53,7 @@ def rotary_frequencies(config: ModelConfig, device: torch.device | None = None) 
 def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Tensor:
     """Cosine and sine of the rotary angles: fp32, [context, E / 2, 2]."""
     device = device or torch.get_default_device()
-    if device.type == "meta":  # arange would import all of torch's compiler there, which takes seconds
+    if device.type == "meta":  # arange on it would import all of torch's compiler, which takes seconds
         return torch.empty(config.max_seq_len, config.head_dim // 2, 2, dtype=torch.float32, device=device)
     positions = torch.arange(config.max_seq_len, dtype=torch.float32, device=device)
     angles = torch.outer(positions, rotary_frequencies(config, device))
@@ -61,7 +61,7 @@ def rotary_table(config: ModelConfig, device: torch.device | None = None) -> Ten
 
 
 def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn adjacent pairs of features, Meta's layout, by their position's angles: a complex product, as in Meta's code.
+    """Turn adjacent pairs of features (Meta's layout) by their position's angles: a complex product, as in Meta's code.
 
     x is [B, S, heads, E]; turns is complex, [S, 1, E / 2] or [B, S, 1, E / 2]. Computed in fp32, returned in x's dtype.
     """
@@ -76,21 +76,21 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.group_size = config.n_heads // config.n_kv_heads  # query heads that share a head of keys and values
-        # Attributes, so that plans can be made for other devices, and attention be kept from a compiler.
+        # Attributes, so that plans can replace them for other devices and attention can be hidden from a compiler.
         self.repeats_keys, self.takes_segments, self.attend = repeats_keys, takes_segments, attend
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
         self.wq = nn.Linear(config.dim, q_dim, bias=config.qkv_bias)
         self.wk = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.wv = nn.Linear(config.dim, kv_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(q_dim, config.dim, bias=False)
-        # Of each head, after transformers' Qwen3Attention.
+        # Per head, as in transformers' Qwen3Attention.
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, turns: Tensor, mask: Mask, cache: LayerCache | NoCache) -> Tensor:
         """[B, S, D] to [B, S, D]; mask as in `Transformer.forward`."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_dim)) for w in (self.wq, self.wk, self.wv))  # [B, S, H or K, E]
-        # Under autocast a norm with a weight in fp32 gives fp32, and attention takes one dtype.
+        # Under autocast a norm with an fp32 weight returns fp32, but attention needs one dtype.
         q, k = (rotate(t, turns).to(v.dtype) for t in (self.q_norm(q), self.k_norm(k)))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, H or K, S, E]
         k, v = cache.extend(k, v)  # [B, K, T, E], T = S without a cache
@@ -148,7 +148,7 @@ def run_layers(layers: nn.ModuleList, x: Tensor, turns: Tensor, mask: Mask, cach
 class Transformer(nn.Module):
     """The decoder with its embedding and head.
 
-    `embed` and `run_layers` are attributes so that what they do can be replaced without the model knowing why.
+    `embed` and `run_layers` are attributes so that techniques can replace them.
     """
 
     rotary: Tensor
@@ -156,24 +156,24 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # Its own initialisation, which nobody needs, would on the meta device import all of torch's compiler.
+        # nn.Embedding's own initialization on the meta device would import all of torch's compiler.
         empty = torch.empty(config.vocab_size, config.dim)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim, _weight=empty)
         self.layers = nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.embed, self.run_layers = embed, run_layers
-        # Recomputed from the config, never saved: Meta's checkpoints differ in whether they hold it.
+        # Recomputed from the config and never saved: only some of Meta's checkpoints hold it.
         self.register_buffer("rotary", rotary_table(config), persistent=False)
         self.tie()
 
     def tie(self) -> None:
-        """Make the output layer share the embedding's weight where the config says so; moving them apart undoes it."""
+        """Share the embedding's weight with the output layer if the config says so; call again if a move parts them."""
         if self.config.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def untie(self, changed: Set[str]) -> None:
-        """Give the output layer a weight of its own if it shares one and is among the parameters to be changed."""
+        """Give the output layer its own weight if it shares one and is among the parameters to be changed."""
         if OUTPUT in changed and self.output.weight is self.tok_embeddings.weight:
             self.output.weight = nn.Parameter(self.output.weight.detach().clone())
 
@@ -200,13 +200,13 @@ class Transformer(nn.Module):
 
         Args:
             tokens: int64 [B, S]; with a cache, those that it does not hold yet.
-            positions: int64 [S] or [B, S], each token's position; None counts on from the cache's, or from 0,
-                in each of `Segments` from 0.
-            mask: bool, broadcast to [B, H, S, T], True where a query (third axis) may attend to a key, of which there
-                are T: those in the cache and the S new ones; None is causal. Padding on the right needs none, since
-                no real token looks at it. `Segments`, for B = 1 and no cache: sequences that lie end to end.
+            positions: int64 [S] or [B, S], each token's position; None counts from the cache's length, or from 0 in
+                each of `Segments`.
+            mask: bool, broadcast to [B, H, S, T], True where a query (third axis) may attend to one of T keys: those
+                in the cache and the S new ones; None is causal. Padding on the right needs no mask, since no real
+                token attends to it. `Segments`, for B = 1 and no cache: sequences packed end to end.
             kv_cache: keys and values of the tokens before these; the new ones are added to it.
-            logits_at: int64 [N], indices into the B * S flattened positions; None is all of them.
+            logits_at: int64 [N], indices into the B * S flattened positions; None is all.
 
         Returns:
             Logits in the compute dtype: [B, S, V], or [N, V] with `logits_at`.
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         """
         start, length = kv_cache.length if kv_cache else 0, tokens.shape[-1]
         rotary = self._rotary_at(start, length, positions, mask)
-        if mask is None and start and length > 1:  # causal, seen from the middle
+        if mask is None and start and length > 1:  # causal, starting after the cached tokens
             mask = torch.ones(length, start + length, dtype=torch.bool, device=tokens.device).tril(start)
         caches: Caches = kv_cache.layers if kv_cache else [NoCache()] * len(self.layers)
         turns = torch.view_as_complex(at_least_fp32(rotary)).unsqueeze(-2)  # one angle for all heads

@@ -27,14 +27,14 @@ INIT_STD = 0.02  # as transformers' initializer_range
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases, from the seed alone; drawn on the weights' device."""
+    """Normal(0, 0.02) for matrices, 1 for norms, 0 for biases; drawn from the seed on the weights' device."""
 
-    shapes: Mapping[str, torch.Size]  # of the decoder's own parameters, in the order in which they are drawn
+    shapes: Mapping[str, torch.Size]  # of the decoder's own parameters, in the order of drawing
     seed: int
 
     @torch.no_grad()
     def load_into(self, model: Transformer, storage: Storage, log: Log) -> None:
-        """Fill a materialised model, whatever its modules have become."""
+        """Fill a materialized model, even if techniques have replaced its modules."""
         generator = torch.Generator(device := model.rotary.device).manual_seed(self.seed)
         for name, shape in self.shapes.items():
             parameter = model.get_parameter(name)
@@ -49,15 +49,15 @@ class RandomWeights:
 
 
 def build(config: ModelConfig) -> Transformer:
-    """A model on the meta device: shapes without memory."""
+    """Build a model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return Transformer(config)
 
 
 def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpoint | RandomWeights:
-    """The weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any format that we read.
+    """The weights of `checkpoint`: `random` (seeded), `builtin`, or a folder in any supported format.
 
-    Nothing is read yet, but a folder that has no weights for this model raises a UserError.
+    Nothing is read yet, but a folder without weights for this model raises a UserError.
     """
     model = build(config)
     if checkpoint == "random":
@@ -67,11 +67,11 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpo
     try:
         return open_checkpoint(config.builtin_dir, model)
     except UserError as error:
-        raise UserError(f"{error}; a model of your own sizes begins with checkpoint=random") from error
+        raise UserError(f"{error}; a model with your own sizes needs checkpoint=random") from error
 
 
-def materialise(model: Transformer, device: torch.device) -> None:
-    """Allocate the parameters of a model on the meta device, once, on their device; they hold no values yet."""
+def materialize(model: Transformer, device: torch.device) -> None:
+    """Allocate a meta-device model's parameters on their final device; they hold no values yet."""
     for module in model.modules():
         for name, shape_only in list(module.named_parameters(recurse=False)):
             memory = memory_for(shape_only, device)
@@ -88,18 +88,18 @@ def load_model(
     seed: int = 0,
     log: Log = silent,
 ) -> Transformer:
-    """A model with no technique applied, and with the weights of `checkpoint`: see `open_weights`."""
+    """Load a model with the weights of `checkpoint` (see `open_weights`) and no technique applied."""
     storage = Storage(stored) if isinstance(stored, torch.dtype) else stored
     weights, model = open_weights(checkpoint, config, seed), build(config)
     storage.prepare(model)
     use_products_of(device, storage.dtype)
-    materialise(model, device)
+    materialize(model, device)
     weights.load_into(model, storage, log)
     return model
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, config: ModelConfig) -> None:
-    """Write a safetensors file, the model's sizes in its metadata, whole; a UserError if it cannot be written."""
+    """Write a whole safetensors file with the model's sizes in its metadata; a UserError if it cannot be written."""
     weights = {name: in_memory(tensor) for name, tensor in tensors.items()}
     n_mib = sum(weight.n_bytes for weight in weights.values()) / 2**20
     with explained(f"{file} ({n_mib:,.0f} MiB) cannot be written"), whole_file(file) as temporary:
@@ -111,7 +111,7 @@ def read_into(targets: Mapping[str, Tensor], file: Path) -> None:
     """Copy a file's tensors into tensors of the same names; a UserError unless names and shapes agree."""
     stored, _ = read_safetensors(file, SAFETENSORS_DTYPES | MOMENTS_DTYPES)
     if {name: list(tensor.shape) for name, tensor in targets.items()} != {n: part.shape for n, part in stored.items()}:
-        raise UserError(f"{file} does not hold the tensors that are expected here: it is damaged, or of something else")
+        raise UserError(f"{file} does not hold the expected tensors: it is damaged, or another model's")
     for name, part in stored.items():
         for first, rows in part.pieces(1, own_rows(targets[name])):
             write_rows(targets[name], first, rows)

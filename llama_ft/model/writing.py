@@ -1,6 +1,6 @@
-"""Checkpoint files written a piece of a tensor at a time, so that no more than a piece is in memory.
+"""Writes checkpoint files a piece at a time, so that no more than one piece is in memory.
 
-safetensors' own writer takes whole tensors, torch.save a whole file's.
+safetensors' own writer needs whole tensors, torch.save all tensors of a file.
 """
 
 import io
@@ -22,12 +22,12 @@ from llama_ft.model.mapped import MOMENTS_DTYPES, PTH_STORAGES, SAFETENSORS_DTYP
 from llama_ft.model.stored import Weight
 
 W = TypeVar("W", Weight, Tensor)
-Advance = Callable[[int], None]  # called with how many more bytes are written
-PTH_ALIGNMENT = 64  # bytes, of a tensor's data, as torch.save has it
+Advance = Callable[[int], None]  # called with the number of bytes just written
+PTH_ALIGNMENT = 64  # of a tensor's data, in bytes, as in torch.save
 
 
 def in_order(weights: Mapping[str, W]) -> list[tuple[str, W]]:
-    """As they lie in a safetensors file: the widest numbers first, so that all are aligned as in safetensors' own."""
+    """Weights in their order in a safetensors file: the widest dtypes first, so that all are aligned."""
     return sorted(weights.items(), key=lambda item: -item[1].dtype.itemsize)
 
 
@@ -53,14 +53,14 @@ def write_safetensors(
 
 
 class _Data(NamedTuple):
-    """Stands for a tensor's data while the tensor is pickled."""
+    """Stands in for a tensor's data while the tensor is pickled."""
 
     dtype: torch.dtype
     n_elements: int
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles meta tensors as torch.save does, by PyTorch's "Serialization semantics"; their data are 0, 1, 2 …"""
+    """Pickles meta tensors as torch.save does (PyTorch's "Serialization semantics"), naming their data 0, 1, 2 …"""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file, protocol=2)
@@ -79,10 +79,10 @@ class _Pickler(pickle.Pickler):
 
 
 class PthFile:
-    """A file as torch.save writes it, whose tensors' data are written one after the other."""
+    """A file in torch.save's format, whose tensors are written one after the other."""
 
     def __init__(self, file: Path, weights: dict[str, Tensor]) -> None:
-        """Write all that comes before the data, given the weights as meta tensors."""
+        """Write everything before the data, given the weights as meta tensors."""
         self._keys = {name: index for index, name in enumerate(weights)}
         _Pickler(pickled := io.BytesIO()).dump(weights)
         self._archive = zipfile.ZipFile(file, "w")
@@ -90,15 +90,15 @@ class PthFile:
             self._archive.writestr(f"archive/{name}", content)
 
     def close(self) -> None:
-        """Write the list of what the file holds, which makes it whole."""
+        """Write the archive's directory, which completes the file."""
         self._archive.close()
 
     @contextmanager
     def tensor(self, name: str) -> Iterator[IO[bytes]]:
-        """Where a tensor's bytes are written, all before the next tensor's."""
+        """A stream for a tensor's bytes, all written before the next tensor's."""
         info = zipfile.ZipInfo(f"archive/data/{self._keys[name]}")
         assert self._archive.fp is not None
-        # Before the data come 30 bytes, the name, 20 bytes for large files, and 4 that say how much is skipped.
+        # Before the data come 30 bytes, the name, 20 bytes for large files, and 4 for the length of the padding.
         n_skipped = -(self._archive.fp.tell() + 30 + len(info.filename) + 20 + 4) % PTH_ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", n_skipped) + b"Z" * n_skipped
         with self._archive.open(info, "w", force_zip64=True) as stream:
@@ -106,6 +106,6 @@ class PthFile:
 
 
 def as_bytes(rows: Tensor) -> memoryview:
-    """A tensor's bytes."""
+    """View a tensor's bytes."""
     flat: Any = rows.contiguous().view(torch.uint8).flatten().numpy()
     return memoryview(flat)

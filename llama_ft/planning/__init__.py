@@ -1,1 +1,1 @@
-"""What a run would cost on a card: the real optimizer step on fake tensors, accounted as that card would."""
+"""Predicts a run's costs on a card: the real optimizer step on fake tensors, accounted for as on that card."""

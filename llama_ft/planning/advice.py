@@ -1,4 +1,4 @@
-"""What to run on a card: the fastest combination that fits, how far it goes, and what to change if nothing fits."""
+"""Advises what to run on a card: the fastest combination that fits, its limits, and what to change if nothing fits."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ from llama_ft.planning.processes import side_by_side
 from llama_ft.records.plan import Advice, PlanRow, row_key
 from llama_ft.system import Progress
 
-# The share of a card that advice leaves free: real runs of others reserved up to 1.0 % more than is planned for them,
-# and 5.8 % with 4-bit weights (benchmarks/plan-published); out of memory costs more than memory that is not used.
+# The share of a card that advice leaves free: others' published runs reserved up to 1.0 % more than planned, 5.8 % with
+# 4-bit weights (benchmarks/plan-published); running out of memory costs more than unused memory.
 SPARE = 0.05
 MIN_TOKENS = 2  # of a sample: one to predict from, and one to predict
 
@@ -28,10 +28,10 @@ class Size(NamedTuple):
     """A setting that decides how much is computed at once."""
 
     key: str
-    name: str  # for people
+    name: str  # for messages
     field: str  # of `Advice`
     now: int
-    most: int  # with which everything is
+    most: int  # the value that covers all of `whole`
     whole: str
 
 
@@ -42,19 +42,19 @@ class Adviser:
     config: PlanConfig
     rows: Sequence[PlanRow]  # of all combinations on the cards of `gpus`
     gpus: Sequence[GpuConfig]
-    profiles: Sequence[GpuConfig]  # all cards that are known
+    profiles: Sequence[GpuConfig]  # all known cards
     lengths: Lengths
     progress: Progress
-    time_kind: Literal["bound", "calibrated"] = "bound"  # of the rows' times, as `PlannedTime` has it
+    time_kind: Literal["bound", "calibrated"] = "bound"  # of the rows' times, as in `PlannedTime`
     predict: Callable[[Sequence[PlanConfig], Sequence[GpuConfig]], list[PlanRow]] | None = None  # rows of further runs
 
     def advise(self) -> Advice:
-        """The advice that the config's goal asks for."""
+        """The advice for the config's goal."""
         if self.config.goal is Goal.cheapest_gpu:
             return self._cheapest()
         if len(self.gpus) == 1:
             return self._for_card(self.gpus[0])
-        more = "gpu=CARD says of one card how long a sequence and how large a micro-batch still fit"
+        more = "gpu=CARD adds the longest sequence and the largest micro-batch that fit one card"
         return Advice("fit", None, lines=[*map(self._in_a_line, self.gpus), more])
 
     def _for_card(self, gpu: GpuConfig) -> Advice:
@@ -72,7 +72,7 @@ class Adviser:
         return advice
 
     def _cheapest(self) -> Advice:
-        """The smallest card on which something fits."""
+        """Advice for the smallest card on which something fits."""
         cards = by_size(self.gpus)
         best = [fastest(self._usable(gpu)) for gpu in cards]
         in_4_bits = next((row for row in best if row and row.settings), None)
@@ -87,19 +87,19 @@ class Adviser:
         else:
             advice.lines.insert(0, f"no known card is large enough; the largest is {cards[index].name}")
         if index > 0:
-            advice.lines.append(f"one card smaller, {self._in_a_line(cards[index - 1])}")
+            advice.lines.append(f"the next smaller card: {self._in_a_line(cards[index - 1])}")
         if in_4_bits and in_4_bits.gpu not in (card.name for card in cards[max(index - 1, 0) :]):
             card = next(card for card in cards if card.name == in_4_bits.gpu)
             advice.lines.append(f"smallest card with 4-bit weights: {self._in_a_line(card)}")
         return advice
 
     def _usable(self, gpu: GpuConfig) -> list[PlanRow]:
-        """The combinations that the card can run, and where none of them fits, QLoRA too."""
+        """The combinations that the card can run, and QLoRA if none of them fits."""
         return [row for row in (*self.rows, *self._last_rows) if row.gpu == gpu.name and row.error is None]
 
     @cached_property
     def _last_rows(self) -> list[PlanRow]:
-        """QLoRA on the cards that no combination fits."""
+        """QLoRA on the cards on which no combination fits."""
         full = {gpu.name for gpu in self.gpus} - {row.gpu for row in self.rows if row.fits is not False}
         if not (runs := last_resorts(self.config)) or not full or self.predict is None:
             return []
@@ -121,38 +121,38 @@ class Adviser:
         row = smallest(rows)
         if row.fits is None:
             need = f"{_typed(row)}, {row.peak_memory_mib:,.1f} MiB of tensors"
-            return f"{gpu.name}: how much memory there is is not known; the smallest need is that of {need}"
+            return f"{gpu.name}: its memory is not known; the smallest need is that of {need}"
         missing = (row.required_mib or 0) - (row.total_memory_mib or 0)
-        return f"nothing fits {gpu.name}: the smallest, {_typed(row)}, needs {_need(row)}, {missing:,.0f} MiB too many"
+        return f"nothing fits {gpu.name}: the smallest, {_typed(row)}, needs {_need(row)}, {missing:,.0f} MiB too much"
 
     def _time(self, row: PlanRow, rows: Sequence[PlanRow]) -> str:
         """A combination's time, to follow its need."""
         if row.runtime_s is None:
-            return "; no time is known"
+            return "; its time is not known"
         n_unknown = sum(bool(other.fits) and other.runtime_s is None for other in rows)
         number = f"{row.runtime_s:,.1f}" if row.runtime_s >= 1 else f"{row.runtime_s:.2g}"
-        others = f"; {n_unknown} more fit, whose time is not known" if n_unknown else ""
+        others = f"; {n_unknown} more fit, but their time is not known" if n_unknown else ""
         return f", {number} s{' at best' if self.time_kind == 'bound' else ''}{others}"
 
     def _add_limits(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
-        """How long a sequence, and how large a micro-batch or packed row of this data, fit with what fits."""
+        """Add the longest sequence and the largest micro-batch or packed row of this data with which a row fits."""
         context, longest, size = self.config.model.max_seq_len, max(self.lengths)[0], self._size(row)
-        # What is planned fits.
+        # The planned size fits, so the search starts above it.
         tokens, number = self._largest(row, gpu, range(MIN_TOKENS, context + 1), range(size.now + 1, size.most + 1))
-        beside = f", {size.now} in a micro-batch" if size.key == MICRO_BATCH and size.now > 1 else ""
+        at_once = f", {size.now} in a micro-batch" if size.key == MICRO_BATCH and size.now > 1 else ""
         spared = f", {SPARE:.0%} to spare" if has_room(row) else ""
-        if tokens >= MIN_TOKENS:  # else it is the prompts, which are not trained on, that let the data fit
+        if tokens >= MIN_TOKENS:  # else the data fit only because their prompts are not trained on
             advice.longest_sequence = tokens
             note = ", the model's whole context" if tokens == context else ""
             if tokens < longest:
-                note = f"; those of this data, of up to {longest}, fit since their prompts are not trained on"
-            advice.lines.append(f"longest samples that fit{beside}{spared}: data.max_length={tokens}{note}")
+                note = f"; this data's samples, of up to {longest}, fit because prompts are not trained on"
+            advice.lines.append(f"longest samples that fit{at_once}{spared}: data.max_length={tokens}{note}")
         note = f", all of {size.whole}" if number >= size.most else ""
         advice.lines.append(f"largest {size.name} of this data that fits{spared}: {size.key}={number}{note}")
         setattr(advice, size.field, number)
 
     def _add_changes(self, advice: Advice, row: PlanRow, gpu: GpuConfig) -> None:
-        """What would let the smallest combination fit: shorter samples, fewer of them at once, a larger card."""
+        """Add changes that let the smallest combination fit: shorter samples, fewer at once, a larger card."""
         size, longest = self._size(row), max(self.lengths)[0]
         tokens, number = self._largest(row, gpu, range(MIN_TOKENS, longest), range(1, size.now))
         if tokens >= MIN_TOKENS:
@@ -177,7 +177,7 @@ class Adviser:
         return lasts[row.key] if row.settings else replace(self.config, optim=OptimConfig(**row.optim))
 
     def _size(self, row: PlanRow) -> Size:
-        """What decides how much is computed at once: samples of a micro-batch, or tokens of a packed row."""
+        """The setting that decides how much is computed at once: the micro-batch size or the tokens of a packed row."""
         size, packing = self.config.training.micro_batch_size, self.config.training.packing
         if packing is None:
             return Size(MICRO_BATCH, "micro-batch", "largest_micro_batch", size, len(self.lengths), "the data")
@@ -185,7 +185,7 @@ class Adviser:
         return Size(PACKING, "packing", "packing", packing, sum(update) - len(update), "an update")
 
     def _largest(self, row: PlanRow, gpu: GpuConfig, tokens: range, numbers: range) -> tuple[int, int]:
-        """The most tokens of a sample, and the largest size, that fit; each one below its range if none do."""
+        """The most tokens of a sample, and the largest size, that fit; each is one below its range if nothing fits."""
         limit_mib = gpu.usable_mib or 0.0
         if has_room(row) or not row.fits:
             limit_mib *= 1 - SPARE
@@ -199,7 +199,7 @@ class Adviser:
         return found[MAX_LENGTH], found[size.key]
 
     def _smallest_card(self, row: PlanRow, gpu: GpuConfig) -> str:
-        """The smallest known card on which a combination fits, in a line."""
+        """A line that names the smallest known card on which a combination fits."""
         config = self._run(row)
         cards = [card for card in by_size(self.profiles) if (card.memory_mib or 0) > (gpu.memory_mib or 0)]
         if not cards:
@@ -212,18 +212,18 @@ class Adviser:
             if (mib := needs.get(kind, math.inf)) <= (1 - SPARE) * (card.usable_mib or 0):
                 need = f"{mib + card.context_mib:,.0f} of {card.memory_mib:,} MiB"
                 return f"smallest known card on which {_typed(row)} fits: gpu={card.name} ({need})"
-        return f"{_typed(row)} fits no card that is known"
+        return f"{_typed(row)} fits no known card"
 
 
 def has_room(row: PlanRow | None) -> bool:
-    """Whether a combination fits and leaves enough free to rely on that."""
+    """Return True if a combination fits and leaves enough memory free to rely on that."""
     if row is None or not row.fits:
         return False
     return (row.margin_mib or 0) >= SPARE * ((row.total_memory_mib or 0) - (row.context_mib or 0))
 
 
 def fastest(rows: Sequence[PlanRow]) -> PlanRow | None:
-    """Of the combinations that fit, with room if there are such, the fastest, or without times the smallest."""
+    """The fastest combination that fits, with room if one does; the smallest if no times are known."""
     fitting = [row for row in rows if has_room(row)] or [row for row in rows if row.fits]
     if timed := [row for row in fitting if row.runtime_s is not None]:
         return min(timed, key=lambda row: (row.runtime_s or 0.0, row.required_mib or 0.0))
@@ -236,13 +236,13 @@ def smallest(rows: Sequence[PlanRow]) -> PlanRow:
 
 
 def by_size(gpus: Sequence[GpuConfig]) -> list[GpuConfig]:
-    """Cards by their memory, then by its bandwidth, smallest first; without those whose memory is not known."""
+    """Cards by memory, then by bandwidth, smallest first, without those whose memory is not known."""
     known = [gpu for gpu in gpus if gpu.memory_mib is not None]
     return sorted(known, key=lambda gpu: (gpu.memory_mib or 0, gpu.bandwidth_gb_s or 0))
 
 
 def _typed(row: PlanRow) -> str:
-    """The combination as one types it."""
+    """The combination as typed on the command line."""
     return typed(OptimConfig(**row.optim), row.settings)
 
 

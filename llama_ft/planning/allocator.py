@@ -1,11 +1,11 @@
-"""How much memory PyTorch's CUDA allocator reserves for a sequence of allocations.
+"""A model of the memory that PyTorch's CUDA allocator reserves for a sequence of allocations.
 
-It asks the driver for whole pages and keeps them, so it reserves more than is allocated at any time. This is its
-behaviour with expandable segments (`PYTORCH_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA), after
-c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from one pool with pages of
-2 MiB, above it from another with pages of 20 MiB; each pool is one range of addresses that grows at its end; a request
-takes the smallest free block that is large enough, the lowest of several, and leaves the rest of it free; the block at
-the end, which can grow, is taken last, whatever its size; neighbouring free blocks become one.
+The allocator requests whole pages from the driver and keeps them, so it reserves more than is allocated at any time.
+This is its behavior with expandable segments (`PYTORCH_ALLOC_CONF=expandable_segments:True`, as in `train` on CUDA),
+after c10/cuda/CUDACachingAllocator.cpp. Sizes are rounded up to 512 bytes. Blocks of up to 1 MiB come from a pool with
+pages of 2 MiB, larger ones from a pool with pages of 20 MiB. Each pool is one range of addresses that grows at its end.
+A request gets the smallest free block that is large enough, the lowest among equals, and leaves the rest of it free.
+The block at the end, which can grow, is used last, whatever its size. Neighboring free blocks are merged.
 """
 
 from bisect import bisect_left, insort
@@ -19,7 +19,7 @@ SMALL_PAGE, LARGE_PAGE = 2 * 2**20, 20 * 2**20
 
 
 def rounded(n_bytes: int) -> int:
-    """What the allocator counts for a request of so many bytes."""
+    """The block size for a request of `n_bytes`."""
     return -(-n_bytes // ROUNDING) * ROUNDING
 
 
@@ -33,16 +33,16 @@ class Pool:
         self._ends: dict[int, int] = {}  # of free blocks, end to start
 
     def allocate(self, size: int) -> int:
-        """The start of a block of so many bytes, taken from the free ones or from new pages."""
+        """Allocate `size` bytes from a free block or from new pages; return the start."""
         index = bisect_left(self._free, (size, -1))
-        if index == len(self._free):  # map pages at the end, as many as it needs beside what is free there
+        if index == len(self._free):  # map as many pages at the end as needed in addition to the free block there
             missing = size - (self.reserved - self._ends.get(self.reserved, self.reserved))
             new = -(-missing // self.page) * self.page
             self.reserved += new
             self.release(self.reserved - new, new)
             index = bisect_left(self._free, (size, -1))
         if sum(self._free[index]) == self.reserved and index + 1 < len(self._free):
-            index += 1  # at the end of what is mapped, it counts as large as it could become
+            index += 1  # the block at the end counts as being as large as it could become
         free, start = self._free[index]
         self._remove(start, free)
         if free > size:
@@ -50,7 +50,7 @@ class Pool:
         return start
 
     def release(self, start: int, size: int) -> None:
-        """Give a block back; it joins its free neighbours."""
+        """Free a block and merge it with its free neighbors."""
         if (before := self._ends.get(start)) is not None:
             length = self._starts[before]
             self._remove(before, length)
@@ -70,9 +70,9 @@ class Pool:
 
 
 def reserved_bytes(events: Sequence[Event], workspace: int = 0) -> int:
-    """What the allocator has reserved at the end of a log of storages, workspaces of cuBLAS taken first.
+    """The bytes reserved at the end of a log of storages, with cuBLAS workspaces allocated first.
 
-    It only grows, as what the real one reserves does until memory runs out.
+    They never shrink, like those of the real allocator until memory runs out.
     """
     small, large = Pool(SMALL_PAGE), Pool(LARGE_PAGE)
     if workspace:

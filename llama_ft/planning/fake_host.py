@@ -1,4 +1,4 @@
-"""The host's memory beside a planned card: what is copied there counts here, and not on the card."""
+"""The host's memory of a planned card: tensors copied there count here, not on the card."""
 
 import torch
 from torch import Tensor
@@ -7,18 +7,18 @@ from llama_ft.techniques.offload import Copy
 
 
 class FakeHost:
-    """Makes copies in place of `offload.pinned_copy`, and counts them."""
+    """Replaces `offload.pinned_copy` and counts the copies' bytes."""
 
     def __init__(self) -> None:
         self.taken = self.most = 0  # bytes
 
     def __call__(self, x: Tensor) -> "FakeCopy | None":
-        """The copy of a fake tensor that stands for one on the card."""
+        """Copy a fake tensor that represents one on the card."""
         return FakeCopy(self, x) if x.numel() else None  # before PyTorch 2.13 a checkpoint saves an empty tensor too
 
 
 class FakeCopy(Copy):
-    """A copy of which there is the shape alone; it takes a block of pinned memory, of a power of 2."""
+    """A copy without data, counted as a block of pinned memory, whose size is a power of 2."""
 
     def __init__(self, host: FakeHost, x: Tensor) -> None:
         self._host, self._shape, self._dtype, self._nbytes = host, x.shape, x.dtype, 1 << (x.nbytes - 1).bit_length()
@@ -29,8 +29,8 @@ class FakeCopy(Copy):
         self._host.taken -= self._nbytes
 
     def wait(self) -> None:
-        """Nothing is under way."""
+        """Return at once: nothing is being copied."""
 
     def fetch(self) -> Tensor:
-        """What is on the card from then on."""
+        """A new fake tensor, which counts on the card."""
         return torch.empty(self._shape, dtype=self._dtype)

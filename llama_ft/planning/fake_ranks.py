@@ -1,4 +1,4 @@
-"""One of a run's processes without the others: what it exchanges is counted, and goes nowhere."""
+"""Simulates one of a run's processes without the others: its communication is counted but not sent."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,15 +18,15 @@ BUCKETS = [MIB, 25 * MIB]  # bytes of DDP's first bucket, and of the others (`bu
 
 @dataclass(frozen=True)
 class FakeRanks(Ranks):
-    """The first process among the planned ones, which has as many rows and samples as any."""
+    """The first of the planned processes, which has at least as many rows and samples as any other."""
 
     @property
     def is_alone(self) -> bool:
-        """What is exchanged has to be counted."""
+        """False, so that communication is counted."""
         return False
 
     def total(self, number: int) -> int:
-        """This process's own number, since a fake tensor says none."""
+        """This process's own number, since a fake tensor has no value."""
         return number
 
 
@@ -40,7 +40,7 @@ def first_rank(config: ParallelConfig) -> Ranks:
 
 @contextmanager
 def fake_processes(config: ParallelConfig) -> Iterator[Ranks]:
-    """The first process of a planned run, with PyTorch's fake process group of as many while the block runs."""
+    """The first process of a planned run, with PyTorch's fake process group of the run's size inside the block."""
     if config.is_split:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -53,9 +53,9 @@ def fake_processes(config: ParallelConfig) -> Iterator[Ranks]:
 
 
 class Buckets(nn.Module):
-    """DDP's memory and communication around a model of fake tensors, on which its own C++ cannot work.
+    """DDP's memory and communication around a model of fake tensors, which DDP's own C++ code does not support.
 
-    Buckets are alive all the time. A gradient is made beside them and copied there, in the backward pass that sums.
+    Buckets are always alive. In the backward pass that sums, each gradient is computed outside and copied into one.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -64,7 +64,7 @@ class Buckets(nn.Module):
         parameters: list[Tensor] = [each for each in reversed(list(model.parameters())) if each.requires_grad]
         assigned, _ = dist._compute_bucket_assignment_by_size(parameters, BUCKETS)  # type: ignore[attr-defined]
         self.buckets: list[Tensor] = []
-        self.views: dict[Tensor, Tensor] = {}  # of a bucket, by parameter
+        self.views: dict[Tensor, Tensor] = {}  # into a bucket, by parameter
         for indices in assigned:
             members = [parameters[index] for index in indices]
             bucket = torch.empty(sum(each.numel() for each in members), dtype=members[0].dtype)
@@ -90,5 +90,5 @@ class Buckets(nn.Module):
         return hook
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
+        """Run the model."""
         return self.model(*args, **kwargs)

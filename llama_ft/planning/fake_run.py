@@ -1,8 +1,8 @@
-"""A run's hardest optimizer steps on fake tensors, which have shapes and dtypes and no data.
+"""Runs a run's hardest optimizer steps on fake tensors, which have shapes and dtypes but no data.
 
-The real model, techniques, optimizer and step run; nothing is computed. The tensors are fake *CPU* tensors under CPU
-autocast; what depends on the device (the 16-bit format, padding, the kernels of attention and dropout, rounding,
-workspaces) is the planned card's.
+The real model, techniques, optimizer and step run, without computing anything. The tensors are fake *CPU* tensors under
+CPU autocast; everything that depends on the device (the 16-bit format, padding, the kernels of attention and dropout,
+rounding, workspaces) is the planned card's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,30 +31,30 @@ from llama_ft.training.loop import Windows
 from llama_ft.training.setup import allocate, make_step, shape_model
 from llama_ft.training.step import TrainStep, evaluate_batch
 
-VARLEN_BACKWARD = "_varlen_attn_backward.default"  # of `torch_attn`, which is there once it has been imported
+VARLEN_BACKWARD = "_varlen_attn_backward.default"  # in the namespace `torch_attn`, once imported
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-ROW_BLOCK, HEAD_BLOCK = 128, 32  # to whose multiples FlashAttention rounds lengths and head sizes
+ROW_BLOCK, HEAD_BLOCK = 128, 32  # FlashAttention rounds lengths and head sizes up to multiples of these
 
 
 @dataclass(frozen=True)
 class FakeRun:
-    """What a tracked fake run showed."""
+    """The results of a tracked fake run."""
 
     use: MemoryUse
     events: list[Event]
     last_step: int  # index of the first event of the last optimizer step
-    managed_bytes: int  # beside the tracked tensors
-    host_bytes: int  # the most that offloaded tensors take of the host's memory
+    managed_bytes: int  # in addition to the tracked tensors
+    host_bytes: int  # the most host memory that offloaded tensors use
     trainable_params: int
     total_params: int
 
 
 @contextmanager
 def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
-    """The real training step of a run, over fake tensors; to be called inside the block.
+    """The real training step of a run, over fake tensors; call it inside the block.
 
     Raises:
-        UserError: if a LoRA target matches nothing, or the card has not the 16-bit format asked for.
+        UserError: if a LoRA target matches nothing, or the card lacks the configured 16-bit format.
     """
     precision = traits.precision(config)
     on_cpu = replace(precision, device_type="cpu")
@@ -71,13 +71,13 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
 
 
 def _as_on_card(model: Transformer, traits: Traits, is_16bit: bool) -> None:
-    """Let a model do what it would on the planned card, with what it keeps there."""
+    """Make a model behave, and keep tensors, as on the planned card."""
     for module in model.modules():
         if isinstance(module, Attention):
             module.repeats_keys = lambda q, mask: traits.repeats_keys(is_16bit)
             module.takes_segments = lambda q: traits.takes_segments(is_16bit, q.shape[-1])
         if traits.on_cuda and isinstance(module, nn.Dropout) and module.p > 0:
-            # The kernel on CUDA keeps a mask of one byte a value; on the CPU the mask has the values' dtype.
+            # CUDA's kernel keeps a mask of one byte per value; on the CPU the mask has the values' dtype.
             module.forward = lambda x, p=module.p: torch.native_dropout(x, p, True)[0]  # type: ignore[method-assign, misc]
     if traits.on_cuda and isinstance(model.run_layers, CheckpointedLayers):
         model.run_layers.copy_of = FakeHost()
@@ -87,14 +87,14 @@ def _as_on_card(model: Transformer, traits: Traits, is_16bit: bool) -> None:
 def windows_of(
     config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
 ) -> Windows:
-    """The optimizer steps of a run there, and its held-out samples."""
+    """The optimizer steps of a run on a card, and its held-out samples."""
     training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
     size, steps, ranks = training.micro_batch_size, config.accumulation_steps, first_rank(config.parallel)
     return Windows(samples, size, steps, training.seed, padding, training.packing, held_out=held_out, ranks=ranks)
 
 
 def give_gradients(step: TrainStep, known: Mapping[Tensor, Tensor] | None = None) -> list[Tensor]:
-    """Let every trainable parameter have a gradient, as after the backward pass of any micro-batch."""
+    """Give every trainable parameter a gradient, as after the backward pass of any micro-batch."""
     parameters = step.optimizer.param_groups[0]["params"]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if known is None else known[parameter]
@@ -102,19 +102,19 @@ def give_gradients(step: TrainStep, known: Mapping[Tensor, Tensor] | None = None
 
 
 def update(step: TrainStep) -> None:
-    """What a step does after its last backward pass, with the gradients that are there."""
-    step.scaler.scale(torch.zeros(()))  # makes what the scaler keeps
+    """Do the part of a step after its last backward pass, with the existing gradients."""
+    step.scaler.scale(torch.zeros(()))  # creates the scaler's state
     step([])
 
 
 def fake_run(
     config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
 ) -> FakeRun:
-    """What is alive when, in the dry run that a run of this config begins with.
+    """Track memory over time in the dry run with which a run of this config begins.
 
-    Of a window the hardest micro-batch alone is run, the last one; of those before it nothing is left but gradients.
-    The optimizer's state is made by a step without a micro-batch, in the log a step like the last; where updates are a
-    part of the backward pass, by a whole step, the hardest window's.
+    Only the last, hardest micro-batch of a window is run; earlier ones would leave nothing but gradients. A step
+    without a micro-batch creates the optimizer's state, and is replaced in the log by a step like the last one. If
+    updates are part of the backward pass, a whole step of the hardest window creates the state.
     """
     data = windows_of(config, samples, traits, held_out)
     hardest, evaluated = hardest_windows(data), hardest_evaluations(data)
@@ -132,7 +132,7 @@ def fake_run(
             else:
                 make_state(step, tracker)
             second_step = len(tracker.events)
-            for window in reversed(windows):  # the longest last: it is the step to look at
+            for window in reversed(windows):  # the longest last: that step is returned as the last one
                 last_step = len(tracker.events)
                 if len(window) > 1:
                     tracker.claim_gradients(give_gradients(step))
@@ -145,12 +145,12 @@ def fake_run(
         if not in_backward:
             events = with_state_made_last(events[:end], first_step, second_step, last_step) + events[end:]
     last_step += len(events) - len(tracker.events)
-    beside = managed_bytes(step), host_bytes(step)
-    return FakeRun(tracker.result(), events, last_step, *beside, *count_parameters(step.model))
+    n_bytes = managed_bytes(step), host_bytes(step)
+    return FakeRun(tracker.result(), events, last_step, *n_bytes, *count_parameters(step.model))
 
 
 def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
-    """Let the optimizer make its state, in a step without a micro-batch."""
+    """Make the optimizer create its state, in a step without a micro-batch."""
     views = step.forward.views if isinstance(step.forward, Buckets) else None
     tracker.claim_gradients(give_gradients(step, views))
     step.optimizer.step()
@@ -158,22 +158,22 @@ def make_state(step: TrainStep, tracker: MemoryTracker) -> None:
 
 
 def managed_bytes(step: TrainStep) -> int:
-    """Of the optimizer's state, what CUDA's driver moves to the host where the card is full."""
+    """Bytes of optimizer state that CUDA's driver can move to the host when the card is full."""
     tensors = (tensor for state in step.optimizer.state.values() for tensor in state.values())
     return sum(tensor.nbytes for tensor in tensors if getattr(tensor, "is_paged", False))
 
 
 def host_bytes(step: TrainStep) -> int:
-    """The most that offloaded tensors took of the host's memory."""
+    """The most host memory that offloaded tensors used."""
     host = getattr(step.model.run_layers, "copy_of", None)
     return host.most if isinstance(host, FakeHost) else 0
 
 
 def with_state_made_last(events: list[Event], first: int, second: int, last: int) -> list[Event]:
-    """The events of a real run, whose first step makes the optimizer's state after its backward pass.
+    """The events of a real run, whose first step creates the optimizer's state after its backward pass.
 
-    That step is taken to be like the last one. `first`, `second` and `last` are indices of the first event of a step
-    without a micro-batch, that made the state; of the step after it; of the last one.
+    That step is assumed to be like the last one. `first`, `second` and `last` are the indices of the first event of the
+    step without a micro-batch, which created the state, of the step after it, and of the last step.
     """
     copies: dict[int, Allocation] = {}
     step: list[Event] = []
@@ -188,9 +188,9 @@ def with_state_made_last(events: list[Event], first: int, second: int, last: int
 
 
 def micro_batch(width: int, n_targets: int, micro_batch_size: int, sequence: int | None = None) -> Batch:
-    """A fake micro-batch of `micro_batch_size` rows of `width` tokens, with so many targets in each.
+    """A fake micro-batch of `micro_batch_size` rows of `width` tokens, with `n_targets` targets in each.
 
-    `sequence` is the length of sequences that lie end to end in a single row, a multiple of it.
+    `sequence` makes it a single packed row of sequences of this length, of which `width` is a multiple.
     """
     if sequence is not None:
         return blank_row([sequence] * (width // sequence), n_targets)
@@ -199,22 +199,22 @@ def micro_batch(width: int, n_targets: int, micro_batch_size: int, sequence: int
 
 
 def as_fake(batch: Batch) -> Batch:
-    """A fake micro-batch of the same shapes."""
+    """A fake micro-batch with the same shapes."""
     return batch.map(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
 
 
 class FlashAttentionMemory(TorchDispatchMode):
-    """What FlashAttention's backward pass takes while it runs, to be entered after the tracker that is to see it.
+    """Allocates the temporary memory of FlashAttention's backward pass; enter it after the tracker that should see it.
 
-    After mha_bwd and mha_varlen_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of the
-    queries' gradients and of each row, and the gradients of grouped keys and values once for each query head.
+    Following mha_bwd and mha_varlen_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of
+    the queries' gradients and of each row, and the gradients of grouped keys and values for each query head.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Run the operator, and hold that memory until it has returned."""
+        """Run the operator, and hold its temporary memory until it has returned."""
         taken: list[Tensor] = []
         if func is FLASH_BACKWARD:  # queries [B, heads, S, head_dim], keys [B, kv heads, S, head_dim]
             q, k = args[1:3]
@@ -228,7 +228,7 @@ class FlashAttentionMemory(TorchDispatchMode):
 
 
 def _taken(q: Tensor, n_rows: int, heads: int, kv_heads: int) -> list[Tensor]:
-    """Tensors of that size."""
+    """The temporary tensors of FlashAttention's backward pass."""
     size = _blocks(q.shape[-1], HEAD_BLOCK if q.shape[-1] <= 128 else 2 * HEAD_BLOCK)
     sums = [torch.empty(heads, n_rows), torch.empty(heads, n_rows, size)]
     return sums if kv_heads == heads else [*sums, torch.empty_like(q), torch.empty_like(q)]

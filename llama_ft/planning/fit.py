@@ -1,4 +1,4 @@
-"""Whether a run fits, by fake runs: on the GPU that is here, and up to which number of tokens or samples on a card."""
+"""Checks by fake runs if a run fits the GPU of this machine, and finds the most tokens or samples that fit a card."""
 
 from bisect import bisect_left
 from contextlib import suppress
@@ -15,15 +15,15 @@ from llama_ft.planning.last_resort import last_resorts, typed
 from llama_ft.planning.lengths import Lengths, blank_samples
 from llama_ft.system import MIB
 
-# What CUDA's libraries and kernels take when they are first used, beside the context that is there when free memory is
-# asked for: they are loaded late. The profiles' largest context, of an H100, is 676 MiB, and a fresh one about 450.
+# Memory for CUDA's libraries and kernels. They are loaded on first use, after free memory has been read, when only the
+# context is there. The profiles' largest context, of an H100, is 676 MiB; a new one has about 450.
 LIBRARIES_MIB = 300
-CARDS = (2, 4, 8, 16)  # numbers of them that are tried
+CARDS = (2, 4, 8, 16)  # the numbers of cards to try
 MICRO_BATCH, PACKING, MAX_LENGTH = "training.micro_batch_size", "training.packing", "data.max_length"
 
 
 def reserved_mib(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int) -> float:
-    """What a run would reserve on CUDA, with so many bytes of cuBLAS workspaces, from a fake run for its memory."""
+    """The memory that a run would reserve on CUDA, with `workspace` bytes for cuBLAS, from a fake run."""
     return reserved_bytes(fake_run(config, blank_samples(lengths), traits).events, workspace) / MIB
 
 
@@ -32,14 +32,14 @@ class Capacity:
     """The memory that a run may use."""
 
     mib: float
-    context_mib: float  # what of it is taken before the first tensor
-    about: str  # what has it, with a verb
+    context_mib: float  # the part in use before the first tensor
+    about: str  # a clause that says where the limit comes from
 
 
 def objection_here(config: TrainConfig, lengths: Lengths, held_out: Lengths = ()) -> str | None:
-    """Why a run would not fit on the GPU that is here, and what would; None if there is nothing against it.
+    """Explain why a run would not fit the GPU of this machine, and what would; None if it may fit.
 
-    None too where there is no GPU, and for a run that cannot begin at all: it meets its error by itself.
+    None also without a GPU, and for a run that cannot begin at all: it reports its own error.
     """
     if not torch.cuda.is_available():
         return None
@@ -53,7 +53,7 @@ def objection_here(config: TrainConfig, lengths: Lengths, held_out: Lengths = ()
 
 
 def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
-    """What a run may use: what is free on the device beside the context; less if its profile or a limit says so."""
+    """The memory that a run may use: all that is free on the device, or less if a profile or a limit says so."""
     gpu, limit = config.gpu, config.measure.memory_limit_mib
     capacity = Capacity(free_mib, LIBRARIES_MIB, f"this {device} has {free_mib:,.0f} free")
     if gpu.memory_mib is not None and gpu.memory_mib - gpu.context_mib <= free_mib - LIBRARIES_MIB:
@@ -71,7 +71,7 @@ def objection(
     workspace: int,
     held_out: Lengths = (),
 ) -> str | None:
-    """Why a run would not fit, with so many bytes of cuBLAS workspaces, and what would; None if it fits.
+    """Explain why a run would not fit, with `workspace` bytes for cuBLAS, and what would; None if it fits.
 
     Raises:
         UserError: if the run cannot begin at all.
@@ -80,7 +80,7 @@ def objection(
     need = reserved_bytes(run.events, workspace) / MIB + capacity.context_mib
     if (missing := need - capacity.mib) <= 0:
         return None
-    larger = f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu names a card that is large enough"
+    larger = f"python -m llama_ft.plan model={config.model.name} goal=cheapest_gpu finds a card that is large enough"
     hint = larger
     smallest: tuple[TrainConfig, Settings] = config, {}
     for other, settings in alternatives(config, run.use.at_peak_mib["activation"] > missing):
@@ -95,36 +95,36 @@ def objection(
         if n := fewest_cards(smallest[0], lengths, traits, workspace, capacity.mib - capacity.context_mib):
             hint += f"; on {n} such cards {typed(smallest[0].optim, smallest[1])} {on_cards(n)} would fit"
     return (
-        f"{config.optim.combination} on {config.model.name} needs {need:,.0f} MiB at its peak, and {capacity.about}:"
-        f" {hint}; plan.enforce=false goes on"
+        f"{config.optim.combination} on {config.model.name} needs {need:,.0f} MiB at its peak, but {capacity.about}:"
+        f" {hint}; plan.enforce=false runs it anyway"
     )
 
 
 def alternatives(config: TrainConfig, activations_suffice: bool) -> list[tuple[TrainConfig, Settings]]:
-    """Other runs to try, the smallest change first, and what they set beside techniques; 4-bit weights come last.
+    """Other runs to try, the smallest change first, and their settings besides techniques; 4-bit weights come last.
 
-    GC alone may do if more activations than is missing go.
+    GC is tried without other techniques if the activations are larger than the missing memory.
     """
     optim = config.optim
     first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
     last = optim.switched(mp=True, lora=True, gc=True)
     found: list[tuple[TrainConfig, Settings]] = []
     for other in [first] if first == last else [first, last]:
-        with suppress(UserError):  # what else is asked for does not go with it
+        with suppress(UserError):  # incompatible with the run's other settings
             found += [(replace(config, optim=other), {})] if other != optim else []
     return found + [each for each in last_resorts(config) if each[0].optim == last]
 
 
 def on_cards(n: int) -> str:
-    """A run split over so many cards, as one types it."""
+    """The settings that split a run over n cards, as typed."""
     return f"parallel=fsdp parallel.processes={n}"
 
 
 def fewest_cards(config: TrainConfig, lengths: Lengths, traits: Traits, workspace: int, limit_mib: float) -> int | None:
-    """The smallest of the numbers of cards on which a run split by FSDP fits, of more than it has; None if none is."""
+    """The smallest number of cards, more than the run has, on which it fits when split by FSDP; None if none does."""
     for n in CARDS:
         if n > config.parallel.world_size:
-            with suppress(UserError):  # what the run is told does not go with several processes
+            with suppress(UserError):  # the run's settings are incompatible with several processes
                 split = replace(config, parallel=ParallelConfig(Strategy.fsdp, n))
                 if reserved_mib(split, lengths, traits, workspace) <= limit_mib:
                     return n
@@ -134,7 +134,8 @@ def fewest_cards(config: TrainConfig, lengths: Lengths, traits: Traits, workspac
 def varied(key: str, config: TrainConfig, lengths: Lengths, number: int) -> tuple[TrainConfig, Lengths]:
     """The run with another micro-batch size, packing or longest sample.
 
-    In samples of one length everything but BOS is trained on, which is the hardest, and there are enough for a window.
+    For the longest sample, enough samples of that length fill a window, with everything but BOS trained on: the worst
+    case.
     """
     if key == MAX_LENGTH:
         n_samples = config.training.micro_batch_size * config.accumulation_steps
@@ -156,13 +157,13 @@ def largest(
 ) -> int:
     """The largest of the numbers with which a run fits; one below the first if none does.
 
-    The allocator takes whole pages, so that needs do not quite rise with the number: what is found fits, and the next
+    The allocator reserves whole pages, so needs do not rise strictly with the number. The result fits, and the next
     larger number does not.
 
     Args:
-        key: the setting that is looked for, as `varied` has it.
-        limit_mib: what may be reserved at most.
-        step: of the first try above the numbers' start; it doubles while runs fit. Then the range is bisected.
+        key: the setting to vary, as in `varied`.
+        limit_mib: the most that may be reserved.
+        step: the first step above the numbers' start. It doubles while runs fit, then the range is bisected.
     """
 
     def is_too_large(number: int) -> bool:

@@ -1,4 +1,4 @@
-"""What of a card decides how much memory a run takes there, beside the card's own memory."""
+"""The properties of a card, besides its memory size, that decide how much memory a run uses on it."""
 
 from dataclasses import dataclass, replace
 
@@ -10,9 +10,9 @@ from llama_ft.model.attention import has_varlen
 from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
-# cuBLAS's own memory, from PyTorch's allocator, once for each thread that multiplies: the forward pass's and the
-# backward pass's (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; pytorch/pytorch#89027).
-# Hopper's is larger, and since PyTorch 2.12 Blackwell's (pytorch/pytorch#175344).
+# cuBLAS workspaces, from PyTorch's allocator, one for each thread that multiplies: the forward pass's and the backward
+# pass's (parseChosenWorkspaceSize in aten/src/ATen/cuda/CublasHandlePool.cpp; pytorch/pytorch#89027). They are larger
+# on Hopper, and on Blackwell since PyTorch 2.12 (pytorch/pytorch#175344).
 WORKSPACE_BYTES, LARGE_WORKSPACE_BYTES, N_WORKSPACES = 4096 * 2 * 1024 + 16 * 8 * 1024, 32 * 2**20, 2
 
 
@@ -21,46 +21,46 @@ class Traits:
     """Cards with equal traits run a combination in the same way."""
 
     on_cuda: bool
-    has_bf16: bool  # computes in bf16 itself; on CUDA, has FlashAttention for its 16-bit format
+    has_bf16: bool  # supports bf16; on CUDA, also has FlashAttention for its 16-bit format
 
     @property
     def rounding(self) -> int:
-        """Bytes whose multiples a storage takes."""
+        """The multiple, in bytes, to which storages are rounded up."""
         return ROUNDING if self.on_cuda else 1
 
     def precision(self, config: TrainConfig) -> Precision:
-        """The dtypes of a run there.
+        """The dtypes of a run on the card.
 
         Raises:
-            UserError: if the card has not the 16-bit format that is asked for.
+            UserError: if the card lacks the configured 16-bit format.
         """
         return Precision.of(config, "cuda" if self.on_cuda else "cpu", self.has_bf16)
 
     def repeats_keys(self, is_16bit: bool) -> bool:
-        """Whether attention there repeats the keys and values of grouped queries: `attention.repeats_keys`."""
+        """As `attention.repeats_keys`, on the card."""
         return self.on_cuda and not (self.has_bf16 and is_16bit)
 
     def takes_segments(self, is_16bit: bool, head_dim: int) -> bool:
-        """Whether one call there takes all sequences of a packed row: `attention.takes_segments`."""
+        """As `attention.takes_segments`, on the card."""
         return self.on_cuda and self.has_bf16 and is_16bit and has_varlen(head_dim)
 
 
 def traits_of(gpu: GpuConfig) -> Traits:
-    """The traits of a profile's card; of the CPU where it is no card's."""
+    """The traits of a profile's card, or of the CPU if it is not a card's."""
     if gpu.device is not DeviceChoice.cuda:
         return Traits(on_cuda=False, has_bf16=True)
     return Traits(on_cuda=True, has_bf16=(gpu.capability or (8, 0)) >= (8, 0))
 
 
 def relevant_traits(traits: Traits, config: TrainConfig) -> Traits:
-    """The traits without those that this combination and model do not feel, so that equal runs are run once."""
+    """The traits, with a default for those that do not affect this combination and model, so that equal runs match."""
     if config.optim.mp or config.model.n_kv_heads != config.model.n_heads:
         return traits
     return replace(traits, has_bf16=True)
 
 
 def workspace_bytes(gpu: GpuConfig) -> int:
-    """What cuBLAS takes from the allocator on the card."""
+    """The bytes that cuBLAS takes from the allocator on the card."""
     if gpu.device is not DeviceChoice.cuda:
         return 0
     is_large = gpu.capability is not None and gpu.capability[0] in (9, 10, 12)
@@ -68,9 +68,9 @@ def workspace_bytes(gpu: GpuConfig) -> int:
 
 
 def profile_here(gpu: GpuConfig) -> GpuConfig:
-    """What is known of the GPU that is here, without its rates; of the CPU where there is none.
+    """A profile of this machine's GPU, without its rates, or of the CPU if there is none.
 
-    As its context counts all that is taken there already, a context and whatever other processes have.
+    Its context includes all memory in use already, by a context and by other processes.
     """
     if why_no_gpu():
         return replace(gpu, name="cpu", device=DeviceChoice.cpu)

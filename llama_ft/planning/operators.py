@@ -1,9 +1,9 @@
-"""What operators compute and move: FLOPs by dtype, and bytes, from the shapes of fake tensors.
+"""Counts operators' FLOPs by dtype, and the bytes that they move, from the shapes of fake tensors.
 
-FLOPs are those of matrix products and attention, as `torch.utils.flop_counter` counts them: 2 a multiply-add; but of
-causal attention's square of scores only half and the diagonal, where the kernel passes over the rest. Bytes are those
-of each operator's inputs and outputs, once, as a kernel reads and writes that keeps nothing from the one before. What
-a process sends to others, and is sent, is that of a ring: of N processes' tensors (N - 1) / N, of sums twice that.
+FLOPs are those of matrix products and attention, counted as in `torch.utils.flop_counter`: 2 per multiply-add. For
+causal attention only the scores on and below the diagonal count, since kernels skip the rest. Bytes are each operator's
+inputs and outputs, once, as for a kernel that reuses nothing from the one before. Communication is that of a ring: a
+process sends, and receives, (N - 1) / N of the tensors of N processes, and twice that for sums.
 """
 
 from collections import Counter, defaultdict
@@ -21,17 +21,17 @@ from llama_ft.config import GpuConfig
 from llama_ft.model.sharded import own
 
 aten = torch.ops.aten
-# (matrix dtype, `LINK` or empty, FLOPs, bytes): how often. Equal operators are one entry; one that works on each tensor
-# of a list is as many.
+# (matrix dtype, `LINK` or empty; FLOPs; bytes): count. Equal operators share an entry; an operator that works on each
+# tensor of a list counts once for each.
 Operators = Counter[tuple[str, float, float]]
 EMPTY = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)  # touch nothing
 TERA, GIGA = 1e12, 1e9
 LINK = "communication"
-# By what is in the name of a collective: which of its arguments is whole, and how often it goes around the ring.
+# By part of a collective's name: the index of the argument that holds the whole tensor, and rounds of the ring.
 COLLECTIVES = {"allgather": (0, 1), "reduce_scatter": (1, 1), "allreduce": (0, 2), "all_reduce": (0, 2)}
 RATES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch multiplies fp32 in fp32, not in TF32
-ONLY_READ = ("g", "qmap1", "qmap2")  # by bitsandbytes' updates, whose schemas say that all is written
-GATHERING = (aten.embedding, aten.index, aten.index_select)  # read of their input what they write, no more
+ONLY_READ = ("g", "qmap1", "qmap2")  # by bitsandbytes' updates, whose schemas mark all arguments as written
+GATHERING = (aten.embedding, aten.index, aten.index_select)  # read only as much of their input as they write
 
 
 def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **__: Any) -> float:
@@ -45,13 +45,13 @@ def _attention_backward(
 
 
 def _computed(q: Tensor, k: Tensor, is_causal: bool) -> float:
-    """The share of the square of scores that is on or below the diagonal: what lies above it no kernel has to find."""
+    """The share of the scores on or below the diagonal: kernels need not compute those above it."""
     n_q, n_k = q.shape[-2], k.shape[-2]
     return (n_q + 1) / (2 * n_k) if is_causal else 1.0
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int, *_: Any) -> float:
-    """Of a packed row whose sequences are all as long as the longest, as those of `run_costs` are."""
+    """FLOPs of a packed row whose sequences are all as long as the longest, as in `run_costs`."""
     each = (len(q) // longest, q.shape[1], longest, q.shape[2])
     return float(sdpa_flop_count(each, each, each)) * (longest + 1) / (2 * longest)
 
@@ -62,7 +62,7 @@ def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any
     return float(sdpa_backward_flop_count(each, each, each, each)) * (longest + 1) / (2 * longest)
 
 
-# By the operator's name: those of sequences in a packed row are there once they have been imported.
+# By the operator's name: those for packed rows exist only once they have been imported.
 ATTENTION: dict[str, Callable[..., float]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
@@ -104,7 +104,7 @@ class OperatorCounter(TorchDispatchMode):
         inputs = [] if packet in GATHERING else _tensors((args, kwargs))
         held = {tensor.untyped_storage()._cdata for tensor in inputs}
         is_view = any(tensor.untyped_storage()._cdata in held for tensor in returned)
-        if is_view and not flops and not str(packet).endswith("_"):  # by another name, such as _unsafe_view
+        if is_view and not flops and not str(packet).endswith("_"):  # a view by another name, such as _unsafe_view
             return
         moved = sum({id(t): t.nbytes for t in inputs}.values()) + sum(t.nbytes for t in outputs)
         if packet in GATHERING:
@@ -120,18 +120,18 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
-    """The arguments that an operator which returns nothing writes to."""
+    """The arguments written by an operator that returns nothing."""
     written = zip(func._schema.arguments, args, strict=False)
     return [v for each, v in written if each.alias_info and each.alias_info.is_write and each.name not in ONLY_READ]
 
 
 def scale(operators: Operators, factor: float) -> Operators:
-    """The same operators, so many times as often; a fraction where it is an average."""
+    """Multiply the operators' counts, which may become fractions."""
     return Counter({key: count * factor for key, count in operators.items()})
 
 
 def total(parts: Iterable[Operators]) -> Operators:
-    """All operators of all parts. Negative counts, of a difference, stay."""
+    """The sum of all parts' operators. Negative counts, from differences, are kept."""
     summed: Operators = Counter()
     for part in parts:
         summed.update(part)
@@ -148,21 +148,21 @@ def flops_of(operators: Operators) -> dict[str, float]:
 
 
 def bytes_of(operators: Operators) -> float:
-    """Bytes moved on the card."""
+    """The bytes moved on the card."""
     return sum(n_bytes * count for (dtype, _, n_bytes), count in operators.items() if dtype != LINK)
 
 
 def sent_of(operators: Operators) -> float:
-    """Bytes sent to other cards; as many are received."""
+    """The bytes sent to other cards; equally many are received."""
     return sum(n_bytes * count for (dtype, _, n_bytes), count in operators.items() if dtype == LINK)
 
 
 def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] | None:
-    """The least seconds on a card, by what binds: `memory`, matrix products in a format, or `communication`.
+    """The least seconds on a card, by the resource that binds: `memory`, a format of matrix products, `communication`.
 
-    Each operator runs at the rate of the matrix units or of the memory, after the roofline model (Williams, Waterman
-    and Patterson 2009, doi.org/10.1145/1498765.1498785). No kernel reaches it, so it is shown as a bound; what share
-    of it a card reaches is measured (`calibration.py`). None where a rate is not known.
+    Each operator runs at the rate of the matrix units or of the memory, as in the roofline model (Williams, Waterman
+    and Patterson 2009, doi.org/10.1145/1498765.1498785). No kernel reaches this rate, so the result is a bound; the
+    share of it that a card reaches can be measured (`calibration.py`). None if a rate is not known.
     """
     if gpu.bandwidth_gb_s is None:
         return None
@@ -182,7 +182,7 @@ def bound_by_resource(operators: Operators, gpu: GpuConfig) -> dict[str, float] 
 
 
 def least_seconds(bound_s: dict[str, float]) -> float:
-    """Of all resources: other cards are waited for only where there is nothing to compute meanwhile."""
+    """The bound over all resources: communication overlaps with computation."""
     return max(sum(seconds for name, seconds in bound_s.items() if name != LINK), bound_s.get(LINK, 0.0))
 
 

@@ -1,4 +1,4 @@
-"""A plan: rows for combinations and cards, and what they are rows of."""
+"""Makes a plan: rows for combinations and cards, and the settings behind them."""
 
 import os
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ def make_plan(
     profiles: Sequence[GpuConfig] = (),
     held_out: Lengths = (),
 ) -> Plan:
-    """Plan the runs of a sweep, or the combinations that a single one asks for; `profiles` are all cards, for advice.
+    """Plan the runs of a sweep, or the combinations of a single run; `profiles` are all known cards, for advice.
 
     Raises:
-        UserError: if what is asked for can run nowhere.
+        UserError: if the runs can begin nowhere.
     """
     config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
     measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
@@ -71,17 +71,17 @@ def _calibrated_rows(measured: tuple[Runs, str] | None, *runs_and_cards: Any, **
 
 
 def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
-    """The combinations that are asked for."""
+    """The combinations to plan."""
     return [config.optim] if config.combinations is Combinations.one else list(combinations(config.both))
 
 
 def _rows_for(runs: Sequence[PlanConfig]) -> Sequence[PlanConfig]:
-    """The runs that rows are for: a sweep's, or the combinations of the one."""
+    """The runs to make rows for: a sweep's, or the combinations of a single run."""
     return runs if len(runs) > 1 else [replace(runs[0], optim=optim) for optim in planned_combinations(runs[0])]
 
 
 def _compared(config: PlanConfig) -> list[PlanConfig]:
-    """The combinations that advice is about: of all that saves, and of what is asked for."""
+    """The combinations that advice compares: of all techniques that save memory, and of those in the config."""
     more = [each.name for each in TECHNIQUES if not each.in_course and (each.saves or each.name in config.both)]
     return [replace(config, optim=optim) for optim in combinations(more)]
 

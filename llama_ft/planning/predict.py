@@ -1,4 +1,4 @@
-"""Runs on cards: what each would need, and how long it would take at best."""
+"""Predicts the memory that runs need on cards, and their time at best."""
 
 import json
 from collections import defaultdict
@@ -27,7 +27,7 @@ Key = tuple[str, Traits]
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run needs and computes, whatever the card's sizes."""
+    """A run's needs and costs, independent of the card's sizes."""
 
     run: FakeRun  # without its events
     reserved_mib: dict[int, float]  # by bytes of workspaces
@@ -42,13 +42,13 @@ def predict(
     progress: Progress = no_progress,
     held_out: Lengths = (),
 ) -> list[PlanRow]:
-    """A row for each run on each card, in this order: cards, then runs.
+    """A row for each run on each card, ordered by card, then by run.
 
     Args:
         configs: runs of one model on the same data, of these lengths.
 
     Raises:
-        UserError: if a run can begin nowhere, as with a LoRA target that there is not.
+        UserError: if a run can begin nowhere, for example because a LoRA target does not exist.
     """
     runs = [(gpu, *run) for gpu, run in product(gpus, enumerate(configs))]
     groups: dict[Key, dict[int, TrainConfig]] = defaultdict(dict)  # runs that share fake steps, by their number
@@ -64,24 +64,24 @@ def predict(
             advance(len(results))
     rows = [_row(run, gpu, needs.get((_key(run, gpu), number))) for gpu, number, run in runs]
     for row in rows[len(configs) :]:
-        row.timeline = []  # the first card's are drawn
+        row.timeline = []  # only the first card's are drawn
     return rows
 
 
 def _key(config: TrainConfig, gpu: GpuConfig) -> Key:
-    """Equal for runs that share fake steps: those that differ at most in techniques which change no operators."""
+    """A key that is equal for runs that share fake steps, differing only in techniques that change no operators."""
     settings = config.to_dict()
     on = [each.name for each in TECHNIQUES if each.changes_operators and getattr(config.optim, each.name)]
     packed = config.accumulation_steps if config.training.packing else 0  # the samples of an update share passes
     parallel = [config.parallel.strategy.name, config.parallel.world_size]
-    if config.parallel.is_split:  # then a process has fewer samples of larger updates
+    if config.parallel.is_split:  # a process's number of samples depends on the size of an update
         packed = config.accumulation_steps
     changing = [{name: settings.get(name) for name in on}, settings["training"], parallel, packed]
     return json.dumps(changing), relevant_traits(traits_of(gpu), config)
 
 
 def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
-    """Why this cannot be run on the card, or planned: for its 16-bit format, what the optimizer does, a package."""
+    """Explain why a run cannot run on the card, or be planned: the 16-bit format, the optimizer, a missing package."""
     try:
         frozen = traits_of(gpu).precision(config).storage(frozen=config.optim.lora)
     except UserError as error:
@@ -97,7 +97,7 @@ def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
 def needs_of(
     configs: Sequence[TrainConfig], lengths: Lengths, held_out: Lengths, traits: Traits, workspaces: Sequence[int]
 ) -> list[Needs]:
-    """Fake runs of combinations that differ only in techniques which do not change a micro-batch's operators."""
+    """The needs of runs that differ only in techniques that do not change a micro-batch's operators."""
     samples, needs = blank_samples(lengths), []
     for config, costs in zip(configs, run_costs(configs, samples, traits), strict=True):
         run = fake_run(config, samples, traits, blank_samples(held_out))
@@ -107,10 +107,10 @@ def needs_of(
 
 
 def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
-    """The step whose events begin at the index `start`; of each few in a row the one with most memory, by category.
+    """Memory by category during the step whose events begin at index `start`; the maximum of every few events.
 
-    A fused optimizer allocates nothing in a step whose state is there: its point, unless it runs within the backward
-    pass, is what is alive when it runs.
+    A fused optimizer with existing state allocates nothing: unless it runs within the backward pass, its point is the
+    memory alive when it runs.
     """
     alive = bytes_alive(events)
 
@@ -121,15 +121,15 @@ def timeline(events: Sequence[Event], start: int) -> list[MemoryPoint]:
     end = next((n for n in range(begin, len(events)) if events[n][2] in ("after the step", EVALUATION)), len(events))
     width = max(1, -(-(end - begin) // MAX_POINTS))
     totals = [sum(now) for now in zip(*alive.values(), strict=True)]
-    neighbours = groupby(range(begin, end), lambda index: ((index - begin) // width, events[index][2]))
-    points = [point(max(few, key=totals.__getitem__), phase) for (_, phase), few in neighbours]
+    neighbors = groupby(range(begin, end), lambda index: ((index - begin) // width, events[index][2]))
+    points = [point(max(few, key=totals.__getitem__), phase) for (_, phase), few in neighbors]
     if end == len(events) or events[end][2] == EVALUATION:
         return points
     return [*points, replace(point(end - 1, "optimizer step"), event=end - begin)]
 
 
 def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
-    """A combination's row, from what it needs and what the card adds; `needs` is None where the card cannot run it."""
+    """A combination's row, from its needs and the card's overheads; `needs` is None if the card cannot run it."""
     row = PlanRow(asdict(config.optim), config.optim.combination, gpu.name)
     if needs is None:
         row.error = refusal(config, gpu)
@@ -144,7 +144,7 @@ def _row(config: TrainConfig, gpu: GpuConfig, needs: Needs | None) -> PlanRow:
     row.memory_mib, row.memory_max_mib = with_workspace(use.at_peak_mib), with_workspace(use.max_mib)
     row.breakdown = list(use.breakdown)
     row.managed_mib = needs.run.managed_bytes / MIB or None
-    for point in needs.timeline:  # in tenths of a MiB: it is there to be drawn
+    for point in needs.timeline:  # in tenths of a MiB, precise enough for drawing
         rounded = {category: round(mib, 1) for category, mib in with_workspace(point.memory_mib).items()}
         row.timeline.append(replace(point, memory_mib=rounded))
     row.context_mib, row.total_memory_mib = gpu.context_mib, gpu.memory_mib

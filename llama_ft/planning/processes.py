@@ -1,4 +1,4 @@
-"""Planning uses all cores: each job is a function of its arguments, run in a process of its own."""
+"""Runs planning jobs on all cores, each in its own process."""
 
 import signal
 from collections.abc import Callable, Iterator, Mapping
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) -> Iterator[tuple[K, T]]:
-    """Call a function with the arguments of each job, one job to a core, and give the results as they come.
+    """Call a function with the arguments of each job, one job per core, and yield the results as they arrive.
 
     Raises:
-        UserError: the first that a job raises.
+        UserError: the first one that a job raises.
     """
     n_processes = min(len(jobs), n_cores(), MAX_PROCESSES)
     if n_processes < 2:
@@ -27,14 +27,14 @@ def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) 
         return
     context = get_context("forkserver")
     context.set_forkserver_preload(["llama_ft.planning.worker"])
-    others = set(active_children())  # of whoever calls us
+    others = set(active_children())  # the caller's
     pool = ProcessPoolExecutor(n_processes, context, _begin)
     try:
         futures = {pool.submit(function, *arguments): key for key, arguments in jobs.items()}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BaseException as error:
-        for process in set(active_children()) - others:  # nobody waits for their results
+        for process in set(active_children()) - others:  # their results are not needed
             process.terminate()
         if isinstance(error, UserError):
             raise error from None  # without the other process's traceback
@@ -46,5 +46,5 @@ def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) 
 def _begin() -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, who then ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     torch.set_num_threads(1)

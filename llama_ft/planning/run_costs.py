@@ -1,9 +1,9 @@
-"""All that a run computes and moves, from a few fake steps.
+"""Estimates all operators of a run from a few fake steps.
 
 A step's operators depend on its micro-batches' widths and numbers of targets, and are linear in the number of layers,
-or of groups of layers that are checkpointed together. So steps are run at a few widths and numbers of targets, on
-one layer or group and on two; between and beyond them is a line. Packed rows are run with sequences of one length,
-for which attention costs what it costs for the data's.
+or of groups of layers that are checkpointed together. So steps are run at a few widths and numbers of targets, with
+one layer or group and with two, and the rest is linear inter- and extrapolation. Packed rows are run with sequences of
+one length, chosen so that attention costs as much as for the data's.
 """
 
 from bisect import bisect_right
@@ -24,12 +24,12 @@ N_KNOTS = 3  # widths, and numbers of targets, at which steps are run
 
 @dataclass(frozen=True)
 class RunCosts:
-    """A run's operators, all of them, and what they are for."""
+    """All operators of a run, and its numbers of steps, samples and tokens."""
 
     operators: Operators
     steps: int  # optimizer steps
     samples: int
-    tokens: int  # as the run counts them: of the samples, padding not
+    tokens: int  # of the samples, without padding, as the run counts them
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class StepOperators:
     """The operators of parts of a step."""
 
     by_width: dict[int, Operators]  # of a micro-batch with one target
-    by_targets: dict[int, Operators]  # what so many targets, instead of one, add to a micro-batch
-    accumulated: Operators  # what a micro-batch costs more whose gradients are added to those of another
-    update: Operators  # of what follows the last backward pass of a step
+    by_targets: dict[int, Operators]  # added to a micro-batch by this many targets instead of one
+    accumulated: Operators  # added to a micro-batch whose gradients are accumulated onto another's
+    update: Operators  # of the part of a step after the last backward pass
 
 
 def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits: Traits) -> list[RunCosts]:
-    """The operators of whole runs; they differ only in techniques which do not change those of a micro-batch."""
+    """The operators of whole runs that differ only in techniques that do not change those of a micro-batch."""
     config, training = configs[0], configs[0].training
     data = windows_of(config, samples, traits)
     batches = [batch for window in data.epoch(0) for batch in window]
-    # Other epochs' widths and targets differ where a micro-batch has several samples, and only there.
+    # Other epochs' widths and targets differ only if a micro-batch has several samples.
     shapes = [(batch.tokens.shape[1], batch.n_targets) for batch in batches]
     widths, targets = [width for width, _ in shapes], [n_targets for _, n_targets in shapes]
     layers = depths(config)
@@ -57,7 +57,7 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
     size = min(training.micro_batch_size, data.most_samples) if sequence is None else 1
     at = knots(widths) if sequence is None else knots_of_sequences(widths, sequence)
     steps = [
-        # Targets concern the head alone.
+        # Targets affect only the head.
         step_operators(config, n, at, knots(targets) if n == min(layers) else [], traits, accumulates, sequence, size)
         for n in layers
     ]
@@ -74,7 +74,7 @@ def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits:
 
 
 def depths(config: TrainConfig) -> dict[int, float]:
-    """Numbers of layers at which steps are run, and how much of each makes the model's."""
+    """The numbers of layers to run steps with, and the weight of each in the whole model's operators."""
     n_layers, group = config.model.n_layers, config.gc.every if config.optim.gc else 1
     if n_layers <= 2 * group:
         return {n_layers: 1.0}
@@ -93,8 +93,7 @@ def step_operators(
 ) -> StepOperators:
     """Run steps of these widths, and of these numbers of targets in a micro-batch.
 
-    `sequence` is how long those are that lie end to end in a row; None without packing. `size` is how many rows a
-    micro-batch has.
+    `sequence` is the length of packed sequences, None without packing. `size` is the number of rows in a micro-batch.
     """
     config = replace(config, model=replace(config.model, n_layers=n_layers))
     with fake_step(config, traits) as step:
@@ -104,14 +103,14 @@ def step_operators(
             return _counted(lambda: step([batch] * n_micro_batches))
 
         give_gradients(step)
-        update(step)  # makes the optimizer's state
+        update(step)  # creates the optimizer's state
         give_gradients(step)
         after = _counted(lambda: update(step))
         one = {width: count(width) for width in widths}
         per_sample = sorted({min(max(1, round(n / size)), widths[-1]) for n in targets})
         shortest, longest = one[widths[0]], one[widths[-1]]
         accumulated: Operators = Counter()
-        if accumulates:  # two micro-batches and an update, less twice one with its update, and an update again
+        if accumulates:  # two micro-batches with one update, minus two of one with an update, plus an update
             accumulated = total([count(widths[0], 1, 2), scale(shortest, -2), after])
         return StepOperators(
             {width: total([operators, scale(after, -1)]) for width, operators in one.items()},
@@ -129,25 +128,25 @@ def _counted(run: Callable[[], object]) -> Operators:
 
 
 def knots(values: Sequence[int]) -> list[int]:
-    """A few of the values, the smallest and the largest among them, with about as many values between each two."""
+    """A few of the values, including the smallest and the largest, with about equally many values between each two."""
     ordered = sorted(values)
     return sorted({ordered[(len(values) - 1) * index // (N_KNOTS - 1)] for index in range(N_KNOTS)})
 
 
 def mean_sequence(batches: Sequence[Batch]) -> int:
-    """The length of which the sequences of packed rows could all be, for the same FLOPs of attention."""
+    """The common length of packed sequences for which attention has the same FLOPs as for the actual ones."""
     lengths = [length for batch in batches if batch.segments for length in batch.segments.lengths]
     return round(sum(length**2 for length in lengths) / sum(lengths))
 
 
 def knots_of_sequences(widths: Sequence[int], sequence: int) -> list[int]:
-    """Widths of rows of such sequences, from below the smallest of the widths to above the largest."""
+    """Widths that are multiples of `sequence`, from below the smallest of the widths to above the largest."""
     counts = {min(widths) // sequence, round(median(widths) / sequence), -(-max(widths) // sequence)}
     return [n * sequence for n in sorted({max(1, n) for n in counts})]
 
 
 def interpolation_weights(values: Sequence[int], at: Sequence[int]) -> list[float]:
-    """How much of each knot the values are together, by lines between the knots, and beyond the last two."""
+    """The weight of each knot in the sum over the values, by linear inter- and extrapolation."""
     if len(at) == 1:
         return [float(len(values))]
     sums = [0.0] * len(at)
@@ -160,6 +159,6 @@ def interpolation_weights(values: Sequence[int], at: Sequence[int]) -> list[floa
 
 
 def _at_knots(operators: dict[int, Operators], values: Sequence[int]) -> Operators:
-    """The operators of all values, from those at knots."""
+    """The operators of all values, interpolated from those at knots."""
     weights = interpolation_weights(values, list(operators))
     return total(scale(each, weight) for each, weight in zip(operators.values(), weights, strict=True))

@@ -1,8 +1,8 @@
-"""Fake tensors at twice the speed: what an operator makes of shapes that it has met is remembered.
+"""Doubles the speed of fake tensors by caching what each operator returns for given shapes.
 
-`FakeTensorMode` has such a cache too, but spends most of its time on keys that hold for symbolic shapes, sparse and
-quantized tensors and much else. A training step has dense tensors of fixed shapes, and some hundred different operators
-thousands of times.
+`FakeTensorMode` has a cache too, but spends most of its time on keys that support symbolic shapes, sparse and quantized
+tensors and more. A training step has dense tensors of fixed shapes, and runs some hundred different operators thousands
+of times.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Key = tuple[Any, ...]
-# For each output: the index of an input that it is, or shares its storage with, or None; then shape, stride, dtype and
-# offset, or None where it is the input itself.
+# For each output: the index of the input that it is, or shares its storage with, or None; then shape, stride, dtype and
+# offset, or None if it is that input.
 Recipe = list[tuple[int | None, tuple[Any, ...] | None]]
 
 
 class ShapeCache(TorchDispatchMode):
-    """To be entered within a `FakeTensorMode`, which is asked whenever something is new."""
+    """A cache to enter within a `FakeTensorMode`, which it calls for anything new."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -29,23 +29,23 @@ class ShapeCache(TorchDispatchMode):
         self._recipes: dict[Key, tuple[Any, Recipe] | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """What FakeTensorMode would make."""
+        """Return the same as FakeTensorMode."""
         if func is torch.ops.prim.device.default:
             return args[0].fake_device
         if any(hasattr(kind, "to_local") for kind in types):
-            return NotImplemented  # what it is on a process's rows comes next
+            return NotImplemented  # a DTensor calls the operator again on this process's rows
         if func.namespace in ("c10d", "fsdp"):
             return func(*args, **(kwargs or {}))
         inputs: list[Tensor] = []
         key = (func, _key(args, inputs), _key(tuple((kwargs or {}).items()), inputs))
         try:
             known = self._recipes.get(key, ())
-        except TypeError:  # something that has no hash
+        except TypeError:  # something is not hashable
             return func(*args, **(kwargs or {}))
         if not known:
             out = func(*args, **(kwargs or {}))
             if known == ():
-                changes_inputs = torch.Tag.inplace_view in func.tags  # their shapes, each time anew
+                changes_inputs = torch.Tag.inplace_view in func.tags  # it changes their shapes each time
                 self._recipes[key] = None if changes_inputs else _recipe(out, inputs)
             return out
         kind, recipe = known
@@ -66,7 +66,7 @@ class ShapeCache(TorchDispatchMode):
 
 
 def _key(value: Any, inputs: list[Tensor]) -> Any:
-    """What of an argument decides the outputs' shapes; tensors are noted in the order in which they are met."""
+    """The part of an argument that decides the outputs' shapes; its tensors are appended to `inputs`."""
     if isinstance(value, Tensor):
         inputs.append(value)
         return tuple(value.shape), value.stride(), value.dtype, value.storage_offset()
@@ -76,7 +76,7 @@ def _key(value: Any, inputs: list[Tensor]) -> Any:
 
 
 def _recipe(out: Any, inputs: Sequence[Tensor]) -> tuple[Any, Recipe] | None:
-    """How to make such outputs again; None if they are not plain tensors on the CPU, or a lazy conjugate."""
+    """A recipe to recreate outputs; None unless they are plain CPU tensors without lazy conjugation."""
     kind, outputs = (type(out), list(out)) if isinstance(out, list | tuple) else (Tensor, [out])
     if not outputs or not all(isinstance(each, FakeTensor) and each.fake_device.type == "cpu" for each in outputs):
         return None

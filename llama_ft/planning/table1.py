@@ -1,7 +1,7 @@
-"""Table 1: what each technique does to each kind of memory and to the computation, by fake runs with and without it.
+"""Table 1: each technique's effect on each kind of memory and on computation, from fake runs with and without it.
 
-Memory is that of the plan's own rows, and of further fake runs where the plan has none. Computation is that of samples
-as long as the data's longest, so that a technique is not credited with, or charged for, the padding of uneven ones.
+Memory is that of the plan's own rows, or of further fake runs if the plan has none. Computation is that of samples as
+long as the data's longest, so that a technique is neither credited with nor charged for the padding of uneven samples.
 """
 
 import math
@@ -34,43 +34,43 @@ from llama_ft.system import Progress, no_progress
 
 MEMORY = ("parameter", "activation", "gradient", "optimizer_state")
 LABELS = {each.name: each.label for each in TECHNIQUES} | {"optimizer": "Optimizer"}
-# A technique, as it is chosen, and the runs without it and with it.
+# A technique, a description of the choice, and the runs without and with it.
 Contrast = tuple[str, str, TrainConfig, TrainConfig]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a run needs and computes."""
+    """A run's memory and computation."""
 
     memory: dict[str, float]  # MiB by category: each one's own maximum
-    flops: dict[str, float]  # by dtype, of the samples of equal length
+    flops: dict[str, float]  # by dtype, for the samples of equal length
     bytes_moved: float
-    steps: int  # optimizer steps for them
+    steps: int  # optimizer steps for these samples
 
 
 def table1(
     config: TrainConfig, gpu: GpuConfig, lengths: Lengths, rows: Sequence[PlanRow], progress: Progress = no_progress
 ) -> Table1:
-    """The table for a card. A row that the card cannot run, such as bf16 on one without it, is a note.
+    """The table for a card. A row that the card cannot run, such as bf16 on a card without it, becomes a note.
 
-    Memory that the plan's `rows` have for this card is not found again.
+    Memory that the plan's `rows` have for this card is not computed again.
     """
     is_packed = config.training.packing is not None
-    config = replace(config, training=replace(config.training, packing=None))  # which leaves no micro-batches
+    config = replace(config, training=replace(config.training, packing=None))  # packing has no micro-batch size
     longest = max(lengths, key=lambda pair: (pair[0], -pair[1]))
-    equal = [longest] * (config.ga.steps * config.training.micro_batch_size)  # an effective batch of it
+    equal = [longest] * (config.ga.steps * config.training.micro_batch_size)  # an effective batch of the longest
     all_contrasts, table_rows, notes = contrasts(config), [], _notes(config, traits_of(gpu), equal)
-    notes += ["Without packing, which the plan above has."] if is_packed else []
+    notes += ["Without packing, unlike the plan above."] if is_packed else []
     runs = {_key(run): run for _, _, *pair in all_contrasts for run in pair}
     refusals = {key: reason for key, run in runs.items() if (reason := refusal(run, gpu))}
     known = {}
-    # Else the plan's rows are packed, or its micro-batches are smaller than the table's.
+    # Otherwise the plan's rows are packed, or its micro-batches are smaller than the table's.
     if not is_packed and len(lengths) >= config.training.micro_batch_size:
         own = [row for row in rows if row.gpu == gpu.name]
         known = {_key(replace(config, optim=OptimConfig(**row.optim))): row.memory_max_mib for row in own}
     samples = list(lengths) * -(-len(equal) // len(lengths))  # enough for an effective batch at once
     possible = [key for key in runs if key not in refusals]
-    possible.sort(key=lambda key: known.get(key) is not None)  # those that take longest first
+    possible.sort(key=lambda key: known.get(key) is not None)  # the slowest first
     jobs = {key: (runs[key], samples, equal, traits_of(gpu), known.get(key)) for key in possible}
     cases: dict[str, Case] = {}
     with progress("table 1", len(jobs)) as advance:
@@ -87,7 +87,7 @@ def table1(
 
 
 def contrasts(config: TrainConfig) -> list[Contrast]:
-    """The rows, those of a technique below each other where its effect depends on a choice."""
+    """The rows; a technique has several in succession if its effect depends on a choice."""
     size, steps = config.training.micro_batch_size, config.ga.steps
 
     def run(micro_batch: int = size, frozen: Dtype = config.mp.frozen_weights, **on: bool) -> TrainConfig:
@@ -100,7 +100,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     )
     kept = f"the input of every {'block' if config.gc.every == 1 else f'{config.gc.every} blocks'}"
     if config.gc.policy is Policy.selective:
-        kept += " and what large matrix products give"
+        kept += " and the results of large matrix products"
     masters = "fp32 masters" if config.mp.trainable_weights is Dtype.fp32 else "16-bit weights"
     adapters = f"rank {config.lora.rank} on {', '.join(config.lora.targets)}, against full fine-tuning"
     frozen_16bit = "on LoRA, frozen weights in 16 bit (mp.frozen_weights=compute)"
@@ -109,7 +109,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
     rows: list[Contrast] = [
         ("ga", held, run(steps * size), run(ga=True)),
         ("ga", longer, run(), run(ga=True)),
-        ("gc", f"keeps {kept} alone", run(), run(gc=True)),
+        ("gc", f"keeps only {kept}", run(), run(gc=True)),
         ("mp", f"full fine-tuning, {masters}", run(), run(mp=True)),
         ("mp", frozen_16bit, run(lora=True), on_lora),
         ("mp", frozen_fp32, run(lora=True), run(frozen=Dtype.fp32, mp=True, lora=True)),
@@ -122,7 +122,7 @@ def contrasts(config: TrainConfig) -> list[Contrast]:
 
 
 def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: TrainConfig) -> list[Contrast]:
-    """What saves more, each beside what it is added to."""
+    """Rows for settings that save more, each compared with the run to which it is added."""
 
     def update(run: TrainConfig, **changes: Any) -> TrainConfig:
         return replace(run, training=replace(run.training, **changes))
@@ -136,7 +136,7 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
     selective = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.selective))
     rows = [
         ("gc", "on GC, inputs in the host's memory (gc.offload=cpu)", checkpointed, offloaded),
-        ("gc", "large products are kept too (gc.policy=selective)", full, selective),
+        ("gc", "also keeps large products (gc.policy=selective)", full, selective),
         ("optimizer", "each weight updated in backward, full fine-tuning", full, unclipped),
     ]
     if is_installed():
@@ -150,7 +150,7 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
 
 
 def _key(config: TrainConfig) -> str:
-    """Equal for equal runs, among those of one table."""
+    """A key that is equal for equal runs within one table."""
     optim, mp, gc = config.optim, config.mp, config.gc
     return repr((optim, optim.mp and optim.lora and mp, optim.gc and gc, config.training))
 
@@ -158,7 +158,7 @@ def _key(config: TrainConfig) -> str:
 def find_case(
     config: TrainConfig, lengths: Lengths, equal: Lengths, traits: Traits, memory: dict[str, float] | None
 ) -> Case:
-    """A run's memory, unless it is known, at its data's hardest micro-batches, and the computation of equal samples."""
+    """A run's memory, unless known, at its data's hardest micro-batches, and its computation for equal samples."""
     once = replace(config, training=replace(config.training, epochs=1))
     costs = run_costs([once], blank_samples(equal), traits)[0]
     memory = memory or fake_run(config, blank_samples(lengths), traits).use.max_mib
@@ -166,7 +166,7 @@ def find_case(
 
 
 def _cells(before: Case, after: Case) -> dict[str, Table1Cell]:
-    """A row's cells; that of computation has a note of what FLOPs alone do not tell."""
+    """A row's cells; that of computation has a note on what FLOPs do not show."""
 
     def cell(was: float, is_now: float, unit: str, note: str = "") -> Table1Cell:
         return Table1Cell(arrow(was, is_now), was, is_now, unit, note)
@@ -197,13 +197,13 @@ def _baseline(config: TrainConfig, gpu: GpuConfig, equal: Lengths) -> str:
 def _notes(config: TrainConfig, traits: Traits, equal: Lengths) -> list[str]:
     notes = [
         f"– is a change of at most {SAME:.0%}.",
-        "The categories' maxima need not fall on the same instant, so they do not sum to the peak.",
-        "FLOPs are those of matrix products and attention, 2 a multiply-add. The optimizer's update has none, but moves"
-        " bytes, which GA spares where it makes updates rarer.",
-        "GA: while gradients accumulate, a micro-batch's gradient of one weight at a time lies beside them.",
+        "The categories' maxima need not occur at the same instant, so they do not sum to the peak.",
+        "FLOPs are those of matrix products and attention, 2 per multiply-add. The optimizer's update has none, but"
+        " moves bytes, of which GA saves some by making updates rarer.",
+        "GA: while gradients accumulate, a micro-batch's gradient of one weight at a time is in memory as well.",
         "MP: parameters include the 16-bit copies that autocast makes of fp32 weights and keeps until backward. Its"
         " matrix products run at the rate of the 16-bit format.",
-        "GC: FLOPs include what is computed again in backward.",
+        "GC: FLOPs include the recomputation in backward.",
     ]
     if not is_installed():
         notes.append("Without 4-bit weights and 8-bit moments, which need bitsandbytes: pip install 'llama_ft[quant]'.")

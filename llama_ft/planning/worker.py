@@ -1,4 +1,4 @@
-"""Imported once, in the process that the planning processes are forked from, so that each of them starts at once."""
+"""Imported once, in the process from which the planning processes are forked, so that each starts quickly."""
 
 import os
 
@@ -6,7 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llama_ft.planning import fake_run, run_costs
 
-# Planning needs no GPU, and where one is seen PyTorch's optimizers make a context there, of hundreds of MiB.
+# Planning needs no GPU; if PyTorch's optimizers see one, they create a context of hundreds of MiB on it.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-FakeTensorMode()  # imports, when first made, what takes longer than all of torch
+FakeTensorMode()  # on first use it imports more than all of torch
 __all__ = ["fake_run", "run_costs"]

@@ -1,4 +1,4 @@
-"""The techniques, each in a file of its own. The registry that lists them is `llama_ft.config.techniques`."""
+"""The techniques, one per file. The registry that lists them is `llama_ft.config.techniques`."""
 
 from collections.abc import Callable
 from pkgutil import resolve_name
@@ -11,7 +11,7 @@ from llama_ft.techniques.mixed_precision import Precision
 def apply(model: Transformer, config: TrainConfig, precision: Precision) -> None:
     """Change a model in place by each technique that is on, in the registry's order; a UserError if one does not fit.
 
-    The model may be on the meta device: then call `initialize_added` once it has been materialised.
+    If the model is on the meta device, call `initialize_added` once it has been materialized.
     """
     for technique in TECHNIQUES:
         if technique.apply is not None and getattr(config.optim, technique.name):

@@ -1,4 +1,4 @@
-"""Trained LoRA adapters on a model's weights: merged into them, or beside them, one of several at a time."""
+"""Trained LoRA adapters, merged into a model's weights or computed next to them, one of several at a time."""
 
 import os
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ from llama_ft.techniques.peft import Adapter, read_adapter
 
 
 def check_base_of(adapter: Adapter, checkpoint: str) -> None:
-    """Raise a UserError if an adapter was surely trained on other weights than those of `checkpoint`.
+    """Raise a UserError if an adapter was certainly not trained on the weights of `checkpoint`.
 
-    Folders may have been moved and are not compared by name, and may hold what is built in; random weights are no
-    folder's, and not the built-in ones.
+    Folders may have been moved, or may hold the built-in weights, so their names are not compared. Only random weights
+    are certain to be neither a folder's nor the built-in ones.
     """
     if adapter.base not in (None, "", checkpoint) and "random" in (adapter.base, checkpoint):
         trained = f"adapter={adapter.folder} was trained on checkpoint={adapter.base}"
-        raise UserError(f"{trained}, and this is checkpoint={checkpoint}: give checkpoint={adapter.base}")
+        raise UserError(f"{trained}, but this is checkpoint={checkpoint}: give checkpoint={adapter.base}")
 
 
 def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> dict[str, float | bool | list[str]]:
-    """Those of `LoraConfig` with which an adapter was made, to train it further.
+    """The `LoraConfig` settings that an adapter was made with, to train it further.
 
-    A UserError if it is not this model's, or one set of numbers and targets does not describe all of its layers.
+    A UserError if it is not this model's, or if no single set of settings describes all of its layers.
     """
     adapter = read_adapter(Path(os.path.expanduser(folder)), model)
     check_base_of(adapter, checkpoint or "builtin")
@@ -39,8 +39,8 @@ def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> di
     names = {name: name.rpartition(".")[2] for name in linears}
     targets = set(map(names.get, adapter.factors))
     if others or {name for name in names if names[name] in targets} != adapter.factors.keys():
-        problem = f"adapter={folder} has layers or ranks of several kinds, which cannot be trained further"
-        raise UserError(f"{problem}: merge it into the weights with convert, and train another one on them")
+        problem = f"adapter={folder} has layers or ranks of several kinds, so it cannot be trained further"
+        raise UserError(f"{problem}: merge it into the weights with convert, then train a new one on them")
     rank, alpha, rslora = kind
     ordered = [name for name in dict.fromkeys(names.values()) if name in targets]
     return {"rank": rank, "alpha": float(alpha), "rslora": rslora, "targets": ordered}
@@ -56,8 +56,8 @@ def begin_with(model: Transformer, folder: str) -> None:
 def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
     """Give a model the adapter in a folder; the model is then in evaluation mode.
 
-    Merged, it is added to the weights, which then cost no more than before; else it is computed beside them. An adapter
-    that is missing, damaged, or of another model is a UserError.
+    If merged, it is added to the weights and costs nothing extra; otherwise it is computed next to them. An adapter
+    that is missing, damaged, or another model's is a UserError.
     """
     adapter = read_adapter(folder, model.config)
     if merge:
@@ -65,21 +65,21 @@ def load_adapter(model: Transformer, folder: Path, merge: bool = True) -> None:
     for name, layer in adapted_layers(model, adapter, torch.float32 if merge else model.norm.weight.dtype).items():
         if merge:
             layer.merge()
-            model.get_submodule(name).weight = layer.weight  # another one if it was in 4 bits
+            model.get_submodule(name).weight = layer.weight  # a new one if it was in 4 bits
         else:
             model.set_submodule(name, layer)
     model.eval()
 
 
 class Adapters:
-    """LoRA adapters over one model's weights, side by side. Which one is used, if any, can be changed at any time.
+    """Several LoRA adapters over one model's weights, of which one, or none, is used at a time.
 
-    The weights are not touched: a linear layer is exchanged for one that has the same weight and the adapter's factors.
+    The weights are not changed: a linear layer is replaced by one with the same weight and the adapter's factors.
     """
 
     def __init__(self, model: Transformer) -> None:
         self._model = model
-        self._plain: dict[str, nn.Module] = {}  # what adapted layers stand in for
+        self._plain: dict[str, nn.Module] = {}  # the layers without adapters
         self._adapted: dict[str, dict[str, LoRALinear]] = {}  # by adapter and layer
         self.used: str | None = None
 
@@ -87,7 +87,7 @@ class Adapters:
         return name in self._adapted
 
     def add(self, name: str, folder: Path) -> None:
-        """Load an adapter, to be used later under a name; a UserError if it is damaged or of another model."""
+        """Load an adapter, to be used later by name; a UserError if it is damaged or another model's."""
         adapter, used = read_adapter(folder, self._model.config), self.used
         self.use(None)
         try:
@@ -97,7 +97,7 @@ class Adapters:
             self.use(used)
 
     def use(self, name: str | None) -> None:
-        """Compute with this adapter from now on; None is the bare model."""
+        """Compute with this adapter from now on; None is the model without adapters."""
         for layer, linear in self._plain.items():
             self._model.set_submodule(layer, linear)
         for layer, adapted in self._adapted[name].items() if name is not None else ():
@@ -125,7 +125,7 @@ def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
     """Put an adapter's factors into layers; a UserError unless names and ranks agree."""
     ranks = {name: layer.rank for name, layer in layers.items()}
     if ranks != {name: factors.rank for name, factors in adapter.factors.items()}:
-        raise UserError(f"{adapter.folder} does not hold the adapter that is expected here: its layers or rank differ")
+        raise UserError(f"{adapter.folder} does not hold the expected adapter: its layers or rank differ")
     for name, factors in adapter.factors.items():
         a, b = factors.tensors()
         write_rows(layers[name].lora_A, 0, a)
@@ -133,12 +133,12 @@ def copy_factors(adapter: Adapter, layers: Mapping[str, LoRALinear]) -> None:
 
 
 def check_copies(adapter: Adapter, base: Mapping[str, Weight]) -> None:
-    """Raise a UserError if an adapter's copies of the base's weights differ in more than rounding to one of the dtypes.
+    """Raise a UserError if an adapter's copies of base weights differ by more than rounding to one of the dtypes.
 
-    PEFT adds them where the output layer is adapted, and puts them in place of the base's own.
+    PEFT saves copies if the output layer is adapted, and loads them in place of the base model's own.
     """
     for name, copy in adapter.copies.items():
         if not are_equal(base[name], Weight(copy.shape, copy.dtype, copy.pieces)):
-            cause = "it is an adapter of other weights, or one whose embedding or output was trained"
-            problem = f"holds {name} too, which differs from the checkpoint's: {cause}, which is not supported"
+            cause = "it is an adapter for other weights, or its embedding or output was trained"
+            problem = f"also holds {name}, which differs from the checkpoint's: {cause}, which is not supported"
             raise UserError(f"adapter={adapter.folder} {problem}")

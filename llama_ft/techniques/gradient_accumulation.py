@@ -1,8 +1,8 @@
-"""Gradient accumulation: several small micro-batches stand for one large batch.
+"""Gradient accumulation: several small micro-batches replace one large batch.
 
-Exact, that is equal to the large batch up to rounding, also where micro-batches differ in their number of target
-tokens: each micro-batch's *summed* loss is divided by the number of target tokens in the whole window. (A mean of the
-micro-batches' means weights their tokens unequally; transformers did that until 4.46.)
+The result equals the large batch's up to rounding, even if micro-batches have different numbers of target tokens: each
+micro-batch's *summed* loss is divided by the number of target tokens in the whole window. (A mean of the micro-batches'
+means weights their tokens unequally; transformers did that until 4.46.)
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,11 +11,11 @@ from typing import Protocol, TypeVar
 
 
 class HasTargets(Protocol):
-    """A micro-batch that knows how many tokens it is trained on."""
+    """A micro-batch that knows its number of target tokens."""
 
     @property
     def n_targets(self) -> int:
-        """Number of target tokens."""
+        """The number of target tokens."""
         ...
 
 
@@ -30,5 +30,5 @@ def windows(micro_batches: Iterable[M], steps: int) -> Iterator[tuple[M, ...]]:
 
 
 def target_tokens(window: Sequence[HasTargets]) -> int:
-    """What the summed loss of each micro-batch of the window is divided by."""
+    """The divisor of each micro-batch's summed loss: the window's number of target tokens."""
     return sum(micro_batch.n_targets for micro_batch in window)

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen weight W plus a trainable product, W + (alpha / rank) B A.
 
-After the official implementation (loralib): a subclass of `nn.Linear` that keeps the key `weight`, A Kaiming-uniform,
-B zero, so that a fresh adapter changes nothing.
+As in the official implementation (loralib), a subclass of `nn.Linear` keeps the key `weight`, A starts Kaiming-uniform
+and B zero, so that a new adapter changes nothing.
 """
 
 import math
@@ -32,13 +32,13 @@ def lora_scale(rank: int, alpha: float, rslora: bool) -> float:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer of any class that shares another one's weight and adds a low-rank update to its output.
+    """A linear layer that shares the weight of a base layer of any class and adds a low-rank update to its output.
 
-    It takes over all that the other layer holds, so the weight keeps its key and the way it is stored.
+    It takes over all attributes of the base layer, so the weight keeps its key and its storage format.
     """
 
     def __new__(cls, base: nn.Linear | None = None, *_: Any, **__: Any) -> Self:
-        """An instance of the subclass that computes as the base does; a copy has no base."""
+        """Create an instance of a class that also inherits from the base's; a copy has no base."""
         plain = base is None or type(base) is nn.Linear
         kind: type[Self] = cls if plain else _over(cls, type(base))  # type: ignore[arg-type]
         return super().__new__(kind)
@@ -65,7 +65,7 @@ class LoRALinear(nn.Linear):
         self.initialize_added()
 
     def initialize_added(self) -> None:
-        """A Kaiming-uniform, B zero: the layer computes what its base does."""
+        """Set A to Kaiming-uniform and B to zero: the layer then computes the same as its base."""
         a = torch.empty(self.lora_A.shape, dtype=self.lora_A.dtype, device=self.lora_A.device)
         write_rows(self.lora_A.detach(), 0, nn.init.kaiming_uniform_(a, a=math.sqrt(5)))
         nn.init.zeros_(own(self.lora_B))
@@ -77,9 +77,9 @@ class LoRALinear(nn.Linear):
             return y
         a: Tensor = self.lora_A
         b: Tensor = self.lora_B
-        if not torch.is_autocast_enabled(x.device.type):  # which would cast them, once for a whole step
+        if not torch.is_autocast_enabled(x.device.type):  # autocast would cast them, once per step
             a, b = a.to(x.dtype), b.to(x.dtype)
-        return y + F.linear(F.linear(self.dropout(x), a) * self.scale, b)  # scaled where it is small
+        return y + F.linear(F.linear(self.dropout(x), a) * self.scale, b)  # scale the small intermediate
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -90,7 +90,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the update out of the weight again; exact up to rounding."""
+        """Subtract the update from the weight; exact up to rounding."""
         if self.merged:
             self._set(self._dense() - self._update())
             self.merged = False
@@ -99,14 +99,14 @@ class LoRALinear(nn.Linear):
         return self.dense_weight(torch.float32) if isinstance(self, FourBitLinear) else self.weight
 
     def _set(self, weight: Tensor) -> None:
-        """Round to the weight's dtype; what is in 4 bits becomes a plain tensor."""
+        """Set the weight, rounded to its dtype; a 4-bit weight becomes a plain tensor."""
         if isinstance(self, FourBitLinear):
             self.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
         else:
             self.weight.copy_(weight)
 
     def _update(self) -> Tensor:
-        """What the factors add to the weight, in fp32, so that a 16-bit weight is rounded once, after the sum."""
+        """The update in fp32, so that a 16-bit weight is rounded once, after the sum."""
         return at_least_fp32(self.lora_B) @ at_least_fp32(self.lora_A) * self.scale
 
 
@@ -125,12 +125,12 @@ def add_lora(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Freeze the model and replace, in place, each linear layer whose own name is in `targets`.
+    """Freeze the model and replace, in place, each linear layer whose last name is in `targets`.
 
     Args:
         rank: r, the inner size of the two factors.
         alpha: the update is scaled by alpha / rank, or with `rslora` by alpha / sqrt(rank).
-        dropout: share of the adapter's inputs that is dropped in training.
+        dropout: share of the adapter's inputs to drop in training.
         targets: last parts of module names, such as `wq`.
         dtype: of A and B.
 
@@ -143,7 +143,7 @@ def add_lora(
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     names = {name.rpartition(".")[2] for name, _ in linears}
     if unknown := sorted(set(targets) - names):
-        raise UserError(f"lora.targets: no linear layer is named {', '.join(unknown)}; there are {sorted(names)}")
+        raise UserError(f"lora.targets: no linear layer is named {', '.join(unknown)}; the model has {sorted(names)}")
     model.requires_grad_(False)
     for name, linear in linears:
         parent, _, child = name.rpartition(".")

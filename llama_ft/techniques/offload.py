@@ -1,7 +1,7 @@
-"""Inputs of checkpointed groups in the host's memory between the forward and the backward pass (`gc.offload=cpu`).
+"""Keeps inputs of checkpointed groups in the host's memory between forward and backward pass (`gc.offload=cpu`).
 
-What torchtune's `OffloadActivations` does, and TRL's after it, for inputs alone and one at a time: without
-`record_stream`, which lets go of memory when the host happens to look, so that each step takes the same.
+Like torchtune's `OffloadActivations`, and TRL's after it, but only for inputs, one at a time, and without
+`record_stream`: that frees memory only when the host happens to check, so steps would differ in memory use.
 """
 
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 class Copy:
-    """A tensor's copy in the host's memory. Copying is on a stream of its own, after what the device computes before;
-    the host never waits.
+    """A tensor's copy in the host's memory.
 
-    Pinned memory takes long to allocate. PyTorch keeps it, in blocks of powers of 2, and uses a block again once no
-    copy that was begun from or to it is under way (aten/src/ATen/core/CachingHostAllocator.h).
+    Copying uses its own stream and follows all work submitted to the device before; the host never waits. Pinned memory
+    is slow to allocate: PyTorch keeps it, in blocks of powers of 2, and reuses a block once no copy from or to it is
+    pending (aten/src/ATen/core/CachingHostAllocator.h).
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -26,16 +26,16 @@ class Copy:
         self._copy(x, self._there)
 
     def fetch(self) -> Tensor:
-        """Begin to copy it back, into a new tensor on the device; whoever reads that calls `wait` before.
+        """Begin to copy it back into a new tensor on the device; call `wait` before reading the tensor.
 
-        The memory is that of the stream which computes, and freed there like any other.
+        Its memory belongs to the compute stream and is freed there as usual.
         """
         x = torch.empty_like(self._there, device=self._device)
         self._copy(self._there, x)
         return x
 
     def wait(self) -> None:
-        """Let what the device is told to compute from now on wait for the copying that was begun last."""
+        """Make all work submitted to the device from now on wait for the last copy."""
         torch.cuda.current_stream(self._device).wait_event(self._done)
 
     def _copy(self, source: Tensor, to: Tensor) -> None:
@@ -52,23 +52,23 @@ def _copying_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def pinned_copy(x: Tensor) -> Copy | None:
-    """A copy of what is on a GPU; None of what is in the host's memory as it is."""
+    """A copy of a tensor on a GPU; None if it is in the host's memory already."""
     return Copy(x) if x.is_cuda else None
 
 
 class Kept:
-    """The input of a group, in the host's memory and, while it is needed or under way, on the device."""
+    """A group's input, in the host's memory and, while needed or being copied, on the device."""
 
     def __init__(self, x: Tensor, copy: Copy, before: "Kept | None") -> None:
         self.here: Tensor | None = x
-        self.copy, self.before = copy, before  # that of the group before, whose turn is next in the backward pass
+        self.copy, self.before = copy, before  # `before` is the previous group's input, next in the backward pass
 
 
 def offloading(copy_of: Callable[[Tensor], Copy | None]) -> saved_tensors_hooks:
-    """A context for each checkpointed group of one forward pass, so that its input is kept as `copy_of` makes it.
+    """A context for the checkpointed groups of one forward pass that keeps each group's input as `copy_of` makes it.
 
-    In the forward pass an input leaves the device when the next group begins, and the compute stream waits for its
-    copy; in the backward pass the input of the group before comes back while a group is computed.
+    In the forward pass an input leaves the device when the next group begins, after the compute stream has waited for
+    its copy. In the backward pass the previous group's input is copied back while a group is computed.
     """
     last: Kept | None = None
 
@@ -77,9 +77,9 @@ def offloading(copy_of: Callable[[Tensor], Copy | None]) -> saved_tensors_hooks:
         if (copy := copy_of(x)) is None:
             return x
         if last is not None:
-            last.copy.wait()  # else its memory could be written to while it is read
+            last.copy.wait()  # else its memory could be overwritten while it is copied
             last.here = None
-        last = Kept(x.detach(), copy, last if x.requires_grad else None)  # else the pass does not reach those before
+        last = Kept(x.detach(), copy, last if x.requires_grad else None)  # else backward stops here
         return last
 
     def unpack(kept: Kept | Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""LoRA adapters in the files of PEFT (https://github.com/huggingface/peft), which are those that a run leaves.
+"""LoRA adapters in PEFT's files (https://github.com/huggingface/peft), which runs also write.
 
-`adapter_config.json` says how the update is scaled, `adapter_model.safetensors` has the factors, under the names and in
-the rotary layout of transformers: the rows of lora_B of wq and wk are permuted as those of the weights are.
+`adapter_config.json` gives the update's scale, `adapter_model.safetensors` has the factors, with transformers' names
+and rotary layout: the rows of lora_B of wq and wk are permuted like those of the weights.
 """
 
 import os
@@ -26,20 +26,20 @@ from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.peft_patterns import by_pattern
 
 PREFIX = "base_model.model."
-PICKLE_FILE = "adapter_model.bin"  # of PEFT before 0.6
-# Keys of adapter_config.json that change nothing here: what was trained, by whom and from where. All others that are no
-# fields of PeftConfig must be off.
+PICKLE_FILE = "adapter_model.bin"  # before PEFT 0.6
+# Keys of adapter_config.json that do not affect the result here. All others that are not fields of PeftConfig must be
+# off.
 _IGNORED = """
     auto_mapping corda_config eva_config exclude_modules layers_pattern layers_to_transform loftq_config lora_ga_config
     megatron_config megatron_core peft_version qalora_group_size revision runtime_config
 """.split()
-_OFF: Json = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}  # which PEFT writes too
-_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others take something out of the base's weights
+_OFF: Json = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}  # also written by PEFT
+_INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base model's weights
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What we write into `adapter_config.json`, and read of it."""
+    """The keys of `adapter_config.json` that we write and read."""
 
     r: int
     lora_alpha: float
@@ -47,7 +47,7 @@ class PeftConfig:
     base_model_name_or_path: str | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)  # of layers that have a rank of their own
+    rank_pattern: dict[str, int] = field(default_factory=dict)  # of layers with their own rank
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     init_lora_weights: bool | str = True
     inference_mode: bool = True
@@ -57,14 +57,14 @@ class PeftConfig:
 
 @dataclass(frozen=True)
 class Factors:
-    """What is added to one linear layer: its place in the files, and its scale."""
+    """The update of one linear layer: its place in the files, and its scale."""
 
-    name: str  # for people
+    name: str  # for messages
     a: StoredTensor  # [rank, in_features]
     b: StoredTensor  # [out_features, rank], in Hugging Face's layout
     alpha: float
     rslora: bool
-    n_heads: int | None  # where b's rows are permuted
+    n_heads: int | None  # if b's rows are permuted
 
     @property
     def rank(self) -> int:
@@ -72,7 +72,7 @@ class Factors:
         return self.a.shape[0]
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """A and B in our layout, as stored; a UserError if a number of theirs is none."""
+        """A and B in our layout, in the stored dtype; a UserError if they hold NaN or infinities."""
         a, b = self.a.rows(0, self.rank), self.b.rows(0, self.b.shape[0])
         for which, factor in (("A", a), ("B", b)):
             if not factor.isfinite().all():
@@ -85,13 +85,13 @@ class Adapter:
     """An adapter on disk, checked against a model."""
 
     folder: Path
-    base: str | None  # the checkpoint that it was trained on, if it says
+    base: str | None  # the checkpoint that it was trained on, if known
     factors: dict[str, Factors]  # by our names of the linear layers
-    copies: dict[str, StoredTensor]  # of the base's weights, which PEFT adds where the output layer is adapted
+    copies: dict[str, StoredTensor]  # of base weights, which PEFT saves if the output layer is adapted
 
     @property
     def weights(self) -> dict[str, Factors]:
-        """The factors by our names of the weights that they are added to."""
+        """The factors by our names of the weights that they update."""
         return {f"{layer}.weight": factors for layer, factors in self.factors.items()}
 
 
@@ -99,9 +99,9 @@ def save_adapter(model: Transformer, folder: Path, base: str | None = None, *, w
     """Write the model's adapter into a folder; a UserError if it has none, or the files cannot be written.
 
     Args:
-        base: the checkpoint that it was trained on, of which PEFT then knows the place, or the name on the Hugging Face
-            hub; None names none.
-        writes: whether this process writes the files; of several that share the model all have to call it.
+        base: the checkpoint that it was trained on, saved for PEFT as a path or a name on the Hugging Face hub; None
+            saves none.
+        writes: this process writes the files; all processes that share the model must call this function.
     """
     layers = lora_layers(model)
     if not layers:
@@ -140,12 +140,12 @@ def _peft_name(layer: str) -> str:
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> Adapter:
-    """Find an adapter in a folder, reading no tensor; a UserError if it is damaged, another model's, or no LoRA."""
+    """Find an adapter in a folder, reading no tensor; a UserError if it is damaged, another model's, or not LoRA."""
     try:
         tensors = _open_tensors(folder, model)
         config_file = folder / ADAPTER_CONFIG_FILE
         if not config_file.is_file():
-            raise UserError(f"there is no {ADAPTER_CONFIG_FILE} in it, which says how the adapter is scaled")
+            raise UserError(f"it has no {ADAPTER_CONFIG_FILE}, which says how the adapter is scaled")
         content = read_json(config_file, "how the adapter is scaled")
         _check_supported(content)
         known = {key: value for key, value in content.items() if value is not None}
@@ -170,14 +170,14 @@ def _open_tensors(folder: Path, model: ModelConfig) -> dict[str, StoredTensor]:
     hint = "give the folder of a run with LoRA, or of a PEFT adapter"
     if (folder / WEIGHTS_FILE).is_file():
         hint = f"its {WEIGHTS_FILE} is a whole model: give checkpoint={folder} and no adapter"
-    raise UserError(f"there is no {ADAPTER_FILE} in it; {hint}")
+    raise UserError(f"it has no {ADAPTER_FILE}; {hint}")
 
 
 def _check_supported(content: Json) -> None:
-    """Raise a UserError if the adapter is more than products beside linear layers."""
+    """Raise a UserError if the adapter is anything but low-rank updates of linear layers."""
     kind, init = content.get("peft_type"), content.get("init_lora_weights", True)
     if kind != "LORA":
-        raise UserError(f"{ADAPTER_CONFIG_FILE} says peft_type={kind}, and only LORA can be used")
+        raise UserError(f"{ADAPTER_CONFIG_FILE} says peft_type={kind}, but only LORA is supported")
     for key in content.keys() - {*PeftConfig.__dataclass_fields__, *_IGNORED}:
         if content[key] not in (None, False, "none", "", [], {}):
             raise UserError(f"{ADAPTER_CONFIG_FILE} says {key}={content[key]}, which is not supported")
@@ -197,15 +197,14 @@ def _sorted_out(folder: Path, config: PeftConfig, tensors: Mapping[str, StoredTe
         if match is not None and match[2]:
             layer = (ours or "").removesuffix(".weight")
             if layer not in linears:
-                raise UserError(f"{name} in it belongs to no linear layer of model={model.name}")
+                raise UserError(f"its {name} does not belong to a linear layer of model={model.name}")
             pairs.setdefault(layer, {})[match[2]] = stored
         elif ours in (EMBEDDING, OUTPUT):
             copies[ours] = stored
         else:
-            expected = "a LoRA adapter of a linear layer, and nothing else is supported"
-            raise UserError(f"{name} in it is no part of {expected}")
+            raise UserError(f"its {name} is not part of a LoRA adapter of a linear layer: not supported")
     if not pairs:
-        raise UserError("there is no lora_A or lora_B in it")
+        raise UserError("it has no lora_A or lora_B")
     factors = {layer: _factors(folder, layer, pair, linears[layer], config, model) for layer, pair in pairs.items()}
     return Adapter(folder, config.base_model_name_or_path, factors, copies)
 
@@ -218,16 +217,16 @@ def _factors(
     config: PeftConfig,
     model: ModelConfig,
 ) -> Factors:
-    """A layer's pair, if it has the shapes that belong to the layer."""
+    """A layer's factors; a UserError unless their shapes fit the layer."""
     theirs = _peft_name(layer)
     if missing := {"A", "B"} - pair.keys():
-        raise UserError(f"{theirs} has no lora_{missing.pop()} in it")
+        raise UserError(f"its {theirs} has no lora_{missing.pop()}")
     rank = int(by_pattern(config.rank_pattern, theirs.removeprefix(PREFIX), config.r))
     for which, shape in (("A", [rank, linear.in_features]), ("B", [linear.out_features, rank])):
         if pair[which].shape != shape:
             expected = f"for model={model.name} and r={rank} should be {shape}"
             cause = "it is an adapter of another model, or damaged"
-            raise UserError(f"{theirs}.lora_{which} is {pair[which].shape}, and {expected}: {cause}")
+            raise UserError(f"{theirs}.lora_{which} is {pair[which].shape}, but {expected}: {cause}")
     n_heads = linear.out_features // model.head_dim if is_rotated(f"{layer}.weight") else None
     alpha = by_pattern(config.alpha_pattern, theirs.removeprefix(PREFIX), config.lora_alpha)
     return Factors(f"adapter={folder}: {theirs}", pair["A"], pair["B"], alpha, config.use_rslora, n_heads)

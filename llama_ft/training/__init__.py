@@ -1,1 +1,1 @@
-"""The loop, the optimizer and its schedule."""
+"""The training loop, the optimizer and its schedule."""

@@ -8,11 +8,11 @@ from llama_ft.model.transformer import Attention, Transformer, TransformerBlock
 
 
 def compile_layers(model: Transformer, is_packed: bool = False) -> None:
-    """Let each layer be compiled when it first runs, for batches of any length. Alike layers share what is compiled.
+    """Compile each layer when it first runs, for batches of any length. Identical layers share compiled code.
 
-    `is_packed` keeps attention out, which would be compiled anew for the lengths in each packed row.
+    `is_packed` excludes attention, which would be recompiled for the lengths in each packed row.
     """
-    # Rotary embeddings are complex products, which are left as they are.
+    # The complex products of rotary embeddings are not compiled.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex operators")
     for module in model.layers.modules():
         if is_packed and isinstance(module, Attention):

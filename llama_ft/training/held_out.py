@@ -1,4 +1,4 @@
-"""Held-out losses while a run trains: when they are due, which is the best, when it is time to stop."""
+"""Held-out losses during training: when to measure, which is the best, when to stop."""
 
 import math
 import time
@@ -12,21 +12,21 @@ from llama_ft.system import Log, Pace
 from llama_ft.training.loop import Windows
 from llama_ft.training.step import TrainStep, evaluate
 
-MAX_NATS = 700.0  # beyond, exp leaves the range of a float
+MAX_NATS = 700.0  # exp of a larger loss overflows a float
 
 
 def best_of(losses: Sequence[EvalMetrics]) -> EvalMetrics:
-    """The first of the least loss."""
+    """The first with the lowest loss."""
     return min(losses, key=lambda each: each.eval_loss)
 
 
 def is_due(step: int, total_steps: int, steps_per_epoch: int, every: int | None) -> bool:
-    """Whether a held-out loss belongs after an optimizer step: every so many, or epochs; at both ends in any case."""
+    """Return True if a held-out loss is due: after every `every` steps, or every epoch, and at both ends of the run."""
     return step % (every or steps_per_epoch) == 0 or step == total_steps
 
 
 def is_time_to_stop(losses: Sequence[EvalMetrics], config: TrainingConfig) -> bool:
-    """Whether as many losses as `training.patience` says have come after the best one."""
+    """Return True if `training.patience` losses have come after the best one."""
     if config.patience is None or not losses:
         return False
     return len(losses) - 1 - losses.index(best_of(losses)) >= config.patience
@@ -35,7 +35,7 @@ def is_time_to_stop(losses: Sequence[EvalMetrics], config: TrainingConfig) -> bo
 def measure_held_out(
     step: TrainStep, data: Windows, n_steps: int, is_stopped: Callable[[], bool], log: Log
 ) -> EvalMetrics | None:
-    """The held-out samples' loss after so many steps, None if stopped; a Diverged if it is no number."""
+    """The held-out loss after `n_steps` optimizer steps; None if stopped, a Diverged if it is not a finite number."""
     start, pace = time.perf_counter(), Pace()
 
     def until_stopped() -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The training loop, and the data that it runs over."""
+"""The training loop and its data."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from llama_ft.training.step import TrainStep, Window
 
 @dataclass(frozen=True)
 class Windows:
-    """The data as optimizer steps: windows of micro-batches, in an order that depends on seed and epoch alone."""
+    """The data as windows of micro-batches, one per optimizer step, in an order set only by seed and epoch."""
 
     samples: Sequence[Sample]
     micro_batch_size: int = 1
     accumulation_steps: int = 1
     seed: int = 0
     padding: Padding = NO_PADDING
-    packing: int | None = None  # tokens up to which a window's samples are laid end to end; None leaves them
-    pin: bool = False  # whether micro-batches are put into page-locked memory, for a GPU
-    held_out: Sequence[Sample] = ()  # to be evaluated, and never trained on
-    ranks: Ranks = ALONE  # the processes that a window is split over
+    packing: int | None = None  # a window's samples are packed into rows of up to this many tokens; None: not packed
+    pin: bool = False  # put micro-batches into page-locked memory, for a GPU
+    held_out: Sequence[Sample] = ()  # evaluated, never trained on
+    ranks: Ranks = ALONE  # the processes that share a window
 
     @classmethod
     def over(
@@ -40,13 +40,13 @@ class Windows:
         packing: int | None = None,
         held_out: Sequence[Sample] = (),
     ) -> "Windows":
-        """Those of a training step, padded and pinned as its precision and device want them."""
+        """The windows for a training step, padded and pinned for its precision and device."""
         padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
         pin = step.device.type == "cuda"
         return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin, held_out, step.ranks)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Window]:
-        """This process's windows of an epoch, counted from 0, from `first` on; collated as they are asked for."""
+        """This process's windows of an epoch, counted from 0, from `first` on; collated on demand."""
         groups = epoch_groups(len(self.samples), self.micro_batch_size, number, self.seed)
         for window in windows(groups[first * self.accumulation_steps :], self.accumulation_steps):
             batches = self.share([self.samples[index] for group in window for index in group])
@@ -55,8 +55,8 @@ class Windows:
     def share(self, samples: Sequence[Sample]) -> list[Batch]:
         """This process's micro-batches of a window.
 
-        The samples are dealt out in turn. Of micro-batches all processes have as many, since they compute together:
-        those that some lack have no samples.
+        Samples are dealt to the processes in turn. All processes compute together, so they need equally many
+        micro-batches: empty ones fill up the shorter shares.
         """
         n = self.ranks.world_size
         shares = [self.groups(samples[rank::n]) for rank in range(n)]
@@ -72,21 +72,21 @@ class Windows:
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
     def lay_out(self, group: Sequence[Sample]) -> Batch:
-        """A micro-batch: its samples side by side, or end to end."""
+        """A micro-batch of these samples, padded or packed."""
         return collate(group, self.padding) if self.packing is None else end_to_end(group, self.padding)
 
     def held_out_batches(self) -> Iterator[Batch]:
-        """The held-out samples in micro-batches no larger than in training, unless one sample is; longest first."""
+        """The held-out samples, longest first, in micro-batches no larger than in training unless one sample is."""
         ordered = sorted(self.held_out, key=len, reverse=True)
-        room = self.micro_batch_size * max(map(len, self.samples), default=0)  # positions of the widest in training
+        room = self.micro_batch_size * max(map(len, self.samples), default=0)  # positions of the widest micro-batch
         while ordered:
             fitting = max(1, min(self.micro_batch_size, room // len(ordered[0])))
-            n = fitting if self.packing is None else self.window_size  # of which rows are made
+            n = fitting if self.packing is None else self.window_size  # to pack into rows
             yield from map(self.lay_out, [ordered[:n]] if self.packing is None else self.groups(ordered[:n]))
             del ordered[:n]
 
     def held_out_share(self) -> Iterator[Batch]:
-        """This process's part of them; all processes have as many batches."""
+        """This process's part of the held-out batches; all processes have equally many."""
         n = self.ranks.world_size
         batches = self.held_out_batches()
         while together := list(islice(batches, n)):
@@ -95,34 +95,34 @@ class Windows:
 
     @property
     def window_size(self) -> int:
-        """Samples in a window; the last of an epoch may have fewer."""
+        """The number of samples in a window; an epoch's last one may have fewer."""
         return self.micro_batch_size * self.accumulation_steps
 
     @property
     def most_samples(self) -> int:
-        """The most samples of a window that a process has."""
+        """The largest number of a window's samples in one process."""
         return -(-min(self.window_size, len(self.samples)) // self.ranks.world_size)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch."""
+        """The number of optimizer steps in an epoch."""
         return -(-len(self.samples) // self.window_size)
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """An optimizer step as it leaves the device: reading the tensors waits for it."""
+    """An optimizer step's results, on the device: reading the tensors waits for it."""
 
     loss: Tensor  # scalar: mean over the window's target tokens
     grad_norm: Tensor  # scalar: before clipping
-    lr: float  # that the step was done with
-    n_tokens: int  # of the window, padding not counted
+    lr: float  # used by the step
+    n_tokens: int  # of the window, without padding
 
 
 def train(
     step: TrainStep, schedule: LRScheduler, data: Windows, epochs: int, position: Position
 ) -> Iterator[StepOutput]:
-    """Train from a position, which is kept up to date, to the last epoch's end; the caller may save between steps."""
+    """Train from a position to the end of the last epoch, updating the position; the caller may save between steps."""
     step.model.train()
     while position.epoch < epochs:
         for window in data.epoch(position.epoch, position.window):

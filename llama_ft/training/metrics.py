@@ -1,4 +1,4 @@
-"""A run's numbers, read one step late so that reading them does not make the device wait."""
+"""A run's metrics, read one step late so that reading them does not stall the device."""
 
 import math
 import time
@@ -16,22 +16,22 @@ from llama_ft.training.loop import StepOutput
 
 
 def check_losses(before: float, after: float, vocab_size: int) -> None:
-    """Raise a Diverged if the last steps made weights that overflow: the loss is no number, or has come to guessing's.
+    """Raise a Diverged if the last steps made the weights overflow: the loss is not finite, or now that of guessing.
 
-    Activations whose squares are infinite are normed to 0, so that every token is equally probable.
+    Activations whose squares overflow are normalized to 0, which makes every token equally probable.
     """
     guessing = math.log(vocab_size)
-    has_come_to_guess = math.isclose(after, guessing, rel_tol=1e-6) and not math.isclose(before, guessing, rel_tol=1e-6)
-    if not math.isfinite(after) or has_come_to_guess:
-        why = "what a model without activations has" if has_come_to_guess else "no number"
-        raise Diverged(f"the loss after training is {after:.4f}, {why}: its weights overflow; lower training.lr")
+    now_guesses = math.isclose(after, guessing, rel_tol=1e-6) and not math.isclose(before, guessing, rel_tol=1e-6)
+    if not math.isfinite(after) or now_guesses:
+        why = "the loss of a model whose activations are 0" if now_guesses else "not a number"
+        raise Diverged(f"the loss after training is {after:.4f}, {why}: the weights overflow; lower training.lr")
 
 
 class StepMeter:
-    """Reads each step's loss when the next step has been started, and the device has long computed it.
+    """Reads each step's loss after the next step has been started, when the device has long computed it.
 
-    A gradient that is not finite ends the training, or with `may_skip`, as under loss scaling, skips its step. A
-    resumed run goes on from its `last` step.
+    A gradient that is not finite ends the training; with `may_skip`, as under loss scaling, it only skips the step. A
+    resumed run continues after its `last` step.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class StepMeter:
         self._had_gradient = last is not None and (last.grad_norm or 0) > 0
         self._pending: tuple[StepMetrics, int, Tensor, Moment] | None = None
         self._moment: Callable[[], Moment] = partial(GpuMoment, device) if device.type == "cuda" else Moment
-        # One for the step that is read and one for the step that runs; made here, since making them takes time.
+        # One for the step being read and one for the running step; allocated here, since that is slow.
         self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if device.type == "cuda" else []
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count time from now on: what went before was no training."""
+        """Count time from now on: the time before was not spent on training."""
         self._before = self._moment()
 
     def record(self, output: StepOutput) -> StepMetrics | None:
-        """Keep a step's output; returns the step before it, as `flush` does."""
+        """Keep a step's output; return the previous step's metrics, as `flush` does."""
         scalars = torch.stack((output.loss, output.grad_norm.to(output.loss.dtype)))
         if self._pinned:  # copied without waiting; the moment comes after the copy
             scalars = self._pinned[self._step % 2].copy_(scalars, non_blocking=True)
@@ -75,7 +75,7 @@ class StepMeter:
         return before
 
     def flush(self) -> StepMetrics | None:
-        """The newest step, if it has not been read yet; a Diverged if its loss or its gradient is not finite. Waits."""
+        """Wait for the newest step and return its metrics, if not read yet; a Diverged if a value is not finite."""
         if self._pending is None:
             return None
         metrics, n_tokens, scalars, done = self._pending
@@ -86,7 +86,7 @@ class StepMeter:
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
         wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
-        # A gradient that vanishes where there is something to learn: infinite squares of activations are normed to 0.
+        # The gradient vanishes although the loss does not: activations whose squares overflow are normalized to 0.
         vanished = grad_norm == 0 < loss and self._had_gradient
         self._had_gradient |= grad_norm > 0
         if not wrong and (vanished or (not is_finite and not self._may_skip)):
@@ -104,25 +104,25 @@ class StepMeter:
 
 
 class Moment:
-    """When the work given to the CPU so far was done: now, since nothing is given to it without being waited for."""
+    """The time at which the CPU finished all work so far: now, since it works synchronously."""
 
     def __init__(self) -> None:
         self._time = time.perf_counter()
 
     def seconds_after(self, earlier: "Moment") -> float:
-        """Between the two."""
+        """Seconds between the two moments."""
         return self._time - earlier._time
 
 
 class GpuMoment(Moment):
-    """When the GPU has done all that it was given so far: an event in its stream, with the GPU's own time."""
+    """The time at which the GPU finishes all work submitted so far: an event in its stream, on the GPU's clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._event = torch.cuda.Event(enable_timing=True)
-        self._event.record(torch.cuda.current_stream(device))  # not of PyTorch's current GPU, which may be another
+        self._event.record(torch.cuda.current_stream(device))  # PyTorch's current GPU may be another
 
     def seconds_after(self, earlier: Moment) -> float:
-        """Between the two; waits for this one."""
+        """Seconds between the two moments; waits for this one."""
         assert isinstance(earlier, GpuMoment)
         self._event.synchronize()
         return float(earlier._event.elapsed_time(self._event)) / 1000

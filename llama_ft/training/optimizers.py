@@ -1,4 +1,4 @@
-"""What updates the weights: AdamW, with moments in 32 or in 8 bits, and SGD."""
+"""The optimizers: AdamW, with moments in 32 or 8 bits, and SGD."""
 
 import inspect
 from collections.abc import Iterable
@@ -14,17 +14,17 @@ from llama_ft.config import TrainingConfig
 from llama_ft.config.training import Optimizer
 from llama_ft.model.sharded import is_split
 
-# As bitsandbytes has it: elements from which on moments have 8 bits, with how many of them to a scale; elements from
-# which on they are paged.
+# As in bitsandbytes: the least elements of a weight for 8-bit moments, elements per scale, the least elements for
+# paging.
 MIN_8BIT, BLOCK, MIN_PAGED = 4096, 256, 100_000
 MOMENTS = "exp_avg", "exp_avg_sq"
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's, of Loshchilov and Hutter 2019 (arXiv 1711.05101).
+    """PyTorch's AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
-    A step does not ask whether a CUDA graph is captured, which none is: PyTorch 2.13 makes a context on a GPU for the
-    question, though all parameters are on the CPU.
+    A step skips the check for CUDA graph capture, which is never active here: in PyTorch 2.13 the check creates a GPU
+    context even if all parameters are on the CPU.
     """
 
     def _accelerator_graph_capture_health_check(self) -> None:
@@ -34,11 +34,11 @@ class AdamW(torch.optim.AdamW):
 
 
 class SGD(torch.optim.SGD):
-    """PyTorch's: stochastic gradient descent (Robbins and Monro 1951, doi 10.1214/aoms/1177729586) with momentum.
+    """PyTorch's stochastic gradient descent (Robbins and Monro 1951, doi 10.1214/aoms/1177729586) with momentum.
 
     Momentum (Polyak 1964, doi 10.1016/0041-5553(64)90137-5) is PyTorch's form of Sutskever et al. 2013: b = momentum b
-    + g, and a weight loses lr b. It begins at 0, from which the first step makes b = g, as in PyTorch; that would leave
-    it unset where the fused kernel skips the first step, as under loss scaling.
+    + g, and the weight is reduced by lr b. The buffer starts at 0, so the first step makes b = g, as in PyTorch, which
+    would leave the buffer unset if the fused kernel skipped the first step, as under loss scaling.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: Any) -> Any:
@@ -49,15 +49,16 @@ class SGD(torch.optim.SGD):
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """AdamW whose moments are stored in 8 bits, by blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2).
+    """AdamW with moments stored in 8 bits, in blocks of 256 (Dettmers et al. 2022, arXiv 2110.02861, section 2).
 
-    To the bit what `bitsandbytes.optim.AdamW8bit` does, by its kernels; but it does not wait for the device after each
-    weight. The state of a weight is tensors alone, all 0 at first: `step`, an fp32 scalar on the CPU; `exp_avg` and
+    Bitwise equal to `bitsandbytes.optim.AdamW8bit`, whose kernels it uses, but without waiting for the device after
+    each weight. A weight's state is only tensors, all initially 0: `step`, an fp32 scalar on the CPU; `exp_avg` and
     `exp_avg_sq`, uint8 in the weight's shape, with `absmax` and `absmax_sq`, fp32 [blocks]. Weights of fewer than 4096
-    elements have fp32 moments, and no scales.
+    elements have fp32 moments and no scales.
 
-    Paged (Dettmers et al. 2023, arXiv 2305.14314, section 3), larger moments are in memory that CUDA's driver moves to
-    the host where the card is full, beside PyTorch's allocator. Among the fake tensors of a plan they have no memory.
+    With paging (Dettmers et al. 2023, arXiv 2305.14314, section 3), larger moments are in memory that CUDA's driver
+    moves to the host when the card is full, outside PyTorch's allocator. In a plan, on fake tensors, they have no
+    memory.
 
     Raises:
         UserError: if bitsandbytes is not installed.
@@ -71,20 +72,19 @@ class AdamW8bit(torch.optim.Optimizer):
         self._kernels = bitsandbytes(f"training.optimizer={name}").functional
         self._is_paged, self._maps = is_paged, list[Tensor]()
 
-    _step_supports_amp_scaling = True  # then GradScaler leaves it to the step to skip what overflowed
+    _step_supports_amp_scaling = True  # tells GradScaler that `step` itself skips steps that overflowed
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update the weights that have a gradient. fp32 or 16 bit, on the CPU or CUDA; one after the other.
+        """Update the weights that have a gradient, in fp32 or 16 bit, on the CPU or CUDA, one after the other.
 
-        Under loss scaling it waits for the device, which says whether a gradient overflowed; then the state alone is
-        made.
+        Under loss scaling it waits for the device to know if a gradient overflowed; if so, it only creates the state.
         """
         updated = [(each, group) for group in self.param_groups for each in group["params"] if each.grad is not None]
         for parameter, _ in updated:
             if not self.state[parameter]:
                 self.state[parameter] |= self._begin(parameter)
         found_inf = getattr(self, "found_inf", None)
-        if type(found_inf) is Tensor and found_inf.item():  # a plan's fake tensor says no number
+        if type(found_inf) is Tensor and found_inf.item():  # a plan's fake tensor has no value
             return
         for parameter, group in updated:
             self._update(parameter, parameter.grad.contiguous(), group)
@@ -92,13 +92,13 @@ class AdamW8bit(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         count = state["step"].add_(1)
-        step = int(count) if type(count) is Tensor else 1  # a plan's fake tensor says no number
+        step = int(count) if type(count) is Tensor else 1  # a plan's fake tensor has no value
         moments = state["exp_avg"], state["exp_avg_sq"]
         (beta1, beta2), eps, lr, decay = group["betas"], group["eps"], group["lr"], group["weight_decay"]
         weight = "adam", gradient, parameter
         if "absmax" in state:
             if parameter.device.type == "cuda" and getattr(moments[0], "is_paged", False):
-                for moment in moments:  # all at once, not page by page as the kernel meets them
+                for moment in moments:  # all at once, not page by page as the kernel touches them
                     self._kernels.prefetch_tensor(moment)
             scales = *self._maps, state["absmax"], state["absmax_sq"]
             unused = 0.0, 0.0  # other optimizers' beta3 and alpha
@@ -112,10 +112,10 @@ class AdamW8bit(torch.optim.Optimizer):
 
     def _begin(self, parameter: Tensor) -> dict[str, Tensor]:
         n, device = parameter.numel(), parameter.device
-        state = {"step": torch.zeros(())}  # on the CPU, where reading it waits for nothing
+        state = {"step": torch.zeros(())}  # on the CPU, so that reading it does not wait
         if n < MIN_8BIT:
             return state | {name: torch.zeros_like(parameter, dtype=torch.float32) for name in MOMENTS}
-        if not self._maps:  # from 8 bits to numbers between -1 or 0 and 1
+        if not self._maps:  # from 8 bits to numbers in [-1, 1], or in [0, 1]
             with no_dispatch():  # fake tensors could not be read
                 maps = [self._kernels.create_dynamic_map(is_signed).tolist() for is_signed in (True, False)]
             self._maps = [torch.tensor(values, device=device) for values in maps]
@@ -123,10 +123,10 @@ class AdamW8bit(torch.optim.Optimizer):
         return state | {name: torch.zeros(-(-n // BLOCK), device=device) for name in ("absmax", "absmax_sq")}
 
     def _zeros(self, parameter: Tensor) -> Tensor:
-        """uint8, in the parameter's shape; in memory that the driver moves, if that is wanted."""
+        """uint8 zeros in the parameter's shape, in paged memory if so configured."""
         if not self._is_paged or parameter.numel() < MIN_PAGED:
             return torch.zeros_like(parameter, dtype=torch.uint8)
-        if parameter.device.type == "cpu":  # among the fake tensors of a plan
+        if parameter.device.type == "cpu":  # a plan's fake tensor
             zeros = torch.zeros_like(parameter, dtype=torch.uint8, device="meta")
             zeros.is_paged = True  # type: ignore[attr-defined]
             return zeros
@@ -135,7 +135,7 @@ class AdamW8bit(torch.optim.Optimizer):
         return paged
 
 
-# Without the wrappers that keep PyTorch's compiler out, and import it for that: seconds of each start.
+# Remove the wrappers that exclude these from PyTorch's compiler: they import it, which costs seconds at each start.
 WRAPPED = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
 for _class, _name in product((AdamW, AdamW8bit, SGD), WRAPPED):
     setattr(_class, _name, torch.no_grad()(inspect.unwrap(getattr(_class, _name))))
@@ -144,9 +144,9 @@ for _class, _name in product((AdamW, AdamW8bit, SGD), WRAPPED):
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
     """The optimizer that the config names, over the trainable parameters.
 
-    Fused, on the CPU too: PyTorch's default form keeps one more copy of all parameters while it steps. SGD of 16-bit
-    weights goes from one to the next instead: PyTorch's fused kernel for the CPU leaves most of such a weight as it is
-    (pytorch/pytorch#191763, in 2.13 too). So does SGD of weights that are split over processes, for want of a kernel.
+    Fused, on the CPU too: PyTorch's default form holds one more copy of all parameters during a step. SGD updates
+    16-bit weights one by one instead: PyTorch's fused CPU kernel leaves most of such a weight unchanged
+    (pytorch/pytorch#191763, in 2.13 too). For weights split over processes SGD has no fused kernel.
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     decay = config.weight_decay

@@ -1,6 +1,6 @@
-"""Saving a run while it trains, and going on from where it was saved, to the bit.
+"""Saves a run while it trains, and resumes it bit by bit as if it had not stopped.
 
-A checkpoint is a folder of safetensors and JSON: nothing in it is code. It appears whole, by being renamed.
+A checkpoint is a folder of safetensors and JSON, without code. It is renamed into place once it is complete.
 """
 
 import os
@@ -38,15 +38,15 @@ from llama_ft.training.step import TrainStep
 
 
 def save_trained(model: Transformer, folder: Path, base: str | None = None, ranks: Ranks = ALONE) -> None:
-    """Write what was trained: all weights, or the adapter, with the name of the checkpoint that it belongs to.
+    """Write the trained weights: all of them, or the adapter with the name of its checkpoint.
 
-    Of several processes the first writes; weights that are split are gathered one by one, so all have to call it. A
-    UserError if it cannot be written, or weights are in 4 bits.
+    The first process writes, but all must call this function, since split weights are gathered one by one. A UserError
+    if writing fails, or if weights are in 4 bits.
     """
     if lora_layers(model):
         save_adapter(model, folder, base, writes=ranks.is_first)
     elif is_in_4_bits(model):
-        raise UserError("weights in 4 bits are not saved: convert merges an adapter into the checkpoint's own weights")
+        raise UserError("4-bit weights cannot be saved: convert merges an adapter into the checkpoint's own weights")
     elif ranks.is_first:
         save_tensors(dict(model.named_parameters()), folder / WEIGHTS_FILE, model.config)
     else:
@@ -55,16 +55,16 @@ def save_trained(model: Transformer, folder: Path, base: str | None = None, rank
 
 
 class Saver:
-    """A run's checkpoints, and the weights that were the best so far.
+    """Saves a run's checkpoints, and the best weights so far.
 
-    `run_hash` is of what stays of the config when a run is trained longer, or on other processes.
+    `run_hash` covers the settings that stay when a run is trained longer, or on other processes.
     """
 
     def __init__(self, run_dir: Path, config_hash: str, step: TrainStep, run_hash: str | None = None) -> None:
         self._run_dir, self._hashes, self._step, self._ranks = run_dir, (config_hash, run_hash), step, step.ranks
 
     def save(self, position: Position) -> None:
-        """Write a checkpoint; a UserError if it cannot be written, and those before it stay."""
+        """Write a checkpoint; a UserError if that fails, and earlier ones are kept."""
         config_hash, run_hash = self._hashes
         scaler, rng = self._step.scaler.state_dict(), self._ranks.gathered(_rng_states(self._step.device))
         states = {f"{key}.{rank}" if rank else key: each for rank, own in enumerate(rng) for key, each in own.items()}
@@ -74,17 +74,17 @@ class Saver:
             remove_older(self._run_dir)
 
     def save_best(self, step: int) -> None:
-        """Keep the weights as they are after this optimizer step, the best so far; a UserError as in `save`."""
+        """Save the weights after this optimizer step, the best so far; a UserError as in `save`."""
         self._write(self.best_folder(step).name)
         if self._ranks.is_first:
             remove_older(self._run_dir, step=step)
 
     def best_folder(self, step: int) -> Path:
-        """Where the best weights are, those after this optimizer step."""
+        """The folder for best weights saved after this optimizer step."""
         return self._run_dir / CHECKPOINTS_DIR / f"best_{step:08}"
 
     def _write(self, name: str, state: SavedState | None = None) -> None:
-        """A folder with what is trained, and, with a state, the optimizer's tensors; it appears whole."""
+        """Write a whole folder with the trained weights and, if there is a state, the optimizer's tensors."""
         ranks, final = self._ranks, self._run_dir / CHECKPOINTS_DIR / name
         temporary = final.with_name(f".{name}.{ranks.gathered(os.getpid())[0]}.tmp")
         try:
@@ -92,7 +92,7 @@ class Saver:
                 temporary.mkdir(parents=True)
             ranks.wait()
             if ranks.any(ranks.strategy is Strategy.fsdp and not temporary.is_dir()):
-                raise UserError(f"{final} is not on a disk that all machines share: each process writes its rows there")
+                raise UserError(f"{final} must be on a disk shared by all machines: each process writes its rows there")
             optimizer = self._optimizer_tensors() if state else {}
             if ranks.strategy is Strategy.fsdp:
                 write_split(self._trained() | optimizer, temporary)
@@ -112,7 +112,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self) -> Position | None:
-        """Put the newest checkpoint's state back, after a dry run has allocated it; None where there is none.
+        """Restore the newest checkpoint, after a dry run has allocated its state; None if there is none.
 
         A UserError if it is damaged.
         """
@@ -131,12 +131,12 @@ class Saver:
         return saved.position
 
     def read_trained(self, folder: Path, optimizer: Mapping[str, Tensor] | None = None) -> None:
-        """Put the weights of a checkpoint, or the best, back, and the optimizer's tensors, if they are given.
+        """Read a checkpoint's or the best weights into the model, and optimizer tensors if given.
 
         A UserError if they are damaged.
         """
         model = self._step.model
-        if any(folder.glob(SHARDS)):  # of processes that the run was split over, as many as there were
+        if any(folder.glob(SHARDS)):  # written by several processes, of any number
             read_split(self._trained() | dict(optimizer or {}), folder, self._ranks)
             return
         if layers := lora_layers(model):
@@ -163,7 +163,7 @@ def _complete(temporary: Path, final: Path, state: SavedState | None) -> None:
     if state:
         write_json(temporary / STATE_FILE, asdict(state))
     to_disk(temporary)
-    if final.exists():  # best weights whose loss did not reach the disk: it was measured again
+    if final.exists():  # best weights whose loss was not written to disk, so it was measured again
         shutil.rmtree(final)
     temporary.rename(final)
 
@@ -176,7 +176,7 @@ def _rng_states(device: torch.device) -> dict[str, str]:
 
 
 def _set_rng_states(saved: dict[str, str], device: torch.device, rank: int) -> None:
-    """A process that the run did not have when it was saved keeps its own."""
+    """Restore this process's random states; a process that the saved run did not have keeps its own."""
     suffix = f".{rank}" if rank else ""
     states = {name: torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8) for name, state in saved.items()}
     if rank == 0 or f"cpu{suffix}" in states:

@@ -1,7 +1,7 @@
-"""Puts a training run together: the model, its techniques, its weights, the optimizer, its schedule, the step.
+"""Sets up a training run: the model, its techniques, its weights, the optimizer, its schedule, the step.
 
-Meta first: the model is built without memory, changed by the techniques, and only then allocated and filled, so that
-each weight is allocated once, as whatever its module has become.
+The model is built on the meta device, changed by the techniques, and only then allocated and filled, so that each
+weight is allocated once, in its final form.
 """
 
 import math
@@ -16,7 +16,7 @@ from llama_ft.config import TrainConfig, TrainingConfig
 from llama_ft.config.training import Schedule
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
-from llama_ft.model.weights import build, materialise, open_weights
+from llama_ft.model.weights import build, materialize, open_weights
 from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.parallel.split import shard
 from llama_ft.system import Log, silent
@@ -29,11 +29,11 @@ from llama_ft.training.step import TrainStep
 def set_up(
     config: TrainConfig, precision: Precision, device: torch.device, log: Log = silent, ranks: Ranks = ALONE
 ) -> TrainStep:
-    """The training step of a run, with its model and optimizer; a UserError if weights, technique or adapter misfit.
+    """The training step of a run, with model and optimizer; a UserError if weights, techniques or adapter do not fit.
 
     New parameters, such as LoRA's, are drawn from PyTorch's global random state.
     """
-    make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # a missing package is said first
+    make_optimizer([torch.nn.Parameter(torch.empty(0))], config.training)  # reports a missing package first
     weights = open_weights(str(config.checkpoint), config.model, config.training.seed)
     model = shape_model(config, precision, ranks)
     use_products_of(device, precision.compute)
@@ -42,14 +42,14 @@ def set_up(
     weights.load_into(model, precision.storage(frozen=config.optim.lora), log)
     if config.adapter is not None:
         begin_with(model, config.adapter)
-        log(f"adapter: that of {config.adapter} is trained further")
+        log(f"adapter: continuing to train {config.adapter}")
     if config.optim.gc and config.gc.offload is not None and device.type == "cpu":
-        log("gc.offload=cpu: the blocks' inputs are in the host's memory as it is, and nothing is moved")
+        log("gc.offload=cpu: the blocks' inputs are already in the host's memory, so nothing is moved")
     return make_step(model, config, precision, ranks)
 
 
 def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> Transformer:
-    """The model with its techniques, split over its processes, on the meta device; a UserError if they misfit."""
+    """The model with its techniques, split over its processes, on the meta device; a UserError if they do not fit."""
     model = build(config.model)
     precision.storage(frozen=config.optim.lora).prepare(model)
     techniques.apply(model, config, precision)
@@ -59,18 +59,18 @@ def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE)
 
 def allocate(model: Transformer, device: torch.device) -> None:
     """Give the model memory on its device, and initial values to the parameters that no checkpoint holds."""
-    materialise(model, device)
+    materialize(model, device)
     techniques.initialize_added(model)
 
 
 def make_step(model: Transformer, config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> TrainStep:
-    """The optimizer step of a model that is there."""
+    """The training step of an allocated model."""
     training = config.training
     optimizer = make_optimizer(model.parameters(), training)
     return TrainStep(model, optimizer, precision, training.max_grad_norm, training.optimizer_in_backward, ranks)
 
 
-# Share of the peak learning rate, so many steps after the warm-up of so many that there are.
+# Share of the peak learning rate, after `done` of the `steps` that follow the warm-up.
 FALLS: dict[Schedule, Callable[[int, int], float]] = {
     Schedule.cosine: lambda done, steps: 0.5 * (1 + math.cos(math.pi * done / steps)),
     Schedule.linear: lambda done, steps: 1 - done / steps,
@@ -79,9 +79,9 @@ FALLS: dict[Schedule, Callable[[int, int], float]] = {
 
 
 def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Schedule = Schedule.cosine) -> float:
-    """Share of the peak learning rate at an optimizer step counted from 0: linear up, then as the schedule falls.
+    """Share of the peak learning rate at an optimizer step counted from 0: a linear warm-up, then the schedule's decay.
 
-    The cosine is half a period of it (Loshchilov and Hutter 2017, arXiv 1608.03983); it and the line end at 0.
+    Cosine decays over half a period (Loshchilov and Hutter 2017, arXiv 1608.03983); cosine and linear end at 0.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -91,9 +91,9 @@ def lr_factor(step: int, *, total_steps: int, warmup_steps: int, schedule: Sched
 def make_schedule(
     optimizer: torch.optim.Optimizer, total_steps: int, config: TrainingConfig, steps_done: int = 0
 ) -> LambdaLR:
-    """The schedule of a run of `total_steps` optimizer steps, of which some may have been done before."""
+    """The schedule of a run of `total_steps` optimizer steps, of which `steps_done` have been done."""
     for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]  # which LambdaLR looks for where it does not begin at the first step
+        group["initial_lr"] = group["lr"]  # LambdaLR needs it to start after the first step
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     factor = partial(lr_factor, total_steps=total_steps, warmup_steps=warmup_steps, schedule=config.schedule)
     return LambdaLR(optimizer, factor, last_epoch=steps_done - 1)

@@ -1,4 +1,4 @@
-"""One optimizer step: the loss of a window of micro-batches, its gradient, the update."""
+"""One optimizer step: the loss of a window of micro-batches, its gradient and the update."""
 
 from collections.abc import Iterable, Sequence
 
@@ -19,12 +19,12 @@ Window = Sequence[Batch]  # the micro-batches of one optimizer step
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross-entropy, in fp32 at least, summed over the batch's target tokens. A scalar."""
+    """Cross-entropy, in at least fp32, summed over the batch's target tokens: a scalar."""
     return _summed_loss(_logits(model, batch), batch)
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """[N, V], at the N positions that have a target."""
+    """Logits [N, V] at the N target positions."""
     logits: Tensor = model(batch.tokens, mask=batch.segments, logits_at=batch.target_positions)
     return logits
 
@@ -35,7 +35,7 @@ def _summed_loss(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class TrainStep:
-    """Callable on a window. Nothing in it waits for the device."""
+    """An optimizer step, called with a window. It never waits for the device."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class TrainStep:
         self.device = next(model.parameters()).device
 
     def __call__(self, window: Window) -> tuple[Tensor, Tensor]:
-        """Update the weights; returns the loss per target token and the norm of the unclipped gradient: scalars."""
+        """Update the weights; return the loss per target token and the norm of the unclipped gradient, both scalars."""
         n_targets = self.ranks.total(target_tokens(window))
         loss = torch.zeros((), device=self.device)
         with self.update.in_backward():
@@ -67,17 +67,17 @@ class TrainStep:
         return loss, self.update()
 
     def _backward(self, micro_batch: Batch, n_targets: int) -> Tensor:
-        """Add the micro-batch's part to the window's gradient; returns its part of the loss."""
+        """Add a micro-batch's part to the window's gradient; return its part of the loss."""
         with self.precision.autocast():
             loss = summed_loss(self.forward, micro_batch.to(self.device)) / n_targets
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def dry_run(self, window: Window) -> None:
-        """Do all a step does at learning rate 0, then undo its traces.
+        """Do a whole step at learning rate 0, then undo its effects.
 
-        Afterwards kernels are chosen and the optimizer's state is allocated, while weights, moments and step counts,
-        scaler and random state are as before the first step. Out of memory shows here, not hours into a run.
+        Afterwards kernels are chosen and the optimizer's state is allocated, but weights, moments, step counts, scaler
+        and random state are as before the first step. A run that needs too much memory fails here, not hours later.
         """
         scaler = self.scaler.state_dict()
         rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -87,7 +87,7 @@ class TrainStep:
         with torch.random.fork_rng([self.device] if on_cuda else []):
             self(window)
         if on_cuda:
-            torch.cuda.synchronize(self.device)  # paged state is the host's to write to when no kernel does
+            torch.cuda.synchronize(self.device)  # the host may write to paged state only while no kernel does
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for state in self.optimizer.state.values():
@@ -98,8 +98,9 @@ class TrainStep:
 
 @torch.no_grad()
 def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
-    """Without dropout, in the precision that the run computes in: summed loss, and number of targets that are the most
-    probable token. float64 [2], on the device.
+    """The summed loss, and the number of targets that are the most probable token: float64 [2], on the device.
+
+    Computed without dropout, in the run's precision.
     """
     step.model.eval()
     batch = batch.to(step.device)
@@ -112,7 +113,10 @@ def evaluate_batch(step: TrainStep, batch: Batch) -> Tensor:
 
 
 def evaluate(step: TrainStep, batches: Iterable[Batch]) -> tuple[float, float]:
-    """Mean loss per target token, and the share that are the most probable; all processes have as many batches."""
+    """Mean loss per target token, and the share of targets that are the most probable token.
+
+    All processes must have equally many batches.
+    """
     total, n_targets = torch.zeros(2, dtype=torch.float64, device=step.device), 0
     for batch in batches:
         total += evaluate_batch(step, batch)

@@ -1,4 +1,4 @@
-"""What a step does with its gradients: all weights are updated after the backward pass, or each within it."""
+"""Weight updates: of all weights after the backward pass, or of each weight within it."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,17 +10,17 @@ from llama_ft.model.sharded import whole
 
 
 class Update:
-    """After the backward pass: the gradients are clipped to a norm over all of them, then the weights are updated."""
+    """Clips the gradients' total norm after the backward pass, then updates the weights."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, max_grad_norm: float) -> None:
         self.optimizer, self.scaler, self.max_grad_norm = optimizer, scaler, max_grad_norm
 
     def in_backward(self) -> AbstractContextManager[None]:
-        """Context for the backward passes of a step."""
+        """A context for the backward passes of a step."""
         return nullcontext()
 
     def __call__(self) -> Tensor:
-        """Update the weights and free the gradients; returns the gradients' norm before clipping, a scalar."""
+        """Update the weights and free the gradients; return the gradients' norm before clipping, a scalar."""
         self.scaler.unscale_(self.optimizer)
         grad_norm = self._clip()
         self.scaler.step(self.optimizer)
@@ -30,7 +30,7 @@ class Update:
         return grad_norm
 
     def _clip(self) -> Tensor:
-        """Clip the gradients' norm; returns what it was. A fused optimizer divides by `grad_scale` as it reads them."""
+        """Clip the gradients; return their norm before. A fused optimizer divides by `grad_scale` as it reads them."""
         gradients = [each.grad for each in self.optimizer.param_groups[0]["params"] if each.grad is not None]
         norm = whole(nn.utils.get_total_norm(gradients))
         scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
@@ -42,15 +42,16 @@ class Update:
 
 
 class UpdateInBackward(Update):
-    """Each weight as soon as its gradient is there, which is then freed: one weight's gradient is alive at a time.
+    """Updates each weight as soon as its gradient exists and frees it, so that only one gradient is in memory.
 
-    LOMO (Lv et al. 2023, arXiv 2306.09782, algorithm 1), with any optimizer, as torchtune's `optimizer_in_bwd` has it.
-    Nothing is known of the other gradients then, so none is clipped or unscaled; and a step is one backward pass.
+    This is LOMO (Lv et al. 2023, arXiv 2306.09782, algorithm 1) with any optimizer, like torchtune's
+    `optimizer_in_bwd`. The other gradients are not known then, so none is clipped or unscaled, and a step is one
+    backward pass.
     """
 
     @contextmanager
     def in_backward(self) -> Iterator[None]:
-        """Context for the step's backward pass, in which the weights are updated."""
+        """A context for the step's backward pass, which updates the weights."""
         parameters = self.optimizer.param_groups[0]["params"]
         self._norms: dict[Tensor, Tensor] = {}
         hooks = [parameter.register_post_accumulate_grad_hook(self._update) for parameter in parameters]
@@ -61,12 +62,12 @@ class UpdateInBackward(Update):
                 hook.remove()
 
     def __call__(self) -> Tensor:
-        """Update the weights whose gradients did not come of a backward pass; returns the norm of all gradients."""
+        """Update the weights whose gradients did not come from a backward pass; return the norm of all gradients."""
         parameters = self.optimizer.param_groups[0]["params"]
         for parameter in parameters:
             if parameter.grad is not None:
                 self._update(parameter)
-        norms = [self._norms.pop(each) for each in parameters if each in self._norms]  # summed in one order, always
+        norms = [self._norms.pop(each) for each in parameters if each in self._norms]  # always in the same order
         grad_norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return grad_norm
 
@@ -75,6 +76,6 @@ class UpdateInBackward(Update):
         assert parameter.grad is not None
         self._norms[parameter] = torch.linalg.vector_norm(parameter.grad)
         group = self.optimizer.param_groups[0]
-        parameters, group["params"] = group["params"], [parameter]  # the optimizer need not look at the others
+        parameters, group["params"] = group["params"], [parameter]  # hide the others from the optimizer
         self.optimizer.step()
         group["params"], parameter.grad = parameters, None
