@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-# Tests of small tensors gain nothing from threads, and lose much where a neighbour keeps a core busy.
+# Tests of small tensors gain nothing from threads, and lose much where a neighbor keeps a core busy.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The CPU's figures are what these tests know; those of the GPU have a file of their own, to be run by itself. The
 # processes that pytest starts to test side by side do not know its arguments, and have its environment.

@@ -388,7 +388,7 @@ def test_the_built_in_model_with_its_tokenizer(tmp_path, converted):
     converted("model=tiny", "to=hf", f"output={tmp_path / 'tiny'}")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tiny")
     reference = Tokenizer(tmp_path / "tiny" / "tokenizer.model")
-    text = "### Instruction:\nName  a colour. é\n\n### Response:"
+    text = "### Instruction:\nName  a color. é\n\n### Response:"
     assert tokenizer(text).input_ids == reference.encode(text, bos=True)
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
@@ -422,7 +422,7 @@ def test_settings_of_the_source_are_kept(tmp_path, converted):
     assert (tmp_path / "out" / "generation_config.json").read_text() == '{"temperature": 0.6}'
 
 
-def test_settings_of_quantisation_are_not_those_of_plain_weights(tmp_path, converted):
+def test_settings_of_quantization_are_not_those_of_plain_weights(tmp_path, converted):
     source = Path(shutil.copytree(hf_folder("gqa", torch.bfloat16), tmp_path / "source"))
     change_json(source / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     converted(f"checkpoint={source}", "to=hf", f"output={tmp_path / 'out'}")

@@ -122,10 +122,10 @@ def test_prompt_with_input():
 
 
 def test_prompt_without_input():
-    assert prompt_text("Name a colour.") == (
+    assert prompt_text("Name a color.") == (
         "Below is an instruction that describes a task."
         " Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName a colour.\n\n### Response:"
+        "### Instruction:\nName a color.\n\n### Response:"
     )
 
 
@@ -135,10 +135,10 @@ def test_braces_in_a_record_are_text():
 
 
 def test_a_known_record_to_the_token(llama2):
-    sample = ALPACA_TEMPLATE.sample(Record("Name a colour.", "", "Hello world"), llama2)
+    sample = ALPACA_TEMPLATE.sample(Record("Name a color.", "", "Hello world"), llama2)
     # "Hello" without a space before it is 10994 in LLaMA-2's vocabulary; "world" with one is 3186.
     assert sample.tokens[sample.n_prompt :] == [10994, 3186, 2]
-    assert llama2.decode(sample.tokens[1 : sample.n_prompt]) == prompt_text("Name a colour.")
+    assert llama2.decode(sample.tokens[1 : sample.n_prompt]) == prompt_text("Name a color.")
     assert sample.tokens[0] == 1
 
 

@@ -158,13 +158,13 @@ def test_parts_of_a_conversation_and_characters_that_are_split():
         assert sum(is_trained_on for _, is_trained_on in parts) == len(spans)
 
 
-def test_what_is_trained_on_is_in_colour_or_between_marks(records):
+def test_what_is_trained_on_is_in_color_or_between_marks(records):
     report = report_of(f"data.path={records}")
     assert "### Response:⟦Hello.</s>⟧\n" in printed(report)
-    in_colour = printed(report, force_terminal=True, color_system="standard", legacy_windows=False)
-    assert "### Response:\x1b[1;32mHello.</s>\x1b[0m" in in_colour
-    assert "trained parts are in color" in in_colour
-    assert "⟦" not in in_colour
+    in_color = printed(report, force_terminal=True, color_system="standard", legacy_windows=False)
+    assert "### Response:\x1b[1;32mHello.</s>\x1b[0m" in in_color
+    assert "trained parts are in color" in in_color
+    assert "⟦" not in in_color
 
 
 def test_a_long_part_is_shortened_on_the_screen_alone(tmp_path):

@@ -141,9 +141,9 @@ def dialogue(
 
 def test_each_line_of_a_dialogue_is_an_instruction_by_itself():
     prompts: list[str] = []
-    lines = ["Name a colour.", "", "  ", "/input One and one.", " Sum up. ", "Again.", "/raw  Once "]
+    lines = ["Name a color.", "", "  ", "/input One and one.", " Sum up. ", "Again.", "/raw  Once "]
     assert dialogue(prompts.append, *lines, "Is /etc/x a path?") == []
-    expected = [prompt_text("Name a colour."), prompt_text("Sum up.", "One and one."), prompt_text("Again.")]
+    expected = [prompt_text("Name a color."), prompt_text("Sum up.", "One and one."), prompt_text("Again.")]
     assert prompts == [*expected, " Once ", prompt_text("Is /etc/x a path?")]
 
 

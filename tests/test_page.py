@@ -226,7 +226,7 @@ def page_of(tmp_path: Path) -> Page:
 
 
 def marks(tmp_path: Path) -> list[tuple[str, str]]:
-    """The cells of the comparison's page that are coloured, and how."""
+    """The cells of the comparison's page that are colored, and how."""
     html = (tmp_path / "b" / "comparison.html").read_text(encoding="utf-8")
     return re.findall(r'<td class="(better|worse|changed)">([^<]*)<', html)
 
@@ -369,8 +369,8 @@ def test_a_comparison_escapes_is_the_same_each_time_and_has_a_picture(tmp_path: 
     assert seen[0] == seen[1]
     assert EVIL in page_of(tmp_path).text
     with Image.open(tmp_path / "b" / "comparison.png") as image:
-        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
-    assert {(0x99, 0x99, 0x99), (0x00, 0x72, 0xB2)} <= colours  # A's bars and B's
+        colors = {color[:3] for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert {(0x99, 0x99, 0x99), (0x00, 0x72, 0xB2)} <= colors  # A's bars and B's
 
 
 def test_sweeps_without_a_common_run_are_refused(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def test_the_native_allocator_takes_whole_segments_and_splits_them() -> None:
     after = [*come, (third, -1, "forward"), (Allocation(11 * MIB, torch.float32, "activation"), 1, "backward")]
     assert native_reserved_bytes(after) == (20 + 12 + 2) * MIB  # 11 MiB fit where 12 were
     joined = [*come[:2], (first, -1, ""), (second, -1, ""), (Allocation(20 * MIB, torch.float32, ""), 1, "")]
-    assert native_reserved_bytes(joined) == 20 * MIB  # neighbours join
+    assert native_reserved_bytes(joined) == 20 * MIB  # neighbors join
 
 
 def test_the_tables_in_benchmarks_are_what_was_computed() -> None:

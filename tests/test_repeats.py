@@ -93,9 +93,9 @@ def write_seeds(
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     folder = tmp_path / "a"
-    learnt = {"eval_loss": (1.0, 1.1, 1.2), "eval_token_accuracy": (0.5, 0.51, 0.52), "eval_samples": 40}
-    write_seeds(folder, "baseline", {"peak_memory_mib": 200.0, "runtime_s": SECONDS, **learnt})
-    write_seeds(folder, "lora", {"peak_memory_mib": (48.0, 50.0, 52.0), "runtime_s": 5.5, **learnt})
+    learned = {"eval_loss": (1.0, 1.1, 1.2), "eval_token_accuracy": (0.5, 0.51, 0.52), "eval_samples": 40}
+    write_seeds(folder, "baseline", {"peak_memory_mib": 200.0, "runtime_s": SECONDS, **learned})
+    write_seeds(folder, "lora", {"peak_memory_mib": (48.0, 50.0, 52.0), "runtime_s": 5.5, **learned})
     return folder
 
 
@@ -160,8 +160,8 @@ def test_a_row_of_which_all_seeds_ran_out_of_memory_is_a_cross(sweep: Path) -> N
 
 
 def test_seeds_beside_other_settings_are_a_row_for_each_setting(tmp_path: Path) -> None:
-    learnt = {"eval_loss": (1.0, 1.1, 1.2), "eval_token_accuracy": (0.5, 0.51, 0.52), "eval_samples": 40}
-    write_seeds(tmp_path, "lora", {"runtime_s": SECONDS, **learnt}, lr=3e-4)
+    learned = {"eval_loss": (1.0, 1.1, 1.2), "eval_token_accuracy": (0.5, 0.51, 0.52), "eval_samples": 40}
+    write_seeds(tmp_path, "lora", {"runtime_s": SECONDS, **learned}, lr=3e-4)
     write_seeds(tmp_path, "lora", {"eval_loss": 1.3, "eval_token_accuracy": 0.4, "eval_samples": 40}, (1, 2), lr=1e-4)
     table, text = table_of(tmp_path)
     assert "| training.lr | peak MiB | runtime s |" in text
@@ -258,8 +258,8 @@ def compared(first: Path, second: Path) -> tuple[dict[str, list[str]], str, str]
 
 
 def test_a_comparison_says_which_differences_are_larger_than_the_spread(sweep: Path, tmp_path: Path) -> None:
-    other, learnt = tmp_path / "b", {"eval_loss": (1.05, 1.15, 1.25), "eval_token_accuracy": (0.6, 0.61, 0.62)}
-    write_seeds(other, "baseline", {"peak_memory_mib": 190.0, "runtime_s": (10.0, 12.0, 14.0), **learnt}, (3, 4, 5))
+    other, learned = tmp_path / "b", {"eval_loss": (1.05, 1.15, 1.25), "eval_token_accuracy": (0.6, 0.61, 0.62)}
+    write_seeds(other, "baseline", {"peak_memory_mib": 190.0, "runtime_s": (10.0, 12.0, 14.0), **learned}, (3, 4, 5))
     write_seeds(other, "lora", {"peak_memory_mib": 40.0, "runtime_s": 5.0}, (3,))
     rows, text, page = compared(sweep, other)
     assert rows["Runtime, s A"] == ["11.0 ± 2.5", "5.50"]
@@ -273,8 +273,8 @@ def test_a_comparison_says_which_differences_are_larger_than_the_spread(sweep: P
     assert rows["Runs B"] == ["3", "1"]
     assert "training.seed: 0, 1, 2 in A, 3, 4, 5 in B" in text
     assert "Welch" in text
-    for cell_text, coloured in (("+9.1% ~", False), ("-5.0%", True), ("-9.1%", True), ("+10.0%", True)):
-        assert (f'<td class="better">{cell_text}' in page) == coloured
+    for cell_text, colored in (("+9.1% ~", False), ("-5.0%", True), ("-9.1%", True), ("+10.0%", True)):
+        assert (f'<td class="better">{cell_text}' in page) == colored
     assert "worse" not in page.split("</style>")[1].replace("orange: worse", "")
     first, second = csv_rows(other / "comparison.csv")
     assert (first["runs.A"], second["runs.B"]) == ("3", "1")
@@ -297,7 +297,7 @@ def test_curves_of_all_repeats_are_in_the_picture_of_a_comparison(sweep: Path, t
         write_steps(folder, 4)
     assert report(sweep, tmp_path / "b").returncode == 0
     (svg,) = Page((tmp_path / "b" / "comparison.html").read_text()).pictures("LoRA: loss").values()
-    drawn = {colour: svg.count(f"fill: none; stroke: {colour.lower()}") for colour in figure.SIDE_COLOURS}
+    drawn = {color: svg.count(f"fill: none; stroke: {color.lower()}") for color in figure.SIDE_COLORS}
     assert list(drawn.values()) == [3, 2]
 
 

@@ -96,8 +96,8 @@ def test_picture_is_an_image_with_something_in_it(reported: Any) -> None:
     with Image.open(reported[1] / "table2.png") as image:
         assert image.format == "PNG"
         assert (image.width, image.height) > (600, 300)
-        colours = {colour[:3] for _, colour in image.convert("RGB").getcolors(1 << 24)}
-    assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colours  # the bars of parameters and gradients
+        colors = {color[:3] for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert {(0x00, 0x72, 0xB2), (0xE6, 0x9F, 0x00)} <= colors  # the bars of parameters and gradients
 
 
 @pytest.mark.process

@@ -169,7 +169,7 @@ def test_styles_only_where_they_can_be_shown(tmp_path):
     assert (piped.returncode, piped.stderr) == (0, "")
     assert "\x1b" not in piped.stdout
     styled = run("llama_ft.report", "--help", cwd=tmp_path, env={"FORCE_COLOR": "1", "NO_COLOR": "1"})
-    assert set(re.findall(r"\x1b\[([\d;]*)m", styled.stdout)) == {"0", "1"}  # bold is no colour
+    assert set(re.findall(r"\x1b\[([\d;]*)m", styled.stdout)) == {"0", "1"}  # bold is no color
     assert re.sub(r"\x1b\[[\d;]*m", "", styled.stdout) == piped.stdout
 
 

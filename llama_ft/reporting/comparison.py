@@ -16,9 +16,9 @@ from llama_ft.reporting.table import CHANGED, UNKNOWN, Rows, Table, technique_ro
 from llama_ft.reporting.table2 import MEASURES, REPEATS_NOTE, RUNS, Measure, cell, failures, run_counts
 
 # Compared by absolute differences, in these formats, not by shares.
-LEARNT = {"train_loss_after": "{:+.3f}", "eval_loss": "{:+.3f}", "eval_token_accuracy": "{:+.1%}"}
+LEARNED = {"train_loss_after": "{:+.3f}", "eval_loss": "{:+.3f}", "eval_token_accuracy": "{:+.1%}"}
 COMPARED = [measure for measure in MEASURES if measure.key not in ("peak_rss_mib", "train_loss_before")]
-PREDICTED = [measure for measure in COMPARED if measure.key not in (*LEARNT, "tokens_per_s")]
+PREDICTED = [measure for measure in COMPARED if measure.key not in (*LEARNED, "tokens_per_s")]
 WITHIN = "~"  # after a difference that is within the spread of repeats
 SAME_SETTINGS = "Settings, device and versions are the same."
 
@@ -113,14 +113,14 @@ class Comparison:
         if number is None:
             return self.sides.no_number
         is_within = are_apart(values_of(a, key), values_of(b, key)) is False  # None where one side has no repeats
-        return LEARNT.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if is_within else "")
+        return LEARNED.get(key, "{:+.1%}").format(number) + (f" {WITHIN}" if is_within else "")
 
     def change(self, a: Result, b: Result, key: str) -> float | None:
         """B's difference from A, as a share of A's value, or absolute for losses and accuracy; None if unknown."""
         of_a, of_b = value_of(a, key), value_of(b, key)
         if key in self.not_alike or any(value is None or not math.isfinite(value) for value in (of_a, of_b)):
             return None
-        if key in LEARNT:
+        if key in LEARNED:
             return float(of_b - of_a)
         return float(of_b / of_a - 1) if of_a else None
 

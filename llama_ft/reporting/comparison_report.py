@@ -21,7 +21,7 @@ from llama_ft.reporting.comparison import (
     compare_sweeps,
 )
 from llama_ft.reporting.curves import charts, points_of
-from llama_ft.reporting.figure import SIDE_COLOURS, draw_panels, pair_panels, svg_panel
+from llama_ft.reporting.figure import SIDE_COLORS, draw_panels, pair_panels, svg_panel
 from llama_ft.reporting.page import render
 from llama_ft.reporting.reading import read_groups
 from llama_ft.reporting.repeats import runs_of, spread_of
@@ -111,13 +111,13 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
             "comparison": comparison,
             "settings": Table("Settings that are not the same", [("Not the same", list(sides))], settings, []),
             "bars": {f"peak memory, {both}": memory, f"runtime, {both}": runtime},
-            "legend": dict(zip(sides, SIDE_COLOURS, strict=True)),
+            "legend": dict(zip(sides, SIDE_COLORS, strict=True)),
             "marks": _marks(comparison) if is_of_sweeps else {},
             "losses": _losses(comparison) if is_of_sweeps else {},
         }
         sections.append(section)
     values = {"about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
-    return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLOURS, strict=True)), **values)
+    return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLORS, strict=True)), **values)
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:
@@ -141,11 +141,11 @@ def _losses(comparison: Comparison) -> dict[str, bytes]:
     """For each combination the loss over the steps, of all runs of both sweeps in one picture."""
     pictures: dict[str, bytes] = {}
     for number, result in enumerate(comparison.a.results):
-        lines, colours = [], []
-        for group, colour in zip((comparison.a, comparison.b), SIDE_COLOURS, strict=True):
+        lines, colors = [], []
+        for group, color in zip((comparison.a, comparison.b), SIDE_COLORS, strict=True):
             folders = [run.folder for row, run in group.runs if row == number]
             lines += [points_of(read_metrics(folder), "loss") for folder in folders]
-            colours += [colour] * len(folders)
+            colors += [color] * len(folders)
         if any(lines):
-            pictures |= charts({f"{combination_label(result.optim)}: loss": lines}, colours)
+            pictures |= charts({f"{combination_label(result.optim)}: loss": lines}, colors)
     return pictures

@@ -23,7 +23,7 @@ CURVES = {
     "tokens_per_s": "tokens/s",
     "memory_mib": "memory in use, MiB",
 }
-TRAINING_COLOUR, HELD_OUT_COLOUR = "#0072B2", "#D55E00"
+TRAINING_COLOR, HELD_OUT_COLOR = "#0072B2", "#D55E00"
 HELD_OUT = "loss (dots: held out)"
 MAX_POINTS = 120  # of a curve; its picture is hardly wider
 MAX_DOTS = 40
@@ -42,7 +42,7 @@ def run_charts(metrics: Sequence[Metrics]) -> dict[str, bytes]:
     curves = {title: [points_of(metrics, key)] for key, title in CURVES.items()} if metrics else {}
     if held_out := points_of(metrics, "eval_loss"):
         curves = {HELD_OUT: [*curves.pop("loss"), held_out], **curves}
-    return charts(curves, (TRAINING_COLOUR, HELD_OUT_COLOUR), [line.step for line in metrics])
+    return charts(curves, (TRAINING_COLOR, HELD_OUT_COLOR), [line.step for line in metrics])
 
 
 def held_out_table(losses: Sequence[EvalMetrics]) -> Table | None:
@@ -90,9 +90,9 @@ def loss_panel(axes: Axes, repeats: Sequence[Sequence[Metrics]], title: str) -> 
         means = [(fmean(step for step, _ in part), fmean(value for _, value in part)) for part in parts]
         names = ["training, mean", "held out"] if number == 0 else [None, None]
         if means:
-            axes.plot(*zip(*means, strict=True), color=TRAINING_COLOUR, lw=1.5, label=names[0])
+            axes.plot(*zip(*means, strict=True), color=TRAINING_COLOR, lw=1.5, label=names[0])
         size = 4 if len(held_out) <= MAX_DOTS else 0
-        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOUR, lw=1.5, label=names[1], marker="o", ms=size)
+        axes.plot(*zip(*held_out, strict=True), color=HELD_OUT_COLOR, lw=1.5, label=names[1], marker="o", ms=size)
         step, least = min(held_out, key=lambda point: point[1])
         name = f"{least:.3f} after step {step:,}" if len(repeats) == 1 else "lowest of each" if number == 0 else None
         axes.plot(step, least, "o", markersize=11, fillstyle="none", color="black", label=name)
@@ -108,11 +108,11 @@ def points_of(metrics: Sequence[Metrics], key: str) -> Points:
     return [(step, value) for step, value in values if value is not None and math.isfinite(value)]
 
 
-def charts(curves: dict[str, list[Points]], colours: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
+def charts(curves: dict[str, list[Points]], colors: Sequence[str], steps: Sequence[int] = ()) -> dict[str, bytes]:
     """A picture of each title's curves, by its alternative text; the axes include `steps`."""
     pictures = {}
     for title, lines in curves.items():
-        draw = partial(chart, title=title, lines=lines, colours=colours, steps=steps)
+        draw = partial(chart, title=title, lines=lines, colors=colors, steps=steps)
         ends = [
             ", ".join(f"{value:.4g} at step {step}" for step, value in (min(line), max(line))) for line in lines if line
         ]
@@ -126,16 +126,16 @@ def stretches(points: Points, n: int) -> list[Points]:
     return [points[i * len(points) // n : (i + 1) * len(points) // n] for i in range(n)]
 
 
-def chart(axes: Axes, title: str, lines: list[Points], colours: Sequence[str], steps: Sequence[int]) -> None:
+def chart(axes: Axes, title: str, lines: list[Points], colors: Sequence[str], steps: Sequence[int]) -> None:
     """Draw lines through the means of stretches of steps; of several steps, over a band from minimum to maximum."""
-    for points, colour in zip(lines, colours, strict=False):
+    for points, color in zip(lines, colors, strict=False):
         parts = stretches(points, MAX_POINTS)
         middles = [fmean(step for step, _ in part) for part in parts]
         heights, n = [[value for _, value in part] for part in parts], len(parts)
         if n < len(points):
-            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=colour, alpha=0.25, lw=0)
-        size = 5 if n == 1 else 3 if colour == HELD_OUT_COLOUR and n <= MAX_DOTS else 0
-        axes.plot(middles, list(map(fmean, heights)), color=colour, lw=1.2, marker="o", markersize=size)
+            axes.fill_between(middles, list(map(min, heights)), list(map(max, heights)), color=color, alpha=0.25, lw=0)
+        size = 5 if n == 1 else 3 if color == HELD_OUT_COLOR and n <= MAX_DOTS else 0
+        axes.plot(middles, list(map(fmean, heights)), color=color, lw=1.2, marker="o", markersize=size)
     axes.set_title(title, loc="left", fontsize=9, fontweight="bold")
     axes.tick_params(labelsize=8)
     points = [point for line in lines for point in line]

@@ -26,11 +26,11 @@ from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table2 import cell
 
 # Okabe and Ito's colors, which color-blind readers can tell apart too.
-COLOURS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#999999"), strict=True))
-RUNTIME_COLOUR, LIMIT_COLOUR, FAILED_COLOUR, RESERVED_COLOUR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
-SIDE_COLOURS = ("#999999", "#0072B2")  # of a comparison
+COLORS = dict(zip(CATEGORIES, ("#0072B2", "#E69F00", "#009E73", "#56B4E9", "#CC79A7", "#999999"), strict=True))
+RUNTIME_COLOR, LIMIT_COLOR, FAILED_COLOR, RESERVED_COLOR = "#555555", "#D55E00", "#B3261E", "#D9D9D9"
+SIDE_COLORS = ("#999999", "#0072B2")  # of a comparison
 UNUSED = "reserved, not in use"
-SPREAD_COLOUR, SPREAD, EACH_RUN = "black", "95 % interval of the mean", "each run"
+SPREAD_COLOR, SPREAD, EACH_RUN = "black", "95 % interval of the mean", "each run"
 DOTS = 0.5  # of a bar's height, over which the dots of its runs are spread
 MAX_LIMIT_OVER_PEAK = 4  # a limit beyond this multiple of the largest peak would leave no visible bars
 MARGIN = 0.1  # above and below the bars, in rows
@@ -58,13 +58,13 @@ def group_panels(group: Group) -> list[Panel]:
 
 def runtime_panel(group: Group, xlabel: str = "runtime, s") -> Panel:
     """Runtimes as bars."""
-    sides = [(group.results, RUNTIME_COLOUR, None)]
+    sides = [(group.results, RUNTIME_COLOR, None)]
     return partial(bars, labels=group.labels, sides=sides, key="runtime_s", xlabel=xlabel)
 
 
 def pair_panels(a: Group, b: Group, names: Sequence[str]) -> list[Panel]:
     """Memory and runtime of two groups of the same combinations."""
-    sides = list(zip((a.results, b.results), SIDE_COLOURS, names, strict=True))
+    sides = list(zip((a.results, b.results), SIDE_COLORS, names, strict=True))
     measures = (("peak_memory_mib", "peak memory, MiB"), ("runtime_s", "runtime, s"))
     return [partial(bars, labels=a.labels, sides=sides, key=key, xlabel=xlabel) for key, xlabel in measures]
 
@@ -137,18 +137,18 @@ def memory_panel(
     results = group.results
     ends = [0.0] * len(results)
 
-    def stack(sizes: list[float], colour: str, name: str) -> None:
-        axes.barh(range(len(results)), sizes, left=ends, color=colour, label=name, height=0.7)
+    def stack(sizes: list[float], color: str, name: str) -> None:
+        axes.barh(range(len(results)), sizes, left=ends, color=color, label=name, height=0.7)
         ends[:] = [end + size for end, size in zip(ends, sizes, strict=True)]
 
     memories = [value_of(result, "memory_mib") or {} for result in results]
     for category in shown_categories(memories):
-        stack([each.get(category, 0.0) for each in memories], COLOURS[category], category.replace("_", " "))
+        stack([each.get(category, 0.0) for each in memories], COLORS[category], category.replace("_", " "))
     if key == "peak_memory_reserved_mib":
         beyond = [max(0.0, (value_of(r, key) or 0.0) - end) for r, end in zip(results, ends, strict=True)]
-        stack(beyond, RESERVED_COLOUR, UNUSED)
+        stack(beyond, RESERVED_COLOR, UNUSED)
     if (limit := limit_in_picture(group)) is not None:
-        axes.axvline(limit, color=LIMIT_COLOUR, linestyle="--", label=limit_name.format(limit))
+        axes.axvline(limit, color=LIMIT_COLOR, linestyle="--", label=limit_name.format(limit))
     show_spread(axes, results, key)
     annotate(axes, results, key)
     finish(axes, group.labels, "peak memory, MiB" if key == "peak_memory_mib" else "reserved memory, MiB")
@@ -160,9 +160,9 @@ def bars(
 ) -> None:
     """Draw a bar for each label, or one below the other for two sides, each with its results, color and name."""
     offsets, height = ((0.0,), 0.7) if len(sides) == 1 else ((-0.2, 0.2), 0.38)
-    for offset, (results, colour, name) in zip(offsets, sides, strict=True):
+    for offset, (results, color, name) in zip(offsets, sides, strict=True):
         positions = [position + offset for position in range(len(results))]
-        axes.barh(positions, [value_of(r, key) or 0.0 for r in results], color=colour, height=height, label=name)
+        axes.barh(positions, [value_of(r, key) or 0.0 for r in results], color=color, height=height, label=name)
         show_spread(axes, results, key, offset, height)
         annotate(axes, results, key, offset)
     finish(axes, labels, xlabel)
@@ -176,10 +176,10 @@ def show_spread(axes: Axes, results: list[Result], key: str, offset: float = 0.0
         values = values_of(result, key)
         across = [position + offset + height * DOTS * (n / (len(values) - 1) - 0.5) for n in range(len(values))]
         middle = float(value_of(result, key)), position + offset
-        for colour, width, name in (("white", 3.5, ""), (SPREAD_COLOUR, 1.3, SPREAD)):  # visible on dark bars too
-            lines = partial(axes.errorbar, fmt="none", ecolor=colour, elinewidth=width, capthick=width, label=name)
+        for color, width, name in (("white", 3.5, ""), (SPREAD_COLOR, 1.3, SPREAD)):  # visible on dark bars too
+            lines = partial(axes.errorbar, fmt="none", ecolor=color, elinewidth=width, capthick=width, label=name)
             lines(*middle, xerr=spread, capsize=3, zorder=3)
-        axes.plot(values, across, "o", mfc="white", mec=SPREAD_COLOUR, markersize=3.5, zorder=4, label=EACH_RUN)
+        axes.plot(values, across, "o", mfc="white", mec=SPREAD_COLOR, markersize=3.5, zorder=4, label=EACH_RUN)
 
 
 def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -> None:
@@ -187,9 +187,9 @@ def annotate(axes: Axes, results: list[Result], key: str, offset: float = 0.0) -
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # over the limit's line
     for position, result in enumerate(results):
         end = max([(value_of(result, key) or 0.0) + (spread_of(result, key) or 0.0), *values_of(result, key)])
-        colour = "black" if result.status == "ok" else FAILED_COLOUR
+        color = "black" if result.status == "ok" else FAILED_COLOR
         text = axes.annotate(cell(result, key), (end, position + offset), (4, 0), textcoords="offset points", bbox=box)
-        text.set(color=colour, verticalalignment="center_baseline", fontsize=10)
+        text.set(color=color, verticalalignment="center_baseline", fontsize=10)
 
 
 def finish(axes: Axes, labels: list[str], xlabel: str) -> None:

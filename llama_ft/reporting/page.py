@@ -12,14 +12,14 @@ from llama_ft.records import CATEGORIES, shown_categories
 from llama_ft.records.metrics import evaluations_of, read_metrics
 from llama_ft.records.result import CONFIG_FILE, MemoryItem
 from llama_ft.reporting.curves import MAX_POINTS, held_out_table, run_charts
-from llama_ft.reporting.figure import COLOURS, LIMIT_COLOUR, group_panels, limit_in_picture, svg_panel
+from llama_ft.reporting.figure import COLORS, LIMIT_COLOR, group_panels, limit_in_picture, svg_panel
 from llama_ft.reporting.pareto import front_panels
 from llama_ft.reporting.progress import ending
 from llama_ft.reporting.results import Group, value_of
 from llama_ft.reporting.table import MAIN, MARKS, UNKNOWN, Rows, Table, amount, is_failure
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # not allowed in a page, not even escaped
-CATEGORY_COLOURS = {category.replace("_", " "): colour for category, colour in COLOURS.items()}
+CATEGORY_COLORS = {category.replace("_", " "): color for category, color in COLORS.items()}
 ENDINGS = {"ok": "ok", "oom": "out of memory", "killed": "killed", "interrupted": "interrupted", "error": "failed"}
 MAX_WITH_CURVES = 16  # rows of a table, of three repeats each; with more a page would take minutes and be of no use
 
@@ -29,8 +29,8 @@ def render(template: str, **values: Any) -> str:
     loader = FileSystemLoader(Path(__file__).parent)
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["base64"] = lambda content: base64.b64encode(content).decode()
-    pages.globals |= {"MAIN": MAIN, "is_failure": is_failure, "LIMIT_COLOUR": LIMIT_COLOUR, "CONFIG_FILE": CONFIG_FILE}
-    pages.globals |= {"combination_label": combination_label, "category_colours": CATEGORY_COLOURS}
+    pages.globals |= {"MAIN": MAIN, "is_failure": is_failure, "LIMIT_COLOR": LIMIT_COLOR, "CONFIG_FILE": CONFIG_FILE}
+    pages.globals |= {"combination_label": combination_label, "category_colors": CATEGORY_COLORS}
     pages.globals |= {"breakdown_table": breakdown_table, "versions_text": versions_text}
     return CONTROL.sub("\N{REPLACEMENT CHARACTER}", pages.get_template(template).render(values))
 

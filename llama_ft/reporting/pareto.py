@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from llama_ft.reporting.best import COSTS, front, measured, members
-from llama_ft.reporting.figure import COLOURS, Panel, draw_panels
+from llama_ft.reporting.figure import COLORS, Panel, draw_panels
 from llama_ft.reporting.results import Group
 
-ON, OFF = COLOURS["parameter"], "#BBBBBB"
+ON, OFF = COLORS["parameter"], "#BBBBBB"
 LONGEST_LABEL = 40  # characters
 MOST_LISTED = 12  # runs; a note under the table names them all
 LEAST_SPAN = 0.05  # of a cost's axis, as a share of the cost
@@ -54,7 +54,7 @@ def front_panel(axes: Axes, group: Group, key: str) -> None:
         names = [f"{number}  {group.labels[n]}" for number, n in enumerate(numbered[:MOST_LISTED], 1)]
         names += [f"{MOST_LISTED + 1} to {len(numbered)}: see the note"] if len(numbered) > MOST_LISTED else []
         names = [name if len(name) <= LONGEST_LABEL else f"{name[: LONGEST_LABEL - 1]}…" for name in names]
-        handles = [Line2D([], [], ls="", marker="o", color=colour) for colour in [ON] * len(names) + [OFF]]
+        handles = [Line2D([], [], ls="", marker="o", color=color) for color in [ON] * len(names) + [OFF]]
         handles.append(Line2D([], [], color=ON, lw=1, alpha=0.5))
         names += ["other runs", "best of these two"]
         axes.legend(handles, names, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=8)

@@ -11,17 +11,17 @@ from llama_ft.config.checks import Settings, flat
 from llama_ft.records import CATEGORIES, shown_categories
 from llama_ft.records.plan import Plan, PlanRow
 from llama_ft.reporting import figure
-from llama_ft.reporting.page import CATEGORY_COLOURS, memory_table, render
+from llama_ft.reporting.page import CATEGORY_COLORS, memory_table, render
 from llama_ft.reporting.plan_tables import cards, is_at_best, tables_of, title
 from llama_ft.reporting.results import baseline_of, planned_group
 from llama_ft.reporting.table import MARKS, UNKNOWN
 
 LARGE, SMALL = (5.2, 3.2), (5.2, 2.4)  # inches of a timeline
 USABLE = "usable memory of the card"
-INSTANT_COLOUR = "#777777"
+INSTANT_COLOR = "#777777"
 MAX_SIDE_BY_SIDE = 3  # panels in a row of plan.png
 MAX_LIMIT_OVER_PEAK = 2  # a limit beyond this multiple of the highest point would flatten a timeline
-HEAT_COLOURS, MAX_SHARE = "PuOr_r", 2.0  # orange if it does not fit, up to twice the card's memory
+HEAT_COLORS, MAX_SHARE = "PuOr_r", 2.0  # orange if it does not fit, up to twice the card's memory
 DARK_BELOW, DARK_ABOVE = 0.5, 1.6  # shares with colors on which black letters are hard to read
 
 
@@ -54,13 +54,13 @@ def timeline(axes: Axes, row: PlanRow, limit: float | None, title: str) -> None:
     events = list(range(len(points)))
     stacks = [[point.memory_mib.get(category, 0.0) for point in points] for category in CATEGORIES]
     highest = max(sum(point.memory_mib.values()) for point in points)
-    axes.stackplot(events, *stacks, colors=[figure.COLOURS[category] for category in CATEGORIES], linewidth=0)
+    axes.stackplot(events, *stacks, colors=[figure.COLORS[category] for category in CATEGORIES], linewidth=0)
     if limit is not None and limit <= MAX_LIMIT_OVER_PEAK * highest:
-        axes.axhline(limit, color=figure.LIMIT_COLOUR, linestyle="--")
+        axes.axhline(limit, color=figure.LIMIT_COLOR, linestyle="--")
         highest = max(highest, limit)
     starts = [n for n in events if n == 0 or points[n].phase != points[n - 1].phase]
     for start in starts[1:]:
-        axes.axvline(start, color=INSTANT_COLOUR, linewidth=0.8)
+        axes.axvline(start, color=INSTANT_COLOR, linewidth=0.8)
     middles = [(start + end) / 2 for start, end in zip(starts, [*starts[1:], events[-1]], strict=True)]
     axes.set_xticks(middles, [points[start].phase for start in starts])
     axes.tick_params(axis="x", length=0)
@@ -75,7 +75,7 @@ def heat_map(axes: Axes, plan: Plan, gpus: list[Settings]) -> None:
     """Draw cells of required / available memory in percent, with a mark if it does not fit."""
     lines = list(zip(*(plan.rows_on(gpu["name"]) for gpu in gpus), strict=True))
     shares = [[(row.required_mib or math.nan) / (row.total_memory_mib or math.nan) for row in line] for line in lines]
-    axes.imshow(shares, cmap=HEAT_COLOURS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
+    axes.imshow(shares, cmap=HEAT_COLORS, norm=TwoSlopeNorm(1.0, 0.0, MAX_SHARE), aspect="auto")
     for y, line in enumerate(lines):
         for x, (row, share) in enumerate(zip(line, shares[y], strict=True)):
             text = MARKS["error"] if row.error else UNKNOWN if math.isnan(share) else f"{share:.0%}"
@@ -99,9 +99,9 @@ def plan_page(plan: Plan) -> str:
     table1 = tables.pop() if plan.table1 else None
     groups = [planned_group(plan, gpu) for gpu in plan.gpus]
     shown = [category.replace("_", " ") for category in shown_categories(row.memory_mib for row in plan.rows)]
-    colours = {name: CATEGORY_COLOURS[name] for name in shown}
+    colors = {name: CATEGORY_COLORS[name] for name in shown}
     if any(group.on_cuda for group in groups):
-        colours[figure.UNUSED] = figure.RESERVED_COLOUR
+        colors[figure.UNUSED] = figure.RESERVED_COLOR
     has_limit = any(figure.limit_in_picture(group) is not None for group in groups)
     height = 0.31 * len(plan.rows) / len(plan.gpus)
     panels = [figure.svg_panel(draw, 5.2, height + 0.9) for draw in plan_panels(plan)]
@@ -123,7 +123,7 @@ def plan_page(plan: Plan) -> str:
         table1=table1,
         heat_map=heat,
         bars=dict(zip(names, panels, strict=False)),  # no runtime for several cards, or without rates
-        bar_colours=colours,
+        bar_colors=colors,
         bar_limit=f"{USABLE}: all but the CUDA context" if has_limit else "",
         timelines=timelines,
         other_timelines=other_timelines,

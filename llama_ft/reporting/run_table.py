@@ -17,7 +17,7 @@ from llama_ft.reporting.table2 import RUNS, Measure, cell, failures, measure_not
 BEST = "*"
 HELD_OUT = ("eval_loss", "eval_token_accuracy")
 HIGHEST = "eval_token_accuracy"  # is best here, in all other columns the lowest
-LEARNT = (
+LEARNED = (
     Measure("loss after", "train_loss_after", "{:.3f}".format),
     Measure("held-out loss", "eval_loss", "{:.3f}".format),
 )
@@ -26,7 +26,7 @@ COLUMNS = (
     Measure("reserved MiB", "peak_memory_reserved_mib"),
     Measure("runtime s", "runtime_s", always=True),
     Measure("loss before", "train_loss_before", "{:.3f}".format),
-    *LEARNT,
+    *LEARNED,
     Measure("token acc.", "eval_token_accuracy", "{:.1%}".format),
 )
 
@@ -82,7 +82,7 @@ def run_table(group: Group) -> Table:
     """The table of a gathered group: the ladder of recipes, else with the best of each column marked."""
     if is_ladder(group):
         notes = [*measure_notes(group), *failures(group, group.labels)]
-        return ladder_table(group, group.results, LEARNT, notes)
+        return ladder_table(group, group.results, LEARNED, notes)
     measures = [m for m in COLUMNS if m.always or any(value_of(r, m.key) is not None for r in group.results)]
     columns = {measure.title: _column(group, measure) for measure in measures}
     counts = run_counts(group.results)

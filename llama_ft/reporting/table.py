@@ -102,8 +102,8 @@ def terminal(table: Table, width: int) -> list[RichTable]:
         view.add_section()
         for name, cells in body:
             style = "bold" if name.startswith(MAIN) or not any(cells) else None
-            colours = ["red" if is_failure(cell) else "yellow" if cell == CHANGED else "" for cell in cells[columns]]
-            view.add_row(Text(name), *map(Text, cells[columns], colours), style=style)
+            colors = ["red" if is_failure(cell) else "yellow" if cell == CHANGED else "" for cell in cells[columns]]
+            view.add_row(Text(name), *map(Text, cells[columns], colors), style=style)
         parts.append(view)
     return parts
 

@@ -213,7 +213,7 @@ class Page(HTMLParser):
         return {alt: base64.b64decode(src).decode() for alt, src in images.items() if alt.startswith(beginning)}
 
 
-def paths(svg: str, colour: str = "#0072b2") -> list[list[tuple[float, float]]]:
-    """The points of the lines in a colour, in order."""
-    drawn = re.findall(rf'<path d="([^"]*)"[^>]*fill: none; stroke: {colour}', svg)
+def paths(svg: str, color: str = "#0072b2") -> list[list[tuple[float, float]]]:
+    """The points of the lines in a color, in order."""
+    drawn = re.findall(rf'<path d="([^"]*)"[^>]*fill: none; stroke: {color}', svg)
     return [[(float(x), float(y)) for x, y in re.findall(r"([\d.]+) ([\d.]+)", path)] for path in drawn]
