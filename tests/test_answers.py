@@ -18,6 +18,7 @@ SETTINGS = {"0.1", "0.9", "0.03", "4.46", "60 %", "1.2", "3.2", "6.7", "50 GiB"}
 # LLaMA's pre-training data, from its paper: trillions of tokens, and the shares of its sources. Sections of the survey.
 SETTINGS |= {"1.0", "1.4", "67.0 %", "15.0 %", "4.5 %", "2.5 %", "2.0 %", "67.0", "15.0", "4.5", "2.5", "2.0"}
 SETTINGS |= {"4.1", "7.1", "7.2"}
+SETTINGS |= {"0.02", "0.13", "0.70", "64 times"}  # a weight, what a law says, how often a study repeats
 
 
 @cache
