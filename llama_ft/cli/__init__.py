@@ -30,7 +30,7 @@ EXPECTED = (Stop, UserError, HydraException, OmegaConfBaseException, OSError, Va
 
 
 def _output_fails() -> bool:
-    """Return True if standard output cannot be written, as on a full disk: its errors name no file, as some others."""
+    """Return True if standard output cannot be written, as on a full disk; its errors, like others, name no file."""
     try:
         print(end="", flush=True)
     except OSError:

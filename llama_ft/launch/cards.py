@@ -51,7 +51,7 @@ def _taken(gpu: GpuConfig, n: int, log: Log) -> dict[int, IO[bytes]]:
 
 
 def hold(cards: Mapping[int, str], n: int, folder: Path, log: Log) -> dict[int, IO[bytes]]:
-    """Lock the first n free cards, by files in the folder named by the cards' ids; wait until there are as many.
+    """Lock the first n free cards, by files in the folder named by the cards' ids; wait until that many are free.
 
     All are taken at once, or none: two runs that each held some would wait for each other.
 

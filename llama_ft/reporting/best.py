@@ -15,7 +15,7 @@ Point = tuple[float, ...]
 
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The places of the points that no other beats: is as small in all coordinates, and smaller in one."""
+    """The places of the points that no other beats, by being no larger in any coordinate and smaller in one."""
 
     def beats(a: Point, b: Point) -> bool:
         return a != b and all(x <= y for x, y in zip(a, b, strict=True))
