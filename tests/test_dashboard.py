@@ -73,5 +73,5 @@ def test_the_command_refuses_it_for_two_folders(tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     done = run("llama_ft.report", "a", "b", "tracker.dashboard=true", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: tracker.dashboard=true sends one sweep")

@@ -22,14 +22,13 @@ def predict(
     """Predict the memory that fine-tuning needs on a card, and its shortest possible time, without the card.
 
     Args:
-        model: a name of `conf/model`.
-        gpu: a card's name in `conf/gpu`, or `cpu`.
+        model, gpu: names in `conf/model` and `conf/gpu`.
         techniques: those that are on, such as `("mp", "lora")`, with their default settings.
         lengths: tokens of each sample, 2 or more.
-        packing: put an optimizer step's samples end to end, up to this many tokens.
+        packing: the most tokens of a packed row.
 
     Raises:
-        UserError: if a name or length is not allowed, or the card cannot run such a combination.
+        UserError: if a name or length is not allowed, or the card cannot run the combination.
     """
     names = {techniques} if isinstance(techniques, str) else set(techniques)
     if model == FROM_CHECKPOINT or gpu in ("all", "auto"):

@@ -14,6 +14,7 @@ from llama_ft.records.result import CONFIG_FILE, LOG_FILE, RESULT_FILE, Result
 from llama_ft.training import position
 
 ALWAYS = (CONFIG_FILE, LOG_FILE, METRICS_FILE)  # every run writes them
+RUN_FILES = (*ALWAYS, *TRAINED_FILES, HELD_OUT_FILE, RESULT_FILE)
 ELSEWHERE = "name another folder with hydra.run.dir=DIR, or for a sweep hydra.sweep.dir=DIR"
 N_SHOWN = 6  # settings that differ
 FILE_KEYS = ("data.path", "data.validation", "data.template", "tokenizer", "checkpoint", "adapter")
@@ -36,9 +37,7 @@ def clear(run_dir: Path, config: TrainConfig) -> None:
     Everything is checked before anything is removed: only files that the earlier run wrote, by its config.yaml. A
     UserError if there is something else, the checkpoint is another run's, or the metrics before it are missing.
     """
-    present = [
-        name for name in (*ALWAYS, *TRAINED_FILES, HELD_OUT_FILE, RESULT_FILE) if os.path.lexists(run_dir / name)
-    ]
+    present = [name for name in RUN_FILES if os.path.lexists(run_dir / name)]
     saved = position.checkpoints(run_dir)
     others = [name for name in present if name != RESULT_FILE]
     others += [folder.name for folder in (*saved, *position.best_weights(run_dir))]

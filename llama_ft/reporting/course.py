@@ -21,7 +21,7 @@ MEMORY = {
 COMPUTATION = "Computation"
 HEAD = {"ga": "GA", "mp": "MP", "lora": "LoRA"}  # of Table 2
 SAME_RUNTIME = 0.05  # share of the baseline's runtime up to which a difference is none
-LATEX = str.maketrans({"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to"})
+LATEX = str.maketrans({"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to", "·": r"$\cdot$"})
 ESCAPED = re.compile(r"([&%$#_{}])")
 
 
