@@ -21,7 +21,9 @@ MEMORY = {
 COMPUTATION = "Computation"
 HEAD = {"ga": "GA", "mp": "MP", "lora": "LoRA"}  # of Table 2
 SAME_RUNTIME = 0.05  # share of the baseline's runtime up to which a difference is none
-LATEX = str.maketrans({"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to", "·": r"$\cdot$"})
+LATEX = str.maketrans(
+    {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to", "·": r"$\cdot$"}
+)
 ESCAPED = re.compile(r"([&%$#_{}])")
 
 
@@ -40,7 +42,7 @@ def course_tables(group: Group) -> list[Table]:
     missing = wanted or [name for name, column in zip(COLUMNS, columns, strict=True) if not any(column)]
     if missing:
         notes.append(f"Blank: this sweep has no finished run of {', '.join(missing)}.")
-    return [_table1(group.title, columns, notes), table2_of_course(group)]
+    return [_table1(group.title, columns, notes), _table2(group, group.title)]
 
 
 def planned_course_tables(plan: Plan) -> list[Table]:
@@ -50,8 +52,10 @@ def planned_course_tables(plan: Plan) -> list[Table]:
     first = {row.technique: row for row in reversed(rows)}
     parts = (*MEMORY, "computation")
     columns = [[first[name].cells[part].arrow if name in first else "" for part in parts] for name in COLUMNS]
-    notes = [f"{COLUMNS[name]}: {row.choice}." for name, row in first.items() if name in COLUMNS]
-    return [_table1(f"{group.title} · predicted", columns, notes), table2_of_course(group)]
+    notes = [f"{label}: {first[name].choice}." for name, label in COLUMNS.items() if name in first]
+    runtimes = [f"Runtime: {' '.join(plan.time.about.split())}."]
+    title = f"{group.title} · predicted"
+    return [_table1(title, columns, notes), _table2(group, title, runtimes)]
 
 
 def _table1(title: str, columns: Sequence[list[str]], notes: list[str]) -> Table:
@@ -70,7 +74,7 @@ def _measured_arrows(base: Result | None, result: Result | None) -> list[str]:
     return [*arrows, arrow(was, is_now, max(SAME_RUNTIME, spread / was) if was else SAME_RUNTIME)]
 
 
-def table2_of_course(group: Group) -> Table:
+def _table2(group: Group, title: str, more_notes: Sequence[str] = ()) -> Table:
     """Peak memory and runtime of the eight combinations of GA, MP and LoRA; GC is off."""
     others = {name for result in group.results for name in result.optim} - HEAD.keys()
     results = [result for result in group.results if not any(result.optim.get(name) for name in others)]
@@ -80,10 +84,10 @@ def table2_of_course(group: Group) -> Table:
         ("Runtime, s", [cell(result, "runtime_s") for result in results]),
     ]
     samples = next((result.samples for result in results if result.samples), None)
-    notes = [f"Runtime: of {samples:,} samples." if samples else "Runtime: of the whole run."]
+    notes = [f"Runtime: of {samples:,} samples." if samples else "Runtime: of the whole run.", *more_notes]
     if any(result.status == "oom" for result in results):
         notes.append(f"{MARKS['oom']}: out of memory.")
-    return Table(f"Table 2 · {group.title}", head, rows, notes)
+    return Table(f"Table 2 · {title}", head, rows, notes)
 
 
 def latex(table: Table) -> str:
