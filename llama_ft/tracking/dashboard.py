@@ -2,7 +2,7 @@
 
 import wandb
 from wandb_workspaces import expr
-from wandb_workspaces.reports import v2 as panels
+from wandb_workspaces.reports.v2 import interface as panels
 from wandb_workspaces.workspaces import RunsetSettings, Section, Workspace
 
 from llama_ft.config import TrackerConfig, UserError
@@ -59,7 +59,7 @@ def save_dashboard(config: TrackerConfig, group: str) -> str:
         entity = config.entity or wandb.Api().default_entity
         project = config.project or wandb.setup().settings.project or "llama_ft"
         view = dashboard(str(entity), project, group)
-        view.save()
+        view.save()  # type: ignore[no-untyped-call]
         saved.append(view.url)
 
     try:
