@@ -32,8 +32,12 @@ def dashboard(entity: str, project: str, group: str) -> Workspace:
             y=panels.SummaryMetric("peak_memory_mib"),
         ),
     ]
-    curves = [panels.LinePlot(title=title, x="Step", y=list(keys)) for title, keys in CURVES.items()]
-    table = [panels.MediaBrowser(title="Pictures", media_keys=["pictures/table2", "pictures/losses"])]
+    curves: list[panels.PanelTypes] = [
+        panels.LinePlot(title=title, x="Step", y=list(keys)) for title, keys in CURVES.items()
+    ]
+    table: list[panels.PanelTypes] = [
+        panels.MediaBrowser(title="Pictures", media_keys=["pictures/table2", "pictures/losses"])
+    ]
     return Workspace(
         entity=entity,
         project=project,
