@@ -264,6 +264,33 @@ def test_the_five_prompts_of_the_first_steps_have_the_answers_that_were_given() 
         assert answer["fine_tuned_answer"].strip() == lora
 
 
+def cells(page: Path, title: str) -> list[list[str]]:
+    """The cells of each row of a page's tables with this title."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text(page).splitlines() if "|" in line]
+    return [row[1:] for row in rows if row[0] == title]
+
+
+def test_table_2_of_readme_and_phase_3_is_the_one_that_was_measured() -> None:
+    folder, readme, phase3 = (
+        CHECKOUT / part for part in ("benchmarks/smollm2-cpu/table2", "README.md", "docs/phase3.md")
+    )
+    measured, planned = folder / "table2.md", folder / "comparison.md"
+    for title, ours in (("Peak memory, MiB", "Peak Mem, MiB"), ("Runtime, s", "Runtime, s")):
+        (row,) = cells(measured, title)
+        assert cells(readme, f"{title}: measured") == [row]
+        assert cells(phase3, ours)[0] == row
+    assert cells(readme, "of baseline") == cells(measured, "of baseline")
+    assert cells(readme, "planned") == cells(planned, "predicted")[:1]
+
+
+def test_the_planned_table_of_phase_3_is_the_one_in_benchmarks() -> None:
+    phase3, plan = CHECKOUT / "docs" / "phase3.md", CHECKOUT / "benchmarks" / "plan-llama2_7b" / "plan.md"
+    for title, ours in (("Peak memory, MiB", "Peak Mem, MiB"), ("Runtime, at best", "Runtime, s")):
+        assert [cell.removesuffix(" ×") for cell in cells(phase3, ours)[1]] == cells(plan, title)[0][:8]
+    marks = ["×" if cell.endswith("×") else "yes" for cell in cells(phase3, "Peak Mem, MiB")[1]]
+    assert marks == cells(plan, "Fits")[0][:8]
+
+
 def test_the_readmes_plan_is_the_one_in_benchmarks() -> None:
     folder = CHECKOUT / "benchmarks" / "plan-llama2_7b"
     with (folder / "plan.csv").open(encoding="utf-8") as file:
