@@ -176,7 +176,7 @@ def test_mistakes_are_sentences(tmp_path: Path) -> None:
         lambda: lf.complete(model, tokenizer): "give one of an instruction, a prompt, and messages",
         lambda: lf.add_lora(model, targets=["q_proj"]): "no linear layer is named q_proj",
         lambda: lf.predict("tiny", "abacus"): "gpu=abacus is not allowed",
-        lambda: lf.predict("tiny", techniques=["laura"]): "laura is not a technique: it must be one of ga, mp",
+        lambda: lf.predict("tiny", techniques=["laura"]): "technique laura must be one of ga, mp",
         lambda: lf.encode([{"instruction": "Go."}], tokenizer): "record 1: output is missing",
         lambda: lf.load(
             "tiny", dtype="bfloat16"

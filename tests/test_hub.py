@@ -312,7 +312,7 @@ def test_a_gated_repository(server: Hub, files: Files, monkeypatch: pytest.Monke
 def test_without_a_network(server: Hub, files: Files, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies in the cache is used, of a hub that is down, or away, or not to be asked."""
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    asked, cache = f"checkpoint={NAME}", f"whole in the cache, {constants.HF_HUB_CACHE}, and"
+    asked, cache = f"checkpoint={NAME}", f"incomplete in the cache, {constants.HF_HUB_CACHE}, and"
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(server.url, NOBODY)
     for broken, reason in (
         ((server, "is_down", True), f"{server.url} cannot be reached (Server error '503 Service Unavailable'"),
@@ -332,7 +332,7 @@ def test_without_a_network(server: Hub, files: Files, monkeypatch: pytest.Monkey
             assert composed("plan", asked).checkpoint == str(folder_of(files))
             no_weights = refusal(asked)
         for problem in (nothing, no_weights):
-            assert problem.startswith(f"checkpoint={NAME} is not {cache} {reason}")
+            assert problem.startswith(f"checkpoint={NAME} is {cache} {reason}")
         shutil.rmtree(constants.HF_HUB_CACHE)
 
 

@@ -34,8 +34,7 @@ def predict(
     if model == FROM_CHECKPOINT or gpu in ("all", "auto"):
         raise UserError(f"{model} on {gpu}: name one model and one card")
     if unknown := names - {technique.name for technique in TECHNIQUES}:
-        known = ", ".join(each.name for each in TECHNIQUES)
-        raise UserError(f"{min(unknown)} is not a technique: it must be one of {known}")
+        raise UserError(f"technique {min(unknown)} must be one of {', '.join(each.name for each in TECHNIQUES)}")
     config = PlanConfig(
         model=preset("model", model, ModelConfig),
         optim=OptimConfig(**dict.fromkeys(names, True)),
