@@ -227,7 +227,7 @@ def test_a_bad_conversation_says_why(record, reason):
 def test_templates_that_cannot_be_used(tmp_path):
     save_tokenizer(tmp_path, "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}")
     tokenizer, record = Tokenizer(tmp_path / "tokenizer.json"), as_record({"messages": TURNS})
-    with pytest.raises(ValueError, match="the chat template rejects it:  roles must alternate"):
+    with pytest.raises(ValueError, match="the chat template rejects it: roles must alternate"):
         choose_template("chat", tokenizer).prompt(record)
     with pytest.raises(UserError, match=r"template chatty: there is no such file; .* auto, alpaca, chat, plain"):
         choose_template("chatty", tokenizer)

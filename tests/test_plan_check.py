@@ -120,7 +120,7 @@ def test_the_gpu_that_is_here_is_asked_and_the_run_is_left_as_it_was(monkeypatch
     monkeypatch.setattr(fit, "torch", SimpleNamespace(cuda=cuda))  # PyTorch's own optimizers would ask the real one
     monkeypatch.setattr(fit, "profile_here", lambda gpu: replace(card("Card 1"), name="Card 1"))
     random_state = torch.get_rng_state()
-    assert "and this Card 1 has 40 free" in str(objection_here(config, SHORT))
+    assert "but this Card 1 has 40 free" in str(objection_here(config, SHORT))
     assert torch.equal(torch.get_rng_state(), random_state)
     config.lora.targets = ["wx"]
     assert objection_here(config, SHORT) is None  # the run says so itself
