@@ -421,6 +421,7 @@ def test_runs_belong_to_the_card_of_their_profile_or_their_device(tmp_path: Path
 def reported(*arguments: object) -> int:
     with patch("sys.argv", ["report", *map(str, arguments)]), patch.object(cli, "composed_config") as config:
         config.return_value.tracker.upload = "tracker.upload=true" in arguments
+        config.return_value.tracker.dashboard = False
         return report.main()
 
 

@@ -115,7 +115,7 @@ def test_an_arrow_is_of_more_than_one_percent(before: float, after: float, expec
 
 
 def test_full_fine_tuning_keeps_a_gradient_and_two_moments_of_each_weight(table: Table1) -> None:
-    found = {name: cell.before for name, cell in cells(table, "gc", "keeps the input").items()}
+    found = {name: cell.before for name, cell in cells(table, "gc", "the input of").items()}
     assert found["parameter"] == found["gradient"] == mib(counts(), 4)
     assert found["optimizer_state"] == adam_mib(counts())
 
@@ -143,7 +143,7 @@ def attention_flops(products: int) -> float:
 
 
 def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table1) -> None:
-    found = cells(table, "gc", "keeps the input")
+    found = cells(table, "gc", "the input of")
     products = sum(linears().values())
     # Forward, the input's gradient, the weight's; attention is 2 products forward, 5 backward.
     full = STEPS * (6 * WIDTH * products + attention_flops(2 + 5))
@@ -157,10 +157,10 @@ def test_flops_of_full_fine_tuning_and_of_recomputation(table: Table1) -> None:
 
 
 def test_checkpointing_keeps_the_blocks_inputs(table: Table1) -> None:
-    before, after = before_after(cells(table, "gc", "keeps the input")["activation"])
+    before, after = before_after(cells(table, "gc", "the input of")["activation"])
     assert mib([WIDTH * MODEL.dim] * MODEL.n_layers, 4) < after < 0.7 * before
     for name in ("parameter", "gradient", "optimizer_state"):
-        assert cells(table, "gc", "keeps the input")[name].arrow == "–"
+        assert cells(table, "gc", "the input of")[name].arrow == "–"
 
 
 def test_lora_has_gradients_and_moments_of_its_factors_alone(table: Table1) -> None:
