@@ -32,7 +32,20 @@ def render(names: tuple[str, ...]) -> str:
     parser = MarkdownIt("commonmark").enable("table")
     body = "<hr>".join(parser.render((DOCS / name).read_text(encoding="utf-8")) for name in names)
     title = html.escape(names[0].removesuffix(".md"))
-    return f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>{_with_pictures(body)}"
+    body = _with_pictures(_with_anchors(body, names))
+    return f"<!doctype html><meta charset='utf-8'><title>{title}</title><style>{STYLE}</style>{body}"
+
+
+def _with_anchors(body: str, names: tuple[str, ...]) -> str:
+    """Give each heading the id that GitHub gives it, and let links between the pages stay within the document."""
+
+    def add_id(match: re.Match[str]) -> str:
+        text = html.unescape(re.sub(r"<[^>]+>", "", match[2])).lower()
+        anchor = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+        return f'<h{match[1]} id="{anchor}">{match[2]}</h{match[1]}>'
+
+    body = re.sub(r"<h([1-6])>(.*?)</h\1>", add_id, body)
+    return re.sub(rf'href="(?:{"|".join(map(re.escape, names))})#', 'href="#', body)
 
 
 def _with_pictures(body: str) -> str:

@@ -170,6 +170,9 @@ def test_the_pages_become_html_that_needs_no_other_file() -> None:
         page = phases.render(names)
         assert page.count("data:image/png;base64,") == page.count("<img")
         assert "<table>" in page
+        ids = re.findall(r'<h\d id="(.+?)">', page)
+        assert set(re.findall(r'href="#(.+?)"', page)) <= set(ids)
+    assert 'href="#224-learning-rate-schedules"' in phases.render(phases.PAGES["phase1"])
 
 
 def test_without_a_browser_or_pandoc_a_sentence_says_what_to_install(

@@ -244,7 +244,10 @@ def test_a_report_that_sends_nothing_says_so(
     monkeypatch.setattr(sys, "argv", ["report", "~", "tracker.project=mine"])
     with undrawn():
         assert report_command.main() == 0
-    assert capsys.readouterr().err == "tracker.project=mine: no effect without tracker.upload=true or tracker.dashboard=true\n"
+    assert (
+        capsys.readouterr().err
+        == "tracker.project=mine: no effect without tracker.upload=true or tracker.dashboard=true\n"
+    )
 
 
 # What a file of the user's is called
