@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, UserError
+from llama_ft.config import ReportConfig, TrackerKind, UserError
 from llama_ft.config.groups import ReportForm, UploadConfig
 from llama_ft.records.plan import is_plan
 from llama_ft.reporting.reports import SWEEP_FILES, report_plan, report_sweep
@@ -64,6 +64,10 @@ def check(config: ReportConfig, folders: list[Path], plans: list[Path], override
     needs = [f"tracker.{key}=true" for key in ("upload", "dashboard") if getattr(config.tracker, key)]
     if not needs and (idle := [text for text in overrides if text.startswith("tracker")]):
         print(f"{', '.join(idle)}: no effect without tracker.upload=true or tracker.dashboard=true", file=sys.stderr)
+    if config.tracker.dashboard and config.tracker.kind is not TrackerKind.wandb:
+        raise UserError(
+            f"tracker.dashboard=true is W&B's, and tracker={config.tracker.kind.name}: leave one of them out"
+        )
     if needs and (len(folders) == 2 or plans):
         raise UserError(f"{needs[0]} sends one sweep: give only its folder")
     if len(plans) == 2:

@@ -75,3 +75,5 @@ def test_the_command_refuses_it_for_two_folders(tmp_path: Path) -> None:
     done = run("llama_ft.report", "a", "b", "tracker.dashboard=true", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: tracker.dashboard=true sends one sweep")
+    done = run("llama_ft.report", "a", "tracker.dashboard=true", "tracker=disabled", cwd=tmp_path)
+    assert done.stderr.splitlines()[-1].startswith("error: tracker.dashboard=true is W&B's, and tracker=disabled")

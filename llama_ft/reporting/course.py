@@ -34,7 +34,7 @@ def course_tables(group: Group) -> list[Table]:
     columns = [_measured_arrows(base, by_name.get(name)) for name in COLUMNS]
     notes = [
         f"↑ more, ↓ less, – at most 1 % apart: each category's own maximum in a run with this technique only, compared"
-        f" with {BASELINE}. Computation: the runtime, – at most {SAME_RUNTIME:.0%} or within the spread of repeats.",
+        f" with {BASELINE}. Computation: the runtime, – at most 5 % or within the spread of repeats.",
         "GA: the micro-batch is held, and the optimizer steps less often. Where the effective batch is held instead, GA"
         " lowers activations.",
     ]
