@@ -283,6 +283,20 @@ def test_table_2_of_readme_and_phase_3_is_the_one_that_was_measured() -> None:
     assert cells(readme, "planned") == cells(planned, "predicted")[:1]
 
 
+def test_the_table_of_one_layer_is_the_one_that_was_measured() -> None:
+    folder = CHECKOUT / "benchmarks" / "llama2_7b_1layer-cpu"
+    section = text(CHECKOUT / "benchmarks" / "README.md").partition("## llama2_7b_1layer, CPU")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    measured = [line for line in text(folder / "table2.md").splitlines() if line.startswith("|")]
+    assert [row for row in rows if not row.startswith("| planned")] == measured
+    (planned,) = (row for row in rows if row.startswith("| planned"))
+    assert [cell.strip() for cell in planned.strip("|").split("|")][1:] == cells(folder / "comparison.md", "predicted")[
+        0
+    ]
+    for title in ("Peak Mem, MiB", "Runtime, s"):
+        assert cells(CHECKOUT / "docs" / "phase3.md", title)[2] == cells(folder / "course.md", title)[0]
+
+
 def test_the_planned_table_of_phase_3_is_the_one_in_benchmarks() -> None:
     phase3, plan = CHECKOUT / "docs" / "phase3.md", CHECKOUT / "benchmarks" / "plan-llama2_7b" / "plan.md"
     for title, ours in (("Peak memory, MiB", "Peak Mem, MiB"), ("Runtime, at best", "Runtime, s")):
