@@ -4,6 +4,7 @@ Markdown becomes self-contained HTML, and a headless browser or pandoc prints it
 stays and a sentence says what to install.
 """
 
+import argparse
 import base64
 import html
 import re
@@ -66,10 +67,24 @@ def printing_command(page: Path, target: Path) -> list[str] | None:
     return None
 
 
+def printed(command: list[str], target: Path) -> str | None:
+    """Print a page, and return what went wrong, if anything did."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_PRINT)
+    except subprocess.TimeoutExpired:
+        return f"it has not ended in {SECONDS_TO_PRINT} s"
+    return None if done.returncode == 0 and target.is_file() else done.stderr.strip()[-500:] or "no output"
+
+
 def main() -> int:
     """Write every page; print where it is."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/phases").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(prog="python -m dev.phases", description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("outputs/phases"))
+    folder = parser.parse_args().folder.resolve()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{folder}: {error.strerror}")
     for name, sources in PAGES.items():
         page, target = folder / f"{name}.html", folder / f"{name}.pdf"
         page.write_text(render(sources), encoding="utf-8")
@@ -77,9 +92,8 @@ def main() -> int:
         if command is None:
             print(f"{page}: for a PDF install a browser such as chromium, or pandoc and weasyprint")
             continue
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS_TO_PRINT)
-        if done.returncode or not target.is_file():
-            print(f"{page}: {command[0]} failed: {done.stderr.strip()[-500:]}", file=sys.stderr)
+        if problem := printed(command, target):
+            print(f"{page}: {command[0]} failed: {problem}", file=sys.stderr)
             return 1
         print(target)
     return 0

@@ -2,19 +2,21 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import CHECKOUT, run
-from helpers.reports import EIGHT, SIXTEEN, gpu, plan_of, row, tables, write
+from helpers.reports import EIGHT, SIXTEEN, gpu, plan_of, row, tables, write, write_varied
 from rich.console import Console
 
 from dev import phases
 from llama_ft.config import TrainingConfig, UserError
 from llama_ft.records.plan import Table1, Table1Cell, Table1Row
-from llama_ft.reporting.course import COMPUTATION, MEMORY
+from llama_ft.reporting.course import COMPUTATION, MEMORY, latex
 from llama_ft.reporting.reports import COURSE_FILES, report_plan, report_sweep, write_plan
+from llama_ft.reporting.table import Table
 
 ANSWERS, INDEX = ((CHECKOUT / "docs" / name).read_text(encoding="utf-8") for name in ("answers.md", "phase1.md"))
 # Section 2 has 20 questions, and 6 more in the older list; section 3 has these many in each part.
@@ -127,6 +129,50 @@ def test_what_was_not_run_is_blank(tmp_path: Path) -> None:
     table1, _ = columns(text)
     assert [table1[name][:3] for name in (*MEMORY.values(), COMPUTATION)] == [["", "", ""]] * 5
     assert "no finished run of ga, gc, mp." in text
+    assert "- Not run: mp, mp_lora, ga, ga_lora, ga_mp, ga_mp_lora." in text
+
+
+def test_combinations_with_gc_and_those_not_run_are_named(sweep: Path) -> None:
+    text = report(sweep)["course.md"]
+    assert "- GC is off." in text
+    assert "- Combinations with GC are in table2.md." in text
+    assert "Not run" not in text
+    for name in ("lora", "lora_gc", "ga_mp_lora"):
+        shutil.rmtree(sweep / name)
+    assert "- Not run: lora, ga_mp_lora." in report(sweep)["course.md"]
+
+
+def test_repeats_have_means_with_their_spread_and_show_the_ones_that_failed(tmp_path: Path) -> None:
+    seconds = {"baseline": (100.0, 110.0, 120.0), "lora": (100.0, 104.0, 108.0), "mp": (50.0, 51.0, 52.0)}
+    for name, each in seconds.items():
+        for seed, runtime_s in enumerate(each):
+            values = {} if (name, seed) == ("mp", 2) else {"runtime_s": runtime_s}
+            config = {"training": {"seed": seed}}
+            run_name = f"{name},training.seed={seed}"
+            write_varied(tmp_path / "sweep", run_name, config, "ok" if values else "oom", **values)
+    text = report(tmp_path / "sweep")["course.md"]
+    table1, table2 = columns(text)
+    # t is 4.303 for three runs and 12.706 for two: 4.303 * 10 / sqrt(3), 4.303 * 4 / sqrt(3), 12.706 * 0.707 / sqrt(2)
+    assert table2["Runtime, s"] == ["110 ± 25", "104 ± 10", "50.5 ± 6.4"]
+    assert table2["Runs"] == ["3", "3", "2, 1 ×"]
+    assert table1["Computation"] == ["", "", "↓", "–"]  # LoRA's is within the spread
+    for said in ("± half the width of their 95 % confidence interval", "×: out of memory", "bytes of tensors"):
+        assert said in text
+
+
+def test_a_file_of_the_user_is_not_overwritten(sweep: Path) -> None:
+    report(sweep)
+    report(sweep)  # its own files are replaced
+    (sweep / "course.md").write_text("my notes on the course\n")
+    with pytest.raises(UserError, match=r"holds course\.md, which llama_ft did not write"):
+        report(sweep)
+    assert (sweep / "course.md").read_text() == "my notes on the course\n"
+
+
+def test_latex_escapes_what_it_would_interpret() -> None:
+    text = latex(Table(r"a_b \ {c} ~^ 5 % #", [("", ["x"])], [("y & z", ["1"])], []))
+    assert r"\caption{a\_b \textbackslash{} \{c\} \textasciitilde{}\textasciicircum{} 5 \% \#}" in text
+    assert r"y \& z & 1 \\" in text
 
 
 def test_latex_has_the_same_cells_and_balanced_braces(sweep: Path) -> None:
@@ -135,7 +181,10 @@ def test_latex_has_the_same_cells_and_balanced_braces(sweep: Path) -> None:
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     assert r"Memory: gradient & -- & -- & -- & $\downarrow$ \\" in text
     assert r"Runtime, s & 100 & 60.0 & 80.0 & 40.0 & 97.0 & 57.0 & $\times$ & 37.0 \\" in text
-    assert not re.search(r"(?<!\\)[%_#]", text)
+    assert not re.search(r"(?<!\\)[%_#](?!$)", text, re.MULTILINE)
+    for table in text.split(r"\begin{table}")[1:]:
+        rows = [line for line in table.splitlines() if line.endswith(r" \\")]
+        assert {len(re.findall(r"(?<!\\)&", line)) + 1 for line in rows} == {len(re.findall("lr+", table)[0])}
 
 
 def test_a_plan_gives_the_tables_too(tmp_path: Path) -> None:
@@ -153,9 +202,14 @@ def test_a_plan_gives_the_tables_too(tmp_path: Path) -> None:
     assert table2["Peak Mem, MiB"] == ["20,000"] * 8
 
 
-def test_a_sweep_over_other_settings_is_refused(tmp_path: Path) -> None:
-    from helpers.reports import write_varied
+def test_without_a_baseline_no_note_explains_arrows(tmp_path: Path) -> None:
+    write(tmp_path / "sweep", "lora")
+    text = report(tmp_path / "sweep")["course.md"]
+    assert "↑" not in text
+    assert "- Blank: this sweep has no finished run of baseline, ga, gc, mp." in text
 
+
+def test_a_sweep_over_other_settings_is_refused(tmp_path: Path) -> None:
     for rank in (4, 16):
         write_varied(tmp_path / "sweep", f"lora,lora.rank={rank}", {"lora": {"rank": rank}})
     with pytest.raises(UserError, match="form=course"):
@@ -185,6 +239,14 @@ def test_without_a_browser_or_pandoc_a_sentence_says_what_to_install(
     assert len(lines) == 3
     assert all("install a browser" in line for line in lines)
     assert sorted(file.name for file in (tmp_path / "pages").iterdir()) == ["phase1.html", "phase2.html", "phase3.html"]
+
+
+def test_a_browser_that_hangs_or_prints_nothing_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phases, "SECONDS_TO_PRINT", 0.1)
+    assert phases.printed(["sleep", "5"], tmp_path / "page.pdf") == "it has not ended in 0.1 s"
+    monkeypatch.setattr(phases, "SECONDS_TO_PRINT", 10)
+    assert phases.printed(["sh", "-c", "echo no display >&2; exit 1"], tmp_path / "page.pdf") == "no display"
+    assert phases.printed(["true"], tmp_path / "page.pdf") == "no output"
 
 
 @pytest.mark.process

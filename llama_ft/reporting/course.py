@@ -1,15 +1,16 @@
 """The course's two tables in its own form: Table 1 with a column for each technique, Table 2 with ON and OFF."""
 
-import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from llama_ft.config.techniques import BASELINE
+from llama_ft.config.techniques import BASELINE, COURSE, combinations
 from llama_ft.records.plan import Plan, arrow
 from llama_ft.records.result import Result
+from llama_ft.reporting.plan_tables import plan_notes, time_notes
 from llama_ft.reporting.repeats import spread_of
 from llama_ft.reporting.results import Group, baseline_of, planned_group
-from llama_ft.reporting.table import MARKS, Table
-from llama_ft.reporting.table2 import cell
+from llama_ft.reporting.table import Table
+from llama_ft.reporting.table2 import RUNS, cell, failures, memory_notes, run_counts, technique_notes
 
 COLUMNS = {"ga": "Grad. accumulation", "gc": "Grad. checkpoint", "mp": "Mixed precision", "lora": "LoRA"}
 MEMORY = {
@@ -19,12 +20,11 @@ MEMORY = {
     "optimizer_state": "Memory: optimizer state",
 }
 COMPUTATION = "Computation"
-HEAD = {"ga": "GA", "mp": "MP", "lora": "LoRA"}  # of Table 2
+HEAD = {each.name: each.label for each in COURSE}  # of Table 2
 SAME_RUNTIME = 0.05  # share of the baseline's runtime up to which a difference is none
-LATEX = str.maketrans(
-    {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to", "·": r"$\cdot$"}
-)
-ESCAPED = re.compile(r"([&%$#_{}])")
+LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to"}
+LATEX |= {"·": r"$\cdot$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX |= {character: rf"\{character}" for character in "&%$#_{}"}
 
 
 def course_tables(group: Group) -> list[Table]:
@@ -38,11 +38,16 @@ def course_tables(group: Group) -> list[Table]:
         "GA: the micro-batch is held, and the optimizer steps less often. Where the effective batch is held instead, GA"
         " lowers activations.",
     ]
-    wanted = [] if base and base.memory_max_mib else [BASELINE]
-    missing = wanted or [name for name, column in zip(COLUMNS, columns, strict=True) if not any(column)]
+    if not any(map(any, columns)):
+        notes = []
+    missing = [name for name in (BASELINE, *COLUMNS) if not _has_memory(by_name.get(name))]
     if missing:
         notes.append(f"Blank: this sweep has no finished run of {', '.join(missing)}.")
-    return [_table1(group.title, columns, notes), _table2(group, group.title)]
+    kept = [n for n, result in enumerate(group.results) if _is_in_course(result)]
+    results = [group.results[n] for n in kept]
+    shown = replace(group, results=results, folders=[group.folders[n] for n in kept])
+    elsewhere = ["Combinations with GC are in table2.md."] if len(kept) < len(group.results) else []
+    return [_table1(group.title, columns, notes), _table2(results, group.title, _table2_notes(shown) + elsewhere)]
 
 
 def planned_course_tables(plan: Plan) -> list[Table]:
@@ -53,9 +58,11 @@ def planned_course_tables(plan: Plan) -> list[Table]:
     parts = (*MEMORY, "computation")
     columns = [[first[name].cells[part].arrow if name in first else "" for part in parts] for name in COLUMNS]
     notes = [f"{label}: {first[name].choice}." for name, label in COLUMNS.items() if name in first]
-    runtimes = [f"Runtime: {' '.join(plan.time.about.split())}."]
-    title = f"{group.title} · predicted"
-    return [_table1(title, columns, notes), _table2(group, title, runtimes)]
+    title, for_table2 = f"{group.title} · predicted", plan_notes(plan)
+    if len(plan.gpus) > 1:
+        for_table2 += time_notes(plan)
+    results = [result for result in group.results if _is_in_course(result)]
+    return [_table1(title, columns, notes), _table2(results, title, for_table2)]
 
 
 def _table1(title: str, columns: Sequence[list[str]], notes: list[str]) -> Table:
@@ -65,33 +72,51 @@ def _table1(title: str, columns: Sequence[list[str]], notes: list[str]) -> Table
 
 
 def _measured_arrows(base: Result | None, result: Result | None) -> list[str]:
-    if base is None or result is None or result.status != "ok" or not (base.memory_max_mib and result.memory_max_mib):
+    if base is None or result is None or not (_has_memory(base) and _has_memory(result)):
         return [""] * (len(MEMORY) + 1)
-    before, after = base.memory_max_mib, result.memory_max_mib
+    before, after = base.memory_max_mib or {}, result.memory_max_mib or {}
     arrows = [arrow(before.get(part, 0.0), after.get(part, 0.0)) for part in MEMORY]
     was, is_now = base.runtime_s or 0.0, result.runtime_s or 0.0
     spread = sum(spread_of(each, "runtime_s") or 0.0 for each in (base, result))
     return [*arrows, arrow(was, is_now, max(SAME_RUNTIME, spread / was) if was else SAME_RUNTIME)]
 
 
-def _table2(group: Group, title: str, more_notes: Sequence[str] = ()) -> Table:
+def _has_memory(result: Result | None) -> bool:
+    return result is not None and result.status == "ok" and bool(result.memory_max_mib)
+
+
+def _is_in_course(result: Result) -> bool:
+    """True if only techniques are on that the course's Table 2 has."""
+    return not any(is_on and name not in HEAD for name, is_on in result.optim.items())
+
+
+def _table2(results: Sequence[Result], title: str, notes: list[str]) -> Table:
     """Peak memory and runtime of the eight combinations of GA, MP and LoRA; GC is off."""
-    others = {name for result in group.results for name in result.optim} - HEAD.keys()
-    results = [result for result in group.results if not any(result.optim.get(name) for name in others)]
-    head = [(HEAD[name], ["ON" if result.optim.get(name) else "OFF" for result in results]) for name in HEAD]
+    head = [(name, ["ON" if result.optim.get(key) else "OFF" for result in results]) for key, name in HEAD.items()]
     rows = [
         ("Peak Mem, MiB", [cell(result, "peak_memory_mib") for result in results]),
         ("Runtime, s", [cell(result, "runtime_s") for result in results]),
     ]
-    samples = next((result.samples for result in results if result.samples), None)
-    notes = [f"Runtime: of {samples:,} samples." if samples else "Runtime: of the whole run.", *more_notes]
-    if any(result.status == "oom" for result in results):
-        notes.append(f"{MARKS['oom']}: out of memory.")
+    if counts := run_counts(results):
+        rows.append((RUNS, counts))
+    if missing := [on.combination for on in combinations() if on.combination not in {r.combination for r in results}]:
+        notes = [*notes, f"Not run: {', '.join(missing)}."]
     return Table(f"Table 2 · {title}", head, rows, notes)
 
 
+def _table2_notes(group: Group) -> list[str]:
+    """The notes on the course's Table 2 of measured runs."""
+    results = group.results
+    samples = next((result.samples for result in results if result.samples), None)
+    notes = [f"Runtime: of {samples:,} samples." if samples else "Runtime: of the whole run."]
+    if began := next((result for result in results if result.config_hash), None):
+        optims = [result.optim for result in results]
+        notes += technique_notes(optims, began.techniques, began.micro_batch_size, began.packing) + memory_notes(group)
+    return notes + failures(group, [result.combination for result in results])
+
+
 def latex(table: Table) -> str:
-    """A table for `\\input` into a document that loads booktabs."""
+    """A table for `\\input` into a document that loads booktabs and graphicx, which narrows it to the text's width."""
     n_columns = len(table.head[0][1])
     lines = [" & ".join(map(_escaped, (name, *cells))) + r" \\" for name, cells in (*table.head, *table.rows)]
     lines.insert(len(table.head), r"\midrule")
@@ -101,11 +126,12 @@ def latex(table: Table) -> str:
             r"\begin{table}",
             r"\centering",
             rf"\caption{{{_escaped(table.title)}}}",
+            r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
             rf"\begin{{tabular}}{{l{'r' * n_columns}}}",
             r"\toprule",
             *lines,
             r"\bottomrule",
-            r"\end{tabular}",
+            r"\end{tabular}}",
             *notes,
             r"\end{table}",
             "",
@@ -114,4 +140,4 @@ def latex(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    return ESCAPED.sub(r"\\\1", text).translate(LATEX)
+    return text.translate(str.maketrans(LATEX))

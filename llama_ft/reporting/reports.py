@@ -21,6 +21,7 @@ from llama_ft.reporting.table2 import records, table2
 LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # if runs have held-out losses
 SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", LOSSES_FILE, PARETO_FILE)
 COURSE_FILES = ("course.md", "course.tex")  # with form=course
+COURSE_MARK = "Table 1 · "  # a title in the first
 SWEEP_MARK = "combination"  # a column of the first
 PLAN_REPORT = ("plan.md", "plan.csv", "plan.png", "plan.html")  # made from plan.json
 PLAN_FILES = (PLAN_FILE, *PLAN_REPORT)
@@ -55,7 +56,8 @@ def report_sweep(folder: Path, console: Console, is_course: bool = False) -> lis
 
 
 def sweep_course_tables(folder: Path, groups: list[Group]) -> list[Table]:
-    """The course's tables of each sweep over techniques only; a UserError if there is none."""
+    """The course's tables of each sweep over techniques only; a UserError if there is none, or no place for them."""
+    check_replaceable(folder, COURSE_FILES, COURSE_MARK)
     tables = [table for group in groups if not group.settings for table in course_tables(group)]
     if not tables:
         raise UserError(f"form=course: the runs in {folder} differ in other settings than techniques")
@@ -74,6 +76,8 @@ def report_plan(folder: Path, console: Console, is_course: bool = False) -> None
     """Print a plan again from its `plan.json` and rewrite its report, with `is_course` also the course's tables."""
     plan = read_record(Plan, folder / PLAN_FILE)
     for_course = planned_course_tables(plan) if is_course else []
+    if is_course:
+        check_replaceable(folder, COURSE_FILES, COURSE_MARK)
     write_plan(plan, folder, with_json=False)
     print_plan(plan, console)
     with explained(f"the course's tables cannot be written into {folder}"):

@@ -150,8 +150,8 @@ def _notes(group: Group) -> list[str]:
     return notes + measure_notes(group) + failures(group, [r.combination for r in results])
 
 
-def measure_notes(group: Group) -> list[str]:
-    """Notes on the meaning of a table's numbers."""
+def memory_notes(group: Group) -> list[str]:
+    """Notes on the meaning of a table's memory and times."""
     results, notes = group.results, []
     if group.seeds:
         notes.append(REPEATS_NOTE)
@@ -160,7 +160,6 @@ def measure_notes(group: Group) -> list[str]:
     else:
         notes.append("Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process.")
     notes += split_notes([result for result in results if result.ranks])
-    notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     limit, gpu = group.memory_limit_mib, results[0].gpu
     if gpu not in ("auto", "cpu") and limit is not None and group.device:
         times = "times are those of the device named above"
@@ -169,6 +168,13 @@ def measure_notes(group: Group) -> list[str]:
         on_cpu = any(r.status == "ok" and not r.peak_memory_reserved_mib for r in results)
         holder = " on the process's data" if on_cpu else ""  # tensors are a part of it
         notes.append("×: out of memory" + (f" (limit {limit:,} MiB{holder})." if limit else "."))
+    return notes
+
+
+def measure_notes(group: Group) -> list[str]:
+    """Notes on the meaning of a table's numbers."""
+    results, notes = group.results, memory_notes(group)
+    notes += [f"Template: {said}." for said in dict.fromkeys(f"{r.template}; {r.ends}" for r in results if r.template)]
     n_samples = next((r.loss_samples for r in results if r.loss_samples), 8)
     notes.append(f"Loss: of the first {n_samples} training samples, without dropout.")
     if counts := held_out_counts(group):
