@@ -8,13 +8,13 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, TrackerKind, UserError
+from llama_ft.config import ReportConfig, TrackerKind, TrackerMode, UserError
 from llama_ft.config.groups import ReportForm, UploadConfig
 from llama_ft.records.plan import is_plan
 from llama_ft.reporting.reports import SWEEP_FILES, report_plan, report_sweep
 from llama_ft.reporting.results import Group
 from llama_ft.reporting.table2 import records
-from llama_ft.tracking import track_sweep, upload_runs
+from llama_ft.tracking import track_sweep, tracker_of, upload_runs
 
 USAGE = cli.Usage(
     "report",
@@ -30,6 +30,7 @@ USAGE = cli.Usage(
         "outputs/table2 tracker.upload=true",
     ),
 )
+OF_DASHBOARD = ("project", "entity", "group", "mode")  # the tracker's settings that a dashboard needs
 
 
 def main() -> int:
@@ -55,35 +56,43 @@ def main() -> int:
         if config.tracker.upload:
             send(config, folders[0], groups, console)
         if config.tracker.dashboard:
-            console.print(f"Dashboard: {made_dashboard(config.tracker, folders[0])}", highlight=False, soft_wrap=True)
+            address = made_dashboard(config.tracker, folders[0], groups)
+            console.print(f"Dashboard: {address}", highlight=False, soft_wrap=True)
     return 0
 
 
 def check(config: ReportConfig, folders: list[Path], plans: list[Path], overrides: list[str]) -> None:
     """Raise a UserError if the folders do not suit the settings; warn of settings without effect."""
-    needs = [f"tracker.{key}=true" for key in ("upload", "dashboard") if getattr(config.tracker, key)]
-    if not needs and (idle := [text for text in overrides if text.startswith("tracker")]):
-        print(f"{', '.join(idle)}: no effect without tracker.upload=true or tracker.dashboard=true", file=sys.stderr)
-    if config.tracker.dashboard and config.tracker.kind is not TrackerKind.wandb:
-        raise UserError(
-            f"tracker.dashboard=true is W&B's, and tracker={config.tracker.kind.name}: leave one of them out"
-        )
+    tracker = config.tracker
+    needs = [f"tracker.{key}=true" for key in ("upload", "dashboard") if getattr(tracker, key)]
+    if tracker.dashboard and tracker.kind is not TrackerKind.wandb:
+        raise UserError(f"tracker.dashboard=true is W&B's, and tracker={tracker.kind.name}: leave one of them out")
+    if tracker.dashboard and tracker.mode is TrackerMode.offline:
+        raise UserError("tracker.dashboard=true needs W&B online, and tracker.mode=offline: leave one of them out")
     if needs and (len(folders) == 2 or plans):
         raise UserError(f"{needs[0]} sends one sweep: give only its folder")
     if len(plans) == 2:
         raise UserError(f"{plans[0]} and {plans[1]} are plans: give a sweep and a plan, or two sweeps")
     if len(folders) == 2 and config.form is ReportForm.course:
         raise UserError("form=course is for one folder, of a sweep or of a plan")
+    used = ("tracker=", *(f"tracker.{key}=" for key in ("dashboard", *OF_DASHBOARD))) if tracker.dashboard else ()
+    idle = [text for text in overrides if text.startswith("tracker") and not text.startswith(used)]
+    if idle and not tracker.upload:
+        both = "tracker.upload=true" if tracker.dashboard else "tracker.upload=true or tracker.dashboard=true"
+        print(f"{', '.join(idle)}: no effect without {both}", file=sys.stderr)
 
 
-def made_dashboard(config: UploadConfig, folder: Path) -> str:
+def made_dashboard(config: UploadConfig, folder: Path, groups: list[Group]) -> str:
     """Make the sweep's dashboard in W&B and return its address."""
+    run_dirs = [run_dir for group in groups for run_dir in group.folders]
+    if [each.resolve() for each in run_dirs] == [folder.resolve()]:
+        raise UserError(f"tracker.dashboard=true shows a sweep, and {folder} holds one run")
     try:
         from llama_ft.tracking.dashboard import save_dashboard
     except ModuleNotFoundError as error:
         package = "wandb-workspaces: pip install 'llama_ft[dashboard]'"
         raise UserError(f"tracker.dashboard=true needs the package {package}") from error
-    return save_dashboard(config, config.group or folder.resolve().name)
+    return save_dashboard(tracker_of(config, run_dirs[0]), folder.resolve().name)
 
 
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:

@@ -133,7 +133,7 @@ class GpuConfig:
     tflops: MatrixRates = field(default_factory=MatrixRates)
     index: int | None = setting(
         None,
-        "number of the GPU in nvidia-smi's order of visible ones; null: the first, for train the first free one",
+        "number of the GPU among the visible ones, in nvidia-smi's order; null: the first, in train the first free one",
         at_least=0,
         needs="gpu.device=auto|cuda",
     )
@@ -194,14 +194,16 @@ class MeasureConfig:
 class TrackerConfig:
     """Weights & Biases, TensorBoard or nothing. Local files are written in any case."""
 
-    kind: TrackerKind = setting(TrackerKind.wandb, "the tracker; the choice of the group sets it")
+    kind: TrackerKind = setting(TrackerKind.wandb, "the tracker; tracker=NAME sets it")
     mode: TrackerMode = setting(
         TrackerMode.auto, "W&B's mode; auto: WANDB_MODE, else online with an API key, else offline", needs=WANDB
     )
     project: str | None = setting(None, "the W&B project; null is WANDB_PROJECT, else llama_ft", needs=WANDB)
-    entity: str | None = setting(None, "the W&B user or team; null: WANDB_ENTITY, else the API key's", needs=WANDB)
+    entity: str | None = setting(
+        None, "the W&B user or team; null: WANDB_ENTITY, else the default of the API key", needs=WANDB
+    )
     group: str | None = setting(None, "the W&B group; null is WANDB_RUN_GROUP, else the sweep's folder", needs=WANDB)
-    tags: list[str] = setting([], "W&B tags besides techniques, model and card; [] is WANDB_TAGS", needs=WANDB)
+    tags: list[str] = setting([], "W&B tags, added to techniques, model and card; [] takes WANDB_TAGS", needs=WANDB)
     notes: str | None = setting(None, "text for the W&B run; null is WANDB_NOTES", needs=WANDB)
     artifacts: bool = setting(False, "log the adapter or weights that a run leaves as a W&B artifact", needs=WANDB)
 
@@ -215,7 +217,7 @@ class UploadConfig(TrackerConfig):
     """The tracker for finished runs. A key that is not given has the value of each run's own config."""
 
     upload: bool = setting(False, "send every run and the sweep to the tracker again, from the local files")
-    dashboard: bool = setting(False, "make a W&B dashboard of the sweep's runs, with wandb-workspaces", needs=WANDB)
+    dashboard: bool = setting(False, "make a W&B dashboard of the sweep's runs, with wandb-workspaces")
 
 
 # Which tables `report` writes: its own, or also those of the course.
@@ -227,4 +229,4 @@ class ReportConfig:
     """All settings of `report`; its folders are arguments."""
 
     tracker: UploadConfig = field(default_factory=UploadConfig)
-    form: ReportForm = setting(ReportForm.standard, "course: also write Tables 1 and 2 as the course has them")
+    form: ReportForm = setting(ReportForm.standard, "course: also write Tables 1 and 2 in the form of the course")

@@ -50,15 +50,13 @@ def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, l
     mode, is_auto = os.environ.get("WANDB_MODE", "online"), config.mode is TrackerMode.auto
     if config.kind is TrackerKind.wandb and is_auto and mode != "online":
         raise UserError(f"WANDB_MODE={mode} keeps W&B from getting anything; tracker.mode=online sends the runs")
-    tracker_config = TrackerConfig(config.kind, TrackerMode.online if is_auto else config.mode)
+    tracker_config = tracker_of(config, run_dirs[0])
     problems: list[str] = []
     for run_dir in run_dirs:
         if not (run_dir / CONFIG_FILE).exists():  # the run was refused before it began
             log(f"{run_dir.name}: no {CONFIG_FILE}, not sent")
             continue
-        run = read_config(run_dir / CONFIG_FILE)
-        for key in ("project", "entity", "group", "tags", "notes", "artifacts"):
-            setattr(tracker_config, key, getattr(config, key) or getattr(run.tracker, key))
+        run, tracker_config = read_config(run_dir / CONFIG_FILE), tracker_of(config, run_dir)
         group = sweep or (run_dir.parent.name if (run_dir.parent / "table2.csv").exists() else None)
         tracker = start_tracker(tracker_config, run_dir, run.to_dict(), group, problems.append)
         for metrics in read_metrics(run_dir):
@@ -68,6 +66,14 @@ def upload_runs(config: UploadConfig, run_dirs: list[Path], sweep: str | None, l
             raise UserError(problems[0])
         log(f"{run_dir.name}: {tracker.place}")
     return tracker_config
+
+
+def tracker_of(config: UploadConfig, run_dir: Path) -> TrackerConfig:
+    """The tracker for a finished run, online unless a mode is given; keys not given are from the run's own config."""
+    mode = TrackerMode.online if config.mode is TrackerMode.auto else config.mode
+    own = read_config(run_dir / CONFIG_FILE).tracker if (run_dir / CONFIG_FILE).exists() else config
+    keys = ("project", "entity", "group", "tags", "notes", "artifacts")
+    return TrackerConfig(config.kind, mode, **{key: getattr(config, key) or getattr(own, key) for key in keys})
 
 
 def _tracker(config: TrackerConfig, subject: Subject, log: Log) -> Tracker:

@@ -48,21 +48,29 @@ def dashboard(entity: str, project: str, group: str) -> Workspace:
             Section(name="Table", panels=table, is_open=True),
         ],
         runset_settings=RunsetSettings(
-            filters=[expr.Metric("Group") == group],
+            filters=expr.And(expr.Metric("Group") == group),
             order=[expr.Ordering(expr.Metric("Name"), ascending=True)],
             pinned_columns=[f"summary:{key}" for key in COLUMNS],
         ),
     )
 
 
-def save_dashboard(config: TrackerConfig, group: str) -> str:
-    """Save the view into the tracker's project and return its address; a UserError if W&B does not take it."""
+def save_dashboard(config: TrackerConfig, sweep: str) -> str:
+    """Save the view of a sweep into the tracker's project, and return its address.
+
+    The runs are those that `upload_runs` sends: keys not given come from the environment or W&B's settings.
+
+    Raises:
+        UserError: if W&B does not take it.
+    """
     saved: list[str] = []
 
     def save() -> None:
-        entity = config.entity or wandb.Api().default_entity
-        project = config.project or wandb.setup().settings.project or "llama_ft"
-        view = dashboard(str(entity), project, group)
+        settings = wandb.setup().settings
+        if (entity := config.entity or wandb.Api().default_entity) is None:
+            raise ValueError("the API key has no default entity: tracker.entity=NAME gives one")
+        group = config.group or settings.run_group or sweep
+        view = dashboard(entity, config.project or settings.project or "llama_ft", group)
         view.save()  # type: ignore[no-untyped-call]
         saved.append(view.url)
 
