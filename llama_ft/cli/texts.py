@@ -12,8 +12,8 @@ from llama_ft.cli.explain import TEXTS, setting_of
 from llama_ft.config.checks import literal
 
 RULE = (
-    "A text is taken literally: ${...}, brackets and backslashes have no special meaning, and quotes around the whole"
-    " text are removed. Commas outside quotes separate the items of a [list], and with -m the runs of a sweep."
+    "A value is taken literally: ${...}, brackets and backslashes have no special meaning, and quotes around the whole"
+    " value are removed. Commas outside quotes separate the items of a [list], and with -m the runs of a sweep."
 )
 BLANKS = " \t"  # around the items of a list; line breaks belong to a text
 QUOTED = r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""

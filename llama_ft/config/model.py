@@ -28,15 +28,17 @@ class ModelConfig:
     rope_theta: float = setting(10000.0, "base of the rotary frequencies")
     rope_factor: float = setting(1.0, "Llama 3.1: slow rotary frequencies are divided by this; 1 leaves them unchanged")
     rope_low_freq_factor: float = setting(
-        1.0, "at most this many turns in rope_original_context: slow", needs="model.rope_factor"
+        1.0,
+        "frequencies of at most this many turns over rope_original_context are divided by rope_factor",
+        needs="model.rope_factor",
     )
     rope_high_freq_factor: float = setting(
-        4.0, "at least this many turns: unchanged; blended in between", needs="model.rope_factor"
+        4.0, "frequencies of at least this many turns stay; those in between are blended", needs="model.rope_factor"
     )
     rope_original_context: int = setting(
         8192, "context of the pretraining, in tokens; 0: all frequencies are slow", needs="model.rope_factor"
     )
-    tie_word_embeddings: bool = setting(False, "the output layer's weight is the embedding's")
+    tie_word_embeddings: bool = setting(False, "the output layer shares its weight with the embedding")
     head_size: int | None = setting(None, "width of an attention head; null is dim / n_heads")
     qkv_bias: bool = setting(False, "wq, wk and wv have biases: Qwen 2 and 2.5")
     qk_norm: bool = setting(False, "RMSNorm of each head's queries and keys: Qwen 3")

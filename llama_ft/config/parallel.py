@@ -22,7 +22,7 @@ def check_rendezvous(given: str | None) -> None:
 class ParallelConfig:
     """One run on several GPUs, or machines: a process for each GPU, started and watched by `torch.distributed.run`."""
 
-    strategy: Strategy = setting(Strategy.none, "how the run is split; the choice of the group sets it")
+    strategy: Strategy = setting(Strategy.none, "how the run is split; parallel=NAME sets it")
     processes: int = setting(2, "processes in all, one per GPU; on the CPU at most 8 per core", at_least=1, needs=SPLIT)
     nodes: int = setting(1, "machines that share the processes; the same command runs on each", at_least=1, needs=SPLIT)
     rendezvous: str | None = setting(

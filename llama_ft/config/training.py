@@ -21,18 +21,22 @@ class TrainingConfig:
 
     lr: float = setting(1e-5, "peak learning rate, after warm-up; training.schedule sets its decay")
     epochs: int = setting(1, "passes over the data", at_least=1)
-    micro_batch_size: int = setting(1, "samples in a micro-batch; with packing it only sizes an update", at_least=1)
-    packing: int | None = setting(None, "put an update's samples end to end, up to n tokens; null: off", at_least=1)
+    micro_batch_size: int = setting(
+        1, "samples in a micro-batch; with packing, only the size of an update depends on it", at_least=1
+    )
+    packing: int | None = setting(
+        None, "pack the samples of an update into rows of up to n tokens; null: off", at_least=1
+    )
     compile: bool = setting(False, "compile the model's layers with torch.compile; memory is tracked without it")
     max_samples: int | None = setting(
-        None, "read only the first n samples, including drawn held-out ones; null is all", at_least=1
+        None, "read only the first n samples, from which held-out ones are drawn too; null is all", at_least=1
     )
     warmup_ratio: float = setting(0.03, "share of the optimizer steps used for warm-up")
-    weight_decay: float = setting(0.0, "decoupled weight decay of AdamW; of SGD, an L2 penalty")
+    weight_decay: float = setting(0.0, "AdamW: decoupled weight decay; SGD: an L2 penalty")
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm; inf never clips")
     seed: int = setting(0, "seeds the order of the data, held-out draws, dropout and random weights")
     save: bool = setting(True, "save the adapter, or without LoRA all weights, in the run's folder")
-    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: only at Ctrl-C", at_least=1)
+    save_every: int | None = setting(None, "optimizer steps between checkpoints; null: save only at Ctrl-C", at_least=1)
     resume: bool = setting(False, "continue from the newest checkpoint in the run's folder, also for more epochs")
     schedule: Schedule = setting(Schedule.cosine, "decay of the learning rate after warm-up")
     optimizer: Optimizer = setting(
@@ -41,9 +45,11 @@ class TrainingConfig:
         " move them to host memory",
     )
     optimizer_in_backward: bool = setting(
-        False, "update each weight as soon as its gradient is computed, and free that; for full fine-tuning"
+        False, "in full fine-tuning, update each weight as soon as its gradient is computed, then free the gradient"
     )
-    momentum: float = setting(0.9, "of SGD, without dampening; 0 keeps no state", needs="training.optimizer=sgd")
+    momentum: float = setting(
+        0.9, "SGD: momentum, without dampening; 0 keeps no optimizer state", needs="training.optimizer=sgd"
+    )
     eval_every: int | None = setting(
         None, "optimizer steps between held-out losses; null: once per epoch", at_least=1, needs="data.validation"
     )
@@ -103,10 +109,12 @@ class TrainingConfig:
 class SweepConfig:
     """The order and objective of a sweep."""
 
-    order: Order = setting(Order.grouped, "of repeats such as training.seed=0,1,2: by combination, or in turns")
+    order: Order = setting(
+        Order.grouped, "of repeats such as training.seed=0,1,2: one combination after the other, or seed by seed"
+    )
     objective: list[str] = setting(
         [],
-        f"lowest in the best run, and minimized by Optuna: {', '.join(OBJECTIVES)}, or several; [] is eval_loss, or"
+        f"what to minimize, for the best run and with Optuna: {', '.join(OBJECTIVES)}, or several; [] is eval_loss, or"
         " without held-out records train_loss_after",
     )
 
