@@ -25,6 +25,7 @@ SAME_RUNTIME = 0.05  # share of the baseline's runtime up to which a difference 
 LATEX = {"↑": r"$\uparrow$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "±": r"$\pm$", "→": "to"}
 LATEX |= {"·": r"$\cdot$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 LATEX |= {character: rf"\{character}" for character in "&%$#_{}"}
+ESCAPES = {ord(character): text for character, text in LATEX.items()}
 
 
 def course_tables(group: Group) -> list[Table]:
@@ -140,4 +141,4 @@ def latex(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.translate(str.maketrans(LATEX))
+    return text.translate(ESCAPES)
