@@ -69,6 +69,7 @@ def test_it_shows_one_sweep() -> None:
     [
         (UploadConfig(), {}, ("of the key", "llama_ft", "table2")),
         (UploadConfig(), {"WANDB_RUN_GROUP": "morning", "WANDB_PROJECT": "mine"}, ("of the key", "mine", "morning")),
+        (UploadConfig(), {"WANDB_ENTITY": "us"}, ("us", "llama_ft", "table2")),
         (
             UploadConfig(entity="team", project="p", group="g"),
             {"WANDB_RUN_GROUP": "morning"},
@@ -83,7 +84,11 @@ def test_it_is_saved_where_the_runs_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     saved: list[tuple[str, str, str]] = []
-    settings = SimpleNamespace(run_group=variables.get("WANDB_RUN_GROUP"), project=variables.get("WANDB_PROJECT"))
+    settings = SimpleNamespace(
+        entity=variables.get("WANDB_ENTITY"),
+        run_group=variables.get("WANDB_RUN_GROUP"),
+        project=variables.get("WANDB_PROJECT"),
+    )
     monkeypatch.setattr(dashboard.wandb, "Api", lambda: SimpleNamespace(default_entity="of the key"))
     monkeypatch.setattr(dashboard.wandb, "setup", lambda: SimpleNamespace(settings=settings))
 

@@ -67,7 +67,7 @@ def save_dashboard(config: TrackerConfig, sweep: str) -> str:
 
     def save() -> None:
         settings = wandb.setup().settings
-        if (entity := config.entity or wandb.Api().default_entity) is None:
+        if (entity := config.entity or settings.entity or wandb.Api().default_entity) is None:
             raise ValueError("the API key has no default entity: tracker.entity=NAME gives one")
         group = config.group or settings.run_group or sweep
         view = dashboard(entity, config.project or settings.project or "llama_ft", group)
