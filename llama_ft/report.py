@@ -84,7 +84,7 @@ def check(config: ReportConfig, folders: list[Path], plans: list[Path], override
 
 def made_dashboard(config: UploadConfig, folder: Path, groups: list[Group]) -> str:
     """Make the sweep's dashboard in W&B and return its address."""
-    run_dirs = [run_dir for group in groups for run_dir in group.folders]
+    run_dirs = [row.folder for group in groups for row in group.rows]
     if [each.resolve() for each in run_dirs] == [folder.resolve()]:
         raise UserError(f"tracker.dashboard=true shows a sweep, and {folder} holds one run")
     try:
@@ -98,7 +98,7 @@ def made_dashboard(config: UploadConfig, folder: Path, groups: list[Group]) -> s
 def send(config: ReportConfig, folder: Path, groups: list[Group], console: Console) -> None:
     """Send the runs to the tracker, and the sweep if the folder is a sweep's."""
     folder = folder.resolve()  # also if it was given as . or ..
-    run_dirs = [run_dir.resolve() for group in groups for run_dir in group.folders]
+    run_dirs = [row.folder.resolve() for group in groups for row in group.rows]
     is_sweep = run_dirs != [folder]
     log = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     tracker = upload_runs(config.tracker, run_dirs, folder.name if is_sweep else None, log)

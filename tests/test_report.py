@@ -338,7 +338,7 @@ def test_the_limit_is_in_the_picture_where_it_is_one_on_the_allocator() -> None:
     def shown(reserved: float | None, limit: int | None) -> int | None:
         result = Result("baseline", "tiny", "sample", "auto", {}, {}, 1, "", "ok", memory_limit_mib=limit)
         result.peak_memory_mib, result.peak_memory_reserved_mib = 30_000.0, reserved
-        return figure.limit_in_picture(results.Group("", [result], []))
+        return figure.limit_in_picture(results.Group("", [results.Run(result)]))
 
     assert shown(33_000.0, 40_000) == 40_000
     assert shown(33_000.0, None) is None

@@ -46,8 +46,7 @@ def objective_of(result: Result, objective: Sequence[str]) -> float | list[float
 
 def best_lines(groups: Sequence[Group], objective: Sequence[str]) -> list[str]:
     """For display: the run with the lowest objective and its folder; of several, the runs that no other beats."""
-    runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
-    found = [(figures_of(result, objective), folder) for result, folder in runs]
+    found = [(figures_of(row.result, objective), row.folder) for group in groups for row in group.rows]
     found = [(figures, folder) for figures, folder in found if len(figures) == max(1, len(objective))]
     best = [found[n] for n in front([tuple(figures.values()) for figures, _ in found])]
     lines = [f"{', '.join(f'{key} {value:.6g}' for key, value in values.items())}: {folder}" for values, folder in best]

@@ -44,11 +44,9 @@ def course_tables(group: Group) -> list[Table]:
     missing = [name for name in (BASELINE, *COLUMNS) if not _has_memory(by_name.get(name))]
     if missing:
         notes.append(f"Blank: this sweep has no finished run of {', '.join(missing)}.")
-    kept = [n for n, result in enumerate(group.results) if _is_in_course(result)]
-    results = [group.results[n] for n in kept]
-    shown = replace(group, results=results, folders=[group.folders[n] for n in kept])
-    elsewhere = ["Combinations with GC are in table2.md."] if len(kept) < len(group.results) else []
-    return [_table1(group.title, columns, notes), _table2(results, group.title, _table2_notes(shown) + elsewhere)]
+    shown = replace(group, rows=[row for row in group.rows if _is_in_course(row.result)])
+    elsewhere = ["Combinations with GC are in table2.md."] if len(shown.rows) < len(group.rows) else []
+    return [_table1(group.title, columns, notes), _table2(shown.results, group.title, _table2_notes(shown) + elsewhere)]
 
 
 def planned_course_tables(plan: Plan) -> list[Table]:

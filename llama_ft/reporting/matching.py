@@ -64,9 +64,8 @@ def common(a: Group, b: Group, without: list[str] | None = None) -> tuple[Group,
     cut = []
     for group in (a, b):
         indices = [_names(group)[name] for name in names]
-        folders = [group.folders[index] for index in indices] if group.folders else []
         values = [group.values[index] for index in indices] if group.values else []
-        cut.append(Group(group.variant, [group.results[index] for index in indices], folders, values=values))
+        cut.append(Group(group.variant, [group.rows[index] for index in indices], values=values))
     return cut[0], cut[1]
 
 
@@ -121,16 +120,16 @@ def _joined(plan: Plan, matches: list[Match]) -> Match:
     notes = list(dict.fromkeys(note for *_, own in matches for note in own))
     places = {row.key: n for n, row in enumerate(plan.rows_on(gpu["name"]))}
     runs: list[tuple[Any, ...]] = [
-        (places[row_key(result.combination, own)], result, own, *run)
+        (places[row_key(planned.result.combination, own)], planned, own, measured)
         for a, b, *_ in matches
-        for result, own, *run in zip(b.results, b.values, a.results, a.folders, strict=True)
+        for planned, own, measured in zip(b.rows, b.values, a.rows, strict=True)
     ]
     runs.sort(key=lambda run: run[0])
-    found, planned, values, measured, folders = (list(column) for column in zip(*runs, strict=True))
+    found, planned, values, measured = (list(column) for column in zip(*runs, strict=True))
     alone = [label for n, label in enumerate(planned_group(plan, gpu).labels) if n not in found]
     columns = setting_columns(planned, values)
     notes += [f"Only predicted: {', '.join(alone)}."] if alone else []
-    return Group("", measured, folders, columns), Group("", planned, [], columns), gpu, settings, notes
+    return Group("", measured, columns), Group("", planned, columns), gpu, settings, notes
 
 
 def _other_run(measured: Result, planned: Result, settings: list[Difference]) -> str | None:
@@ -172,6 +171,6 @@ def group_settings(group: Group) -> Settings:
     training = {"micro_batch_size": first.micro_batch_size, "packing": first.packing}
     limit = {"memory_limit_mib": group.memory_limit_mib}
     known = flat({**first.techniques, "training": training, "gpu": {"name": first.gpu}, "measure": limit})
-    settings = next(filter(None, map(run_settings, group.folders)), known)
+    settings = next(filter(None, (run_settings(row.folder) for row in group.rows)), known)
     seeds = {SEED: seeds_text(group.seeds)} if group.seeds else {}
     return settings | seeds | {"device": group.device} | versions

@@ -20,7 +20,7 @@ class Run(NamedTuple):
     """A run with its folder, and its seed if that tells it from others of the same row."""
 
     result: Result
-    folder: Path
+    folder: Path = Path()  # of a plan's row none
     seed: int | str | None = None  # a text for a refused run
 
     def named(self, name: str) -> str:

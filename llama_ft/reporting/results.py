@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, TypeVar
 
 from llama_ft.config.checks import Settings
@@ -26,17 +25,19 @@ class Group:
     """Runs that differ only in their techniques, in the order of the course's Table 2."""
 
     variant: str  # what else the sweep varied, from the folders' names; often empty
-    results: list[Result]  # a row each; repeats are one `Repeated`
-    folders: list[Path]  # of the results (of repeats the first's), in their order; none for a plan's rows
+    rows: list[Run]  # repeats are one, whose result is `Repeated`
     settings: list[dict[str, str]] = field(default_factory=list)  # of each row, if more than techniques vary
     values: list[Settings] = field(default_factory=list)  # then all in which rows differ, by full name, recipes' too
 
     @property
+    def results(self) -> list[Result]:
+        """The results of the rows."""
+        return [row.result for row in self.rows]
+
+    @property
     def runs(self) -> list[tuple[int, Run]]:
-        """Every run, repeats one by one, with the number of its result."""
-        folders = self.folders or [Path()] * len(self.results)
-        rows = enumerate(zip(self.results, folders, strict=True))
-        return [(number, run) for number, (result, folder) in rows for run in runs_of(result, folder)]
+        """Every run, repeats one by one, with the number of its row."""
+        return [(number, run) for number, row in enumerate(self.rows) for run in runs_of(row.result, row.folder)]
 
     @property
     def seeds(self) -> list[int | str]:
@@ -95,9 +96,9 @@ def _end(text: str) -> str:
     return text if len(text) <= LONGEST_SETTING else f"…{text[1 - LONGEST_SETTING :]}"
 
 
-def setting_columns(results: Sequence[Result], values: Sequence[Settings]) -> list[dict[str, str]]:
+def setting_columns(rows: Sequence[Run], values: Sequence[Settings]) -> list[dict[str, str]]:
     """Columns of a table in which runs differ: techniques, settings, device; of a recipe only its name."""
-    keys = varied(values)
+    keys, results = varied(values), [row.result for row in rows]
     labels, devices = [combination_label(result.optim) for result in results], {r.device for r in results} - {None}
     said = [values[n].get(RECIPE) for n in range(len(results))] if RECIPE in keys else labels[:1] * len(labels)
     has_techniques = len(set(zip(said, labels, strict=True))) > len(set(said))
@@ -123,11 +124,8 @@ def value_of(record: Result | PlanRow, key: str) -> Any:
 def planned_group(plan: Plan, gpu: Settings, variant: str = "", rows: Sequence[PlanRow] | None = None) -> Group:
     """A card's rows of a plan, or the given ones, as results; one that does not fit is `oom`, and has its numbers."""
     rows = plan.rows_on(gpu["name"]) if rows is None else rows
-    results = [_planned(plan, row, gpu) for row in rows]
-    if not any(row.settings for row in rows):
-        return Group(variant, results, [])
-    values = [row.settings for row in rows]
-    return Group(variant, results, [], setting_columns(results, values), values)
+    runs, values = [Run(_planned(plan, row, gpu)) for row in rows], [row.settings for row in rows]
+    return Group(variant, runs, setting_columns(runs, values), values) if any(values) else Group(variant, runs)
 
 
 def _planned(plan: Plan, row: PlanRow, gpu: Settings) -> Result:

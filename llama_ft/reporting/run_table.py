@@ -35,32 +35,31 @@ def gathered(groups: list[Group]) -> list[Group]:
     """The groups as they are shown: those of a sweep as one if it varied more settings than techniques."""
     sweeps: dict[Path, list[Group]] = {}
     for group in groups:
-        sweeps.setdefault(group.folders[0].parent, []).append(group)
+        sweeps.setdefault(group.rows[0].folder.parent, []).append(group)
     shown: list[Group] = []
     for parts in sweeps.values():
-        whole = _gathered(parts) if len(parts) > max(len(group.results) for group in parts) else None
+        whole = _gathered(parts) if len(parts) > max(len(group.rows) for group in parts) else None
         shown += parts if whole is None else [whole]
     return shown
 
 
 def _gathered(groups: list[Group]) -> Group | None:
     """One group of all runs, in the order of their settings; None if it is unknown how they differ."""
-    runs = [run for group in groups for run in zip(group.results, group.folders, strict=True)]
-    known = [run_settings(folder) for _, folder in runs]
+    runs = [row for group in groups for row in group.rows]
+    known = [run_settings(run.folder) for run in runs]
     keys = differing([settings for settings in known if settings])
     keys = [key for key in keys if key != SEED or not any(group.seeds for group in groups)]
     if not keys:
         return None
     values = []
-    for (_, folder), settings in zip(runs, known, strict=True):  # a run that was refused left no settings
-        named = dict(part.partition("=")[::2] for part in folder.name.split(",") if "=" in part)
+    for run, settings in zip(runs, known, strict=True):  # a run that was refused left no settings
+        named = dict(part.partition("=")[::2] for part in run.folder.name.split(",") if "=" in part)
         values.append({key: settings.get(key) if settings else named.get(key, UNKNOWN) for key in keys})
     shown = varied(values)
-    order = sorted(range(len(runs)), key=lambda n: _place(runs[n][0], {key: values[n][key] for key in shown}))
-    results, folders = [runs[n][0] for n in order], [runs[n][1] for n in order]
-    values = [values[n] for n in order]
-    columns, labels = setting_columns(results, values), {combination_label(result.optim) for result in results}
-    return Group("" if len(labels) > 1 else labels.pop(), results, folders, columns, values)
+    order = sorted(range(len(runs)), key=lambda n: _place(runs[n].result, {key: values[n][key] for key in shown}))
+    rows, values = [runs[n] for n in order], [values[n] for n in order]
+    columns, labels = setting_columns(rows, values), {combination_label(row.result.optim) for row in rows}
+    return Group("" if len(labels) > 1 else labels.pop(), rows, columns, values)
 
 
 def _place(result: Result, shown: Settings) -> tuple[Any, ...]:
