@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from experiments.figure import BLUE, GRAY, ORANGE, drawn
 from experiments.shared import load_tiny, prompt_source, sample_records, tiny_tokenizer
 from experiments.study import Claim, Log, Numbers, Options, Study, main, table
-from llama_ft.config import ModelConfig
+from llama_ft.config import DecodingConfig, ModelConfig
 from llama_ft.data.template import ALPACA_TEMPLATE
 from llama_ft.decoding.beam import beam_search
-from llama_ft.decoding.sampling import Greedy, keep_top_k, keep_top_p
+from llama_ft.decoding.sampling import choose, keep_top_k, keep_top_p
 from llama_ft.decoding.state import GenerationState
 from llama_ft.evaluation.perplexity import perplexity
 from llama_ft.model.transformer import Transformer
@@ -71,7 +71,7 @@ def tree() -> Numbers:
     state, probability = tree_state(1), 1.0
     for _ in range(2):
         logits = state.next_logits()
-        chosen = Greedy().choose(logits, torch.zeros_like(logits, dtype=torch.bool))
+        chosen = choose(logits, DecodingConfig())
         probability *= logits.softmax(-1)[0, chosen].item()
         state.append(chosen)
     greedy = " ".join(WORDS[number] for number in state.tokens[0].tolist())

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from llama_ft.config import PACKAGE_DIR, UserError
+from llama_ft.config import PACKAGE_DIR, DecodingConfig, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import Hypothesis, beam_search
-from llama_ft.decoding.sampling import Greedy, Sampling, keep_top_k, keep_top_p, repetition_penalty
+from llama_ft.decoding.sampling import choose, keep_top_k, keep_top_p, process, repetition_penalty
 from llama_ft.decoding.text import StopAt, TextStream
 
 INF = math.inf
@@ -38,6 +38,10 @@ def logits_of(probabilities: Sequence[float]) -> Tensor:
 
 def kept(logits: Tensor) -> set[int]:
     return {token for token, logit in enumerate(logits[0].tolist()) if logit > -INF}
+
+
+def sampled(**options: float) -> DecodingConfig:
+    return DecodingConfig(sample=True, **options)
 
 
 def unseen(logits: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ def test_each_step_equals_that_of_transformers(seed):
         penalised = transformers.RepetitionPenaltyLogitsProcessor(value)(ids, logits)
         assert repetition_penalty(logits, seen, value).equal(penalised)
         warped = transformers.TemperatureLogitsWarper(value)(ids, logits)
-        assert Sampling(temperature=value).process(logits, seen).equal(warped)
+        assert process(logits, sampled(temperature=value), seen).equal(warped)
     for k in (1, 7, 199, 200, 500):
         assert keep_top_k(logits, k).equal(transformers.TopKLogitsWarper(k)(ids, logits))
     for p in (0.01, 0.3, 0.9, 0.99):
@@ -106,32 +110,32 @@ def test_order_of_the_steps_is_that_of_transformers():
             transformers.TopPLogitsWarper(0.8),
         ]
     )
-    sampling = Sampling(temperature=2.5, top_k=40, top_p=0.8, repetition_penalty=1.3)
-    assert sampling.process(logits, unseen(logits).scatter(1, ids, True)).equal(order(ids, logits))
+    config = sampled(temperature=2.5, top_k=40, top_p=0.8, repetition_penalty=1.3)
+    assert process(logits, config, unseen(logits).scatter(1, ids, True)).equal(order(ids, logits))
 
 
 def test_off_is_a_value():
     logits = random_logits()
-    assert Sampling().process(logits, unseen(logits)).equal(logits)
-    assert Sampling(top_k=200).process(logits, ~unseen(logits)).equal(logits)
+    assert process(logits, sampled(), unseen(logits)).equal(logits)
+    assert process(logits, sampled(top_k=200), ~unseen(logits)).equal(logits)
     rounds_to_nothing = torch.tensor([[0.0, -200.0, -INF]])
     assert keep_top_p(rounds_to_nothing, 1.0).equal(rounds_to_nothing)
 
 
 @pytest.mark.parametrize(
-    ("sampling", "expected"),
+    ("config", "expected"),
     [
-        (Sampling(), [0.5, 0.3, 0.15, 0.05, 0.0]),
-        (Sampling(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365, 0.0]),
-        (Sampling(top_k=2), [0.625, 0.375, 0.0, 0.0, 0.0]),
-        (Sampling(top_p=0.9), [10 / 19, 6 / 19, 3 / 19, 0.0, 0.0]),
+        (sampled(), [0.5, 0.3, 0.15, 0.05, 0.0]),
+        (sampled(temperature=0.5), [0.25 / 0.365, 0.09 / 0.365, 0.0225 / 0.365, 0.0025 / 0.365, 0.0]),
+        (sampled(top_k=2), [0.625, 0.375, 0.0, 0.0, 0.0]),
+        (sampled(top_p=0.9), [10 / 19, 6 / 19, 3 / 19, 0.0, 0.0]),
     ],
     ids=["all", "temperature", "top_k", "top_p"],
 )
-def test_frequencies_are_the_probabilities(sampling, expected):
+def test_frequencies_are_the_probabilities(config, expected):
     n = 40_000
     logits = logits_of([0.5, 0.3, 0.15, 0.05, 0.0]).expand(n, -1)
-    chosen = sampling.choose(logits, unseen(logits), [torch.Generator().manual_seed(1)])
+    chosen = choose(logits, config, unseen(logits), [torch.Generator().manual_seed(1)])
     counts = chosen.bincount(minlength=5).tolist()
     for count, probability in zip(counts, expected, strict=True):
         # Five standard deviations of a binomial count: a right sampler is outside once in a million seeds.
@@ -141,7 +145,7 @@ def test_frequencies_are_the_probabilities(sampling, expected):
 def test_draws_of_a_row_are_independent_from_step_to_step():
     n, generator = 20_000, torch.Generator().manual_seed(2)
     logits = logits_of([0.25, 0.75]).expand(n, -1)
-    first, second = (Sampling().choose(logits, unseen(logits), [generator]) for _ in range(2))
+    first, second = (choose(logits, sampled(), unseen(logits), [generator]) for _ in range(2))
     for a, b in itertools.product((0, 1), repeat=2):
         probability = (0.25, 0.75)[a] * (0.25, 0.75)[b]
         count = int(((first == a) & (second == b)).sum())
@@ -149,12 +153,12 @@ def test_draws_of_a_row_are_independent_from_step_to_step():
 
 
 def test_seed_reproduces_and_other_rows_do_not_matter():
-    sampling, logits = Sampling(temperature=3.0), random_logits(rows=4)
+    config, logits = sampled(temperature=3.0), random_logits(rows=4)
     others = torch.cat((logits[:1], random_logits(rows=3, seed=9)))
 
     def draws(logits: Tensor, seed: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(seed)
-        return [sampling.choose(logits, unseen(logits), [generator]).tolist() for _ in range(20)]
+        return [choose(logits, config, unseen(logits), [generator]).tolist() for _ in range(20)]
 
     assert draws(logits, 5) == draws(logits, 5) != draws(logits, 6)
     assert [row[0] for row in draws(logits, 5)] == [row[0] for row in draws(others, 5)]
@@ -163,19 +167,19 @@ def test_seed_reproduces_and_other_rows_do_not_matter():
 def test_greedy_takes_the_most_probable_after_the_penalty():
     logits = torch.tensor([[2.0, 3.0, 2.5], [1.0, 1.0, 0.0]])
     seen = torch.tensor([[False, True, False], [False, False, False]])
-    assert Greedy().choose(logits, seen).tolist() == [1, 0]
-    assert Greedy(repetition_penalty=1.3).choose(logits, seen).tolist() == [2, 0]
-    assert Sampling(top_k=1).choose(logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
-    assert Sampling(top_p=1e-6).choose(logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
-    assert Sampling(temperature=1e-6).choose(1e4 * logits[:1], seen[:1], [torch.Generator()]).tolist() == [1]
+    assert choose(logits, DecodingConfig(), seen).tolist() == [1, 0]
+    assert choose(logits, DecodingConfig(repetition_penalty=1.3), seen).tolist() == [2, 0]
+    assert choose(logits[:1], sampled(top_k=1), seen[:1], [torch.Generator()]).tolist() == [1]
+    assert choose(logits[:1], sampled(top_p=1e-6), seen[:1], [torch.Generator()]).tolist() == [1]
+    assert choose(1e4 * logits[:1], sampled(temperature=1e-6), seen[:1], [torch.Generator()]).tolist() == [1]
 
 
 @pytest.mark.parametrize("row", [[0.0, math.nan], [0.0, INF], [-INF, -INF]])
-@pytest.mark.parametrize("strategy", [Greedy(), Sampling(top_k=1), Sampling(top_p=0.5)])
-def test_logits_that_are_no_distribution_are_refused(strategy, row):
+@pytest.mark.parametrize("config", [DecodingConfig(), sampled(top_k=1), sampled(top_p=0.5)])
+def test_logits_that_are_no_distribution_are_refused(config, row):
     logits = torch.tensor([[0.0, 1.0], row])
     with pytest.raises(UserError, match="logits are not finite"):
-        strategy.choose(logits, unseen(logits), [torch.Generator()])
+        choose(logits, config, unseen(logits), [torch.Generator()])
 
 
 # Beam search
@@ -224,7 +228,7 @@ def test_textbook_tree():
     state = FakeState([WORDS.index("The")], 1, tree_logits)
     for _ in range(2):
         logits = state.next_logits()
-        state.append(Greedy().choose(logits, unseen(logits)))
+        state.append(choose(logits, DecodingConfig()))
     assert words(state.tokens[0].tolist()) == "The nice woman"
 
     def search(n_beams: int, n_return: int = 1) -> list[tuple[str, float]]:
@@ -359,7 +363,7 @@ def test_one_beam_is_greedy():
     state = FakeState(PROMPT, 1, llama_logits)
     for _ in range(MAX_NEW_TOKENS):
         logits = state.next_logits()
-        state.append(Greedy().choose(logits, unseen(logits)))
+        state.append(choose(logits, DecodingConfig()))
     greedy = state.tokens[0, len(PROMPT) :].tolist()
     never = min(set(range(VOCAB_SIZE)) - set(greedy))
     for eos_id, end in [(never, MAX_NEW_TOKENS), (greedy[4], greedy.index(greedy[4]) + 1)]:

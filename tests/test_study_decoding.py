@@ -10,7 +10,7 @@ from llama_ft.evaluation import perplexity
 
 
 def test_a_greedy_choice_of_the_second_best_fails(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study.Greedy, "choose", lambda self, logits, seen: logits.topk(2).indices[:, 1])
+    monkeypatch.setattr(study, "choose", lambda logits, config: logits.topk(2).indices[:, 1])
     assert failed(study, quick, tree=study.tree()) == [0]
 
 

@@ -8,7 +8,7 @@ from llama_ft.config import DecodingConfig, UserError
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.beam import beam_search
 from llama_ft.decoding.prompts import encode_in_context
-from llama_ft.decoding.sampling import Greedy, Sampling
+from llama_ft.decoding.sampling import choose
 from llama_ft.decoding.state import GenerationState
 from llama_ft.decoding.text import StopAt, TextStream
 from llama_ft.model.transformer import Transformer
@@ -85,14 +85,11 @@ def _continue(
     rows = [tokens for tokens in batch for _ in range(config.num_return_sequences)]
     n_new = max(writer.room for writer in writers)
     state = GenerationState(model, rows, n_new, kv_cache)
-    choice: Greedy | Sampling = Greedy(config.repetition_penalty)
-    if config.sample:
-        choice = Sampling(config.temperature, config.top_k, config.top_p, config.repetition_penalty)
     # One for each prompt, so that its answers do not depend on other prompts in the batch.
     generators = [torch.Generator(state.tokens.device).manual_seed(config.seed) for _ in batch]
     for _ in range(n_new):
         seen = state.seen() if config.repetition_penalty != 1 else None
-        chosen = choice.choose(state.next_logits(), seen, generators)
+        chosen = choose(state.next_logits(), config, seen, generators)
         state.append(chosen)
         for writer, token in zip(writers, chosen.tolist(), strict=True):
             writer.push(token)

@@ -5,12 +5,11 @@ The functions transform the distribution and are pure; -inf is a probability of 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from llama_ft.config import UserError
+from llama_ft.config import DecodingConfig, UserError
 
 
 def repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
@@ -56,50 +55,33 @@ def require_distribution(logits: Tensor) -> None:
         raise UserError(f"the model's logits are not finite, so no token can be chosen: {cause}")
 
 
-@dataclass(frozen=True)
-class Greedy:
-    """Always chooses the most probable token; among ties the one with the lowest id."""
+def process(logits: Tensor, config: DecodingConfig, seen: Tensor | None = None) -> Tensor:
+    """The logits, fp32 [B, V], after penalty, temperature, top-k and top-p, in that order; `seen` is bool [B, V]."""
+    logits = repetition_penalty(logits, seen, config.repetition_penalty)
+    return keep_top_p(keep_top_k(logits / config.temperature, config.top_k), config.top_p)
 
-    repetition_penalty: float = 1.0
 
-    def choose(self, logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator] = ()) -> Tensor:
-        """The next token of each row, int64 [B]; a UserError if the logits are not finite. Nothing is random."""
-        logits = repetition_penalty(logits, seen, self.repetition_penalty)
-        require_distribution(logits)
+def choose(
+    logits: Tensor, config: DecodingConfig, seen: Tensor | None = None, generators: Sequence[torch.Generator] = ()
+) -> Tensor:
+    """The next token of each row, int64 [B]: the most probable one, among ties that with the lowest id, or a drawn one.
+
+    Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with its own generator
+    gets the same answer in a batch as alone. On CUDA, sums of many numbers may round differently from run to run,
+    which can move a token across the edge of top-p.
+
+    Args:
+        logits: fp32 [B, V]; a UserError unless they are finite.
+        seen: bool [B, V], the tokens that have occurred; None if no penalty needs it.
+        generators: to sample, on the logits' device; the rows are divided evenly among them, in order.
+    """
+    logits = process(logits, config, seen)
+    require_distribution(logits)
+    if not config.sample:
         return logits.argmax(-1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Draws a token by its probability after penalty, temperature, top-k and top-p, in that order."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-
-    def process(self, logits: Tensor, seen: Tensor | None) -> Tensor:
-        """The logits, fp32 [B, V], of the distribution to draw from; `seen` is bool [B, V]."""
-        logits = repetition_penalty(logits, seen, self.repetition_penalty)
-        return keep_top_p(keep_top_k(logits / self.temperature, self.top_k), self.top_p)
-
-    def choose(self, logits: Tensor, seen: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
-        """The next token of each row, int64 [B].
-
-        Each generator draws V random numbers for each of its rows, whatever the logits: a prompt with its own generator
-        gets the same answer in a batch as alone. On CUDA, sums of many numbers may round differently from run to run,
-        which can move a token across the edge of top-p.
-
-        Args:
-            logits: fp32 [B, V]; a UserError unless they are finite.
-            seen: bool [B, V], the tokens that have occurred; None if no penalty needs it.
-            generators: on the logits' device; the rows are divided evenly among them, in order.
-        """
-        logits = self.process(logits, seen)
-        require_distribution(logits)
-        # A race of exponential clocks: clock i rings first with probability p[i]. torch.multinomial does the same for
-        # one sample, with more checks.
-        noise = torch.empty_like(logits)
-        for rows, generator in zip(noise.chunk(len(generators)), generators, strict=True):
-            rows.exponential_(generator=generator)
-        return (logits.softmax(-1) / noise).argmax(-1)
+    # A race of exponential clocks: clock i rings first with probability p[i]. torch.multinomial does the same for
+    # one sample, with more checks.
+    noise = torch.empty_like(logits)
+    for rows, generator in zip(noise.chunk(len(generators)), generators, strict=True):
+        rows.exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1)
