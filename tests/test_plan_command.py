@@ -16,7 +16,7 @@ from llama_ft.config import (
     UserError,
 )
 from llama_ft.planning.lengths import data_lengths
-from llama_ft.planning.plan import make_plan, planned_combinations
+from llama_ft.planning.plan import make_plan, rows_for
 from llama_ft.records import read_record
 from llama_ft.records.plan import Plan
 
@@ -81,13 +81,13 @@ def test_advice_compares_what_saves_and_what_is_asked_for(
 
 
 def test_techniques_that_are_named_leave_one_combination() -> None:
-    assert len(planned_combinations(planned())) == 8
-    assert len(planned_combinations(planned("gc=both"))) == 16
-    assert len(planned_combinations(planned("gc=both", "neft=both"))) == 32
+    assert len(rows_for([planned()])) == 8
+    assert len(rows_for([planned("gc=both")])) == 16
+    assert len(rows_for([planned("gc=both", "neft=both")])) == 32
     for one in ("optim=mp_lora", "optim.gc=true"):
         assert planned(one).combinations is Combinations.one
-    (optim,) = planned_combinations(planned("optim=mp_lora", "optim.gc=true"))
-    assert optim.combination == "mp_lora_gc"
+    (run,) = rows_for([planned("optim=mp_lora", "optim.gc=true")])
+    assert run.optim.combination == "mp_lora_gc"
 
 
 def test_without_a_tokenizer_the_longest_length_stands_in() -> None:

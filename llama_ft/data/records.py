@@ -10,22 +10,14 @@ from llama_ft.data.record_files import as_object
 from llama_ft.files import Json
 
 Message = Json  # role, content, and anything else that a chat template may read
-# Role names in published conversations, and the roles of chat templates.
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
+# The roles of chat templates, and their names in published conversations.
+_NAMES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt chatgpt bing bard function_call",
+    "tool": "tool function observation",
 }
+ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 FIRST_KEYS = ("messages", "conversations", "instruction", "prompt")  # the first one present tells a record's kind
 
 

@@ -9,6 +9,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self
@@ -86,7 +87,7 @@ class MemoryTracker(TorchDispatchMode):
         for parameter in self._model.parameters():
             self._see(own(parameter), "parameter")
             if parameter.requires_grad and not is_split(parameter):
-                self._handles.append(parameter.register_hook(self._claim_gradient))
+                self._handles.append(parameter.register_hook(partial(self._claim, category="gradient")))
         for buffer in self._model.buffers():
             self._see(buffer, "other", "buffers")
         for state in self._optimizer.state.values():
@@ -204,9 +205,6 @@ class MemoryTracker(TorchDispatchMode):
         known = self._live.get(tensor.untyped_storage()._cdata)
         if known is not None:
             known[1].category = category
-
-    def _claim_gradient(self, gradient: Tensor) -> None:
-        self._claim(gradient, "gradient")
 
     def watch(self, batch: Iterable[Tensor]) -> None:
         """Count a batch's tensors from now on."""

@@ -112,16 +112,12 @@ def mapped(path: Path) -> mmap.mmap:
 
 def groups_of_rows(shape: Sequence[int], multiple: int, wanted: range | None = None) -> Iterator[tuple[int, int]]:
     """(first, last) of each piece of a tensor that contains wanted rows; None wants all."""
-    step, wanted = rows_at_once(shape, multiple), range(shape[0]) if wanted is None else wanted
+    step = max(1, PIECE_ELEMENTS // (math.prod(shape[1:]) * multiple)) * multiple
+    wanted = range(shape[0]) if wanted is None else wanted
     for first in range(0, shape[0], step):
         last = min(first + step, shape[0])
         if first < wanted.stop and wanted.start < last:
             yield first, last
-
-
-def rows_at_once(shape: Sequence[int], multiple: int) -> int:
-    """The number of rows in a piece, a multiple of `multiple`."""
-    return max(1, PIECE_ELEMENTS // (math.prod(shape[1:]) * multiple)) * multiple
 
 
 def read_safetensors(

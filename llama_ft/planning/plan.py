@@ -39,7 +39,7 @@ def make_plan(
     """
     config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
     measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
-    config, *runs = (_cut(run, len(lengths)) for run in (config, *_rows_for(runs)))
+    config, *runs = (_cut(run, len(lengths)) for run in (config, *rows_for(runs)))
     all_rows = predict(_compared(config) if config.goal else runs, gpus, lengths, progress, held_out)
     rows = [row for row in all_rows if OptimConfig(**row.optim) in [run.optim for run in runs]]
     for row, values in zip(rows, own * len(gpus), strict=True) if len(own) > 1 else ():
@@ -70,14 +70,11 @@ def _calibrated_rows(measured: tuple[Runs, str] | None, *runs_and_cards: Any, **
     return rows
 
 
-def planned_combinations(config: PlanConfig) -> list[OptimConfig]:
-    """The combinations to plan."""
-    return [config.optim] if config.combinations is Combinations.one else list(combinations(config.both))
-
-
-def _rows_for(runs: Sequence[PlanConfig]) -> Sequence[PlanConfig]:
+def rows_for(runs: Sequence[PlanConfig]) -> Sequence[PlanConfig]:
     """The runs to make rows for: a sweep's, or the combinations of a single run."""
-    return runs if len(runs) > 1 else [replace(runs[0], optim=optim) for optim in planned_combinations(runs[0])]
+    if len(runs) > 1 or runs[0].combinations is Combinations.one:
+        return runs
+    return [replace(runs[0], optim=optim) for optim in combinations(runs[0].both)]
 
 
 def _compared(config: PlanConfig) -> list[PlanConfig]:

@@ -159,7 +159,8 @@ def memory_notes(group: Group) -> list[str]:
         notes.append("Peak memory: the CUDA allocator's max allocated.")
     else:
         notes.append("Peak memory: bytes of tensors, counted in a separate pass; RSS: the whole process.")
-    notes += split_notes([result for result in results if result.ranks])
+    for name in sorted({str((r.parallel or {}).get("strategy")) for r in results if len(r.ranks) > 1}):
+        notes.append(f"parallel={name}: memory is that of the process with the most; times are of all.")
     limit, gpu = group.memory_limit_mib, results[0].gpu
     if gpu not in ("auto", "cpu") and limit is not None and group.device:
         times = "times are those of the device named above"
@@ -185,12 +186,6 @@ def measure_notes(group: Group) -> list[str]:
         if any(r.eval_loss != r.last_eval_loss for r in results):
             notes.append("With training.keep_best=true, both are of the best weights.")
     return notes + front_notes(group)
-
-
-def split_notes(results: Sequence[Result]) -> list[str]:
-    """Notes on memory and times of runs that were split over processes."""
-    names = sorted({str((result.parallel or {}).get("strategy")) for result in results if len(result.ranks) > 1})
-    return [f"parallel={name}: memory is that of the process with the most; times are of all." for name in names]
 
 
 def failures(group: Group, names: Sequence[str]) -> list[str]:

@@ -10,13 +10,13 @@ from llama_ft.tracking.base import in_time, reason
 
 SECONDS_TO_SAVE = 60
 CURVES = {  # title to what is drawn over the optimizer steps
-    "Training loss": ["loss"],
-    "Held-out loss": ["eval_loss"],
-    "Held-out token accuracy": ["eval_token_accuracy"],
-    "Learning rate": ["lr"],
-    "Gradient norm": ["grad_norm"],
-    "Tokens/s": ["tokens_per_s"],
-    "Memory after each step, MiB": ["memory_mib"],
+    "Training loss": "loss",
+    "Held-out loss": "eval_loss",
+    "Held-out token accuracy": "eval_token_accuracy",
+    "Learning rate": "lr",
+    "Gradient norm": "grad_norm",
+    "Tokens/s": "tokens_per_s",
+    "Memory after each step, MiB": "memory_mib",
 }
 BARS = {"Peak memory, MiB": "peak_memory_mib", "Runtime, s": "runtime_s", "Tokens/s": "tokens_per_s"}
 COLUMNS = ("peak_memory_mib", "runtime_s", "tokens_per_s", "trainable_percent", "train_loss_after", "status")
@@ -32,20 +32,16 @@ def dashboard(entity: str, project: str, group: str) -> Workspace:
             y=panels.SummaryMetric("peak_memory_mib"),
         ),
     ]
-    curves: list[panels.PanelTypes] = [
-        panels.LinePlot(title=title, x="Step", y=list(keys)) for title, keys in CURVES.items()
-    ]
-    table: list[panels.PanelTypes] = [
-        panels.MediaBrowser(title="Pictures", media_keys=["pictures/table2", "pictures/losses"])
-    ]
+    curves = [panels.LinePlot(title=title, x="Step", y=[key]) for title, key in CURVES.items()]
+    pictures = panels.MediaBrowser(title="Pictures", media_keys=["pictures/table2", "pictures/losses"])
     return Workspace(
         entity=entity,
         project=project,
         name=f"llama_ft {group}",
         sections=[
             Section(name="Combinations", panels=comparison, is_open=True),
-            Section(name="Training", panels=curves, is_open=True),
-            Section(name="Table", panels=table, is_open=True),
+            Section(name="Training", panels=list(curves), is_open=True),
+            Section(name="Table", panels=[pictures], is_open=True),
         ],
         runset_settings=RunsetSettings(
             filters=expr.And(expr.Metric("Group") == group),
