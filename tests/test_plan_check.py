@@ -76,7 +76,7 @@ def test_alternatives_are_two_at_most_smallest_change_first_then_4_bits(
 ) -> None:
     config = small_config(**dict.fromkeys(on.split(), True))
     found = [(other.optim.combination, settings) for other, settings in alternatives(config, activations_suffice)]
-    smallest = config.optim.switched(mp=True, lora=True, gc=True).combination
+    smallest = replace(config.optim, mp=True, lora=True, gc=True).combination
     assert found[: len(expected)] == [(each, {}) for each in expected]
     nf4 = {"mp.frozen_weights": "nf4"}
     assert found[len(expected) :] == [(smallest, nf4), (smallest, nf4 | {"gc.offload": "cpu"})]

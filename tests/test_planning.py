@@ -165,7 +165,7 @@ def test_storages_come_and_go_as_in_two_steps_one_after_the_other(optim: OptimCo
         batches = [as_fake(batch) for batch in window]
         tensors = [tensor for batch in batches for tensor in batch.tensors]
         kernel = FlashAttentionMemory() if config.optim.mp else nullcontext()
-        with MemoryTracker(step.model, step.optimizer, tensors, ON_CUDA.rounding) as tracker, kernel:
+        with MemoryTracker(step.model, step.optimizer, tensors, ROUNDING) as tracker, kernel:
             for _ in range(2):
                 step(batches)
     assert comings_and_goings(planned) == comings_and_goings(tracker.events)

@@ -1,6 +1,7 @@
 """Each technique against what it claims: equal results where it changes none, dtypes and counts where it does."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -351,7 +352,7 @@ class TestNeftune:
         batch = collate(ragged_samples(), Padding(32))
         losses, drawn = {}, []
         for neft in (False, True):
-            step = make_step(small_config, optim.switched(neft=neft))
+            step = make_step(small_config, replace(optim, neft=neft))
             embed = step.model.embed
             step.model.embed = lambda *args, embed=embed: drawn.append(embed(*args)) or drawn[-1]
             torch.manual_seed(0)

@@ -17,7 +17,7 @@ from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
 from llama_ft.decoding.load import storage_of
 from llama_ft.decoding.prompts import prompt_of
-from llama_ft.device import DTYPES, why_no_gpu
+from llama_ft.device import why_no_gpu
 from llama_ft.files import explained
 from llama_ft.kernels import use_kernels_of
 from llama_ft.model.folder import sizes_of
@@ -71,13 +71,6 @@ def load(
     use_kernels_of(place)
     stored = storage_of(Dtype[dtype], place, GpuConfig())
     return load_model(sizes, str(source.checkpoint), place, stored, seed), load_tokenizer(source)
-
-
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype of a name; for an unknown name a UserError lists the allowed ones."""
-    if name not in DTYPES:
-        raise UserError(f"{name} is not a dtype: it must be one of {', '.join(DTYPES)}")
-    return DTYPES[name]
 
 
 def complete(

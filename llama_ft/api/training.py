@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from llama_ft.api.models import DtypeName, dtype_of
+from llama_ft.api.models import DtypeName
 from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError
 from llama_ft.config.checks import choice
 from llama_ft.config.techniques import GradientAccumulationConfig
@@ -18,6 +18,7 @@ from llama_ft.data.dataset import read_records as _read_records
 from llama_ft.data.records import Record, Sample, as_record
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer
+from llama_ft.device import DTYPES
 from llama_ft.evaluation.perplexity import perplexity as _perplexity
 from llama_ft.kernels import use_training_kernels
 from llama_ft.measure.memory import MemoryUse
@@ -195,8 +196,10 @@ def _step_and_windows(
         raise UserError(f"a sample has {longest} tokens, and the model's context is {context}: {cut} truncates")
     if is_in_4_bits(model) and not lora_layers(model):
         raise UserError("the model's weights are in 4 bits, which cannot be trained: call lf.add_lora(model) first")
-    use_training_kernels(model.tok_embeddings.weight.device)
-    compute = Precision(model.tok_embeddings.weight.device.type, dtype_of(precision))
+    use_training_kernels(device := model.tok_embeddings.weight.device)
+    if precision not in DTYPES:
+        raise UserError(f"{precision} is not a dtype: it must be one of {', '.join(DTYPES)}")
+    compute = Precision(device.type, DTYPES[precision])
     config.check_on(compute.device_type, accumulation_steps, precision == "fp16")
     optimizer, in_backward = make_optimizer(model.parameters(), config), config.optimizer_in_backward
     step = TrainStep(model, optimizer, compute, config.max_grad_norm, in_backward)

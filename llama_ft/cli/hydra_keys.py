@@ -18,8 +18,7 @@ from llama_ft.training.position import checkpoints
 def check_name(key: str, folder: object) -> None:
     """Raise a UserError if no folder is named: `hydra.run.dir=$DIR` would mean the current one if DIR is not set."""
     name = "" if folder is None else str(folder).strip()
-    if not name or name.startswith("~"):
-        raise UserError(f"{key}={name} is not allowed: it must be the path of a folder, with ~ written out")
+    check(name != "" and not name.startswith("~"), key, name, "the path of a folder, with ~ written out")
 
 
 def check_resumable(config: TrainConfig, run_dir: Path, sweeping: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from llama_ft.config.checks import UserError, literal
+from llama_ft.config.checks import check, literal
 from llama_ft.config.model import PACKAGE_DIR
 
 T = TypeVar("T")
@@ -27,9 +27,7 @@ def _load(group: str, name: str) -> DictConfig:
     """Load a choice's keys, including those of the choices that it builds on."""
     folder = config_dir() / group
     file = folder / f"{name}.yaml"
-    if not file.is_file():
-        names = ", ".join(sorted(choice.stem for choice in folder.glob("*.yaml")))
-        raise UserError(f"{group}={name} is not allowed: it must be one of {names}")
+    check(file.is_file(), group, name, f"one of {', '.join(sorted(choice.stem for choice in folder.glob('*.yaml')))}")
     own = cast(DictConfig, OmegaConf.load(file))
     bases = [_load(group, base) for base in own.pop("defaults", []) if base != "_self_"]
     return cast(DictConfig, OmegaConf.merge(*bases, own))

@@ -6,7 +6,7 @@ tables and plans, and the advice all follow from that field.
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from itertools import product
 from typing import Any
 
@@ -150,10 +150,6 @@ class OptimConfig(_Switches):  # type: ignore[misc]
     def combination(self) -> str:
         """The techniques that are on, joined by `_`; `baseline` if none is."""
         return combination_name(asdict(self))
-
-    def switched(self, **switches: bool) -> "OptimConfig":
-        """The same combination with some techniques switched on or off."""
-        return replace(self, **switches)
 
     @property
     def as_typed(self) -> str:

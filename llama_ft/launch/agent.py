@@ -61,12 +61,11 @@ class Agent(LocalElasticAgent):
     @property
     def ranks(self) -> dict[int, tuple[Popen[bytes], Path]]:
         """By rank, the process that was started, and the file in which it says how it failed."""
-        context = cast(SubprocessContext | None, self._pcontext)
-        workers = self.get_worker_group().workers if context else []
+        if (context := cast(SubprocessContext | None, self._pcontext)) is None:
+            return {}
         return {
             each.global_rank: (context.subprocess_handlers[n].proc, Path(context.error_files[n]))
-            for n, each in enumerate(workers)
-            if context
+            for n, each in enumerate(self.get_worker_group().workers)
         }
 
     def interrupt(self, number: int, _: FrameType | None) -> None:

@@ -53,10 +53,8 @@ def _taken(gpu: GpuConfig, n: int, log: Log) -> dict[int, IO[bytes]]:
 def hold(cards: Mapping[int, str], n: int, folder: Path, log: Log) -> dict[int, IO[bytes]]:
     """Lock the first n free cards, by files in the folder named by the cards' ids; wait until that many are free.
 
-    All are taken at once, or none: two runs that each held some would wait for each other.
-
-    Raises:
-        UserError: if there are fewer cards.
+    All are taken at once, or none: two runs that each held some would wait for each other. A UserError if there are
+    fewer cards.
     """
     if n > len(cards):
         raise UserError(f"{n} GPUs of one kind are needed, and this machine has {len(cards)}")

@@ -93,26 +93,20 @@ def changed_ns(file: Path) -> int | None:
 def start(config: TrainConfig, place: Place, command: str, check_fit: bool, log: Log) -> subprocess.Popen[bytes]:
     """Start the child (PyTorch's agent for a split run) in its own session, since Ctrl-C must reach only us."""
     parallel, folder, descriptors = config.parallel, str(place.folder), [place.lock]
-    environment = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
+    env = child_environment(config.gpu.device is DeviceChoice.cpu, parallel.per_machine)
     program = ["llama_ft.launch.child", folder, folder, command]
     if parallel.is_split:
         listener = place.listener.fileno() if place.listener else None
         descriptors += [listener] if listener is not None else []
         program = ["llama_ft.launch.agent", folder, command, str(listener).lower()]
         where = f" on each of {parallel.nodes} machines" if parallel.nodes > 1 else ""
-        threads = environment.get("OMP_NUM_THREADS", "all")
+        threads = env.get("OMP_NUM_THREADS", "all")
         log(f"processes: {parallel.per_machine}{where}, CPU threads in each: {threads}")
     program = [sys.executable, "-m", *program, *([CHECK_FIT] if check_fit else [])]
     pipe = subprocess.PIPE
     with (place.folder / LOG_FILE).open("ab") as stderr, interrupts_held_back():
         return subprocess.Popen(
-            program,
-            stdin=pipe,
-            stdout=pipe,
-            stderr=stderr,
-            start_new_session=True,
-            pass_fds=descriptors,
-            env=environment,
+            program, stdin=pipe, stdout=pipe, stderr=stderr, start_new_session=True, pass_fds=descriptors, env=env
         )
 
 

@@ -21,11 +21,7 @@ Runs = dict[str, list[tuple[float, float]]]  # by dtype: each run's work, from `
 
 
 def measured_runs(folder: Path, gpus: Sequence[GpuConfig]) -> tuple[Runs, str]:
-    """The runs in a folder that calibrate a device, and the device's name.
-
-    Raises:
-        UserError: if no run completed on that device, or if a run's config or data cannot be read.
-    """
+    """The runs in a folder that calibrate a device, and its name; a UserError if there are none, or one is damaged."""
     if len(gpus) != 1:
         raise UserError("calibrate=DIR needs runs of one device: name its profile with gpu=NAME")
     gpu = gpus[0]

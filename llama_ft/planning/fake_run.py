@@ -22,6 +22,7 @@ from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
 from llama_ft.model.transformer import Attention, Transformer
+from llama_ft.planning.allocator import ROUNDING
 from llama_ft.planning.fake_host import FakeHost
 from llama_ft.planning.fake_ranks import Buckets, fake_processes, first_rank
 from llama_ft.planning.gpu_traits import Traits
@@ -53,8 +54,7 @@ class FakeRun:
 def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
     """The real training step of a run, over fake tensors; call it inside the block.
 
-    Raises:
-        UserError: if a LoRA target matches nothing, or the card lacks the configured 16-bit format.
+    A UserError if a LoRA target matches nothing, or the card lacks the configured 16-bit format.
     """
     precision = traits.precision(config)
     on_cpu = replace(precision, device_type="cpu")
@@ -125,7 +125,8 @@ def fake_run(
         evaluated, tensors = list(map(as_fake, evaluated)), [each for batch in fakes.values() for each in batch.tensors]
         has_kernel = traits.on_cuda and traits.has_bf16 and config.optim.mp
         kernel = FlashAttentionMemory() if has_kernel else nullcontext()  # type: ignore[no-untyped-call]
-        with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
+        round_to = ROUNDING if traits.on_cuda else 1
+        with MemoryTracker(step.model, step.optimizer, tensors, round_to) as tracker, kernel:
             tracker.claim_gradients(getattr(step.forward, "buckets", ()))  # DDP's
             first_step = len(tracker.events)
             if in_backward:

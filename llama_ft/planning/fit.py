@@ -64,17 +64,11 @@ def capacity_of(config: TrainConfig, free_mib: float, device: str) -> Capacity:
 
 
 def objection(
-    config: TrainConfig,
-    lengths: Lengths,
-    capacity: Capacity,
-    traits: Traits,
-    workspace: int,
-    held_out: Lengths = (),
+    config: TrainConfig, lengths: Lengths, capacity: Capacity, traits: Traits, workspace: int, held_out: Lengths = ()
 ) -> str | None:
     """Explain why a run would not fit, with `workspace` bytes for cuBLAS, and what would; None if it fits.
 
-    Raises:
-        UserError: if the run cannot begin at all.
+    A UserError if the run cannot begin at all.
     """
     run = fake_run(config, blank_samples(lengths), traits, blank_samples(held_out))
     need = reserved_bytes(run.events, workspace) / MIB + capacity.context_mib
@@ -106,8 +100,8 @@ def alternatives(config: TrainConfig, activations_suffice: bool) -> list[tuple[T
     GC is tried without other techniques if the activations are larger than the missing memory.
     """
     optim = config.optim
-    first = optim.switched(gc=True) if activations_suffice else optim.switched(mp=True, lora=True)
-    last = optim.switched(mp=True, lora=True, gc=True)
+    first = replace(optim, gc=True) if activations_suffice else replace(optim, mp=True, lora=True)
+    last = replace(optim, mp=True, lora=True, gc=True)
     found: list[tuple[TrainConfig, Settings]] = []
     for other in [first] if first == last else [first, last]:
         with suppress(UserError):  # incompatible with the run's other settings

@@ -18,10 +18,8 @@ def data_lengths(config: PlanConfig, log: Log) -> tuple[Lengths, PlannedData, Le
     """The lengths of the run's samples, a description of the data, and the lengths of held-out samples.
 
     If the lengths cannot be known, samples of the longest allowed length stand in for them: without a tokenizer, if the
-    checkpoint's tokenizer cannot be read, or if no sample has an answer left.
-
-    Raises:
-        UserError: if the data cannot be read, or a tokenizer given by the user.
+    checkpoint's tokenizer cannot be read, or if no sample has an answer left. A UserError if the data cannot be read,
+    or a tokenizer given by the user.
     """
     name, reason, most = config.data.title, "no tokenizer is given", config.training.max_samples
     try:

@@ -34,8 +34,7 @@ def make_plan(
 ) -> Plan:
     """Plan the runs of a sweep, or the combinations of a single run; `profiles` are all known cards, for advice.
 
-    Raises:
-        UserError: if the runs can begin nowhere.
+    A UserError if the runs can begin nowhere.
     """
     config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
     measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None

@@ -15,11 +15,7 @@ T = TypeVar("T")
 
 
 def side_by_side(function: Callable[..., T], jobs: Mapping[K, tuple[Any, ...]]) -> Iterator[tuple[K, T]]:
-    """Call a function with the arguments of each job, one job per core, and yield the results as they arrive.
-
-    Raises:
-        UserError: the first one that a job raises.
-    """
+    """Call a function with each job's arguments, a job per core; yield results as they come; raise a job's error."""
     n_processes = min(len(jobs), n_cores(), MAX_PROCESSES)
     if n_processes < 2:
         for key, arguments in jobs.items():

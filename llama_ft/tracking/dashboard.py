@@ -54,10 +54,8 @@ def dashboard(entity: str, project: str, group: str) -> Workspace:
 def save_dashboard(config: TrackerConfig, sweep: str) -> str:
     """Save the view of a sweep into the tracker's project, and return its address.
 
-    The runs are those that `upload_runs` sends: keys not given come from the environment or W&B's settings.
-
-    Raises:
-        UserError: if W&B does not take it.
+    The runs are those that `upload_runs` sends: keys not given come from the environment or W&B's settings. A UserError
+    if W&B does not take it.
     """
     saved: list[str] = []
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -41,7 +40,7 @@ class StepMeter:
         self._step = last.step if last else 0
         self._tokens, self._seconds = (last.tokens, last.time_s) if last else (0, 0.0)
         self._had_gradient = last is not None and (last.grad_norm or 0) > 0
-        self._pending: tuple[StepMetrics, int, Tensor, Moment] | None = None
+        self._pending: tuple[float, int, float, Tensor, Moment] | None = None  # of the newest step
         self._moment: Callable[[], Moment] = partial(GpuMoment, device) if device.type == "cuda" else Moment
         # One for the step being read and one for the running step; allocated here, since that is slow.
         self._pinned = [torch.empty(2, pin_memory=True) for _ in range(2)] if device.type == "cuda" else []
@@ -60,45 +59,38 @@ class StepMeter:
         before = self.flush()
         self._step += 1
         self._tokens += output.n_tokens
-        metrics = StepMetrics(
-            step=self._step,
-            total_steps=self._total_steps,
-            loss=math.nan,
-            grad_norm=None,
-            lr=output.lr,
-            tokens=self._tokens,
-            tokens_per_s=math.nan,
-            memory_mib=round(memory_in_use_mib(self._device), 1),
-            time_s=math.nan,
-        )
-        self._pending = metrics, output.n_tokens, scalars, done
+        self._pending = output.lr, output.n_tokens, memory_in_use_mib(self._device), scalars, done
         return before
 
     def flush(self) -> StepMetrics | None:
         """Wait for the newest step and return its metrics, if not read yet; a Diverged if a value is not finite."""
         if self._pending is None:
             return None
-        metrics, n_tokens, scalars, done = self._pending
+        lr, n_tokens, memory_mib, scalars, done = self._pending
         self._pending = None
         seconds = done.seconds_after(self._before)
         self._before = done
         self._seconds += seconds
         loss, grad_norm = scalars.tolist()
         is_finite = math.isfinite(grad_norm)
-        wrong = f"the loss of optimizer step {metrics.step} is {loss}" if not math.isfinite(loss) else ""
+        wrong = f"the loss of optimizer step {self._step} is {loss}" if not math.isfinite(loss) else ""
         # The gradient vanishes although the loss does not: activations whose squares overflow are normalized to 0.
         vanished = grad_norm == 0 < loss and self._had_gradient
         self._had_gradient |= grad_norm > 0
         if not wrong and (vanished or (not is_finite and not self._may_skip)):
-            wrong = f"the gradient's norm at optimizer step {metrics.step} is {grad_norm}"
+            wrong = f"the gradient's norm at optimizer step {self._step} is {grad_norm}"
         if wrong:
             other = ", or use bf16 instead of fp16" if self._may_skip else ""
             raise Diverged(f"{wrong}: training stopped; lower training.lr{other}")
-        return replace(
-            metrics,
+        return StepMetrics(
+            step=self._step,
+            total_steps=self._total_steps,
             loss=loss,
             grad_norm=grad_norm if is_finite else None,
+            lr=lr,
+            tokens=self._tokens,
             tokens_per_s=round(n_tokens / seconds, 1),
+            memory_mib=round(memory_mib, 1),
             time_s=round(self._seconds, 4),
         )
 

@@ -58,10 +58,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     With paging (Dettmers et al. 2023, arXiv 2305.14314, section 3), larger moments are in memory that CUDA's driver
     moves to the host when the card is full, outside PyTorch's allocator. In a plan, on fake tensors, they have no
-    memory.
-
-    Raises:
-        UserError: if bitsandbytes is not installed.
+    memory. A UserError if bitsandbytes is not installed.
     """
 
     def __init__(

@@ -112,10 +112,7 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def restore(self) -> Position | None:
-        """Restore the newest checkpoint, after a dry run has allocated its state; None if there is none.
-
-        A UserError if it is damaged.
-        """
+        """Restore the newest checkpoint, if any, into state that a dry run has allocated; a UserError if damaged."""
         found = checkpoints(self._run_dir)
         if self._ranks.total(int(bool(found))) not in (0, self._ranks.world_size):
             raise UserError(f"{self._run_dir} has checkpoints that not all machines see: it must be on a shared disk")
@@ -131,10 +128,7 @@ class Saver:
         return saved.position
 
     def read_trained(self, folder: Path, optimizer: Mapping[str, Tensor] | None = None) -> None:
-        """Read a checkpoint's or the best weights into the model, and optimizer tensors if given.
-
-        A UserError if they are damaged.
-        """
+        """Read weights into the model, and optimizer tensors if given, from a folder; a UserError if it is damaged."""
         model = self._step.model
         if any(folder.glob(SHARDS)):  # written by several processes, of any number
             read_split(self._trained() | dict(optimizer or {}), folder, self._ranks)
