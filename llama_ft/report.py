@@ -11,9 +11,8 @@ from llama_ft import cli
 from llama_ft.config import ReportConfig, TrackerKind, TrackerMode, UserError
 from llama_ft.config.groups import ReportForm, UploadConfig
 from llama_ft.records.plan import is_plan
-from llama_ft.reporting.reports import SWEEP_FILES, report_plan, report_sweep
+from llama_ft.reporting.reports import SWEEP_FILES, records, report_plan, report_sweep
 from llama_ft.reporting.results import Group
-from llama_ft.reporting.table2 import records
 from llama_ft.tracking import track_sweep, tracker_of, upload_runs
 
 USAGE = cli.Usage(

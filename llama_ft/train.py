@@ -18,8 +18,7 @@ from llama_ft.cli.usage import OPTIONS
 from llama_ft.config import TrackerConfig, TrainConfig, config_dir
 from llama_ft.records.result import FINISHED, LOG_FILE, RESULT_FILE
 from llama_ft.reporting.best import best_lines
-from llama_ft.reporting.reports import SWEEP_FILES, report_sweep
-from llama_ft.reporting.table2 import records
+from llama_ft.reporting.reports import SWEEP_FILES, records, report_sweep
 from llama_ft.tracking import track_sweep
 
 USAGE = cli.Usage(

@@ -89,15 +89,11 @@ def test_seen_leaves_padding_out():
     assert [row.nonzero().flatten().tolist() for row in state.seen()] == [[0, 5, 6, 7], [9]]
 
 
-def n_bytes(cache: KVCache) -> int:
-    return sum(buffer.nbytes for layer in cache.layers for buffer in (layer.keys, layer.values))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_cache_has_the_bytes_of_the_formula_and_room_for_no_more(dtype):
     config = SIZES["GQA"]
     cache = KVCache(config, 3, 20, dtype)
-    assert n_bytes(cache) == 2 * config.n_layers * 3 * config.n_kv_heads * config.head_dim * 20 * dtype.itemsize
+    assert cache.nbytes == 2 * config.n_layers * 3 * config.n_kv_heads * config.head_dim * 20 * dtype.itemsize
     model = make_model(config).to(dtype)
     model(random_tokens(3, 20), kv_cache=cache)
     with pytest.raises(ValueError, match="room for 20 tokens, not for 21"):
@@ -259,7 +255,7 @@ def test_the_pages_memory_is_that_of_the_real_class():
                 assert tokens > sizes_of(name.split("`")[1]).max_seq_len
                 continue
             cache = KVCache(sizes_of(name.split("`")[1]), batch, tokens, torch.float16, "meta")
-            assert float(cell.replace(",", "")) == pytest.approx(n_bytes(cache) / 2**20, abs=5e-5), name
+            assert float(cell.replace(",", "")) == pytest.approx(cache.nbytes / 2**20, abs=5e-5), name
     with torch.device("meta"):
         weights = sum(parameter.numel() for parameter in Transformer(sizes_of("llama2_7b")).parameters())
     assert f"7B's weights are {2 * weights / 2**20:,.0f} MiB in 16 bit" in PAGE

@@ -32,9 +32,8 @@ class ParallelConfig:
 
     def __post_init__(self) -> None:
         check_settings(self, "parallel.")
-        n = self.processes
         holds = self.world_size % self.nodes == 0
-        check(holds, "parallel.processes", n, f"a multiple of parallel.nodes={self.nodes}")
+        check(holds, "parallel.processes", self.processes, f"a multiple of parallel.nodes={self.nodes}")
         check_rendezvous(self.rendezvous)
 
     @property

@@ -7,19 +7,10 @@ from pathlib import Path
 
 import torch
 
+from llama_ft import device as devices
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import collate
 from llama_ft.data.dataset import Dataset
-from llama_ft.device import (
-    about_device,
-    choose_device,
-    device_name,
-    has_bf16,
-    peak_rss_mib,
-    use_device,
-    versions,
-    why_no_gpu,
-)
 from llama_ft.exporting.sidecar import save_tokenizer
 from llama_ft.files import CHAT_TEMPLATE, write_text
 from llama_ft.launch.cards import take_card
@@ -63,15 +54,15 @@ class MeasuredRun:
         """Choose the device, and log it; a UserError if it cannot be used."""
         gpu = self.config.gpu
         if self.config.parallel.is_split:  # the agent holds the cards of all of its ranks
-            gpu = replace(gpu, index=None if why_no_gpu() else int(os.environ["LOCAL_RANK"]), shared=True)
+            gpu = replace(gpu, index=None if devices.why_no_gpu() else int(os.environ["LOCAL_RANK"]), shared=True)
         self.held_card = take_card(gpu, self.log)
-        self.device = choose_device(gpu)
+        self.device = devices.choose_device(gpu)
         self.card = Card(self.device) if self.device.type == "cuda" else None  # before we have anything there ourselves
-        use_device(self.device, gpu, self.config.memory_limit_mib)
-        self.result.device, self.result.versions = device_name(self.device), versions()
+        devices.use_device(self.device, gpu, self.config.memory_limit_mib)
+        self.result.device, self.result.versions = devices.device_name(self.device), devices.versions()
         self.result.card = self.card.facts if self.card else None
         self.result.template, self.result.ends = self.dataset.template, self.dataset.ends
-        self.log(about_device(self.device, gpu))
+        self.log(devices.about_device(self.device, gpu))
 
     def execute(self) -> None:
         """Do the whole run, recording results and stage; a KeyboardInterrupt comes once the run is saved, if it is."""
@@ -82,7 +73,7 @@ class MeasuredRun:
     def _execute(self, ranks: Ranks) -> None:
         config, device = self.config, self.device
         torch.manual_seed(config.training.seed)
-        precision = Precision.of(config, device.type, has_bf16(device, config.gpu))
+        precision = Precision.of(config, device.type, devices.has_bf16(device, config.gpu))
         self.result.compute_dtype = str(precision.compute).removeprefix("torch.")
         if self.card:
             self.card.note_kernels(config.model, precision.compute)
@@ -186,7 +177,9 @@ class MeasuredRun:
 
     def _note_memory(self, use: MemoryUse, step: TrainStep) -> None:
         """On CUDA the peak is the allocator's over dry run and training, on the CPU the tracker's over the dry run."""
-        own = RankUse(use.peak_mib, peak_rss_mib(), use.phase, dict(use.at_peak_mib), use.max_mib, list(use.breakdown))
+        own = RankUse(
+            use.peak_mib, devices.peak_rss_mib(), use.phase, dict(use.at_peak_mib), use.max_mib, list(use.breakdown)
+        )
         if step.device.type == "cuda":
             own.peak_memory_mib = torch.cuda.max_memory_allocated(step.device) / MIB
             own.peak_memory_reserved_mib = torch.cuda.max_memory_reserved(step.device) / MIB

@@ -51,6 +51,11 @@ class KVCache:
         """Tokens stored so far."""
         return self.layers[0].length
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers, filled or not."""
+        return sum(buffer.nbytes for layer in self.layers for buffer in (layer.keys, layer.values))
+
     def reorder(self, rows: Tensor) -> None:
         """Replace row i by row rows[i], int64 [B], as beam search continues from other hypotheses."""
         for layer in self.layers:

@@ -10,15 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_ft.bitsandbytes import is_installed
-from llama_ft.config import (
-    TECHNIQUES,
-    Dtype,
-    GpuConfig,
-    GradientCheckpointingConfig,
-    OptimConfig,
-    TrainConfig,
-    UserError,
-)
+from llama_ft.config import TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
 from llama_ft.config.checks import Offload, Policy
 from llama_ft.config.training import Optimizer
 from llama_ft.data.collate import Padding
@@ -130,7 +122,7 @@ def further_savings(full: TrainConfig, checkpointed: TrainConfig, on_lora: Train
     eight_bit = {"optimizer": Optimizer.adamw_8bit}
     plain = {"optimizer": Optimizer.adamw, "optimizer_in_backward": False}
     full, checkpointed, on_lora = (update(run, **plain) for run in (full, checkpointed, on_lora))
-    checkpointed = replace(checkpointed, gc=GradientCheckpointingConfig(checkpointed.gc.every))
+    checkpointed = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.full, offload=None))
     unclipped = update(full, optimizer_in_backward=True, max_grad_norm=math.inf)
     offloaded = replace(checkpointed, gc=replace(checkpointed.gc, offload=Offload.cpu))
     selective = replace(checkpointed, gc=replace(checkpointed.gc, policy=Policy.selective))

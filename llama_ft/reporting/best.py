@@ -76,9 +76,3 @@ def members(group: Group) -> list[int]:
     points = measured(group)
     places = list(points)
     return sorted((places[n] for n in front(list(points.values()))), key=lambda n: points[n][-1])
-
-
-def front_notes(group: Group) -> list[str]:
-    """A table's note on the front; none if there are too few runs."""
-    names = "; ".join(group.labels[n] for n in members(group))
-    return [f"Pareto-optimal in memory, time and held-out loss: {names}."] if names else []

@@ -11,15 +11,7 @@ from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.plan import PLAN_FILE, Plan, is_plan
-from llama_ft.reporting.comparison import (
-    COMPARED,
-    SAME_SETTINGS,
-    SWEEPS,
-    WITHIN,
-    Comparison,
-    compare_plan,
-    compare_sweeps,
-)
+from llama_ft.reporting.comparison import COMPARED, SWEEPS, WITHIN, Comparison, compare_plan, compare_sweeps
 from llama_ft.reporting.curves import charts, points_of
 from llama_ft.reporting.figure import SIDE_COLORS, draw_panels, pair_panels, svg_panel
 from llama_ft.reporting.page import render
@@ -66,8 +58,10 @@ def write_files(comparisons: list[Comparison], about: list[str], names: list[str
     heights = [0.56 * len(comparison.pairs) for comparison in comparisons]
     text = [*(f"- {plain_text(line)}" for line in names + about), ""]
     for comparison in comparisons:
-        text += [markdown(comparison.table), "Not the same:" if comparison.settings else SAME_SETTINGS, ""]
-        text += [*(f"- {plain_text(line)}" for line in comparison.settings_lines), ""] if comparison.settings else []
+        lines = comparison.settings_lines
+        if comparison.settings:
+            lines = ["Not the same:", "", *(f"- {plain_text(line)}" for line in lines)]
+        text += [markdown(comparison.table), *lines, ""]
     write_text(folder / "comparison.csv", comparison_csv(comparisons))
     write_text(folder / "comparison.md", "\n".join(text))
     draw_panels(panels, titles, heights, folder / "comparison.png")
@@ -116,8 +110,8 @@ def comparison_page(comparisons: list[Comparison], about: list[str], names: list
             "losses": _losses(comparison) if is_of_sweeps else {},
         }
         sections.append(section)
-    values = {"about": about, "sections": sections, "SAME_SETTINGS": SAME_SETTINGS}
-    return render("comparison.html.jinja", title=title, legend=dict(zip(names, SIDE_COLORS, strict=True)), **values)
+    legend = dict(zip(names, SIDE_COLORS, strict=True))
+    return render("comparison.html.jinja", title=title, legend=legend, about=about, sections=sections)
 
 
 def _marks(comparison: Comparison) -> dict[int, list[str]]:

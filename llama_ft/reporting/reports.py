@@ -1,22 +1,24 @@
 """The reports of a sweep and of a plan: printed tables, and files with tables, numbers, a picture and a page."""
 
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from llama_ft.config import UserError
+from llama_ft.config.training import SEED
 from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan
 from llama_ft.reporting.course import course_tables, latex, planned_course_tables
 from llama_ft.reporting.plan_tables import tables_of
 from llama_ft.reporting.reading import read_groups
-from llama_ft.reporting.results import Group
+from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group
 from llama_ft.reporting.run_table import gathered, run_table
 from llama_ft.reporting.settings import as_typed
 from llama_ft.reporting.table import Table, csv_text, markdown, plain_text, print_table, record_table
-from llama_ft.reporting.table2 import records, table2
+from llama_ft.reporting.table2 import table2
 
 LOSSES_FILE, PARETO_FILE = "losses.png", "pareto.png"  # if runs have held-out losses
 SWEEP_FILES = ("table2.csv", "table2.md", "table2.png", "report.html", LOSSES_FILE, PARETO_FILE)
@@ -53,6 +55,23 @@ def report_sweep(folder: Path, console: Console, is_course: bool = False) -> lis
     written = ", ".join([*(name for name in SWEEP_FILES if (folder / name).exists()), *course])
     console.print(f"\nWritten: {written} in {folder}", highlight=False, markup=False, soft_wrap=True)
     return groups
+
+
+def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
+    """Columns, and a row for each run, including repeats, numbers unrounded."""
+    varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
+    keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
+    keys += [SEED] if SEED not in keys and any(group.seeds for group in groups) else []
+    leading, results = [], []
+    for group in groups:
+        for number, run in group.runs:
+            known = group.settings[number] if group.settings else {}
+            known = known | ({} if run.seed is None else {SEED: str(run.seed)})
+            variant = run.folder.name.partition(",")[2] if group.settings else group.variant
+            values = {key: known.get(key, "") for key in keys}
+            leading.append({"combination": run.result.combination, "variant": variant} | values)
+            results.append(run.result)
+    return record_table(results, leading)
 
 
 def sweep_course_tables(folder: Path, groups: list[Group]) -> list[Table]:

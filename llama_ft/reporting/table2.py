@@ -6,23 +6,12 @@ from typing import Any, NamedTuple
 
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import TECHNIQUES, shown_techniques
-from llama_ft.config.training import SEED
 from llama_ft.records.plan import PlanRow
 from llama_ft.records.result import Result
-from llama_ft.reporting.best import front_notes, held_out_counts
+from llama_ft.reporting.best import held_out_counts, members
 from llama_ft.reporting.repeats import runs_of, spread_of
-from llama_ft.reporting.results import DEVICE, TECHNIQUES_COLUMN, Group, Record, baseline_of, value_of
-from llama_ft.reporting.table import (
-    MARKS,
-    PLUS_MINUS,
-    UNKNOWN,
-    Rows,
-    Table,
-    amount,
-    by_reason,
-    record_table,
-    technique_rows,
-)
+from llama_ft.reporting.results import Group, Record, baseline_of, value_of
+from llama_ft.reporting.table import MARKS, PLUS_MINUS, UNKNOWN, Rows, Table, amount, by_reason, technique_rows
 
 REPEATS_NOTE = (
     "Means over the seeds, ± half the width of their 95 % confidence interval (Student's t), in pictures a bar with the"
@@ -185,27 +174,12 @@ def measure_notes(group: Group) -> list[str]:
         notes.append(f"Held-out loss: of {held_out}; {accuracy}.")
         if any(r.eval_loss != r.last_eval_loss for r in results):
             notes.append("With training.keep_best=true, both are of the best weights.")
-    return notes + front_notes(group)
+    if names := [group.labels[n] for n in members(group)]:
+        notes.append(f"Pareto-optimal in memory, time and held-out loss: {'; '.join(names)}.")
+    return notes
 
 
 def failures(group: Group, names: Sequence[str]) -> list[str]:
     """The errors of failed runs that no mark explains, each once, after the names of their rows."""
     failed = [(str(run.result.error), run.named(names[n])) for n, run in group.runs if run.result.status in FAILED]
     return [f"{', '.join(names)}: {reason}" for reason, names in by_reason(failed).items()]
-
-
-def records(groups: list[Group]) -> tuple[list[str], list[list[Any]]]:
-    """Columns, and a row for each run, including repeats, numbers unrounded."""
-    varied = dict.fromkeys(key for group in groups for settings in group.settings for key in settings)
-    keys = [key for key in varied if key not in (TECHNIQUES_COLUMN, DEVICE)]
-    keys += [SEED] if SEED not in keys and any(group.seeds for group in groups) else []
-    leading, results = [], []
-    for group in groups:
-        for number, run in group.runs:
-            known = group.settings[number] if group.settings else {}
-            known = known | ({} if run.seed is None else {SEED: str(run.seed)})
-            variant = run.folder.name.partition(",")[2] if group.settings else group.variant
-            values = {key: known.get(key, "") for key in keys}
-            leading.append({"combination": run.result.combination, "variant": variant} | values)
-            results.append(run.result)
-    return record_table(results, leading)

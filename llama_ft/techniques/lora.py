@@ -146,10 +146,8 @@ def add_lora(
         raise UserError(f"lora.targets: no linear layer is named {', '.join(unknown)}; the model has {sorted(names)}")
     model.requires_grad_(False)
     for name, linear in linears:
-        parent, _, child = name.rpartition(".")
-        if child in targets:
-            layer = LoRALinear(linear, rank, alpha, dropout, rslora, dtype=dtype)
-            setattr(model.get_submodule(parent), child, layer)
+        if name.rpartition(".")[2] in targets:
+            model.set_submodule(name, LoRALinear(linear, rank, alpha, dropout, rslora, dtype=dtype))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
