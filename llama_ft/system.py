@@ -91,10 +91,9 @@ def cpu_info(key: str) -> str:
 
 
 def _cgroup_file(name: str) -> Path:
-    try:
+    line = ""
+    with suppress(OSError, StopIteration):
         line = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
-    except (OSError, StopIteration):
-        return Path("/sys/fs/cgroup") / name
     return Path("/sys/fs/cgroup") / line.removeprefix("0::").lstrip("/") / name
 
 

@@ -26,9 +26,8 @@ from llama_ft import hub
 from llama_ft.cli.effects import remarks
 from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
-from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, TrainConfig, UserError, config_dir
+from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.groups import ColumnsConfig
-from llama_ft.config.plan import PlanConfig
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import HF_CONFIG, new_folder
 

@@ -27,15 +27,7 @@ from llama_ft.launch.interrupts import queue_signals_raised
 from llama_ft.launch.machines import Place, held_place
 from llama_ft.launch.process import SECONDS_FOR_THE_LAST, run_in_child
 from llama_ft.records.metrics import Metrics, evaluations_of, read_metrics
-from llama_ft.records.result import (
-    FINISHED,
-    RESULT_FILE,
-    Result,
-    new_result,
-    read_result,
-    unmeasured_result,
-    write_result,
-)
+from llama_ft.records.result import FINISHED, Result, new_result, read_result, unmeasured_result, write_result
 from llama_ft.reporting.best import objective_of
 from llama_ft.reporting.progress import Bar, ending
 from llama_ft.system import Log
@@ -109,7 +101,7 @@ class Job:
         try:
             return self.run(checked, place)
         except KeyboardInterrupt:
-            if not (self.run_dir / RESULT_FILE).exists():  # the run's process had not been started yet
+            if read_result(self.run_dir) is None:  # the run's process had not been started yet
                 early = new_result(checked, self.command)
                 early.status, early.error = "interrupted", "interrupted before the start"
                 write_result(self.run_dir, early)
@@ -128,8 +120,7 @@ class Job:
     def refuse(self, settings: Settings, reason: str, go_on: bool) -> Result:
         """The result of a run that does not start, written unless there is an earlier one; stop unless `go_on`."""
         result = unmeasured_result(settings, self.command, reason)
-        if not (self.run_dir / RESULT_FILE).exists():
-            write_result(self.run_dir, result)
+        write_result(self.run_dir, result, replaces=False)
         if not go_on:
             raise cli.Stop(reason)
         self.log(f"{self.run_dir.name}: {reason}")

@@ -123,10 +123,8 @@ def fake_run(
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
         evaluated, tensors = list(map(as_fake, evaluated)), [each for batch in fakes.values() for each in batch.tensors]
-        has_kernel = traits.on_cuda and traits.has_bf16 and config.optim.mp
-        kernel = FlashAttentionMemory() if has_kernel else nullcontext()  # type: ignore[no-untyped-call]
-        round_to = ROUNDING if traits.on_cuda else 1
-        with MemoryTracker(step.model, step.optimizer, tensors, round_to) as tracker, kernel:
+        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()  # type: ignore[no-untyped-call]
+        with MemoryTracker(step.model, step.optimizer, tensors, ROUNDING if traits.on_cuda else 1) as tracker, kernel:
             tracker.claim_gradients(getattr(step.forward, "buckets", ()))  # DDP's
             first_step = len(tracker.events)
             if in_backward:

@@ -86,12 +86,11 @@ def refusal(config: TrainConfig, gpu: GpuConfig) -> str | None:
         frozen = traits_of(gpu).precision(config).storage(frozen=config.optim.lora)
     except UserError as error:
         return str(error)
-    needs = {
-        "mp.frozen_weights": isinstance(frozen, FourBit),
-        "training.optimizer": "8bit" in config.training.optimizer.name,
-    }
-    missing = [key for key, needed in needs.items() if needed and not is_installed()]
-    return needs_package(missing[0]) if missing else None
+    if is_installed():
+        return None
+    if isinstance(frozen, FourBit):
+        return needs_package("mp.frozen_weights")
+    return needs_package("training.optimizer") if "8bit" in config.training.optimizer.name else None
 
 
 def needs_of(

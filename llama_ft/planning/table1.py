@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_ft.bitsandbytes import is_installed
-from llama_ft.config import TECHNIQUES, Dtype, GpuConfig, OptimConfig, TrainConfig, UserError
+from llama_ft.config import TECHNIQUES, Dtype, GpuConfig, OptimConfig, Optimizer, TrainConfig, UserError
 from llama_ft.config.checks import Offload, Policy
-from llama_ft.config.training import Optimizer
 from llama_ft.data.collate import Padding
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import Traits, traits_of

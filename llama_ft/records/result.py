@@ -157,9 +157,10 @@ def unmeasured_result(settings: Settings, command: str, error: str | None = None
     )
 
 
-def write_result(run_dir: Path, result: Result) -> None:
-    """Write `result.json` atomically."""
-    write_record(result, run_dir / RESULT_FILE)
+def write_result(run_dir: Path, result: Result, replaces: bool = True) -> None:
+    """Write `result.json` atomically; unless it `replaces` another one, only if there is none."""
+    if replaces or not (run_dir / RESULT_FILE).exists():
+        write_record(result, run_dir / RESULT_FILE)
 
 
 def read_result(run_dir: Path) -> Result | None:

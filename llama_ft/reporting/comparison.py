@@ -187,8 +187,8 @@ def _not_alike(measured: Group, planned: Group, gpu: Settings) -> tuple[tuple[st
 def summary(comparison: Comparison) -> list[str]:
     """For each measure the mean, median and worst error; the runs predicted to fit that did not, and the reverse."""
     notes = ["Error: of the prediction, in percent of the measured value."]
+    named = list(zip(comparison.names, comparison.pairs, strict=True))
     for measure in PREDICTED:
-        named = zip(comparison.names, comparison.pairs, strict=True)
         changes = [(comparison.change(*pair, measure.key), name) for name, pair in named]
         if errors := [(error, name) for error, name in changes if error is not None]:
             sizes = [abs(error) for error, _ in errors]
@@ -198,7 +198,6 @@ def summary(comparison: Comparison) -> list[str]:
             notes.append(f"{what}: absolute error, {middle}; worst {worst:+.1%} ({name}).")
     if comparison.b.memory_limit_mib is not None and "peak_memory_mib" not in comparison.not_alike:
         for planned, measured, words in (("ok", "oom", "to fit and did not"), ("oom", "ok", "not to fit and did")):
-            named = zip(comparison.names, comparison.pairs, strict=True)
             wrong = [name for name, (a, b) in named if b.status == planned and measured in _statuses(a)]
             notes += [f"Predicted {words}: {', '.join(wrong)}."] if wrong else []
     return notes

@@ -100,11 +100,10 @@ def _cards_table(plan: Plan, what: str, key: str, notes: list[str]) -> Table:
     sizes = [amount(gpu["memory_mib"]) if gpu["memory_mib"] else UNKNOWN for gpu in plan.gpus]
     head = [("GPU", [gpu["name"] for gpu in plan.gpus]), ("Memory, MiB", sizes)]
     columns = [plan.rows_on(gpu["name"]) for gpu in plan.gpus]
-    rows: Rows = []
-    labels = planned_group(plan, plan.gpus[0]).labels
-    for label, *alike in zip(labels, *columns, strict=True):
-        cells = [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike]
-        rows.append((label, cells))
+    rows: Rows = [
+        (label, [cell(row, key) + (f" {MARKS['oom']}" if row.fits is False else "") for row in alike])
+        for label, *alike in zip(planned_group(plan, plan.gpus[0]).labels, *columns, strict=True)
+    ]
     return Table(f"{title(plan)}: {what}", head, rows, notes, max_columns=len(plan.gpus))
 
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
 from llama_ft.bitsandbytes import bitsandbytes
-from llama_ft.config import TrainingConfig
-from llama_ft.config.training import Optimizer
+from llama_ft.config import Optimizer, TrainingConfig
 from llama_ft.model.sharded import is_split
 
 # As in bitsandbytes: the least elements of a weight for 8-bit moments, elements per scale, the least elements for

@@ -12,8 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from llama_ft import techniques
-from llama_ft.config import TrainConfig, TrainingConfig
-from llama_ft.config.training import Schedule
+from llama_ft.config import Schedule, TrainConfig, TrainingConfig
 from llama_ft.kernels import use_products_of, use_training_kernels
 from llama_ft.model.transformer import Transformer
 from llama_ft.model.weights import build, materialize, open_weights
