@@ -11,7 +11,7 @@ import torch
 
 from llama_ft.api.models import DtypeName
 from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError
-from llama_ft.config.checks import choice
+from llama_ft.config.checks import check
 from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR
 from llama_ft.data.dataset import read_records as _read_records
@@ -171,9 +171,12 @@ def perplexity(model: Transformer, samples: Sequence[Sample], *, batch_size: int
 
 def _config(given: Mapping[str, Any]) -> TrainingConfig:
     """A config from those arguments that are keys of `training`; a UserError if one is not allowed."""
-    keys, kinds = TrainingConfig.__dataclass_fields__, {"schedule": Schedule, "optimizer": Optimizer}
-    settings = {key: value for key, value in given.items() if key in keys}
-    return TrainingConfig(**settings | {key: choice(kinds[key], key, settings[key]) for key in kinds.keys() & settings})
+    settings = {key: value for key, value in given.items() if key in TrainingConfig.__dataclass_fields__}
+    for key, kind in {"schedule": Schedule, "optimizer": Optimizer}.items():
+        if key in settings:
+            check(settings[key] in kind.__members__, key, settings[key], f"one of {', '.join(kind.__members__)}")
+            settings[key] = kind[settings[key]]
+    return TrainingConfig(**settings)
 
 
 def _steps(step: TrainStep, data: Windows, config: TrainingConfig) -> Iterator[StepMetrics]:

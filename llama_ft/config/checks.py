@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-E = TypeVar("E", bound=enum.Enum)
 Settings = dict[str, Any]  # a section of the config in JSON's types, with the schema's keys
 
 
@@ -59,12 +58,6 @@ def check(holds: bool, key: str, value: object, allowed: str) -> None:
     # NaN compares false with everything, so a positive condition rejects it too.
     if not holds:
         raise UserError(f"{key}={value} is not allowed: it must be {allowed}")
-
-
-def choice(kind: type[E], key: str, name: str) -> E:
-    """Return the enum member of this name; if there is none, a UserError names the key and what is allowed."""
-    check(name in kind.__members__, key, name, f"one of {', '.join(kind.__members__)}")
-    return kind[name]
 
 
 def check_settings(section: Any, prefix: str = "") -> None:

@@ -42,13 +42,9 @@ def predict(
     progress: Progress = no_progress,
     held_out: Lengths = (),
 ) -> list[PlanRow]:
-    """A row for each run on each card, ordered by card, then by run.
+    """A row for each run of one model on the same data, on each card, ordered by card, then by run.
 
-    Args:
-        configs: runs of one model on the same data, of these lengths.
-
-    Raises:
-        UserError: if a run can begin nowhere, for example because a LoRA target does not exist.
+    A UserError if a run can begin nowhere, for example because a LoRA target does not exist.
     """
     runs = [(gpu, *run) for gpu, run in product(gpus, enumerate(configs))]
     groups: dict[Key, dict[int, TrainConfig]] = defaultdict(dict)  # runs that share fake steps, by their number
