@@ -1,7 +1,6 @@
 """`python -m llama_ft.evaluate`: perplexity and exact match of a model, base against fine-tuned."""
 
 import json
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import EvaluateConfig
+from llama_ft.config import EvaluateConfig, path_of
 from llama_ft.files import Json, explained, output_folder, write_text
 from llama_ft.records import write_record
 from llama_ft.records.evaluation import EvaluatedText, Evaluation
@@ -85,7 +84,7 @@ def load_inputs(config: EvaluateConfig, log: Log) -> "EvalInputs":
     from llama_ft.evaluation.records import load_records
 
     tokenizer = load_tokenizer(config, log)
-    text = read_text(Path(os.path.expanduser(config.text)), tokenizer) if config.text is not None else None
+    text = read_text(path_of(config.text), tokenizer) if config.text is not None else None
     template = choose_template(config.data.template, tokenizer, config.adapter or config.checkpoint)
     log(f"template: {template.name}")
     return EvalInputs(tokenizer, template, load_records(config, tokenizer, template, log), text)

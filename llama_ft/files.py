@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from llama_ft.config import UserError
+from llama_ft.config import UserError, path_of
 from llama_ft.system import Log, silent
 
 WEIGHTS_FILE = "model.safetensors"  # Hugging Face's name for a checkpoint in one file, and ours
@@ -205,7 +205,7 @@ def output_folder(output: str | None, kind: str, name: str, files: Sequence[str]
     UserError if they cannot be, if another process writes into the folder, or if llama_ft did not write files of these
     names that are there already.
     """
-    folder = Path(os.path.expanduser(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}"))
+    folder = path_of(output or f"outputs/{kind}/{time.strftime('%Y-%m-%d_%H-%M-%S')}_{name}")
     made = [each for each in (folder, *folder.parents) if not each.exists()]  # the innermost first
     with explained(f"output={folder}: the folder cannot be created"):
         if not output:

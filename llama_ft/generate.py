@@ -1,16 +1,14 @@
 """`python -m llama_ft.generate`: generate text from one prompt, from a file of prompts, or in a dialogue."""
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import GenerateConfig
+from llama_ft.config import GenerateConfig, path_of
 from llama_ft.records.result import template_of_run
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.system import Log, no_progress
@@ -77,7 +75,7 @@ def read_asked(config: GenerateConfig, tokenizer: "Tokenizer", template: "Templa
     if config.prompts is not None:
         from llama_ft.decoding.prompt_file import answer_keys
 
-        file = Path(os.path.expanduser(config.prompts))
+        file = path_of(config.prompts)
         return read_prompts(file, answer_keys(config), tokenizer, config.model.max_seq_len, template, config.system)
     if config.interactive:
         return []

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import ReportConfig, TrackerKind, TrackerMode, UserError
+from llama_ft.config import ReportConfig, TrackerKind, TrackerMode, UserError, path_of
 from llama_ft.config.groups import ReportForm, UploadConfig
 from llama_ft.records.plan import is_plan
 from llama_ft.reporting.reports import SWEEP_FILES, records, report_plan, report_sweep
@@ -36,7 +36,7 @@ def main() -> int:
     """Report on the folders given."""
     named = [text for text in sys.argv[1:] if "=" not in text or os.path.exists(text)]
     overrides = [text for text in sys.argv[1:] if text not in named]
-    folders = [Path(os.path.expanduser(text)) for text in named]
+    folders = [path_of(text) for text in named]
     config = cli.composed_config("report", overrides, ReportConfig)
     if len(folders) not in (1, 2) or any(str(folder).startswith("-") for folder in folders):
         raise UserError("give DIR, the folder of a sweep such as outputs/table2, or two to compare; --help says more")

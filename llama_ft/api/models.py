@@ -1,6 +1,5 @@
 """Models: loading, querying and saving them."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from llama_ft import hub
 from llama_ft.config import FROM_CHECKPOINT, DecodingConfig, Dtype, GpuConfig, ModelConfig, ModelSource, UserError
 from llama_ft.config.checks import Settings, check
 from llama_ft.config.presets import config_dir, preset
+from llama_ft.config.source import path_of
 from llama_ft.data.template import choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.decoding.generate import generate
@@ -57,7 +57,7 @@ def load(
     """
     check(dtype in get_args(StorageName), "dtype", dtype, f"one of {', '.join(get_args(StorageName))}")
     model, checkpoint = hub.local("model", model), hub.local("checkpoint", checkpoint)
-    folder, is_name = Path(os.path.expanduser(model)), (config_dir() / "model" / f"{model}.yaml").is_file()
+    folder, is_name = path_of(model), (config_dir() / "model" / f"{model}.yaml").is_file()
     if folder.exists() and not is_name:
         sizes, checkpoint = ModelConfig(**cast(Settings, sizes_of(folder))), checkpoint or folder
     elif str(model) == FROM_CHECKPOINT:
@@ -121,7 +121,7 @@ def save(model: Transformer, folder: str | Path) -> None:
     Raises:
         UserError: if it cannot be written.
     """
-    place = Path(os.path.expanduser(folder))
+    place = path_of(folder)
     with explained(f"{place}: the folder cannot be created"):
         place.mkdir(parents=True, exist_ok=True)
     save_trained(model, place)
@@ -136,7 +136,7 @@ def load_adapter(model: Transformer, folder: str | Path, *, merge: bool = False)
     Raises:
         UserError: if there is no adapter, or it is damaged, or another model's.
     """
-    _load_adapter(model, Path(os.path.expanduser(hub.local("adapter", folder))), merge)
+    _load_adapter(model, path_of(hub.local("adapter", folder)), merge)
     if not merge:
         model.requires_grad_(False)
         for layer in lora_layers(model).values():

@@ -1,7 +1,6 @@
 """Training: records, memory, fine-tuning."""
 
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from llama_ft.api.models import DtypeName
-from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError
+from llama_ft.config import OnBadRecord, Optimizer, Schedule, TrainingConfig, TrainOn, UserError, path_of
 from llama_ft.config.checks import check
 from llama_ft.config.techniques import GradientAccumulationConfig
 from llama_ft.data.dataset import SAMPLE_DIR
@@ -46,7 +45,7 @@ def read_records(file: str | Path | None = None) -> list[Record]:
     Raises:
         UserError: if a record is wrong; it names the record.
     """
-    return _read_records(Path(os.path.expanduser(file)) if file else SAMPLE_DIR / "train.jsonl", OnBadRecord.error)[0]
+    return _read_records(path_of(file) if file else SAMPLE_DIR / "train.jsonl", OnBadRecord.error)[0]
 
 
 def encode(

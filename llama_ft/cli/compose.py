@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import os
 import re
 import shlex
 import sys
@@ -28,6 +27,7 @@ from llama_ft.cli.explain import TEXTS, no_such_key, not_allowed, setting_of
 from llama_ft.cli.texts import as_typed, parsed
 from llama_ft.config import FROM_CHECKPOINT, SCHEMAS, ModelConfig, PlanConfig, TrainConfig, UserError, config_dir
 from llama_ft.config.groups import ColumnsConfig
+from llama_ft.config.source import path_of
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import HF_CONFIG, new_folder
 
@@ -195,7 +195,7 @@ def _with_sizes(sized: DictConfig, given: set[str]) -> DictConfig:
     if is_asked and not has_folder:
         sources = "checkpoint=DIR, FILE.gguf or hub:ORG/NAME"
         raise UserError(f"model={FROM_CHECKPOINT} takes its sizes from a checkpoint: give {sources}")
-    folder = Path(os.path.expanduser(weights or ""))
+    folder = path_of(weights or "")
     is_open = "model" not in given and sized.model.name == DEFAULT_MODEL and has_folder and folder.exists()
     if not (is_asked or is_open):
         return sized

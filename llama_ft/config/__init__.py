@@ -14,7 +14,7 @@ from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelC
 from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
-from llama_ft.config.source import ModelSource, TrainedSource, found_tokenizer, is_gguf
+from llama_ft.config.source import ModelSource, TrainedSource, found_tokenizer, is_gguf, path_of
 from llama_ft.config.techniques import (
     COURSE,
     LABELS,

@@ -1,9 +1,10 @@
 """Hashes of the files that a config names: by content, not by path."""
 
 import hashlib
-import os
 import re
 from pathlib import Path
+
+from llama_ft.config.source import path_of
 
 WHOLE_BYTES = 64 * 2**20  # files up to this size are read whole
 CHECKPOINT_FILES = re.compile(
@@ -17,7 +18,7 @@ def content_hash(name: str, *, data: bool = False) -> str:
     """Hash a file, or a folder's checkpoint (with `data` all its files); return the name itself if neither exists."""
     digest = hashlib.sha256()
     try:
-        path = Path(os.path.expanduser(name))
+        path = path_of(name)
         if path.is_file():
             _add(digest, path)
         elif path.is_dir():

@@ -14,6 +14,11 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # in this order: LLaMA-
 GGUF_MAGIC = b"GGUF"
 
 
+def path_of(name: str | Path) -> Path:
+    """The path of a file or folder as the user names it: `~` is the home folder."""
+    return Path(os.path.expanduser(name))
+
+
 def is_gguf(path: Path) -> bool:
     """Return True if a checkpoint is a GGUF file, by its name or its first bytes, not a folder."""
     if path.suffix == ".gguf" or not path.is_file():
@@ -29,7 +34,7 @@ def found_tokenizer(model: ModelConfig, checkpoint: str | None) -> str | None:
     """Find the tokenizer in a checkpoint (GGUF file or folder); None if it has none, or if the model has its own."""
     if model.is_builtin or checkpoint in (None, "builtin", "random"):
         return None
-    place = Path(os.path.expanduser(str(checkpoint)))
+    place = path_of(str(checkpoint))
     files = [place] if is_gguf(place) else [place / name for name in TOKENIZER_FILES]
     return next((str(file) for file in files if file.is_file()), None)
 
@@ -58,7 +63,7 @@ class ModelSource:
     @property
     def tokenizer_file(self) -> Path:
         """The tokenizer to load: the one given, else the model's own."""
-        return Path(os.path.expanduser(self.tokenizer or self.model.builtin_dir / "tokenizer.model"))
+        return path_of(self.tokenizer or self.model.builtin_dir / "tokenizer.model")
 
     def to_dict(self) -> Settings:
         """Convert to plain JSON types, enums by name."""

@@ -1,7 +1,6 @@
 """Instruction records and the tokenized samples made from them."""
 
 import json
-import os
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 
-from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError
+from llama_ft.config import DataConfig, OnBadRecord, TrainConfig, UserError, path_of
 from llama_ft.config.checks import OnLong
 from llama_ft.data.chat_template import ChatTemplate
 from llama_ft.data.download import fetch
@@ -126,7 +125,7 @@ def records_file(config: DataConfig, log: Log = silent) -> Path:
     if config.path:
         if is_hub_name(config.path):
             log(f"data: downloading {config.path}, unless datasets has it in its cache")
-        return Path(os.path.expanduser(config.path))
+        return path_of(config.path)
     if config.url:
         return fetch(config.url, config.git_blob_id, config.cache_dir, log)
     return SAMPLE_DIR / "train.jsonl"

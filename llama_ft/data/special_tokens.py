@@ -3,12 +3,11 @@
 Models name several end tokens, in several files.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_ft.config import is_gguf
+from llama_ft.config import is_gguf, path_of
 from llama_ft.data.gguf_tokenizer import tokenizer_settings
 from llama_ft.files import CHAT_TEMPLATE, HF_CONFIG, Json, read_json, text_of
 
@@ -45,7 +44,7 @@ def named_tokens(tokenizer: Path, checkpoint: str | None) -> SpecialTokens:
     added = settings.get("added_tokens_decoder")
     tokens = added.items() if isinstance(added, dict) else ()
     elsewhere = checkpoint if checkpoint not in (None, "builtin", "random") else home
-    places = list(dict.fromkeys((Path(os.path.expanduser(str(elsewhere))), home)))  # the checkpoint comes first
+    places = list(dict.fromkeys((path_of(str(elsewhere)), home)))  # the checkpoint comes first
     files = [(place, name) for name in (HF_CONFIG, GENERATION_CONFIG) for place in places]
     said = [(name, _ids(_content(place, name).get("eos_token_id"))) for place, name in files]
     return SpecialTokens(

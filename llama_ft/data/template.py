@@ -1,9 +1,6 @@
 """Templates turn a record into the text that a model reads, and choose the tokens to train on."""
 
-import os
-from pathlib import Path
-
-from llama_ft.config import TrainOn, UserError
+from llama_ft.config import TrainOn, UserError, path_of
 from llama_ft.data.chat_template import ChatTemplate, Rendered
 from llama_ft.data.prompt import prompt_text
 from llama_ft.data.records import Record, Sample
@@ -65,7 +62,7 @@ def choose_template(choice: str, tokenizer: Tokenizer, trained: str | None = Non
     if choice in (ALPACA, PLAIN):
         return TextTemplate(choice)
     if choice != CHAT:
-        file = Path(os.path.expanduser(choice))
+        file = path_of(choice)
         if not file.is_file():
             allowed = ", ".join((AUTO, ALPACA, CHAT, PLAIN))
             raise UserError(f"template {choice}: there is no such file; give a file or one of {allowed}")

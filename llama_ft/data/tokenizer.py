@@ -6,7 +6,6 @@ A GGUF file holds either kind.
 """
 
 import math
-import os
 import re
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import sentencepiece
 
-from llama_ft.config import ModelConfig, ModelSource, UserError
+from llama_ft.config import ModelConfig, ModelSource, UserError, path_of
 from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import TOKENIZER_CONFIG, Offsets, SpecialTokens, home_of, named_tokens
 from llama_ft.data.tiktoken_file import Tiktoken, missing_package
@@ -92,7 +91,7 @@ def check_vocabulary(tokenizer: Tokenizer, file: Path, model: ModelConfig, check
     It may have somewhat fewer pieces than the model has rows, since some models are padded to a round number, and any
     number fewer if it is next to the checkpoint. It may have special tokens beyond the rows, such as an added [PAD].
     """
-    is_near = checkpoint is not None and home_of(file).absolute() == Path(os.path.expanduser(checkpoint)).absolute()
+    is_near = checkpoint is not None and home_of(file).absolute() == path_of(checkpoint).absolute()
     padding = math.inf if is_near else MAX_PADDING if model.vocab_size % ROUND == 0 else 0
     if not tokenizer.n_used <= model.vocab_size <= tokenizer.vocab_size + padding:
         sizes = f"{tokenizer.vocab_size} pieces, but model={model.name} has a vocabulary of {model.vocab_size}"

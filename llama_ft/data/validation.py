@@ -1,12 +1,10 @@
 """Held-out records, used to evaluate a run and never trained on."""
 
-import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from llama_ft.config import DataConfig, UserError
+from llama_ft.config import DataConfig, UserError, path_of
 from llama_ft.data.records import Sample
 from llama_ft.system import Log
 
@@ -59,7 +57,7 @@ def held_out_source(config: DataConfig, given: str) -> DataConfig:
     """The data that `data.validation` names: a split of data.path, or another file, folder or data set."""
     if given.startswith(SPLIT):
         return replace(config, split=given.removeprefix(SPLIT), first=None)
-    is_file = Path(os.path.expanduser(given)).is_file()
+    is_file = path_of(given).is_file()
     return replace(config, path=given, subset=None if is_file else config.subset, split=None, first=None)
 
 

@@ -1,13 +1,11 @@
 """Loads a model, and the adapter trained on it, for generation or evaluation."""
 
 import gc
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
-from llama_ft.config import Dtype, GenerateConfig, GpuConfig, TrainedSource, UserError
+from llama_ft.config import Dtype, GenerateConfig, GpuConfig, TrainedSource, UserError, path_of
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.decoding.generate import GenerateFn, generate
 from llama_ft.device import about_device, choose_device, compute_dtype, out_of_memory_explained, use_device
@@ -29,11 +27,11 @@ def check_sources(source: TrainedSource) -> None:
     for key, weights in (("checkpoint", source.checkpoint), ("base", source.base)):
         if weights not in (None, "builtin", "random"):
             try:
-                open_checkpoint(Path(os.path.expanduser(str(weights))), build(source.model))
+                open_checkpoint(path_of(str(weights)), build(source.model))
             except UserError as error:
                 raise UserError(str(error).replace("checkpoint=", f"{key}=", 1)) from error
     if source.adapter is not None:
-        check_base_of(read_adapter(Path(os.path.expanduser(source.adapter)), source.model), str(source.checkpoint))
+        check_base_of(read_adapter(path_of(source.adapter), source.model), str(source.checkpoint))
 
 
 def storage_of(dtype: Dtype, device: torch.device, gpu: GpuConfig) -> Storage:
@@ -48,7 +46,7 @@ def load_trained(source: TrainedSource, device: torch.device, storage: Storage, 
     model = load_model(source.model, str(source.checkpoint), device, storage, log=log).eval()
     if source.adapter is not None:
         merge = source.merge and not isinstance(storage, FourBit)  # merging would make them 16 bit
-        load_adapter(model, Path(os.path.expanduser(source.adapter)), merge)
+        load_adapter(model, path_of(source.adapter), merge)
     return model
 
 
@@ -88,7 +86,7 @@ class Models:
     def use(self, adapters: Adapters, folder: str | None) -> None:
         """Use the adapter in a folder, loading it if it is new; None uses no adapter."""
         if folder is not None and folder not in adapters:
-            path = Path(os.path.expanduser(folder))
+            path = path_of(folder)
             check_base_of(read_adapter(path, self._config.model), str(self._config.checkpoint))
             adapters.add(folder, path)
         adapters.use(folder)

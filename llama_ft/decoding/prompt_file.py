@@ -5,14 +5,12 @@ One model answers, or two are compared, of which only one is in memory at a time
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from pathlib import Path
 
-from llama_ft.config import GenerateConfig, UserError
+from llama_ft.config import GenerateConfig, UserError, path_of
 from llama_ft.config.content import content_hash
 from llama_ft.decoding.generate import LoadFn
 from llama_ft.decoding.prompts import Prompt
@@ -52,7 +50,7 @@ def lines_of_file(name: str, made_with: str, prompts: Sequence[Prompt], n_answer
     A UserError if it cannot be written, another process writes into it, or its lines have other prompts or settings,
     by the hash that they are `made_with`.
     """
-    file = Path(os.path.expanduser(name))
+    file = path_of(name)
     if file.exists() and not file.is_file():
         raise UserError(f"output={file}: it must be a file")
     cannot = f"output={file} cannot be written"

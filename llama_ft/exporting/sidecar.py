@@ -1,11 +1,10 @@
 """The files next to the weights in a checkpoint folder: the tokenizer and, for transformers, settings."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
-from llama_ft.config import ConvertConfig, Format, ModelConfig, ModelSource, UserError
+from llama_ft.config import ConvertConfig, Format, ModelConfig, ModelSource, UserError, path_of
 from llama_ft.config.source import TOKENIZER_FILES, found_tokenizer, is_gguf
 from llama_ft.data.gguf_tokenizer import read_tokenizer
 from llama_ft.data.special_tokens import GENERATION_CONFIG, TOKENIZER_CONFIG, default_template, home_of
@@ -33,7 +32,7 @@ class SidecarFiles:
     def __init__(self, config: ConvertConfig, log: Log) -> None:
         """Read the files; a UserError if a given tokenizer is not the model's, or a file cannot be read."""
         self._config, self._log = config, log
-        self._source = Path(os.path.expanduser(str(config.checkpoint)))
+        self._source = path_of(str(config.checkpoint))
         self._settings = read_json(file, HOLDS_SIZES) if (file := self._source / HF_CONFIG).is_file() else None
         trained = template_of_run(config.adapter)
         # If an adapter was trained in the user's own template, the exported model must use it too.
@@ -61,7 +60,7 @@ class SidecarFiles:
         if name is None:
             return None
         try:
-            tokenizer = Tokenizer(Path(os.path.expanduser(name)), config.checkpoint)
+            tokenizer = Tokenizer(path_of(name), config.checkpoint)
             check_vocabulary(tokenizer, tokenizer.file, config.model, config.checkpoint)
             if self._own_template is not None:
                 tokenizer.named = replace(tokenizer.named, chat_template=self._own_template)

@@ -1,14 +1,12 @@
 """The source of an export: a checkpoint's weights, with an adapter, if any, merged into them."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama_ft.config import ConvertConfig, Dtype, Format, ModelConfig, UserError
+from llama_ft.config import ConvertConfig, Dtype, Format, ModelConfig, UserError, path_of
 from llama_ft.device import DTYPES
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
 from llama_ft.model.stored import Weight
@@ -33,11 +31,11 @@ class Source:
 def open_source(config: ConvertConfig) -> Source:
     """Open weights and adapter; a UserError if they are damaged, not this model's, or do not belong together."""
     builtin = config.checkpoint == "builtin"
-    folder = config.model.builtin_dir if builtin else Path(os.path.expanduser(str(config.checkpoint)))
+    folder = config.model.builtin_dir if builtin else path_of(str(config.checkpoint))
     checkpoint = open_checkpoint(folder, build(config.model))
     sizes, own, changed = config.model, checkpoint.weights, dict[str, Weight]()
     if config.adapter is not None:
-        adapter = read_adapter(Path(os.path.expanduser(config.adapter)), config.model)
+        adapter = read_adapter(path_of(config.adapter), config.model)
         check_base_of(adapter, str(config.checkpoint))
         if sizes.tie_word_embeddings and OUTPUT in adapter.weights:  # it gets its own weight
             sizes, own = replace(sizes, tie_word_embeddings=False), own | {OUTPUT: own[EMBEDDING]}

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import TrainConfig, UserError, path_of
 from llama_ft.config.checks import flat
 from llama_ft.config.groups import HELD_OUT_FILE
 from llama_ft.config.train import read_config
@@ -26,7 +26,7 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
         drawn = key == "data.validation" and (config.data.drawn_validation or str(settings[key]).startswith(SPLIT))
         if not drawn and (value := settings[key]) not in (None, "builtin", "random"):
-            path = Path(os.path.expanduser(str(value))).resolve()
+            path = path_of(str(value)).resolve()
             if path.is_relative_to(run_dir.resolve()):
                 raise UserError(f"{key}={value} is in the run's own folder, {run_dir}: {ELSEWHERE}")
 

@@ -1,7 +1,6 @@
 """Making, loading and saving a model's weights."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import ModelConfig, UserError, path_of
 from llama_ft.files import explained, whole_file
 from llama_ft.kernels import use_products_of
 from llama_ft.model.checkpoint import Checkpoint, open_checkpoint
@@ -63,7 +62,7 @@ def open_weights(checkpoint: str, config: ModelConfig, seed: int = 0) -> Checkpo
     if checkpoint == "random":
         return RandomWeights({name: parameter.shape for name, parameter in model.named_parameters()}, seed)
     if checkpoint != "builtin":
-        return open_checkpoint(Path(os.path.expanduser(checkpoint)), model)
+        return open_checkpoint(path_of(checkpoint), model)
     try:
         return open_checkpoint(config.builtin_dir, model)
     except UserError as error:

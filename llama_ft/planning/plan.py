@@ -1,13 +1,11 @@
 """Makes a plan: rows for combinations and cards, and the settings behind them."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig
+from llama_ft.config import TECHNIQUES, Combinations, GpuConfig, OptimConfig, PlanConfig, path_of
 from llama_ft.config.plan import row_settings
 from llama_ft.config.techniques import combinations
 from llama_ft.device import versions
@@ -37,7 +35,7 @@ def make_plan(
     A UserError if the runs can begin nowhere.
     """
     config, settings, own = runs[0], runs[0].to_dict(), row_settings(runs)
-    measured = measured_runs(Path(os.path.expanduser(config.calibrate)), gpus) if config.calibrate else None
+    measured = measured_runs(path_of(config.calibrate), gpus) if config.calibrate else None
     config, *runs = (_cut(run, len(lengths)) for run in (config, *rows_for(runs)))
     all_rows = predict(_compared(config) if config.goal else runs, gpus, lengths, progress, held_out)
     rows = [row for row in all_rows if OptimConfig(**row.optim) in [run.optim for run in runs]]

@@ -1,13 +1,12 @@
 """`result.json`: the result of a run, however it ends."""
 
-import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llama_ft.config import DataConfig, TrainConfig, UserError
+from llama_ft.config import DataConfig, TrainConfig, UserError, path_of
 from llama_ft.config.checks import Settings
 from llama_ft.config.techniques import combination_name
 from llama_ft.files import CHAT_TEMPLATE
@@ -183,7 +182,7 @@ def results_below(folder: Path) -> dict[Path, Result]:
 
 def template_of_run(folder: str | None) -> str | None:
     """The template that the run in a folder trained with: a name, or its file there; None if unknown."""
-    path, result = Path(os.path.expanduser(folder or "")), None
+    path, result = path_of(folder or ""), None
     with suppress(UserError):  # written by another version, or by another program
         result = read_result(path) if folder else None
     if result is None or result.template in BUILTIN_TEMPLATES:

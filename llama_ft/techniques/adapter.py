@@ -1,13 +1,12 @@
 """Trained LoRA adapters, merged into a model's weights or computed next to them, one of several at a time."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from llama_ft.config import ModelConfig, UserError
+from llama_ft.config import ModelConfig, UserError, path_of
 from llama_ft.model.sharded import write_rows
 from llama_ft.model.stored import Weight, are_equal, in_memory
 from llama_ft.model.transformer import Transformer
@@ -32,7 +31,7 @@ def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> di
 
     A UserError if it is not this model's, or if no single set of settings describes all of its layers.
     """
-    adapter = read_adapter(Path(os.path.expanduser(folder)), model)
+    adapter = read_adapter(path_of(folder), model)
     check_base_of(adapter, checkpoint or "builtin")
     (kind, *others) = {(factors.rank, factors.alpha, factors.rslora) for factors in adapter.factors.values()}
     linears = [name for name, layer in build(model).named_modules() if isinstance(layer, nn.Linear)]
@@ -48,7 +47,7 @@ def lora_settings(folder: str, model: ModelConfig, checkpoint: str | None) -> di
 
 def begin_with(model: Transformer, folder: str) -> None:
     """Put an adapter's factors into the model's LoRA layers, to train it further; a UserError if it does not fit."""
-    adapter = read_adapter(Path(os.path.expanduser(folder)), model.config)
+    adapter = read_adapter(path_of(folder), model.config)
     check_copies(adapter, {name: in_memory(model.get_parameter(name)) for name in adapter.copies})
     copy_factors(adapter, lora_layers(model))
 
