@@ -3,7 +3,6 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +13,7 @@ from llama_ft import cli
 from llama_ft.config import ConvertConfig, Format, UserError
 from llama_ft.files import explained, whole_file, whole_folder
 from llama_ft.reporting.progress import progress_bar
-from llama_ft.system import MIB, Log
+from llama_ft.system import MIB, Advance, Log
 
 if TYPE_CHECKING:
     from llama_ft.exporting.sidecar import SidecarFiles
@@ -92,9 +91,7 @@ def check_room(n_bytes: int, config: ConvertConfig, output: Path) -> None:
         raise UserError(f"output={config.output}: {room}")
 
 
-def write(
-    source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, folder: Path, advance: Callable[[int], None]
-) -> None:
+def write(source: "Source", sidecar: "SidecarFiles", config: ConvertConfig, folder: Path, advance: Advance) -> None:
     """Write the weights and the files next to them; a UserError if a weight is out of the range of `dtype`."""
     from llama_ft.model.export import write_hf, write_meta
 

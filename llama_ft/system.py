@@ -9,8 +9,8 @@ from pathlib import Path
 
 MIB = 2**20
 Log = Callable[[str], None]  # is given messages, line by line
-# Shows a title and the progress towards a total: the yielded function is called with each increment.
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+Advance = Callable[[int], None]  # is called with each increment towards a total
+Progress = Callable[[str, int], AbstractContextManager[Advance]]  # shows a title and the progress towards a total
 
 # Messages of PyTorch on the CPU, of CUDA, its driver and libraries, of uncaught C++ exceptions, and of the loader of
 # shared libraries. The NVML assertion replaces CUDA's own error where NVML does not know the card: on a slice of one
@@ -28,7 +28,7 @@ def silent(line: str) -> None:
 
 
 @contextmanager
-def no_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def no_progress(title: str, total: int) -> Iterator[Advance]:
     """A `Progress` that shows nothing."""
     yield lambda more: None
 

@@ -18,10 +18,9 @@ from llama_ft.evaluation.records import EvaluationSet, accuracy
 from llama_ft.model.transformer import Transformer
 from llama_ft.records.answers import Answer
 from llama_ft.records.evaluation import EvaluatedModel, ExactMatch, Role, TextPerplexity
-from llama_ft.system import Log, Progress
+from llama_ft.system import Advance, Log, Progress
 from llama_ft.techniques.mixed_precision import Precision
 
-Advance = Callable[[int], None]  # called with the number just done
 Measured = tuple[EvaluatedModel, list[Answer]]  # no answers if none were requested
 
 

@@ -23,8 +23,8 @@ from llama_ft.model.gguf import (
     rope_divisors,
 )
 from llama_ft.model.stored import in_memory, permuted
-from llama_ft.model.writing import Advance, as_bytes
-from llama_ft.system import Log
+from llama_ft.model.writing import as_bytes
+from llama_ft.system import Advance, Log
 
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _FILE_TYPES = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}

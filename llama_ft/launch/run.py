@@ -1,7 +1,6 @@
 """One measured run: set-up, dry run, timed training, and the files it leaves."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from llama_ft.model.four_bit import count_parameters
 from llama_ft.parallel.ranks import Ranks, joined
 from llama_ft.records.metrics import METRICS_FILE, MetricsFile, steps_of
 from llama_ft.records.result import MemoryItem, RankUse, Result
-from llama_ft.system import MIB
+from llama_ft.system import MIB, Log
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.compilation import compile_layers
 from llama_ft.training.held_out import best_of
@@ -46,7 +45,7 @@ class MeasuredRun:
     dataset: Dataset
     run_dir: Path
     result: Result
-    log: Callable[[str], None]
+    log: Log
     interrupts: Interrupts
     stage: str = "choosing the device"
 

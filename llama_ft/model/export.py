@@ -14,7 +14,8 @@ from llama_ft.model.formats import hf_name, is_rotated
 from llama_ft.model.sizes import meta_params
 from llama_ft.model.stored import Weight, permuted
 from llama_ft.model.transformer import EMBEDDING, OUTPUT
-from llama_ft.model.writing import Advance, PthFile, as_bytes, write_safetensors
+from llama_ft.model.writing import PthFile, as_bytes, write_safetensors
+from llama_ft.system import Advance
 
 Weights = Mapping[str, Weight]  # by our names, in our layout
 HF_SHARD_BYTES = 5 * 10**9  # as in transformers 4

@@ -9,7 +9,7 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from llama_ft.model.mapped import MOMENTS_DTYPES, PTH_STORAGES, SAFETENSORS_DTYPES
 from llama_ft.model.stored import Weight
+from llama_ft.system import Advance
 
 W = TypeVar("W", Weight, Tensor)
-Advance = Callable[[int], None]  # called with the number of bytes just written
 PTH_ALIGNMENT = 64  # of a tensor's data, in bytes, as in torch.save
 
 

@@ -1,7 +1,7 @@
 """Progress on the terminal, of a run or another long task."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from llama_ft.records.metrics import EvalMetrics, Metrics
 from llama_ft.records.result import Result
 from llama_ft.reporting.table import amount
+from llama_ft.system import Advance
 
 PLAIN_SECONDS = 10  # between the lines that replace the bar without a terminal
 
@@ -68,7 +69,7 @@ def ending(result: Result) -> str:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, total: int, unit: int = 1) -> Iterator[Callable[[int], None]]:
+def progress_bar(console: Console, title: str, total: int, unit: int = 1) -> Iterator[Advance]:
     """Show a bar of whole units during the block; the yielded function is called with each increment to `total`."""
     done, n_units = 0, round(total / unit)
     with Bar(console) as bar:
