@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llama_ft.config import OptimConfig, TrainConfig
+from llama_ft.config import OptimConfig, TrainConfig, TrainingConfig
 from llama_ft.data.collate import Batch, Padding, collate, end_to_end, rows_of
 from llama_ft.data.records import Sample
 from llama_ft.measure.worst_case import (
@@ -258,7 +258,8 @@ def test_no_order_of_the_data_needs_more_than_the_dry_run_says(optim: OptimConfi
     config, samples = small_config(), ragged_samples()
     config.ga.steps, config.training.packing = 2, 60
     step, rng, peaks = make_step(config, optim), random.Random(0), []
-    data = Windows.over(samples, step, 4 // config.accumulation_steps, config.accumulation_steps, 0, 60)
+    training = TrainingConfig(micro_batch_size=4 // config.accumulation_steps, packing=60)
+    data = Windows.over(samples, step, training, config.accumulation_steps)
     use = measure_worst_case(step, data)
     for _ in range(12):
         rng.shuffle(samples)

@@ -53,7 +53,7 @@ def test_every_combination_overfits_one_batch(small_config, optim) -> None:
 
 def run_steps(config: TrainConfig, optim: OptimConfig, dry_run: bool) -> tuple[list[float], dict]:
     step = make_step(config, optim)
-    epoch = list(Windows.over(load_data(config).samples, step, 1, config.accumulation_steps).epoch(0))
+    epoch = list(Windows.over(load_data(config).samples, step, TrainingConfig(), config.accumulation_steps).epoch(0))
     if dry_run:
         step.dry_run(epoch[-1])
         step.dry_run(epoch[-1])
@@ -234,7 +234,7 @@ def run_loop(small_config: TrainConfig, epochs: int = 2, made: TrainStep | None 
     """Train on six samples, two in a window: three steps an epoch. Nothing is written."""
     small_config.data.first = 6
     step = made or make_step(small_config, OptimConfig())
-    data = Windows.over(load_data(small_config).samples, step, 1, 2)
+    data = Windows.over(load_data(small_config).samples, step, TrainingConfig(), 2)
     assert data.steps_per_epoch == 3
     schedule = make_schedule(step.optimizer, 3 * epochs, TrainingConfig(warmup_ratio=0.0))
     meter = StepMeter(3 * epochs, step.device, step.scaler.is_enabled())
@@ -315,7 +315,7 @@ def test_a_gradient_that_is_not_finite_stops_a_run_without_loss_scaling(small_co
 def test_windows_are_counted_by_arithmetic_and_can_begin_anywhere(small_config) -> None:
     step, samples = make_step(small_config, OptimConfig()), ragged_samples()
     for size, accumulation in itertools.product((1, 3, 8, 20), (1, 2, 5)):
-        data = Windows.over(samples, step, size, accumulation, seed=3)
+        data = Windows.over(samples, step, TrainingConfig(micro_batch_size=size, seed=3), accumulation)
         whole = list(data.epoch(1))
         assert len(whole) == data.steps_per_epoch
         assert sum(batch.n_tokens for window in whole for batch in window) == sum(map(len, samples))

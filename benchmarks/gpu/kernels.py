@@ -143,7 +143,7 @@ def tracker(setting: Setting) -> Outcome:
             optim=optim,
         )
         step = set_up(config, Precision.of(config, device.type, has_bf16(device, AUTO)), device)
-        data = Windows.over([Sample.after([1] * n, 2) for n in (200, 120, 60)], step, 1, 1)
+        data = Windows.over([Sample.after([1] * n, 2) for n in (200, 120, 60)], step, config.training)
         hardest = hardest_windows(data)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)  # of the combination before it

@@ -71,7 +71,7 @@ def measured(args: Namespace) -> dict[str, Any]:
     samples = [
         Sample.after(tokens[0].tolist(), tokens.numel() - workload.n_targets(labels)) for tokens, labels in pairs
     ]
-    data = Windows.over(samples, step, 1, row.window, packing=PACKING if row.has("packed") else None)
+    data = Windows.over(samples, step, TrainingConfig(packing=PACKING if row.has("packed") else None), row.window)
     for sample in samples[-workload.N_WARM_UP :]:
         step.dry_run([data.lay_out([sample])])
     meter.start()

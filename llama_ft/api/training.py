@@ -205,5 +205,4 @@ def _step_and_windows(
     config.check_on(compute.device_type, accumulation_steps, precision == "fp16")
     optimizer, in_backward = make_optimizer(model.parameters(), config), config.optimizer_in_backward
     step = TrainStep(model, optimizer, compute, config.max_grad_norm, in_backward)
-    size, packing = config.micro_batch_size, config.packing
-    return step, Windows.over(samples, step, size, accumulation_steps, config.seed, packing)
+    return step, Windows.over(samples, step, config, accumulation_steps)

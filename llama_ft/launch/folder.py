@@ -25,10 +25,9 @@ def check_inputs(run_dir: Path, config: TrainConfig) -> None:
     settings = flat(config.to_dict())
     for key in ("checkpoint", "adapter", "tokenizer", "data.path", "data.validation"):
         drawn = key == "data.validation" and (config.data.drawn_validation or str(settings[key]).startswith(SPLIT))
-        if not drawn and (value := settings[key]) not in (None, "builtin", "random"):
-            path = path_of(str(value)).resolve()
-            if path.is_relative_to(run_dir.resolve()):
-                raise UserError(f"{key}={value} is in the run's own folder, {run_dir}: {ELSEWHERE}")
+        is_place = not drawn and settings[key] not in (None, "builtin", "random")
+        if is_place and path_of(str(settings[key])).resolve().is_relative_to(run_dir.resolve()):
+            raise UserError(f"{key}={settings[key]} is in the run's own folder, {run_dir}: {ELSEWHERE}")
 
 
 def clear(run_dir: Path, config: TrainConfig) -> None:

@@ -84,10 +84,8 @@ class MeasuredRun:
         self.result.total_params, self.result.trainable_params = total, trainable
         self.result.trainable_percent = percent = 100 * trainable / total
         self.log(f"model: {config.model.name}, {trainable:,} of {total:,} parameters trainable ({percent:.3f} %)")
-        samples, training = self.dataset.samples, config.training
-        size, steps = training.micro_batch_size, config.accumulation_steps
-        held_out = self.dataset.held_out
-        self._train(step, Windows.over(samples, step, size, steps, training.seed, training.packing, held_out))
+        data, steps = self.dataset, config.accumulation_steps
+        self._train(step, Windows.over(data.samples, step, config.training, steps, data.held_out))
         self.stage = "saving"
         if config.training.save:
             save_trained(step.model, self.run_dir, config.checkpoint, ranks)

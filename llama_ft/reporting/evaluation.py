@@ -27,8 +27,7 @@ def evaluation_table(result: Evaluation) -> Table:
     if majority is not None:
         columns = [majority, *(model.exact_match for model in models if model.exact_match is not None)]
         rows += [("Exact match", empty), _accuracy("all", columns)]
-        for task in majority.tasks:
-            rows.append(_accuracy(task, [column.tasks[task] for column in columns]))
+        rows += [_accuracy(task, [column.tasks[task] for column in columns]) for task in majority.tasks]
     which = "held-out records of" if result.data.is_held_out else "records of"
     title = f"{result.model}, {result.data.records} {which} {result.data.name}"
     return Table(title, [("", heading)], rows, _notes(result))

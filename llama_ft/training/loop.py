@@ -7,6 +7,7 @@ from itertools import islice
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
+from llama_ft.config import TrainingConfig
 from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, end_to_end, epoch_groups, no_samples, rows_of
 from llama_ft.data.records import Sample
 from llama_ft.parallel.ranks import ALONE, Ranks
@@ -34,16 +35,14 @@ class Windows:
         cls,
         samples: Sequence[Sample],
         step: TrainStep,
-        micro_batch_size: int,
-        accumulation_steps: int,
-        seed: int = 0,
-        packing: int | None = None,
+        config: TrainingConfig,
+        accumulation_steps: int = 1,
         held_out: Sequence[Sample] = (),
     ) -> "Windows":
         """The windows for a training step, padded and pinned for its precision and device."""
-        padding = Padding(step.precision.pad_multiple, step.model.config.max_seq_len)
-        pin = step.device.type == "cuda"
-        return cls(samples, micro_batch_size, accumulation_steps, seed, padding, packing, pin, held_out, step.ranks)
+        padding, pin = Padding(step.precision.pad_multiple, step.model.config.max_seq_len), step.device.type == "cuda"
+        size, seed, packing = config.micro_batch_size, config.seed, config.packing
+        return cls(samples, size, accumulation_steps, seed, padding, packing, pin, held_out, step.ranks)
 
     def epoch(self, number: int, first: int = 0) -> Iterator[Window]:
         """This process's windows of an epoch, counted from 0, from `first` on; collated on demand."""

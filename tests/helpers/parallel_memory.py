@@ -78,8 +78,8 @@ def real_step(case: Case) -> tuple[TrainStep, Windows]:
     ranks = Ranks(config.parallel.strategy, torch.distributed.get_rank(), N)
     step = set_up(config, Precision.of(config, "cpu", True), CPU, ranks=ranks)
     step.model.train()
-    size, steps = case.micro_batch_size, config.accumulation_steps
-    return step, Windows.over(samples(), step, size, steps, packing=case.packing)
+    training = TrainingConfig(micro_batch_size=case.micro_batch_size, packing=case.packing)
+    return step, Windows.over(samples(), step, training, config.accumulation_steps)
 
 
 def held_at_update(case: Case) -> dict[str, tuple[int, int]]:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,8 @@ def outcome(case: Case) -> dict[str, Any]:
         precision = Precision("cpu", trainable=torch.float64, frozen=Storage(torch.float64))
     step = set_up(config, precision, torch.device("cpu"), ranks=ranks)
     samples = ragged()
-    size, packing = config.training.micro_batch_size, config.training.packing
-    data = Windows.over(samples, step, size, config.accumulation_steps, 0, packing)
-    held_out = Windows.over(samples, step, 3, 1, packing=packing, held_out=samples[:7])
+    data = Windows.over(samples, step, config.training, config.accumulation_steps)
+    held_out = Windows.over(samples, step, replace(config.training, micro_batch_size=3), held_out=samples[:7])
     for layer in lora_layers(step.model).values():  # of zeros nothing would reach lora_A
         write_rows(layer.lora_B.detach(), 0, torch.randn(layer.lora_B.shape) / 10)
     held = sum(own(parameter).nbytes for parameter in step.model.parameters())
