@@ -13,8 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llama_ft.config import UserError
-from llama_ft.config.source import TOKENIZER_FILES
+from llama_ft.config import TOKENIZER_FILES, UserError
 from llama_ft.files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,

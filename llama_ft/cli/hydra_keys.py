@@ -8,9 +8,8 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import SEED, TrainConfig, UserError
 from llama_ft.config.checks import check
-from llama_ft.config.training import SEED
 from llama_ft.system import may_have_gpu
 from llama_ft.training.position import checkpoints
 

@@ -14,8 +14,7 @@ from llama_ft import cli
 from llama_ft.cli.compose import swept_keys
 from llama_ft.cli.hydra_keys import check_directions, check_gpus_of_jobs, check_name
 from llama_ft.cli.texts import parsed
-from llama_ft.config import DeviceChoice, UserError
-from llama_ft.config.training import SEED, Order
+from llama_ft.config import SEED, DeviceChoice, Order, UserError
 from llama_ft.files import check_replaceable, locked
 from llama_ft.reporting.reports import SWEEP_FILES, SWEEP_MARK
 

@@ -14,7 +14,7 @@ from llama_ft.config.model import FEATURES, FROM_CHECKPOINT, PACKAGE_DIR, ModelC
 from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
-from llama_ft.config.source import ModelSource, TrainedSource, found_tokenizer, is_gguf, path_of
+from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer, is_gguf, path_of
 from llama_ft.config.techniques import (
     COURSE,
     LABELS,
@@ -26,8 +26,8 @@ from llama_ft.config.techniques import (
     OptimConfig,
     Technique,
 )
-from llama_ft.config.train import TrainConfig
-from llama_ft.config.training import Optimizer, Order, Schedule, SweepConfig, TrainingConfig
+from llama_ft.config.train import TrainConfig, read_config
+from llama_ft.config.training import SEED, Optimizer, Order, Schedule, SweepConfig, TrainingConfig
 
 SCHEMAS = {  # of the commands
     "data": DataCommandConfig,

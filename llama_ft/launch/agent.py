@@ -25,8 +25,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
-from llama_ft.config import TrainConfig
-from llama_ft.config.train import read_config
+from llama_ft.config import TrainConfig, read_config
 from llama_ft.launch import END_NOW
 from llama_ft.launch.cards import take_cards
 from llama_ft.launch.child import failure, seconds_to_stop, stop_with_parent

@@ -21,10 +21,9 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from llama_ft.config import TrainConfig, UserError
+from llama_ft.config import TrainConfig, UserError, read_config
 from llama_ft.config.checks import Diverged
 from llama_ft.config.groups import HELD_OUT_FILE
-from llama_ft.config.train import read_config
 from llama_ft.data.dataset import Dataset, drawn_lines, load_data
 from llama_ft.files import write_text
 from llama_ft.launch import CHECK_FIT

@@ -3,10 +3,9 @@
 import os
 from pathlib import Path
 
-from llama_ft.config import TrainConfig, UserError, path_of
+from llama_ft.config import TrainConfig, UserError, path_of, read_config
 from llama_ft.config.checks import flat
 from llama_ft.config.groups import HELD_OUT_FILE
-from llama_ft.config.train import read_config
 from llama_ft.data.validation import SPLIT
 from llama_ft.files import ADAPTER_CONFIG_FILE, ADAPTER_FILE, TRAINED_FILES, WEIGHTS_FILE, write_text
 from llama_ft.records.metrics import METRICS_FILE, line_of, read_metrics, steps_of

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from llama_ft.config import GpuConfig, UserError
-from llama_ft.config.train import read_config
+from llama_ft.config import GpuConfig, UserError, read_config
 from llama_ft.data.dataset import load_data
 from llama_ft.planning.gpu_traits import traits_of
 from llama_ft.planning.operators import GIGA, bound_by_resource, flops_of, least_seconds

@@ -6,9 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llama_ft.config import UserError
+from llama_ft.config import SEED, UserError
 from llama_ft.config.techniques import table_order
-from llama_ft.config.training import SEED
 from llama_ft.records.result import RESULT_FILE, results_below
 from llama_ft.reporting.repeats import Run, repeated
 from llama_ft.reporting.results import Group

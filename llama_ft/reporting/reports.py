@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from llama_ft.config import UserError
-from llama_ft.config.training import SEED
+from llama_ft.config import SEED, UserError
 from llama_ft.files import check_replaceable, explained, write_text
 from llama_ft.records import read_record, write_record
 from llama_ft.records.plan import PLAN_FILE, Plan

@@ -4,11 +4,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UserError
+from llama_ft.config import TrackerConfig, TrackerKind, TrackerMode, UserError, read_config
 from llama_ft.config.checks import Settings
 from llama_ft.config.groups import UploadConfig
 from llama_ft.config.techniques import combination_name
-from llama_ft.config.train import read_config
 from llama_ft.records.metrics import read_metrics
 from llama_ft.records.result import CONFIG_FILE, read_result
 from llama_ft.system import Log
