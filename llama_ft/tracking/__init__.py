@@ -13,8 +13,6 @@ from llama_ft.records.result import CONFIG_FILE, read_result
 from llama_ft.system import Log
 from llama_ft.tracking.base import Subject, Table, Tracker
 
-__all__ = ["Tracker", "start_tracker", "track_study", "track_sweep", "upload_runs"]
-
 
 def start_tracker(config: TrackerConfig, run_dir: Path, settings: Settings, group: str | None, log: Log) -> Tracker:
     """The tracker of a run in the sweep `group`: call `step` for each optimizer step, and always `finish`."""
