@@ -30,9 +30,8 @@ from llama_ft.techniques.lora import lora_layers
 from llama_ft.techniques.mixed_precision import Precision
 from llama_ft.training.loop import Windows, train
 from llama_ft.training.metrics import StepMeter
-from llama_ft.training.optimizers import make_optimizer
 from llama_ft.training.position import Position
-from llama_ft.training.setup import make_schedule
+from llama_ft.training.setup import make_schedule, make_step
 from llama_ft.training.step import TrainStep
 
 ScheduleName = Literal["cosine", "linear", "constant"]
@@ -203,6 +202,5 @@ def _step_and_windows(
         raise UserError(f"{precision} is not a dtype: it must be one of {', '.join(DTYPES)}")
     compute = Precision(device.type, DTYPES[precision])
     config.check_on(compute.device_type, accumulation_steps, precision == "fp16")
-    optimizer, in_backward = make_optimizer(model.parameters(), config), config.optimizer_in_backward
-    step = TrainStep(model, optimizer, compute, config.max_grad_norm, in_backward)
+    step = make_step(model, config, compute)
     return step, Windows.over(samples, step, config, accumulation_steps)

@@ -64,7 +64,7 @@ def fake_step(config: TrainConfig, traits: Traits) -> Iterator[TrainStep]:
         with FakeTensorMode() as fake, ShapeCache(fake):
             allocate(model, torch.device("cpu"))
             _as_on_card(model, traits, is_16bit)
-            step = make_step(model, config, on_cpu, ranks)
+            step = make_step(model, config.training, on_cpu, ranks)
             if config.parallel.strategy is Strategy.ddp:
                 step.forward = Buckets(model)
             yield step

@@ -44,7 +44,7 @@ def set_up(
         log(f"adapter: continuing to train {config.adapter}")
     if config.optim.gc and config.gc.offload is not None and device.type == "cpu":
         log("gc.offload=cpu: the blocks' inputs are already in the host's memory, so nothing is moved")
-    return make_step(model, config, precision, ranks)
+    return make_step(model, config.training, precision, ranks)
 
 
 def shape_model(config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> Transformer:
@@ -62,11 +62,10 @@ def allocate(model: Transformer, device: torch.device) -> None:
     techniques.initialize_added(model)
 
 
-def make_step(model: Transformer, config: TrainConfig, precision: Precision, ranks: Ranks = ALONE) -> TrainStep:
+def make_step(model: Transformer, config: TrainingConfig, precision: Precision, ranks: Ranks = ALONE) -> TrainStep:
     """The training step of an allocated model."""
-    training = config.training
-    optimizer = make_optimizer(model.parameters(), training)
-    return TrainStep(model, optimizer, precision, training.max_grad_norm, training.optimizer_in_backward, ranks)
+    optimizer = make_optimizer(model.parameters(), config)
+    return TrainStep(model, optimizer, precision, config.max_grad_norm, config.optimizer_in_backward, ranks)
 
 
 # Share of the peak learning rate, after `done` of the `steps` that follow the warm-up.
