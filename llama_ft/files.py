@@ -96,6 +96,12 @@ def unread_hint(place: Path | str, names: Collection[str]) -> str:
     return f"; {found[0]} is not read: convert it to safetensors" if found else ""
 
 
+def unusable(folder: Path, missing: str = "") -> UserError:
+    """The error for a checkpoint that is no folder, or in which something is `missing`."""
+    reason = missing + unread_hint(folder, os.listdir(folder)) if folder.is_dir() else why_no_folder(folder)
+    return UserError(f"checkpoint={folder}: {reason}")
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
     """Yield a temporary path to write to: renamed when the block ends, removed if it fails."""

@@ -18,9 +18,10 @@ import torch
 from helpers.planning import CPU_PROFILE, ON_CPU, ON_CUDA, SHORT, card, small_config
 from helpers.training import COMBINATIONS, name, ragged_samples
 
-from llama_ft.config import Dtype, OptimConfig, Optimizer, Technique, TrainConfig, TrainingConfig, UserError
+from llama_ft.config import Dtype, OptimConfig, Optimizer, TrainConfig, TrainingConfig, UserError
 from llama_ft.config.checks import Offload, Policy
 from llama_ft.config.groups import MatrixRates
+from llama_ft.config.techniques import Technique
 from llama_ft.data.collate import collate
 from llama_ft.data.records import Sample
 from llama_ft.measure.memory import Event, MemoryTracker, MemoryUse

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import CHECKOUT, run
 
-from llama_ft.config import COURSE, LABELS, TECHNIQUES, OptimConfig
-from llama_ft.config.techniques import combination_label, combinations, shown_techniques, table_order
+from llama_ft.config import TECHNIQUES, OptimConfig
+from llama_ft.config.techniques import COURSE, LABELS, combination_label, combinations, shown_techniques, table_order
 
 CODE = '''"""Noise on the embeddings."""
 

@@ -15,17 +15,7 @@ from llama_ft.config.parallel import ParallelConfig, Strategy
 from llama_ft.config.plan import PlanConfig
 from llama_ft.config.presets import config_dir
 from llama_ft.config.source import TOKENIZER_FILES, ModelSource, TrainedSource, found_tokenizer, is_gguf, path_of
-from llama_ft.config.techniques import (
-    COURSE,
-    LABELS,
-    TECHNIQUES,
-    GradientCheckpointingConfig,
-    LoraConfig,
-    MixedPrecisionConfig,
-    NeftuneConfig,
-    OptimConfig,
-    Technique,
-)
+from llama_ft.config.techniques import TECHNIQUES, LoraConfig, MixedPrecisionConfig, NeftuneConfig, OptimConfig
 from llama_ft.config.train import TrainConfig, read_config
 from llama_ft.config.training import SEED, Optimizer, Order, Schedule, SweepConfig, TrainingConfig
 

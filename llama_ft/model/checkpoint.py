@@ -4,23 +4,13 @@ A checkpoint is checked completely before its first tensor is read.
 """
 
 import math
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from llama_ft.config import UserError, is_gguf
-from llama_ft.files import (
-    HF_CONFIG,
-    INDEX_FILE,
-    META_PARAMS,
-    WEIGHTS_FILE,
-    explained,
-    read_json,
-    unread_hint,
-    why_no_folder,
-)
+from llama_ft.files import HF_CONFIG, INDEX_FILE, META_PARAMS, WEIGHTS_FILE, explained, read_json, unusable
 from llama_ft.model.formats import ROTARY_TABLES, hf_name, is_rotated
 from llama_ft.model.gguf import ARCHITECTURES, architecture, gguf_names, gguf_sizes, read_gguf
 from llama_ft.model.mapped import Part, StoredTensor, read_pth, read_safetensors
@@ -77,7 +67,7 @@ def open_checkpoint(folder: Path, model: Transformer) -> Checkpoint:
 def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
     """The format, the number of files, and the tensors, which are not compared with the model yet."""
     if not folder.is_dir():
-        raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
+        raise unusable(folder)
     if (folder / WEIGHTS_FILE).is_file():  # before the index, as in transformers
         tensors, metadata = read_safetensors(folder / WEIGHTS_FILE)
         sizes = own_sizes(metadata, folder / WEIGHTS_FILE)
@@ -93,8 +83,7 @@ def _open(folder: Path, model: Transformer) -> tuple[Format, int, Shards]:
         check_sizes(sizes, model.config, folder / META_PARAMS)
         return Format("Meta"), len(files), meta_tensors(folder)
     else:
-        missing = f"there are no weights in it ({WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth)"
-        raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder, os.listdir(folder))}")
+        raise unusable(folder, f"there are no weights in it ({WEIGHTS_FILE}, {INDEX_FILE} or consolidated.00.pth)")
     check_sizes(hf_sizes(folder / HF_CONFIG), model.config, folder / HF_CONFIG)
     return HUGGING_FACE, n_files, _renamed(tensors, model, HUGGING_FACE)
 

@@ -1,11 +1,10 @@
 """Model sizes read from a checkpoint folder or GGUF file, for `model=from_checkpoint`."""
 
-import os
 import re
 from pathlib import Path
 
 from llama_ft.config import FROM_CHECKPOINT, PACKAGE_DIR, UserError, is_gguf
-from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, unread_hint, why_no_folder
+from llama_ft.files import HF_CONFIG, META_PARAMS, WEIGHTS_FILE, explained, unusable
 from llama_ft.model.checkpoint import meta_tensors
 from llama_ft.model.gguf import gguf_sizes
 from llama_ft.model.mapped import read_safetensors
@@ -24,7 +23,7 @@ def sizes_of(folder: Path) -> Sizes:
     if is_gguf(folder):
         return {"name": _name(folder), **gguf_sizes(folder)}
     if not folder.is_dir():
-        raise UserError(f"checkpoint={folder}: {why_no_folder(folder)}")
+        raise unusable(folder)
     with explained(f"checkpoint={folder} cannot be read"):
         return {"name": _name(folder), **_sizes(folder)}
 
@@ -50,8 +49,7 @@ def _sizes(folder: Path) -> Sizes:
         return hf_sizes(folder / HF_CONFIG)
     if (folder / META_PARAMS).is_file():
         return _meta_sizes(folder)
-    missing = f"there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes"
-    raise UserError(f"checkpoint={folder}: {missing}{unread_hint(folder, os.listdir(folder))}")
+    raise unusable(folder, f"there is no {HF_CONFIG} or {META_PARAMS} in it to say the model's sizes")
 
 
 def _meta_sizes(folder: Path) -> dict[str, float]:

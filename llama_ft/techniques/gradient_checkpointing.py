@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from llama_ft.config import GradientCheckpointingConfig
 from llama_ft.config.checks import Offload, Policy
+from llama_ft.config.techniques import GradientCheckpointingConfig
 from llama_ft.model.attention import Mask
 from llama_ft.model.transformer import Caches, Transformer
 from llama_ft.techniques.mixed_precision import Precision
