@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Sample, Samples
 from llama_ft.model.attention import Segments
 
 PAD_ID = 0  # any token would do: no real token attends to padding, and padding has no target
@@ -71,13 +71,13 @@ class Batch:
         return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def collate(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
+def collate(samples: Samples, padding: Padding = NO_PADDING) -> Batch:
     """Pad to the batch's longest sample, and beyond it as `padding` says."""
     width = padding.width(max(len(sample) for sample in samples) - 1)
     return _batch(samples, range(0, len(samples) * width, width), (len(samples), width))
 
 
-def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
+def rows_of(samples: Samples, max_tokens: int) -> list[list[Sample]]:
     """Group samples into packed rows of at most `max_tokens` positions; a longer sample gets its own row."""
     rows: list[list[Sample]] = []
     room = -1
@@ -90,7 +90,7 @@ def rows_of(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
     return rows
 
 
-def end_to_end(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batch:
+def end_to_end(samples: Samples, padding: Padding = NO_PADDING) -> Batch:
     """Pack all samples into a batch of one row; padding lengthens the last sample."""
     lengths = [len(sample) - 1 for sample in samples]
     starts = [0, *accumulate(lengths)]
@@ -98,9 +98,7 @@ def end_to_end(samples: Sequence[Sample], padding: Padding = NO_PADDING) -> Batc
     return _batch(samples, starts[:-1], (1, sum(lengths)), Segments.of(lengths))
 
 
-def _batch(
-    samples: Sequence[Sample], starts: Iterable[int], shape: tuple[int, int], segments: Segments | None = None
-) -> Batch:
+def _batch(samples: Samples, starts: Iterable[int], shape: tuple[int, int], segments: Segments | None = None) -> Batch:
     """A batch of this shape whose samples start at these flattened positions; the rest is padding."""
     tokens = torch.full(shape, PAD_ID)
     positions: list[int] = []

@@ -2,7 +2,7 @@
 
 import json
 from array import array
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from llama_ft.config.checks import OnLong
 from llama_ft.data.chat_template import ChatTemplate
 from llama_ft.data.download import fetch
 from llama_ft.data.record_files import records_in
-from llama_ft.data.records import FIRST_KEYS, Record, Sample, as_record, kind_of
+from llama_ft.data.records import FIRST_KEYS, Record, Sample, Samples, as_record, kind_of
 from llama_ft.data.template import CHAT, Template, choose_template
 from llama_ft.data.tokenizer import Tokenizer, load_tokenizer
 from llama_ft.data.validation import ReadSample, hold_out
@@ -34,7 +34,7 @@ class Dataset:
     template: str = "alpaca"
     template_file: str | None = None  # the content of the template's file, if it is the user's own
     ends: str = ""  # the tokens at which texts begin and end, for messages
-    held_out: Sequence[Sample] = ()  # never trained on
+    held_out: Samples = ()  # never trained on
     drawn: Collection[str] = ()  # places in the data of the held-out records that were drawn
 
     def describe(self) -> str:

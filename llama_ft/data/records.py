@@ -10,6 +10,7 @@ from llama_ft.data.record_files import as_object
 from llama_ft.files import Json
 
 Message = Json  # role, content, and anything else that a chat template may read
+Samples = Sequence["Sample"]
 # The roles of chat templates, and their names in published conversations.
 _NAMES = {
     "system": "system developer",

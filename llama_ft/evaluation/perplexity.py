@@ -9,7 +9,7 @@ import torch
 
 from llama_ft.config import UserError
 from llama_ft.data.collate import NO_PADDING, Padding, collate
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Sample, Samples
 from llama_ft.data.tokenizer import Tokenizer
 from llama_ft.files import text_of
 from llama_ft.model.transformer import Transformer
@@ -63,7 +63,7 @@ def bits_per_byte(nll: float, text: Text) -> float:
 @torch.inference_mode()
 def perplexity(
     model: Transformer,
-    samples: Sequence[Sample],
+    samples: Samples,
     batch_size: int,
     padding: Padding = NO_PADDING,
     advance: Callable[[int], None] = lambda count: None,

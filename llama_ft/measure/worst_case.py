@@ -8,7 +8,7 @@ from itertools import accumulate
 import torch
 
 from llama_ft.data.collate import Batch, Padding, blank_row, collate, end_to_end
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Sample, Samples
 from llama_ft.measure.memory import MemoryTracker, MemoryUse
 from llama_ft.system import Log, Pace, silent
 from llama_ft.training.loop import Windows
@@ -110,7 +110,7 @@ def most_tokens(widths: Sequence[int], n_samples: int, max_tokens: int) -> int:
     return max(each.bit_length() for each in sums) - 1
 
 
-def most_targets(samples: Sequence[Sample], n_samples: int, n_tokens: int) -> int:
+def most_targets(samples: Samples, n_samples: int, n_tokens: int) -> int:
     """An upper bound on the targets of `n_samples` samples with `n_tokens` tokens together.
 
     It is the smaller of two bounds: the samples with the largest share of targets, the last one cut (the fractional

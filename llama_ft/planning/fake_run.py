@@ -5,7 +5,7 @@ CPU autocast; everything that depends on the device (the 16-bit format, padding,
 rounding, workspaces) is the planned card's.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llama_ft.config import Strategy, TrainConfig
 from llama_ft.data.collate import Batch, Padding, blank_row
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Samples
 from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
@@ -84,9 +84,7 @@ def _as_on_card(model: Transformer, traits: Traits, is_16bit: bool) -> None:
     model.train()
 
 
-def windows_of(
-    config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
-) -> Windows:
+def windows_of(config: TrainConfig, samples: Samples, traits: Traits, held_out: Samples = ()) -> Windows:
     """The optimizer steps of a run on a card, and its held-out samples."""
     training, padding = config.training, Padding(traits.precision(config).pad_multiple, config.model.max_seq_len)
     size, steps, ranks = training.micro_batch_size, config.accumulation_steps, first_rank(config.parallel)
@@ -107,9 +105,7 @@ def update(step: TrainStep) -> None:
     step([])
 
 
-def fake_run(
-    config: TrainConfig, samples: Sequence[Sample], traits: Traits, held_out: Sequence[Sample] = ()
-) -> FakeRun:
+def fake_run(config: TrainConfig, samples: Samples, traits: Traits, held_out: Samples = ()) -> FakeRun:
     """Track memory over time in the dry run with which a run of this config begins.
 
     Only the last, hardest micro-batch of a window is run; earlier ones would leave nothing but gradients. A step

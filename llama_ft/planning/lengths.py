@@ -6,7 +6,7 @@ from statistics import median
 from llama_ft.config import PlanConfig, UserError, found_tokenizer
 from llama_ft.config.plan import STAND_IN_SAMPLES
 from llama_ft.data.dataset import NothingLeft, load_dataset
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Sample, Samples
 from llama_ft.data.tokenizer import load_tokenizer
 from llama_ft.records.plan import PlannedData
 from llama_ft.system import Log
@@ -51,7 +51,7 @@ def data_lengths(config: PlanConfig, log: Log) -> tuple[Lengths, PlannedData, Le
     return lengths, PlannedData(name, about, True, n_samples, length, n_samples * length), ()
 
 
-def lengths_of(samples: Sequence[Sample]) -> Lengths:
+def lengths_of(samples: Samples) -> Lengths:
     """The lengths of samples."""
     return [(len(sample), sample.n_prompt) for sample in samples]
 

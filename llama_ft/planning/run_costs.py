@@ -14,7 +14,7 @@ from statistics import median
 
 from llama_ft.config import TrainConfig
 from llama_ft.data.collate import Batch
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Samples
 from llama_ft.planning.fake_run import fake_step, give_gradients, micro_batch, update, windows_of
 from llama_ft.planning.gpu_traits import Traits
 from llama_ft.planning.operators import OperatorCounter, Operators, scale, total
@@ -42,7 +42,7 @@ class StepOperators:
     update: Operators  # of the part of a step after the last backward pass
 
 
-def run_costs(configs: Sequence[TrainConfig], samples: Sequence[Sample], traits: Traits) -> list[RunCosts]:
+def run_costs(configs: Sequence[TrainConfig], samples: Samples, traits: Traits) -> list[RunCosts]:
     """The operators of whole runs that differ only in techniques that do not change those of a micro-batch."""
     config, training = configs[0], configs[0].training
     data = windows_of(config, samples, traits)

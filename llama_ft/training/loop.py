@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from llama_ft.config import TrainingConfig
 from llama_ft.data.collate import NO_PADDING, Batch, Padding, collate, end_to_end, epoch_groups, no_samples, rows_of
-from llama_ft.data.records import Sample
+from llama_ft.data.records import Samples
 from llama_ft.parallel.ranks import ALONE, Ranks
 from llama_ft.techniques.gradient_accumulation import windows
 from llama_ft.training.position import Position
@@ -20,24 +20,24 @@ from llama_ft.training.step import TrainStep, Window
 class Windows:
     """The data as windows of micro-batches, one per optimizer step, in an order set only by seed and epoch."""
 
-    samples: Sequence[Sample]
+    samples: Samples
     micro_batch_size: int = 1
     accumulation_steps: int = 1
     seed: int = 0
     padding: Padding = NO_PADDING
     packing: int | None = None  # a window's samples are packed into rows of up to this many tokens; None: not packed
     pin: bool = False  # put micro-batches into page-locked memory, for a GPU
-    held_out: Sequence[Sample] = ()  # evaluated, never trained on
+    held_out: Samples = ()  # evaluated, never trained on
     ranks: Ranks = ALONE  # the processes that share a window
 
     @classmethod
     def over(
         cls,
-        samples: Sequence[Sample],
+        samples: Samples,
         step: TrainStep,
         config: TrainingConfig,
         accumulation_steps: int = 1,
-        held_out: Sequence[Sample] = (),
+        held_out: Samples = (),
     ) -> "Windows":
         """The windows for a training step, padded and pinned for its precision and device."""
         padding, pin = Padding(step.precision.pad_multiple, step.model.config.max_seq_len), step.device.type == "cuda"
@@ -51,7 +51,7 @@ class Windows:
             batches = self.share([self.samples[index] for group in window for index in group])
             yield [batch.pinned() if self.pin else batch for batch in batches]
 
-    def share(self, samples: Sequence[Sample]) -> list[Batch]:
+    def share(self, samples: Samples) -> list[Batch]:
         """This process's micro-batches of a window.
 
         Samples are dealt to the processes in turn. All processes compute together, so they need equally many
@@ -63,14 +63,14 @@ class Windows:
         none = no_samples(self.padding, self.packing is not None)
         return batches + [none] * (max(map(len, shares)) - len(batches))
 
-    def groups(self, samples: Sequence[Sample]) -> Sequence[Sequence[Sample]]:
+    def groups(self, samples: Samples) -> Sequence[Samples]:
         """The samples of each micro-batch of a process's share of a window."""
         if self.packing is not None:
             return rows_of(samples, self.packing)
         size = self.micro_batch_size
         return [samples[start : start + size] for start in range(0, len(samples), size)]
 
-    def lay_out(self, group: Sequence[Sample]) -> Batch:
+    def lay_out(self, group: Samples) -> Batch:
         """A micro-batch of these samples, padded or packed."""
         return collate(group, self.padding) if self.packing is None else end_to_end(group, self.padding)
 
