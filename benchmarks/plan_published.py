@@ -18,25 +18,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from benchmarks.native_allocator import native_reserved_bytes
 from llama_ft import cli
 from llama_ft.config import PlanConfig
-from llama_ft.data.collate import Batch
 from llama_ft.files import write_text
-from llama_ft.kernels import at_least_fp32
-from llama_ft.model.four_bit import FourBitLinear, FrozenProduct
-from llama_ft.model.transformer import FeedForward, RMSNorm
 from llama_ft.plan import overrides
 from llama_ft.planning.allocator import reserved_bytes
 from llama_ft.planning.fake_run import fake_run
 from llama_ft.planning.gpu_traits import traits_of, workspace_bytes
 from llama_ft.planning.lengths import blank_samples
+from llama_ft.planning.plain_kernels import plain_kernels
 from llama_ft.system import MIB
 
 FOUR_BIT = "mp.frozen_weights=nf4"
@@ -96,37 +88,11 @@ OTHERS = [
 ]
 
 
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """As `summed_loss`, with PyTorch's cross-entropy."""
-    logits = model(batch.tokens, logits_at=batch.target_positions)
-    return F.cross_entropy(at_least_fp32(logits), batch.targets, reduction="sum")
-
-
-def norm(self: RMSNorm, x: Tensor) -> Tensor:
-    """As `RMSNorm.forward`, operator by operator."""
-    x_fp32 = at_least_fp32(x)
-    return (x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
-
-
-def feed_forward(self: FeedForward, x: Tensor) -> Tensor:
-    """As `FeedForward.forward`, operator by operator."""
-    return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
-
-
-def keep_input(ctx: Any, x: Tensor, layer: FourBitLinear) -> Tensor:
-    """As `FrozenProduct.forward`, but also keep x."""
-    ctx.layer, ctx.kept = layer, x
-    return F.linear(x, layer.dense_weight(x.dtype), layer.bias)
-
-
-@patch("llama_ft.training.step.summed_loss", loss)
-@patch.object(FrozenProduct, "forward", keep_input)
-@patch.object(RMSNorm, "forward", norm)
-@patch.object(FeedForward, "forward", feed_forward)
 def planned(arguments: str, lengths: tuple[int, int]) -> dict[str, Any]:
     """The plan for samples of one length."""
     config = cli.composed_config("plan", overrides(f"{COMMON} {arguments}".split()), PlanConfig)
-    run = fake_run(config, blank_samples([lengths] * 8), traits_of(config.gpu))
+    with plain_kernels():
+        run = fake_run(config, blank_samples([lengths] * 8), traits_of(config.gpu))
     reserved = native_reserved_bytes(run.events, workspace_bytes(config.gpu))
     fits = reserved / MIB <= config.gpu.usable_mib
     return {

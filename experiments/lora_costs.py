@@ -84,8 +84,9 @@ class FlopsByOperator(TorchDispatchMode):
         """Run the operator and count it."""
         out = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
-        if packet in ATTENTION:
-            self.flops["attention", ROLES[1]] += round(ATTENTION[packet](*args, **(kwargs or {})))
+        if (name := func.name()) in ATTENTION:
+            flops, share = ATTENTION[name](*args, **(kwargs or {}))
+            self.flops["attention", ROLES[1]] += round(flops * share)
         elif packet in flop_registry:
             shapes = [tuple(sorted(tensor.shape)) for tensor in (out, *args)]
             (weight,) = {shape for shape in shapes if shape in self.OPERATORS}

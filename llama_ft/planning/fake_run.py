@@ -22,7 +22,6 @@ from llama_ft.measure.memory import Allocation, Event, MemoryTracker, MemoryUse
 from llama_ft.measure.worst_case import hardest_evaluations, hardest_windows
 from llama_ft.model.four_bit import count_parameters
 from llama_ft.model.transformer import Attention, Transformer
-from llama_ft.planning.allocator import ROUNDING
 from llama_ft.planning.fake_host import FakeHost
 from llama_ft.planning.fake_ranks import Buckets, fake_processes, first_rank
 from llama_ft.planning.gpu_traits import Traits
@@ -119,8 +118,8 @@ def fake_run(config: TrainConfig, samples: Samples, traits: Traits, held_out: Sa
         fakes = {id(batch): as_fake(batch) for window in hardest for batch in window}  # windows share batches
         windows = [[fakes[id(batch)] for batch in window] for window in hardest]
         evaluated, tensors = list(map(as_fake, evaluated)), [each for batch in fakes.values() for each in batch.tensors]
-        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()  # type: ignore[no-untyped-call]
-        with MemoryTracker(step.model, step.optimizer, tensors, ROUNDING if traits.on_cuda else 1) as tracker, kernel:
+        kernel = FlashAttentionMemory() if traits.on_cuda and traits.has_bf16 and config.optim.mp else nullcontext()
+        with MemoryTracker(step.model, step.optimizer, tensors, traits.rounding) as tracker, kernel:
             tracker.claim_gradients(getattr(step.forward, "buckets", ()))  # DDP's
             first_step = len(tracker.events)
             if in_backward:
@@ -205,6 +204,9 @@ class FlashAttentionMemory(TorchDispatchMode):
     Following mha_bwd and mha_varlen_bwd (aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp): fp32 sums of
     the queries' gradients and of each row, and the gradients of grouped keys and values for each query head.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run the operator, and hold its temporary memory until it has returned."""

@@ -7,6 +7,7 @@ import torch
 from llama_ft.config import DeviceChoice, GpuConfig, TrainConfig
 from llama_ft.device import gpu_index, why_no_gpu
 from llama_ft.model.attention import has_varlen
+from llama_ft.planning.allocator import ROUNDING
 from llama_ft.techniques.mixed_precision import Precision
 
 # cuBLAS workspaces, from PyTorch's allocator, one for each thread that multiplies: the forward pass's and the backward
@@ -21,6 +22,11 @@ class Traits:
 
     on_cuda: bool
     has_bf16: bool  # supports bf16; on CUDA, also has FlashAttention for its 16-bit format
+
+    @property
+    def rounding(self) -> int:
+        """The multiple, in bytes, to which storages are rounded up."""
+        return ROUNDING if self.on_cuda else 1
 
     def precision(self, config: TrainConfig) -> Precision:
         """The dtypes of a run on the card; a UserError if the card lacks the configured 16-bit format."""

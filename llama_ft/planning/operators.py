@@ -8,7 +8,7 @@ process sends, and receives, (N - 1) / N of the tensors of N processes, and twic
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from llama_ft.config import GpuConfig
 from llama_ft.model.sharded import own
 
+K = TypeVar("K")
 aten = torch.ops.aten
 # (matrix dtype, `LINK` or empty; FLOPs; bytes): count. Equal operators share an entry; an operator that works on each
 # tensor of a list counts once for each.
@@ -31,17 +32,18 @@ LINK = "communication"
 COLLECTIVES = {"allgather": (0, 1), "reduce_scatter": (1, 1), "allreduce": (0, 2), "all_reduce": (0, 2)}
 RATES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # PyTorch multiplies fp32 in fp32, not in TF32
 ONLY_READ = ("g", "qmap1", "qmap2")  # by bitsandbytes' updates, whose schemas mark all arguments as written
+Share = tuple[int, float]  # FLOPs of all scores, and the share of the scores that kernels compute
 GATHERING = (aten.embedding, aten.index, aten.index_select)  # read only as much of their input as they write
 
 
-def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **__: Any) -> float:
-    return float(sdpa_flop_count(q.shape, k.shape, v.shape)) * _computed(q, k, is_causal)
+def _attention(q: Any, k: Any, v: Any, dropout_p: float = 0.0, is_causal: bool = False, **__: Any) -> Share:
+    return sdpa_flop_count(q.shape, k.shape, v.shape), _computed(q, k, is_causal)
 
 
 def _attention_backward(
     grad: Any, q: Any, k: Any, v: Any, out: Any, logsumexp: Any, dropout_p: float, is_causal: bool, **__: Any
-) -> float:
-    return float(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)) * _computed(q, k, is_causal)
+) -> Share:
+    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape), _computed(q, k, is_causal)
 
 
 def _computed(q: Tensor, k: Tensor, is_causal: bool) -> float:
@@ -50,20 +52,20 @@ def _computed(q: Tensor, k: Tensor, is_causal: bool) -> float:
     return (n_q + 1) / (2 * n_k) if is_causal else 1.0
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int, *_: Any) -> float:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_offsets: Tensor, longest: int, *_: Any) -> Share:
     """FLOPs of a packed row whose sequences are all as long as the longest, as in `run_costs`."""
     each = (len(q) // longest, q.shape[1], longest, q.shape[2])
-    return float(sdpa_flop_count(each, each, each)) * (longest + 1) / (2 * longest)
+    return sdpa_flop_count(each, each, each), (longest + 1) / (2 * longest)
 
 
-def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> float:
+def _varlen_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Share:
     longest: int = others[4]
     each = (len(q) // longest, q.shape[1], longest, q.shape[2])
-    return float(sdpa_backward_flop_count(each, each, each, each)) * (longest + 1) / (2 * longest)
+    return sdpa_backward_flop_count(each, each, each, each), (longest + 1) / (2 * longest)
 
 
 # By the operator's name: those for packed rows exist only once they have been imported.
-ATTENTION: dict[str, Callable[..., float]] = {
+ATTENTION: dict[str, Callable[..., Share]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "torch_attn::_varlen_attn": _varlen,
@@ -90,15 +92,19 @@ class OperatorCounter(TorchDispatchMode):
     def _count_sent(self, func: Any, args: tuple[Any, ...]) -> None:
         for name, (index, rounds) in COLLECTIVES.items():
             if name in func.__name__:
-                n_bytes, n = sum(tensor.nbytes for tensor in _tensors(args[index])), dist.get_world_size()
-                self.operators[LINK, 0.0, rounds * n_bytes * (n - 1) / n] += 1
+                self.send(rounds * sum(tensor.nbytes for tensor in _tensors(args[index])))
+
+    def send(self, n_bytes: int) -> None:
+        """Count the bytes that this process sends of those that travel around the ring."""
+        n = dist.get_world_size()
+        self.operators[LINK, 0.0, n_bytes * (n - 1) / n] += 1
 
     def _count(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        packet, flops = func._overloadpacket, 0.0
+        packet, flops, share = func._overloadpacket, 0, 1.0
         if (name := func.name()) in ATTENTION:
-            flops = ATTENTION[name](*args, **kwargs)
+            flops, share = ATTENTION[name](*args, **kwargs)
         elif packet in flop_registry:
-            flops = float(flop_registry[packet](*args, **kwargs, out_val=out))
+            flops = flop_registry[packet](*args, **kwargs, out_val=out)
         returned = _tensors(out)
         outputs = returned or _tensors(_written(func, args))
         inputs = [] if packet in GATHERING else _tensors((args, kwargs))
@@ -106,13 +112,16 @@ class OperatorCounter(TorchDispatchMode):
         is_view = any(tensor.untyped_storage()._cdata in held for tensor in returned)
         if is_view and not flops and not str(packet).endswith("_"):  # a view by another name, such as _unsafe_view
             return
-        moved = sum({id(t): t.nbytes for t in inputs}.values()) + sum(t.nbytes for t in outputs)
+        moved = [*{id(t): t.nbytes for t in inputs}.values(), *(t.nbytes for t in outputs)]
         if packet in GATHERING:
             moved *= 2
         dtype = str(outputs[0].dtype).removeprefix("torch.") if flops and outputs else ""
         works_on_each = bool(args) and isinstance(args[0], list) and not isinstance(out, Tensor)  # unlike cat and stack
-        n = len(args[0]) if works_on_each else 1
-        self.operators[dtype, flops / n, moved / n] += n
+        self.add(dtype, flops, share, moved, len(args[0]) if works_on_each else 1)
+
+    def add(self, dtype: str, flops: int, share: float, moved: list[int], n: int) -> None:
+        """Count n equal operators that compute a share of `flops` and move tensors of these bytes together."""
+        self.operators[dtype, flops * share / n, sum(moved) / n] += n
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -125,14 +134,14 @@ def _written(func: Any, args: tuple[Any, ...]) -> list[Any]:
     return [v for each, v in written if each.alias_info and each.alias_info.is_write and each.name not in ONLY_READ]
 
 
-def scale(operators: Operators, factor: float) -> Operators:
+def scale(operators: Counter[K], factor: float) -> Counter[K]:
     """Multiply the operators' counts, which may become fractions."""
     return Counter({key: count * factor for key, count in operators.items()})
 
 
-def total(parts: Iterable[Operators]) -> Operators:
+def total(parts: Iterable[Counter[K]]) -> Counter[K]:
     """The sum of all parts' operators. Negative counts, from differences, are kept."""
-    summed: Operators = Counter()
+    summed: Counter[K] = Counter()
     for part in parts:
         summed.update(part)
     return summed
