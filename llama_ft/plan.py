@@ -7,10 +7,21 @@ from functools import partial
 from rich.console import Console
 
 from llama_ft import cli
-from llama_ft.config import TECHNIQUES, DeviceChoice, Goal, GpuConfig, PlanConfig, UserError, config_dir
+from llama_ft.config import (
+    TECHNIQUES,
+    DeviceChoice,
+    Goal,
+    GpuConfig,
+    ModelConfig,
+    PlanConfig,
+    UserError,
+    config_dir,
+    path_of,
+)
+from llama_ft.config.checks import check
 from llama_ft.config.plan import row_settings
 from llama_ft.config.presets import preset
-from llama_ft.files import output_folder
+from llama_ft.files import explained, output_folder, write_text
 from llama_ft.reporting.progress import progress_bar
 from llama_ft.reporting.reports import PLAN_FILES, print_plan, write_plan
 
@@ -27,9 +38,12 @@ USAGE = cli.Usage(
         "model=llama2_7b tokenizer=FILE data.path=records.jsonl gpu=h100_80gb optim=ga_mp_lora",
         "experiment=less_memory model=llama2_7b gpu=rtx4090_24gb",
         "-m model=llama2_7b gpu=a100_40gb optim=mp_lora,lora lora.rank=8,64 training.micro_batch_size=1,4",
+        "page=will_it_fit.html",
     ),
     ("-m, --multirun", "--help", "--version"),
 )
+NOT_ON_PAGE = ("tiny", "llama2_7b_1layer", "from_checkpoint")
+FIRST = {"model": "llama2_7b", "gpu": "rtx4090_24gb"}  # on the page, unless named
 
 
 def overrides(arguments: list[str]) -> list[str]:
@@ -62,6 +76,8 @@ def planned_runs(arguments: list[str]) -> list[PlanConfig]:
 
 def main() -> int:
     """Run the command."""
+    if any(argument.startswith("page=") for argument in sys.argv[1:]):
+        return make_page(sys.argv[1:])
     runs = planned_runs(sys.argv[1:])
     config = runs[0]
     console, errors = Console(), Console(stderr=True)
@@ -80,6 +96,42 @@ def main() -> int:
         write_plan(plan, folder)
     print_plan(plan, console)
     console.print(f"\nWritten: {', '.join(PLAN_FILES)} in {folder}", highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def make_page(arguments: list[str]) -> int:
+    """Write the page on which every choice can be planned; `model` and `gpu` are what it shows first."""
+    typed = [argument for argument in arguments if not argument.startswith(("page=", "model=", "gpu="))]
+    if typed:
+        raise UserError(f"page=FILE plans whatever its reader chooses, so {typed[0]} has no effect: leave it out")
+    config = cli.composed_config("plan", arguments, PlanConfig)
+    if config.page is None:
+        raise UserError("page=FILE names the file to write")
+    models = [preset("model", file.stem, ModelConfig) for file in sorted((config_dir() / "model").glob("*.yaml"))]
+    models = [model for model in models if model.name not in NOT_ON_PAGE]
+    chosen = dict(FIRST)
+    for key, name, known in (("model", config.model.name, models), ("gpu", config.gpu.name, known_gpus())):
+        if any(argument.startswith(f"{key}=") for argument in arguments):
+            names = [each.name for each in known]
+            check(name in names, key, name, f"on the page, which has {', '.join(names)}")
+            chosen[key] = name
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    from llama_ft.planning.variants import OTHERS, all_traced, structure_of
+    from llama_ft.reporting.will_it_fit import TITLE, page_data, will_it_fit_page
+
+    file, errors = path_of(config.page), Console(stderr=True)
+    if file.exists() and not (file.is_file() and TITLE in file.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"page={file} is there, and is no page that llama_ft wrote: name another file")
+    kept = file.with_name(f"{file.name}.traces")
+    with explained(f"page={file} cannot be written"):
+        try:
+            traces = all_traced({*OTHERS, *map(structure_of, models)}, kept, partial(progress_bar, errors))
+        except KeyboardInterrupt:
+            errors.print(f"\nKept in {kept}: the same command continues from there", highlight=False, soft_wrap=True)
+            raise
+        write_text(file, will_it_fit_page(page_data(traces, models, known_gpus()), chosen))
+        kept.unlink()
+    Console().print(f"Written: {file}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

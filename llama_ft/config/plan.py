@@ -23,6 +23,7 @@ class PlanConfig(TrainConfig):
     goal: Goal | None = setting(None, "advice: the fastest that fits, or the smallest card on which anything fits")
     calibrate: str | None = setting(None, "folder of measured runs on this device, from which its real speed is taken")
     output: str | None = setting(None, "folder of the results; null is a new one in outputs/plans")
+    page: str | None = setting(None, "write a page here that plans whatever its reader chooses; no other plan is made")
 
     def __post_init__(self) -> None:
         if not self.plan.enforce:
