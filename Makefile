@@ -49,13 +49,13 @@ lint: .venv/installed-dev
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard,web]'
 	@touch $@
 
 # Lock the newest allowed versions, as a fresh installation has them; torch stays at its locked version.
 lock:
 	rm -rf .venv-lock && $(PYTHON) -m venv .venv-lock
-	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard]'
+	.venv-lock/bin/python -m pip install --quiet "$$(grep '^torch==' requirements.lock)" --editable '.[dev,llama3,hub,gguf,data,tune,quant,joblib,slurm,dashboard,web]'
 	.venv-lock/bin/python -m pip freeze --all --exclude pip --exclude-editable | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .venv-lock
 

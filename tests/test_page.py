@@ -46,7 +46,7 @@ measure: {memory_limit_mib: null}
 
 def section(page: str, label: str) -> str:
     """The part of a page that is about one run."""
-    end = r"\n+(?=<details><summary><b>|</body>|<h)"
+    end = r"\n+(?=<details><summary><b>|</main>|<h)"
     (part,) = re.findall(rf"<details><summary><b>{re.escape(label)}</b>.*?</details>{end}", page, re.DOTALL)
     return part
 
