@@ -7,6 +7,7 @@ from functools import partial
 from rich.console import Console
 
 from llama_ft import cli
+from llama_ft.bitsandbytes import is_installed, needs_package
 from llama_ft.config import (
     TECHNIQUES,
     DeviceChoice,
@@ -107,6 +108,8 @@ def make_page(arguments: list[str]) -> int:
     config = cli.composed_config("plan", arguments, PlanConfig)
     if config.page is None:
         raise UserError("page=FILE names the file to write")
+    if not is_installed():
+        raise UserError(needs_package("page"))
     models = [preset("model", file.stem, ModelConfig) for file in sorted((config_dir() / "model").glob("*.yaml"))]
     models = [model for model in models if model.name not in NOT_ON_PAGE]
     chosen = dict(FIRST)

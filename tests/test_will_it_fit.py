@@ -393,3 +393,12 @@ def test_a_file_of_somebody_else_is_not_replaced_by_traces(tmp_path: Path) -> No
     (tmp_path / "a.html.traces").write_text("mine")
     with pytest.raises(UserError, match="llama_ft did not write it"):
         variants_module.read_kept(tmp_path / "a.html.traces")
+
+
+def test_the_package_that_traces_need_is_named_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llama_ft.plan.is_installed", lambda: False)
+    with pytest.raises(UserError, match="page needs the package bitsandbytes: pip install"):
+        make_page([f"page={tmp_path}/a.html"])
+    assert not list(tmp_path.iterdir())
