@@ -46,10 +46,15 @@ class Usage:
     examples: tuple[str, ...]
     options: tuple[str, ...] = ("--help", "--version")  # of OPTIONS
 
+    @property
+    def module(self) -> str:
+        """The module, for `python -m`."""
+        return f"llama_ft.{self.name}"
+
 
 def print_help(usage: Usage, console: Console) -> None:
     """Print a command's help."""
-    config, command = composed(usage.name, [], with_hydra=True), f"  python -m llama_ft.{usage.name}"
+    config, command = composed(usage.name, [], with_hydra=True), f"  python -m {usage.module}"
     groups = {name: choice for name, choice in config.hydra.runtime.choices.items() if not name.startswith("hydra/")}
     rows = [row for group in reversed(groups) for row in group_rows(group, groups[group])]
     purpose, rule = (textwrap.fill(text, console.width, break_on_hyphens=False) for text in (usage.purpose, RULE))
