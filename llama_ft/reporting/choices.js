@@ -11,7 +11,6 @@ const DEFAULTS = {
 };
 const LARGEST = 2 ** 24; // of a number that has no other limit
 const USUAL_CONTEXT_MIB = 500; // of a card that is not in the list
-const SPARE = 0.05; // as in planning/advice.py
 const number = (value, digits = 0) => value.toLocaleString("en-US", { maximumFractionDigits: digits });
 const mib = (bytes) => bytes / MIB;
 
@@ -131,7 +130,7 @@ function plan(chosen, card) {
   const needed = mib(memory.reserved) + card.context_mib, room = card.memory_mib - needed;
   return {
     ...run, memory, needed, room, card,
-    fits: room >= 0, hasRoom: room >= SPARE * (card.memory_mib - card.context_mib),
+    fits: room >= 0, hasRoom: room >= DATA.spare * (card.memory_mib - card.context_mib),
     peak: mib(memory.peak + rounded(card.workspace)),
     tokensPerSecond: seconds === null ? null : run.stepTokens / seconds,
   };

@@ -38,9 +38,10 @@ function svg(width, height, label, content) {
   return `<svg viewBox="0 0 ${width} ${height}" preserveAspectRatio="none" role="img" aria-label="${label}">${content}</svg>`;
 }
 
-function legend(names) {
-  const items = names.map((name) => `<li><i style="background:${COLORS[name] || "#6b6b6b"}"></i>${name}</li>`);
-  return `<ul class="legend">${items.join("")}</ul>`;
+// The colors' meaning, each as [name, text to show after it].
+function legend(entries, more = "") {
+  const items = entries.map(([name, text = ""]) => `<li><i style="background:${COLORS[name] || "#6b6b6b"}"></i>${name}${text}</li>`);
+  return `<ul class="legend">${items.join("")}${more}</ul>`;
 }
 
 function showBar(found) {
@@ -55,7 +56,7 @@ function showBar(found) {
   const line = `<path d="M${limit} 0V42" class="limit"/>`;
   const said = all.map(([name, value]) => `${name} ${number(value)} MiB`).join(", ");
   $("bar").innerHTML = svg(1000, 42, `Memory needed: ${said}; the card has ${number(found.card.memory_mib)} MiB`, bars.join("") + line) +
-    `<ul class="legend">${all.map(([name, value]) => `<li><i style="background:${COLORS[name] || "#6b6b6b"}"></i>${name} <b>${number(value)}</b></li>`).join("")}<li><i class="limit"></i>the card's memory</li></ul>`;
+    legend(all.map(([name, value]) => [name, ` <b>${number(value)}</b>`]), '<li><i class="limit"></i>the card\'s memory</li>');
 }
 
 function showTimeline(found) {
@@ -76,7 +77,7 @@ function showTimeline(found) {
   const labels = changes.map(([phase, n], index) => `<span${index + 1 < changes.length ? ` style="left:${x(n) / 10}%"` : ""}>${phase}</span>`);
   const line = limit < most ? `<path d="M0 ${y(limit)}H1000" class="limit"/>` : "";
   const label = `Memory over an optimizer step, highest ${number(mib(highest))} MiB of tensors`;
-  $("timeline").innerHTML = svg(1000, 300, label, areas.join("") + marks.join("") + line) + `<p>${labels.join("")}</p>` + legend(names.map(named));
+  $("timeline").innerHTML = svg(1000, 300, label, areas.join("") + marks.join("") + line) + `<p>${labels.join("")}</p>` + legend(names.map((name) => [named(name)]));
 }
 
 function showTensors(found) {

@@ -10,6 +10,7 @@ from typing import Any
 
 from llama_ft.config import GpuConfig, ModelConfig
 from llama_ft.device import versions
+from llama_ft.planning.advice import SPARE
 from llama_ft.planning.gpu_traits import N_WORKSPACES, WORKSPACE_BYTES, traits_of, workspace_bytes
 from llama_ft.planning.layers import DEPTHS
 from llama_ft.planning.operators import LINK, RATES
@@ -62,6 +63,7 @@ def page_data(traces: Mapping[str, Json], models: Sequence[ModelConfig], cards: 
         "symbols": SYMBOLS,
         "categories": CATEGORIES,
         "depth": DEPTHS[0],
+        "spare": SPARE,
         "places": PLACES,
         "link": LINK,
         "rates": RATES,
